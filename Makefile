@@ -1,0 +1,37 @@
+# make demo   set everything up and run the embedded study into runs/demo
+# make test   set everything up and run ruff, mypy and pytest
+# make study  every method in every variant, three seeds, into runs/study
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo study test clean
+
+demo: $(VENV)/installed
+	$(BIN)/geffect demo $(ARGS)
+
+study: $(VENV)/installed
+	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+# The stamps are newer than what they were made from, so a second `make` installs nothing.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geffect needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Run: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --constraint constraints.txt --group test
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
