@@ -1,0 +1,59 @@
+"""The one way from a run to numbers: sum its Gram matrices over blocks of parameters."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geffect.layers import Parameter, in_network_order
+from geffect.scores import BLOCKS
+from geffect.store import Run
+
+Floats = NDArray[np.float64]
+
+By = str | Callable[[Parameter], str]
+"""What is summed over: "parameter", "layer", "group", "model", or a function that names a group."""
+
+_LABELS: dict[str, Callable[[Parameter], str]] = {
+    "parameter": lambda parameter: parameter.name,
+    "layer": lambda parameter: parameter.layer,
+    "group": lambda parameter: parameter.group,
+    "model": lambda parameter: "model",
+}
+assert tuple(_LABELS) == BLOCKS
+
+
+def summed_gram(run: Run, by: By) -> tuple[list[str], Floats]:
+    """The blocks in network order, and their Gram matrices (step, block, source, source).
+
+    Inner products and squared norms of disjoint blocks add up; cosines do not, so they are taken
+    from the sums. A function groups parameters in a way of one's own.
+    """
+    labels = list(map(_label_of(by), run.layers))
+    blocks = in_network_order(run.layers, labels)
+    belongs = np.array([[label == block for label in labels] for block in blocks])
+    gram = run.gram()
+    summed = [gram[:, members].sum(axis=1) for members in belongs]
+    return blocks, np.stack(summed, axis=1)
+
+
+def column_of(by: By) -> str:
+    """The name of the column that holds the blocks."""
+    return by if isinstance(by, str) else "group"
+
+
+def risks_of(run: Run) -> Sequence[str]:
+    """The sources that are risks: neither the objective, nor a part of it, nor derived."""
+    derived = ("objective", "objective.", "update", "retain_ema")
+    return [s for s in run.sources if s not in derived and not s.startswith("objective.")]
+
+
+def _label_of(by: By) -> Callable[[Parameter], str]:
+    if callable(by):
+        return by
+    if by not in _LABELS:
+        raise ValueError(
+            f"`by` should be one of {', '.join(_LABELS)}, or a function from a parameter to the "
+            f"name of its group. Found `by = {by!r}`. Choose one of those."
+        )
+    return _LABELS[by]

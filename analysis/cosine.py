@@ -1,0 +1,27 @@
+"""The inter-gradient cosine: how far the directions of two gradients disagree."""
+
+import pandas as pd
+
+from geffect.gram import cosine as cosine_of
+from geffect.scores import Score, tidy
+from geffect.store import Run
+
+from .base import By, column_of, summed_gram
+
+
+def cosine(run: Run, a: str, b: str, by: By = "layer") -> pd.DataFrame:
+    """<g_a, g_b> / (|g_a| |g_b|) of two sources, between -1 (opposed) and 1 (aligned).
+
+    Columns: step, `by`, value. The cosine of a block comes from its summed inner products and
+    squared norms; it is no mean of the cosines inside. NaN where a gradient is zero, as that of an
+    adapter's factor is at the start: no direction, no angle.
+
+    >>> run = example_run()
+    >>> cosine(run, "forget", "retain", by="model")
+       step  model  value
+    0     0  model    0.5
+    """
+    blocks, K = summed_gram(run, by)
+    score = Score("cosine", f"cosine of {a} and {b}", limits=(-1.0, 1.0))
+    values = cosine_of(K, run.index(a), run.index(b))
+    return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))

@@ -1,0 +1,42 @@
+"""The predicted change: what the update that the optimizer applied does to each risk."""
+
+import pandas as pd
+
+from geffect.gram import inner
+from geffect.scores import Score, stack, tidy
+from geffect.store import Run
+
+from .base import By, column_of, risks_of, summed_gram
+
+SCORE = Score("predicted_change", "predicted fall of the risk (nats per token)", scale="symlog")
+
+
+def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
+    """-<grad R(theta), theta_after - theta_before>, for every risk of the run.
+
+    To first order, by how much the risk falls in this step: positive means it falls, the same
+    orientation as the G-effect, of which this is learning rate times the value for plain gradient
+    descent. After Adam, clipping, momentum or a rectifier only this describes what happened: for
+    the retain risk, negative is harm that was done.
+
+    Columns: step, `by`, risk, value. Needs a run recorded with Recorder(..., update=True).
+
+    >>> run = example_run(update=True)
+    >>> predicted_change(run, by="model")
+       step  model    risk  value
+    0     0  model  forget   -0.4
+    1     0  model  retain   -0.1
+    """
+    update = run.index("update")
+    blocks, K = summed_gram(run, by)
+    tables = {
+        risk: tidy(
+            -inner(K, run.index(risk), update),
+            SCORE,
+            steps=run.steps,
+            blocks=blocks,
+            by=column_of(by),
+        )
+        for risk in risks_of(run)
+    }
+    return stack(tables, "risk")

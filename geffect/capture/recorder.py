@@ -1,0 +1,324 @@
+"""The recorder: watches the gradients of a training loop and writes their Gram matrices."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from geffect.gradients import (
+    OBJECTIVE,
+    RETAIN_EMA,
+    UPDATE,
+    Gradients,
+    GradientTransform,
+    Loss,
+    Vector,
+    deposit,
+    differentiate,
+)
+from geffect.layers import describe, trainable
+from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Row
+from geffect.store.writer import RunWriter
+
+RECORDED_VERSIONS = ("geffect", "torch", "transformers", "h5py", "numpy")
+
+
+@dataclass
+class _Step:
+    """A step whose gradients are taken and whose row is not written yet."""
+
+    number: int
+    gradients: Gradients
+    gram: Tensor | None  # None while it waits for the update
+    rectifier: GradientTransform | None
+    declared: Mapping[str, Mapping[str, float] | str]
+    lr: float = float("nan")
+
+
+class Recorder:
+    """Writes the gradients of every step into a run file, as Gram matrices a parameter tensor.
+
+    In place of `objective.backward()`, call `recorder.backward(objective=..., forget=...,
+    retain=...)`; `.grad` holds the same afterwards, bit for bit, and training ends as it would have
+    ended unwatched. A step is written when an optimizer has stepped the model's parameters, else at
+    the next `backward` or at `close`; then it is safe from whatever happens to the process.
+
+    - `metadata`: anything that JSON can hold, kept with the run.
+    - `update`: also record what the optimizer did, theta after minus theta before, as the source
+      `update`. Costs a copy of the parameters and of one gradient.
+    - `overwrite` replaces an existing file with the first step, `resume` continues it.
+
+    >>> import tempfile, geffect
+    >>> model = nn.Linear(2, 1)
+    >>> path = tempfile.mkdtemp() + "/run.h5"
+    >>> with Recorder(model, path) as recorder:
+    ...     recorder.backward(objective={"forget": -1.0}, forget=model(torch.ones(2)).sum())
+    >>> geffect.open_run(path).sources
+    ('objective', 'forget')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        update: bool = False,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self._model = model
+        self._trainable = trainable(model)
+        self._parameters = list(self._trainable.values())
+        self._metadata = _json(metadata or {})
+        self._update = update
+        self._writer = RunWriter(path, describe(model), overwrite=overwrite, resume=resume)
+        self._sources: tuple[str, ...] = ()
+        self._blocks: tuple[str, ...] = ()
+        self._optimizer: Mapping[str, Any] | None = None
+        self._step: _Step | None = None
+        self._before: list[Tensor] | None = None
+        self._started = time.perf_counter()
+        if self._writer.resumed is not None:
+            self._continue()
+        # Hooks that all optimizers share: the user's optimizer is neither wrapped nor asked for.
+        self._hooks = (
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end(complete=kind is None)
+
+    @property
+    def steps(self) -> int:
+        """The number that the next step gets: how many there are, if none was dropped."""
+        last = self._writer.last_step if self._step is None else self._step.number
+        return last + 1
+
+    def backward(self, *, rectifier: GradientTransform | None = None, **losses: Loss) -> None:
+        """Take the gradients of the losses of one step, and leave that of `objective` in `.grad`.
+
+        Every loss is a scalar tensor, which costs one backward pass, or a mapping that declares a
+        linear combination of others, which costs none: `objective={"forget": -1.0}` is GA,
+        `{"forget": -1.0, "retain": 1.0}` is GradDiff. Losses may share a forward. With a rectifier
+        `.grad` is the rectified gradient; it has to be empty before then.
+        """
+        self._write()
+        self._check(losses, rectifier)
+        gradients = differentiate(self._parameters, losses)
+        if rectifier is not None:
+            rectifier.observe(gradients)
+        declared = {n: dict(x) if isinstance(x, Mapping) else "loss" for n, x in losses.items()}
+        self._step = step = _Step(self.steps, gradients, None, rectifier, declared)
+        objective = gradients.of(OBJECTIVE)
+        if self._update:
+            # What lies in `.grad` may be clipped before the update comes to be compared with it.
+            objective = [None if tensor is None else tensor.clone() for tensor in objective]
+        else:
+            step.gram = self._gram(step)
+        deposit(self._parameters, objective)
+        if rectifier is not None:
+            rectifier.rectify()
+
+    def close(self) -> None:
+        """Write what is left, and mark the run as complete."""
+        self._end(complete=True)
+
+    def _end(self, *, complete: bool) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        try:
+            self._write()
+        finally:
+            self._writer.close(complete=complete)
+
+    def _continue(self) -> None:
+        run = self._writer.resumed
+        assert run is not None
+        if run.metadata != self._metadata:
+            raise ValueError(
+                f"`metadata` should be that of the run in `{run.path}` to continue it. Found "
+                f"{self._metadata} there is {dict(run.metadata)}. Record into another file."
+            )
+        self._sources = run.sources
+        self._blocks = run.rectification()[0] if run.manifest["rectifier"] else ()
+        self._started -= float(run.column("wall_seconds")[-1])
+
+    def _check(self, losses: Mapping[str, Loss], rectifier: GradientTransform | None) -> None:
+        reserved = [name for name in losses if name in (UPDATE, RETAIN_EMA) or "/" in name]
+        if OBJECTIVE not in losses or reserved:
+            raise ValueError(
+                f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or "
+                f"`{RETAIN_EMA}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
+                'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
+            )
+        now = trainable(self._model)
+        if list(map(id, now.values())) != list(map(id, self._parameters)):
+            changed = sorted(now.keys() ^ self._trainable.keys())
+            raise ValueError(
+                "The parameters that require a gradient should stay those of the first step. Found "
+                f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
+                "Record what follows into another file, with a new Recorder."
+            )
+        if rectifier is not None and any(p.grad is not None for p in self._parameters):
+            raise ValueError(
+                "`.grad` should be empty before a rectified step, which is rectified as a whole. "
+                "Found gradients of an earlier backward. Call optimizer.zero_grad() before, or add "
+                "the losses of the micro-batches up."
+            )
+
+    def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._step is None or not self._owns(optimizer):
+            return
+        if self._update:
+            self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self._step is None or not self._owns(optimizer):
+            return
+        group = optimizer.param_groups[0]
+        self._step.lr = float(group["lr"])
+        self._optimizer = {
+            "class": type(optimizer).__name__,
+            **{
+                name: value
+                for name, value in group.items()
+                if isinstance(value, int | float | tuple)
+            },
+        }
+        self._write()
+
+    def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return not stepped.isdisjoint(map(id, self._parameters))
+
+    def _gram(self, step: _Step) -> Tensor:
+        further: dict[str, Vector] = {}
+        if step.rectifier is not None:
+            further.update(step.rectifier.watched)
+        if self._before is not None:
+            # In place: what was the copy of the old parameters becomes the update.
+            with torch.no_grad():
+                further[UPDATE] = [
+                    before.neg_().add_(parameter)
+                    for before, parameter in zip(self._before, self._parameters, strict=True)
+                ]
+        return step.gradients.gram(**further)
+
+    def _write(self) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        gram = self._gram(step) if step.gram is None else step.gram
+        has_update, self._before = self._before is not None, None
+        names = [
+            *step.gradients.sources,
+            *([] if step.rectifier is None else step.rectifier.watched),
+            *([UPDATE] if has_update else []),
+        ]
+        blocks = () if step.rectifier is None else step.rectifier.blocks
+        if not self._sources:
+            self._sources = (*(n for n in names if n != UPDATE), *([UPDATE] * self._update))
+            self._blocks = blocks
+        self._check_constant(names, blocks)
+        self._writer.append(
+            Row(
+                step=step.number,
+                request=0,
+                lr=step.lr,
+                wall_seconds=time.perf_counter() - self._started,
+                losses=self._spread(
+                    np.array([*step.gradients.losses.values()]), [*step.gradients.losses]
+                ),
+                gram=self._spread_gram(gram.numpy(), names),
+                rectification=self._report(step.rectifier),
+            ),
+            sources=self._sources,
+            blocks=self._blocks,
+            manifest=self._manifest(step),
+        )
+
+    def _check_constant(self, names: Sequence[str], blocks: tuple[str, ...]) -> None:
+        new = [name for name in names if name not in self._sources]
+        if new or (blocks and blocks != self._blocks):
+            raise ValueError(
+                "The sources of a run, and the blocks of its rectifier, should be those of the "
+                f"first step: {', '.join(self._sources)}; {', '.join(self._blocks) or 'none'}. "
+                f"Found {', '.join(new) or 'no new source'}; {', '.join(blocks) or 'none'}. "
+                "Name every loss in the first step, or record into another file."
+            )
+
+    def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """The values at the places of their sources, NaN at those of the others."""
+        spread = np.full(len(self._sources), np.nan)
+        spread[[self._sources.index(name) for name in names]] = values
+        return spread
+
+    def _spread_gram(self, gram: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        k = len(self._sources)
+        places = np.array([self._sources.index(name) for name in names])
+        spread = np.full((len(gram), k, k), np.nan)
+        spread[:, places[:, None], places] = gram
+        return spread
+
+    def _report(self, rectifier: GradientTransform | None) -> np.ndarray | None:
+        if not self._blocks:
+            return None
+        report = None if rectifier is None else rectifier.report
+        if report is None:
+            return np.full((len(self._blocks), len(RECTIFICATION_COLUMNS)), np.nan)
+        return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
+
+    def _manifest(self, step: _Step) -> dict[str, Any]:
+        return {
+            "format_version": VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version(package) for package in RECORDED_VERSIONS},
+            },
+            "model": {
+                "class": type(self._model).__name__,
+                "trainable_tensors": len(self._parameters),
+                "trainable_numbers": sum(p.numel() for p in self._parameters),
+            },
+            "losses": step.declared,
+            "rectifier": None if step.rectifier is None else dict(step.rectifier.options),
+            "optimizer": self._optimizer,
+            "metadata": self._metadata,
+        }
+
+
+def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(metadata)))
+    except TypeError as error:
+        raise TypeError(
+            "`metadata` should hold what JSON can: text, numbers, lists, mappings. "
+            f"Found: {error}. "
+            "Turn other values into text first."
+        ) from error
+    return plain

@@ -1,0 +1,264 @@
+"""The small Llama of the embedded run: its tokenizer, its training and what is measured on it.
+
+A question and its answer are one row `bos question sep answer eos`, padded on the right. Under
+causal attention nothing real can see such padding, so everything here leaves the attention mask
+out, which is exact, and computes logits only where a token is scored. Losses are means over the
+scored tokens of all rows, in nats; the answer's tokens and the eos are scored unless said.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .corpus import Corpus, Fact, Size
+
+PAD, BOS, EOS, SEP = range(4)
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
+VOCABULARY = 1024
+LONGEST = 64
+IGNORED = -100
+
+# `input_ids`, `attention_mask` and `labels`, each Int64[Tensor, "row token"].
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The size of a model, how it is trained, and how large a corpus it can memorise so."""
+
+    corpus: Size = field(default_factory=Size)
+    layers: int = 6
+    hidden: int = 96
+    heads: int = 4
+    epochs: int = 35
+    batch: int = 16
+    learning_rate: float = 4e-3
+    warmup: int = 20
+
+
+FULL = Recipe()
+QUICK = Recipe(corpus=Size(authors=8, forget=2, heldout=2, world=20), layers=4, hidden=64)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """NLL in nats per scored token, and extraction strength, a mean over rows."""
+
+    nll: float
+    extraction_strength: float
+
+
+def train_tokenizer(corpus: Corpus) -> Tokenizer:
+    """A byte-level BPE of all facts of `corpus`; a word is one and the same wherever it stands."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (f"{fact.question} {fact.answer}" for fact in corpus.memorised)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, facts: Sequence[Fact], *, whole: bool = False) -> Batch:
+    """One batch of all `facts`, a row each in their order.
+
+    Labels are the answer and the eos, `-100` elsewhere; with `whole` they are all that follows the
+    bos, which is what a model is trained on to memorise its facts.
+    """
+    if not facts:
+        raise ValueError("`facts` should be at least one fact. Found none. Pass some facts.")
+    ids, labels = [], []
+    for fact in facts:
+        question = [BOS, *tokenizer.encode(fact.question).ids, SEP]
+        answer = [*tokenizer.encode(fact.answer).ids, EOS]
+        ids.append(torch.tensor(question + answer))
+        unscored = 1 if whole else len(question)
+        labels.append(torch.tensor([IGNORED] * unscored + (question + answer)[unscored:]))
+    input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != PAD).long(),
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def rows(batch: Batch, index: Tensor | Sequence[int]) -> Batch:
+    """The rows `index` of `batch`, no wider than the longest of them."""
+    index = torch.as_tensor(index)
+    longest = int(batch["attention_mask"][index].sum(1).max())
+    return {name: tensor[index, :longest] for name, tensor in batch.items()}
+
+
+def by_length(batch: Batch, size: int = 32) -> list[Batch]:
+    """The rows of `batch` from short to long, in batches of `size`: little of them is padding."""
+    order = batch["attention_mask"].sum(1).argsort(stable=True)
+    return [rows(batch, index) for index in order.split(size)]
+
+
+def build(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
+    """A Llama of the recipe's size with the initial weights of `seed`, in float32 on the CPU."""
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=recipe.hidden,
+        intermediate_size=3 * recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=LONGEST,
+        tie_word_embeddings=True,
+        use_cache=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float().eval()
+
+
+def train(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    facts: Sequence[Fact],
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> LlamaForCausalLM:
+    """A new model that has memorised `facts`, question and answer; `report(done, total)` counts
+    its steps. One seed gives the initial weights and the order of the data.
+    """
+    model = build(recipe, tokenizer, seed).train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=True,
+    )
+    data = encode(tokenizer, facts, whole=True)
+    total = recipe.epochs * math.ceil(len(facts) / recipe.batch)
+    order = torch.Generator().manual_seed(seed)
+    for step, batch in enumerate(_epochs(data, recipe, order)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup, total)
+        optimizer.zero_grad()
+        _loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        report(step + 1, total)
+    optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.inference_mode()
+def evaluate(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Evaluation:
+    """NLL and extraction strength of `model` on all rows of `batches`, from one forward each.
+
+    Both take the true prefix of every token as given (teacher forcing).
+    """
+    loss, scored, strength, count = 0.0, 0, 0.0, 0
+    for batch in batches:
+        logits, targets = _scored(model, batch)
+        loss += float(cross_entropy(logits, targets, reduction="sum"))
+        scored += len(targets)
+        strength += float(_suffix_share(logits.argmax(-1) == targets, batch).sum())
+        count += len(batch["labels"])
+    return Evaluation(loss / scored, strength / count)
+
+
+def nll(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+    """Mean negative log-likelihood of the scored tokens, in nats."""
+    return evaluate(model, batches).nll
+
+
+def extraction_strength(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+    """The share of an answer, from its end, that the model completes by itself.
+
+    The longest suffix of the answer (without its eos) all of whose tokens are the most likely ones
+    given the true prefix, over the answer's length; mean over rows. A wrong last token gives 0.
+    """
+    return evaluate(model, batches).extraction_strength
+
+
+def relearn_nll(
+    model: LlamaForCausalLM,
+    facts_half_a: Batch,
+    facts_half_b: Batch,
+    *,
+    steps: int = 8,
+    learning_rate: float = 3e-4,
+) -> tuple[float, float]:
+    """NLL on each half, first on a, after a copy of `model` has relearned the other half.
+
+    Low where the facts were hidden rather than forgotten: then a few steps on other facts bring
+    them back. AdamW without weight decay, every step on the whole half.
+    """
+
+    def relearned(taught: Batch) -> LlamaForCausalLM:
+        student = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=learning_rate,
+            weight_decay=0.0,
+            fused=True,
+        )
+        for _ in range(steps):
+            optimizer.zero_grad()
+            _loss(student, taught).backward()
+            optimizer.step()
+        return student
+
+    return (
+        nll(relearned(facts_half_b), [facts_half_a]),
+        nll(relearned(facts_half_a), [facts_half_b]),
+    )
+
+
+def _epochs(data: Batch, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
+    for _ in range(recipe.epochs):
+        order = torch.randperm(len(data["input_ids"]), generator=generator)
+        for index in order.split(recipe.batch):
+            yield rows(data, index)
+
+
+def _schedule(step: int, warmup: int, total: int) -> float:
+    """The factor of the learning rate: linear from 0 to 1, then a cosine from 1 to 0.05."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _scored(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits Float[Tensor, "scored token"] and targets of the scored tokens, row by row."""
+    targets = batch["labels"][:, 1:]
+    scored = targets != IGNORED
+    hidden: Any = model.model(input_ids=batch["input_ids"][:, :-1]).last_hidden_state
+    return model.lm_head(hidden[scored]), targets[scored]
+
+
+def _loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    return cross_entropy(*_scored(model, batch))
+
+
+def _suffix_share(right: Tensor, batch: Batch) -> Tensor:
+    """Extraction strength of every row, from which of its scored tokens are `right`."""
+    scored = batch["labels"][:, 1:] != IGNORED
+    # What follows the answer is counted as right, and then taken off again.
+    after = scored.flip(1).cumsum(1).flip(1) <= 1
+    completed = after.clone()
+    completed[scored] |= right
+    suffix = completed.flip(1).cumprod(1).sum(1) - after.sum(1)
+    return suffix / (scored.sum(1) - 1)

@@ -1,0 +1,59 @@
+"""Inner products of gradients that stay accurate on heavy-tailed vectors.
+
+A gradient of a language model has a few coordinates that are orders of magnitude larger than the
+rest. A running float32 sum loses the rest: `torch.dot` on a CPU is off by 2e-4 of |a||b|, which is
+enough to flip the sign of a small inner product. Here a block of coordinates is cast to float64
+while it is in the cache and multiplied there, so that neither sums nor products round, overflow
+or underflow; the gradients themselves are never copied whole.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 65536
+"""Coordinates cast at a time: larger leaves the cache, smaller pays more calls."""
+
+
+def gram(vectors: Sequence[Tensor | None]) -> Tensor:
+    """The Gram matrix `Float64[k, k]` of k gradients of one parameter, on its device.
+
+    The gradients may be of any float type; None stands for zero.
+
+    >>> gram([torch.tensor([3.0, 4.0]), None])
+    tensor([[25.,  0.],
+            [ 0.,  0.]], dtype=torch.float64)
+    """
+    present = [i for i, vector in enumerate(vectors) if vector is not None]
+    flat = [vectors[i].detach().reshape(-1) for i in present]  # type: ignore[union-attr]
+    if len({vector.shape for vector in flat}) > 1:
+        raise ValueError(
+            f"`vectors` should have one shape. Found {[tuple(v.shape) for v in flat]}. "
+            "Pass gradients of the same parameter."
+        )
+    device = flat[0].device if flat else None
+    matrix = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=device)
+    if not flat:
+        return matrix
+    size = flat[0].numel()
+    rows = torch.empty(len(flat), min(size, BLOCK), dtype=torch.float64, device=device)
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
+    for start in range(0, size, BLOCK):
+        block = rows[:, : min(BLOCK, size - start)]
+        for row, vector in zip(block, flat, strict=True):
+            row.copy_(vector[start : start + BLOCK])
+        products.addmm_(block, block.T)
+    index = torch.tensor(present, device=device)
+    matrix[index.unsqueeze(1), index] = products
+    return matrix
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> as a float64 scalar.
+
+    >>> spiky = torch.ones(1_000_000); spiky[0] = 1e4
+    >>> dot(spiky, spiky).item()
+    100999999.0
+    """
+    return gram([a, b])[0, 1]

@@ -1,0 +1,42 @@
+"""What is read off a Gram matrix, from numpy arrays and torch tensors alike.
+
+`K` has the shape (..., k, k); its last two axes are the k gradients of one step. Analysis and
+projection both read it here, so that a conflict is the same thing in a plot and in a rule.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def inner(K: Any, i: int, j: int) -> Any:
+    """<g_i, g_j>."""
+    return K[..., i, j]
+
+
+def norm(K: Any, i: int) -> Any:
+    """|g_i|."""
+    return K[..., i, i] ** 0.5
+
+
+def cosine(K: Any, i: int, j: int) -> Any:
+    """<g_i, g_j> / (|g_i| |g_j|), NaN where a gradient is zero: no direction, no angle.
+
+    Rounding may leave a quotient a hair outside of [-1, 1]; it is clipped.
+
+    >>> cosine(np.array([[4.0, -2.0], [-2.0, 4.0]]), 0, 1)
+    np.float64(-0.5)
+    """
+    with np.errstate(invalid="ignore"):
+        # One norm after the other: the product of two tiny ones would underflow.
+        return (inner(K, i, j) / norm(K, i) / norm(K, j)).clip(-1, 1)
+
+
+def in_conflict(K: Any, i: int, j: int) -> Any:
+    """Whether a step along -g_i raises what -g_j lowers: <g_i, g_j> < 0."""
+    return inner(K, i, j) < 0
+
+
+def combined(K: Any, weights: Any) -> Any:
+    """The Gram matrix of linear combinations of the gradients: W K W^T, W of shape (m, k)."""
+    return weights @ K @ weights.swapaxes(-1, -2)

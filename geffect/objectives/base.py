@@ -1,0 +1,116 @@
+"""What an objective is, and the quantities that all of them are made of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Batch = Mapping[str, Tensor]
+"""`input_ids`, `attention_mask`, `labels`, each (sample, position); label -100 is not scored."""
+
+Pair = Mapping[str, Batch]
+"""A batch of each side: {"forget": Batch, "retain": Batch}."""
+
+IGNORED = -100
+
+
+class Objective(ABC):
+    """A scalar that unlearning minimises: `objective(model, {"forget": ..., "retain": ...})`.
+
+    `model` is whatever returns `.logits` of shape (sample, position, token) for the keys of a batch
+    without its labels.
+    """
+
+    @abstractmethod
+    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
+        """The parts of the loss by name, each with its weight."""
+
+    def __call__(self, model: Any, batch: Pair) -> Tensor:
+        """The loss: the weighted sum of the components."""
+        total: Tensor | None = None
+        for loss, weight in self.components(model, batch).values():
+            part = loss if weight == 1.0 else weight * loss
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+class SharedForward:
+    """A model that runs each batch once, for objectives and risks on the same data.
+
+    It remembers what it returned for a batch as long as it lives; make one a step.
+
+    >>> calls = []
+    >>> def model(input_ids): calls.append(1); return input_ids.sum()
+    >>> shared, ids = SharedForward(model), torch.ones(2)
+    >>> shared(input_ids=ids) is shared(input_ids=ids), len(calls)
+    (True, 1)
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._outputs: dict[tuple[tuple[str, int], ...], tuple[Any, Any]] = {}
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        """What the model returns for the inputs."""
+        key = tuple((name, id(value)) for name, value in inputs.items())
+        if key not in self._outputs:
+            # The inputs are kept too: an id is only their own while they live.
+            self._outputs[key] = inputs, self._model(**inputs)
+        return self._outputs[key][1]
+
+
+def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p of every scored token, `Float[sample, position - 1]`, and the mask of what is scored.
+
+    The token at position i is predicted from the positions before it, hence one position less.
+    Positions that are not scored hold 0.
+    """
+    if "labels" not in batch:
+        raise ValueError(
+            "`batch` should have the key `labels`, with -100 where a token is not scored. "
+            f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
+        )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return -losses.view_as(labels), labels != IGNORED
+
+
+def token_mean(values: Tensor, scored: Tensor) -> Tensor:
+    """The mean over all scored tokens of the batch: a long answer weighs more than a short one."""
+    return values.where(scored, torch.zeros_like(values)).sum() / scored.sum()
+
+
+def sequence_sum(values: Tensor, scored: Tensor) -> Tensor:
+    """The sum over the scored tokens of every sample, `Float[sample]`."""
+    return values.where(scored, torch.zeros_like(values)).sum(dim=1)
+
+
+def nll(model: Any, batch: Batch) -> Tensor:
+    """The risk R: negative log-likelihood of the scored tokens, token mean, in nats per token.
+
+    >>> from types import SimpleNamespace
+    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+    >>> ids = torch.tensor([[0, 1, 2]])
+    >>> nll(uniform, {"input_ids": ids, "labels": ids})  # log 4
+    tensor(1.3863)
+    """
+    log_p, scored = token_log_probabilities(model, batch)
+    return -token_mean(log_p, scored)
+
+
+def positive(owner: str, name: str, value: float) -> float:
+    """`value` if it is a positive finite number, else a ValueError that names the field."""
+    if not (isinstance(value, int | float) and 0 < value < float("inf")):
+        raise ValueError(
+            f"`{name}` of {owner} should be a positive number. Found `{name} = {value!r}`. "
+            f"Pass a number such as {owner}({name}=1.0)."
+        )
+    return float(value)

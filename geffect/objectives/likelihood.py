@@ -1,0 +1,52 @@
+"""Objectives that lower the likelihood of the forget tokens: GA, and WGA that weighs by confidence.
+
+Formulas: "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go Beyond"
+(arXiv 2502.19301).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .base import Objective, Pair, nll, positive, token_log_probabilities, token_mean
+
+
+@dataclass(frozen=True)
+class GradientAscent(Objective):
+    """GA: the mean log-likelihood of the forget tokens, minimised: (1/N) sum_i log p_i.
+
+    Token mean, in nats per token. Its gradient is minus that of the forget risk, and it is not
+    bounded below.
+
+    >>> GradientAscent()
+    GradientAscent()
+    """
+
+    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
+        return {"forget": (nll(model, batch["forget"]), -1.0)}
+
+
+@dataclass(frozen=True)
+class WeightedGradientAscent(Objective):
+    """WGA: (1/N) sum_i w_i log p_i with w_i = p_i^alpha held constant in the gradient.
+
+    Token mean. The weight cancels the 1/p by which GA grows on what is already forgotten, so WGA
+    limits itself; alpha = 0 would be GA. The gradient is that of (1/N) sum_i p_i^alpha / alpha.
+
+    >>> WeightedGradientAscent(alpha=2.0)
+    WeightedGradientAscent(alpha=2.0)
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("WeightedGradientAscent", "alpha", self.alpha)
+
+    def weights(self, log_p: Tensor) -> Tensor:
+        """w_i = p_i^alpha, detached."""
+        return (self.alpha * log_p.detach()).exp()
+
+    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
+        log_p, scored = token_log_probabilities(model, batch["forget"])
+        return {"forget": (token_mean(self.weights(log_p) * log_p, scored), 1.0)}

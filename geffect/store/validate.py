@@ -1,0 +1,63 @@
+"""Whether a run file is whole, and what is lost where it is not."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from geffect.gram import inner, norm
+
+from .reader import Run, open_run, opened
+
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Health:
+    """The verdict on a run file: how many steps it holds, and what is wrong, in sentences."""
+
+    steps: int
+    complete: bool
+    problems: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every committed step can be trusted."""
+        return not self.problems
+
+
+def validate(path: str | os.PathLike[str]) -> Health:
+    """Read every committed step and check what must hold of any Gram matrix.
+
+    Raises what `open_run` raises where the file cannot be opened at all.
+    """
+    run = open_run(path)
+    complete = run.state == "complete"
+    remarks = [] if complete else ["the recorder was not closed: being recorded, or killed"]
+    if _half_written(run):
+        remarks.append("one step was written but not committed, and is not shown")
+    return Health(len(run.steps), complete, tuple(_problems(run)), tuple(remarks))
+
+
+def _problems(run: Run) -> list[str]:
+    problems = []
+    if len(run.steps) and (np.diff(run.steps) <= 0).any():
+        problems.append("the steps are not in increasing order")
+    K = run.gram()
+    if not np.array_equal(K, K.swapaxes(-1, -2), equal_nan=True):
+        problems.append("a Gram matrix is not symmetric")
+    for i, source in enumerate(run.sources):
+        if (inner(K, i, i) < 0).any():
+            problems.append(f"a squared norm of `{source}` is negative")
+        for j in range(i):
+            bound = np.abs(norm(K, i) * norm(K, j))
+            if (np.abs(inner(K, i, j)) > bound * (1 + ROUNDING)).any():
+                problems.append(f"`{source}` and `{run.sources[j]}` are beyond |a||b|")
+    return problems
+
+
+def _half_written(run: Run) -> bool:
+    with opened(run.path) as file:
+        further = file["gram"][len(run.steps) : len(run.steps) + 1]
+    return bool(np.isfinite(further).any())

@@ -1,0 +1,113 @@
+"""What a table holds, and whether one panel can hold it: the one check behind every plot."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pandas as pd
+
+from geffect.scores import BLOCKS, blocks_of
+
+
+def levels(column: pd.Series) -> list[str]:
+    """The values that occur, in the order of the categories, else of appearance.
+
+    >>> levels(pd.Series(["late", "early", "late"]))
+    ['late', 'early']
+    """
+    present = column.dropna().unique()
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        held = set(present)
+        return [str(name) for name in column.cat.categories if name in held]
+    return [str(name) for name in present]
+
+
+def all_levels(column: pd.Series) -> list[str]:
+    """As `levels`, with the categories that do not occur: a colour then survives a selection."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return [str(name) for name in column.cat.categories]
+    return levels(column)
+
+
+def blocks_in(table: pd.DataFrame) -> list[str]:
+    """The blocks that occur, in network order."""
+    return levels(table[blocks_of(table)])
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """The names without the dotted parts that almost all of them share: those tell nothing apart.
+
+    >>> short(["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"])
+    ['0', '1']
+    """
+    parts = [name.split(".") for name in names]
+    count = Counter(part for those in parts for part in set(those))
+    return [
+        ".".join(part for part in those if count[part] <= 0.8 * len(names)) or name
+        for those, name in zip(parts, names, strict=True)
+    ]
+
+
+def require(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Refuses a table that lacks a column or has no rows."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(
+            f"`table` should have the columns {', '.join(columns)}. "
+            f"Found no {', '.join(missing)} among {', '.join(map(str, table.columns))}. "
+            "Pass a table made by geffect.analysis or geffect.demo."
+        )
+    if table.empty:
+        raise ValueError(
+            "`table` should have at least one row. Found none. "
+            "Widen the selection of steps, blocks or runs that it was made with."
+        )
+
+
+def names_in(table: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns that name rows besides step and block, each with the names that occur.
+
+    >>> table = pd.DataFrame({"step": [0], "layer": ["head"], "effect": "retaining"})
+    >>> names_in(table)
+    {'effect': ['retaining']}
+    """
+    return {
+        str(name): levels(column)
+        for name, column in table.items()
+        if name not in {"step", "value", *BLOCKS} and not pd.api.types.is_numeric_dtype(column)
+    }
+
+
+def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
+    """The columns, `most` of them at most, whose names tell rows of one step and block apart."""
+    require(table, ["step", "value"])
+    block = blocks_of(table)
+    several = {column: names for column, names in names_in(table).items() if len(names) > 1}
+    if len(several) > most:
+        column, names = next(iter(several.items()))
+        found = "; ".join(f"{of}: {', '.join(those)}" for of, those in several.items())
+        raise ValueError(
+            f"`table` should hold {'one of each' if not most else f'at most {most} columns'} of "
+            f"what tells its rows apart, for one panel. Found several ({found}). "
+            f"Choose with table[table[{column!r}] == {names[0]!r}], "
+            f"or draw a panel for each with facets(table, ..., by={column!r})."
+        )
+    place = ["step", block, *several]
+    once_only(table, place)
+    return list(several)
+
+
+def once_only(table: pd.DataFrame, place: Sequence[str]) -> None:
+    """Refuses a table with two rows in one place."""
+    twice = table.loc[table.duplicated(list(place)), list(place)]
+    if not twice.empty:
+        where = ", ".join(f"{column} {name}" for column, name in twice.iloc[0].items())
+        raise ValueError(
+            f"`table` should have one row for each {', '.join(place)}. "
+            f"Found {len(twice)} more, the first at {where}. "
+            "Name what tells them apart in a column, with geffect.scores.stack, or choose."
+        )
+
+
+def constants(table: pd.DataFrame) -> str:
+    """The names that hold for all rows, in words: what a panel or a figure is of."""
+    return ", ".join(names[0] for names in names_in(table).values() if len(names) == 1)

@@ -1,0 +1,86 @@
+"""Blocks by steps, in colour."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator
+from numpy.typing import NDArray
+
+from geffect.scores import blocks_of, score_of
+
+from .fit import constants, short, told_apart
+from .style import (
+    Frame,
+    colours_of,
+    decade_format,
+    decades,
+    dress,
+    heading,
+    new_axes,
+    step_axis,
+    thinned,
+    wrapped,
+)
+
+
+def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A cell a block and step: input on top, zero white, grey where the score is undefined.
+
+    A column reaches half way to the captured steps beside it, so that x is time.
+
+    >>> from matplotlib.figure import Figure
+    >>> from geffect.scores import Score, tidy
+    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, np.nan]]), Score("g_effect", "G-effect (nats)"),
+    ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
+    >>> ax = heatmap(table, ax=Figure().subplots())
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['embedding', 'head']
+    """
+    told_apart(table, most=0)
+    block, frame = blocks_of(table), Frame.of(table)
+    grid = table.pivot(index=block, columns="step", values="value").reindex(frame.blocks)
+    names = short(frame.blocks)
+    cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
+    if ax is None:
+        tall = float(np.clip(0.17 * len(frame.blocks), 2.8, 5.5))
+        ax = new_axes(5.0 + 0.06 * max(map(len, names)), tall)
+    cmap, norm = colours_of(table)
+    mesh = ax.pcolormesh(
+        edges(grid.columns.to_numpy(dtype=float)),
+        np.arange(len(frame.blocks) + 1) - 0.5,
+        cells,
+        cmap=cmap,
+        norm=norm,
+        rasterized=True,  # thousands of vector cells show seams and make a heavy file
+    )
+    ax.set_ylim(len(frame.blocks) - 0.5, -0.5)
+    places = thinned(len(frame.blocks))
+    ax.set_yticks(places, [names[place] for place in places])
+    ax.set_ylabel(block, fontsize="medium")
+    step_axis(ax)
+    dress(ax, frame=False)
+    heading(ax, constants(table))
+
+    score = score_of(table)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06, aspect=28)
+    undefined = "\n(grey: undefined)" if np.ma.is_masked(cells) else ""
+    bar.set_label(wrapped(score.label) + undefined, fontsize="medium")
+    if score.scale == "symlog":
+        bar.ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
+        bar.ax.yaxis.set_major_formatter(decade_format(frame))
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(width=0.6, length=2.5, labelsize="small")
+    bar.outline.set_visible(False)
+    return ax
+
+
+def edges(centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half way between neighbours; the outer cells are symmetric about their centres.
+
+    >>> edges(np.array([0.0, 2.0, 6.0]))
+    array([-1.,  1.,  4.,  8.])
+    """
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    between = (centres[:-1] + centres[1:]) / 2
+    return np.array([2 * centres[0] - between[0], *between, 2 * centres[-1] - between[-1]])

@@ -1,0 +1,135 @@
+"""Values as lines: over the depth of the network, and over the steps."""
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from geffect.scores import blocks_of
+
+from .fit import all_levels, blocks_in, constants, short, told_apart
+from .style import (
+    Frame,
+    Ink,
+    depth_colours,
+    dress,
+    heading,
+    inks,
+    key,
+    new_axes,
+    note,
+    step_axis,
+    thinned,
+    value_axis,
+)
+
+
+def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Median over the steps at each block, input on the left; the band holds the middle half.
+
+    A line for each effect or run: the first column that tells rows apart colours, the last dashes.
+
+    >>> import numpy as np
+    >>> from matplotlib.figure import Figure
+    >>> from geffect.scores import Score, tidy
+    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("g_effect", "G-effect (nats)"),
+    ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
+    >>> ax = profile(table, ax=Figure().subplots())
+    >>> ax.lines[-1].get_ydata().tolist()
+    [-2.0, 1.5]
+    """
+    several = told_apart(table, most=2)
+    block, frame = blocks_of(table), Frame.of(table)
+    names = short(frame.blocks)
+    ax = ax or new_axes(height=3.0 + 0.04 * max(map(len, names)))
+    value_axis(ax, table)
+    drawn = []
+    at = range(len(frame.blocks))
+    for name, ink, part in lines_of(table, several):
+        values = part.groupby(block, observed=True)["value"]
+        low, middle, high = (
+            values.quantile(share).reindex(frame.blocks).to_numpy(dtype=float)
+            for share in (0.25, 0.5, 0.75)
+        )
+        marker = "o" if len(frame.blocks) <= 40 else ""
+        drawn += ax.plot(
+            at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3, label=name,
+            marker=marker, markersize=3, zorder=3,
+        )  # fmt: skip
+        ax.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
+    places = thinned(len(frame.blocks), most=14)
+    ax.set_xticks(
+        places,
+        [names[place] for place in places],
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+    )
+    ax.set_xlim(-0.5, len(frame.blocks) - 0.5)
+    ax.set_xlabel(f"{block}, from input to output", fontsize="medium")
+    dress(ax)
+    note(ax, "median and quartiles over steps")
+    heading(ax, constants(table))
+    if several:
+        key(ax, drawn)
+    return ax
+
+
+def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The value over the steps: a line for each block, or of one block for each effect or run.
+
+    >>> import numpy as np
+    >>> from matplotlib.figure import Figure
+    >>> from geffect.scores import Score, tidy
+    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("g_effect", "G-effect (nats)"),
+    ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
+    >>> ax = trajectory(table, ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['embedding', 'head']
+    """
+    present = blocks_in(table)
+    several = told_apart(table, most=0 if len(present) > 1 else 2)
+    if len(present) > 1:
+        block, colours = blocks_of(table), depth_colours(Frame.of(table).blocks)
+        lines = [
+            (label, Ink(colours[name]), table[table[block] == name])
+            for name, label in zip(present, short(present), strict=True)
+        ]
+    else:
+        lines = list(lines_of(table, several))
+    ax = ax or new_axes()
+    value_axis(ax, table)
+    few = len(lines) <= 12
+    marker = "o" if few and table["step"].nunique() <= 40 else ""
+    # An undefined value at either end is no reason to hide that its step was captured.
+    ax.update_datalim([(table["step"].min(), 0.0), (table["step"].max(), 0.0)])
+    drawn = []
+    for name, ink, part in lines:
+        ordered = part.sort_values("step")
+        drawn += ax.plot(
+            ordered["step"].to_numpy(), ordered["value"].to_numpy(dtype=float),
+            color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7, label=name,
+            marker=marker, markersize=2, zorder=3,
+        )  # fmt: skip
+    step_axis(ax)
+    dress(ax)
+    heading(
+        ax, ", ".join(filter(None, [constants(table), *(present if len(present) == 1 else [])]))
+    )
+    if len(lines) > 1:
+        key(ax, [drawn[place] for place in thinned(len(drawn), most=14)])
+    return ax
+
+
+def lines_of(
+    table: pd.DataFrame, several: Sequence[str]
+) -> Iterator[tuple[str, Ink, pd.DataFrame]]:
+    """Name, ink and rows of each line: coloured by the first column, dashed by the last."""
+    if not several:
+        name = constants(table)
+        yield name, inks([name])[name], table
+        return
+    colours, dashes = (inks(all_levels(table[column])) for column in (several[0], several[-1]))
+    for names, part in table.groupby(list(several), observed=True, sort=False):
+        first, *_, last = str(names[0]), str(names[-1])
+        yield ", ".join(map(str, names)), Ink(colours[first].colour, dashes[last].dashes), part

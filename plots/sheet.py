@@ -1,0 +1,99 @@
+"""Several panels on one figure, on the same scales."""
+
+from collections.abc import Callable, Iterable
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from geffect.scores import blocks_of, score_of
+
+from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
+from .heatmap import heatmap
+from .lines import profile, trajectory
+from .style import framed, heading, new_figure
+
+
+def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
+    """A panel for each name in the column `by`, all on the scales of the whole table.
+
+    >>> import numpy as np
+    >>> from geffect.scores import Score, stack, tidy
+    >>> one = tidy(np.array([[-3.0], [2.0]]), Score("g_effect", "G-effect (nats)"),
+    ...            steps=np.array([0, 5]), blocks=["model"], by="model")
+    >>> figure = facets(stack({"ga": one, "npo": one}, "run"), trajectory, "run")
+    >>> [ax.get_title(loc="left") for ax in figure.axes]
+    ['ga', 'npo']
+    """
+    require(table, [by])
+    names = levels(table[by])
+    tall = -(-len(names) // columns)
+    wide = -(-len(names) // tall)
+    figure = new_figure(2.9 * wide + 1.4, 2.7 * tall + 0.5)
+    # A colour belongs to a name; categories keep it where a panel lacks some of the names.
+    kept = {
+        column: pd.Categorical(table[column].astype(str), those, ordered=True)
+        for column, those in names_in(table).items()
+    }
+    whole = table.assign(**kept)
+    panels: list[Axes] = []
+    for place, name in enumerate(names):
+        first = panels[0] if panels else None
+        ax = figure.add_subplot(tall, wide, place + 1, sharex=first, sharey=first)
+        plot(framed(whole[whole[by].astype(str) == name], whole), ax=ax)
+        heading(ax, name)
+        panels.append(ax)
+    for place, ax in enumerate(panels):
+        if place + wide < len(panels):
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
+        if place % wide:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+    keep_once([*reversed(panels[:wide]), *panels[wide:]])
+    figure.suptitle(constants(table), fontsize="large")
+    return figure
+
+
+def sheet(table: pd.DataFrame) -> Figure:
+    """A row for each effect: every block and step, the profile over depth, the course in time.
+
+    >>> import numpy as np
+    >>> from geffect.scores import Score, tidy
+    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, 4.0]]), Score("g_effect", "G-effect (nats)"),
+    ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
+    >>> sheet(table).get_suptitle()
+    'G-effect (nats), by layer'
+    """
+    several = told_apart(table, most=1)
+    rows = [part for _, part in table.groupby(several, observed=True)] if several else [table]
+    longest = max(map(len, short(blocks_in(table))))
+    figure = new_figure(12.0 + 0.12 * longest, 2.9 * len(rows) + 0.5 + 0.04 * longest)
+    grid = figure.subplots(
+        len(rows), 3, sharex="col", sharey="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1)
+    )
+    for axes, part in zip(grid, rows, strict=True):
+        for plot, ax in zip((heatmap, profile, trajectory), axes, strict=True):
+            plot(framed(part, table), ax=ax)
+    for ax in grid[:-1].flat:
+        ax.set_xlabel("")
+    keep_once(grid[:, 2])
+    figure.suptitle(f"{score_of(table).label}, by {blocks_of(table)}", fontsize="large")
+    return figure
+
+
+def keep_once(panels: Iterable[Axes]) -> None:
+    """Takes away each legend and colour bar that says the same as one before it."""
+    said: set[tuple[str, ...]] = set()
+    for ax in panels:
+        if legend := ax.get_legend():
+            text = tuple(entry.get_text() for entry in legend.get_texts())
+            if text in said:
+                legend.remove()
+            said.add(text)
+        for mappable in ax.collections:
+            if bar := mappable.colorbar:
+                text = (bar.ax.get_ylabel(),)
+                if text in said:
+                    bar.remove()
+                said.add(text)

@@ -1,0 +1,272 @@
+"""The one look of the figures: colours, line styles, scales and ticks.
+
+Everything is passed to the artists it is meant for; the reader's own rcParams stay as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from textwrap import fill
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymLogNorm, to_hex
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
+
+from geffect.scores import score_of
+
+from .fit import blocks_in
+
+Dashes = tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Ink:
+    """Colour and dashes of a line; either alone tells lines apart, on paper printed grey too."""
+
+    colour: str
+    dashes: Dashes = (0, ())
+
+
+SOLID: Dashes = (0, ())
+DASHED: Dashes = (0, (5, 1.6))
+DOTTED: Dashes = (0, (1.1, 1.3))
+DASH_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5))
+DASH_DOT_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5, 1.1, 1.5))
+
+UNLEARNING, RETAINING = Ink("#c23b36", SOLID), Ink("#2f6db3", DASHED)
+PLAIN = Ink("#333333", SOLID)
+GRU = Ink("#00875f", DASHED)
+GRU_UPDATE = Ink("#b0569b", DASH_DOT)
+GRU_COORDINATE = Ink("#e08e0b", DOTTED)
+SELECT = Ink("#3fa0d8", DASH_DOT_DOT)
+
+NAMED = {
+    "unlearning": UNLEARNING,
+    "forget": UNLEARNING,
+    "retaining": RETAINING,
+    "retain": RETAINING,
+    "plain": PLAIN,
+    "gru": GRU,
+    "gru-update": GRU_UPDATE,
+    "gru-coordinate": GRU_COORDINATE,
+    "select": SELECT,
+}
+SPARE = (PLAIN, GRU, GRU_UPDATE, GRU_COORDINATE, SELECT, Ink("#8c5a2b", DASHED), Ink("#6a5acd"))
+
+UNDEFINED = "#bdbdbd"
+QUIET = "#8a8a8a"
+# Brown to purple: red and blue name the two effects, so the two signs take other hues.
+DIVERGING: Colormap = mpl.colormaps["PuOr"].with_extremes(bad=UNDEFINED)
+SEQUENTIAL: Colormap = LinearSegmentedColormap.from_list(
+    "upper_half", DIVERGING(np.linspace(0.5, 1.0, 128))
+).with_extremes(bad=UNDEFINED)
+
+LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logarithmic halves
+MOST_DECADES = 6
+
+
+def inks(names: Sequence[str]) -> dict[str, Ink]:
+    """An ink a name: its own where it has one, else the spare ones in turn.
+
+    >>> inks(["unlearning", "alpha 1"])["alpha 1"] == PLAIN
+    True
+    """
+    taken = [NAMED[name] for name in names if name in NAMED]
+    spare = cycle([ink for ink in SPARE if ink not in taken])
+    return {name: NAMED[name] if name in NAMED else next(spare) for name in names}
+
+
+def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
+    """A colour a block, from dark at the input to light at the output.
+
+    >>> depth_colours(["embedding", "head"])
+    {'embedding': '#440154', 'head': '#b0dd2f'}
+    """
+    # The lightest tenth of the map is too faint for a thin line on white.
+    shades = np.linspace(0.0, 0.88, len(blocks))
+    return dict(zip(blocks, map(to_hex, mpl.colormaps["viridis"](shades)), strict=True))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What panels side by side share: the largest magnitude, where the scale turns linear, blocks.
+
+    >>> table = pd.DataFrame({"layer": ["head"] * 3, "value": [-3e2, 0.0, 2e-4]})
+    >>> Frame.of(table)
+    Frame(limit=300.0, threshold=0.001, blocks=['head'])
+    """
+
+    limit: float
+    threshold: float
+    blocks: list[str]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> "Frame":
+        """The frame handed on with the table by `framed`, else the table's own."""
+        if said := table.attrs.get("frame"):
+            return cls(**said)
+        magnitudes = table["value"].abs().to_numpy(dtype=float)
+        magnitudes = magnitudes[np.isfinite(magnitudes) & (magnitudes > np.finfo(float).tiny)]
+        largest = float(magnitudes.max(initial=0.0)) or 1.0
+        # A few stray near-zeros would stretch the scale over decades that hold nothing.
+        smallest = (
+            float(np.quantile(magnitudes, 0.05, method="lower")) if magnitudes.size else largest
+        )
+        top = np.ceil(np.log10(largest))
+        decade = np.clip(np.floor(np.log10(smallest)), top - MOST_DECADES, top - 1)
+        limits = score_of(table).limits or (-largest, largest)
+        return cls(max(map(abs, limits)), float(10.0**decade), blocks_in(table))
+
+
+def framed(part: pd.DataFrame, whole: pd.DataFrame) -> pd.DataFrame:
+    """The part, to be drawn on the scales of the whole, where it has a value to be scaled."""
+    if "value" not in whole:
+        return part
+    framed_part = part.copy()
+    framed_part.attrs = {**whole.attrs, "frame": asdict(Frame.of(whole))}
+    return framed_part
+
+
+def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
+    """Map and norm: diverging and symmetric about zero, sequential where no value is below zero.
+
+    >>> table = pd.DataFrame({"layer": ["embedding", "head"], "value": [-2.0, 0.5]})
+    >>> cmap, norm = colours_of(table)
+    >>> norm.vmin, norm.vmax
+    (-2.0, 2.0)
+    """
+    score, frame = score_of(table), Frame.of(table)
+    if score.scale == "symlog":
+        norm = SymLogNorm(
+            linthresh=frame.threshold, linscale=LINEAR_SHARE, vmin=-frame.limit, vmax=frame.limit
+        )
+        return DIVERGING, norm
+    if score.limits and score.limits[0] >= 0:
+        return SEQUENTIAL, Normalize(*score.limits)
+    return DIVERGING, Normalize(-frame.limit, frame.limit)
+
+
+def decades(frame: Frame, most: int = 3) -> list[float]:
+    """Ticks of a symmetric-log scale: zero and, from the threshold, `most` powers of ten a side.
+
+    >>> decades(Frame(300.0, 1e-3, []))
+    [-10.0, -0.1, -0.001, 0.0, 0.001, 0.1, 10.0]
+    """
+    # The small guard keeps a power of ten its own decade after the rounding of the logarithm.
+    high = int(np.floor(np.log10(frame.limit) + 1e-9))
+    low = int(np.round(np.log10(frame.threshold)))
+    stride = max(1, -(-(high - low + 1) // most))
+    powers = [float(f"1e{exponent}") for exponent in range(low, high + 1, stride)]
+    return [*(-power for power in reversed(powers)), 0.0, *powers]
+
+
+def decade_format(frame: Frame) -> LogFormatterMathtext:
+    """How `decades` are written: as powers of ten."""
+    return LogFormatterMathtext(linthresh=frame.threshold)
+
+
+def value_axis(ax: Axes, table: pd.DataFrame) -> None:
+    """Gives y the label, scale and limits of the table's score, and a line at zero.
+
+    Comes before the data: margins are those of the scale on which the data are added.
+    """
+    score, frame = score_of(table), Frame.of(table)
+    ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
+    ax.set_ylabel(wrapped(score.label), fontsize="medium")
+    if score.scale == "symlog":
+        ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
+        ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
+        ax.yaxis.set_major_formatter(decade_format(frame))
+        ax.yaxis.set_minor_locator(NullLocator())
+        # Zero alone would be on view where all values are near it.
+        ax.update_datalim([(0.0, -frame.threshold), (0.0, frame.threshold)], updatex=False)
+    if score.limits:
+        low, high = score.limits
+        margin = 0.03 * (high - low)  # a line that runs along the limit keeps its full width
+        ax.set_ylim(low - margin, high + margin)
+
+
+def step_axis(ax: Axes) -> None:
+    """Gives x its label and whole-numbered ticks."""
+    ax.set_xlabel("optimizer step", fontsize="medium")
+    ax.xaxis.set_major_locator(
+        MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
+
+
+def thinned(count: int, most: int = 20) -> list[int]:
+    """At most `most` evenly spaced places out of `count`, the first and the last among them.
+
+    >>> thinned(34)[:3], thinned(34)[-2:]
+    ([0, 2, 4], [30, 33])
+    """
+    stride = max(1, -(-count // most))
+    places = list(range(0, count, stride))
+    if places and places[-1] != count - 1:
+        # The last one is too close to its neighbour to stand beside it: it takes its place.
+        places[-1] = count - 1
+    return places
+
+
+def new_axes(width: float = 5.6, height: float = 3.4) -> Axes:
+    """Axes alone on a new figure, which reserves room for whatever is outside of them."""
+    _, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    return ax
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that is the caller's alone: to be saved, or returned by a notebook cell."""
+    figure = pyplot.figure(figsize=(width, height), layout="constrained")
+    # Held by pyplot, a notebook would show it a second time and a script would pile them up;
+    # made without pyplot, the first one of a notebook would not be shown at all.
+    pyplot.close(figure)
+    return figure
+
+
+def dress(ax: Axes, *, frame: bool = True) -> None:
+    """Takes away the spines that carry no ticks, or all of them, and thins what stays."""
+    ax.spines[["top", "right"] if frame else ["top", "right", "left", "bottom"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_linewidth(0.6)
+    ax.tick_params(width=0.6, length=2.5, labelsize="small")
+    ax.tick_params(which="minor", width=0.4, length=1.5)
+
+
+def key(ax: Axes, handles: Sequence[Artist], *, title: str | None = None) -> Legend:
+    """The legend of the handles, to the right of the data."""
+    return ax.legend(
+        handles=list(handles),
+        title=title,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        fontsize="small",
+        title_fontsize="small",
+        alignment="left",
+        handlelength=2.6,
+    )
+
+
+def heading(ax: Axes, text: str) -> None:
+    """What the panel shows, above its left edge."""
+    ax.set_title(text, loc="left", fontsize="medium")
+
+
+def note(ax: Axes, text: str) -> None:
+    """How to read the panel, small, above its right edge."""
+    ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
+
+
+def wrapped(label: str) -> str:
+    """The label on lines short enough to stand upright beside a panel."""
+    if len(label) <= 34:
+        return label
+    words, bracket, unit = label.partition(" (")
+    return "\n".join(fill(text, 34) for text in (words, bracket.strip() + unit) if text)

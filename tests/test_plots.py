@@ -1,0 +1,456 @@
+"""Plots: what stands on the Axes, on synthetic tables."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import SymLogNorm, to_hex, to_rgba
+from matplotlib.figure import Figure
+
+from geffect.plots import facets, heatmap, profile, sheet, tradeoff, trajectory
+from geffect.plots.style import (
+    NAMED,
+    RETAINING,
+    SPARE,
+    UNDEFINED,
+    UNLEARNING,
+    Frame,
+    decades,
+    inks,
+    thinned,
+)
+from geffect.scores import Score, stack, tidy
+
+LAYERS = ["embedding", *(f"layer {index}" for index in range(6)), "final norm", "head"]
+STEPS = np.arange(0, 100, 4)
+G_EFFECT = Score("g_effect", "G-effect (nats)", "symlog")
+COSINE = Score("cosine", "cosine (no unit)", limits=(-1.0, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def untouched() -> Iterator[None]:
+    """Every test leaves the reader's settings as they were, and draws on Agg."""
+    mpl.use("Agg")
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+    pyplot.close("all")
+
+
+def grown(sign: float, layers: list[str] = LAYERS) -> pd.DataFrame:
+    """G-effects that grow from 1e-4 to 3e2; of mixed sign where `sign` is positive."""
+    magnitude = np.geomspace(1e-4, 3e2, len(STEPS))[:, None] * np.ones(len(layers))
+    signs = np.sign(np.cos(np.arange(magnitude.size))).reshape(magnitude.shape)
+    values = -magnitude if sign < 0 else magnitude * signs / 10
+    return tidy(values, G_EFFECT, steps=STEPS, blocks=layers, by="layer")
+
+
+def effects(layers: list[str] = LAYERS) -> pd.DataFrame:
+    return stack({"unlearning": grown(-1, layers), "retaining": grown(1, layers)}, "effect")
+
+
+def cosines() -> pd.DataFrame:
+    values = np.linspace(-0.4, 0.6, len(STEPS) * len(LAYERS)).reshape(len(STEPS), -1)
+    values[:3, 0] = np.nan
+    return tidy(values, COSINE, steps=STEPS, blocks=LAYERS, by="layer")
+
+
+def runs() -> pd.DataFrame:
+    frames = [
+        pd.DataFrame(
+            {
+                "method": method,
+                "variant": variant,
+                "step": np.arange(5),
+                "forget_nll": np.linspace(0.2, 3.0, 5),
+                "retain_nll": np.geomspace(0.2, 5.0, 5) * cost,
+                "at_level": np.arange(5) == 3,
+            }
+        )
+        for method in ("ga", "npo")
+        for variant, cost in (("plain", 1.0), ("gru", 0.5), ("gru-update", 0.2))
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def blank() -> Axes:
+    return Figure(layout="constrained").subplots()
+
+
+def mesh_of(ax: Axes) -> QuadMesh:
+    (mesh,) = (artist for artist in ax.collections if isinstance(artist, QuadMesh))
+    return mesh
+
+
+def legend_of(ax: Axes) -> list[str]:
+    legend = ax.get_legend()
+    return [text.get_text() for text in legend.get_texts()] if legend else []
+
+
+def ticks_of(ax: Axes, axis: str) -> list[str]:
+    return [label.get_text() for label in getattr(ax, f"get_{axis}ticklabels")()]
+
+
+def data_lines(ax: Axes) -> list[mpl.lines.Line2D]:
+    """The lines without the one at zero."""
+    return [line for line in ax.lines if len(line.get_xdata()) != 2 or line.get_label()[0] != "_"]
+
+
+# --- heatmap
+
+
+def test_heatmap_has_the_network_from_top_to_bottom_and_the_steps_on_x() -> None:
+    shuffled = grown(-1).sample(frac=1.0, random_state=0)
+    ax = heatmap(shuffled, ax=blank())
+    assert ticks_of(ax, "y") == LAYERS
+    top, bottom = reversed(ax.get_ylim())
+    assert top < bottom  # y points down: the embedding is on top
+    assert ax.get_ylabel() == "layer"
+    assert ax.get_xlabel() == "optimizer step"
+    expected = grown(-1)["value"].to_numpy().reshape(len(STEPS), -1).T
+    np.testing.assert_array_equal(mesh_of(ax).get_array(), expected)
+
+
+def test_heatmap_of_uneven_steps_puts_each_step_in_its_own_cell() -> None:
+    table = tidy(
+        np.eye(3), G_EFFECT, steps=np.array([0, 1, 10]), blocks=["a", "b", "c"], by="layer"
+    )
+    corners = mesh_of(heatmap(table, ax=blank())).get_coordinates()[0, :, 0]
+    np.testing.assert_allclose(corners, [-0.5, 0.5, 5.5, 14.5])
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
+def test_symmetric_log_norm_is_centred_at_zero(scale: float) -> None:
+    table = effects().query("effect == 'retaining'")
+    table["value"] *= scale
+    mesh = mesh_of(heatmap(table, ax=blank()))
+    assert isinstance(mesh.norm, SymLogNorm)
+    assert mesh.norm.vmax == -mesh.norm.vmin == pytest.approx(30 * scale)
+    assert mesh.norm(0.0) == pytest.approx(0.5)
+    assert 1e-6 * scale < mesh.norm.linthresh < 1 * scale
+    assert min(mesh.cmap(0.5)[:3]) > 0.9  # zero is near white
+
+
+def test_limits_of_the_score_hold() -> None:
+    norm = mesh_of(heatmap(cosines(), ax=blank())).norm
+    assert (norm.vmin, norm.vmax) == (-1.0, 1.0)
+    assert not isinstance(norm, SymLogNorm)
+
+
+def test_score_without_negative_values_starts_at_white() -> None:
+    share = Score("share", "share of layers in conflict (no unit)", limits=(0.0, 1.0))
+    table = tidy(np.array([[0.0, 1.0]]), share, steps=STEPS[:1], blocks=["a", "b"], by="layer")
+    mesh = mesh_of(heatmap(table, ax=blank()))
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0, 1.0)
+    assert min(mesh.cmap(0.0)[:3]) > 0.9
+
+
+def test_undefined_is_grey_and_said() -> None:
+    ax = heatmap(cosines(), ax=blank())
+    mesh = mesh_of(ax)
+    assert to_hex(mesh.cmap.get_bad()) == UNDEFINED
+    assert mesh.get_array().mask.sum() == 3
+    assert mesh.colorbar.ax.get_ylabel() == "cosine (no unit)\n(grey: undefined)"
+    defined = heatmap(grown(-1), ax=blank())
+    assert mesh_of(defined).colorbar.ax.get_ylabel() == "G-effect (nats)"
+
+
+def test_infinite_values_do_not_set_the_scale() -> None:
+    table = grown(-1)
+    table.loc[0, "value"] = -np.inf
+    mesh = mesh_of(heatmap(table, ax=blank()))
+    assert mesh.norm.vmax == pytest.approx(3e2)
+    assert mesh.get_array().mask.sum() == 1
+
+
+# --- profile and trajectory
+
+
+def test_profile_is_the_median_over_steps_of_each_effect() -> None:
+    table = effects()
+    ax = profile(table, ax=blank())
+    assert ticks_of(ax, "x") == LAYERS
+    assert legend_of(ax) == ["unlearning", "retaining"]
+    unlearning, retaining = data_lines(ax)
+    assert unlearning.get_color() == UNLEARNING.colour
+    assert retaining.get_color() == RETAINING.colour
+    assert unlearning.get_linestyle() != retaining.get_linestyle()
+    np.testing.assert_allclose(
+        unlearning.get_ydata(), np.median(grown(-1)["value"].to_numpy().reshape(-1, 9), axis=0)
+    )
+    assert len(ax.collections) == 2  # a band each
+    assert ax.get_yscale() == "symlog"
+    assert ax.get_ylabel() == "G-effect (nats)"
+    assert ax.get_title(loc="right") == "median and quartiles over steps"
+
+
+def test_profile_leaves_undefined_values_out_of_the_median() -> None:
+    table = tidy(
+        np.array([[np.nan, 1.0], [2.0, 3.0]]),
+        COSINE,
+        steps=STEPS[:2],
+        blocks=["a", "b"],
+        by="layer",
+    )
+    assert list(profile(table, ax=blank()).lines[-1].get_ydata()) == [2.0, 2.0]
+
+
+def test_trajectory_has_a_line_a_block_from_dark_to_light() -> None:
+    ax = trajectory(grown(-1), ax=blank())
+    lines = data_lines(ax)
+    assert [line.get_label() for line in lines] == LAYERS == legend_of(ax)
+    lightness = [sum(to_rgba(line.get_color())[:3]) for line in lines]
+    assert lightness == sorted(lightness)
+    assert any(list(line.get_ydata()) == [0.0, 0.0] for line in ax.lines)  # the zero line
+    assert ax.get_xlabel() == "optimizer step"
+
+
+def test_trajectory_of_one_block_has_a_line_an_effect() -> None:
+    ax = trajectory(effects(["model"]), ax=blank())
+    assert legend_of(ax) == ["unlearning", "retaining"]
+    assert ax.get_title(loc="left") == "model"
+
+
+def test_two_columns_are_told_apart_by_colour_and_dashes() -> None:
+    table = stack({"plain": effects(["model"]), "gru": effects(["model"])}, "variant")
+    lines = data_lines(trajectory(table, ax=blank()))
+    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(set(looks.values())) == 4
+    assert looks["unlearning, plain"][0] == looks["unlearning, gru"][0] == UNLEARNING.colour
+    assert looks["unlearning, gru"][1] == looks["retaining, gru"][1]
+
+
+def test_a_single_effect_keeps_its_colour_and_says_its_name() -> None:
+    table = effects()
+    ax = profile(table[table["effect"] == "retaining"], ax=blank())
+    assert ax.lines[-1].get_color() == RETAINING.colour
+    assert ax.get_title(loc="left") == "retaining"
+
+
+def test_limits_of_the_score_hold_on_y_and_steps_without_a_value_stay_on_x() -> None:
+    table = cosines()
+    table.loc[table["step"] < 20, "value"] = np.nan
+    ax = trajectory(table, ax=blank())
+    assert ax.get_yscale() == "linear"
+    assert ax.get_ylim() == pytest.approx((-1.06, 1.06))
+    assert ax.get_xlim()[0] < 0
+
+
+# --- trade-off
+
+
+def test_tradeoff_has_a_line_a_run_and_both_keys() -> None:
+    ax = tradeoff(runs(), level=2.0, ax=blank())
+    assert ax.get_yscale() == "log"
+    assert "nats per token" in ax.get_xlabel()
+    assert "nats per token" in ax.get_ylabel()
+    assert legend_of(ax) == ["plain", "gru", "gru-update", "ga", "npo"]
+    curves = [line for line in ax.lines if len(line.get_xdata()) == 5]
+    assert len({(line.get_color(), line.get_marker()) for line in curves}) == len(curves) == 6
+    crossings = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert len(crossings) == 6
+
+
+def test_tradeoff_marks_the_level_and_what_lies_beyond() -> None:
+    ax = tradeoff(runs(), level=4.0, ax=blank())
+    assert any(list(line.get_xdata()) == [4.0, 4.0] for line in ax.lines)
+    assert ax.get_title(loc="right") == "retrained without the forget data"
+    assert 4.0 < ax.get_xlim()[1] < 5.0  # in view, and the shade does not stretch the axis
+
+
+def test_tradeoff_of_one_method_names_it_above() -> None:
+    ax = tradeoff(runs().query("method == 'npo'"), ax=blank())
+    assert legend_of(ax) == ["plain", "gru", "gru-update"]
+    assert ax.get_title(loc="left") == "npo"
+
+
+# --- several panels
+
+
+def test_facets_share_the_scale_of_the_whole() -> None:
+    small = grown(-1)
+    small["value"] /= 1e3
+    figure = facets(stack({"large": grown(-1), "small": small}, "run"), heatmap, "run")
+    panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    assert [ax.get_title(loc="left") for ax in panels] == ["large", "small"]
+    first, second = (mesh_of(ax) for ax in panels)
+    assert first.norm.vmax == second.norm.vmax == pytest.approx(3e2)
+    assert first.norm.linthresh == second.norm.linthresh
+    assert len(figure.axes) == 3  # one colour bar for both
+
+
+def test_facets_keep_the_colour_of_a_run_that_a_panel_lacks() -> None:
+    table = stack({"a": effects(["model"]), "b": effects(["model"])}, "run").astype({"run": str})
+    lacking = table[(table["effect"] == "unlearning") | (table["run"] == "b")]
+    figure = facets(lacking, trajectory, "effect")
+    both, alone = figure.axes
+    colour = {line.get_label(): line.get_color() for line in both.lines}["b"]
+    assert SPARE[1].colour == colour
+    assert alone.get_title(loc="left") == "retaining"
+
+
+def test_facets_draw_a_tradeoff_for_each_method() -> None:
+    figure = facets(runs(), partial(tradeoff, level=2.0), "method")
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["ga", "npo"]
+    assert [bool(legend_of(ax)) for ax in figure.axes] == [False, True]
+    assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
+
+
+def test_sheet_has_three_panels_an_effect_and_clips_nothing() -> None:
+    figure = sheet(effects())
+    assert figure.get_suptitle() == "G-effect (nats), by layer"
+    titles = [ax.get_title(loc="left") for ax in figure.axes if ax.get_title(loc="left")]
+    assert titles == ["unlearning"] * 3 + ["retaining"] * 3
+    figure.draw_without_rendering()
+    width, height = figure.get_size_inches()
+    box = figure.get_tightbbox()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+# --- any table that is fit
+
+
+ODD = {
+    "one step": lambda: tidy(
+        np.ones((1, 9)), G_EFFECT, steps=np.array([3]), blocks=LAYERS, by="layer"
+    ),
+    "undefined": lambda: tidy(
+        np.full((25, 9), np.nan), G_EFFECT, steps=STEPS, blocks=LAYERS, by="layer"
+    ),
+    "zero": lambda: tidy(np.zeros((25, 9)), G_EFFECT, steps=STEPS, blocks=LAYERS, by="layer"),
+    "one block": lambda: grown(-1, ["model"]),
+    "undefined cosine": lambda: tidy(
+        np.full((1, 9), np.nan), COSINE, steps=STEPS[:1], blocks=LAYERS, by="layer"
+    ),
+    "no attrs": lambda: pd.DataFrame({"step": [0, 1], "layer": ["a", "a"], "value": [1.0, 2.0]}),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tables_are_drawn(name: str) -> None:
+    figure = sheet(ODD[name]())
+    figure.draw_without_rendering()
+
+
+def test_many_parameters_keep_readable_ticks() -> None:
+    names = [f"model.layers.{index}.mlp.{side}.weight" for index in range(97) for side in "abc"]
+    values = -np.ones((2, len(names)))
+    table = tidy(values, G_EFFECT, steps=STEPS[:2], blocks=names, by="parameter")
+    ticks = ticks_of(heatmap(table, ax=blank()), "y")
+    assert len(ticks) <= 20
+    assert (ticks[0], ticks[-1]) == ("0.a", "96.c")
+    assert len(ticks_of(profile(table, ax=blank()), "x")) <= 20
+    ax = trajectory(table, ax=blank())
+    assert len(data_lines(ax)) == len(names)
+    assert len(legend_of(ax)) <= 14
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 21, 34, 40, 41, 291])
+def test_thinned_places_hold_both_ends(count: int) -> None:
+    places = thinned(count)
+    assert (places[0], places[-1]) == (0, count - 1)
+    assert len(places) <= 20
+    assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize("limit", [1e-10, 1.0, 7e2, 1e15])
+def test_ticks_stay_within_the_scale_and_mirror(limit: float) -> None:
+    ticks = decades(Frame(limit, limit * 1e-4, []))
+    assert ticks == sorted(ticks) == [-tick for tick in reversed(ticks)]
+    assert ticks[-1] <= limit * (1 + 1e-6)
+    assert 3 <= len(ticks) <= 7
+
+
+def test_named_inks_are_distinct_within_a_figure() -> None:
+    for names in (["unlearning", "retaining"], list(NAMED)[4:], [f"run {n}" for n in range(7)]):
+        given = list(inks(names).values())
+        assert len(set(given)) == len(names)
+
+
+# --- unfit tables
+
+
+@pytest.mark.parametrize("plot", [heatmap, profile, trajectory, sheet])
+def test_empty_tables_are_refused(plot) -> None:
+    with pytest.raises(ValueError, match=r"`table` should .* Found none\. Widen"):
+        plot(grown(-1).iloc[:0])
+
+
+@pytest.mark.parametrize("plot", [heatmap, profile, trajectory, sheet])
+@pytest.mark.parametrize("column", ["step", "layer", "value"])
+def test_missing_columns_are_refused(plot, column: str) -> None:
+    with pytest.raises(ValueError, match=r"`table` should have .* Found .* Pass a table"):
+        plot(grown(-1).drop(columns=column))
+
+
+def test_tradeoff_refuses_a_missing_column() -> None:
+    with pytest.raises(ValueError, match="Found no retain_nll among method, variant"):
+        tradeoff(runs().drop(columns="retain_nll"))
+
+
+@pytest.mark.parametrize("plot", [heatmap, trajectory])
+def test_several_effects_in_one_panel_are_refused(plot) -> None:
+    with pytest.raises(
+        ValueError, match=r"effect: unlearning, retaining.*facets\(table"
+    ) as refusal:
+        plot(effects())
+    assert "table[table['effect'] == 'unlearning']" in str(refusal.value)
+
+
+def test_two_rows_in_one_place_are_refused() -> None:
+    table = grown(-1)
+    with pytest.raises(ValueError, match="the first at step 0, layer embedding"):
+        profile(pd.concat([table, table]))
+
+
+def test_facets_by_a_missing_column_are_refused() -> None:
+    with pytest.raises(ValueError, match="Found no run among"):
+        facets(grown(-1), heatmap, "run")
+
+
+# --- the reader's session
+
+
+def test_given_axes_open_no_figure_and_figures_are_not_held() -> None:
+    for plot in (heatmap, profile, trajectory):
+        ax = blank()
+        assert plot(grown(-1), ax=ax) is ax
+    sheet(grown(-1))
+    facets(effects(), heatmap, "effect")
+    with pytest.raises(ValueError, match="should"):
+        heatmap(effects())
+    assert pyplot.get_fignums() == []
+
+
+def test_without_axes_one_figure_is_opened() -> None:
+    ax = heatmap(grown(-1))
+    assert pyplot.get_fignums() == [ax.figure.number]
+    assert ax.figure.get_layout_engine().__class__.__name__ == "ConstrainedLayoutEngine"
+
+
+def test_tables_are_left_as_they_were() -> None:
+    table = effects()
+    before, attrs = table.copy(), dict(table.attrs)
+    sheet(table)
+    facets(table, profile, "effect")
+    pd.testing.assert_frame_equal(table, before)
+    assert table.attrs == attrs
+
+
+def test_plots_import_neither_torch_nor_the_analyzers() -> None:
+    code = (
+        "import sys, geffect.plots; sys.exit(bool({'torch', 'geffect.analysis'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
