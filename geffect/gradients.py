@@ -141,7 +141,7 @@ def differentiate(parameters: Sequence[nn.Parameter], losses: Mapping[str, Loss]
             for parameter in parameters:
                 parameter.grad = None
             seed = None if name not in seeds else torch.full_like(loss, seeds[name])
-            loss.backward(gradient=seed, retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            loss.backward(gradient=seed, retain_graph=retain_graph)
             vectors[name] = [parameter.grad for parameter in parameters]
     finally:
         for parameter, grad in zip(parameters, kept, strict=True):

@@ -78,21 +78,25 @@ def names_in(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
-    """The columns, `most` of them at most, whose names tell rows of one step and block apart."""
+    """The columns, `most` of them at most, whose names tell rows of one step and block apart.
+
+    >>> table = pd.DataFrame({"step": 0, "layer": "head", "effect": ["a", "b"], "value": 1.0})
+    >>> told_apart(table, most=1)
+    ['effect']
+    """
     require(table, ["step", "value"])
     block = blocks_of(table)
     several = {column: names for column, names in names_in(table).items() if len(names) > 1}
     if len(several) > most:
         column, names = next(iter(several.items()))
-        found = "; ".join(f"{of}: {', '.join(those)}" for of, those in several.items())
+        found = "; ".join(f"{of} ({', '.join(those)})" for of, those in several.items())
         raise ValueError(
-            f"`table` should hold {'one of each' if not most else f'at most {most} columns'} of "
-            f"what tells its rows apart, for one panel. Found several ({found}). "
+            f"`table` should have {f'at most {most}' if most else 'no'} columns that tell rows of "
+            f"one step and {block} apart, to fit one panel. Found {found}. "
             f"Choose with table[table[{column!r}] == {names[0]!r}], "
             f"or draw a panel for each with facets(table, ..., by={column!r})."
         )
-    place = ["step", block, *several]
-    once_only(table, place)
+    once_only(table, ["step", block, *several])
     return list(several)
 
 
@@ -109,5 +113,9 @@ def once_only(table: pd.DataFrame, place: Sequence[str]) -> None:
 
 
 def constants(table: pd.DataFrame) -> str:
-    """The names that hold for all rows, in words: what a panel or a figure is of."""
+    """The names that hold for all rows, in words: what a panel or a figure is of.
+
+    >>> constants(pd.DataFrame({"step": [0, 1], "effect": "retaining", "run": ["ga", "npo"]}))
+    'retaining'
+    """
     return ", ".join(names[0] for names in names_in(table).values() if len(names) == 1)

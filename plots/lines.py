@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from geffect.scores import blocks_of
 
-from .fit import all_levels, blocks_in, constants, short, told_apart
+from .fit import all_levels, blocks_in, constants, names_in, short, told_apart
 from .style import (
     Frame,
     Ink,
@@ -113,9 +113,8 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         )  # fmt: skip
     step_axis(ax)
     dress(ax)
-    heading(
-        ax, ", ".join(filter(None, [constants(table), *(present if len(present) == 1 else [])]))
-    )
+    block_alone = present if len(present) == 1 else []
+    heading(ax, ", ".join(filter(None, [constants(table), *block_alone])))
     if len(lines) > 1:
         key(ax, [drawn[place] for place in thinned(len(drawn), most=14)])
     return ax
@@ -126,10 +125,10 @@ def lines_of(
 ) -> Iterator[tuple[str, Ink, pd.DataFrame]]:
     """Name, ink and rows of each line: coloured by the first column, dashed by the last."""
     if not several:
-        name = constants(table)
-        yield name, inks([name])[name], table
+        names = [held[0] for held in names_in(table).values()] or [""]
+        yield ", ".join(names), inks(names)[names[0]], table
         return
     colours, dashes = (inks(all_levels(table[column])) for column in (several[0], several[-1]))
-    for names, part in table.groupby(list(several), observed=True, sort=False):
-        first, *_, last = str(names[0]), str(names[-1])
-        yield ", ".join(map(str, names)), Ink(colours[first].colour, dashes[last].dashes), part
+    for key_of, part in table.groupby(list(several), observed=True, sort=False):
+        names = list(map(str, key_of))
+        yield ", ".join(names), Ink(colours[names[0]].colour, dashes[names[-1]].dashes), part

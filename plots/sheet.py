@@ -66,7 +66,11 @@ def sheet(table: pd.DataFrame) -> Figure:
     'G-effect (nats), by layer'
     """
     several = told_apart(table, most=1)
-    rows = [part for _, part in table.groupby(several, observed=True)] if several else [table]
+    rows = (
+        [part for _, part in table.groupby(several, observed=True, sort=False)]
+        if several
+        else [table]
+    )
     longest = max(map(len, short(blocks_in(table))))
     figure = new_figure(12.0 + 0.12 * longest, 2.9 * len(rows) + 0.5 + 0.04 * longest)
     grid = figure.subplots(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from textwrap import fill
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -23,24 +24,27 @@ from geffect.scores import score_of
 
 from .fit import blocks_in
 
-Dashes = tuple[int, tuple[float, ...]]
+Dashes = Literal["-"] | tuple[int, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class Ink:
-    """Colour and dashes of a line; either alone tells lines apart, on paper printed grey too."""
+    """Colour and dashes of a line: either alone tells it from its neighbours.
+
+    The colours differ in lightness too, for paper printed grey.
+    """
 
     colour: str
-    dashes: Dashes = (0, ())
+    dashes: Dashes = "-"
 
 
-SOLID: Dashes = (0, ())
+SOLID: Dashes = "-"
 DASHED: Dashes = (0, (5, 1.6))
 DOTTED: Dashes = (0, (1.1, 1.3))
 DASH_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5))
 DASH_DOT_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5, 1.1, 1.5))
 
-UNLEARNING, RETAINING = Ink("#c23b36", SOLID), Ink("#2f6db3", DASHED)
+UNLEARNING, RETAINING = Ink("#b3261e", SOLID), Ink("#4a90d9", DASHED)
 PLAIN = Ink("#333333", SOLID)
 GRU = Ink("#00875f", DASHED)
 GRU_UPDATE = Ink("#b0569b", DASH_DOT)
@@ -238,18 +242,15 @@ def dress(ax: Axes, *, frame: bool = True) -> None:
     ax.tick_params(which="minor", width=0.4, length=1.5)
 
 
-def key(ax: Axes, handles: Sequence[Artist], *, title: str | None = None) -> Legend:
+def key(ax: Axes, handles: Sequence[Artist]) -> Legend:
     """The legend of the handles, to the right of the data."""
     return ax.legend(
         handles=list(handles),
-        title=title,
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         borderaxespad=0.0,
         frameon=False,
         fontsize="small",
-        title_fontsize="small",
-        alignment="left",
         handlelength=2.6,
     )
 
@@ -265,7 +266,11 @@ def note(ax: Axes, text: str) -> None:
 
 
 def wrapped(label: str) -> str:
-    """The label on lines short enough to stand upright beside a panel."""
+    """The label on lines short enough to stand upright beside a panel, the unit on its own.
+
+    >>> wrapped("retaining G-effect (nats per token per step)").splitlines()
+    ['retaining G-effect', '(nats per token per step)']
+    """
     if len(label) <= 34:
         return label
     words, bracket, unit = label.partition(" (")

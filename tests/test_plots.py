@@ -182,7 +182,7 @@ def test_profile_is_the_median_over_steps_of_each_effect() -> None:
     unlearning, retaining = data_lines(ax)
     assert unlearning.get_color() == UNLEARNING.colour
     assert retaining.get_color() == RETAINING.colour
-    assert unlearning.get_linestyle() != retaining.get_linestyle()
+    assert (unlearning.is_dashed(), retaining.is_dashed()) == (False, True)
     np.testing.assert_allclose(
         unlearning.get_ydata(), np.median(grown(-1)["value"].to_numpy().reshape(-1, 9), axis=0)
     )
@@ -222,7 +222,7 @@ def test_trajectory_of_one_block_has_a_line_an_effect() -> None:
 def test_two_columns_are_told_apart_by_colour_and_dashes() -> None:
     table = stack({"plain": effects(["model"]), "gru": effects(["model"])}, "variant")
     lines = data_lines(trajectory(table, ax=blank()))
-    looks = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
+    looks = {line.get_label(): (line.get_color(), line.is_dashed()) for line in lines}
     assert len(set(looks.values())) == 4
     assert looks["unlearning, plain"][0] == looks["unlearning, gru"][0] == UNLEARNING.colour
     assert looks["unlearning, gru"][1] == looks["retaining, gru"][1]
@@ -403,7 +403,7 @@ def test_tradeoff_refuses_a_missing_column() -> None:
 @pytest.mark.parametrize("plot", [heatmap, trajectory])
 def test_several_effects_in_one_panel_are_refused(plot) -> None:
     with pytest.raises(
-        ValueError, match=r"effect: unlearning, retaining.*facets\(table"
+        ValueError, match=r"effect \(unlearning, retaining\).*facets\(table"
     ) as refusal:
         plot(effects())
     assert "table[table['effect'] == 'unlearning']" in str(refusal.value)

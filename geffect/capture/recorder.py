@@ -258,7 +258,7 @@ class Recorder:
             ),
             sources=self._sources,
             blocks=self._blocks,
-            manifest=self._manifest(step),
+            manifest={} if self._writer.count else self._manifest(step),
         )
 
     def _check_constant(self, names: Sequence[str], blocks: tuple[str, ...]) -> None:

@@ -1,0 +1,120 @@
+"""`geffect report`: runs as one self-contained page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from geffect import Run
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (.h5).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write (.html).")],
+) -> None:
+    """Write the scores and pictures of one or several runs into a page that opens offline."""
+    from geffect import open_run
+
+    output.write_text(runs_report([open_run(path) for path in runs]), encoding="utf-8")
+    typer.echo(f"{len(runs)} runs in {output}")
+
+
+def runs_report(runs: Sequence["Run"]) -> str:
+    """The page of some runs: what was recorded, and for each its G-effects, cosines, conflicts."""
+    return _render("runs.html.jinja", runs=[_sections(run) for run in runs])
+
+
+def study_report(summary: Mapping[str, Any], out: Path) -> str:
+    """The page of a study, from its summary and the figures in `out`."""
+    from geffect.demo.findings import AT_LEVEL, equal_forgetting
+
+    figures = sorted((out / "figures").glob("*.png"))
+    table = equal_forgetting(summary)
+    return _render(
+        "study.html.jinja",
+        summary=summary,
+        figures={path.stem: _embedded(path.read_bytes()) for path in figures},
+        rows=_rows(table, list(AT_LEVEL)),
+        original=_means(summary["original"]),
+        worst=float(table["retain_nll"].max()),
+    )
+
+
+def _sections(run: "Run") -> dict[str, Any]:
+    from geffect import plots
+    from geffect.analysis import conflict, cosine, g_effect
+
+    layers = g_effect(run)
+    rates = conflict(run).groupby("layer", observed=True)["value"].mean()
+    last = g_effect(run, "model")
+    return {
+        "name": run.name,
+        "manifest": run.manifest,
+        "state": run.state,
+        "steps": len(run.steps),
+        "sources": run.sources,
+        "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
+        "last": last[last["step"] == last["step"].max()].set_index("effect")["value"].to_dict(),
+        "conflicts": rates.to_dict(),
+        "g_effect": _drawn(plots.sheet(layers)),
+        "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain"))),
+    }
+
+
+def _rows(table: "pd.DataFrame", measured: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each method and variant: the mean over seeds of each value, and the single ones."""
+    rows = []
+    for (method, variant), part in table.groupby(["method", "variant"], sort=False):
+        values = {}
+        for name in (*measured, "share_update_violating", "learning_rate"):
+            single = part.sort_values("seed")[name].dropna().tolist()
+            values[name] = (sum(single) / len(single) if single else None, single)
+        reached = part["reached_level"].fillna(True).astype(bool)
+        rows.append(
+            {
+                "method": method,
+                "variant": variant,
+                "values": values,
+                "missed": part.loc[~reached, "seed"].tolist(),
+            }
+        )
+    return rows
+
+
+def _means(by_seed: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over seeds of whatever is a number."""
+    names = [name for name, value in next(iter(by_seed.values())).items() if value == value]
+    return {
+        name: sum(measured[name] for measured in by_seed.values()) / len(by_seed)
+        for name in names
+        if isinstance(next(iter(by_seed.values()))[name], float)
+    }
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("geffect.cli"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def _drawn(figure: "Figure") -> str:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    return _embedded(drawn.getvalue())
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,88 @@
+"""The pictures of a study, drawn from its run files and its summary."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from geffect import Run, open_run
+from geffect.analysis import conflict, cosine, g_effect
+from geffect.plots import facets, heatmap, profile, sheet, tradeoff, trajectory
+from geffect.scores import Score, stack, tidy
+
+FORMATS = ("png", "pdf")
+
+Runs = dict[tuple[str, str], Run]  # by method and variant
+
+
+def draw_all(summary: Mapping[str, Any], out: Path) -> None:
+    """Write every figure into out/figures, as PNG and PDF.
+
+    Curves and heatmaps are those of the first seed: gold levels differ between seeds.
+    """
+    for name, figure in _figures(summary, out):
+        for kind in FORMATS:
+            figure.savefig(out / "figures" / f"{name}.{kind}", dpi=150)
+
+
+def _figures(summary: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Figure]]:
+    seed = summary["seeds"][0]
+    of_seed = [run for run in summary["runs"] if run["seed"] == seed]
+    runs = {(run["method"], run["variant"]): open_run(out / run["file"]) for run in of_seed}
+    level = summary["gold"][str(seed)]["forget_nll"]
+    yield "tradeoff", facets(_curves(of_seed, level), partial(tradeoff, level=level), "method")
+    plain = {method: run for (method, variant), run in runs.items() if variant == "plain"}
+    for method, run in plain.items():
+        yield f"g_effect_{method}", facets(g_effect(run), heatmap, "effect")
+    first = next(iter(plain))
+    yield f"sheet_{first}", sheet(g_effect(plain[first]))
+    yield "cosine", facets(_cosines(runs), trajectory, "method")
+    yield "conflict", _conflict_rates(plain)
+
+
+def _curves(runs: list[Mapping[str, Any]], level: float) -> pd.DataFrame:
+    """The points of every run's curve, and the one at the level."""
+    curves = []
+    for run in runs:
+        curve = pd.DataFrame(run["curve"]).assign(at_level=False)
+        if run["at_level"]:
+            there = {"step": run["at_level"]["step"], "retain_nll": run["at_level"]["retain_nll"]}
+            crossing = pd.DataFrame([{**there, "forget_nll": level, "at_level": True}])
+            curve = pd.concat([curve, crossing], ignore_index=True)
+        curves.append(curve.assign(method=run["method"], variant=run["variant"]))
+    table = pd.concat(curves, ignore_index=True)
+    return table.astype({name: _in_order(table[name]) for name in ("method", "variant")})
+
+
+def _cosines(runs: Runs) -> pd.DataFrame:
+    """cos(objective, retain) of the whole model, by variant and method."""
+    methods: dict[str, dict[str, pd.DataFrame]] = {}
+    for (method, variant), run in runs.items():
+        table = cosine(run, "objective", "retain", by="model")
+        methods.setdefault(method, {})[variant] = table
+    return stack({m: stack(tables, "variant") for m, tables in methods.items()}, "method")
+
+
+def _conflict_rates(plain: Mapping[str, Run]) -> Figure:
+    """The share of steps in which a layer's objective gradient opposes the retain gradient."""
+    score = Score("conflict_rate", "share of steps in conflict with retain", limits=(0.0, 1.0))
+    rates = {}
+    for method, run in plain.items():
+        layers = conflict(run).groupby("layer", observed=True)["value"].mean()
+        rates[method] = tidy(
+            layers.to_numpy()[None, :],
+            score,
+            steps=run.steps[:1],
+            blocks=list(layers.index),
+            by="layer",
+        )
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    profile(stack(rates, "method"), ax=figure.subplots())
+    return figure
+
+
+def _in_order(column: "pd.Series[str]") -> pd.CategoricalDtype:
+    return pd.CategoricalDtype(column.drop_duplicates(), ordered=True)

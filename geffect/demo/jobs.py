@@ -1,0 +1,112 @@
+"""The two kinds of work in a study: train a model, and run one method in one variant."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from geffect import open_run
+from geffect.analysis import conflict, g_effect, violation
+
+from . import language_model as lm
+from .corpus import generate
+from .methods import VARIANTS
+from .unlearning import Data, measure, relearn, unlearn
+from .workers import Say
+
+APPRECIABLE = 1e-3
+"""Of its peak: a model that has memorised its data starts with almost no gradient, of any sign."""
+
+
+KINDS = ("original", "gold")
+"""The model that has memorised all facts, and the one that never saw the forget set."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train the model of one kind, save it and measure it."""
+
+    out: Path
+    seed: int
+    kind: str
+    recipe: lm.Recipe
+    stage: str = "train"
+    weight: float = 4.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-seed{self.seed}"
+
+    def run(self, say: Say) -> dict[str, Any]:
+        corpus = generate(self.seed, self.recipe.corpus)
+        tokenizer = lm.train_tokenizer(corpus)
+        model = lm.train(
+            self.recipe,
+            tokenizer,
+            corpus.memorised if self.kind == "original" else corpus.kept,
+            self.seed,
+            lambda done, total: say(done / total, f"step {done} of {total}"),
+        )
+        folder = self.out / "models" / self.name
+        model.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        data = Data.of(corpus, tokenizer)
+        return {**measure(model, data), "relearn_nll": relearn(model, data)}
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """One unlearning run, from the original to the level of the gold model."""
+
+    out: Path
+    seed: int
+    method: str
+    variant: str
+    level: float
+    recipe: lm.Recipe
+    stage: str = "unlearn"
+
+    @property
+    def weight(self) -> float:
+        return VARIANTS[self.variant].duration
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.variant}-seed{self.seed}"
+
+    def run(self, say: Say) -> dict[str, Any]:
+        disable_progress_bar()  # that of loading a checkpoint; the study has its own
+        folder = self.out / "models" / f"original-seed{self.seed}"
+        file = f"runs/{self.name}.h5"
+        result = unlearn(
+            LlamaForCausalLM.from_pretrained(folder),
+            Data.of(
+                generate(self.seed, self.recipe.corpus),
+                Tokenizer.from_file(str(folder / "tokenizer.json")),
+            ),
+            self.method,
+            self.variant,
+            self.seed,
+            self.level,
+            self.out / file,
+            lambda step, nll: say(min(1.0, nll / self.level), f"step {step}, forget NLL {nll:.2f}"),
+        )
+        return {**result, "file": file, **shares(self.out / file)}
+
+
+def shares(path: Path) -> dict[str, float]:
+    """What the findings need of a run file, in one number each."""
+    run = open_run(path)
+    effect = g_effect(run, by="model").query("effect == 'retaining'")["value"]
+    appreciable = effect[effect.abs() > APPRECIABLE * effect.abs().max()]
+    return {
+        "share_retaining_negative": float((effect < 0).mean()),
+        "share_appreciable_retaining_negative": float((appreciable < 0).mean()),
+        "retaining_lowest": float(effect.min()),
+        "retaining_last": float(effect.iloc[-1]),
+        "share_update_violating": float(violation(run)["value"].mean()),
+        "share_layers_in_conflict": float(conflict(run)["value"].mean()),
+    }

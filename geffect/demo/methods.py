@@ -1,0 +1,87 @@
+"""What the study compares: unlearning methods, and variants of the step that is taken."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from geffect import Rectifier
+from geffect.gradients import Loss
+from geffect.objectives import NPO, SharedForward, WeightedGradientAscent
+from geffect.objectives.base import Pair
+
+EMA = 0.2
+"""Weight of the new retain gradient; the paper's 0.8 measured worse on this small model."""
+
+BETA, ALPHA = 0.1, 1.0
+
+Objective = Callable[[SharedForward, Pair, Any], dict[str, Loss]]
+"""From (model, batch, model before unlearning) to the loss `objective`, and its parts if any.
+
+The losses `forget` and `retain` are there already: what is a combination of them costs no pass.
+"""
+
+
+def _ga(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+    return {"objective": {"forget": -1.0}}
+
+
+def _wga(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+    return {"objective": WeightedGradientAscent(ALPHA)(model, batch)}
+
+
+def _npo(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+    return {"objective": NPO(BETA, reference)(model, batch)}
+
+
+def _graddiff(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+    return {"objective": {"forget": -1.0, "retain": 1.0}}
+
+
+def _npo_gd(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+    return {
+        "objective": {"objective.forget": 1.0, "retain": 1.0},
+        "objective.forget": NPO(BETA, reference)(model, batch),
+    }
+
+
+METHODS: dict[str, Objective] = {
+    "ga": _ga,
+    "wga": _wga,
+    "npo": _npo,
+    "graddiff": _graddiff,
+    "npo+gd": _npo_gd,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a step is rectified, with the learning rate it is run at."""
+
+    summary: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 3e-4
+    duration: float = 1.0  # of a run, beside the plain one
+
+    def rectifier(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Rectifier:
+        """The rectifier of this variant; that of the plain one only watches."""
+        return Rectifier(model, optimizer=optimizer, ema=EMA, **self.options)
+
+
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant("the objective alone", {"rule": None}),
+    "gru": Variant("GRU: the gradient is projected, then AdamW steps"),
+    "gru-update": Variant("AdamW's own step is projected", {"space": "update"}),
+    "gru-coordinate": Variant(
+        "AdamW's own step, each coordinate by itself",
+        {"space": "update", "scope": "coordinate"},
+        learning_rate=1e-3,
+    ),
+    "select": Variant(
+        "AdamW's own step, on the most salient 0.5 % of coordinates",
+        {"rule": None, "space": "update", "select": 0.005},
+        learning_rate=2e-3,
+        duration=1.7,
+    ),
+}

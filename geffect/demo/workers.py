@@ -1,0 +1,102 @@
+"""Worker processes of one thread each, and what their jobs tell of themselves while they run."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any, Protocol
+
+import torch
+
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: `done` between 0 and 1, and what it says of itself."""
+
+    job: str
+    stage: str
+    weight: float
+    done: float
+    says: str
+
+
+Report = Callable[[Progress], None]
+Say = Callable[[float, str], None]
+
+
+class Job(Protocol):
+    """Work for one process. `weight` is how long it takes beside the others."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    def run(self, say: Say) -> Any: ...
+
+
+@contextmanager
+def working(count: int, report: Report) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
+    """A function that runs jobs in `count` processes, the longest first, and returns their results.
+
+    Models as small as those of the study are slower on two threads than on one.
+    """
+    # Not forked: a process that inherits torch's thread pool may hang.
+    context = multiprocessing.get_context("spawn")
+    news = context.Queue()
+    with ProcessPoolExecutor(
+        count, mp_context=context, initializer=_start, initargs=(news,)
+    ) as pool:
+
+        def run(jobs: Sequence[Job]) -> list[Any]:
+            futures = {
+                job.name: pool.submit(_run, job) for job in sorted(jobs, key=lambda j: -j.weight)
+            }
+            try:
+                _watch(list(futures.values()), news, report)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [futures[job.name].result() for job in jobs]
+
+        yield run
+
+
+def _watch(futures: Sequence[Future[Any]], news: Any, report: Report) -> None:
+    pending = set(futures)
+    while pending:
+        ended, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+        for future in ended:
+            future.result()  # a job that failed ends the study
+        while True:
+            try:
+                report(news.get_nowait())
+            except Empty:
+                break
+
+
+_news: Any = None
+
+
+def _start(news: Any) -> None:
+    global _news
+    _news = news
+    torch.set_num_threads(1)
+
+
+def _run(job: Job) -> Any:
+    def say(done: float, says: str) -> None:
+        _news.put(Progress(job.name, job.stage, job.weight, done, says))
+
+    say(0.0, "starts")
+    result = job.run(say)
+    say(1.0, "done")
+    return result

@@ -1,0 +1,318 @@
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from geffect.demo.corpus import Corpus, Fact, Size, generate
+from geffect.demo.language_model import (
+    BOS,
+    EOS,
+    FULL,
+    IGNORED,
+    PAD,
+    QUICK,
+    SEP,
+    VOCABULARY,
+    Batch,
+    Recipe,
+    build,
+    by_length,
+    encode,
+    evaluate,
+    extraction_strength,
+    nll,
+    relearn_nll,
+    rows,
+    train,
+    train_tokenizer,
+)
+
+TINY = Recipe(
+    corpus=Size(authors=3, forget=1, heldout=1, world=4),
+    layers=2,
+    hidden=48,
+    heads=2,
+    epochs=40,
+    batch=8,
+    learning_rate=8e-3,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return generate(0, TINY.corpus)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Corpus) -> Tokenizer:
+    return train_tokenizer(corpus)
+
+
+@pytest.fixture(scope="module")
+def memorised(corpus: Corpus, tokenizer: Tokenizer) -> LlamaForCausalLM:
+    return train(TINY, tokenizer, corpus.memorised, seed=0)
+
+
+@pytest.fixture(scope="module")
+def gold(corpus: Corpus, tokenizer: Tokenizer) -> LlamaForCausalLM:
+    return train(TINY, tokenizer, corpus.kept, seed=0)
+
+
+class Oracle(nn.Module):
+    """Predicts `predicted[row, token]` at every token of one batch, whatever it is shown."""
+
+    def __init__(self, predicted: Tensor) -> None:
+        super().__init__()
+        logits = nn.functional.one_hot(predicted, VOCABULARY).float() * 50
+        self.model = lambda input_ids: SimpleNamespace(last_hidden_state=logits[:, :-1])
+        self.lm_head = nn.Identity()
+
+
+def oracle(batch: Batch, *, wrong: list[tuple[int, int]] = ()) -> LlamaForCausalLM:  # type: ignore[assignment]
+    """Predicts all labels of `batch`, but not the n-th of a row for `(row, n)` in `wrong`."""
+    following = batch["input_ids"].roll(-1, dims=1)
+    for row, n in wrong:
+        token = (batch["labels"][row] != IGNORED).nonzero()[n]
+        following[row, token - 1] += 1
+    return cast(LlamaForCausalLM, Oracle(following))
+
+
+def naive(model: LlamaForCausalLM, tokenizer: Tokenizer, facts: tuple[Fact, ...]) -> list[float]:
+    """NLL and extraction strength token by token, each from its own unpadded prefix."""
+    losses, strengths = [], []
+    for fact in facts:
+        prefix = [BOS, *tokenizer.encode(fact.question).ids, SEP]
+        right = []
+        for token in [*tokenizer.encode(fact.answer).ids, EOS]:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prefix])).logits[0, -1].double()
+            losses.append(float(logits.logsumexp(0) - logits[token]))
+            right.append(int(logits.argmax()) == token)
+            prefix.append(token)
+        answer = right[:-1]
+        completed = 0
+        while completed < len(answer) and answer[-1 - completed]:
+            completed += 1
+        strengths.append(completed / len(answer))
+    return [sum(losses) / len(losses), sum(strengths) / len(strengths)]
+
+
+def test_full_model_has_its_size() -> None:
+    tokenizer = train_tokenizer(generate(0))
+    assert tokenizer.get_vocab_size() == VOCABULARY == 1024
+    assert build(FULL, tokenizer, 0).num_parameters() == 818_400
+    lengths = encode(tokenizer, generate(0).memorised)["attention_mask"].sum(1)
+    assert lengths.max() < 32
+
+
+def test_tokenizer_gives_back_every_text(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    texts = [fact.question for fact in corpus.forget_paraphrases + corpus.retain]
+    for text in [*texts, "Zoë wrote “Ærø” in 漢字."]:
+        ids = tokenizer.encode(text).ids
+        assert min(ids) > max(PAD, BOS, EOS, SEP)
+        assert tokenizer.decode(ids).removeprefix(" ") == text
+
+
+def test_tokenizer_is_the_same_each_time(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    assert train_tokenizer(corpus).to_str() == tokenizer.to_str()
+
+
+def test_row_is_question_then_answer(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    batch = encode(tokenizer, corpus.forget)
+    for fact, ids, mask in zip(
+        corpus.forget,
+        batch["input_ids"].tolist(),
+        batch["attention_mask"].tolist(),
+        strict=True,
+    ):
+        real, padding = ids[: sum(mask)], ids[sum(mask) :]
+        assert mask == [1] * len(real) + [0] * len(padding)
+        assert (real[0], real[-1], set(padding) - {PAD}) == (BOS, EOS, set())
+        between = real.index(SEP)
+        assert tokenizer.decode(real[1:between]).strip() == fact.question
+        assert tokenizer.decode(real[between + 1 : -1]).strip() == fact.answer
+
+
+def test_labels_are_answer_and_eos(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    batch = encode(tokenizer, corpus.retain)
+    for fact, labels in zip(corpus.retain, batch["labels"], strict=True):
+        scored = labels[labels != IGNORED].tolist()
+        assert scored[-1] == EOS
+        assert tokenizer.decode(scored[:-1]).strip() == fact.answer
+    assert torch.equal(
+        batch["labels"][batch["labels"] != IGNORED],
+        batch["input_ids"][batch["labels"] != IGNORED],
+    )
+
+
+def test_whole_labels_are_all_but_bos_and_padding(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    batch = encode(tokenizer, corpus.retain, whole=True)
+    expected = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    expected[:, 0] = IGNORED
+    assert torch.equal(batch["labels"], expected)
+
+
+def test_no_facts_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"`facts` should be .* Found none"):
+        encode(tokenizer, [])
+
+
+def test_rows_are_no_wider_than_needed(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    batch = encode(tokenizer, corpus.memorised)
+    chosen = rows(batch, [3, 1])
+    alone = encode(tokenizer, [corpus.memorised[3], corpus.memorised[1]])
+    assert all(torch.equal(chosen[name], alone[name]) for name in batch)
+    parts = by_length(batch, 5)
+    assert [len(part["labels"]) for part in parts] == [5] * 6 + [4]
+    widths = [part["input_ids"].shape[1] for part in parts]
+    assert widths == sorted(widths)
+    assert sum(int(part["input_ids"].sum()) for part in parts) == batch["input_ids"].sum()
+
+
+def test_measures_equal_a_loop_over_tokens(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    gold: LlamaForCausalLM,
+) -> None:
+    batches = by_length(encode(tokenizer, corpus.forget), 4)
+    found = evaluate(gold, batches)
+    expected = naive(gold, tokenizer, corpus.forget)
+    assert [found.nll, found.extraction_strength] == pytest.approx(expected, rel=1e-5)
+    assert 0 < found.extraction_strength < 1
+    assert nll(gold, batches) == found.nll
+    assert extraction_strength(gold, batches) == found.extraction_strength
+
+
+def test_nll_is_that_of_the_masked_forward(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    gold: LlamaForCausalLM,
+) -> None:
+    batch = encode(tokenizer, corpus.forget)
+    with torch.no_grad():
+        logits = gold(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1),
+        batch["labels"][:, 1:].flatten(),
+    )
+    assert nll(gold, [batch]) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_padding_changes_nothing(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    gold: LlamaForCausalLM,
+) -> None:
+    batch = encode(tokenizer, corpus.forget)
+    fill = {"input_ids": PAD, "attention_mask": 0, "labels": IGNORED}
+    wide = {
+        name: nn.functional.pad(tensor, (0, 9), value=fill[name]) for name, tensor in batch.items()
+    }
+    assert nll(gold, [wide]) == pytest.approx(nll(gold, [batch]), rel=1e-6)
+    assert extraction_strength(gold, [wide]) == extraction_strength(gold, [batch])
+
+
+def test_extraction_strength_counts_from_the_end(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    batch = encode(tokenizer, corpus.forget[:2])
+    length = int((batch["labels"][0] != IGNORED).sum()) - 1
+    assert extraction_strength(oracle(batch), [batch]) == 1
+    assert nll(oracle(batch), [batch]) < 1e-6
+    last, eos = length - 1, length
+    for wrong, strength in (
+        ([last], 0.0),
+        ([last, 0], 0.0),
+        ([eos], 1.0),
+        ([0], (length - 1) / length),
+        ([0, length - 3], 2 / length),
+    ):
+        model = oracle(batch, wrong=[(0, n) for n in wrong])
+        assert extraction_strength(model, [batch]) == pytest.approx((strength + 1) / 2)
+
+
+def test_the_model_memorises_and_gold_does_not_know(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    memorised: LlamaForCausalLM,
+    gold: LlamaForCausalLM,
+) -> None:
+    forget = [encode(tokenizer, corpus.forget)]
+    kept = [encode(tokenizer, corpus.kept)]
+    assert nll(memorised, forget) < 0.1
+    assert nll(memorised, kept) < 0.1
+    assert nll(gold, kept) < 0.1
+    assert nll(gold, forget) > 1.5
+    assert extraction_strength(memorised, forget) > 0.9
+    assert extraction_strength(gold, forget) < 0.5
+
+
+def test_training_is_bitwise_the_same(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    recipe = replace(TINY, epochs=2)
+
+    def weights(seed: int, noise: int) -> Tensor:
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        model = train(recipe, tokenizer, corpus.memorised, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(weights(3, noise=1), weights(3, noise=2))
+    assert not torch.equal(weights(3, noise=1), weights(4, noise=1))
+
+
+def test_training_reports_every_step(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    steps: list[tuple[int, int]] = []
+    recipe = replace(TINY, epochs=2)
+    model = train(recipe, tokenizer, corpus.kept, 0, lambda *step: steps.append(step))
+    total = 2 * math.ceil(len(corpus.kept) / recipe.batch)
+    assert steps == [(step, total) for step in range(1, total + 1)]
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_relearning_is_a_plain_loop_on_a_copy(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    gold: LlamaForCausalLM,
+) -> None:
+    half_a = encode(tokenizer, corpus.forget[::2])
+    half_b = encode(tokenizer, corpus.forget[1::2])
+    weights = copy.deepcopy(gold.state_dict())
+    on_a, on_b = relearn_nll(gold, half_a, half_b)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in gold.state_dict().items())
+
+    student = copy.deepcopy(gold)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, weight_decay=0.0)
+    for _ in range(8):
+        optimizer.zero_grad()
+        logits = student(half_b["input_ids"], attention_mask=half_b["attention_mask"]).logits
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1),
+            half_b["labels"][:, 1:].flatten(),
+        ).backward()
+        optimizer.step()
+    assert on_a == pytest.approx(nll(student, [half_a]), rel=1e-3)
+    assert on_a < nll(gold, [half_a])
+    assert on_b < nll(gold, [half_b])
+
+
+def test_quick_is_smaller_in_every_way() -> None:
+    assert QUICK.corpus.authors < FULL.corpus.authors
+    assert QUICK.layers < FULL.layers
+    assert QUICK.hidden < FULL.hidden
+    assert QUICK.hidden % (2 * QUICK.heads) == FULL.hidden % (2 * FULL.heads) == 0
