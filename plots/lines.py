@@ -68,7 +68,8 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.5, len(frame.blocks) - 0.5)
     ax.set_xlabel(f"{block}, from input to output", fontsize="medium")
     dress(ax)
-    note(ax, "median and quartiles over steps")
+    if table["step"].nunique() > 1:
+        note(ax, "median and quartiles over steps")
     heading(ax, constants(table))
     if several:
         key(ax, drawn)

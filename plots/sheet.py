@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -50,6 +51,7 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
         if place % wide:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
+    shared_key(figure, panels)
     keep_once([*reversed(panels[:wide]), *panels[wide:]])
     figure.suptitle(constants(table), fontsize="large")
     return figure
@@ -84,6 +86,26 @@ def sheet(table: pd.DataFrame) -> Figure:
     keep_once(grid[:, 2])
     figure.suptitle(f"{score_of(table).label}, by {blocks_of(table)}", fontsize="large")
     return figure
+
+
+def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for the whole figure in the place of those of its panels."""
+    named: dict[str, Artist] = {}
+    for ax in panels:
+        if legend := ax.get_legend():
+            for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+                if handle is not None:
+                    named.setdefault(text.get_text(), handle)
+            legend.remove()
+    if named:
+        figure.legend(
+            handles=list(named.values()),
+            labels=list(named),
+            loc="outside right upper",
+            frameon=False,
+            fontsize="small",
+            handlelength=2.6,
+        )
 
 
 def keep_once(panels: Iterable[Axes]) -> None:

@@ -300,7 +300,11 @@ def test_facets_keep_the_colour_of_a_run_that_a_panel_lacks() -> None:
 def test_facets_draw_a_tradeoff_for_each_method() -> None:
     figure = facets(runs(), partial(tradeoff, level=2.0), "method")
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["ga", "npo"]
-    assert [bool(legend_of(ax)) for ax in figure.axes] == [False, True]
+    assert [bool(legend_of(ax)) for ax in figure.axes] == [False, False]
+    (legend,) = figure.legends  # one for all panels, with every variant once
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == list(dict.fromkeys(named))
+    assert set(runs()["variant"]) <= set(named)
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
 
 

@@ -7,9 +7,9 @@ import typer
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Folder for runs, figures and report.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for runs, figures and report.")
+    ] = Path("runs/demo"),
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0",
     methods: Annotated[
         str | None, typer.Option(help="Some of ga,wga,npo,graddiff,npo+gd; all if left out.")

@@ -43,4 +43,4 @@ def _said(value: object) -> str:
         return "\n".join(f"{name}: {_said(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if type(value) is int else str(value)  # True is an int too

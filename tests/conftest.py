@@ -1,0 +1,125 @@
+"""What several tests share: runs to read, and one quick study for the whole session."""
+
+import os
+
+os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, in child processes too
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from geffect import Recorder, Rectifier, Run, open_run
+from geffect.layers import Parameter
+from geffect.objectives import SharedForward, nll
+from geffect.store.schema import VERSION, Row
+from geffect.store.writer import RunWriter
+from tests import tiny
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that the command line has run, and what it said meanwhile."""
+
+    out: Path
+    said: str
+    complained: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+        return summary
+
+
+@pytest.fixture(scope="session")
+def quick_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The quick study of GA, run once."""
+    out = tmp_path_factory.mktemp("quick") / "study"
+    script = Path(sys.executable).with_name("geffect")
+    told = [script, "demo", "--quick", "--methods", "ga", "--out", out]
+    ended = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return Study(out, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file with every source: GA with GRU and AdamW on a tiny Llama."""
+    path = tmp_path_factory.mktemp("recorded") / "tiny.h5"
+    model = tiny.llama(tied=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model)
+    with Recorder(model, path, metadata={"method": "ga"}, update=True) as recorder:
+        for batch in tiny.pairs(4):
+            shared = SharedForward(model)
+            recorder.backward(
+                objective={"forget": -1.0},
+                forget=nll(shared, batch["forget"]),
+                retain=nll(shared, batch["retain"]),
+                rectifier=rectifier,
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    return path
+
+
+@pytest.fixture(scope="session")
+def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file without the update and without a rectifier, of a model without layers."""
+    path = tmp_path_factory.mktemp("unwatched") / "plain.h5"
+    model = nn.Linear(3, 1)
+    with Recorder(model, path) as recorder:
+        for step in range(2):
+            forget, retain = model(torch.eye(3)[step]).sum() ** 2, model(torch.ones(3)).sum() ** 2
+            recorder.backward(objective={"forget": -1.0}, forget=forget, retain=retain)
+    return path
+
+
+@pytest.fixture(scope="session")
+def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
+
+    def example_run(*, update: bool = False) -> Run:
+        path = tmp_path_factory.mktemp("example") / "example.h5"
+        _write_example(path, update)
+        return open_run(path)
+
+    return example_run
+
+
+def _write_example(path: Path, update: bool) -> None:
+    forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
+    vectors = {"objective": -forget, "forget": forget, "retain": retain}
+    if update:
+        vectors |= {"retain_ema": retain, "update": 0.1 * forget}
+    stacked = np.stack([*vectors.values()])
+    losses = {"objective": -1.0, "forget": 1.0, "retain": 0.5}
+    parameter = Parameter(
+        name="model.layers.0.mlp.up_proj.weight", layer="layer 0", group="shallow", index=0,
+        module="mlp.up_proj", shape=(2, 2), dtype="float32", tied_to=(),
+    )  # fmt: skip
+    writer = RunWriter(path, [parameter])
+    writer.append(
+        Row(
+            step=0,
+            request=0,
+            lr=0.1,
+            wall_seconds=0.0,
+            losses=np.array([losses.get(name, np.nan) for name in vectors]),
+            gram=(stacked @ stacked.T)[None],
+            rectification=None,
+        ),
+        sources=list(vectors),
+        blocks=[],
+        manifest={"format_version": VERSION, "rectifier": None, "metadata": {}},
+    )
+    writer.close(complete=True)

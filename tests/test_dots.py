@@ -1,0 +1,49 @@
+"""Inner products against float64, on what breaks a running float32 sum."""
+
+import pytest
+import torch
+
+from geffect.dots import BLOCK, dot, gram
+
+
+def heavy_tailed(size: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=draw) ** 5
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, BLOCK, BLOCK + 1, 1_000_000])
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
+def test_dot_equals_float64(size: int, scale: float) -> None:
+    a, b = heavy_tailed(size, 0) * scale, heavy_tailed(size, 1) * scale
+    exact = torch.dot(a.double(), b.double())
+    lengths = a.double().norm() * b.double().norm()
+    assert abs(dot(a, b) - exact) <= 1e-14 * lengths
+
+
+def test_near_orthogonal_heavy_tailed_pair_keeps_its_sign() -> None:
+    a = heavy_tailed(1_000_000, 0)
+    b = heavy_tailed(1_000_000, 1)
+    b -= (torch.dot(a.double(), b.double()) / torch.dot(a.double(), a.double())).float() * a
+    exact = torch.dot(a.double(), b.double())
+    assert dot(a, b).sign() == exact.sign()
+    assert abs(dot(a, b) - exact) <= 1e-6 * abs(exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gram_of_any_float_type_and_layout(dtype: torch.dtype) -> None:
+    vectors = [heavy_tailed(600, seed).clamp(-100, 100).to(dtype).view(20, 30) for seed in range(3)]
+    vectors[1] = vectors[1].t().contiguous().t()
+    rows = torch.stack([v.double().reshape(-1) for v in vectors])
+    torch.testing.assert_close(gram(vectors), rows @ rows.T, rtol=1e-13, atol=0)
+
+
+def test_an_absent_gradient_is_zero() -> None:
+    a = torch.tensor([1.0, 2.0])
+    expected = torch.tensor([[5.0, 0.0, 5.0], [0.0, 0.0, 0.0], [5.0, 0.0, 5.0]]).double()
+    assert torch.equal(gram([a, None, a]), expected)
+    assert torch.equal(gram([None, None]), torch.zeros(2, 2).double())
+
+
+def test_gradients_of_different_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"should have one shape. Found .*Pass gradients of the"):
+        gram([torch.zeros(12), torch.zeros(13)])

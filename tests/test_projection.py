@@ -1,0 +1,406 @@
+"""Rectification: what GRU is, in both spaces and every scope, and that it holds what it promises."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from geffect import Rectifier
+from geffect.objectives import nll
+from geffect.projection import gru
+from geffect.projection.elementwise import most_salient, opposed, salience
+
+from tests import reference, tiny
+
+vectors = st.lists(
+    st.floats(-1e6, 1e6).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=3, max_size=3
+)
+scales = st.sampled_from([1e-10, 1e-3, 1.0, 7.0, 1e15])
+
+
+def rectified(u: Tensor, r: Tensor) -> Tensor:
+    rows = torch.stack([u, r])
+    return gru(rows @ rows.T) @ rows
+
+
+def tensors(*values: list[float]) -> list[Tensor]:
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-9 * scale.norm() + 1e-300)
+
+
+@given(vectors, vectors)
+def test_without_conflict_nothing_changes_and_with_it_the_result_is_orthogonal(
+    u_: list[float], r_: list[float]
+) -> None:
+    u, r = tensors(u_, r_)
+    x = rectified(u, r)
+    if torch.dot(u, r) >= 0:
+        assert torch.equal(x, u)
+    else:
+        assert abs(torch.dot(x, r)) <= 1e-9 * u.norm() * r.norm()
+        assert close(x, reference.gru(u, r), u)
+        # Pythagoras: <u, x> = |x|^2, and the removed share of energy is the squared cosine.
+        assert abs(torch.dot(u, x) - x.norm() ** 2) <= 1e-9 * u.norm() ** 2
+        cosine = torch.dot(u, r) / u.norm() / r.norm()
+        assert abs(1 - (x.norm() / u.norm()) ** 2 - cosine**2) <= 1e-9
+
+
+@given(vectors, vectors)
+def test_idempotent(u_: list[float], r_: list[float]) -> None:
+    u, r = tensors(u_, r_)
+    x = rectified(u, r)
+    assert close(rectified(x, r), x, u)
+
+
+@given(vectors, vectors, scales)
+def test_the_length_of_the_retain_gradient_does_not_matter(
+    u_: list[float], r_: list[float], scale: float
+) -> None:
+    u, r = tensors(u_, r_)
+    assert close(rectified(u, scale * r), rectified(u, r), u)
+    assert close(rectified(scale * u, r), scale * rectified(u, r), scale * u)
+
+
+@given(vectors, st.sampled_from([1e-6, 0.5, 1.0, 3.0, 1e6]))
+def test_opposite_gradients_leave_nothing(r_: list[float], scale: float) -> None:
+    (r,) = tensors(r_)
+    assert close(rectified(-scale * r, r), torch.zeros(3).double(), scale * r)
+
+
+@given(vectors)
+def test_a_zero_retain_gradient_changes_nothing(u_: list[float]) -> None:
+    (u,) = tensors(u_)
+    assert torch.equal(rectified(u, torch.zeros(3).double()), u)
+
+
+def test_blocks_are_rectified_each_by_itself() -> None:
+    K = torch.tensor([[[1.0, -1.0], [-1.0, 2.0]], [[1.0, 1.0], [1.0, 2.0]]])
+    assert torch.equal(gru(K), torch.tensor([[1.0, 0.5], [1.0, 0.0]]))
+
+
+class Quadratic(nn.Module):
+    """Two parameters, risks that are quadratics with different minima."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+
+    def risk(self, centre: float) -> Tensor:
+        return ((self.a - centre) ** 2).sum() + 2 * ((self.b + centre) ** 2).sum()
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+@pytest.mark.parametrize("scope", ["model", "layer", "coordinate"])
+def test_a_rectified_step_does_not_raise_the_retain_risk(space: Any, scope: Any) -> None:
+    # The sign test: GA's gradient is minus that of the forget risk, and must be rectified as such.
+    model = Quadratic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    rectifier = Rectifier(model, scope=scope, space=space, optimizer=optimizer)
+    before = model.risk(0.1).item(), model.risk(0.3).item()
+    rectifier.backward(
+        objective={"forget": -1.0}, forget=model.risk(0.1), retain=model.risk(0.3)
+    )
+    optimizer.step()
+    fall = before[1] - model.risk(0.3).item()
+    # To first order nothing changes; what is left is the curvature of the step.
+    assert fall >= -1e-6 * before[1]
+    plain = Quadratic()
+    step = torch.optim.SGD(plain.parameters(), lr=1e-4)
+    (-plain.risk(0.1)).backward()
+    step.step()
+    assert before[1] - plain.risk(0.3).item() < -1e-4 * before[1], "the test has no conflict"
+
+
+def run(
+    rectifier_options: dict[str, Any],
+    optimizer_of: Any = lambda p: torch.optim.AdamW(p, lr=1e-3),
+    steps: int = 8,
+) -> list[tuple[Tensor, Tensor]]:
+    """(applied step, retain average) of every step of GA on a tiny Llama, flat."""
+    model = tiny.llama()
+    optimizer = optimizer_of(model.parameters())
+    rectifier = Rectifier(model, ema=0.3, optimizer=optimizer, **rectifier_options)
+    seen = []
+    for pair in tiny.pairs(steps):
+        before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        optimizer.zero_grad()
+        rectifier.backward(
+            objective={"forget": -1.0},
+            forget=nll(model, pair["forget"]),
+            retain=nll(model, pair["retain"]),
+        )
+        optimizer.step()
+        after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        average = rectifier.watched["retain_ema"]
+        seen.append((before - after, torch.cat([r.reshape(-1).clone() for r in average])))
+    rectifier.detach()
+    return seen
+
+
+def cosines(seen: list[tuple[Tensor, Tensor]]) -> list[float]:
+    return [
+        float(torch.dot(a.double(), b.double()) / a.double().norm() / b.double().norm())
+        for a, b in seen
+    ]
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-4),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["model", "layer", "coordinate"])
+def test_in_update_space_no_applied_step_opposes_the_average(name: str, scope: str) -> None:
+    seen = run({"space": "update", "scope": scope}, OPTIMIZERS[name])
+    assert min(cosines(seen)) >= -1e-6
+    if scope == "coordinate":
+        for step, average in seen:
+            assert (step * average >= 0).all()
+
+
+def test_in_gradient_space_adamw_breaks_the_constraint() -> None:
+    assert min(cosines(run({}))) < -1e-3
+    assert min(cosines(run({"rule": None}))) < -1e-3
+
+
+def test_the_counterexample_of_a_preconditioner() -> None:
+    # r = (1, 1), u = (-3, 1), second moments (1, 100): the step along the rectified gradient harms.
+    u, r, scale = tensors([-3.0, 1.0], [1.0, 1.0], [1.0, 0.1])
+    x = rectified(u, r)
+    torch.testing.assert_close(x, torch.tensor([-2.0, 2.0]).double())
+    assert torch.dot(scale * x, r).item() == pytest.approx(-1.8)
+
+
+def test_the_default_is_gru_on_the_whole_model_with_the_average() -> None:
+    model = tiny.llama()
+    rectifier = Rectifier(model, ema=0.8)
+    average = None
+    for pair in tiny.pairs(3):
+        u = -reference.flat(reference.gradient(model, nll(model, pair["forget"])))
+        r = reference.flat(reference.gradient(model, nll(model, pair["retain"])))
+        average = r if average is None else 0.8 * r + 0.2 * average
+        model.zero_grad()
+        rectifier.backward(
+            objective={"forget": -1.0},
+            forget=nll(model, pair["forget"]),
+            retain=nll(model, pair["retain"]),
+        )
+        found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        expected = reference.gru(u.double(), average.double()).float()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(u.norm()))
+
+
+def test_the_report_says_what_was_done() -> None:
+    model = tiny.llama()
+    rectifier = Rectifier(model, ema=1.0)
+    pair = {"forget": tiny.batch(0), "retain": tiny.batch(0)}  # opposite: everything is removed
+    losses = {side: nll(model, batch) for side, batch in pair.items()}
+    rectifier.backward(objective={"forget": -2.0}, **losses)
+    report = rectifier.report
+    assert report is not None
+    assert report.fired == (1.0,)
+    assert report.coefficient[0] == pytest.approx(2.0, rel=1e-5)
+    assert report.norm_before[0] == pytest.approx(2 * report.retain_norm[0], rel=1e-5)
+    assert report.inner_before[0] == pytest.approx(-2 * report.retain_norm[0] ** 2, rel=1e-5)
+    assert report.norm_after[0] <= 1e-5 * report.norm_before[0]
+    assert abs(report.inner_after[0]) <= 1e-10 * report.norm_before[0] ** 2
+
+
+def test_layers_have_a_constraint_each() -> None:
+    model = tiny.llama()
+    rectifier = Rectifier(model, scope="layer", ema=1.0)
+    pair = tiny.pairs(1)[0]
+    rectifier.backward(
+        objective={"forget": -1.0},
+        forget=nll(model, pair["forget"]),
+        retain=nll(model, pair["retain"]),
+    )
+    report = rectifier.report
+    assert report is not None
+    assert report.blocks == rectifier.blocks and len(report.blocks) == 7
+    retain = reference.gradient(model, nll(model, pair["retain"]))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+    by_layer = {
+        layer: [n for n in retain if f".{i}." in n]
+        for i, layer in enumerate(f"layer {i}" for i in range(4))
+    }
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    for layer, names in by_layer.items():
+        along = sum(reference.inner(grads, retain, n) for n in names)
+        place = report.blocks.index(layer)
+        scale = report.norm_before[place] * report.retain_norm[place]
+        assert along >= -1e-6 * scale
+        assert along == pytest.approx(report.inner_after[place], abs=1e-6 * scale)
+
+
+def test_one_layer_makes_layer_scope_model_scope() -> None:
+    results = []
+    for scope in ("model", "layer"):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        rectifier = Rectifier(model, scope=scope)  # type: ignore[arg-type]
+        x = torch.tensor([1.0, -2.0, 3.0])
+        rectifier.backward(objective=-model(x).sum(), retain=(model(x + 1) ** 2).sum())
+        results.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+def test_stopped_coordinates_have_their_old_value_bit_for_bit() -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    plain_model = copy.deepcopy(model)
+    plain = torch.optim.AdamW(plain_model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, scope="coordinate", space="update", optimizer=optimizer)
+    pair = tiny.pairs(1)[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    rectifier.backward(
+        objective={"forget": -1.0},
+        forget=nll(model, pair["forget"]),
+        retain=nll(model, pair["retain"]),
+    )
+    optimizer.step()
+    (-nll(plain_model, pair["forget"])).backward()
+    plain.step()
+    average = rectifier.watched["retain_ema"]
+    moved = 0
+    for old, new, free, r in zip(
+        before, model.parameters(), plain_model.parameters(), average, strict=True
+    ):
+        against = (old - free) * r < 0
+        assert torch.equal(new[against], old[against])
+        assert torch.equal(new[~against], free[~against])
+        moved += int((new != old).sum())
+    assert moved > 0
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_selective_steps_keep_the_most_salient_coordinates(space: Any) -> None:
+    fraction = 0.05
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    rectifier = Rectifier(model, None, select=fraction, space=space, optimizer=optimizer)
+    pair = tiny.pairs(1)[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    u = reference.flat(reference.gradient(model, nll(model, pair["forget"])))
+    r = reference.flat(reference.gradient(model, nll(model, pair["retain"])))
+    rectifier.backward(
+        objective={"forget": -1.0},
+        forget=nll(model, pair["forget"]),
+        retain=nll(model, pair["retain"]),
+    )
+    optimizer.step()
+    moved = torch.cat(
+        [(p.detach() != old).reshape(-1) for p, old in zip(model.parameters(), before, strict=True)]
+    )
+    # After one step the second moment is the square of the only retain gradient.
+    ratio = u.abs() / (r.abs() + 1e-8)
+    wanted = ratio >= torch.quantile(ratio, 1 - fraction)
+    assert moved.float().mean() == pytest.approx(fraction, rel=0.1)
+    assert (moved & ~wanted).sum() <= 0.02 * wanted.sum()
+
+
+def test_a_selective_step_is_projected_within_its_coordinates() -> None:
+    seen = run({"space": "update", "select": 0.1})
+    assert min(cosines(seen)) >= -1e-6
+    for step, _ in seen[1:]:
+        assert (step != 0).float().mean() < 0.15
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60_000), st.sampled_from([0.005, 0.1, 0.5, 1.0]), st.integers(0, 5))
+def test_the_mask_keeps_about_the_fraction(size: int, fraction: float, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    whole = torch.randn(size, generator=draw).abs()
+    masks = most_salient(list(whole.tensor_split(3)), fraction, torch.Generator().manual_seed(1))
+    kept = sum(int(mask.sum()) for mask in masks if mask is not None)
+    sampled = 20_000 if size > 20_000 else size
+    slack = 5 * math.sqrt(fraction / sampled) + 2 / size
+    assert abs(kept / size - fraction) <= slack
+
+
+def test_salience_is_the_ratio_of_need_to_harm() -> None:
+    u, v = torch.tensor([2.0, -2.0]), torch.tensor([4.0, 0.25])
+    torch.testing.assert_close(salience(u, v), torch.tensor([1.0, 4.0]))
+    assert (salience(u, None) > 1e7).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e15])
+def test_opposition_is_seen_at_every_scale(scale: float) -> None:
+    u, r = torch.tensor([1.0, -1.0, 0.0, 1.0]) * scale, torch.tensor([-1.0, -1.0, 1.0, 0.0]) * scale
+    assert opposed(u, r).tolist() == [True, False, False, False]
+
+
+def test_the_average_weighs_the_new_gradient_and_owns_its_memory() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    rectifier = Rectifier(model, ema=0.25)
+    seen = []
+    for x in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
+        model.zero_grad()
+        inputs = torch.tensor(x)
+        rectifier.backward(objective=-model(inputs).sum(), retain=model(inputs).sum())
+        model.weight.grad.zero_()  # what happens to `.grad` later does not reach the average
+        seen.append(rectifier.watched["retain_ema"][0].reshape(-1).tolist())
+    assert seen == [[1.0, 0.0], [0.75, 0.25], [0.8125, 0.4375]]
+
+
+def test_the_average_stays_exact_over_many_steps() -> None:
+    model = nn.Linear(50, 1, bias=False).bfloat16()
+    rectifier = Rectifier(model, None, ema=0.01)
+    draw = torch.Generator().manual_seed(0)
+    expected = None
+    for _ in range(400):
+        x = torch.randn(50, generator=draw).bfloat16()
+        model.zero_grad()
+        rectifier.backward(objective=model(x).sum(), retain=model(x).sum())
+        exact = x.double()
+        expected = exact if expected is None else 0.01 * exact + 0.99 * expected
+    (found,) = rectifier.watched["retain_ema"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.reshape(-1).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_detached_it_leaves_the_optimizer_alone() -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rectifier = Rectifier(model, scope="coordinate", space="update", optimizer=optimizer)
+    pair = tiny.pairs(1)[0]
+    rectifier.backward(
+        objective={"forget": -1.0},
+        forget=nll(model, pair["forget"]),
+        retain=nll(model, pair["retain"]),
+    )
+    rectifier.detach()
+    expected = [p.detach() - 0.1 * p.grad for p in model.parameters()]
+    optimizer.step()
+    for parameter, value in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_a_rectifier_that_only_watches_changes_nothing() -> None:
+    pair = tiny.pairs(1)[0]
+    results = []
+    for watched in (True, False):
+        model = tiny.llama()
+        losses = {side: nll(model, batch) for side, batch in pair.items()}
+        if watched:
+            Rectifier(model, None).backward(objective={"forget": -1.0}, **losses)
+        else:
+            (-losses["forget"]).backward()
+        results.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*results)

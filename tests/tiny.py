@@ -1,0 +1,49 @@
+"""Random models and batches small enough for a naive loop."""
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 23
+
+
+def gpt2(seed: int = 0) -> nn.Module:
+    """A tied GPT-2 in float64, which it computes throughout: checks reach 1e-10."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=3, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).double()
+
+
+def llama(seed: int = 0, *, tied: bool = False, dropout: float = 0.0) -> nn.Module:
+    """A Llama in float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
+        attention_dropout=dropout,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def batch(seed: int, rows: int = 3, length: int = 9, padding: int = 0) -> dict[str, Tensor]:
+    """Random tokens; the labels leave out a question of random length, and padding."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=draw)
+    labels = ids.clone()
+    for row in labels:
+        row[: int(torch.randint(1, length - 2, (), generator=draw))] = -100
+    pad = torch.zeros(rows, padding, dtype=torch.long)
+    return {
+        "input_ids": torch.cat([ids, pad], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(ids), pad], dim=1),
+        "labels": torch.cat([labels, pad - 100], dim=1),
+    }
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, dict[str, Tensor]]]:
+    """Batches of both sides."""
+    seeds = range(seed, seed + 2 * count, 2)
+    return [{"forget": batch(s), "retain": batch(s + 1, rows=4)} for s in seeds]
