@@ -1,4 +1,4 @@
-"""Every quantity once more, by plain autograd and a loop: slow, obvious, and shared with nothing."""
+"""Every quantity once more, by plain autograd and a loop: slow, obvious, shared with nothing."""
 
 import copy
 from collections.abc import Callable, Mapping

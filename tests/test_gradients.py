@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from geffect.gradients import deposit, differentiate
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
-
 from tests import reference, tiny
 
 
@@ -89,9 +88,7 @@ def test_one_pass_a_tensor_and_none_for_a_combination(
 ) -> None:
     passes = []
     real = Tensor.backward
-    monkeypatch.setattr(
-        Tensor, "backward", lambda *a, **k: (passes.append(1), real(*a, **k))[1]
-    )
+    monkeypatch.setattr(Tensor, "backward", lambda *a, **k: (passes.append(1), real(*a, **k))[1])
     forget = nll(model, tiny.batch(0))
     losses = {
         "objective": {"forget": -1.0, "retain": 2.0},

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from geffect.layers import canonical_name, describe, layer_of, trainable
-
 from tests import tiny
 
 WRAPPED = [

@@ -1,4 +1,4 @@
-"""Rectification: what GRU is, in both spaces and every scope, and that it holds what it promises."""
+"""Rectification: what GRU is, and what it promises in both spaces and every scope."""
 
 import copy
 import math
@@ -14,7 +14,6 @@ from geffect import Rectifier
 from geffect.objectives import nll
 from geffect.projection import gru
 from geffect.projection.elementwise import most_salient, opposed, salience
-
 from tests import reference, tiny
 
 vectors = st.lists(
@@ -106,9 +105,7 @@ def test_a_rectified_step_does_not_raise_the_retain_risk(space: Any, scope: Any)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     rectifier = Rectifier(model, scope=scope, space=space, optimizer=optimizer)
     before = model.risk(0.1).item(), model.risk(0.3).item()
-    rectifier.backward(
-        objective={"forget": -1.0}, forget=model.risk(0.1), retain=model.risk(0.3)
-    )
+    rectifier.backward(objective={"forget": -1.0}, forget=model.risk(0.1), retain=model.risk(0.3))
     optimizer.step()
     fall = before[1] - model.risk(0.3).item()
     # To first order nothing changes; what is left is the curvature of the step.
@@ -329,7 +326,7 @@ def test_the_mask_keeps_about_the_fraction(size: int, fraction: float, seed: int
     whole = torch.randn(size, generator=draw).abs()
     masks = most_salient(list(whole.tensor_split(3)), fraction, torch.Generator().manual_seed(1))
     kept = sum(int(mask.sum()) for mask in masks if mask is not None)
-    sampled = 20_000 if size > 20_000 else size
+    sampled = min(size, 20000)
     slack = 5 * math.sqrt(fraction / sampled) + 2 / size
     assert abs(kept / size - fraction) <= slack
 

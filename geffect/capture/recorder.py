@@ -89,12 +89,16 @@ class Recorder:
         self._writer = RunWriter(path, describe(model), overwrite=overwrite, resume=resume)
         self._sources: tuple[str, ...] = ()
         self._blocks: tuple[str, ...] = ()
+        self._rectifier: Mapping[str, Any] | None = None
         self._optimizer: Mapping[str, Any] | None = None
         self._step: _Step | None = None
         self._before: list[Tensor] | None = None
         self._started = time.perf_counter()
-        if self._writer.resumed is not None:
+        try:
             self._continue()
+        except BaseException:
+            self._writer.close(complete=False)
+            raise
         # Hooks that all optimizers share: the user's optimizer is neither wrapped nor asked for.
         self._hooks = (
             register_optimizer_step_pre_hook(self._before_update),
@@ -126,6 +130,7 @@ class Recorder:
         `{"forget": -1.0, "retain": 1.0}` is GradDiff. Losses may share a forward. With a rectifier
         `.grad` is the rectified gradient; it has to be empty before then.
         """
+        self._writer.check_open()
         self._write()
         self._check(losses, rectifier)
         gradients = differentiate(self._parameters, losses)
@@ -152,19 +157,30 @@ class Recorder:
             hook.remove()
         try:
             self._write()
-        finally:
-            self._writer.close(complete=complete)
+        except BaseException:
+            self._writer.close(complete=False)
+            raise
+        self._writer.close(complete=complete)
 
     def _continue(self) -> None:
         run = self._writer.resumed
-        assert run is not None
+        if run is None:
+            return
         if run.metadata != self._metadata:
             raise ValueError(
-                f"`metadata` should be that of the run in `{run.path}` to continue it. Found "
-                f"{self._metadata} there is {dict(run.metadata)}. Record into another file."
+                f"`metadata` should be that of the run in `{run.path}` to continue it: "
+                f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
+                "another file."
+            )
+        if self._update != (UPDATE in run.sources):
+            raise ValueError(
+                f"`update` should be {not self._update} to continue the run in `{run.path}`, as it "
+                f"was recorded. Found `update = {self._update}`. Pass the same, or record into "
+                "another file."
             )
         self._sources = run.sources
-        self._blocks = run.rectification()[0] if run.manifest["rectifier"] else ()
+        self._rectifier = run.manifest["rectifier"]
+        self._blocks = run.rectification()[0] if self._rectifier else ()
         self._started -= float(run.column("wall_seconds")[-1])
 
     def _check(self, losses: Mapping[str, Loss], rectifier: GradientTransform | None) -> None:
@@ -175,9 +191,9 @@ class Recorder:
                 f"`{RETAIN_EMA}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
                 'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
             )
-        now = trainable(self._model)
-        if list(map(id, now.values())) != list(map(id, self._parameters)):
-            changed = sorted(now.keys() ^ self._trainable.keys())
+        then, now = self._trainable, trainable(self._model)
+        changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
+        if changed:
             raise ValueError(
                 "The parameters that require a gradient should stay those of the first step. Found "
                 f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
@@ -188,6 +204,30 @@ class Recorder:
                 "`.grad` should be empty before a rectified step, which is rectified as a whole. "
                 "Found gradients of an earlier backward. Call optimizer.zero_grad() before, or add "
                 "the losses of the micro-batches up."
+            )
+        self._check_constant(losses, rectifier)
+
+    def _check_constant(
+        self, losses: Mapping[str, Loss], rectifier: GradientTransform | None
+    ) -> None:
+        if not self._sources:
+            return
+        names = [*losses, *([] if rectifier is None else rectifier.watched)]
+        new = [name for name in names if name not in self._sources]
+        if new:
+            raise ValueError(
+                "The gradients of a step should be among those of the first step of the run: "
+                f"{', '.join(self._sources)}. Found {', '.join(new)} as well. Name every loss, and "
+                "pass the rectifier, in the first step; or record into another file."
+            )
+        if rectifier is None:
+            return
+        options = _plain(rectifier.options)
+        if options != self._rectifier or rectifier.blocks != self._blocks:
+            raise ValueError(
+                f"The rectifier should be set up as in the first step of the run: "
+                f"{self._rectifier} for {', '.join(self._blocks)}. Found {options} for "
+                f"{', '.join(rectifier.blocks)}. Set it up the same, or record into another file."
             )
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -209,7 +249,7 @@ class Recorder:
                 if isinstance(value, int | float | tuple)
             },
         }
-        self._write()
+        self._write(updated=True)
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -228,8 +268,10 @@ class Recorder:
                 ]
         return step.gradients.gram(**further)
 
-    def _write(self) -> None:
+    def _write(self, *, updated: bool = False) -> None:
         step, self._step = self._step, None
+        if not updated:
+            self._before = None  # of an optimizer that raised in its step
         if step is None:
             return
         gram = self._gram(step) if step.gram is None else step.gram
@@ -243,7 +285,7 @@ class Recorder:
         if not self._sources:
             self._sources = (*(n for n in names if n != UPDATE), *([UPDATE] * self._update))
             self._blocks = blocks
-        self._check_constant(names, blocks)
+            self._rectifier = None if step.rectifier is None else _plain(step.rectifier.options)
         self._writer.append(
             Row(
                 step=step.number,
@@ -260,16 +302,6 @@ class Recorder:
             blocks=self._blocks,
             manifest={} if self._writer.count else self._manifest(step),
         )
-
-    def _check_constant(self, names: Sequence[str], blocks: tuple[str, ...]) -> None:
-        new = [name for name in names if name not in self._sources]
-        if new or (blocks and blocks != self._blocks):
-            raise ValueError(
-                "The sources of a run, and the blocks of its rectifier, should be those of the "
-                f"first step: {', '.join(self._sources)}; {', '.join(self._blocks) or 'none'}. "
-                f"Found {', '.join(new) or 'no new source'}; {', '.join(blocks) or 'none'}. "
-                "Name every loss in the first step, or record into another file."
-            )
 
     def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
         """The values at the places of their sources, NaN at those of the others."""
@@ -306,7 +338,7 @@ class Recorder:
                 "trainable_numbers": sum(p.numel() for p in self._parameters),
             },
             "losses": step.declared,
-            "rectifier": None if step.rectifier is None else dict(step.rectifier.options),
+            "rectifier": self._rectifier,
             "optimizer": self._optimizer,
             "metadata": self._metadata,
         }
@@ -314,11 +346,16 @@ class Recorder:
 
 def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(metadata)))
-    except TypeError as error:
+        return _plain(metadata)
+    except (TypeError, ValueError) as error:
         raise TypeError(
-            "`metadata` should hold what JSON can: text, numbers, lists, mappings. "
+            "`metadata` should hold what JSON can: text, finite numbers, lists, mappings. "
             f"Found: {error}. "
             "Turn other values into text first."
         ) from error
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping as it comes back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(mapping), allow_nan=False))
     return plain

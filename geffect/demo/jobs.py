@@ -41,6 +41,7 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        disable_progress_bar()  # that of saving a checkpoint; the study has its own
         corpus = generate(self.seed, self.recipe.corpus)
         tokenizer = lm.train_tokenizer(corpus)
         model = lm.train(
@@ -78,7 +79,7 @@ class Unlearning:
         return f"{self.method}-{self.variant}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        disable_progress_bar()  # that of loading a checkpoint; the study has its own
+        disable_progress_bar()
         folder = self.out / "models" / f"original-seed{self.seed}"
         file = f"runs/{self.name}.h5"
         result = unlearn(

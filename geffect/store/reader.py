@@ -107,8 +107,9 @@ def committed(file: h5py.File) -> int:
 def opened(path: Path) -> Iterator[h5py.File]:
     """The run file, checked to be one."""
     if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(
-            f"A run file should exist. Found nothing at `{path}`. Check the path; a recorder makes "
+            f"A run file should exist. Found {found} at `{path}`. Check the path; a recorder makes "
             "its file with the first step."
         )
     should = f"`{path}` should be a run file of geffect, format {VERSION}."
