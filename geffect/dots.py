@@ -32,19 +32,11 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
             f"`vectors` should have one shape. Found {[tuple(v.shape) for v in flat]}. "
             "Pass gradients of the same parameter."
         )
-    device = flat[0].device if flat else None
-    matrix = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=device)
-    if not flat:
-        return matrix
-    size = flat[0].numel()
-    rows = torch.empty(len(flat), min(size, BLOCK), dtype=torch.float64, device=device)
-    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
-    for start in range(0, size, BLOCK):
-        block = rows[:, : min(BLOCK, size - start)]
-        for row, vector in zip(block, flat, strict=True):
-            row.copy_(vector[start : start + BLOCK])
-        products.addmm_(block, block.T)
-    index = torch.tensor(present, device=device)
+    products = _products(flat) if flat else torch.zeros(0, 0, dtype=torch.float64)
+    if len(flat) == len(vectors):
+        return products
+    matrix = products.new_zeros(len(vectors), len(vectors))
+    index = torch.tensor(present, dtype=torch.long, device=products.device)
     matrix[index.unsqueeze(1), index] = products
     return matrix
 
@@ -57,3 +49,15 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     100999999.0
     """
     return gram([a, b])[0, 1]
+
+
+def _products(flat: Sequence[Tensor]) -> Tensor:
+    size, device = flat[0].numel(), flat[0].device
+    rows = torch.empty(len(flat), min(size, BLOCK), dtype=torch.float64, device=device)
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
+    for start in range(0, size, BLOCK):
+        block = rows[:, : min(BLOCK, size - start)]
+        for row, vector in zip(block, flat, strict=True):
+            row.copy_(vector[start : start + BLOCK])
+        products.addmm_(block, block.T)
+    return products

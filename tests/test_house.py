@@ -215,7 +215,8 @@ def test_the_files_speak_of_no_machine() -> None:
             assert not re.findall(rf"(?<![\w.~])/(?:{places})/\S*", text), path
 
 
-def imports(name: str) -> Iterator[Import]:
+@cache
+def imports(name: str) -> tuple[Import, ...]:
     """All that the module imports, anywhere in it, by dotted name."""
     path = modules()[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -227,9 +228,11 @@ def imports(name: str) -> Iterator[Import]:
         for statement in branch.body
         for node in ast.walk(statement)
     }
-    for node in ast.walk(tree):
-        for module in imported_by(node, package):
-            yield Import(module, id(node) not in checked_only)
+    return tuple(
+        Import(module, id(node) not in checked_only)
+        for node in ast.walk(tree)
+        for module in imported_by(node, package)
+    )
 
 
 def imported_by(node: ast.AST, package: str) -> Iterator[str]:

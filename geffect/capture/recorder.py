@@ -1,13 +1,9 @@
 """The recorder: watches the gradients of a training loop and writes their Gram matrices."""
 
-import json
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,10 +27,10 @@ from geffect.gradients import (
     differentiate,
 )
 from geffect.layers import describe, trainable
-from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Row
+from geffect.store.schema import RECTIFICATION_COLUMNS, Row
 from geffect.store.writer import RunWriter
 
-RECORDED_VERSIONS = ("geffect", "torch", "transformers", "h5py", "numpy")
+from .manifest import manifest, plain
 
 
 @dataclass
@@ -84,7 +80,7 @@ class Recorder:
         self._model = model
         self._trainable = trainable(model)
         self._parameters = list(self._trainable.values())
-        self._metadata = _json(metadata or {})
+        self._metadata = plain(metadata or {})
         self._update = update
         self._writer = RunWriter(path, describe(model), overwrite=overwrite, resume=resume)
         self._sources: tuple[str, ...] = ()
@@ -207,6 +203,15 @@ class Recorder:
             )
         self._check_constant(losses, rectifier)
 
+    def _manifest(self, step: _Step) -> dict[str, Any]:
+        return manifest(
+            self._model,
+            losses=step.declared,
+            rectifier=None if step.rectifier is None else step.rectifier.options,
+            optimizer=self._optimizer,
+            metadata=self._metadata,
+        )
+
     def _check_constant(
         self, losses: Mapping[str, Loss], rectifier: GradientTransform | None
     ) -> None:
@@ -222,7 +227,7 @@ class Recorder:
             )
         if rectifier is None:
             return
-        options = _plain(rectifier.options)
+        options = plain(rectifier.options)
         if options != self._rectifier or rectifier.blocks != self._blocks:
             raise ValueError(
                 f"The rectifier should be set up as in the first step of the run: "
@@ -285,7 +290,7 @@ class Recorder:
         if not self._sources:
             self._sources = (*(n for n in names if n != UPDATE), *([UPDATE] * self._update))
             self._blocks = blocks
-            self._rectifier = None if step.rectifier is None else _plain(step.rectifier.options)
+            self._rectifier = None if step.rectifier is None else plain(step.rectifier.options)
         self._writer.append(
             Row(
                 step=step.number,
@@ -323,39 +328,3 @@ class Recorder:
         if report is None:
             return np.full((len(self._blocks), len(RECTIFICATION_COLUMNS)), np.nan)
         return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
-
-    def _manifest(self, step: _Step) -> dict[str, Any]:
-        return {
-            "format_version": VERSION,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {
-                "python": platform.python_version(),
-                **{package: version(package) for package in RECORDED_VERSIONS},
-            },
-            "model": {
-                "class": type(self._model).__name__,
-                "trainable_tensors": len(self._parameters),
-                "trainable_numbers": sum(p.numel() for p in self._parameters),
-            },
-            "losses": step.declared,
-            "rectifier": self._rectifier,
-            "optimizer": self._optimizer,
-            "metadata": self._metadata,
-        }
-
-
-def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return _plain(metadata)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "`metadata` should hold what JSON can: text, finite numbers, lists, mappings. "
-            f"Found: {error}. "
-            "Turn other values into text first."
-        ) from error
-
-
-def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping as it comes back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(mapping), allow_nan=False))
-    return plain

@@ -43,11 +43,14 @@ def command(
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
+    # Not through rich, which would fold the lines of the table.
+    typer.echo((out / "equal_forgetting.md").read_text(encoding="utf-8"))
     held = [finding["holds"] for finding in summary["findings"]]
     console.print(f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
     for finding in summary["findings"]:
         mark = "[green]holds[/]   " if finding["holds"] else "[yellow]does not[/]"
-        console.print(f"  {mark} {finding['claim']}", highlight=False, soft_wrap=True)
+        exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
+        console.print(f"  {mark} {finding['claim']}{exceptions}", highlight=False, soft_wrap=True)
     seconds = summary["wall_seconds"]["total"]
     console.print(f"{seconds:.0f} s. Open {out / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -42,6 +42,7 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
         "study.html.jinja",
         summary=summary,
         figures={path.stem: _embedded(path.read_bytes()) for path in figures},
+        methods=list(dict.fromkeys(run["method"] for run in summary["runs"])),
         rows=_rows(table, list(AT_LEVEL)),
         original=_means(summary["original"]),
         worst=float(table["retain_nll"].max()),

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import language_model as lm
 from .figures import draw_all
-from .findings import equal_forgetting, findings
+from .findings import as_markdown, equal_forgetting, findings
 from .jobs import KINDS, Training, Unlearning
 from .methods import ALPHA, BETA, EMA, METHODS, VARIANTS
 from .unlearning import FORGET_BATCH, MOST_STEPS, RETAIN_BATCH
@@ -105,7 +105,9 @@ def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
         "runs": runs,
         "findings": findings(runs),
     }
-    equal_forgetting(summary).to_csv(out / "equal_forgetting.csv", index=False)
+    table = equal_forgetting(summary)
+    table.to_csv(out / "equal_forgetting.csv", index=False)
+    (out / "equal_forgetting.md").write_text(as_markdown(table), encoding="utf-8")
     with clock.stage("figures"):
         report(Progress("figures", "draw", DRAWING, 0.0, "starts"))
         draw_all(summary, out)

@@ -1,0 +1,56 @@
+"""The manifest: what was recorded, of which model, with what, in a form that JSON can hold."""
+
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from geffect.layers import trainable
+from geffect.store.schema import VERSION
+
+PACKAGES = ("geffect", "torch", "transformers", "h5py", "numpy")
+
+
+def manifest(
+    model: nn.Module,
+    *,
+    losses: Mapping[str, Any],
+    rectifier: Mapping[str, object] | None,
+    optimizer: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Provenance of a run: no paths, so that a file can be passed on."""
+    parameters = trainable(model).values()
+    return {
+        "format_version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "model": {
+            "class": type(model).__name__,
+            "trainable_tensors": len(parameters),
+            "trainable_numbers": sum(parameter.numel() for parameter in parameters),
+        },
+        "losses": losses,
+        "rectifier": None if rectifier is None else dict(rectifier),
+        "optimizer": optimizer,
+        "metadata": metadata,
+    }
+
+
+def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata as JSON gives it back."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata)))
+    except TypeError as error:
+        raise TypeError(
+            "`metadata` should hold what JSON can: text, numbers, lists, mappings. "
+            f"Found: {error}. Turn other values into text first."
+        ) from error
+    return found

@@ -1,0 +1,357 @@
+"""The command line: what it prints, writes and answers, and how it says no."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from geffect import open_run
+from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
+from geffect.cli.main import main
+from geffect.demo.figures import draw_all
+from geffect.demo.jobs import Unlearning
+from geffect.demo.language_model import QUICK
+from geffect.demo.methods import VARIANTS
+from geffect.store import validate
+
+ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Exit code and what was printed, without colours."""
+
+    code: int
+    out: str
+    err: str
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """The command line, run here."""
+
+    def ask(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["geffect", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return Answer(code, ESCAPE.sub("", said.out), ESCAPE.sub("", said.err))
+
+    return ask
+
+
+def strict(text: str) -> Any:
+    """JSON as others read it, which has no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# info, scores, validate
+
+
+def test_info(ask: Ask, recorded: Path) -> None:
+    said = ask("info", recorded)
+    assert (said.code, said.err) == (0, "")
+    for word in ("AdamW", "retain_ema", "complete", "layer 3", "embedding+head"):
+        assert word in said.out
+
+
+def test_info_as_json(ask: Ask, recorded: Path) -> None:
+    facts, run = strict(ask("info", recorded, "--json").out), open_run(recorded)
+    assert facts["sources"] == ["objective", "forget", "retain", "retain_ema", "update"]
+    assert (facts["steps"], facts["first_step"], facts["last_step"]) == (4, 0, 3)
+    assert facts["numbers"] == sum(parameter.numel for parameter in run.layers)
+    assert facts["bytes"] == recorded.stat().st_size
+    assert facts["state"] == "complete"
+    assert facts["metadata"] == {"method": "ga"}
+    assert facts["losses"] == {"objective": {"forget": -1.0}, "forget": "loss", "retain": "loss"}
+    assert facts["rectifier"]["rule"] == "gru"
+    assert facts["optimizer"]["class"] == "AdamW"
+
+
+TABLES = {
+    "g-effect": g_effect,
+    "cosine": lambda run, by: cosine(run, "objective", "retain", by),
+    "conflict": lambda run, by: conflict(run, by=by),
+    "predicted-change": predicted_change,
+    "violation": violation,
+}
+
+
+@pytest.mark.parametrize("by", ["parameter", "layer", "group", "model"])
+@pytest.mark.parametrize("score", TABLES)
+def test_scores(ask: Ask, recorded: Path, tmp_path: Path, score: str, by: str) -> None:
+    table, csv = TABLES[score](open_run(recorded), by), tmp_path / "scores.csv"
+    said = ask("scores", recorded, "--score", score, "--by", by, "--csv", csv)
+    assert (said.code, said.out) == (0, f"{len(table)} rows in {csv}\n")
+    assert csv.read_text() == table.to_csv(index=False)
+    rows = strict(ask("scores", recorded, "--score", score, "--by", by, "--json").out)
+    assert [row["value"] for row in rows] == pytest.approx(table["value"].tolist(), rel=1e-9)
+    assert [row[by] for row in rows] == table[by].tolist()
+
+
+def test_scores_in_words(ask: Ask, recorded: Path) -> None:
+    said = ask("scores", recorded)
+    assert said.code == 0
+    for word in ("G-effect", "4 steps, 0 to 3", "unlearning", "retaining", "layer 0", "median"):
+        assert word in said.out
+
+
+def test_scores_between(ask: Ask, recorded: Path) -> None:
+    pair = ["--score", "cosine", "--by", "model", "--between", "forget, retain", "--json"]
+    expected = cosine(open_run(recorded), "forget", "retain", "model")["value"]
+    rows = strict(ask("scores", recorded, *pair).out)
+    assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_validate(ask: Ask, recorded: Path) -> None:
+    said = ask("validate", recorded)
+    assert (said.code, said.out) == (0, f"{recorded}: whole, 4 steps\n")
+    health = strict(ask("validate", recorded, "--json").out)
+    assert health == {
+        "steps": 4, "complete": True, "problems": [], "remarks": [], "whole": True
+    }  # fmt: skip
+
+
+def test_validate_of_a_damaged_file(ask: Ask, recorded: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copy(recorded, tmp_path / "damaged.h5"))
+    with h5py.File(damaged, "r+") as file:
+        file["gram"][1, 0, 0, 1] += 1.0
+    said = ask("validate", damaged)
+    assert said.code == 1
+    assert "damaged, 4 steps" in said.out
+    assert "not symmetric" in said.out
+    assert strict(ask("validate", damaged, "--json").out)["whole"] is False
+
+
+# plot, report
+
+
+@pytest.mark.parametrize("kind", ["heatmap", "profile", "trajectory", "sheet"])
+@pytest.mark.parametrize("score", ["g-effect", "cosine"])
+def test_plot(ask: Ask, recorded: Path, tmp_path: Path, kind: str, score: str) -> None:
+    picture = tmp_path / "picture.png"
+    said = ask("plot", recorded, "-o", picture, "--kind", kind, "--score", score)
+    assert (said.code, said.err) == (0, "")
+    height, width, _ = imread(picture).shape
+    assert min(height, width) > 300
+    assert imread(picture)[..., :3].std() > 0.02
+    assert picture.stat().st_size > 10_000
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize("suffix", ["pdf", "svg"])
+def test_plot_formats(ask: Ask, recorded: Path, tmp_path: Path, suffix: str) -> None:
+    picture = tmp_path / f"picture.{suffix}"
+    assert ask("plot", recorded, "-o", picture, "--by", "model", "--kind", "trajectory").code == 0
+    assert picture.stat().st_size > 5_000
+
+
+def test_report(ask: Ask, recorded: Path, unwatched: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    said = ask("report", recorded, unwatched, "-o", page)
+    assert (said.code, said.out) == (0, f"2 runs in {page}\n")
+    text = page.read_text(encoding="utf-8")
+    assert_self_contained(text)
+    for word in ("tiny", "plain", "What the numbers mean", "Retaining G-effect", "AdamW"):
+        assert word in text
+    assert text.count("data:image/png;base64,") == 4
+    assert pyplot.get_fignums() == []
+
+
+# How it says no
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["info", "{nothing}"], 1, "should exist. Found nothing"),
+        (["validate", "{text}"], 1, "should be a run file"),
+        (["scores", "{unwatched}", "--score", "violation"], 1, "update=True"),
+        (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 1, "`sun`"),
+        (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
+        (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 1, "Found magic"),
+        (["scores", "{recorded}", "--between", "forget"], 2, "with a comma"),
+        (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
+        (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
+        (["plot", "{recorded}"], 2, "--output"),
+        (["info"], 2, "RUN"),
+        (["magic"], 2, "magic"),
+    ],
+)
+def test_refusals(
+    ask: Ask,
+    recorded: Path,
+    unwatched: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    says: str,
+) -> None:
+    text = tmp_path / "text.h5"
+    text.write_text("no run")
+    places = {
+        "recorded": recorded, "unwatched": unwatched, "text": text,
+        "nothing": tmp_path / "nothing.h5", "page": tmp_path / "page",
+    }  # fmt: skip
+    said = ask(*(argument.format(**places) for argument in arguments))
+    assert (said.code, said.out) == (code, "")
+    assert says in " ".join(said.err.replace("│", " ").split())
+    assert "Traceback" not in said.err
+    if code == 1:
+        assert re.fullmatch(r"geffect: [^\n]*should [^\n]*Found [^\n]*\.\n", said.err)
+
+
+@pytest.mark.parametrize("place", ["picture.magic", "no/such/folder.png"])
+def test_where_no_picture_can_be_written(
+    ask: Ask, recorded: Path, tmp_path: Path, place: str
+) -> None:
+    said = ask("plot", recorded, "-o", tmp_path / place)
+    assert (said.code, said.out) == (1, "")
+    assert said.err.startswith("geffect: ")
+    assert "Traceback" not in said.err
+
+
+HELP = {
+    "demo": ["--out", "--seeds", "--methods", "--quick", "--all-variants", "--workers"],
+    "info": ["RUN", "--json"],
+    "scores": ["RUN", "--score", "--by", "--between", "--csv", "--json"],
+    "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],
+    "report": ["RUN...", "--output"],
+    "validate": ["RUN", "--json"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help(ask: Ask, command: str) -> None:
+    said = ask(command, "--help")
+    assert said.code == 0
+    assert [name for name in HELP[command] if name not in said.out] == []
+    assert command in ask("--help").out
+
+
+def test_the_installed_command(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("geffect")
+    told = [script, "info", tmp_path / "nothing.h5"]
+    ended = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("geffect: A run file should exist.")
+    assert ended.stderr.count("\n") == 1
+
+
+# demo
+
+SUMMARY = {"format", "versions", "seeds", "config", "wall_seconds", "gold", "runs", "findings"}
+AT_LEVEL = {
+    "step", "retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "retain_es",
+    "forget_paraphrase_nll", "relearn_nll",
+}  # fmt: skip
+RUN = {
+    "method", "variant", "seed", "file", "steps", "reached_level", "at_level",
+    "share_retaining_negative", "share_update_violating",
+}  # fmt: skip
+
+
+def test_demo_writes_its_summary(quick_study: Any) -> None:
+    summary = strict((quick_study.out / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert (summary["format"], summary["seeds"]) == (1, [0])
+    assert {"total", "stages"} <= summary["wall_seconds"].keys()
+    assert {"forget_nll", "retain_nll", "world_nll"} <= summary["gold"]["0"].keys()
+    assert [run["variant"] for run in summary["runs"]] == list(VARIANTS)
+    for run in summary["runs"]:
+        assert run.keys() >= RUN
+        assert run["reached_level"]
+        assert run["at_level"].keys() >= AT_LEVEL
+        assert len(run["at_level"]["relearn_nll"]) == 2
+    for finding in summary["findings"]:
+        assert finding.keys() >= {"claim", "holds", "numbers"}
+
+
+def test_demo_writes_its_runs(quick_study: Any) -> None:
+    for run in quick_study.summary["runs"]:
+        assert run["file"] == f"runs/{run['method']}-{run['variant']}-seed{run['seed']}.h5"
+        health = validate(quick_study.out / run["file"])
+        assert (health.whole, health.complete, health.steps) == (True, True, run["steps"])
+        assert health.remarks == ()
+
+
+def test_demo_writes_its_table(quick_study: Any) -> None:
+    table = pd.read_csv(quick_study.out / "equal_forgetting.csv")
+    assert set(table.columns) >= AT_LEVEL | {"method", "variant", "seed", "learning_rate"}
+    assert table["variant"].tolist() == [*VARIANTS, "retrained"]
+    said = [run["at_level"]["retain_nll"] for run in quick_study.summary["runs"]]
+    assert table["retain_nll"].tolist()[:-1] == pytest.approx(said)
+
+
+def test_demo_draws(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = sorted(path.name for path in (quick_study.out / "figures").iterdir())
+    names = ["conflict", "cosine", "g_effect_ga", "sheet_ga", "tradeoff"]
+    assert drawn == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    draw_all(quick_study.summary, quick_study.out)
+    assert pyplot.get_fignums() == []
+
+
+def test_demo_reports(quick_study: Any) -> None:
+    text = (quick_study.out / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(text)
+    for word in ("The price of forgetting", "What the numbers mean", *VARIANTS):
+        assert word in text
+    assert text.count("data:image/png;base64,") == 5
+
+
+def test_demo_tells_how_far_it_is_in_plain_lines(quick_study: Any) -> None:
+    lines = quick_study.said.splitlines()
+    assert any(re.match(r" *\d+\.\d s +\d+%  unlearn +ga-gru-seed0: ", line) for line in lines)
+    assert any("findings hold" in line for line in lines)
+    assert not re.search(r"[\x1b\r]", quick_study.said)
+    assert quick_study.complained == ""
+
+
+def test_demo_gives_the_same_numbers_again(quick_study: Any, tmp_path: Path) -> None:
+    summary = quick_study.summary
+    (tmp_path / "models").symlink_to(quick_study.out / "models")
+    (tmp_path / "runs").mkdir()
+    job = Unlearning(tmp_path, 0, "ga", "gru-update", summary["gold"]["0"]["forget_nll"], QUICK)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        again = json.loads(json.dumps(job.run(lambda done, says: None)))
+    finally:
+        torch.set_num_threads(threads)
+    (first,) = [run for run in summary["runs"] if run["variant"] == "gru-update"]
+    assert again == first
+    one, other = open_run(tmp_path / first["file"]), open_run(quick_study.out / first["file"])
+    assert (one.gram() == other.gram()).all()
+
+
+def assert_self_contained(page: str) -> None:
+    """Nothing is fetched, from the net or from beside the page."""
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r"https?://|@import|<script|<link", page)
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page)
+    assert not re.search(r"url\((?!data:)", page)
