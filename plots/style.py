@@ -12,10 +12,11 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib import pyplot
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymLogNorm, to_hex
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
@@ -91,11 +92,9 @@ def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
     """A colour a block, from dark at the input to light at the output.
 
     >>> depth_colours(["embedding", "head"])
-    {'embedding': '#440154', 'head': '#b0dd2f'}
+    {'embedding': '#31688e', 'head': '#35b779'}
     """
-    # The lightest tenth of the map is too faint for a thin line on white.
-    shades = np.linspace(0.0, 0.88, len(blocks))
-    return dict(zip(blocks, map(to_hex, mpl.colormaps["viridis"](shades)), strict=True))
+    return dict(zip(blocks, seaborn.color_palette("viridis", len(blocks)).as_hex(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def dress(ax: Axes, *, frame: bool = True) -> None:
     """Takes away the spines that carry no ticks, or all of them, and thins what stays."""
-    ax.spines[["top", "right"] if frame else ["top", "right", "left", "bottom"]].set_visible(False)
+    seaborn.despine(ax=ax, left=not frame, bottom=not frame)
     ax.spines[["left", "bottom"]].set_linewidth(0.6)
     ax.tick_params(width=0.6, length=2.5, labelsize="small")
     ax.tick_params(which="minor", width=0.4, length=1.5)

@@ -109,7 +109,7 @@ def test_scores(ask: Ask, recorded: Path, tmp_path: Path, score: str, by: str) -
     assert (said.code, said.out) == (0, f"{len(table)} rows in {csv}\n")
     assert csv.read_text() == table.to_csv(index=False)
     rows = strict(ask("scores", recorded, "--score", score, "--by", by, "--json").out)
-    assert [row["value"] for row in rows] == pytest.approx(table["value"].tolist(), rel=1e-9)
+    assert [row["value"] for row in rows] == pytest.approx(table["value"].tolist(), rel=1e-9, abs=0)
     assert [row[by] for row in rows] == table[by].tolist()
 
 
@@ -124,7 +124,7 @@ def test_scores_between(ask: Ask, recorded: Path) -> None:
     pair = ["--score", "cosine", "--by", "model", "--between", "forget, retain", "--json"]
     expected = cosine(open_run(recorded), "forget", "retain", "model")["value"]
     rows = strict(ask("scores", recorded, *pair).out)
-    assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-9)
+    assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-9, abs=0)
 
 
 def test_validate(ask: Ask, recorded: Path) -> None:
@@ -193,7 +193,7 @@ def test_report(ask: Ask, recorded: Path, unwatched: Path, tmp_path: Path) -> No
         (["scores", "{unwatched}", "--score", "violation"], 1, "update=True"),
         (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 1, "`sun`"),
         (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
-        (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 1, "Found magic"),
+        (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found magic"),
         (["scores", "{recorded}", "--between", "forget"], 2, "with a comma"),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
@@ -215,7 +215,7 @@ def test_refusals(
     text.write_text("no run")
     places = {
         "recorded": recorded, "unwatched": unwatched, "text": text,
-        "nothing": tmp_path / "nothing.h5", "page": tmp_path / "page",
+        "nothing": tmp_path / "nothing.h5", "page": tmp_path / "page.html",
     }  # fmt: skip
     said = ask(*(argument.format(**places) for argument in arguments))
     assert (said.code, said.out) == (code, "")
@@ -225,13 +225,21 @@ def test_refusals(
         assert re.fullmatch(r"geffect: [^\n]*should [^\n]*Found [^\n]*\.\n", said.err)
 
 
-@pytest.mark.parametrize("place", ["picture.magic", "no/such/folder.png"])
-def test_where_no_picture_can_be_written(
-    ask: Ask, recorded: Path, tmp_path: Path, place: str
-) -> None:
-    said = ask("plot", recorded, "-o", tmp_path / place)
-    assert (said.code, said.out) == (1, "")
-    assert said.err.startswith("geffect: ")
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [("result.magic", "should end in"), ("missing/result{suffix}", "Found no folder")],
+)
+@pytest.mark.parametrize(
+    ("command", "option", "suffix"),
+    [("plot", "-o", ".png"), ("report", "-o", ".html"), ("scores", "--csv", ".csv")],
+)
+def test_where_nothing_can_be_written(
+    ask: Ask, recorded: Path, tmp_path: Path, command: str, option: str, suffix: str, place: str,
+    says: str,
+) -> None:  # fmt: skip
+    said = ask(command, recorded, option, tmp_path / place.format(suffix=suffix))
+    assert (said.code, said.out) == (2, "")
+    assert says in " ".join(said.err.replace("│", " ").split())
     assert "Traceback" not in said.err
 
 

@@ -48,7 +48,7 @@ def kills() -> Iterator[Kill]:
         )
 
 
-@pytest.mark.parametrize("kill", kills(), ids=lambda kill: f"{kill.milliseconds:.0f}ms")
+@pytest.mark.parametrize("kill", list(kills()), ids=lambda kill: f"{kill.milliseconds:.0f}ms")
 def test_a_kill_loses_no_step(
     recorders: "Recorders", tmp_path: Path, kill: Kill, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,10 +47,10 @@ def manifest(
 def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata as JSON gives it back."""
     try:
-        found: dict[str, Any] = json.loads(json.dumps(dict(metadata)))
-    except TypeError as error:
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
         raise TypeError(
-            "`metadata` should hold what JSON can: text, numbers, lists, mappings. "
+            "`metadata` should hold what JSON can: text, finite numbers, lists, mappings. "
             f"Found: {error}. Turn other values into text first."
         ) from error
     return found

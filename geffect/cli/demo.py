@@ -12,8 +12,12 @@ def command(
     ] = Path("runs/demo"),
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0",
     methods: Annotated[
-        str | None, typer.Option(help="Some of ga,wga,npo,graddiff,npo+gd; all if left out.")
-    ] = None,
+        str,
+        typer.Option(
+            help="Some of ga,wga,npo,graddiff,npo+gd, with commas between them; "
+            "all if left out, ga of a quick study."
+        ),
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Every method in every variant.")
@@ -33,13 +37,16 @@ def command(
     from .report import study_report
 
     console = Console()
-    plan = Plan(
-        seeds=_whole_numbers(seeds),
-        quick=quick,
-        all_variants=all_variants,
-        workers=workers,
-        **({} if methods is None else {"methods": tuple(methods.split(","))}),
-    )
+    try:
+        plan = Plan(
+            seeds=_whole_numbers(seeds),
+            methods=tuple(methods.split(",")) if methods else (),
+            quick=quick,
+            all_variants=all_variants,
+            workers=workers,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
@@ -59,7 +66,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise typer.BadParameter(
+        raise ValueError(
             f"`--seeds` should be whole numbers with commas between them. Found `{text}`. "
             "Pass, say, --seeds 0,1,2."
         ) from error

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .selection import BetweenOption, By, ByOption, RunArgument, ScoreName, ScoreOption, table_of
+from .selection import (
+    BetweenOption,
+    By,
+    ByOption,
+    RunArgument,
+    ScoreName,
+    ScoreOption,
+    table_of,
+    written_as,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +35,15 @@ class Kind(StrEnum):
 
 def command(
     run: RunArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to: .png, .pdf or .svg.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            callback=written_as(".png", ".pdf", ".svg"),
+            help="Where to: .png, .pdf or .svg.",
+        ),
+    ],
     kind: Annotated[Kind, typer.Option(help="Which picture.")] = Kind.HEATMAP,
     score: ScoreOption = ScoreName.G_EFFECT,
     by: ByOption = By.LAYER,

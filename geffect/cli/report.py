@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from .selection import written_as
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (.h5).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write (.html).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            callback=written_as(".html"),
+            help="The page to write (.html).",
+        ),
+    ],
 ) -> None:
     """Write the scores and pictures of one or several runs into a page that opens offline."""
     from geffect import open_run

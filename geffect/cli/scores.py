@@ -1,5 +1,6 @@
 """`geffect scores`: a score of a run as a table."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from .selection import (
     ScoreName,
     ScoreOption,
     table_of,
+    written_as,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ def command(
     score: ScoreOption = ScoreName.G_EFFECT,
     by: ByOption = By.LAYER,
     between: BetweenOption = "objective,retain",
-    csv: Annotated[Path | None, typer.Option(help="Write the whole table there.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(callback=written_as(".csv"), help="Write the whole table there."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compute a score for every step: print a summary, or give the table as CSV or JSON."""
@@ -36,7 +41,9 @@ def command(
         table.to_csv(csv, index=False)
         typer.echo(f"{len(table)} rows in {csv}")
     elif as_json:
-        typer.echo(table.to_json(orient="records"))
+        # Not pandas' own JSON, which rounds to ten decimals: early scores are smaller than that.
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        typer.echo(json.dumps(rows))
     else:
         _show(table)
 

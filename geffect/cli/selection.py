@@ -59,6 +59,25 @@ def table_of(run: "Run", score: ScoreName, by: By, between: str) -> "pd.DataFram
     return tables[score]()
 
 
+def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """A check of a path that is to be written: an existing folder, and a kind that can be."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if path.suffix not in suffixes:
+            raise typer.BadParameter(
+                f"should end in {', '.join(suffixes)}. Found `{path}`. Choose one of those."
+            )
+        if not path.parent.is_dir():
+            raise typer.BadParameter(
+                f"should be in a folder that exists. Found no folder `{path.parent}`. Create it."
+            )
+        return path
+
+    return check
+
+
 def _pair(between: str) -> tuple[str, str]:
     names = between.split(",")
     if len(names) != 2:

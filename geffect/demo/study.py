@@ -20,6 +20,7 @@ from .workers import Progress, Report, working
 FORMAT = 1
 EVERYWHERE = ("plain", "gru", "gru-update")
 IN_EVERY_VARIANT = ("ga", "npo")
+QUICK_METHODS = ("ga",)
 DRAWING = 2.0  # what the figures take, in plain unlearning runs
 
 
@@ -28,17 +29,19 @@ class Plan:
     """What a study runs."""
 
     seeds: Sequence[int] = (0,)
-    methods: Sequence[str] = tuple(METHODS)
+    methods: Sequence[str] = ()  # none named: all, or QUICK_METHODS of a quick study
     all_variants: bool = False
     quick: bool = False
     workers: int = 2
 
     def __post_init__(self) -> None:
+        if not self.methods:
+            object.__setattr__(self, "methods", QUICK_METHODS if self.quick else tuple(METHODS))
         unknown = [method for method in self.methods if method not in METHODS]
-        if unknown or not self.methods:
+        if unknown:
             raise ValueError(
                 f"`methods` should be some of {', '.join(METHODS)}. "
-                f"Found {', '.join(unknown) or 'none'}. Choose from those."
+                f"Found {', '.join(unknown)}. Choose from those."
             )
         if not self.seeds or self.workers < 1:
             raise ValueError(

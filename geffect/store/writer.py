@@ -268,8 +268,8 @@ class RunWriter:
             with contextlib.suppress(Exception):
                 self._let_go()
             safe = (
-                f"Its steps until then, {self.count}, are whole. Mend the cause, such as a full "
-                "disk, and continue the file with resume=True."
+                f"The steps before it are whole, {self.count} of them. Mend the cause, such as a "
+                "full disk, and continue the file with resume=True."
                 if self.count
                 else "Nothing of this run was written. Mend the cause, such as a full disk, and "
                 "record again."

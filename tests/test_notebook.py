@@ -1,0 +1,65 @@
+"""The notebook runs on a study, from its first cell to its last, and shows what it speaks of."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+PLACE = Path(__file__).parents[1] / "notebooks" / "read_the_geometry.ipynb"
+
+# A figure for each score, under the heading that explains it.
+FIGURES = {
+    "The G-effect": 1,
+    "Where": 2,
+    "The cosine": 1,
+    "Conflict": 1,
+    "The predicted change": 1,
+    "The rectifier": 1,
+    "Violation": 1,
+    "The price": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def notebook() -> Any:
+    return nbformat.read(PLACE, as_version=4)
+
+
+def test_it_is_kept_without_outputs(notebook: Any) -> None:
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+def test_it_runs(
+    notebook: Any, quick_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEFFECT_STUDY", str(quick_study.out))
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    assert {title.partition(":")[0]: n for title, n in pictures(notebook).items() if n} == FIGURES
+    said = [output for cell in code(notebook) for output in cell.outputs]
+    assert not [output for output in said if output.output_type in ("error", "stream")]
+    assert [output for output in said if output.get("data", {}).get("text/plain") == "True"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(notebook: Any) -> dict[str, int]:
+    """How many figures, each more than an empty frame, stand under each heading."""
+    heading, count = "", {}
+    for cell in notebook.cells:
+        titles = [line for line in cell.source.splitlines() if line.startswith("## ")]
+        if cell.cell_type == "markdown" and titles:
+            heading = titles[-1].removeprefix("## ")
+        for output in cell.get("outputs", []):
+            if image := output.get("data", {}).get("image/png"):
+                assert len(base64.b64decode(image)) > 5_000
+                count[heading] = count.get(heading, 0) + 1
+    return count
