@@ -5,7 +5,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect import dots
-from geffect.gram import combined
 
 Vector = Sequence[Tensor | None]
 """A gradient of the model: one tensor a parameter, None where the loss does not reach it."""
@@ -55,16 +54,23 @@ class Gradients:
 
         `further` are gradients that did not come from a loss; they follow the sources.
         """
-        basis = [*self.vectors.values(), *further.values()]
-        names = [*self.vectors, *further]
-        matrices = torch.stack([dots.gram(tensors) for tensors in zip(*basis, strict=True)]).cpu()
-        every = {**self.weights, **{name: {name: 1.0} for name in further}}
-        change = torch.tensor(
-            [[weights.get(name, 0.0) for name in names] for weights in every.values()],
-            dtype=torch.float64,
-        )
-        result: Tensor = combined(matrices, change)
-        return result
+        basis = {**self.vectors, **further}
+        place = {name: i for i, name in enumerate(basis)}
+        products = torch.stack(
+            [dots.gram(tensors) for tensors in zip(*basis.values(), strict=True)]
+        ).cpu()
+        every = [*self.weights.values(), *({name: 1.0} for name in further)]
+        K = products.new_empty(len(products), len(every), len(every))
+        # Term by term, not as W K W^T: a zero weight must not meet a gradient that is not finite.
+        for i, a in enumerate(every):
+            for j, b in enumerate(every[: i + 1]):
+                terms = [
+                    v * w * products[:, place[x], place[y]]
+                    for x, v in a.items()
+                    for y, w in b.items()
+                ]
+                K[:, i, j] = K[:, j, i] = torch.stack(terms).sum(dim=0)
+        return K
 
 
 class GradientTransform(Protocol):
@@ -181,23 +187,27 @@ def _resolved(
         first = next((other for other, seen in tensors.items() if seen is loss), name)
         tensors.setdefault(first, loss)
         weights[name] = {first: 1.0}
+    single = dict(weights)
     for name, loss in losses.items():
         if not isinstance(loss, Mapping):
             continue
-        unknown = [part for part in loss if part not in weights]
-        nothing = not any(loss.values()) or not all(map(math.isfinite, loss.values()))
-        if unknown or nothing:
+        if not (loss.keys() <= single.keys() and _are_weights(loss.values())):
             raise ValueError(
-                f"Loss `{name}` should be a tensor or weights of other losses of this step, finite "
-                f"and not all zero. Found `{dict(loss)}`. Losses of this step that are tensors: "
-                f"{', '.join(tensors) or 'none'}."
+                f"Loss `{name}` should be a tensor, or weights of losses of this step that are "
+                f"tensors, finite and not all zero. Found `{dict(loss)}`. Losses of this step that "
+                f"are tensors: {', '.join(single) or 'none'}."
             )
         weights[name] = {}
         for part, weight in loss.items():
-            (tensor,) = weights[part]
+            (tensor,) = single[part]
             weights[name][tensor] = weights[name].get(tensor, 0.0) + float(weight)
     # The order of the sources is the order of the call, not of what kind they are.
     return tensors, {name: weights[name] for name in losses}
+
+
+def _are_weights(values: Collection[object]) -> bool:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return len(numbers) == len(values) and all(map(math.isfinite, numbers)) and any(numbers)
 
 
 def _check(name: str, loss: object) -> None:
@@ -208,8 +218,8 @@ def _check(name: str, loss: object) -> None:
         raise ValueError(f"{should} Found shape {tuple(loss.shape)}. Take its mean or its sum.")
     if not loss.requires_grad:
         raise ValueError(
-            f"{should} Found a tensor without one. Compute it outside of `torch.no_grad()`, from "
-            "parameters that require a gradient, and do not detach it."
+            f"{should} Found a tensor without a graph. Compute it outside of `torch.no_grad()`, "
+            "from parameters that require a gradient, and do not detach it."
         )
 
 

@@ -108,7 +108,7 @@ def test_what_is_recorded_of_a_step(tmp_path: Path) -> None:
             forget, retain = nll(model, pair["forget"]), nll(model, pair["retain"])
             losses.append((forget.item(), retain.item()))
             recorder.backward(
-                objective={"forget": -1.0, "retain": 0.5},
+                objective={"forget": -1.0, "retain": 0.01},
                 forget=forget,
                 retain=retain,
                 rectifier=rectifier,
@@ -121,14 +121,16 @@ def test_what_is_recorded_of_a_step(tmp_path: Path) -> None:
     assert run.sources == ("objective", "forget", "retain", "retain_ema")
     assert run.state == "complete"
     assert run.metadata == {"method": "ga", "n": [1]}
-    assert run.manifest["losses"]["objective"] == {"forget": -1.0, "retain": 0.5}
+    assert run.manifest["losses"]["objective"] == {"forget": -1.0, "retain": 0.01}
     assert run.manifest["rectifier"]["rule"] == "gru"
     assert run.manifest["optimizer"]["class"] == "AdamW"
     assert run.column("lr").tolist() == [1e-3, 1e-3 / 2, 1e-3 / 3]
     assert (np.diff(run.column("wall_seconds")) > 0).all()
     recorded = run.losses()
     assert np.array_equal(np.stack([recorded["forget"], recorded["retain"]], 1), losses)
-    np.testing.assert_allclose(recorded["objective"], [-f + 0.5 * r for f, r in losses], rtol=1e-12)
+    np.testing.assert_allclose(
+        recorded["objective"], [-f + 0.01 * r for f, r in losses], rtol=1e-12
+    )
     assert "retain_ema" not in recorded
     blocks, did = run.rectification()
     assert blocks == ("model",)

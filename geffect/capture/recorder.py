@@ -22,7 +22,6 @@ from geffect.gradients import (
     Gradients,
     GradientTransform,
     Loss,
-    Vector,
     deposit,
     differentiate,
 )
@@ -39,7 +38,7 @@ class _Step:
 
     number: int
     gradients: Gradients
-    gram: Tensor | None  # None while it waits for the update
+    measured: tuple[list[str], Tensor] | None  # None while it waits for the update
     rectifier: GradientTransform | None
     declared: Mapping[str, Mapping[str, float] | str]
     lr: float = float("nan")
@@ -139,7 +138,7 @@ class Recorder:
             # What lies in `.grad` may be clipped before the update comes to be compared with it.
             objective = [None if tensor is None else tensor.clone() for tensor in objective]
         else:
-            step.gram = self._gram(step)
+            step.measured = self._measure(step)
         deposit(self._parameters, objective)
         if rectifier is not None:
             rectifier.rectify()
@@ -194,12 +193,6 @@ class Recorder:
                 "The parameters that require a gradient should stay those of the first step. Found "
                 f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
                 "Record what follows into another file, with a new Recorder."
-            )
-        if rectifier is not None and any(p.grad is not None for p in self._parameters):
-            raise ValueError(
-                "`.grad` should be empty before a rectified step, which is rectified as a whole. "
-                "Found gradients of an earlier backward. Call optimizer.zero_grad() before, or add "
-                "the losses of the micro-batches up."
             )
         self._check_constant(losses, rectifier)
 
@@ -260,10 +253,11 @@ class Recorder:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return not stepped.isdisjoint(map(id, self._parameters))
 
-    def _gram(self, step: _Step) -> Tensor:
-        further: dict[str, Vector] = {}
-        if step.rectifier is not None:
-            further.update(step.rectifier.watched)
+    def _measure(self, step: _Step) -> tuple[list[str], Tensor]:
+        """The names of the gradients that are there, and their Gram matrices."""
+        watched = {} if step.rectifier is None else step.rectifier.watched
+        # An average of nothing yet is absent, not zero.
+        further = {name: v for name, v in watched.items() if any(x is not None for x in v)}
         if self._before is not None:
             # In place: what was the copy of the old parameters becomes the update.
             with torch.no_grad():
@@ -271,7 +265,7 @@ class Recorder:
                     before.neg_().add_(parameter)
                     for before, parameter in zip(self._before, self._parameters, strict=True)
                 ]
-        return step.gradients.gram(**further)
+        return [*step.gradients.sources, *further], step.gradients.gram(**further)
 
     def _write(self, *, updated: bool = False) -> None:
         step, self._step = self._step, None
@@ -279,18 +273,10 @@ class Recorder:
             self._before = None  # of an optimizer that raised in its step
         if step is None:
             return
-        gram = self._gram(step) if step.gram is None else step.gram
-        has_update, self._before = self._before is not None, None
-        names = [
-            *step.gradients.sources,
-            *([] if step.rectifier is None else step.rectifier.watched),
-            *([UPDATE] if has_update else []),
-        ]
-        blocks = () if step.rectifier is None else step.rectifier.blocks
+        names, gram = self._measure(step) if step.measured is None else step.measured
+        self._before = None
         if not self._sources:
-            self._sources = (*(n for n in names if n != UPDATE), *([UPDATE] * self._update))
-            self._blocks = blocks
-            self._rectifier = None if step.rectifier is None else plain(step.rectifier.options)
+            self._name_sources(step)
         self._writer.append(
             Row(
                 step=step.number,
@@ -307,6 +293,13 @@ class Recorder:
             blocks=self._blocks,
             manifest={} if self._writer.count else self._manifest(step),
         )
+
+    def _name_sources(self, step: _Step) -> None:
+        watched: tuple[str, ...] = ()
+        if step.rectifier is not None:
+            watched, self._blocks = tuple(step.rectifier.watched), step.rectifier.blocks
+            self._rectifier = plain(step.rectifier.options)
+        self._sources = (*step.gradients.sources, *watched, *([UPDATE] if self._update else []))
 
     def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
         """The values at the places of their sources, NaN at those of the others."""

@@ -120,12 +120,21 @@ class Rectifier:
         Losses are as for `geffect.Recorder.backward`; use that one to record the step too.
         """
         gradients = differentiate(self._parameters, losses)
-        deposit(self._parameters, gradients.of(OBJECTIVE))
         self.observe(gradients)
+        deposit(self._parameters, gradients.of(OBJECTIVE))
         self.rectify()
 
     def observe(self, gradients: Gradients) -> None:
-        """Take the retain gradient of a step into the running average."""
+        """Take the retain gradient of a step into the running average, before `.grad` is written.
+
+        A step is rectified as a whole, so nothing of an earlier backward may lie in `.grad`.
+        """
+        if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
+            raise ValueError(
+                "`.grad` should be empty before a rectified step, which is rectified as a whole. "
+                "Found gradients of an earlier backward. Call optimizer.zero_grad() before, or add "
+                "the losses of the micro-batches up."
+            )
         if RETAIN not in gradients.sources:
             raise ValueError(
                 f"The losses of a rectified step should have one named `{RETAIN}`. Found "
