@@ -21,10 +21,10 @@ from matplotlib.image import imread
 from geffect import open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.cli.main import main
-from geffect.demo.figures import draw_all
+from geffect.demo import figures
 from geffect.demo.jobs import Unlearning
-from geffect.demo.language_model import QUICK
 from geffect.demo.methods import VARIANTS
+from geffect.demo.recipe import QUICK
 from geffect.store import validate
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -319,8 +319,12 @@ def test_demo_draws(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = sorted(path.name for path in (quick_study.out / "figures").iterdir())
     names = ["conflict", "cosine", "g_effect_ga", "sheet_ga", "tradeoff"]
     assert drawn == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
+    assert figures.names(quick_study.summary, quick_study.out) == [
+        "tradeoff", "g_effect_ga", "sheet_ga", "cosine", "conflict"
+    ]  # fmt: skip
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    draw_all(quick_study.summary, quick_study.out)
+    for name in names:
+        figures.draw(name, quick_study.summary, quick_study.out)
     assert pyplot.get_fignums() == []
 
 

@@ -15,14 +15,11 @@ from geffect.demo.corpus import Corpus, Fact, Size, generate
 from geffect.demo.language_model import (
     BOS,
     EOS,
-    FULL,
     IGNORED,
     PAD,
-    QUICK,
     SEP,
     VOCABULARY,
     Batch,
-    Recipe,
     build,
     by_length,
     encode,
@@ -34,6 +31,7 @@ from geffect.demo.language_model import (
     train,
     train_tokenizer,
 )
+from geffect.demo.recipe import FULL, QUICK, Recipe
 
 TINY = Recipe(
     corpus=Size(authors=3, forget=1, heldout=1, world=4),

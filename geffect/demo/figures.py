@@ -1,6 +1,6 @@
 """The pictures of a study, drawn from its run files and its summary."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,41 @@ FORMATS = ("png", "pdf")
 Runs = dict[tuple[str, str], Run]  # by method and variant
 
 
-def draw_all(summary: Mapping[str, Any], out: Path) -> None:
-    """Write every figure into out/figures, as PNG and PDF.
-
-    Curves and heatmaps are those of the first seed: gold levels differ between seeds.
-    """
-    for name, figure in _figures(summary, out):
-        for kind in FORMATS:
-            figure.savefig(out / "figures" / f"{name}.{kind}", dpi=150)
+def draw(name: str, summary: Mapping[str, Any], out: Path) -> None:
+    """Write one figure into out/figures, as PNG and PDF."""
+    figure = _figures(summary, out)[name]()
+    for kind in FORMATS:
+        figure.savefig(out / "figures" / f"{name}.{kind}", dpi=150)
 
 
-def _figures(summary: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Figure]]:
+def names(summary: Mapping[str, Any], out: Path) -> list[str]:
+    """The names of all figures of a study."""
+    return list(_figures(summary, out))
+
+
+def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Figure]]:
+    """Every figure by name. Curves and heatmaps are of the first seed: gold levels differ."""
     seed = summary["seeds"][0]
     of_seed = [run for run in summary["runs"] if run["seed"] == seed]
     runs = {(run["method"], run["variant"]): open_run(out / run["file"]) for run in of_seed}
-    level = summary["gold"][str(seed)]["forget_nll"]
-    yield "tradeoff", facets(_curves(of_seed, level), partial(tradeoff, level=level), "method")
     plain = {method: run for (method, variant), run in runs.items() if variant == "plain"}
-    for method, run in plain.items():
-        yield f"g_effect_{method}", facets(g_effect(run), heatmap, "effect")
-    first = next(iter(plain))
-    yield f"sheet_{first}", sheet(g_effect(plain[first]))
-    yield "cosine", facets(_cosines(runs), trajectory, "method")
-    yield "conflict", _conflict_rates(plain)
+    first, level = next(iter(plain)), summary["gold"][str(seed)]["forget_nll"]
+    heatmaps: dict[str, Callable[[], Figure]] = {
+        f"g_effect_{method}": partial(_heatmaps, run) for method, run in plain.items()
+    }
+    return {
+        "tradeoff": lambda: facets(
+            _curves(of_seed, level), partial(tradeoff, level=level), "method"
+        ),
+        **heatmaps,
+        f"sheet_{first}": lambda: sheet(g_effect(plain[first])),
+        "cosine": lambda: facets(_cosines(runs), trajectory, "method"),
+        "conflict": lambda: _conflict_rates(plain),
+    }
+
+
+def _heatmaps(run: Run) -> Figure:
+    return facets(g_effect(run), heatmap, "effect")
 
 
 def _curves(runs: list[Mapping[str, Any]], level: float) -> pd.DataFrame:

@@ -1,20 +1,16 @@
-"""The two kinds of work in a study: train a model, and run one method in one variant."""
+"""The work of a study: train a model, run one method in one variant, draw a figure.
 
-from dataclasses import dataclass
+A job is described where the study is planned and run in a worker, which imports what it needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
-
-from geffect import open_run
-from geffect.analysis import conflict, g_effect, violation
-
-from . import language_model as lm
 from .corpus import generate
 from .methods import VARIANTS
-from .unlearning import Data, measure, relearn, unlearn
+from .recipe import Recipe
 from .workers import Say
 
 APPRECIABLE = 1e-3
@@ -32,7 +28,7 @@ class Training:
     out: Path
     seed: int
     kind: str
-    recipe: lm.Recipe
+    recipe: Recipe
     stage: str = "train"
     weight: float = 4.0
 
@@ -41,6 +37,11 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        from transformers.utils.logging import disable_progress_bar
+
+        from . import language_model as lm
+        from .unlearning import Data, measure, relearn
+
         disable_progress_bar()  # that of saving a checkpoint; the study has its own
         corpus = generate(self.seed, self.recipe.corpus)
         tokenizer = lm.train_tokenizer(corpus)
@@ -67,7 +68,7 @@ class Unlearning:
     method: str
     variant: str
     level: float
-    recipe: lm.Recipe
+    recipe: Recipe
     stage: str = "unlearn"
 
     @property
@@ -79,6 +80,12 @@ class Unlearning:
         return f"{self.method}-{self.variant}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        from tokenizers import Tokenizer
+        from transformers import LlamaForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        from .unlearning import Data, unlearn
+
         disable_progress_bar()
         folder = self.out / "models" / f"original-seed{self.seed}"
         file = f"runs/{self.name}.h5"
@@ -98,8 +105,27 @@ class Unlearning:
         return {**result, "file": file, **shares(self.out / file)}
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of the study."""
+
+    out: Path
+    name: str
+    summary: Mapping[str, Any] = field(repr=False)
+    stage: str = "draw"
+    weight: float = 0.2
+
+    def run(self, say: Say) -> None:
+        from . import figures
+
+        figures.draw(self.name, self.summary, self.out)
+
+
 def shares(path: Path) -> dict[str, float]:
     """What the findings need of a run file, in one number each."""
+    from geffect import open_run
+    from geffect.analysis import conflict, g_effect, violation
+
     run = open_run(path)
     effect = g_effect(run, by="model").query("effect == 'retaining'")["value"]
     appreciable = effect[effect.abs() > APPRECIABLE * effect.abs().max()]

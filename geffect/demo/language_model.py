@@ -9,7 +9,7 @@ scored tokens of all rows, in nats; the answer's tokens and the eos are scored u
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .corpus import Corpus, Fact, Size
+from .corpus import Corpus, Fact
+from .recipe import Recipe
 
 PAD, BOS, EOS, SEP = range(4)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
@@ -28,29 +29,6 @@ IGNORED = -100
 
 # `input_ids`, `attention_mask` and `labels`, each Int64[Tensor, "row token"].
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The size of a model, how it is trained, and how large a corpus it can memorise so."""
-
-    corpus: Size = field(default_factory=Size)
-    layers: int = 6
-    hidden: int = 96
-    heads: int = 4
-    epochs: int = 25
-    batch: int = 16
-    learning_rate: float = 4e-3
-    warmup: int = 20
-
-
-FULL = Recipe()
-QUICK = Recipe(
-    corpus=Size(authors=8, forget=2, heldout=2, world=20),
-    layers=3,
-    epochs=20,
-    batch=8,
-)
 
 
 @dataclass(frozen=True)

@@ -1,45 +1,52 @@
-"""What the study compares: unlearning methods, and variants of the step that is taken."""
+"""What the study compares: unlearning methods, and variants of the step that is taken.
+
+What needs torch is imported where it is used: planning a study is done without.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .recipe import ALPHA, BETA, EMA
 
-from geffect import Rectifier
-from geffect.gradients import Loss
-from geffect.objectives import NPO, SharedForward, WeightedGradientAscent
-from geffect.objectives.base import Pair
+if TYPE_CHECKING:
+    import torch
 
-EMA = 0.2
-"""Weight of the new retain gradient; the paper's 0.8 measured worse on this small model."""
+    from geffect import Rectifier
+    from geffect.gradients import Loss
+    from geffect.objectives import SharedForward
+    from geffect.objectives.base import Pair
 
-BETA, ALPHA = 0.1, 1.0
-
-Objective = Callable[[SharedForward, Pair, Any], dict[str, Loss]]
+Objective = Callable[["SharedForward", "Pair", Any], "dict[str, Loss]"]
 """From (model, batch, model before unlearning) to the loss `objective`, and its parts if any.
 
 The losses `forget` and `retain` are there already: what is a combination of them costs no pass.
 """
 
 
-def _ga(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+def _ga(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
     return {"objective": {"forget": -1.0}}
 
 
-def _wga(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+def _wga(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+    from geffect.objectives import WeightedGradientAscent
+
     return {"objective": WeightedGradientAscent(ALPHA)(model, batch)}
 
 
-def _npo(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+def _npo(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+    from geffect.objectives import NPO
+
     return {"objective": NPO(BETA, reference)(model, batch)}
 
 
-def _graddiff(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+def _graddiff(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
     return {"objective": {"forget": -1.0, "retain": 1.0}}
 
 
-def _npo_gd(model: SharedForward, batch: Pair, reference: Any) -> dict[str, Loss]:
+def _npo_gd(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+    from geffect.objectives import NPO
+
     return {
         "objective": {"objective.forget": 1.0, "retain": 1.0},
         "objective.forget": NPO(BETA, reference)(model, batch),
@@ -64,8 +71,12 @@ class Variant:
     learning_rate: float = 3e-4
     duration: float = 1.0  # of a run, beside the plain one
 
-    def rectifier(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Rectifier:
+    def rectifier(
+        self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer"
+    ) -> "Rectifier":
         """The rectifier of this variant; that of the plain one only watches."""
+        from geffect import Rectifier
+
         return Rectifier(model, optimizer=optimizer, ema=EMA, **self.options)
 
 

@@ -9,19 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import language_model as lm
-from .figures import draw_all
 from .findings import as_markdown, equal_forgetting, findings
-from .jobs import KINDS, Training, Unlearning
-from .methods import ALPHA, BETA, EMA, METHODS, VARIANTS
-from .unlearning import FORGET_BATCH, MOST_STEPS, RETAIN_BATCH
-from .workers import Progress, Report, working
+from .jobs import KINDS, Drawing, Training, Unlearning
+from .methods import METHODS, VARIANTS
+from .recipe import ALPHA, BETA, EMA, FORGET_BATCH, FULL, MOST_STEPS, QUICK, RETAIN_BATCH, Recipe
+from .workers import Report, working
 
 FORMAT = 1
 EVERYWHERE = ("plain", "gru", "gru-update")
 IN_EVERY_VARIANT = ("ga", "npo")
 QUICK_METHODS = ("ga",)
-DRAWING = 2.0  # what the figures take, in plain unlearning runs
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,15 @@ class Plan:
             )
 
     @property
-    def recipe(self) -> lm.Recipe:
+    def recipe(self) -> Recipe:
         """Corpus, model and training."""
-        return lm.QUICK if self.quick else lm.FULL
+        return QUICK if self.quick else FULL
 
     @property
     def weight(self) -> float:
         """How much work the plan is, in plain unlearning runs."""
         durations = [VARIANTS[v].duration for m in self.methods for v in self.variants(m)]
-        return len(self.seeds) * (len(KINDS) * Training.weight + sum(durations)) + DRAWING
+        return len(self.seeds) * (len(KINDS) * Training.weight + sum(durations))
 
     def variants(self, method: str) -> list[str]:
         """The variants in which a method is run."""
@@ -98,23 +95,23 @@ def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
                     for variant in plan.variants(method)
                 ]
             )
-    summary = {
-        "format": FORMAT,
-        "versions": {p: version(p) for p in ("geffect", "torch", "transformers", "tokenizers")},
-        "seeds": list(plan.seeds),
-        "config": _config(plan),
-        "wall_seconds": {},
-        **trained,
-        "runs": runs,
-        "findings": findings(runs),
-    }
+        summary = {
+            "format": FORMAT,
+            "versions": {p: version(p) for p in ("geffect", "torch", "transformers", "tokenizers")},
+            "seeds": list(plan.seeds),
+            "config": _config(plan),
+            "wall_seconds": {},
+            **trained,
+            "runs": runs,
+            "findings": findings(runs),
+        }
+        with clock.stage("figures"):
+            from . import figures
+
+            run([Drawing(out, name, summary) for name in figures.names(summary, out)])
     table = equal_forgetting(summary)
     table.to_csv(out / "equal_forgetting.csv", index=False)
     (out / "equal_forgetting.md").write_text(as_markdown(table), encoding="utf-8")
-    with clock.stage("figures"):
-        report(Progress("figures", "draw", DRAWING, 0.0, "starts"))
-        draw_all(summary, out)
-        report(Progress("figures", "draw", DRAWING, 1.0, "done"))
     summary["wall_seconds"] = {"total": clock.total(), "stages": clock.stages}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary

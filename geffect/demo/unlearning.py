@@ -16,12 +16,14 @@ from geffect.objectives import SharedForward, nll
 from . import language_model as lm
 from .corpus import Corpus
 from .methods import METHODS, VARIANTS
-
-FORGET_BATCH, RETAIN_BATCH = 10, 20
-MOST_STEPS = 100
-STEPS_BEYOND = 2  # past the level, for the curves
-PLAIN_STEPS = 24  # a plain run goes on: what it does after the level belongs into the picture
-CURVE_EVERY = 3  # the retain set is large: its NLL is measured at every third step
+from .recipe import (
+    CURVE_EVERY,
+    FORGET_BATCH,
+    MOST_STEPS,
+    PLAIN_STEPS,
+    RETAIN_BATCH,
+    STEPS_BEYOND,
+)
 
 Measured = dict[str, float]
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from queue import Empty
 from typing import Any, Protocol
 
-import torch
-
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -87,6 +85,8 @@ _news: Any = None
 
 
 def _start(news: Any) -> None:
+    import torch
+
     global _news
     _news = news
     torch.set_num_threads(1)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from geffect.dots import dot
 from geffect.gradients import Vector
 
 SECOND_MOMENT_DECAY = 0.999
@@ -25,11 +24,16 @@ class RetainMemory:
 
     def update(self, gradient: Vector) -> str | None:
         """Take in one gradient, or say why it is left out."""
-        present = [tensor for tensor in gradient if tensor is not None]
-        squared_norm = float(sum(dot(tensor, tensor).item() for tensor in present))
-        if squared_norm == 0.0:
+        # The largest entry tells, and unlike a sum of squares it neither under- nor overflows.
+        largest = [
+            torch.linalg.vector_norm(tensor, torch.inf).float()
+            for tensor in gradient
+            if tensor is not None and tensor.numel()
+        ]
+        peak = torch.stack(largest).max().item() if largest else 0.0
+        if peak == 0.0:
             return "zero"
-        if not squared_norm < float("inf"):
+        if not peak < float("inf"):
             return "not finite"
         first = self._count == 0
         self._count += 1
