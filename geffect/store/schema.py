@@ -50,6 +50,13 @@ ROWS = {
 """The datasets that have one entry a step."""
 
 
+AXES = {
+    "gram": ("steps/step", "parameters/name", "sources", "sources"),
+    "losses": ("steps/step", "sources"),
+}
+"""What the axes of a dataset are, by the dataset that names their places."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What is stored of one step."""

@@ -2,21 +2,18 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import h5py
-import numpy as np
 
 from geffect.layers import Parameter
 
+from .layout import copy_rows, lay_out
 from .reader import Run, open_run
-from .schema import FORMAT, ROWS, VERSION, Row, RunFileError
+from .schema import Row, RunFileError
 
 FIRST_CAPACITY = 64
 
@@ -166,16 +163,15 @@ class RunWriter:
         manifest: Mapping[str, object],
     ) -> None:
         with self._taking_its_place() as file:
-            file.attrs.update(format=FORMAT, format_version=VERSION, state="open")
-            file["manifest"] = json.dumps(manifest)
-            _write_table(file, "parameters", _columns(self.parameters))
-            file["sources"] = _texts(sources)
-            if blocks:
-                file["rectification_blocks"] = _texts(blocks)
-            for name, entry in row.datasets().items():
-                _write_rows(file, name, FIRST_CAPACITY, np.shape(entry))[0] = entry
-            file["committed"] = np.int64(1)
-            _label_axes(file)
+            lay_out(
+                file,
+                row,
+                parameters=self.parameters,
+                sources=sources,
+                blocks=blocks,
+                manifest=manifest,
+                capacity=FIRST_CAPACITY,
+            )
         self._capacity = FIRST_CAPACITY
         self._sweep()
 
@@ -195,15 +191,7 @@ class RunWriter:
         assert self._file is not None
         old = self._file
         with self._taking_its_place() as file:
-            file.attrs.update(format=FORMAT, format_version=VERSION, state=state)
-            for name in old:
-                if name not in ("gram", "losses", "rectification", "steps"):
-                    old.copy(name, file, without_attrs=True)
-            for name in ROWS:
-                if name in old:
-                    rows = _write_rows(file, name, capacity, old[name].shape[1:])
-                    rows[: self.count] = old[name][: self.count]
-            _label_axes(file)
+            copy_rows(old, file, count=self.count, capacity=capacity, state=state)
         self._capacity = capacity
 
     @contextlib.contextmanager
@@ -288,49 +276,3 @@ def _refuse_to_replace(draft: Path, path: Path) -> None:
     except OSError:  # A file system without links: a look instead.
         if path.exists():
             raise FileExistsError(path) from None
-
-
-def _texts(values: Sequence[str]) -> Any:
-    return np.array(list(values), dtype=h5py.string_dtype())
-
-
-def _columns(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for field in fields(Parameter):
-        values = [getattr(parameter, field.name) for parameter in parameters]
-        whole = all(isinstance(value, int) for value in values)
-        # Shapes and further names are lists of any length: JSON keeps them in one column.
-        columns[field.name] = (
-            np.array(values, dtype="<i8")
-            if whole
-            else _texts([v if isinstance(v, str) else json.dumps(v) for v in values])
-        )
-    return columns
-
-
-def _write_table(file: h5py.File, name: str, columns: Mapping[str, Any]) -> None:
-    for column, values in columns.items():
-        file[f"{name}/{column}"] = values
-
-
-def _write_rows(file: h5py.File, name: str, capacity: int, shape: tuple[int, ...]) -> h5py.Dataset:
-    empty = np.nan if ROWS[name].kind == "f" else -1
-    # Written out, not only declared: the space is then there before the first row needs it.
-    return file.create_dataset(name, data=np.full((capacity, *shape), empty, dtype=ROWS[name]))
-
-
-def _label_axes(file: h5py.File) -> None:
-    """Dimension scales, for readers such as xarray that know axes by name."""
-    for scale in ("steps/step", "parameters/name", "sources"):
-        file[scale].make_scale(scale.split("/")[-1])
-    for name in ("gram", "losses"):
-        axes = (
-            ["steps/step", "parameters/name", "sources", "sources"]
-            if name == "gram"
-            else [
-                "steps/step",
-                "sources",
-            ]
-        )
-        for axis, scale in enumerate(axes):
-            file[name].dims[axis].attach_scale(file[scale])
