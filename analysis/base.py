@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from geffect.layers import Parameter, in_network_order
 from geffect.scores import BLOCKS
+from geffect.sources import is_risk
 from geffect.store import Run
 
 Floats = NDArray[np.float64]
@@ -44,8 +45,7 @@ def column_of(by: By) -> str:
 
 def risks_of(run: Run) -> Sequence[str]:
     """The sources that are risks: neither the objective, nor a part of it, nor derived."""
-    derived = ("objective", "objective.", "update", "retain_ema")
-    return [s for s in run.sources if s not in derived and not s.startswith("objective.")]
+    return list(filter(is_risk, run.sources))
 
 
 def _label_of(by: By) -> Callable[[Parameter], str]:

@@ -5,12 +5,13 @@ import pandas as pd
 
 from geffect.gram import in_conflict, norm
 from geffect.scores import Score, tidy
+from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
 from .base import By, column_of, summed_gram
 
 
-def conflict(run: Run, a: str = "objective", b: str = "retain", by: By = "layer") -> pd.DataFrame:
+def conflict(run: Run, a: str = OBJECTIVE, b: str = RETAIN, by: By = "layer") -> pd.DataFrame:
     """1 where <g_a, g_b> < 0, 0 where not, NaN where a gradient is zero or absent.
 
     Columns: step, `by`, value. The mean of `value` over steps, blocks or both is the conflict rate.

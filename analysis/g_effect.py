@@ -4,11 +4,12 @@ import pandas as pd
 
 from geffect.gram import inner
 from geffect.scores import Score, stack, tidy
+from geffect.sources import FORGET, OBJECTIVE, RETAIN
 from geffect.store import Run
 
 from .base import By, column_of, summed_gram
 
-EFFECTS = {"unlearning": "forget", "retaining": "retain"}
+EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
 """The risk whose gradient is compared with that of the objective."""
 
 SCORE = Score("g_effect", "G-effect (nats per unit learning rate)", scale="symlog")
@@ -35,7 +36,7 @@ def g_effect(run: Run, by: By = "layer") -> pd.DataFrame:
     1     0  model   retaining   -1.0
     """
     blocks, K = summed_gram(run, by)
-    objective = run.index("objective")
+    objective = run.index(OBJECTIVE)
     tables = {
         effect: tidy(
             inner(K, run.index(risk), objective),

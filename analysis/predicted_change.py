@@ -4,6 +4,7 @@ import pandas as pd
 
 from geffect.gram import inner
 from geffect.scores import Score, stack, tidy
+from geffect.sources import UPDATE
 from geffect.store import Run
 
 from .base import By, column_of, risks_of, summed_gram
@@ -27,7 +28,7 @@ def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     0     0  model  forget   -0.4
     1     0  model  retain   -0.1
     """
-    update = run.index("update")
+    update = run.index(UPDATE)
     blocks, K = summed_gram(run, by)
     tables = {
         risk: tidy(

@@ -5,6 +5,7 @@ import pandas as pd
 
 from geffect.gram import cosine
 from geffect.scores import Score, tidy
+from geffect.sources import RETAIN_EMA, UPDATE
 from geffect.store import Run
 
 from .base import By, column_of, summed_gram
@@ -27,7 +28,7 @@ def violation(run: Run, by: By = "model") -> pd.DataFrame:
     0     0  model    1.0
     """
     blocks, K = summed_gram(run, by)
-    along = cosine(K, run.index("update"), run.index("retain_ema"))
+    along = cosine(K, run.index(UPDATE), run.index(RETAIN_EMA))
     values = np.where(np.isnan(along), np.nan, along > ROUNDING)
     score = Score("violation", "constraint violated by the applied update", limits=(0.0, 1.0))
     return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))

@@ -7,7 +7,7 @@ while it is in the cache and multiplied there, so that neither sums nor products
 or underflow; the gradients themselves are never copied whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     >>> gram([torch.tensor([3.0, 4.0]), None])
     tensor([[25.,  0.],
             [ 0.,  0.]], dtype=torch.float64)
+    >>> spiky = torch.ones(1_000_000); spiky[0] = 1e4
+    >>> gram([spiky]).item(), torch.dot(spiky, spiky).double().item() == 100999999.0
+    (100999999.0, False)
     """
     present = [i for i, vector in enumerate(vectors) if vector is not None]
     flat = [vectors[i].detach().reshape(-1) for i in present]  # type: ignore[union-attr]
@@ -41,14 +44,19 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     return matrix
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> as a float64 scalar.
+def grams(parameters: Iterable[Sequence[Tensor | None]]) -> Tensor:
+    """The Gram matrices `Float64[parameter, k, k]` of several parameters, on the CPU.
 
-    >>> spiky = torch.ones(1_000_000); spiky[0] = 1e4
-    >>> dot(spiky, spiky).item()
-    100999999.0
+    Parameters may lie on different devices; each device is waited for once.
     """
-    return gram([a, b])[0, 1]
+    matrices = [gram(vectors) for vectors in parameters]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        by_device.setdefault(matrix.device, []).append(i)
+    gathered = torch.zeros(len(matrices), *matrices[0].shape, dtype=torch.float64)
+    for places in by_device.values():
+        gathered[places] = torch.stack([matrices[i] for i in places]).cpu()
+    return gathered
 
 
 def _products(flat: Sequence[Tensor]) -> Tensor:

@@ -5,23 +5,21 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect import dots
+from geffect.sources import OBJECTIVE
 
 Vector = Sequence[Tensor | None]
 """A gradient of the model: one tensor a parameter, None where the loss does not reach it."""
 
 Loss = Tensor | Mapping[str, float]
 """A scalar with a graph, or weights that declare a linear combination of such scalars."""
-
-OBJECTIVE, FORGET, RETAIN = "objective", "forget", "retain"
-UPDATE, RETAIN_EMA = "update", "retain_ema"
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ class Gradients:
         """
         basis = {**self.vectors, **further}
         place = {name: i for i, name in enumerate(basis)}
-        products = torch.stack(
-            [dots.gram(tensors) for tensors in zip(*basis.values(), strict=True)]
-        ).cpu()
+        products = dots.grams(zip(*basis.values(), strict=True))
         every = [*self.weights.values(), *({name: 1.0} for name in further)]
         K = products.new_empty(len(products), len(every), len(every))
         # Term by term, not as W K W^T: a zero weight must not meet a gradient that is not finite.
@@ -103,9 +99,9 @@ class GradientTransform(Protocol):
 class Rectification:
     """What a rectifier did in one step, one number a block.
 
-    `inner` and `norm` are <u, r> and |u| of what was rectified, `retain_norm` is |r|, `changed`
-    the share of coordinates that are not what they were, and `coefficient` the weight that r got;
-    NaN where coordinates were stopped instead.
+    `inner` and `norm` are <u, r> and |u| of what was rectified, measured before and after,
+    `retain_norm` is |r|, and `coefficient` the weight that r got: NaN where coordinates were
+    stopped instead.
     """
 
     blocks: tuple[str, ...]
@@ -118,13 +114,14 @@ class Rectification:
     retain_norm: tuple[float, ...]
 
 
-def differentiate(parameters: Sequence[nn.Parameter], losses: Mapping[str, Loss]) -> Gradients:
+def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:
     """The gradients of the losses, one backward pass for each tensor and none for a combination.
 
-    What stood in `.grad` stands there again afterwards. Losses may share a forward: the graph is
-    kept for exactly as long as a later loss needs it.
+    What stood in `.grad` of the parameters stands there again afterwards. A leaf beside them, such
+    as a soft prompt, gets what a backward pass of the objective would have given it. Losses may
+    share a forward: the graph is kept for exactly as long as a later loss needs it.
 
-    >>> x = nn.Parameter(torch.tensor(3.0))
+    >>> x = torch.tensor(3.0, requires_grad=True)
     >>> step = differentiate([x], {"forget": x**2, "objective": {"forget": -1.0}})
     >>> step.of("objective"), x.grad
     ([tensor(-6.)], None)
@@ -138,20 +135,22 @@ def differentiate(parameters: Sequence[nn.Parameter], losses: Mapping[str, Loss]
                 "Lower the learning rate or clip; no gradient was taken and nothing was recorded."
             )
     seeds = _seeds(weights)
-    kept = [parameter.grad for parameter in parameters]
+    # A leaf beside the parameters, such as a soft prompt, must not collect every pass either.
+    leaves = [*parameters, *_other_leaves(tensors.values(), parameters)]
+    kept = [leaf.grad for leaf in leaves]
     vectors: dict[str, Vector] = {}
     try:
         for (name, loss), retain_graph in zip(
             tensors.items(), _needed_later(list(tensors.values())), strict=True
         ):
-            for parameter in parameters:
-                parameter.grad = None
+            for leaf in leaves:
+                leaf.grad = None
             seed = None if name not in seeds else torch.full_like(loss, seeds[name])
             loss.backward(gradient=seed, retain_graph=retain_graph)
-            vectors[name] = [parameter.grad for parameter in parameters]
+            vectors[name] = [leaf.grad for leaf in leaves]
     finally:
-        for parameter, grad in zip(parameters, kept, strict=True):
-            parameter.grad = grad
+        for leaf, grad in zip(leaves, kept, strict=True):
+            leaf.grad = grad
     in_vectors = {
         source: {name: weight / seeds.get(name, 1.0) for name, weight in terms.items()}
         for source, terms in weights.items()
@@ -160,10 +159,14 @@ def differentiate(parameters: Sequence[nn.Parameter], losses: Mapping[str, Loss]
         source: sum(weight * values[name] for name, weight in terms.items())
         for source, terms in weights.items()
     }
-    return Gradients(vectors, in_vectors, total)
+    every = Gradients(vectors, in_vectors, total)
+    count = len(parameters)
+    if len(leaves) > count and OBJECTIVE in losses:
+        deposit(leaves[count:], every.of(OBJECTIVE)[count:])
+    return Gradients({n: v[:count] for n, v in vectors.items()}, in_vectors, total)
 
 
-def deposit(parameters: Sequence[nn.Parameter], gradient: Vector) -> None:
+def deposit(parameters: Sequence[Tensor], gradient: Vector) -> None:
     """Add a gradient to `.grad` as a backward pass would have."""
     for parameter, tensor in zip(parameters, gradient, strict=True):
         if tensor is None:
@@ -238,23 +241,35 @@ def _seeds(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
     """For each loss, whether a later one shares a part of its graph that is not a leaf."""
-    graphs = [set(_nodes(loss)) for loss in losses]
+    graphs = [{node for node in _nodes(loss) if not _is_leaf(node)} for loss in losses]
     return [
         any(not graph.isdisjoint(later) for later in graphs[i + 1 :])
         for i, graph in enumerate(graphs)
     ]
 
 
-def _nodes(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
+def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of the graphs that are none of the parameters."""
+    known = set(map(id, parameters))
+    leaves = [node.variable for loss in losses for node in _nodes(loss) if _is_leaf(node)]
+    found = {id(leaf): leaf for leaf in leaves}
+    return [leaf for place, leaf in found.items() if place not in known]
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
     seen, stack = set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
-        # A leaf (AccumulateGrad) saves nothing that a backward pass could free.
-        if node is None or node in seen or hasattr(node, "variable"):
+        if node is None or node in seen:
             continue
         seen.add(node)
         yield node
         stack.extend(successor for successor, _ in node.next_functions)
+
+
+def _is_leaf(node: Any) -> bool:
+    # AccumulateGrad, which saves nothing that a backward pass could free.
+    return hasattr(node, "variable")
 
 
 def _weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:

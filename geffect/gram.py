@@ -35,8 +35,3 @@ def cosine(K: Any, i: int, j: int) -> Any:
 def in_conflict(K: Any, i: int, j: int) -> Any:
     """Whether a step along -g_i raises what -g_j lowers: <g_i, g_j> < 0."""
     return inner(K, i, j) < 0
-
-
-def combined(K: Any, weights: Any) -> Any:
-    """The Gram matrix of linear combinations of the gradients: W K W^T, W of shape (m, k)."""
-    return weights @ K @ weights.swapaxes(-1, -2)

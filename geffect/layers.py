@@ -6,6 +6,7 @@ give one table.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -82,13 +83,9 @@ def layer_of(name: str) -> tuple[str, int]:
     return OTHER, -1
 
 
-def trainable(model: "nn.Module") -> "dict[str, nn.Parameter]":
+def trainable(model: "nn.Module") -> "dict[str, Tensor]":
     """The tensors that require a gradient by canonical name, each once, in the model's order."""
-    found = {
-        canonical_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    found = {names[0]: tensor for tensor, names in _named(model).items()}
     if not found:
         raise ValueError(
             "`model` should have a parameter that requires a gradient. Found none in "
@@ -107,14 +104,11 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     >>> describe(nn.Sequential(nn.Linear(2, 3, bias=False)))[0].layer
     'other'
     """
-    aliases: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            aliases.setdefault(parameter, []).append(canonical_name(name))
-    places = [[layer_of(name) for name in names] for names in aliases.values()]
+    named = _named(model)
+    places = [[layer_of(name) for name in names] for names in named.values()]
     depth = 1 + max((index for place in places for _, index in place), default=-1)
     rows = []
-    for (tensor, (name, *further)), place in zip(aliases.items(), places, strict=True):
+    for (tensor, (name, *further)), place in zip(named.items(), places, strict=True):
         layers = list(dict.fromkeys(layer for layer, _ in place))
         index = place[0][1]
         layer = "+".join(layers)
@@ -131,6 +125,19 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
             )
         )
     return tuple(rows)
+
+
+def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
+    """The names of each trainable tensor: canonical, or whole where two tensors would share one."""
+    whole: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            whole.setdefault(parameter, []).append(name)
+    count = Counter(canonical_name(name) for names in whole.values() for name in names)
+    return {
+        tensor: [canonical_name(n) if count[canonical_name(n)] == 1 else n for n in names]
+        for tensor, names in whole.items()
+    }
 
 
 def in_network_order(parameters: Iterable[Parameter], labels: Iterable[str]) -> list[str]:

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from geffect.dots import BLOCK, dot, gram
+from geffect.dots import BLOCK, gram, grams
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return gram([a, b])[0, 1]
 
 
 def heavy_tailed(size: int, seed: int) -> torch.Tensor:
@@ -47,3 +51,9 @@ def test_an_absent_gradient_is_zero() -> None:
 def test_gradients_of_different_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"should have one shape. Found .*Pass gradients of the"):
         gram([torch.zeros(12), torch.zeros(13)])
+
+
+def test_parameters_are_gathered_in_their_order() -> None:
+    vectors = [[torch.full((size,), float(size)), None] for size in (1, 2, 3)]
+    assert grams(vectors)[:, 0, 0].tolist() == [1.0, 8.0, 27.0]
+    assert not grams(vectors)[:, 1].any()

@@ -20,7 +20,7 @@ import geffect
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "layers": 1, "dots": 1, "gram": 1, "scores": 1,
+    "layers": 1, "dots": 1, "gram": 1, "scores": 1, "sources": 1,
     "gradients": 2, "objectives": 2, "plots": 2,
     "store": 3, "projection": 3,
     "capture": 4, "analysis": 4,

@@ -66,7 +66,7 @@ def test_a_kill_loses_no_step(
     monkeypatch.setattr(writer, "FIRST_CAPACITY", kill.capacity)
     model, optimizer = started(count)
     with Recorder(model, path, update=kill.update, resume=True) as recorder:
-        assert recorder.steps == count
+        assert recorder.next_step == count
         for _ in range(3):
             take_step(model, optimizer, recorder)
     run = open_run(path)
@@ -91,7 +91,9 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Reco
     (weight,) = model.parameters()
     optimizer.zero_grad()
     recorder.backward(
-        objective={"forget": -1.0}, forget=(recorder.steps + 1) * weight.sum(), retain=weight.sum()
+        objective={"forget": -1.0},
+        forget=(recorder.next_step + 1) * weight.sum(),
+        retain=weight.sum(),
     )
     optimizer.step()
 
@@ -188,4 +190,4 @@ def record(path: str, kill: Kill, announcing: int) -> None:
         with Recorder(model, path, update=kill.update, resume=True) as recorder:
             for _ in range(kill.closing):
                 take_step(model, optimizer, recorder)
-                os.write(announcing, b"%d\n" % recorder.steps)
+                os.write(announcing, b"%d\n" % recorder.next_step)

@@ -85,6 +85,11 @@ def test_blocks_are_rectified_each_by_itself() -> None:
     assert torch.equal(gru(K), torch.tensor([[1.0, 0.5], [1.0, 0.0]]))
 
 
+def placed(space: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The arguments that put a rectifier into a space."""
+    return {"space": space, **({"optimizer": optimizer} if space == "update" else {})}
+
+
 class Quadratic(nn.Module):
     """Two parameters, risks that are quadratics with different minima."""
 
@@ -103,7 +108,7 @@ def test_a_rectified_step_does_not_raise_the_retain_risk(space: Any, scope: Any)
     # The sign test: GA's gradient is minus that of the forget risk, and must be rectified as such.
     model = Quadratic()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    rectifier = Rectifier(model, scope=scope, space=space, optimizer=optimizer)
+    rectifier = Rectifier(model, scope=scope, **placed(space, optimizer))
     before = model.risk(0.1).item(), model.risk(0.3).item()
     rectifier.backward(objective={"forget": -1.0}, forget=model.risk(0.1), retain=model.risk(0.3))
     optimizer.step()
@@ -125,7 +130,8 @@ def run(
     """(applied step, retain average) of every step of GA on a tiny Llama, flat."""
     model = tiny.llama()
     optimizer = optimizer_of(model.parameters())
-    rectifier = Rectifier(model, ema=0.3, optimizer=optimizer, **rectifier_options)
+    stepped = placed(rectifier_options.pop("space", "gradient"), optimizer)
+    rectifier = Rectifier(model, ema=0.3, **stepped, **rectifier_options)
     seen = []
     for pair in tiny.pairs(steps):
         before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
@@ -291,7 +297,7 @@ def test_selective_steps_keep_the_most_salient_coordinates(space: Any) -> None:
     fraction = 0.05
     model = tiny.llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    rectifier = Rectifier(model, None, select=fraction, space=space, optimizer=optimizer)
+    rectifier = Rectifier(model, None, select=fraction, **placed(space, optimizer))
     pair = tiny.pairs(1)[0]
     before = [p.detach().clone() for p in model.parameters()]
     u = reference.flat(reference.gradient(model, nll(model, pair["forget"])))

@@ -124,6 +124,7 @@ def test_what_is_recorded_of_a_step(tmp_path: Path) -> None:
     assert run.manifest["losses"]["objective"] == {"forget": -1.0, "retain": 0.01}
     assert run.manifest["rectifier"]["rule"] == "gru"
     assert run.manifest["optimizer"]["class"] == "AdamW"
+    assert run.manifest["optimizer"]["groups"][0]["betas"] == [0.9, 0.999]
     assert run.column("lr").tolist() == [1e-3, 1e-3 / 2, 1e-3 / 3]
     assert (np.diff(run.column("wall_seconds")) > 0).all()
     recorded = run.losses()
@@ -169,7 +170,8 @@ def test_the_update_is_what_the_optimizer_did_after_rectification(
 ) -> None:
     model = tiny.llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rectifier = Rectifier(model, space=space, optimizer=optimizer, ema=0.5)
+    stepped = {"optimizer": optimizer} if space == "update" else {}
+    rectifier = Rectifier(model, space=space, ema=0.5, **stepped)
     moved = []
     with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
         for pair in tiny.pairs(4):

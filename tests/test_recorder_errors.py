@@ -455,7 +455,8 @@ def test_a_retain_gradient_without_a_direction_rectifies_nothing(
     tmp_path: Path, problem: str, scope: Any, space: Any, first: bool
 ) -> None:
     model, optimizer = started()
-    rectifier = Rectifier(model, scope=scope, space=space, optimizer=optimizer)
+    stepped = {"optimizer": optimizer} if space == "update" else {}
+    rectifier = Rectifier(model, scope=scope, space=space, **stepped)
     recorder = Recorder(model, tmp_path / "a.h5")
     if not first:
         take_step(model, optimizer, recorder, rectifier=rectifier)

@@ -44,7 +44,7 @@ def manifest(
     }
 
 
-def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata as JSON gives it back."""
     try:
         found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))

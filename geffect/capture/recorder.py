@@ -16,9 +16,6 @@ from torch.optim.optimizer import (
 )
 
 from geffect.gradients import (
-    OBJECTIVE,
-    RETAIN_EMA,
-    UPDATE,
     Gradients,
     GradientTransform,
     Loss,
@@ -26,10 +23,11 @@ from geffect.gradients import (
     differentiate,
 )
 from geffect.layers import describe, trainable
+from geffect.sources import OBJECTIVE, RETAIN_EMA, UPDATE
 from geffect.store.schema import RECTIFICATION_COLUMNS, Row
 from geffect.store.writer import RunWriter
 
-from .manifest import manifest, plain
+from .manifest import as_json, manifest
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Recorder:
         self._model = model
         self._trainable = trainable(model)
         self._parameters = list(self._trainable.values())
-        self._metadata = plain(metadata or {})
+        self._metadata = as_json(metadata or {})
         self._update = update
         self._writer = RunWriter(path, describe(model), overwrite=overwrite, resume=resume)
         self._sources: tuple[str, ...] = ()
@@ -87,7 +85,9 @@ class Recorder:
         self._rectifier: Mapping[str, Any] | None = None
         self._optimizer: Mapping[str, Any] | None = None
         self._step: _Step | None = None
+        self._losses: Mapping[str, Mapping[str, float] | str] = {}
         self._before: list[Tensor] | None = None
+        self._stepped: set[int] = set()  # what optimizers have stepped since the last backward
         self._started = time.perf_counter()
         try:
             self._continue()
@@ -112,8 +112,8 @@ class Recorder:
         self._end(complete=kind is None)
 
     @property
-    def steps(self) -> int:
-        """The number that the next step gets: how many there are, if none was dropped."""
+    def next_step(self) -> int:
+        """The number that the next step gets."""
         last = self._writer.last_step if self._step is None else self._step.number
         return last + 1
 
@@ -129,10 +129,11 @@ class Recorder:
         self._write()
         self._check(losses, rectifier)
         gradients = differentiate(self._parameters, losses)
+        declared = _declared(losses)
+        self._check_weights(declared)
         if rectifier is not None:
             rectifier.observe(gradients)
-        declared = {n: dict(x) if isinstance(x, Mapping) else "loss" for n, x in losses.items()}
-        self._step = step = _Step(self.steps, gradients, None, rectifier, declared)
+        self._step = step = _Step(self.next_step, gradients, None, rectifier, declared)
         objective = gradients.of(OBJECTIVE)
         if self._update:
             # What lies in `.grad` may be clipped before the update comes to be compared with it.
@@ -174,6 +175,7 @@ class Recorder:
                 "another file."
             )
         self._sources = run.sources
+        self._losses = run.manifest["losses"]
         self._rectifier = run.manifest["rectifier"]
         self._blocks = run.rectification()[0] if self._rectifier else ()
         self._started -= float(run.column("wall_seconds")[-1])
@@ -220,7 +222,7 @@ class Recorder:
             )
         if rectifier is None:
             return
-        options = plain(rectifier.options)
+        options = as_json(rectifier.options)
         if options != self._rectifier or rectifier.blocks != self._blocks:
             raise ValueError(
                 f"The rectifier should be set up as in the first step of the run: "
@@ -228,26 +230,38 @@ class Recorder:
                 f"{', '.join(rectifier.blocks)}. Set it up the same, or record into another file."
             )
 
+    def _check_weights(self, declared: Mapping[str, Mapping[str, float] | str]) -> None:
+        for name, weights in declared.items():
+            first = self._losses.get(name, weights)
+            if weights != first and "loss" not in (weights, first):
+                raise ValueError(
+                    f"The weights of loss `{name}` should stay those of the first step of the run: "
+                    f"{first}. Found {weights}. Declare it the same, or record into another file."
+                )
+
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._step is None or not self._owns(optimizer):
             return
-        if self._update:
+        if self._update and self._before is None:
             self._before = [parameter.detach().clone() for parameter in self._parameters]
 
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._step is None or not self._owns(optimizer):
             return
-        group = optimizer.param_groups[0]
-        self._step.lr = float(group["lr"])
-        self._optimizer = {
-            "class": type(optimizer).__name__,
-            **{
-                name: value
-                for name, value in group.items()
-                if isinstance(value, int | float | tuple)
-            },
-        }
-        self._write(updated=True)
+        groups = optimizer.param_groups
+        if not self._stepped:
+            self._step.lr = float(groups[0]["lr"])
+            self._optimizer = {
+                "class": type(optimizer).__name__,
+                "groups": [
+                    {k: v for k, v in group.items() if isinstance(v, int | float | tuple)}
+                    for group in groups
+                ],
+            }
+        self._stepped |= {id(p) for group in groups for p in group["params"]}
+        # Where several optimizers share the model, the step is not over before the last of them.
+        if all(id(p) in self._stepped for p in self._parameters if p.grad is not None):
+            self._write()
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -267,10 +281,11 @@ class Recorder:
                 ]
         return [*step.gradients.sources, *further], step.gradients.gram(**further)
 
-    def _write(self, *, updated: bool = False) -> None:
+    def _write(self) -> None:
         step, self._step = self._step, None
-        if not updated:
+        if not self._stepped:
             self._before = None  # of an optimizer that raised in its step
+        self._stepped = set()
         if step is None:
             return
         names, gram = self._measure(step) if step.measured is None else step.measured
@@ -295,10 +310,11 @@ class Recorder:
         )
 
     def _name_sources(self, step: _Step) -> None:
+        self._losses = step.declared
         watched: tuple[str, ...] = ()
         if step.rectifier is not None:
             watched, self._blocks = tuple(step.rectifier.watched), step.rectifier.blocks
-            self._rectifier = plain(step.rectifier.options)
+            self._rectifier = as_json(step.rectifier.options)
         self._sources = (*step.gradients.sources, *watched, *([UPDATE] if self._update else []))
 
     def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -321,3 +337,13 @@ class Recorder:
         if report is None:
             return np.full((len(self._blocks), len(RECTIFICATION_COLUMNS)), np.nan)
         return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
+
+
+def _declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:
+    """The weights of the losses that are combinations; "loss" for those that are tensors."""
+    return {
+        name: {part: float(weight) for part, weight in loss.items()}
+        if isinstance(loss, Mapping)
+        else "loss"
+        for name, loss in losses.items()
+    }

@@ -77,7 +77,8 @@ class Variant:
         """The rectifier of this variant; that of the plain one only watches."""
         from geffect import Rectifier
 
-        return Rectifier(model, optimizer=optimizer, ema=EMA, **self.options)
+        of_update = self.options.get("space") == "update"
+        return Rectifier(model, ema=EMA, optimizer=optimizer if of_update else None, **self.options)
 
 
 VARIANTS: dict[str, Variant] = {

@@ -1,6 +1,5 @@
 """Rules that look at every coordinate by itself and are therefore no function of a Gram matrix."""
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -69,13 +68,3 @@ def _sample(tensors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
             )
         ]
     )
-
-
-def fraction(owner: str, name: str, value: float) -> float:
-    """`value` if it lies in (0, 1], else a ValueError that names the argument."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and 0 < value <= 1):
-        raise ValueError(
-            f"`{name}` of {owner} should be above 0 and at most 1. Found `{name} = {value!r}`. "
-            f"Pass a fraction such as {name}=0.5."
-        )
-    return float(value)

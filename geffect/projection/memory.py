@@ -30,7 +30,9 @@ class RetainMemory:
             for tensor in gradient
             if tensor is not None and tensor.numel()
         ]
-        peak = torch.stack(largest).max().item() if largest else 0.0
+        peak = (
+            torch.stack([x.to(largest[0].device) for x in largest]).max().item() if largest else 0.0
+        )
         if peak == 0.0:
             return "zero"
         if not peak < float("inf"):

@@ -2,15 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from geffect.gradients import (
-    OBJECTIVE,
-    RETAIN,
-    RETAIN_EMA,
     Gradients,
     Loss,
     Rectification,
@@ -19,8 +17,9 @@ from geffect.gradients import (
     differentiate,
 )
 from geffect.layers import describe, trainable
+from geffect.sources import OBJECTIVE, RETAIN, RETAIN_EMA
 
-from .elementwise import fraction, most_salient, salience
+from .elementwise import most_salient, salience
 from .memory import RetainMemory
 from .rules import Rule, gru
 from .scopes import rectify_blocks, rectify_coordinates, skipped
@@ -52,7 +51,8 @@ class Rectifier:
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> rectifier = Rectifier(model)
-    >>> rectifier.backward(objective=-model(torch.ones(2)).sum(), retain=model(torch.ones(2)).sum())
+    >>> loss = model(torch.ones(2)).sum()
+    >>> rectifier.backward(objective={"retain": -1.0}, retain=loss)
     >>> model.weight.grad, rectifier.report.fired
     (tensor([[0., 0.]]), (1.0,))
     """
@@ -70,6 +70,11 @@ class Rectifier:
     ) -> None:
         _one_of("scope", scope, get_args(Scope))
         _one_of("space", space, get_args(SpaceName))
+        if optimizer is not None and space == "gradient":
+            raise ValueError(
+                '`optimizer` should be given with space="update", which changes its steps. '
+                'Found one with space="gradient". Leave it out, or pass space="update".'
+            )
         if scope == "coordinate" and rule is not gru:
             raise ValueError(
                 'Scope "coordinate" should go with the rule gru, whose closed form it is. '
@@ -80,11 +85,9 @@ class Rectifier:
         self._parameters = list(trainable(model).values())
         self._labels = [p.layer if scope == "layer" else "model" for p in describe(model)]
         self._rule, self._scope, self._space, self._select = rule, scope, space, select
-        self._memory = RetainMemory(
-            fraction("Rectifier", "ema", ema), second_moment=select is not None
-        )
+        self._memory = RetainMemory(_fraction("ema", ema), second_moment=select is not None)
         if select is not None:
-            fraction("Rectifier", "select", select)
+            _fraction("select", select)
         # A generator of its own: the sample must not draw from the training's random numbers.
         self._generator = torch.Generator().manual_seed(0)
         self._usable = False
@@ -107,7 +110,7 @@ class Rectifier:
     def options(self) -> Mapping[str, object]:
         """How it was set up."""
         return {
-            "rule": getattr(self._rule, "__name__", None),
+            "rule": None if self._rule is None else getattr(self._rule, "__name__", "a callable"),
             "scope": self._scope,
             "space": self._space,
             "ema": self._memory.weight,
@@ -119,6 +122,11 @@ class Rectifier:
 
         Losses are as for `geffect.Recorder.backward`; use that one to record the step too.
         """
+        if OBJECTIVE not in losses:
+            raise ValueError(
+                f"The losses of a rectified step should have one named `{OBJECTIVE}`. Found "
+                f"{', '.join(losses) or 'none'}. Pass {OBJECTIVE}=loss."
+            )
         gradients = differentiate(self._parameters, losses)
         self.observe(gradients)
         deposit(self._parameters, gradients.of(OBJECTIVE))
@@ -140,8 +148,17 @@ class Rectifier:
                 f"The losses of a rectified step should have one named `{RETAIN}`. Found "
                 f"{', '.join(gradients.sources)}. Pass {RETAIN}=nll(model, retain_batch)."
             )
+        retain = gradients.of(RETAIN)
+        if [p.shape for p, r in zip(self._parameters, retain, strict=False) if r is not None] != [
+            r.shape for r in retain if r is not None
+        ]:
+            raise ValueError(
+                "The rectifier should be made for the model that is trained. Found gradients of "
+                f"{len(retain)} tensors, for a rectifier of {len(self._parameters)}. Make it from "
+                "the same model."
+            )
         self.report = None
-        problem = self._memory.update(gradients.of(RETAIN))
+        problem = self._memory.update(retain)
         self._usable = problem is None
         if problem is not None:
             self._skip(f"the retain gradient is {problem}")
@@ -172,12 +189,12 @@ class Rectifier:
                 "`optimizer` should step the parameters of `model`. Found one that has none of "
                 "them. Make it from model.parameters()."
             )
-        return around_step(optimizer, self._before_step, self._after_step)
+        return around_step(optimizer, partial(self._before_step, optimizer), self._after_step)
 
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._armed and self._usable:
             self._keep = self._selected()
-            self._step = UpdateSpace(self._parameters)
+            self._step = UpdateSpace(self._parameters, optimizer)
 
     def _after_step(self) -> None:
         step, self._step, self._armed = self._step, None, False
@@ -199,12 +216,12 @@ class Rectifier:
     def _apply(self, space: Space) -> None:
         average = self._memory.average
         if self._scope == "coordinate":
-            report = rectify_coordinates(space, average, self._keep)
+            report = rectify_coordinates(space, average, self._keep, self._labels)
         else:
             report = rectify_blocks(space, average, self._keep, self._labels, self._rule)
         self._keep = None
         self.report = report
-        if any(value != value for value in report.norm_before):
+        if report is None:
             self._skip("the gradient or the step is not finite")
 
     def _skip(self, reason: str) -> None:
@@ -224,3 +241,12 @@ def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
             f"`{name}` should be one of {', '.join(valid)}. Found `{name} = {value!r}`. "
             "Choose one of those."
         )
+
+
+def _fraction(name: str, value: float) -> float:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError(
+            f"`{name}` of Rectifier should be above 0 and at most 1. Found `{name} = {value!r}`. "
+            f"Pass a fraction such as {name}=0.5."
+        )
+    return float(value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geffect import dots
 from geffect.gradients import Rectification, Vector
-from geffect.gram import combined, inner, norm
+from geffect.gram import inner, norm
 
 from .elementwise import opposed
 from .rules import Rule
@@ -25,42 +25,47 @@ def rectify_blocks(
     keep: Vector | None,
     labels: Sequence[str],
     rule: Rule | None,
-) -> Rectification:
-    """Apply the rule to the Gram matrix of every block; parameters with one label are one block."""
+) -> Rectification | None:
+    """Apply the rule to the Gram matrix of every block; parameters with one label are one block.
+
+    None, and nothing changed, where a gradient is not finite.
+    """
     blocks = tuple(dict.fromkeys(labels))
     place = torch.tensor([blocks.index(label) for label in labels])
-    before = _summed(_matrices(space, retain), place, len(blocks))
+    before = _summed(space, retain, place)
     if not before.isfinite().all():
-        return skipped(blocks)
-    matrices = before
+        return None
     if keep is not None:
         _stop(space, [None if mask is None else ~mask for mask in keep])
         retain = [_restricted(r, mask) for r, mask in zip(retain, keep, strict=True)]
-        matrices = _summed(_matrices(space, retain), place, len(blocks))
-    weights = torch.tensor([1.0, 0.0]).double().expand(len(blocks), 2)
-    if rule is not None:
-        weights = rule(matrices)
-        for i, (block, r) in enumerate(zip(place.tolist(), retain, strict=True)):
+    weights = _weights(rule, before if keep is None else _summed(space, retain, place))
+    changed = weights != torch.tensor([1.0, 0.0])
+    for i, (block, r) in enumerate(zip(place.tolist(), retain, strict=True)):
+        if changed[block].any() and r is not None and space.direction(i) is not None:
             own, other = weights[block].tolist()
-            if r is not None and (own, other) != (1.0, 0.0) and space.direction(i) is not None:
-                space.combine(i, own, other, r)
-    change = torch.stack([weights, torch.tensor([0.0, 1.0]).expand_as(weights)], dim=-2)
+            space.combine(i, own, other, r)
+    fired = changed.any(dim=1) | torch.tensor(keep is not None)
     return _report(
         blocks,
         before,
-        combined(matrices, change),
+        _summed(space, retain, place) if fired.any() else before,
         coefficient=weights[:, 1],
-        fired=(weights != torch.tensor([1.0, 0.0])).any(dim=1) | torch.tensor(keep is not None),
+        fired=fired,
     )
 
 
-def rectify_coordinates(space: Space, retain: Vector, keep: Vector | None) -> Rectification:
-    """Ask x_i r_i >= 0 of every coordinate: those that u moves against r stay where they are."""
-    everything = ("model",)
-    place = torch.zeros(len(retain), dtype=torch.long)
-    before = _summed(_matrices(space, retain), place, 1)
+def rectify_coordinates(
+    space: Space, retain: Vector, keep: Vector | None, labels: Sequence[str]
+) -> Rectification | None:
+    """Ask x_i r_i >= 0 of every coordinate: those that u moves against r stay where they are.
+
+    None, and nothing changed, where a gradient is not finite.
+    """
+    blocks = tuple(dict.fromkeys(labels))
+    place = torch.tensor([blocks.index(label) for label in labels])
+    before = _summed(space, retain, place)
     if not before.isfinite().all():
-        return skipped(everything)
+        return None
     against: list[Tensor | None] = []
     for i, r in enumerate(retain):
         u = space.direction(i)
@@ -68,12 +73,13 @@ def rectify_coordinates(space: Space, retain: Vector, keep: Vector | None) -> Re
         mask = None if keep is None else keep[i]
         against.append(stop if mask is None else ~mask if stop is None else stop | ~mask)
     _stop(space, against)
+    any_stopped = any(stop is not None and bool(stop.any()) for stop in against)
     return _report(
-        everything,
+        blocks,
         before,
-        _summed(_matrices(space, retain), place, 1),
-        coefficient=torch.tensor([torch.nan]),
-        fired=torch.tensor([any(stop is not None and bool(stop.any()) for stop in against)]),
+        _summed(space, retain, place),
+        coefficient=torch.full((len(blocks),), torch.nan),
+        fired=torch.full((len(blocks),), any_stopped),
     )
 
 
@@ -83,17 +89,30 @@ def skipped(blocks: tuple[str, ...]) -> Rectification:
     return Rectification(blocks, nothing, nothing, *[unknown] * 5)
 
 
-def _matrices(space: Space, retain: Vector) -> Tensor:
-    """Gram matrices of (u, r) a parameter; r counts only where the parameter moves."""
-    matrices = []
-    for i, r in enumerate(retain):
-        u = space.direction(i)
-        matrices.append(dots.gram([u, None if u is None else r]).cpu())
-    return torch.stack(matrices)
+def _weights(rule: Rule | None, K: Tensor) -> Tensor:
+    """The weights of (u, r) in every block; (1, 0) where there is no rule, or no r to ask it of."""
+    untouched = torch.tensor([1.0, 0.0], dtype=K.dtype).expand(len(K), 2)
+    if rule is None:
+        return untouched
+    asked = inner(K, 1, 1) > 0
+    weights = torch.where(asked[:, None], rule(K), untouched)
+    if not weights.isfinite().all():
+        raise ValueError(
+            f"A rule should give finite weights. Found {weights.tolist()} from {rule!r}. "
+            "Guard its divisions; the step was left as it was."
+        )
+    return weights
 
 
-def _summed(matrices: Tensor, place: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, 2, 2, dtype=torch.float64).index_add(0, place, matrices)
+def _summed(space: Space, retain: Vector, place: Tensor) -> Tensor:
+    """Gram matrices of (u, r) a block; r counts only where the parameter moves."""
+    directions = (space.direction(i) for i in range(len(retain)))
+    matrices = dots.grams(
+        [u, None if u is None else r] for u, r in zip(directions, retain, strict=True)
+    )
+    return torch.zeros(int(place.max()) + 1, 2, 2, dtype=torch.float64).index_add(
+        0, place, matrices
+    )
 
 
 def _stop(space: Space, masks: Vector) -> None:
@@ -116,7 +135,6 @@ def _report(
         inner_before=tuple(inner(before, 0, 1).tolist()),
         inner_after=tuple(inner(after, 0, 1).tolist()),
         norm_before=tuple(norm(before, 0).tolist()),
-        # Rounding may leave the square of a norm that should be zero a hair below it.
-        norm_after=tuple(inner(after, 0, 0).clamp(min=0).sqrt().tolist()),
+        norm_after=tuple(norm(after, 0).tolist()),
         retain_norm=tuple(norm(before, 1).tolist()),
     )

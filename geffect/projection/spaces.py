@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Space(Protocol):
@@ -27,7 +27,7 @@ class Space(Protocol):
 class GradientSpace:
     """The gradient in `.grad`."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
 
     def direction(self, i: int) -> Tensor | None:
@@ -47,14 +47,18 @@ class GradientSpace:
 class UpdateSpace:
     """The step that an optimizer has taken: theta before minus theta after.
 
-    Made before the optimizer steps, read and changed after it. A coordinate that is stopped has
-    its old value back, bit for bit.
+    Made before the optimizer steps, read and changed after it. Parameters that the optimizer does
+    not step, because they have no gradient or are not among its own, do not move. A coordinate that
+    is stopped has its old value back, bit for bit.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._parameters = [parameter.detach() for parameter in parameters]
         self._before = [
-            None if parameter.grad is None else parameter.detach().clone()
+            parameter.detach().clone()
+            if parameter.grad is not None and id(parameter) in stepped
+            else None
             for parameter in parameters
         ]
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geffect.layers import Parameter
+from geffect.sources import UPDATE
 
 from .schema import FORMAT, RECTIFICATION_COLUMNS, VERSION, RunFileError
 
@@ -42,7 +43,7 @@ class Run:
         if source not in self.sources:
             hint = (
                 "Record with Recorder(..., update=True) to have it."
-                if source == "update"
+                if source == UPDATE
                 else "Name one of those, or record it as a loss of that name."
             )
             raise ValueError(
