@@ -148,3 +148,18 @@ def test_a_parameter_that_a_loss_does_not_reach_stays_without_gradient() -> None
     assert unused.grad is None
     assert torch.equal(unused, torch.ones(2)), "weight decay moved a parameter without gradient"
     assert step.gram()[1].abs().sum() == 0
+
+
+def test_a_leaf_beside_the_parameters_gets_the_objectives_gradient_alone() -> None:
+    model = nn.Linear(2, 1)
+    prompt = nn.Parameter(torch.tensor([1.0, -2.0]))
+    losses = {
+        "objective": {"forget": -1.0},
+        "forget": model(prompt).sum(),
+        "retain": (model(3 * prompt) ** 2).sum(),
+    }
+    (expected,) = torch.autograd.grad(-losses["forget"], prompt, retain_graph=True)
+    step = differentiate(list(model.parameters()), losses)
+    assert prompt.grad is not None
+    assert torch.equal(prompt.grad, expected)
+    assert len(step.of("objective")) == 2

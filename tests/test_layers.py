@@ -88,3 +88,20 @@ def test_compiled_and_plain_models_give_one_table() -> None:
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"should have a parameter.* Found none in Linear. Call"):
         trainable(nn.Linear(2, 2).requires_grad_(False))
+
+
+class TwoAdapters(nn.Module):
+    """A linear layer with two adapters, which share one canonical name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A = nn.ModuleDict({name: nn.Linear(2, 1, False) for name in ("one", "two")})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lora_A["one"](x) + 2 * self.lora_A["two"](x)
+
+
+def test_two_adapters_keep_their_names() -> None:
+    model = nn.ModuleDict({"layer": TwoAdapters()})
+    names = ["layer.lora_A.one.weight", "layer.lora_A.two.weight"]
+    assert list(trainable(model)) == names == [p.name for p in describe(model)]

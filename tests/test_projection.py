@@ -407,3 +407,81 @@ def test_a_rectifier_that_only_watches_changes_nothing() -> None:
             (-losses["forget"]).backward()
         results.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
     assert torch.equal(*results)
+
+
+def test_update_space_leaves_alone_what_the_optimizer_does_not_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    first, second = model
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer)
+    kept = [p.detach().clone() for p in second.parameters()]
+    x = torch.ones(3)
+    rectifier.backward(objective={"retain": -1.0}, retain=model(x).sum())
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(second.parameters(), kept, strict=True))
+    report = rectifier.report
+    assert report is not None and report.fired == (1.0,)
+    own = sum(float((p.grad.double() ** 2).sum()) for p in first.parameters())
+    assert report.retain_norm[0] == pytest.approx(own**0.5, rel=1e-6)
+
+
+def test_the_report_measures_what_half_precision_leaves() -> None:
+    model = tiny.llama().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer)
+    pair = tiny.pairs(1)[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = {side: nll(model, batch) for side, batch in pair.items()}
+    rectifier.backward(objective={"forget": -1.0}, **losses)
+    optimizer.step()
+    average = rectifier.watched["retain_ema"]
+    measured = sum(
+        float(((old - p.detach()).double() * r.double()).sum())
+        for old, p, r in zip(before, model.parameters(), average, strict=True)
+    )
+    assert rectifier.report is not None
+    assert rectifier.report.inner_after[0] == pytest.approx(measured, rel=1e-6, abs=1e-12)
+
+
+def always(K: Tensor) -> Tensor:
+    """The orthogonal rule, unguarded."""
+    along = -K[..., 0, 1] / K[..., 1, 1]
+    return torch.stack([torch.ones_like(along), along], dim=-1)
+
+
+def test_a_rule_is_not_asked_about_a_block_without_retain_gradient() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])})
+    first, second = model["layers"]  # type: ignore[misc]
+    rectifier = Rectifier(model, always, scope="layer")
+    x = torch.tensor([1.0, 2.0])
+    rectifier.backward(objective=first(x).sum() + second(x).sum(), retain=first(-x).sum())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(second.weight.grad, x[None])
+    assert rectifier.report is not None and rectifier.report.fired == (1.0, 0.0)
+
+
+def test_a_rule_without_finite_weights_is_refused_and_changes_nothing() -> None:
+    def broken(K: Tensor) -> Tensor:
+        return torch.full((len(K), 2), torch.nan, dtype=K.dtype)
+
+    model = nn.Linear(2, 1)
+    x = torch.ones(2)
+    with pytest.raises(ValueError, match=r"should give finite weights. Found .*broken.* Guard"):
+        Rectifier(model, broken).backward(objective=model(x).sum(), retain=model(-x).sum())
+    assert torch.equal(model.weight.grad, x[None])
+
+
+def test_misuse_is_said_in_one_sentence() -> None:
+    model, other = nn.Linear(2, 1), nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(torch.ones(2)).sum()
+    with pytest.raises(ValueError, match=r'with space="update".* Found .* Leave it out'):
+        Rectifier(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"one named `objective`. Found retain. Pass objective"):
+        Rectifier(model).backward(retain=loss)
+    from geffect.gradients import differentiate
+
+    gradients = differentiate(list(model.parameters()), {"retain": loss})
+    with pytest.raises(ValueError, match=r"made for the model that is trained. Found .* Make it"):
+        Rectifier(other).observe(gradients)

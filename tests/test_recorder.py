@@ -277,3 +277,59 @@ def test_a_source_absent_at_a_step_is_nan_not_zero(tmp_path: Path) -> None:
     assert np.isfinite(gram[0]).all()
     assert np.isfinite(gram[1, :, 0, 0]).all()
     assert np.isnan(gram[1, :, 1]).all() and np.isnan(gram[1, :, :, 1]).all()
+
+
+def test_several_optimizers_make_one_step(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
+        for _ in range(3):
+            recorder.backward(objective=model(torch.ones(2)).sum())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    run = open_run(tmp_path / "run.h5")
+    gram, k = run.gram(), run.index("update")
+    assert len(run.steps) == 3
+    np.testing.assert_allclose(gram[:, :, k, k], 0.01 * gram[:, :, 0, 0], rtol=1e-3)
+    assert (gram[:, :, k, k].sum(axis=0) > 0).all()
+
+
+def test_the_weights_of_a_loss_stay_those_of_the_first_step(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+
+    def step(recorder: Recorder, weight: float) -> None:
+        loss = model(torch.ones(2)).sum()
+        recorder.backward(objective={"forget": weight}, forget=loss)
+
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        step(recorder, -1.0)
+        model.zero_grad()
+        with pytest.raises(ValueError, match=r"loss `objective` should stay .*-1.0.* Found .*-2.0"):
+            step(recorder, -2.0)
+        assert model.weight.grad is None
+        step(recorder, -1.0)
+    with (
+        Recorder(model, tmp_path / "run.h5", resume=True) as recorder,
+        pytest.raises(ValueError, match="weights of loss `objective` should stay"),
+    ):
+        step(recorder, 1.0)
+    assert len(open_run(tmp_path / "run.h5").steps) == 2
+
+
+def test_a_step_that_a_scaler_skips_has_no_update(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
+        for factor in (1.0, float("inf")):
+            recorder.backward(objective=scaler.scale(model(torch.ones(2)).sum()))
+            model.weight.grad *= factor
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    run = open_run(tmp_path / "run.h5")
+    k = run.index("update")
+    assert np.isfinite(run.gram()[0, 0, k, k])
+    assert np.isnan(run.gram()[1, 0, k, k])
+    assert np.isnan(run.column("lr")).tolist() == [False, True]

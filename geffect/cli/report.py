@@ -44,14 +44,17 @@ def runs_report(runs: Sequence["Run"]) -> str:
 
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
     """The page of a study, from its summary and the figures in `out`."""
+    from geffect.demo import figures
     from geffect.demo.findings import AT_LEVEL, equal_forgetting
 
-    figures = sorted((out / "figures").glob("*.png"))
     table = equal_forgetting(summary)
     return _render(
         "study.html.jinja",
         summary=summary,
-        figures={path.stem: _embedded(path.read_bytes()) for path in figures},
+        figures={
+            name: _embedded((out / "figures" / f"{name}.png").read_bytes())
+            for name in figures.names(summary, out)
+        },
         methods=list(dict.fromkeys(run["method"] for run in summary["runs"])),
         rows=_rows(table, list(AT_LEVEL)),
         original=_means(summary["original"]),
@@ -101,13 +104,10 @@ def _rows(table: "pd.DataFrame", measured: Sequence[str]) -> list[dict[str, Any]
 
 
 def _means(by_seed: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean over seeds of whatever is a number."""
-    names = [name for name, value in next(iter(by_seed.values())).items() if value == value]
-    return {
-        name: sum(measured[name] for measured in by_seed.values()) / len(by_seed)
-        for name in names
-        if isinstance(next(iter(by_seed.values()))[name], float)
-    }
+    """The mean over seeds of whatever is a single number."""
+    models = list(by_seed.values())
+    single = [name for name, value in models[0].items() if isinstance(value, float)]
+    return {name: sum(model[name] for model in models) / len(models) for name in single}
 
 
 def _render(template: str, **values: Any) -> str:

@@ -13,10 +13,6 @@ from .methods import VARIANTS
 from .recipe import Recipe
 from .workers import Say
 
-APPRECIABLE = 1e-3
-"""Of its peak: a model that has memorised its data starts with almost no gradient, of any sign."""
-
-
 KINDS = ("original", "gold")
 """The model that has memorised all facts, and the one that never saw the forget set."""
 
@@ -84,6 +80,7 @@ class Unlearning:
         from transformers import LlamaForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
+        from .findings import shares
         from .unlearning import Data, unlearn
 
         disable_progress_bar()
@@ -119,21 +116,3 @@ class Drawing:
         from . import figures
 
         figures.draw(self.name, self.summary, self.out)
-
-
-def shares(path: Path) -> dict[str, float]:
-    """What the findings need of a run file, in one number each."""
-    from geffect import open_run
-    from geffect.analysis import conflict, g_effect, violation
-
-    run = open_run(path)
-    effect = g_effect(run, by="model").query("effect == 'retaining'")["value"]
-    appreciable = effect[effect.abs() > APPRECIABLE * effect.abs().max()]
-    return {
-        "share_retaining_negative": float((effect < 0).mean()),
-        "share_appreciable_retaining_negative": float((appreciable < 0).mean()),
-        "retaining_lowest": float(effect.min()),
-        "retaining_last": float(effect.iloc[-1]),
-        "share_update_violating": float(violation(run)["value"].mean()),
-        "share_layers_in_conflict": float(conflict(run)["value"].mean()),
-    }

@@ -111,7 +111,7 @@ def build(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    model.train(False)
+    model.eval()
     return model
 
 
@@ -142,12 +142,12 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup, total)
         optimizer.zero_grad()
-        torch.autograd.backward(_loss(model, batch))
+        _loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         report(step + 1, total)
     optimizer.zero_grad()
-    model.train(False)
+    model.eval()
     return model
 
 
@@ -205,7 +205,7 @@ def relearn_nll(
         )
         for _ in range(steps):
             optimizer.zero_grad()
-            torch.autograd.backward(_loss(student, taught))
+            _loss(student, taught).backward()
             optimizer.step()
         return student
 

@@ -40,10 +40,14 @@ class Plan:
                 f"`methods` should be some of {', '.join(METHODS)}. "
                 f"Found {', '.join(unknown)}. Choose from those."
             )
-        if not self.seeds or self.workers < 1:
+        repeated = len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(
+            self.methods
+        )
+        if repeated or not self.seeds or self.workers < 1:
             raise ValueError(
-                "A study should have at least one seed and one worker. Found "
-                f"{len(self.seeds)} and {self.workers}. Pass, say, seeds=(0,) and workers=2."
+                "A study should have seeds and methods that are all different, and a worker. Found "
+                f"seeds {tuple(self.seeds)}, methods {tuple(self.methods)}, {self.workers} "
+                "workers. Pass, say, seeds=(0, 1) and workers=2."
             )
 
     @property

@@ -125,8 +125,14 @@ def opened(path: Path) -> Iterator[h5py.File]:
                 "Take an earlier copy, or record again."
             ) from error
         with file:
-            _check_format(file, should)
-            yield file
+            try:
+                _check_format(file, should)
+                yield file
+            except KeyError as error:
+                raise RunFileError(
+                    f"{should} Found one that lacks a part: {error}. Take an earlier copy, or "
+                    "record again."
+                ) from error
 
 
 def _check_format(file: h5py.File, should: str) -> None:

@@ -40,7 +40,9 @@ class RunWriter:
         overwrite: bool = False,
         resume: bool = False,
     ) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(
+            path
+        ).resolve()  # of a link, what it points to; whatever the working folder
         self.parameters = tuple(parameters)
         self.count = 0
         self.last_step = -1
@@ -52,7 +54,7 @@ class RunWriter:
         self._check_place(overwrite, resume)
         if resume and self.path.exists():
             self._continue(open_run(self.path))
-        _being_written.add(self.path.resolve())
+        _being_written.add(self.path)
 
     def append(
         self,
@@ -108,7 +110,7 @@ class RunWriter:
                 f"The folder of a run file should be writable. Found `{folder}`, which is not. "
                 "Choose another folder."
             )
-        if self.path.resolve() in _being_written:
+        if self.path in _being_written:
             raise RunFileError(
                 f"A run file should have one writer. Found that `{self.path}` is being written by "
                 "another recorder of this process. Close that one first, or choose another name."
@@ -234,7 +236,7 @@ class RunWriter:
         if self._ended:
             return
         self._ended = True
-        _being_written.discard(self.path.resolve())
+        _being_written.discard(self.path)
         if self._file is not None:
             self._file.close()
 
