@@ -22,7 +22,7 @@ from geffect.sources import OBJECTIVE, RETAIN, RETAIN_EMA
 from .elementwise import most_salient, salience
 from .memory import RetainMemory
 from .rules import Rule, gru
-from .scopes import rectify_blocks, rectify_coordinates, skipped
+from .scopes import Blocks, rectify_blocks, rectify_coordinates, skipped
 from .spaces import GradientSpace, Space, UpdateSpace, around_step
 
 Scope = Literal["model", "layer", "coordinate"]
@@ -83,7 +83,9 @@ class Rectifier:
         self.skipped = 0
         self.report: Rectification | None = None
         self._parameters = list(trainable(model).values())
-        self._labels = [p.layer if scope == "layer" else "model" for p in describe(model)]
+        self._blocks = Blocks.of(
+            [p.layer if scope == "layer" else "model" for p in describe(model)]
+        )
         self._rule, self._scope, self._space, self._select = rule, scope, space, select
         self._memory = RetainMemory(_fraction("ema", ema), second_moment=select is not None)
         if select is not None:
@@ -104,7 +106,7 @@ class Rectifier:
     @property
     def blocks(self) -> tuple[str, ...]:
         """What `report` has a number for: the layers, or the model."""
-        return tuple(dict.fromkeys(self._labels))
+        return self._blocks.names
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -216,9 +218,9 @@ class Rectifier:
     def _apply(self, space: Space) -> None:
         average = self._memory.average
         if self._scope == "coordinate":
-            report = rectify_coordinates(space, average, self._keep, self._labels)
+            report = rectify_coordinates(space, average, self._keep, self._blocks)
         else:
-            report = rectify_blocks(space, average, self._keep, self._labels, self._rule)
+            report = rectify_blocks(space, average, self._keep, self._blocks, self._rule)
         self._keep = None
         self.report = report
         if report is None:

@@ -6,6 +6,8 @@ after it was projected.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,51 +21,57 @@ from .rules import Rule
 from .spaces import Space
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Which parameters share a constraint: the names of the blocks, and the one of each parameter.
+
+    >>> Blocks.of(["head", "layer 0", "head"])
+    Blocks(names=('head', 'layer 0'), place=(0, 1, 0))
+    """
+
+    names: tuple[str, ...]
+    place: tuple[int, ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> Self:
+        """Parameters with one label are one block."""
+        names = tuple(dict.fromkeys(labels))
+        return cls(names, tuple(map(names.index, labels)))
+
+
 def rectify_blocks(
-    space: Space,
-    retain: Vector,
-    keep: Vector | None,
-    labels: Sequence[str],
-    rule: Rule | None,
+    space: Space, retain: Vector, keep: Vector | None, blocks: Blocks, rule: Rule | None
 ) -> Rectification | None:
-    """Apply the rule to the Gram matrix of every block; parameters with one label are one block.
+    """Apply the rule to the Gram matrix of every block.
 
     None, and nothing changed, where a gradient is not finite.
     """
-    blocks = tuple(dict.fromkeys(labels))
-    place = torch.tensor([blocks.index(label) for label in labels])
-    before = _summed(space, retain, place)
+    before = _gram(space, retain, None, blocks)
     if not before.isfinite().all():
         return None
+    # The rule is asked before anything is changed: it may refuse.
+    weights = _weights(rule, before if keep is None else _gram(space, retain, keep, blocks))
+    changed = weights != torch.tensor([1.0, 0.0])
     if keep is not None:
         _stop(space, [None if mask is None else ~mask for mask in keep])
         retain = [_restricted(r, mask) for r, mask in zip(retain, keep, strict=True)]
-    weights = _weights(rule, before if keep is None else _summed(space, retain, place))
-    changed = weights != torch.tensor([1.0, 0.0])
-    for i, (block, r) in enumerate(zip(place.tolist(), retain, strict=True)):
+    for i, (block, r) in enumerate(zip(blocks.place, retain, strict=True)):
         if changed[block].any() and r is not None and space.direction(i) is not None:
             own, other = weights[block].tolist()
             space.combine(i, own, other, r)
     fired = changed.any(dim=1) | torch.tensor(keep is not None)
-    return _report(
-        blocks,
-        before,
-        _summed(space, retain, place) if fired.any() else before,
-        coefficient=weights[:, 1],
-        fired=fired,
-    )
+    after = _gram(space, retain, None, blocks) if fired.any() else before
+    return _report(blocks, before, after, coefficient=weights[:, 1], fired=fired)
 
 
 def rectify_coordinates(
-    space: Space, retain: Vector, keep: Vector | None, labels: Sequence[str]
+    space: Space, retain: Vector, keep: Vector | None, blocks: Blocks
 ) -> Rectification | None:
     """Ask x_i r_i >= 0 of every coordinate: those that u moves against r stay where they are.
 
     None, and nothing changed, where a gradient is not finite.
     """
-    blocks = tuple(dict.fromkeys(labels))
-    place = torch.tensor([blocks.index(label) for label in labels])
-    before = _summed(space, retain, place)
+    before = _gram(space, retain, None, blocks)
     if not before.isfinite().all():
         return None
     against: list[Tensor | None] = []
@@ -73,13 +81,14 @@ def rectify_coordinates(
         mask = None if keep is None else keep[i]
         against.append(stop if mask is None else ~mask if stop is None else stop | ~mask)
     _stop(space, against)
-    any_stopped = any(stop is not None and bool(stop.any()) for stop in against)
+    stopped = any(stop is not None and bool(stop.any()) for stop in against)
+    count = len(blocks.names)
     return _report(
         blocks,
         before,
-        _summed(space, retain, place),
-        coefficient=torch.full((len(blocks),), torch.nan),
-        fired=torch.full((len(blocks),), any_stopped),
+        _gram(space, retain, None, blocks),
+        coefficient=torch.full((count,), torch.nan),
+        fired=torch.full((count,), stopped),
     )
 
 
@@ -104,15 +113,15 @@ def _weights(rule: Rule | None, K: Tensor) -> Tensor:
     return weights
 
 
-def _summed(space: Space, retain: Vector, place: Tensor) -> Tensor:
-    """Gram matrices of (u, r) a block; r counts only where the parameter moves."""
-    directions = (space.direction(i) for i in range(len(retain)))
-    matrices = dots.grams(
-        [u, None if u is None else r] for u, r in zip(directions, retain, strict=True)
-    )
-    return torch.zeros(int(place.max()) + 1, 2, 2, dtype=torch.float64).index_add(
-        0, place, matrices
-    )
+def _gram(space: Space, retain: Vector, keep: Vector | None, blocks: Blocks) -> Tensor:
+    """Gram matrices of (u, r) a block, of the kept coordinates of what moves."""
+    masks = keep or [None] * len(retain)
+    pairs: list[list[Tensor | None]] = []
+    for i, (r, mask) in enumerate(zip(retain, masks, strict=True)):
+        u = _restricted(space.direction(i), mask)
+        pairs.append([u, None if u is None else _restricted(r, mask)])
+    summed = torch.zeros(len(blocks.names), 2, 2, dtype=torch.float64)
+    return summed.index_add(0, torch.tensor(blocks.place), dots.grams(pairs))
 
 
 def _stop(space: Space, masks: Vector) -> None:
@@ -121,15 +130,15 @@ def _stop(space: Space, masks: Vector) -> None:
             space.stop(i, mask)
 
 
-def _restricted(r: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    return r if r is None or mask is None else r * mask
+def _restricted(vector: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    return vector if vector is None or mask is None else vector * mask
 
 
 def _report(
-    blocks: tuple[str, ...], before: Tensor, after: Tensor, *, coefficient: Tensor, fired: Tensor
+    blocks: Blocks, before: Tensor, after: Tensor, *, coefficient: Tensor, fired: Tensor
 ) -> Rectification:
     return Rectification(
-        blocks=blocks,
+        blocks=blocks.names,
         fired=tuple(fired.double().tolist()),
         coefficient=tuple(coefficient.tolist()),
         inner_before=tuple(inner(before, 0, 1).tolist()),
