@@ -27,9 +27,12 @@ class Gradients:
     """The gradients of the named losses of one step.
 
     `vectors` holds what the backward passes left, one a pass; `weights` gives every source as a
-    linear combination of them, so that a declared combination costs no pass and no memory.
+    linear combination of them, so that a declared combination costs no pass and no memory. `others`
+    are leaves beside the parameters, such as a soft prompt, whose tensors follow in the vectors.
     """
 
+    parameters: Sequence[Tensor]
+    others: Sequence[Tensor]
     vectors: Mapping[str, Vector]
     weights: Mapping[str, Mapping[str, float]]
     losses: Mapping[str, float]
@@ -41,18 +44,26 @@ class Gradients:
 
     def of(self, source: str) -> Vector:
         """The gradient of one source. The tensors are those of `vectors` where no sum is needed."""
-        terms = [(self.vectors[name], weight) for name, weight in self.weights[source].items()]
-        return [
-            _weighted_sum([(v[i], weight) for v, weight in terms if v[i] is not None])
-            for i in range(len(terms[0][0]))
-        ]
+        return self._summed(source)[: len(self.parameters)]
+
+    def deposit(self, *, copy: bool = False) -> None:
+        """Leave in `.grad` what a backward pass of the objective would have left there."""
+        leaves = [*self.parameters, *self.others]
+        for leaf, tensor in zip(leaves, self._summed(OBJECTIVE), strict=True):
+            if tensor is None:
+                continue
+            if leaf.grad is None:
+                leaf.grad = tensor.clone() if copy else tensor
+            else:
+                leaf.grad += tensor
 
     def gram(self, **further: Vector) -> Tensor:
         """The Gram matrices `Float64[parameter, source, source]`, on the CPU.
 
         `further` are gradients that did not come from a loss; they follow the sources.
         """
-        basis = {**self.vectors, **further}
+        count = len(self.parameters)
+        basis = {**{name: v[:count] for name, v in self.vectors.items()}, **further}
         place = {name: i for i, name in enumerate(basis)}
         products = dots.grams(zip(*basis.values(), strict=True))
         every = [*self.weights.values(), *({name: 1.0} for name in further)]
@@ -67,6 +78,13 @@ class Gradients:
                 ]
                 K[:, i, j] = K[:, j, i] = torch.stack(terms).sum(dim=0)
         return K
+
+    def _summed(self, source: str) -> list[Tensor | None]:
+        terms = [(self.vectors[name], weight) for name, weight in self.weights[source].items()]
+        return [
+            _weighted_sum([(v[i], weight) for v, weight in terms if v[i] is not None])
+            for i in range(len(terms[0][0]))
+        ]
 
 
 class GradientTransform(Protocol):
@@ -117,9 +135,8 @@ class Rectification:
 def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:
     """The gradients of the losses, one backward pass for each tensor and none for a combination.
 
-    What stood in `.grad` of the parameters stands there again afterwards. A leaf beside them, such
-    as a soft prompt, gets what a backward pass of the objective would have given it. Losses may
-    share a forward: the graph is kept for exactly as long as a later loss needs it.
+    What stood in `.grad` stands there again afterwards. Losses may share a forward: the graph is
+    kept for exactly as long as a later loss needs it.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> step = differentiate([x], {"forget": x**2, "objective": {"forget": -1.0}})
@@ -159,22 +176,7 @@ def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> G
         source: sum(weight * values[name] for name, weight in terms.items())
         for source, terms in weights.items()
     }
-    every = Gradients(vectors, in_vectors, total)
-    count = len(parameters)
-    if len(leaves) > count and OBJECTIVE in losses:
-        deposit(leaves[count:], every.of(OBJECTIVE)[count:])
-    return Gradients({n: v[:count] for n, v in vectors.items()}, in_vectors, total)
-
-
-def deposit(parameters: Sequence[Tensor], gradient: Vector) -> None:
-    """Add a gradient to `.grad` as a backward pass would have."""
-    for parameter, tensor in zip(parameters, gradient, strict=True):
-        if tensor is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = tensor
-        else:
-            parameter.grad += tensor
+    return Gradients(parameters, leaves[len(parameters) :], vectors, in_vectors, total)
 
 
 def _resolved(

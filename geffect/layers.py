@@ -105,7 +105,7 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     'other'
     """
     named = _named(model)
-    places = [[layer_of(name) for name in names] for names in named.values()]
+    places = [[layer_of(canonical_name(name)) for name in names] for names in named.values()]
     depth = 1 + max((index for place in places for _, index in place), default=-1)
     rows = []
     for (tensor, (name, *further)), place in zip(named.items(), places, strict=True):
@@ -133,7 +133,8 @@ def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             whole.setdefault(parameter, []).append(name)
-    count = Counter(canonical_name(name) for names in whole.values() for name in names)
+    canonical = {tensor: set(map(canonical_name, names)) for tensor, names in whole.items()}
+    count = Counter(name for names in canonical.values() for name in names)
     return {
         tensor: [canonical_name(n) if count[canonical_name(n)] == 1 else n for n in names]
         for tensor, names in whole.items()

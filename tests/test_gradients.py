@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.gradients import deposit, differentiate
+from geffect.gradients import differentiate
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
 from tests import reference, tiny
 
@@ -40,7 +40,7 @@ def test_objective_is_left_bit_for_bit(model: nn.Module, weight: float) -> None:
             "retain": nll(model, pair["retain"]),
         },
     )
-    deposit(parameters, step.of("objective"))
+    step.deposit()
     assert equal(grads(model), expected)
 
 
@@ -56,7 +56,7 @@ def test_a_tensor_objective_is_left_bit_for_bit_and_added_to_what_was_there(
     model.zero_grad()
     for _ in range(2):
         losses = {"objective": objective(model, pair), "retain": nll(model, pair["retain"])}
-        deposit(parameters, differentiate(parameters, losses).of("objective"))
+        differentiate(parameters, losses).deposit()
     assert equal(grads(model), expected)
 
 
@@ -143,7 +143,7 @@ def test_a_parameter_that_a_loss_does_not_reach_stays_without_gradient() -> None
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([used, unused], lr=0.1, weight_decay=0.5)
     step = differentiate([used, unused], {"objective": used.sum()})
-    deposit([used, unused], step.of("objective"))
+    step.deposit()
     optimizer.step()
     assert unused.grad is None
     assert torch.equal(unused, torch.ones(2)), "weight decay moved a parameter without gradient"
@@ -160,6 +160,8 @@ def test_a_leaf_beside_the_parameters_gets_the_objectives_gradient_alone() -> No
     }
     (expected,) = torch.autograd.grad(-losses["forget"], prompt, retain_graph=True)
     step = differentiate(list(model.parameters()), losses)
+    assert prompt.grad is None
+    step.deposit()
     assert prompt.grad is not None
     assert torch.equal(prompt.grad, expected)
     assert len(step.of("objective")) == 2

@@ -485,3 +485,71 @@ def test_misuse_is_said_in_one_sentence() -> None:
     gradients = differentiate(list(model.parameters()), {"retain": loss})
     with pytest.raises(ValueError, match=r"made for the model that is trained. Found .* Make it"):
         Rectifier(other).observe(gradients)
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+
+
+@pytest.mark.parametrize("options", [{"rule": None}, {}, {"scope": "coordinate"}], ids=str)
+def test_selection_is_among_what_the_optimizer_steps(options: dict[str, Any]) -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer, select=0.5, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.tensor([1.0, 2.0, -1.0])
+    rectifier.backward(objective=-model(x).sum(), retain=(model(2 * x) ** 2).sum())
+    optimizer.step()
+    moved = [int((p != old).sum()) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved[:2] == [0, 0]
+    assert sum(moved) <= 2, "half of the four that the optimizer steps"
+
+
+def test_a_step_that_raised_leaves_nothing_behind() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer)
+    x = torch.tensor([1.0, 2.0, -1.0])
+    rectifier.backward(objective={"retain": -1.0}, retain=model(x).sum())
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="retain gradient is zero"):
+        rectifier.backward(objective=model(x).sum(), retain=0 * model(x).sum())
+    expected = [p.detach() - 0.1 * p.grad for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    for parameter, value in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+    assert rectifier.skipped == 1
+
+
+def test_a_rectifier_of_a_copy_is_not_that_of_the_model() -> None:
+    model = two_layers()
+    rectifier = Rectifier(copy.deepcopy(model))
+    from geffect.gradients import differentiate
+
+    loss = model(torch.ones(3)).sum()
+    with pytest.raises(ValueError, match="made for the model that is trained"):
+        rectifier.observe(differentiate(list(model.parameters()), {"retain": loss}))
+
+
+def test_a_rule_that_fails_in_update_space_takes_the_step_back() -> None:
+    def broken(K: Tensor) -> Tensor:
+        return torch.full((len(K), 2), torch.nan, dtype=K.dtype)
+
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    rectifier = Rectifier(model, broken, space="update", optimizer=optimizer, select=0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    x = torch.ones(3)
+    rectifier.backward(objective={"retain": -1.0}, retain=model(x).sum())
+    with pytest.raises(ValueError, match="finite weights"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -333,3 +333,45 @@ def test_a_step_that_a_scaler_skips_has_no_update(tmp_path: Path) -> None:
     assert np.isfinite(run.gram()[0, 0, k, k])
     assert np.isnan(run.gram()[1, 0, k, k])
     assert np.isnan(run.column("lr")).tolist() == [False, True]
+
+
+def test_an_optimizer_of_a_part_is_written_at_its_step_and_moves_only_that(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
+        for count in range(3):
+            recorder.backward(objective=model(torch.ones(2)).sum())
+            optimizer.step()
+            with torch.no_grad():
+                model[0].weight += 5  # not what an optimizer did
+            model.zero_grad()
+            if count:
+                assert len(open_run(tmp_path / "run.h5").steps) == count + 1
+    run = open_run(tmp_path / "run.h5")
+    gram, k = run.gram(), run.index("update")
+    assert not gram[:, :2, k, k].any()
+    np.testing.assert_allclose(gram[:, 2:, k, k], 0.01 * gram[:, 2:, 0, 0], rtol=1e-3)
+
+
+def test_a_step_that_could_not_be_rectified_is_not_recorded(tmp_path: Path) -> None:
+    def broken(K: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(K), 2), torch.nan, dtype=K.dtype)
+
+    model = nn.Linear(2, 1)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        loss = model(torch.ones(2)).sum()
+        with pytest.raises(ValueError, match="finite weights"):
+            recorder.backward(
+                objective={"retain": -1.0}, retain=loss, rectifier=Rectifier(model, broken)
+            )
+        model.zero_grad()
+        recorder.backward(objective=model(torch.ones(2)).sum())
+    assert open_run(tmp_path / "run.h5").sources == ("objective",)
+
+
+def test_an_unknown_column_is_no_damage(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=model(torch.ones(2)).sum())
+    with pytest.raises(ValueError, match=r"one of step, request, lr.* Found `rate`. Choose"):
+        open_run(tmp_path / "run.h5").column("rate")

@@ -19,7 +19,7 @@ from geffect.gradients import (
     Gradients,
     GradientTransform,
     Loss,
-    deposit,
+    Vector,
     differentiate,
 )
 from geffect.layers import describe, trainable
@@ -88,6 +88,7 @@ class Recorder:
         self._losses: Mapping[str, Mapping[str, float] | str] = {}
         self._before: list[Tensor] | None = None
         self._stepped: set[int] = set()  # what optimizers have stepped since the last backward
+        self._expected: set[int] = set()  # what they stepped the time before
         self._started = time.perf_counter()
         try:
             self._continue()
@@ -134,15 +135,16 @@ class Recorder:
         if rectifier is not None:
             rectifier.observe(gradients)
         self._step = step = _Step(self.next_step, gradients, None, rectifier, declared)
-        objective = gradients.of(OBJECTIVE)
-        if self._update:
-            # What lies in `.grad` may be clipped before the update comes to be compared with it.
-            objective = [None if tensor is None else tensor.clone() for tensor in objective]
-        else:
-            step.measured = self._measure(step)
-        deposit(self._parameters, objective)
+        if not self._update:
+            step.measured = self._measure(step, None)
+        # A copy where the update is to be compared with it: `.grad` may be clipped before then.
+        gradients.deposit(copy=self._update)
         if rectifier is not None:
-            rectifier.rectify()
+            try:
+                rectifier.rectify()
+            except BaseException:
+                self._step = None
+                raise
 
     def close(self) -> None:
         """Write what is left, and mark the run as complete."""
@@ -258,38 +260,47 @@ class Recorder:
                     for group in groups
                 ],
             }
-        self._stepped |= {id(p) for group in groups for p in group["params"]}
-        # Where several optimizers share the model, the step is not over before the last of them.
-        if all(id(p) in self._stepped for p in self._parameters if p.grad is not None):
+        owned = {id(p) for group in groups for p in group["params"]} & set(
+            map(id, self._parameters)
+        )
+        if self._before is not None:
+            # In place: what was the copy of the old parameters becomes the update.
+            with torch.no_grad():
+                for before, parameter in zip(self._before, self._parameters, strict=True):
+                    if id(parameter) in owned - self._stepped:
+                        before.neg_().add_(parameter)
+        self._stepped |= owned
+        # Several optimizers may share the model. Who stepped last time tells when all have; the
+        # first time, that everything with a gradient has been stepped.
+        wanted = self._expected or {id(p) for p in self._parameters if p.grad is not None}
+        if wanted <= self._stepped:
             self._write()
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return not stepped.isdisjoint(map(id, self._parameters))
 
-    def _measure(self, step: _Step) -> tuple[list[str], Tensor]:
+    def _measure(self, step: _Step, update: Vector | None) -> tuple[list[str], Tensor]:
         """The names of the gradients that are there, and their Gram matrices."""
         watched = {} if step.rectifier is None else step.rectifier.watched
         # An average of nothing yet is absent, not zero.
         further = {name: v for name, v in watched.items() if any(x is not None for x in v)}
-        if self._before is not None:
-            # In place: what was the copy of the old parameters becomes the update.
-            with torch.no_grad():
-                further[UPDATE] = [
-                    before.neg_().add_(parameter)
-                    for before, parameter in zip(self._before, self._parameters, strict=True)
-                ]
+        if update is not None:
+            further[UPDATE] = update
         return [*step.gradients.sources, *further], step.gradients.gram(**further)
 
     def _write(self) -> None:
-        step, self._step = self._step, None
-        if not self._stepped:
-            self._before = None  # of an optimizer that raised in its step
-        self._stepped = set()
+        step, before, stepped = self._step, self._before, self._stepped
+        self._step, self._before, self._stepped = None, None, set()
         if step is None:
             return
-        names, gram = self._measure(step) if step.measured is None else step.measured
-        self._before = None
+        update: Vector | None = None
+        if stepped and before is not None:
+            # None, which is zero, for what no optimizer has stepped.
+            moved = zip(before, self._parameters, strict=True)
+            update = [tensor if id(p) in stepped else None for tensor, p in moved]
+        self._expected = stepped or self._expected
+        names, gram = self._measure(step, update) if step.measured is None else step.measured
         if not self._sources:
             self._name_sources(step)
         self._writer.append(

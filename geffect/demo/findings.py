@@ -110,6 +110,7 @@ def findings(runs: Runs) -> list[dict[str, Any]]:
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     variants = {method: {r["variant"] for r in runs if r["method"] == method} for method in methods}
+    plain = {method for method in methods if "plain" in variants[method]}
     gaining = [m for m in ("ga", "wga", "npo") if {"plain", "gru"} <= variants.get(m, set())]
     inside, outside = "retain_nll", "retain_heldout_authors_nll"
     comparisons = [
@@ -122,9 +123,9 @@ def findings(runs: Runs) -> list[dict[str, Any]]:
     ]
     return [
         _reached(runs),
-        *[_negative_throughout(runs) for method in methods if method == "ga"],
-        *[_milder(runs) for method in methods if method == "wga" and "ga" in methods],
-        *[_limits_itself(runs, m) for m in methods if m in ("wga", "npo") and "ga" in methods],
+        *([_negative_throughout(runs)] if "ga" in plain else []),
+        *([_milder(runs)] if {"ga", "wga"} <= plain else []),
+        *[_limits_itself(runs, m) for m in methods if m in ("wga", "npo") and {m, "ga"} <= plain],
         *([_gru_gains(runs, gaining)] if gaining else []),
         *[
             _lower(runs, compared, variant, others, key)
@@ -132,7 +133,7 @@ def findings(runs: Runs) -> list[dict[str, Any]]:
             for key in (inside, outside)
             if compared
         ],
-        _keeps_constraint(runs),
+        *([_keeps_constraint(runs)] if any("gru-update" in v for v in variants.values()) else []),
     ]
 
 
@@ -150,7 +151,7 @@ def _negative_throughout(runs: Runs) -> dict[str, Any]:
     return _finding(
         "GA harms what should stay in every step: its retaining G-effect is negative wherever it "
         "is above a thousandth of its peak",
-        [f"seed {seed}" for seed, share in shares.items() if share < 1.0],
+        [f"seed {seed}" for seed, share in shares.items() if share != 1.0],
         {
             "share_of_appreciable_steps": shares,
             "share_of_all_steps": _cells(runs, "ga", "plain", "share_retaining_negative"),
@@ -163,7 +164,7 @@ def _milder(runs: Runs) -> dict[str, Any]:
     wga, ga = (_cells(runs, method, "plain", "retaining_lowest") for method in ("wga", "ga"))
     return _finding(
         "WGA is milder than GA: its retaining G-effect never falls as low",
-        [f"seed {seed}" for seed, lowest in wga.items() if lowest <= ga.get(seed, -math.inf)],
+        [f"seed {seed}" for seed, lowest in wga.items() if not lowest > ga[seed]],
         {"lowest": wga, "of_ga": ga},
     )
 
@@ -178,7 +179,7 @@ def _limits_itself(runs: Runs, method: str) -> dict[str, Any]:
     return _finding(
         f"{method.upper()} limits itself: its retaining G-effect has fallen back from its peak at "
         "the end of the run, and further than GA's",
-        [f"seed {seed}" for seed, share in own.items() if share >= min(1.0, ga.get(seed, 1.0))],
+        [f"seed {seed}" for seed, share in own.items() if not share < min(1.0, ga[seed])],
         {"last_over_peak": own, "of_ga": ga},
     )
 
@@ -233,7 +234,11 @@ def _keeps_constraint(runs: Runs) -> dict[str, Any]:
         "In update space no applied update opposes the retain average; AdamW makes some do so "
         "after the gradient alone was projected",
         [
-            *[v for v in ("gru-update", "gru-coordinate") if max(shares.get(v, [0.0])) > 0.0],
+            *[
+                v
+                for v in ("gru-update", "gru-coordinate")
+                if not all(share == 0.0 for share in shares.get(v, []))
+            ],
             *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
         ],
         {

@@ -13,7 +13,6 @@ from geffect.gradients import (
     Loss,
     Rectification,
     Vector,
-    deposit,
     differentiate,
 )
 from geffect.layers import describe, trainable
@@ -131,7 +130,7 @@ class Rectifier:
             )
         gradients = differentiate(self._parameters, losses)
         self.observe(gradients)
-        deposit(self._parameters, gradients.of(OBJECTIVE))
+        gradients.deposit()
         self.rectify()
 
     def observe(self, gradients: Gradients) -> None:
@@ -151,14 +150,13 @@ class Rectifier:
                 f"{', '.join(gradients.sources)}. Pass {RETAIN}=nll(model, retain_batch)."
             )
         retain = gradients.of(RETAIN)
-        if [p.shape for p, r in zip(self._parameters, retain, strict=False) if r is not None] != [
-            r.shape for r in retain if r is not None
-        ]:
+        if list(map(id, gradients.parameters)) != list(map(id, self._parameters)):
             raise ValueError(
                 "The rectifier should be made for the model that is trained. Found gradients of "
-                f"{len(retain)} tensors, for a rectifier of {len(self._parameters)}. Make it from "
-                "the same model."
+                "another one, or of parameters that were frozen or added since. Make it from the "
+                "same model."
             )
+        self._armed, self._step = False, None  # of an optimizer that raised, or never stepped
         self.report = None
         problem = self._memory.update(retain)
         self._usable = problem is None
@@ -170,8 +168,9 @@ class Rectifier:
         if self._space == "update":
             self._armed = True
         elif self._usable:
-            self._keep = self._selected()
-            self._apply(GradientSpace(self._parameters))
+            space = GradientSpace(self._parameters)
+            self._keep = self._selected(space)
+            self._change(space)
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
@@ -195,27 +194,33 @@ class Rectifier:
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._armed and self._usable:
-            self._keep = self._selected()
             self._step = UpdateSpace(self._parameters, optimizer)
+            self._keep = self._selected(self._step)
 
     def _after_step(self) -> None:
         step, self._step, self._armed = self._step, None, False
-        if step is not None:
-            with torch.no_grad():
-                self._apply(step)
+        if step is None:
+            return
+        with torch.no_grad():
+            try:
+                self._change(step)
+            except BaseException:
+                step.undo()
+                raise
 
-    def _selected(self) -> Vector | None:
+    def _selected(self, space: Space) -> Vector | None:
+        """The mask of the coordinates to step on, of what moves and has a gradient."""
         if self._select is None:
             return None
         saliences = [
-            None if parameter.grad is None else salience(parameter.grad, moment)
-            for parameter, moment in zip(
-                self._parameters, self._memory.second_moment(), strict=True
+            None if p.grad is None or space.direction(i) is None else salience(p.grad, moment)
+            for i, (p, moment) in enumerate(
+                zip(self._parameters, self._memory.second_moment(), strict=True)
             )
         ]
         return most_salient(saliences, self._select, self._generator)
 
-    def _apply(self, space: Space) -> None:
+    def _change(self, space: Space) -> None:
         average = self._memory.average
         if self._scope == "coordinate":
             report = rectify_coordinates(space, average, self._keep, self._blocks)

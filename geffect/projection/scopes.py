@@ -5,7 +5,7 @@ Each function changes a space in place and tells what it did. `retain` is r, one
 after it was projected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -108,20 +108,24 @@ def _weights(rule: Rule | None, K: Tensor) -> Tensor:
     if not weights.isfinite().all():
         raise ValueError(
             f"A rule should give finite weights. Found {weights.tolist()} from {rule!r}. "
-            "Guard its divisions; the step was left as it was."
+            "Guard its divisions; nothing was changed, and a step in update space was taken back."
         )
     return weights
 
 
 def _gram(space: Space, retain: Vector, keep: Vector | None, blocks: Blocks) -> Tensor:
     """Gram matrices of (u, r) a block, of the kept coordinates of what moves."""
-    masks = keep or [None] * len(retain)
-    pairs: list[list[Tensor | None]] = []
-    for i, (r, mask) in enumerate(zip(retain, masks, strict=True)):
-        u = _restricted(space.direction(i), mask)
-        pairs.append([u, None if u is None else _restricted(r, mask)])
     summed = torch.zeros(len(blocks.names), 2, 2, dtype=torch.float64)
-    return summed.index_add(0, torch.tensor(blocks.place), dots.grams(pairs))
+    matrices = dots.grams(_pairs(space, retain, keep))
+    return summed.index_add(0, torch.tensor(blocks.place), matrices)
+
+
+def _pairs(space: Space, retain: Vector, keep: Vector | None) -> Iterator[list[Tensor | None]]:
+    """(u, r) of one parameter after the other: in update space each u is made for the moment."""
+    for i, r in enumerate(retain):
+        mask = None if keep is None else keep[i]
+        u = _restricted(space.direction(i), mask)
+        yield [u, None if u is None else _restricted(r, mask)]
 
 
 def _stop(space: Space, masks: Vector) -> None:

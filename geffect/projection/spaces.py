@@ -71,6 +71,12 @@ class UpdateSpace:
         assert before is not None
         self._parameters[i].copy_(torch.where(where, before, self._parameters[i]))
 
+    def undo(self) -> None:
+        """Take the whole step back."""
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            if before is not None:
+                parameter.copy_(before)
+
     def combine(self, i: int, own: float, other: float, vector: Tensor) -> None:
         after = self._parameters[i]
         if own != 1.0:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter
 from geffect.sources import UPDATE
 
-from .schema import FORMAT, RECTIFICATION_COLUMNS, VERSION, RunFileError
+from .schema import FORMAT, RECTIFICATION_COLUMNS, STEP_COLUMNS, VERSION, RunFileError
 
 Floats = NDArray[np.float64]
 
@@ -64,6 +64,11 @@ class Run:
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of the step table: `lr`, `wall_seconds` or `request`."""
+        if name not in STEP_COLUMNS:
+            raise ValueError(
+                f"`name` should be one of {', '.join(STEP_COLUMNS)}. Found `{name}`. Choose one of "
+                "those."
+            )
         return self._read(f"steps/{name}")
 
     def rectification(self) -> tuple[tuple[str, ...], dict[str, Floats]]:
