@@ -37,7 +37,7 @@ class Recipe:
 FULL = Recipe()
 QUICK = Recipe(
     corpus=Size(authors=8, forget=2, heldout=2, world=20),
-    layers=3,
+    layers=2,
     epochs=17,
     batch=8,
 )
