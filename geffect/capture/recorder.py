@@ -242,13 +242,14 @@ class Recorder:
                 )
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._step is None or not self._owns(optimizer):
+        if self._step is None or not self._owned(optimizer):
             return
         if self._update and self._before is None:
             self._before = [parameter.detach().clone() for parameter in self._parameters]
 
     def _after_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._step is None or not self._owns(optimizer):
+        owned = self._owned(optimizer)
+        if self._step is None or not owned:
             return
         groups = optimizer.param_groups
         if not self._stepped:
@@ -260,14 +261,12 @@ class Recorder:
                     for group in groups
                 ],
             }
-        owned = {id(p) for group in groups for p in group["params"]} & set(
-            map(id, self._parameters)
-        )
+        moved = owned - self._stepped
         if self._before is not None:
             # In place: what was the copy of the old parameters becomes the update.
             with torch.no_grad():
                 for before, parameter in zip(self._before, self._parameters, strict=True):
-                    if id(parameter) in owned - self._stepped:
+                    if id(parameter) in moved:
                         before.neg_().add_(parameter)
         self._stepped |= owned
         # Several optimizers may share the model. Who stepped last time tells when all have; the
@@ -276,9 +275,10 @@ class Recorder:
         if wanted <= self._stepped:
             self._write()
 
-    def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _owned(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        """Which of the recorded parameters an optimizer steps, by their ids."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return not stepped.isdisjoint(map(id, self._parameters))
+        return stepped.intersection(map(id, self._parameters))
 
     def _measure(self, step: _Step, update: Vector | None) -> tuple[list[str], Tensor]:
         """The names of the gradients that are there, and their Gram matrices."""

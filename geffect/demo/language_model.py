@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from geffect.objectives.base import IGNORED
+
 from .corpus import Corpus, Fact
 from .recipe import Recipe
 
@@ -25,7 +27,6 @@ PAD, BOS, EOS, SEP = range(4)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
 VOCABULARY = 1024
 LONGEST = 64
-IGNORED = -100
 
 # `input_ids`, `attention_mask` and `labels`, each Int64[Tensor, "row token"].
 Batch = dict[str, Tensor]
