@@ -8,9 +8,15 @@ or underflow; the gradients themselves are never copied whole.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from geffect import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BLOCK = 65536
 """Coordinates cast at a time: larger leaves the cache, smaller pays more calls."""
@@ -19,7 +25,8 @@ BLOCK = 65536
 def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     """The Gram matrix `Float64[k, k]` of k gradients of one parameter, on its device.
 
-    The gradients may be of any float type; None stands for zero.
+    The gradients may be of any float type; None stands for zero. Of a sharded parameter it is the
+    term that this process's part adds; `gathered` adds the others.
 
     >>> gram([torch.tensor([3.0, 4.0]), None])
     tensor([[25.,  0.],
@@ -29,7 +36,7 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     (100999999.0, False)
     """
     present = [i for i, vector in enumerate(vectors) if vector is not None]
-    flat = [vectors[i].detach().reshape(-1) for i in present]  # type: ignore[union-attr]
+    flat = [distributed.local(vectors[i]).detach().reshape(-1) for i in present]  # type: ignore[arg-type]
     if len({vector.shape for vector in flat}) > 1:
         raise ValueError(
             f"`vectors` should have one shape. Found {[tuple(v.shape) for v in flat]}. "
@@ -47,16 +54,46 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
 def grams(parameters: Iterable[Sequence[Tensor | None]]) -> Tensor:
     """The Gram matrices `Float64[parameter, k, k]` of several parameters, on the CPU.
 
-    Parameters may lie on different devices; each device is waited for once.
+    Gradients may be DTensors, and those that are None on one process have to be None on all.
     """
-    matrices = [gram(vectors) for vectors in parameters]
+    matrices, over = [], []
+    for vectors in parameters:
+        matrices.append(gram(vectors))
+        over.append(_layout(vectors))
+    return gathered(matrices, over)
+
+
+def gathered(matrices: Sequence[Tensor], over: "Sequence[tuple[ProcessGroup, ...]]") -> Tensor:
+    """The matrices `Float64[parameter, k, k]` of `gram` on the CPU, of whole parameters.
+
+    `over` are the `distributed.holders` of each parameter. Parameters may lie on different devices;
+    each device is waited for once, and so is each mesh, however many parameters it shards.
+    """
     by_device: dict[torch.device, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_device.setdefault(matrix.device, []).append(i)
-    gathered = torch.zeros(len(matrices), *matrices[0].shape, dtype=torch.float64)
+    table = torch.zeros(len(matrices), *matrices[0].shape, dtype=torch.float64)
     for places in by_device.values():
-        gathered[places] = torch.stack([matrices[i] for i in places]).cpu()
-    return gathered
+        table[places] = torch.stack([matrices[i] for i in places]).cpu()
+    for groups in dict.fromkeys(filter(None, over)):
+        places = [i for i, own in enumerate(over) if own == groups]
+        table[places] = distributed.summed(table[places], groups)
+    return table
+
+
+def _layout(vectors: Sequence[Tensor | None]) -> "tuple[ProcessGroup, ...]":
+    """The groups over which all of a parameter's gradients are split."""
+    layouts = {
+        (distributed.holders(vector), getattr(vector, "placements", ()))
+        for vector in vectors
+        if vector is not None
+    }
+    if len(layouts) > 1:
+        raise ValueError(
+            "`vectors` should be split over the processes alike. Found gradients of one parameter "
+            "that are whole, or split in different ways. Redistribute them like the parameter."
+        )
+    return next(iter(layouts), ((), ()))[0]
 
 
 def _products(flat: Sequence[Tensor]) -> Tensor:

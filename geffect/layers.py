@@ -67,6 +67,15 @@ def canonical_name(name: str) -> str:
     return _ADAPTER.sub(r".\1", name)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a canonical name is that of an adapter's factor.
+
+    >>> is_adapter("model.layers.0.self_attn.q_proj.lora_A.weight")
+    True
+    """
+    return re.search(r"\.lora_", name) is not None
+
+
 def layer_of(name: str) -> tuple[str, int]:
     """Layer and index in the stack of a canonical name; ("other", -1) where it is unknown.
 
@@ -129,8 +138,12 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
 
 def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
     """The names of each trainable tensor: canonical, or whole where two tensors would share one."""
+    from geffect.distributed import at_rest  # needs torch, which who has a model has loaded
+
+    rest = at_rest(model)
     whole: dict[Tensor, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, found in model.named_parameters(remove_duplicate=False):
+        parameter = rest.get(found, found)
         if parameter.requires_grad:
             whole.setdefault(parameter, []).append(name)
     canonical = {tensor: set(map(canonical_name, names)) for tensor, names in whole.items()}

@@ -57,3 +57,9 @@ def test_parameters_are_gathered_in_their_order() -> None:
     vectors = [[torch.full((size,), float(size)), None] for size in (1, 2, 3)]
     assert grams(vectors)[:, 0, 0].tolist() == [1.0, 8.0, 27.0]
     assert not grams(vectors)[:, 1].any()
+
+
+def test_a_part_without_coordinates_counts_nothing() -> None:
+    empty = torch.zeros(0, 4)
+    found = grams([[empty, empty], [empty, None], [torch.ones(2), torch.ones(2)]])
+    assert found.tolist() == [[[0.0, 0.0]] * 2, [[0.0, 0.0]] * 2, [[2.0, 2.0]] * 2]
