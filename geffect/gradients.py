@@ -4,22 +4,26 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 `torch.autograd.grad` would bypass the hooks that data-parallel and sharded training live on.
 """
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from geffect import dots
+from geffect.losses import Loss, Passes, plan
 from geffect.sources import OBJECTIVE
+
+__all__ = ["GradientTransform", "Gradients", "Loss", "Rectification", "Vector", "differentiate"]
 
 Vector = Sequence[Tensor | None]
 """A gradient of the model: one tensor a parameter, None where the loss does not reach it."""
 
-Loss = Tensor | Mapping[str, float]
-"""A scalar with a graph, or weights that declare a linear combination of such scalars."""
+Weights = Mapping[str, Mapping[str, float]]
+"""Sources as linear combinations of vectors, both by their names."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Gradients:
     parameters: Sequence[Tensor]
     others: Sequence[Tensor]
     vectors: Mapping[str, Vector]
-    weights: Mapping[str, Mapping[str, float]]
+    weights: Weights
     losses: Mapping[str, float]
 
     @property
@@ -50,12 +54,7 @@ class Gradients:
         """Leave in `.grad` what a backward pass of the objective would have left there."""
         leaves = [*self.parameters, *self.others]
         for leaf, tensor in zip(leaves, self._summed(OBJECTIVE), strict=True):
-            if tensor is None:
-                continue
-            if leaf.grad is None:
-                leaf.grad = tensor.clone() if copy else tensor
-            else:
-                leaf.grad += tensor
+            _add_to_grad(leaf, tensor, copy=copy)
 
     def gram(self, **further: Vector) -> Tensor:
         """The Gram matrices `Float64[parameter, source, source]`, on the CPU.
@@ -64,26 +63,33 @@ class Gradients:
         """
         count = len(self.parameters)
         basis = {**{name: v[:count] for name, v in self.vectors.items()}, **further}
-        place = {name: i for i, name in enumerate(basis)}
         products = dots.grams(zip(*basis.values(), strict=True))
-        every = [*self.weights.values(), *({name: 1.0} for name in further)]
-        K = products.new_empty(len(products), len(every), len(every))
-        # Term by term, not as W K W^T: a zero weight must not meet a gradient that is not finite.
-        for i, a in enumerate(every):
-            for j, b in enumerate(every[: i + 1]):
-                terms = [
-                    v * w * products[:, place[x], place[y]]
-                    for x, v in a.items()
-                    for y, w in b.items()
-                ]
-                K[:, i, j] = K[:, j, i] = torch.stack(terms).sum(dim=0)
-        return K
+        return combined(
+            products, list(basis), {**self.weights, **{name: {name: 1.0} for name in further}}
+        )
+
+    def __add__(self, later: "Gradients") -> "Gradients":
+        """The gradients of a window of micro-batches: vectors and losses add up."""
+        if self.weights != later.weights:
+            raise ValueError(
+                "The micro-batches of a step should have the same losses. Found "
+                f"{', '.join(self.sources)} and then {', '.join(later.sources)}, or other weights. "
+                "Pass the same losses to each; to leave one out, pass 0 * loss."
+            )
+        vectors = {
+            name: [
+                weighted_sum([(a, 1.0), (b, 1.0)])
+                for a, b in zip(vector, later.vectors[name], strict=True)
+            ]
+            for name, vector in self.vectors.items()
+        }
+        losses = {name: value + later.losses[name] for name, value in self.losses.items()}
+        return replace(self, vectors=vectors, losses=losses)
 
     def _summed(self, source: str) -> list[Tensor | None]:
         terms = [(self.vectors[name], weight) for name, weight in self.weights[source].items()]
         return [
-            _weighted_sum([(v[i], weight) for v, weight in terms if v[i] is not None])
-            for i in range(len(terms[0][0]))
+            weighted_sum([(v[i], weight) for v, weight in terms]) for i in range(len(terms[0][0]))
         ]
 
 
@@ -143,138 +149,90 @@ def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> G
     >>> step.of("objective"), x.grad
     ([tensor(-6.)], None)
     """
-    tensors, weights = _resolved(losses)
-    values = {name: loss.item() for name, loss in tensors.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"Loss `{name}` should be finite. Found {value}. "
-                "Lower the learning rate or clip; no gradient was taken and nothing was recorded."
-            )
-    seeds = _seeds(weights)
-    # A leaf beside the parameters, such as a soft prompt, must not collect every pass either.
-    leaves = [*parameters, *_other_leaves(tensors.values(), parameters)]
-    kept = [leaf.grad for leaf in leaves]
+    return separate(parameters, plan(parameters, losses))
+
+
+def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
+    """The gradients that the passes leave, each by itself, and `.grad` as it was."""
+    leaves = passes.leaves
     vectors: dict[str, Vector] = {}
-    try:
-        for (name, loss), retain_graph in zip(
-            tensors.items(), _needed_later(list(tensors.values())), strict=True
-        ):
-            for leaf in leaves:
-                leaf.grad = None
-            seed = None if name not in seeds else torch.full_like(loss, seeds[name])
-            loss.backward(gradient=seed, retain_graph=retain_graph)
-            vectors[name] = [leaf.grad for leaf in leaves]
-    finally:
-        for leaf, grad in zip(leaves, kept, strict=True):
-            leaf.grad = grad
-    in_vectors = {
-        source: {name: weight / seeds.get(name, 1.0) for name, weight in terms.items()}
-        for source, terms in weights.items()
-    }
-    total = {
-        source: sum(weight * values[name] for name, weight in terms.items())
-        for source, terms in weights.items()
-    }
-    return Gradients(parameters, leaves[len(parameters) :], vectors, in_vectors, total)
+    with _grads_put_aside(leaves):
+        for name in passes.tensors:
+            vectors[name] = _run(passes, name)
+    return Gradients(parameters, leaves[len(parameters) :], vectors, passes.weights, passes.losses)
 
 
-def _resolved(
-    losses: Mapping[str, Loss],
-) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-    """The different tensors among the losses, and each loss in terms of them."""
-    tensors: dict[str, Tensor] = {}
-    weights: dict[str, dict[str, float]] = {}
-    for name, loss in losses.items():
-        if isinstance(loss, Mapping):
-            continue
-        _check(name, loss)
-        first = next((other for other, seen in tensors.items() if seen is loss), name)
-        tensors.setdefault(first, loss)
-        weights[name] = {first: 1.0}
-    single = dict(weights)
-    for name, loss in losses.items():
-        if not isinstance(loss, Mapping):
-            continue
-        if not (loss.keys() <= single.keys() and _are_weights(loss.values())):
-            raise ValueError(
-                f"Loss `{name}` should be a tensor, or weights of losses of this step that are "
-                f"tensors, finite and not all zero. Found `{dict(loss)}`. Losses of this step that "
-                f"are tensors: {', '.join(single) or 'none'}."
-            )
-        weights[name] = {}
-        for part, weight in loss.items():
-            (tensor,) = single[part]
-            weights[name][tensor] = weights[name].get(tensor, 0.0) + float(weight)
-    # The order of the sources is the order of the call, not of what kind they are.
-    return tensors, {name: weights[name] for name in losses}
+Visit = Callable[[int, Mapping[str, Tensor | None]], None]
+"""Called with the place of a parameter and the tensors that the passes left for it, by name."""
 
 
-def _are_weights(values: Collection[object]) -> bool:
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return len(numbers) == len(values) and all(map(math.isfinite, numbers)) and any(numbers)
+def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
+    """Run the passes, show each parameter's gradients once, and leave the objective's in `.grad`.
 
+    The last pass never has a gradient of its own in memory: each of its tensors is shown as soon as
+    it is there, and what is not part of the objective is let go. So two losses need the memory of
+    one gradient, and k need that of k - 1. Needs `passes.accumulates_once`, and that `.grad` is
+    what the optimizer will see: under data parallelism it is not averaged yet when it is shown.
+    """
+    leaves, last = passes.leaves, passes.last
+    resident: dict[str, list[Tensor | None]] = {}
+    left: list[Tensor | None] = [None] * len(leaves)
+    waiting = set(range(len(leaves)))
 
-def _check(name: str, loss: object) -> None:
-    should = f"Loss `{name}` should be a scalar tensor with a graph, or weights of other losses."
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{should} Found `{type(loss).__name__}`. Pass what the loss returned.")
-    if loss.numel() != 1:
-        raise ValueError(f"{should} Found shape {tuple(loss.shape)}. Take its mean or its sum.")
-    if not loss.requires_grad:
-        raise ValueError(
-            f"{should} Found a tensor without a graph. Compute it outside of `torch.no_grad()`, "
-            "from parameters that require a gradient, and do not detach it."
+    def take(place: int, fresh: Tensor | None) -> None:
+        waiting.discard(place)
+        tensors = {name: vector[place] for name, vector in resident.items()} | {last: fresh}
+        for vector in resident.values():
+            vector[place] = None
+        if place < len(parameters):
+            visit(place, tensors)
+        left[place] = weighted_sum(
+            [(tensors[name], weight) for name, weight in passes.weights[OBJECTIVE].items()]
         )
 
+    def take_grad(leaf: Tensor, place: int) -> None:
+        fresh, leaf.grad = leaf.grad, None
+        take(place, fresh)
 
-def _seeds(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The factor to start a pass with, where the objective is one multiple of one loss.
+    with _grads_put_aside(leaves):
+        for name in passes.tensors:
+            if name != last:
+                resident[name] = _run(passes, name)
+        hooks = [
+            leaf.register_post_accumulate_grad_hook(partial(take_grad, place=place))
+            for place, leaf in enumerate(parameters)
+        ]
+        try:
+            _run(passes, last)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for place in sorted(waiting):  # what the last loss does not reach
+            take(place, leaves[place].grad)
+    for leaf, tensor in zip(leaves, left, strict=True):
+        _add_to_grad(leaf, tensor)
 
-    The pass then computes the objective's own gradient, bit for bit, and the loss's is that over
-    the factor.
+
+def combined(products: Tensor, basis: Sequence[str], weights: Weights) -> Tensor:
+    """The Gram matrices of linear combinations, `Float64[..., source, source]`, from the basis's.
+
+    Term by term, not as W K W^T: a zero weight must not meet a gradient that is not finite.
     """
-    terms = weights.get(OBJECTIVE, {})
-    if len(terms) != 1:
-        return {}
-    ((name, weight),) = terms.items()
-    return {} if weight == 1.0 else {name: weight}
+    place = {name: i for i, name in enumerate(basis)}
+    K = products.new_empty(*products.shape[:-2], len(weights), len(weights))
+    for i, a in enumerate(weights.values()):
+        for j, b in enumerate(list(weights.values())[: i + 1]):
+            terms = [
+                v * w * products[..., place[x], place[y]]
+                for x, v in a.items()
+                for y, w in b.items()
+            ]
+            K[..., i, j] = K[..., j, i] = torch.stack(terms).sum(dim=0)
+    return K
 
 
-def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
-    """For each loss, whether a later one shares a part of its graph that is not a leaf."""
-    graphs = [{node for node in _nodes(loss) if not _is_leaf(node)} for loss in losses]
-    return [
-        any(not graph.isdisjoint(later) for later in graphs[i + 1 :])
-        for i, graph in enumerate(graphs)
-    ]
-
-
-def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves of the graphs that are none of the parameters."""
-    known = set(map(id, parameters))
-    leaves = [node.variable for loss in losses for node in _nodes(loss) if _is_leaf(node)]
-    found = {id(leaf): leaf for leaf in leaves}
-    return [leaf for place, leaf in found.items() if place not in known]
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(successor for successor, _ in node.next_functions)
-
-
-def _is_leaf(node: Any) -> bool:
-    # AccumulateGrad, which saves nothing that a backward pass could free.
-    return hasattr(node, "variable")
-
-
-def _weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
+def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
+    """The sum of the tensors that are there, each times its weight; None if none is."""
     total: Tensor | None = None
     for tensor, weight in terms:
         if tensor is None:
@@ -282,3 +240,29 @@ def _weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None
         part = tensor if weight == 1.0 else tensor * weight
         total = part if total is None else total + part
     return total
+
+
+@contextmanager
+def _grads_put_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    kept = [leaf.grad for leaf in leaves]
+    try:
+        yield
+    finally:
+        for leaf, grad in zip(leaves, kept, strict=True):
+            leaf.grad = grad
+
+
+def _run(passes: Passes, name: str) -> list[Tensor | None]:
+    for leaf in passes.leaves:
+        leaf.grad = None
+    passes.run(name)
+    return [leaf.grad for leaf in passes.leaves]
+
+
+def _add_to_grad(leaf: Tensor, tensor: Tensor | None, *, copy: bool = False) -> None:
+    if tensor is None:
+        return
+    if leaf.grad is None:
+        leaf.grad = tensor.clone() if copy else tensor
+    else:
+        leaf.grad += tensor

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from geffect import distributed
 from geffect.gradients import Vector
 
 SECOND_MOMENT_DECAY = 0.999
@@ -26,13 +27,14 @@ class RetainMemory:
         """Take in one gradient, or say why it is left out."""
         # The largest entry tells, and unlike a sum of squares it neither under- nor overflows.
         largest = [
-            torch.linalg.vector_norm(tensor, torch.inf).float()
-            for tensor in gradient
-            if tensor is not None and tensor.numel()
+            torch.linalg.vector_norm(part, torch.inf).float()
+            for part in (distributed.local(tensor) for tensor in gradient if tensor is not None)
+            if part.numel()
         ]
         peak = (
             torch.stack([x.to(largest[0].device) for x in largest]).max().item() if largest else 0.0
         )
+        peak = distributed.largest(peak)
         if peak == 0.0:
             return "zero"
         if not peak < float("inf"):

@@ -1,0 +1,190 @@
+"""The losses of a step: the backward passes they need, and what each is in terms of these."""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geffect.sources import OBJECTIVE
+
+Loss = Tensor | Mapping[str, float]
+"""A scalar with a graph, or weights that declare a linear combination of such scalars."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The backward passes of a step: one for each different tensor among its losses.
+
+    `weights` gives every source as a combination of what the passes leave in `.grad`, so that a
+    declared combination costs no pass. `leaves` are what the graphs start from: the parameters, and
+    after them anything else, such as a soft prompt, which must not collect every pass either.
+    """
+
+    tensors: Mapping[str, Tensor]
+    leaves: Sequence[Tensor]
+    weights: Mapping[str, Mapping[str, float]]
+    losses: Mapping[str, float]
+    seeds: Mapping[str, float]
+    keeps_graph: Mapping[str, bool]
+
+    @property
+    def last(self) -> str:
+        """The name of the pass that runs last."""
+        return list(self.tensors)[-1]
+
+    def run(self, name: str) -> None:
+        """Add the gradient of one pass to `.grad`."""
+        loss = self.tensors[name]
+        seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
+        loss.backward(gradient=seed, retain_graph=self.keeps_graph[name])
+
+    @property
+    def accumulates_once(self) -> bool:
+        """Whether a pass adds to each `.grad` once: not where a checkpoint runs one of its own."""
+        return not any(
+            node.name() == "CheckpointFunctionBackward"
+            for loss in self.tensors.values()
+            for node in _nodes(loss)
+        )
+
+
+def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Passes:
+    """The passes that the gradients of the losses need. Losses may share a forward."""
+    tensors, weights = _resolved(losses)
+    values = {name: loss.item() for name, loss in tensors.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"Loss `{name}` should be finite. Found {value}. "
+                "Lower the learning rate or clip; no gradient was taken and nothing was recorded."
+            )
+    seeds = _seeds(weights)
+    return Passes(
+        tensors=tensors,
+        leaves=[*parameters, *_other_leaves(tensors.values(), parameters)],
+        weights={
+            source: {name: weight / seeds.get(name, 1.0) for name, weight in terms.items()}
+            for source, terms in weights.items()
+        },
+        losses={
+            source: sum(weight * values[name] for name, weight in terms.items())
+            for source, terms in weights.items()
+        },
+        seeds=seeds,
+        keeps_graph=dict(zip(tensors, _needed_later(list(tensors.values())), strict=True)),
+    )
+
+
+def declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:
+    """The weights of the losses that are combinations; "loss" for those that are tensors."""
+    return {
+        name: {part: float(weight) for part, weight in loss.items()}
+        if isinstance(loss, Mapping)
+        else "loss"
+        for name, loss in losses.items()
+    }
+
+
+def of_objective(losses: Mapping[str, Loss]) -> dict[str, Loss]:
+    """The losses that the objective needs: itself, and its parts where it is a combination."""
+    objective = losses[OBJECTIVE]
+    parts = objective if isinstance(objective, Mapping) else ()
+    return {name: loss for name, loss in losses.items() if name == OBJECTIVE or name in parts}
+
+
+def _resolved(
+    losses: Mapping[str, Loss],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """The different tensors among the losses, and each loss in terms of them."""
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, dict[str, float]] = {}
+    for name, loss in losses.items():
+        if isinstance(loss, Mapping):
+            continue
+        _check(name, loss)
+        first = next((other for other, seen in tensors.items() if seen is loss), name)
+        tensors.setdefault(first, loss)
+        weights[name] = {first: 1.0}
+    single = dict(weights)
+    for name, loss in losses.items():
+        if not isinstance(loss, Mapping):
+            continue
+        if not (loss.keys() <= single.keys() and _are_weights(loss.values())):
+            raise ValueError(
+                f"Loss `{name}` should be a tensor, or weights of losses of this step that are "
+                f"tensors, finite and not all zero. Found `{dict(loss)}`. Losses of this step that "
+                f"are tensors: {', '.join(single) or 'none'}."
+            )
+        weights[name] = {}
+        for part, weight in loss.items():
+            (tensor,) = single[part]
+            weights[name][tensor] = weights[name].get(tensor, 0.0) + float(weight)
+    # The order of the sources is the order of the call, not of what kind they are.
+    return tensors, {name: weights[name] for name in losses}
+
+
+def _are_weights(values: Collection[object]) -> bool:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return len(numbers) == len(values) and all(map(math.isfinite, numbers)) and any(numbers)
+
+
+def _check(name: str, loss: object) -> None:
+    should = f"Loss `{name}` should be a scalar tensor with a graph, or weights of other losses."
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{should} Found `{type(loss).__name__}`. Pass what the loss returned.")
+    if loss.numel() != 1:
+        raise ValueError(f"{should} Found shape {tuple(loss.shape)}. Take its mean or its sum.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{should} Found a tensor without a graph. Compute it outside of `torch.no_grad()`, "
+            "from parameters that require a gradient, and do not detach it."
+        )
+
+
+def _seeds(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The factor to start a pass with, where the objective is one multiple of one loss.
+
+    The pass then computes the objective's own gradient, bit for bit, and the loss's is that over
+    the factor.
+    """
+    terms = weights.get(OBJECTIVE, {})
+    if len(terms) != 1:
+        return {}
+    ((name, weight),) = terms.items()
+    return {} if weight == 1.0 else {name: weight}
+
+
+def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
+    """For each loss, whether a later one shares a part of its graph that is not a leaf."""
+    graphs = [{node for node in _nodes(loss) if not _is_leaf(node)} for loss in losses]
+    return [
+        any(not graph.isdisjoint(later) for later in graphs[i + 1 :])
+        for i, graph in enumerate(graphs)
+    ]
+
+
+def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of the graphs that are none of the parameters."""
+    known = set(map(id, parameters))
+    leaves = [node.variable for loss in losses for node in _nodes(loss) if _is_leaf(node)]
+    found = {id(leaf): leaf for leaf in leaves}
+    return [leaf for place, leaf in found.items() if place not in known]
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(successor for successor, _ in node.next_functions)
+
+
+def _is_leaf(node: Any) -> bool:
+    # AccumulateGrad, which saves nothing that a backward pass could free.
+    return hasattr(node, "variable")

@@ -1,0 +1,140 @@
+"""Streamed gradients: each shown once, inside of the last pass, and let go; `.grad` bit for bit."""
+
+import weakref
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from geffect.gradients import differentiate, stream
+from geffect.losses import Loss, plan
+from geffect.objectives import SharedForward, WeightedGradientAscent, nll
+from tests import tiny
+
+Taken = dict[int, dict[str, Tensor | None]]
+
+
+def taken(parameters: list[Tensor], losses: Mapping[str, Loss]) -> Taken:
+    seen: Taken = {}
+
+    def take(place: int, tensors: Mapping[str, Tensor | None]) -> None:
+        assert place not in seen
+        seen[place] = {
+            name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()
+        }
+
+    stream(parameters, plan(parameters, losses), take)
+    return seen
+
+
+def losses_of(model: nn.Module, kind: str) -> dict[str, Loss]:
+    pair = tiny.pairs(1)[0]
+    forget, retain = nll(model, pair["forget"]), nll(model, pair["retain"])
+    shared = SharedForward(model)
+    return {
+        "ascent": {"objective": {"forget": -1.0}, "forget": forget, "retain": retain},
+        "difference": {
+            "objective": {"forget": -1.0, "retain": 0.5}, "forget": forget, "retain": retain,
+        },
+        "tensor": {
+            "objective": WeightedGradientAscent(1.0)(model, pair),
+            "forget": forget, "retain": retain,
+        },
+        "shared": {
+            "objective": WeightedGradientAscent(1.0)(shared, pair),
+            "forget": nll(shared, pair["forget"]),
+        },
+        "objective last": {"retain": retain, "objective": -forget},
+        "objective alone": {"objective": -forget},
+    }[kind]  # fmt: skip
+
+
+KINDS = ["ascent", "difference", "tensor", "shared", "objective last", "objective alone"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shows_and_leaves_what_separate_passes_do(kind: str, tied: bool) -> None:
+    model = tiny.llama(tied=tied)
+    parameters: list[Tensor] = list(model.parameters())
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)  # added to, as by backward
+    step = differentiate(parameters, losses_of(model, kind))
+    step.deposit(copy=True)
+    expected = [p.grad for p in parameters]
+    model.zero_grad()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    seen = taken(parameters, losses_of(model, kind))
+    assert sorted(seen) == list(range(len(parameters)))
+    for place, tensors in seen.items():
+        assert list(tensors) == list(step.vectors)
+        for name, tensor in tensors.items():
+            other = step.vectors[name][place]
+            assert (tensor is None) == (other is None)
+            assert tensor is None or torch.equal(tensor, other)
+    for parameter, grad in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_a_parameter_that_the_last_loss_does_not_reach_is_shown_too() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    seen = taken([first, second], {"objective": (first * second).sum(), "retain": second.sum()})
+    assert seen[0]["retain"] is None
+    assert torch.equal(seen[0]["objective"], torch.ones(2))
+    assert torch.equal(first.grad, torch.ones(2))
+
+
+def test_what_the_objective_does_not_need_is_let_go_at_once() -> None:
+    layers = [nn.Parameter(torch.full((4, 4), 0.5)) for _ in range(6)]
+
+    def loss(power: float) -> Tensor:
+        x = torch.ones(4)
+        for layer in layers:
+            x = layer @ x
+        return (x**power).sum()
+
+    alive: list[weakref.ref[Tensor]] = []
+    counts = []
+
+    def take(place: int, tensors: Mapping[str, Tensor | None]) -> None:
+        alive.append(weakref.ref(tensors["retain"]))
+        counts.append(sum(ref() is not None for ref in alive))
+
+    losses = {"objective": loss(1.0), "retain": loss(2.0)}
+    stream(layers, plan(layers, losses), take)
+    # The retain gradient never stands whole: one tensor, and at most the one before it.
+    assert len(counts) == len(layers)
+    assert max(counts) <= 2
+    assert sum(ref() is not None for ref in alive) == 0
+
+
+def test_a_loss_that_fails_in_its_backward_leaves_grads_and_hooks_as_they_were() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            raise RuntimeError("in the middle")
+
+    x, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    x.grad = kept = torch.zeros(2)
+    losses = {"objective": (x * y).sum(), "retain": (Fails.apply(x) * y).sum()}
+    with pytest.raises(RuntimeError, match="in the middle"):
+        taken([x, y], losses)
+    assert x.grad is kept
+    assert y.grad is None
+    (x * y).sum().backward()  # no hook takes it away
+    assert torch.equal(y.grad, torch.ones(2))
+
+
+def test_a_reentrant_checkpoint_is_told_from_others() -> None:
+    layer = nn.Linear(3, 3)
+    x = torch.ones(1, 3, requires_grad=True)
+    parameters = list(layer.parameters())
+    for reentrant in (False, True):
+        loss = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant),
+                          use_reentrant=reentrant).sum()  # fmt: skip
+        assert plan(parameters, {"objective": loss}).accumulates_once is not reentrant
