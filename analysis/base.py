@@ -30,7 +30,7 @@ def summed_gram(run: Run, by: By) -> tuple[list[str], Floats]:
     Inner products and squared norms of disjoint blocks add up; cosines do not, so they are taken
     from the sums. A function groups parameters in a way of one's own.
     """
-    labels = list(map(_label_of(by), run.layers))
+    labels = list(map(label_of(by), run.layers))
     blocks = in_network_order(run.layers, labels)
     belongs = np.array([[label == block for label in labels] for block in blocks])
     gram = run.gram()
@@ -48,7 +48,7 @@ def risks_of(run: Run) -> Sequence[str]:
     return list(filter(is_risk, run.sources))
 
 
-def _label_of(by: By) -> Callable[[Parameter], str]:
+def label_of(by: By) -> Callable[[Parameter], str]:
     if callable(by):
         return by
     if by not in _LABELS:
