@@ -1,4 +1,4 @@
-"""A recording process is killed at random moments: every step it announced is in the file."""
+"""A recording process is killed at random moments: every row it had counted is in the file."""
 
 import os
 import random
@@ -12,115 +12,142 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
-from geffect import Recorder, Run, open_run
-from geffect.store import validate, writer
+from geffect.layers import Parameter
+from geffect.sketch import Sketch
+from geffect.store import Contents, Row, Run, StoredGradients, open_run, segments, validate, writer
+from geffect.store.background import BackgroundWriter
+from geffect.store.writer import RunWriter
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process to kill")
 
-RATE = 0.5
+KILLS = int(os.environ.get("GEFFECT_KILLS", "36"))
 ENDLESS = 10**9
+SOURCES = ("objective", "forget")
+PARAMETERS = tuple(
+    Parameter(f"layers.{i}.weight", f"layer {i}", "deep", i, "weight", (40 + i, 50), "float32", ())
+    for i in range(2)
+)
+SKETCH = Sketch(width=300)
 
 
 class Kill(NamedTuple):
     """One recording process, and the moment at which it ends."""
 
-    announced: bool  # whether the delay starts at the first step that the process announced
+    announced: bool  # whether the delay starts at the first row that the process announced
     milliseconds: float
-    capacity: int  # of a new file: a small one is replaced by a larger one every few steps
-    update: bool
-    closing: int  # after how many steps the recorder is closed, and the file resumed
+    capacity: int  # of a new file: a small one is replaced by a larger one every few rows
+    sketches: bool
+    every: int  # how many rows there are for one with gradients; 0 for none
+    background: bool
+    closing: int  # after how many rows the writer is closed, and the file resumed
+    dropped: int  # how many rows the next process gives up
 
 
 def kills() -> Iterator[Kill]:
-    """A few before a step is announced, the others spread from 1 to 150 ms after it."""
+    """A few before a row is announced, the others spread from 1 to 150 ms after it."""
     chance = random.Random(0)
-    late = 28
-    for i in range(-8, late):
+    early = max(1, KILLS // 5)
+    late = max(1, KILLS - early)
+    for i in range(-early, late):
         yield Kill(
             announced=i >= 0,
             milliseconds=150 ** ((i + chance.random()) / late) if i >= 0 else 25 * chance.random(),
             capacity=chance.choice((1, 4, 64)),
-            update=chance.random() < 0.5,
+            sketches=chance.random() < 0.5,
+            every=chance.choice((0, 1, 1, 3)),
+            background=chance.random() < 0.5,
             closing=3 if i % 4 == 3 else ENDLESS,
+            dropped=chance.choice((0, 0, 1, 2, 5)),
         )
 
 
 @pytest.mark.parametrize("kill", list(kills()), ids=lambda kill: f"{kill.milliseconds:.0f}ms")
-def test_a_kill_loses_no_step(
+def test_a_kill_loses_no_row(
     recorders: "Recorders", tmp_path: Path, kill: Kill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.h5"
+    for name in ("writer.FIRST_CAPACITY", "segments.FIRST_ROWS"):
+        monkeypatch.setattr(f"geffect.store.{name}", kill.capacity)
     announced = recorders.killed(path, kill)
     assert announced > 0 or not kill.announced
     count = 0
     if announced or path.exists():
         run = open_run(path)
         count = len(run.steps)
-        assert announced <= count <= announced + 1
-        assert_as_recorded(run, count)
-        assert validate(path).whole
+        assert announced <= count
+        assert kill.background or count <= announced + 1
+        assert_as_recorded(run, count, kill)
 
-    monkeypatch.setattr(writer, "FIRST_CAPACITY", kill.capacity)
-    model, optimizer = started(count)
-    with Recorder(model, path, update=kill.update, resume=True) as recorder:
-        assert recorder.next_step == count
-        for _ in range(3):
-            take_step(model, optimizer, recorder)
+    count = max(0, count - kill.dropped)
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=count - 1)
+    assert (resumed.count, resumed.last_step) == (count, count - 1)
+    resumed.begin(contents(kill))
+    for step in range(count, count + 3):
+        resumed.append(row_of(step, kill))
+    resumed.close(complete=True)
     run = open_run(path)
     assert run.state == "complete"
-    assert_as_recorded(run, count + 3)
-    assert validate(path).whole
-    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+    assert_as_recorded(run, count + 3, kill)
+    kept = {"a.h5", "a.gradients"} if kill.every else {"a.h5"}
+    assert {file.name for file in tmp_path.iterdir()} == kept
+    assert not list(tmp_path.rglob("*.draft"))
 
 
-# What is recorded: numbers that are exact in float64, and known from the number of the step.
+# What is recorded: numbers that are known from the number of the row.
 
 
-def started(step: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model of one parameter as it stands before a step, and its optimizer."""
-    model = nn.Linear(1, 1, bias=False).double()
-    nn.init.constant_(model.weight, weight_before(step))
-    return model, torch.optim.SGD(model.parameters(), lr=RATE)
-
-
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder) -> None:
-    """Step t: ascent along a forget gradient of t + 1."""
-    (weight,) = model.parameters()
-    optimizer.zero_grad()
-    recorder.backward(
-        objective={"forget": -1.0},
-        forget=(recorder.next_step + 1) * weight.sum(),
-        retain=weight.sum(),
+def contents(kill: Kill) -> Contents:
+    whole = tuple((0, parameter.numel) for parameter in PARAMETERS)
+    return Contents(
+        SOURCES,
+        manifest={"metadata": {}},
+        sketch=SKETCH if kill.sketches else None,
+        gradients=StoredGradients("full", (0, 1), (whole,)) if kill.every else None,
     )
-    optimizer.step()
 
 
-def weight_before(step: int) -> float:
-    return RATE * step * (step + 1) / 2
+def row_of(step: int, kill: Kill) -> Row:
+    return Row(
+        step=step,
+        losses=np.full(2, float(step)),
+        gram=np.full((2, 2, 2), (step + 1.0) ** 2),
+        sketches=sketches(step) if kill.sketches else None,
+        gradients=gradients(step) if kill.every and step % kill.every == 0 else None,
+    )
 
 
-def assert_as_recorded(run: Run, count: int) -> None:
-    steps = np.arange(count)
-    gradients = {
-        "objective": -(steps + 1.0),
-        "forget": steps + 1.0,
-        "retain": np.ones(count),
-        "update": RATE * (steps + 1.0),
+def sketches(step: int) -> np.ndarray:
+    return np.full((len(SOURCES), len(PARAMETERS), SKETCH.width), step + 0.5, dtype="<f4")
+
+
+def gradients(step: int) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    return {
+        source: {
+            parameter.layer: {"values": np.full(parameter.numel, step + i + j / 2, dtype="<f4")}
+            for j, parameter in enumerate(PARAMETERS)
+        }
+        for i, source in enumerate(SOURCES)
     }
-    vectors = np.stack([gradients[source] for source in run.sources], axis=-1)
+
+
+def assert_as_recorded(run: Run, count: int, kill: Kill) -> None:
+    steps = np.arange(count)
     assert run.steps.tolist() == steps.tolist()
-    assert np.array_equal(run.gram()[:, 0], vectors[:, :, None] * vectors[:, None, :])
-    forget = (steps + 1.0) * [weight_before(step) for step in range(count)]
-    assert np.array_equal(run.losses()["forget"], forget)
-    assert np.array_equal(run.losses()["objective"], -forget)
-    assert (run.column("lr") == RATE).all()
-    assert (np.diff(run.column("wall_seconds")) > 0).all()
+    assert (run.gram() == (steps + 1.0)[:, None, None, None] ** 2).all()
+    assert count == 0 or (run.losses()["forget"] == steps).all()
+    if kill.sketches:
+        assert all((run.sketch("forget")[step] == step + 0.5).all() for step in steps)
+    kept = [step for step in steps.tolist() if kill.every and step % kill.every == 0]
+    assert run.stored_steps.tolist() == kept
+    for step in kept:
+        for source, layers in gradients(step).items():
+            for found, arrays in zip(run.gradient(source, step), layers.values(), strict=True):
+                assert np.array_equal(found, arrays["values"])
+    assert validate(run.path).whole
 
 
-# Who records: one process that has imported torch, and forks another for every kill.
+# Who records: one process that has imported what it needs, and forks another for every kill.
 
 
 class Recorders:
@@ -136,7 +163,7 @@ class Recorders:
         )
 
     def killed(self, path: Path, kill: Kill) -> int:
-        """How many steps a recorder announced before it was killed."""
+        """How many rows a recorder announced before it was killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(repr((str(path), tuple(kill))), file=self.process.stdin, flush=True)
@@ -152,12 +179,7 @@ def recorders() -> Iterator[Recorders]:
 
 
 def serve() -> None:
-    """For every line: fork a recorder, kill it, and print how many steps it had announced."""
-    torch.set_num_threads(1)
-    model, optimizer = started(0)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # what torch imports at the first step is imported once
+    """For every line: fork a recorder, kill it, and print how many rows it had announced."""
     for line in sys.stdin:
         path, kill = eval(line)
         print(announced_before(path, Kill(*kill)), flush=True)
@@ -183,11 +205,16 @@ def announced_before(path: str, kill: Kill) -> int:
 
 
 def record(path: str, kill: Kill, announcing: int) -> None:
-    """Record without an end, and announce how many steps there are after every one."""
-    writer.FIRST_CAPACITY = kill.capacity
-    model, optimizer = started(0)
+    """Record without an end, and announce how many rows count after every one."""
+    writer.FIRST_CAPACITY = segments.FIRST_ROWS = kill.capacity
     while True:
-        with Recorder(model, path, update=kill.update, resume=True) as recorder:
-            for _ in range(kill.closing):
-                take_step(model, optimizer, recorder)
-                os.write(announcing, b"%d\n" % recorder.next_step)
+        writing = RunWriter(path, PARAMETERS, resume=True)
+        to = BackgroundWriter(writing, bound_bytes=1 << 17) if kill.background else writing
+        to.begin(contents(kill))
+        step = writing.count
+        for _ in range(kill.closing):
+            to.append(row_of(step, kill))
+            step += 1
+            if writing.count:
+                os.write(announcing, b"%d\n" % writing.count)
+        to.close(complete=True)

@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 
 from geffect.layers import Parameter
+from geffect.sketch import Sketch
 from geffect.store import RunFileError, open_run, validate, writer
-from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Row
+from geffect.store.schema import (
+    RECTIFICATION_COLUMNS,
+    STEP_COLUMNS,
+    VERSION,
+    WEIGHT_STATISTICS,
+    Contents,
+    Row,
+)
 from geffect.store.writer import FIRST_CAPACITY, RunWriter
 
 SOURCES = ("objective", "forget", "retain")
@@ -25,6 +33,8 @@ PARAMETERS = (
     Parameter("layers.0.weight", "layer 0", "deep", 0, "weight", (2, 3), "float32", ()),
     Parameter("lm_head.weight", "embedding+head", "head", -1, "w", (), "bfloat16", ("embed", "x")),
 )
+WEIGHTS = ("npo", "wga")
+SKETCH = Sketch(seed=3, width=7)
 MANIFEST = {"metadata": {"method": "GA", "naïve": [1, None, 2.5]}, "rectifier": {"scope": "layer"}}
 ODD = [0.0, -0.0, 1.0, np.nan, np.inf, -np.inf, 5e-324, 1e308]
 
@@ -41,14 +51,22 @@ def test_every_dataset_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert run.metadata == MANIFEST["metadata"]
     assert run.steps.tolist() == [0, 1, 2, 3, 4]
     assert_same_bits(run.gram(), [row.gram for row in rows])
-    for name in ("step", "request", "lr", "wall_seconds"):
-        assert_same_bits(run.column(name), [getattr(row, name) for row in rows])
+    for name, dtype in STEP_COLUMNS.items():
+        expected = np.array([getattr(row, name) for row in rows], dtype=dtype)
+        assert_same_bits(run.column(name), expected)
     stored = stored_dataset(run.path, "losses")
     assert_same_bits(stored, [row.losses for row in rows])
     blocks, numbers = run.rectification()
     assert blocks == BLOCKS
     assert tuple(numbers) == RECTIFICATION_COLUMNS
     assert_same_bits(np.stack(list(numbers.values()), axis=-1), [row.rectification for row in rows])
+    for i, (weight, statistics) in enumerate(run.weights().items()):
+        assert (WEIGHTS[i], WEIGHT_STATISTICS) == (weight, tuple(statistics))
+        found = np.stack(list(statistics.values()), axis=-1)
+        assert_same_bits(found, [row.weights[i] for row in rows])
+    assert run.sketching == SKETCH
+    for i, source in enumerate(SOURCES):
+        assert_same_bits(run.sketch(source), [row.sketches[i] for row in rows])
 
 
 def test_a_source_without_a_value_is_no_loss(tmp_path: Path) -> None:
@@ -62,7 +80,7 @@ def test_a_source_without_a_value_is_no_loss(tmp_path: Path) -> None:
 
 def test_a_run_without_a_rectifier_says_so(tmp_path: Path) -> None:
     run = open_run(recorded(tmp_path / "a.h5", plain_rows(2)))
-    with pytest.raises(ValueError, match=r"should hold .* Found a run without one\. Record with"):
+    with pytest.raises(ValueError, match=r"should hold .* Found a run without any\. Record with"):
         run.rectification()
 
 
@@ -344,7 +362,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["read", "resume"])
-@pytest.mark.parametrize("kind", ["empty", "text", "other", "half", "newer"])
+@pytest.mark.parametrize("kind", ["empty", "text", "other", "half", "older", "newer"])
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, kind: str, how: str) -> None:
     path = tmp_path / "a.h5"
     found, advice = {
@@ -352,6 +370,7 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, kind: str, ho
         "text": ("not HDF5, or that is cut off", "record again"),
         "other": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
         "half": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
+        "older": (f"Found format {VERSION - 1}", "with the geffect that wrote it"),
         "newer": (f"Found format {VERSION + 1}", "Update geffect"),
     }[kind]
     make_file_of_kind(path, kind)
@@ -596,18 +615,37 @@ def odd_row(step: int) -> Row:
     shifted = np.roll(ODD, step)
     return Row(
         step=step,
-        request=step % 2,
+        request=step // 2,
+        batch=step % 3,
+        epoch=shifted[2],
         lr=shifted[0],
         wall_seconds=shifted[1],
+        n_micro=step + 1,
+        clip_scale=shifted[3],
+        skipped=step % 2 == 1,
         losses=np.resize(shifted, len(SOURCES)),
         gram=np.resize(shifted, (len(PARAMETERS), len(SOURCES), len(SOURCES))),
         rectification=np.resize(shifted, (len(BLOCKS), len(RECTIFICATION_COLUMNS))),
+        weights=np.resize(shifted, (len(WEIGHTS), len(WEIGHT_STATISTICS))),
+        sketches=np.resize(np.roll(ODD[:7], step).astype("<f4"), (len(SOURCES), 2, SKETCH.width)),
+    )
+
+
+def contents_of(row: Row) -> Contents:
+    return Contents(
+        SOURCES,
+        MANIFEST,
+        blocks=() if row.rectification is None else BLOCKS,
+        weights=() if row.weights is None else WEIGHTS,
+        sketch=None if row.sketches is None else SKETCH,
     )
 
 
 def append(to: RunWriter, row: Row) -> None:
-    blocks = () if row.rectification is None else BLOCKS
-    to.append(row, sources=SOURCES, blocks=blocks, manifest=MANIFEST)
+    """Append a row, and begin with it where nothing was begun."""
+    if not to._begun:
+        to.begin(contents_of(row))
+    to.append(row)
 
 
 def recorded(path: Path, rows: list[Row], complete: bool | None = True, **how: bool) -> Path:
@@ -645,10 +683,10 @@ def assert_same_bits(found: np.ndarray, expected: Any) -> None:
 def make_file_of_kind(path: Path, kind: str) -> None:
     if kind in ("empty", "text"):
         path.write_text("" if kind == "empty" else "step,loss\n1,2\n")
-    elif kind == "newer":
+    elif kind in ("older", "newer"):
         recorded(path, plain_rows(1))
         with h5py.File(path, "r+") as file:
-            file.attrs["format_version"] = VERSION + 1
+            file.attrs["format_version"] = VERSION + {"older": -1, "newer": 1}[kind]
     else:
         with h5py.File(path, "w") as file:
             file["weights"] = [1.0]

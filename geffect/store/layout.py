@@ -1,63 +1,113 @@
-"""A run file laid out: every dataset of the schema, with room for more steps than it holds."""
+"""A run file laid out: every dataset of the schema, with room for more rows than it holds."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from geffect.layers import Parameter
 
-from .schema import AXES, FORMAT, ROWS, VERSION, Row
+from .contiguous import Room, Stream, declare
+from .schema import (
+    AXES,
+    FORMAT,
+    RECTIFICATION_COLUMNS,
+    ROWS,
+    STEP_COLUMNS,
+    VERSION,
+    WEIGHT_STATISTICS,
+    Contents,
+)
+
+_SLAB = 1 << 24
+
+Table = Mapping[str, "NDArray[Any] | Sequence[str]"]
+
+
+def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
+    """The datasets of `ROWS` that such a run has, and the shape that one row has in each."""
+    k = len(contents.sources)
+    shapes: dict[str, tuple[int, ...]] = {f"steps/{name}": () for name in STEP_COLUMNS}
+    shapes |= {"losses": (k,), "gram": (len(parameters), k, k)}
+    if contents.blocks:
+        shapes["rectification"] = (len(contents.blocks), len(RECTIFICATION_COLUMNS))
+    if contents.weights:
+        shapes["weights"] = (len(contents.weights), len(WEIGHT_STATISTICS))
+    if contents.sketch:
+        shapes["sketches"] = (k, len(layers_of(parameters)), contents.sketch.width)
+    if contents.gradients:
+        shapes["stored"] = (k,)
+    return shapes
+
+
+def layers_of(parameters: Sequence[Parameter]) -> list[str]:
+    """The layers in order of first appearance."""
+    return list(dict.fromkeys(parameter.layer for parameter in parameters))
+
+
+def fill(room: Room, stream: Stream, old: h5py.Dataset | None, count: int) -> None:
+    """Write the first `count` rows of `old`, and NaN or -1 into those that follow."""
+    capacity, entry = room.shape[0], room.shape[1:]
+    rows = max(1, _SLAB // max(1, room.row_bytes))
+    empty = np.nan if room.dtype.kind == "f" else -1
+    # Written out, not only declared: the space is then there before the first row needs it.
+    blank = np.full((min(rows, capacity), *entry), empty, dtype=room.dtype)
+    for begin in range(0, capacity, rows):
+        slab = blank[: min(rows, capacity - begin)]
+        if old is not None and begin < count:
+            slab = slab.copy()
+            slab[: count - begin] = old[begin : min(begin + len(slab), count)]
+        room.write(stream, begin, slab)
 
 
 def lay_out(
     file: h5py.File,
-    first: Row,
-    *,
+    contents: Contents,
     parameters: Sequence[Parameter],
-    sources: Sequence[str],
-    blocks: Sequence[str],
-    manifest: Mapping[str, object],
+    *,
+    count: int,
     capacity: int,
-) -> None:
-    """Fill an empty file with the description of a run and its first step."""
-    _say_what_it_is(file, "open")
-    file["manifest"] = json.dumps(manifest)
+    state: str = "open",
+) -> dict[str, Room]:
+    """Fill an empty file with the structure of a run; its rows go where the answer says."""
+    file.attrs.update(format=FORMAT, format_version=VERSION, state=state)
+    file["manifest"] = json.dumps(contents.manifest)
     for name, values in _columns(parameters).items():
         file[f"parameters/{name}"] = values
-    file["sources"] = _texts(sources)
-    if blocks:
-        file["rectification_blocks"] = _texts(blocks)
-    for name, entry in first.datasets().items():
-        _rows(file, name, capacity, np.shape(entry))[0] = entry
-    file["committed"] = np.int64(1)
+    labels = {
+        "layers": layers_of(parameters),
+        "sources": contents.sources,
+        "rectification_blocks": contents.blocks,
+        "weight_names": contents.weights,
+    }
+    for name, texts in labels.items():
+        if texts:
+            file[name] = _texts(texts)
+    for name, described in (("sketch", contents.sketch), ("encoding", contents.gradients)):
+        if described is not None:
+            file[name] = json.dumps(asdict(described))
+    file["committed"] = np.int64(count)
+    rooms = {
+        name: declare(file, name, (capacity, *shape), ROWS[name])
+        for name, shape in entry_shapes(contents, parameters).items()
+    }
     _label_axes(file)
+    return rooms
 
 
-def copy_rows(old: h5py.File, new: h5py.File, *, count: int, capacity: int, state: str) -> None:
-    """Fill an empty file with the run of another and its first `count` steps."""
-    _say_what_it_is(new, state)
-    by_step = {name.partition("/")[0] for name in ROWS}
-    for name in old:
-        if name not in by_step:
-            old.copy(name, new, without_attrs=True)
-    for name in ROWS:
-        if name in old:
-            _rows(new, name, capacity, old[name].shape[1:])[:count] = old[name][:count]
-    _label_axes(new)
-
-
-def _say_what_it_is(file: h5py.File, state: str) -> None:
-    file.attrs.update(format=FORMAT, format_version=VERSION, state=state)
-
-
-def _rows(file: h5py.File, name: str, capacity: int, shape: tuple[int, ...]) -> h5py.Dataset:
-    empty = np.nan if ROWS[name].kind == "f" else -1
-    # Written out, not only declared: the space is then there before the first row needs it.
-    return file.create_dataset(name, data=np.full((capacity, *shape), empty, dtype=ROWS[name]))
+def keep_tables(file: h5py.File, old: h5py.File | None, tables: Mapping[str, Table]) -> None:
+    """Put tables into a file, beside those of the file whose place it takes."""
+    group = file.create_group("tables")
+    for name, table in tables.items():
+        for column, values in table.items():
+            group[f"{name}/{column}"] = values if isinstance(values, np.ndarray) else _texts(values)
+    if old is not None:
+        for name in old["tables"].keys() - tables.keys():
+            old.copy(f"tables/{name}", group)
 
 
 def _columns(parameters: Sequence[Parameter]) -> dict[str, Any]:
@@ -80,8 +130,9 @@ def _texts(values: Sequence[str]) -> Any:
 
 def _label_axes(file: h5py.File) -> None:
     """Dimension scales, for readers such as xarray that know axes by name."""
-    for scale in {scale for scales in AXES.values() for scale in scales}:
+    present = {name: scales for name, scales in AXES.items() if name in file}
+    for scale in {scale for scales in present.values() for scale in scales}:
         file[scale].make_scale(scale.split("/")[-1])
-    for name, scales in AXES.items():
+    for name, scales in present.items():
         for axis, scale in enumerate(scales):
             file[name].dims[axis].attach_scale(file[scale])

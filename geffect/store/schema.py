@@ -3,32 +3,62 @@
     /              attributes: format, format_version, state ("open" until the recorder is closed)
     /manifest      JSON: versions, what was recorded, how, and the user's own metadata
     /parameters/*  one column a field of `geffect.layers.Parameter`, one row a trainable tensor
+    /layers        their layers, in order of first appearance
     /sources       names of the gradients
-    /steps/*       one column a field of `STEP_COLUMNS`, one row a step
-    /losses        (step, source) float64; NaN for a source that is no loss
-    /gram          (step, parameter, source, source) float64; NaN for a source absent at a step
-    /rectification (step, block, column) float64, with /rectification_blocks; if a rectifier ran
+    /steps/*       one column a field of `STEP_COLUMNS`
+    /losses        (row, source) float64; NaN for a source that is no loss
+    /gram          (row, parameter, source, source) float64; NaN for a source absent at a step
+    /rectification (row, block, column) float64, with /rectification_blocks; if a rectifier ran
+    /weights       (row, weight, statistic) float64, with /weight_names; of implicit weights
+    /sketches      (row, source, layer, width) float32, with the JSON of /sketch
+    /stored        (row, source) int64: the row of /gradients, or -1; with the JSON of /encoding
+    /gradients/<source>/<layer>/<array>  encoded gradients, a view of the segments beside the file
+    /tables/<name>/<column>  numbers or texts, kept with the run
     /committed     how many rows count
 
+A row is one batch of a step. Its key is (request, step, batch), which grows from row to row.
+
 Rows are written into datasets that are larger than what they hold, and `/committed` after them:
-a file that is being written never changes its structure, so a killed writer leaves every step that
-was counted. When the rows are used up, a copy twice as large takes the file's place at once.
+a file that is being written never changes its structure, so a killed writer leaves every row that
+was counted. When the rows are used up, a copy twice as large takes the file's place at once; so
+does a copy with one more segment, or with a table that is to be kept.
+
+Gradients are too large for that. They lie in segments, `run.gradients/000.rank0.h5` beside
+`run.h5`: one file a rank and a bounded number of rows, which never grows.
+
+    /              attributes: format, format_version, encoding
+    /keys          (row, 3) int64: request, step and batch of what is there whole; -1 before then
+    /<source>/<layer>/<array>  (row, ...) what the rank holds of the tensors of a layer
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.sketch import Sketch
+
 FORMAT = "geffect"
-VERSION = 1
+VERSION = 2
+
+ESTIMATES = "estimates"
+"""What the manifest has under `rows` where only their mean is near a Gram matrix, not each row."""
+
+KEY = ("request", "step", "batch")
+"""The columns that tell the rows apart."""
 
 STEP_COLUMNS = {
-    "step": np.dtype("<i8"),
     "request": np.dtype("<i8"),  # of sequential unlearning; 0 where there is one
+    "step": np.dtype("<i8"),
+    "batch": np.dtype("<i8"),  # of a step that was measured on several; 0 where there is one
+    "epoch": np.dtype("<f8"),
     "lr": np.dtype("<f8"),
     "wall_seconds": np.dtype("<f8"),  # since the recorder was opened
+    "n_micro": np.dtype("<i8"),  # batches that were accumulated
+    "clip_scale": np.dtype("<f8"),  # by which clipping shortened the gradient; 1 where it did not
+    "skipped": np.dtype("<i8"),  # 1 where the optimizer took no step
 }
 
 RECTIFICATION_COLUMNS = (
@@ -41,41 +71,108 @@ RECTIFICATION_COLUMNS = (
     "retain_norm",
 )
 
-ROWS = {
+WEIGHT_STATISTICS = ("mean", "median", "p95", "max")
+
+ROWS: Mapping[str, np.dtype[Any]] = {
     **{f"steps/{name}": dtype for name, dtype in STEP_COLUMNS.items()},
     "losses": np.dtype("<f8"),
     "gram": np.dtype("<f8"),
     "rectification": np.dtype("<f8"),
+    "weights": np.dtype("<f8"),
+    "sketches": np.dtype("<f4"),
+    "stored": np.dtype("<i8"),
 }
-"""The datasets that have one entry a step."""
-
+"""The datasets that have one entry a row."""
 
 AXES = {
     "gram": ("steps/step", "parameters/name", "sources", "sources"),
     "losses": ("steps/step", "sources"),
+    "rectification": ("steps/step", "rectification_blocks"),
+    "weights": ("steps/step", "weight_names"),
+    "sketches": ("steps/step", "sources", "layers"),
+    "stored": ("steps/step", "sources"),
 }
 """What the axes of a dataset are, by the dataset that names their places."""
 
 
 @dataclass(frozen=True)
+class StoredGradients:
+    """Which gradients are kept whole, and how.
+
+    `parameters` are places in the parameter table. `ranges` tells for each rank, and for each of
+    those parameters, from where to where it holds the flattened tensor; `((0, numel), ...)` in
+    one process.
+    """
+
+    encoding: str
+    parameters: tuple[int, ...]
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What every row of a run holds. The manifest is that of the first step."""
+
+    sources: tuple[str, ...]
+    manifest: Mapping[str, Any] = field(repr=False, compare=False)
+    blocks: tuple[str, ...] = ()  # of a rectifier
+    weights: tuple[str, ...] = ()  # implicit weights of which there are statistics
+    sketch: Sketch | None = None
+    gradients: StoredGradients | None = None
+
+
+Encoded = Mapping[str, NDArray[Any]]
+"""A vector in an encoding of `geffect.encodings`: its arrays by name."""
+
+
+@dataclass(frozen=True)
 class Row:
-    """What is stored of one step."""
+    """What is stored of one step, or of one batch of it.
+
+    `losses` and `gram` are NaN for a source that is absent. `weights` is an array (weight,
+    statistic), `sketches` one (source, layer, width). `gradients`, which few rows have, are given
+    by source and layer.
+    """
 
     step: int
-    request: int
-    lr: float
-    wall_seconds: float
     losses: NDArray[np.float64]
     gram: NDArray[np.float64]
-    rectification: NDArray[np.float64] | None
+    request: int = 0
+    batch: int = 0
+    epoch: float = float("nan")
+    lr: float = float("nan")
+    wall_seconds: float = float("nan")
+    n_micro: int = 1
+    clip_scale: float = 1.0
+    skipped: bool = False
+    rectification: NDArray[np.float64] | None = None
+    weights: NDArray[np.float64] | None = None
+    sketches: NDArray[np.float32] | None = None
+    gradients: Mapping[str, Mapping[str, Encoded]] | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells the row from the others of its run."""
+        return self.request, self.step, self.batch
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory its larger arrays hold."""
+        encoded = (
+            values
+            for layers in (self.gradients or {}).values()
+            for arrays in layers.values()
+            for values in arrays.values()
+        )
+        sketches = () if self.sketches is None else (self.sketches,)
+        return sum(int(values.nbytes) for values in (self.gram, *sketches, *encoded))
 
     def datasets(self) -> dict[str, Any]:
-        """The entry of each dataset of `ROWS` that the step has."""
+        """The entries of the datasets of `ROWS` that are the row's own."""
         entries = {f"steps/{name}": getattr(self, name) for name in STEP_COLUMNS}
-        entries |= {"losses": self.losses, "gram": self.gram}
-        return entries | (
-            {} if self.rectification is None else {"rectification": self.rectification}
-        )
+        own = ("losses", "gram", "rectification", "weights", "sketches")
+        present = {name: getattr(self, name) for name in own}
+        return entries | {name: entry for name, entry in present.items() if entry is not None}
 
 
 class RunFileError(OSError):

@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from geffect.gram import inner, norm
 
-from .reader import Run, open_run, opened
+from .reader import Floats, Run, open_run, opened
+from .schema import ESTIMATES, KEY, RunFileError
+from .segments import Segments
 
 ROUNDING = 1e-9
 
@@ -28,7 +31,9 @@ class Health:
 
 
 def validate(path: str | os.PathLike[str]) -> Health:
-    """Read every committed step and check what must hold of any Gram matrix.
+    """Read every committed row and check what must hold of any Gram matrix.
+
+    Of gradients that are kept whole, only that they are there.
 
     Raises what `open_run` raises where the file cannot be opened at all.
     """
@@ -42,9 +47,10 @@ def validate(path: str | os.PathLike[str]) -> Health:
 
 def _problems(run: Run) -> list[str]:
     problems = []
-    if len(run.steps) and (np.diff(run.steps) <= 0).any():
+    keys = list(zip(*(run.read(f"steps/{name}").tolist() for name in KEY), strict=True))
+    if any(later <= earlier for earlier, later in pairwise(keys)):
         problems.append("the steps are not in increasing order")
-    K = run.gram()
+    K = run.read("gram")
     # Of the longest gradient: a declared difference of two long ones is rounded like those.
     squares = np.nan_to_num(np.abs(K.diagonal(axis1=-2, axis2=-1)), nan=0.0, posinf=np.inf)
     slack = ROUNDING * squares.max(axis=-1, initial=0.0)
@@ -53,6 +59,14 @@ def _problems(run: Run) -> list[str]:
         apart = np.abs(K - transposed) > slack[..., None, None]
     if apart.any() or (np.isnan(K) != np.isnan(transposed)).any():
         problems.append("a Gram matrix is not symmetric")
+    if run.manifest.get("rows") != ESTIMATES:
+        problems += _beyond_bounds(run, K, slack)
+    return [*problems, *_missing_gradients(run, keys)]
+
+
+def _beyond_bounds(run: Run, K: Floats, slack: Floats) -> list[str]:
+    """What no Gram matrix of vectors can have."""
+    problems = []
     for i, source in enumerate(run.sources):
         if (inner(K, i, i) < -slack).any():
             problems.append(f"a squared norm of `{source}` is negative")
@@ -64,7 +78,21 @@ def _problems(run: Run) -> list[str]:
     return problems
 
 
+def _missing_gradients(run: Run, keys: list[tuple[int, ...]]) -> list[str]:
+    if run.contents.gradients is None:
+        return []
+    segments = Segments(run.contents, run.layers)
+    problems = []
+    for row, key in zip(run.read("stored").max(axis=1).tolist(), keys, strict=True):
+        try:
+            if row >= 0:
+                segments.check(run.path, row, key)
+        except RunFileError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _half_written(run: Run) -> bool:
     with opened(run.path) as file:
-        further = file["gram"][len(run.steps) : len(run.steps) + 1]
+        further = file["gram"][len(run.drawn) : len(run.drawn) + 1]
     return bool(np.isfinite(further).any())

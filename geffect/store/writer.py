@@ -1,35 +1,39 @@
 """The one writer of a run file. What it has counted survives a kill at any moment."""
 
 import contextlib
-import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from geffect.layers import Parameter
 
-from .layout import copy_rows, lay_out
+from .contiguous import OPTIONS, Image
+from .layout import Table, fill, keep_tables, lay_out
 from .reader import Run, open_run
-from .schema import Row, RunFileError
+from .schema import Contents, Row, RunFileError
+from .segments import Segments, folder_of
+from .shards import Shard, has_segments, remove_segments
 
 FIRST_CAPACITY = 64
-
-# Files of the latest format cannot be reopened after a killed writer, even when flushed.
-_OPTIONS = {"libver": ("v108", "v108")}
-
 
 # HDF5 locks a file against other processes, not against a second writer in its own.
 _being_written: set[Path] = set()
 
 
 class RunWriter:
-    """Appends steps to a run file.
+    """Appends rows to a run file.
 
-    The file appears with its first step. Until then an existing file is untouched, also when it is
-    to be overwritten. Sources, rectification blocks and the manifest are those of the first step.
+    The file appears with its first row. Until then an existing file is untouched, also when it is
+    to be overwritten. `begin` says once what every row holds; `keep` adds a table at any time.
+
+    With `resume` and `drop_after=s` the rows of later steps are dropped: a trainer that starts
+    again from the checkpoint of step s goes on without a gap or a double. They are gone with the
+    first new row, or when the run is closed as complete.
     """
 
     def __init__(
@@ -39,42 +43,87 @@ class RunWriter:
         *,
         overwrite: bool = False,
         resume: bool = False,
+        drop_after: int | None = None,
     ) -> None:
-        self.path = Path(
-            path
-        ).resolve()  # of a link, what it points to; whatever the working folder
+        # Of a link, what it points to; whatever the working folder.
+        self.path = Path(path).resolve()
         self.parameters = tuple(parameters)
         self.count = 0
         self.last_step = -1
         self.resumed: Run | None = None
         self._overwrite = overwrite
+        self.gradient_rows = 0
+        self._contents: Contents | None = None
+        self._begun = False
+        self._segments: Segments | None = None
+        self._shard: Shard | None = None
+        self._announced = 0  # segments that the file shows
+        self._tables: dict[str, Table] = {}
         self._file: h5py.File | None = None
         self._capacity = 0
+        self._unchanged = True
+        self._dropping = False
         self._ended = False
         self._check_place(overwrite, resume)
         if resume and self.path.exists():
-            self._continue(open_run(self.path))
+            self._continue(open_run(self.path), drop_after)
         _being_written.add(self.path)
 
-    def append(
-        self,
-        row: Row,
-        *,
-        sources: Sequence[str],
-        blocks: Sequence[str],
-        manifest: Mapping[str, object],
-    ) -> None:
-        """Write one step and count it."""
+    def begin(self, contents: Contents) -> None:
+        """Say what the rows hold, once, before the first of them.
+
+        Raises a ValueError that names what differs from the file that is continued.
+        """
         self.check_open()
+        self._begun = True
+        if self._contents is None:
+            self._hold(contents)
+            return
+        there = self._contents
+        differing = [
+            f"{field.name} {getattr(contents, field.name)!r} instead of "
+            f"{getattr(there, field.name)!r}"
+            for field in fields(Contents)
+            if field.compare and getattr(contents, field.name) != getattr(there, field.name)
+        ]
+        if differing:
+            self._begun = False
+            raise ValueError(
+                f"What is recorded should be what the run in `{self.path}` holds. Found "
+                f"{'; '.join(differing)}. Record the same, or into another file."
+            )
+
+    def append(self, row: Row) -> None:
+        """Write one row and count it."""
+        self.check_open()
+        if not self._begun:
+            raise RuntimeError(
+                "`begin` should be called before the first `append`. Found no call. Say first what "
+                "the rows hold."
+            )
         if self._file is None and self._overwrite:
             self._check_free()
         with self._failing(row.step):
-            if self._file is None:
-                self._create(row, sources, blocks, manifest)
-            else:
-                self._add(row)
+            self._make_room(row)
+            self._add(row)
         self.count += 1
+        self.gradient_rows += row.gradients is not None
         self.last_step = row.step
+        self._unchanged = False
+
+    def keep(self, name: str, columns: Table) -> None:
+        """Keep a table with the run, in the place of one of the same name.
+
+        Columns are arrays of numbers or lists of texts, all equally long. Before the first row, and
+        while rows are to be dropped, the table waits for that row.
+        """
+        self.check_open()
+        _check_table(name, columns)
+        self._tables[name] = columns
+        # Rows that are to be dropped stay until there is a new one.
+        if self._file is not None and not self._dropping:
+            with self._failing(self.last_step):
+                self._replace(capacity=max(self._capacity, 1))
 
     def check_open(self) -> None:
         """Refuse to go on after the end: a file that is left must not be made anew."""
@@ -88,8 +137,9 @@ class RunWriter:
         """Give back the unused rows. A file that is not complete stays marked as open."""
         if self._ended:
             return
-        unchanged = self.resumed is not None and self.count == len(self.resumed.steps)
-        if self._file is not None and (complete or not unchanged):
+        if self._file is not None and (complete or not self._unchanged):
+            if self._segments is not None:
+                self._announced = self._segments.count(self.gradient_rows)
             with self._failing(self.last_step):
                 self._replace(capacity=self.count, state="complete" if complete else "open")
         self._let_go()
@@ -120,6 +170,12 @@ class RunWriter:
                 f"A new run file should not exist yet. Found `{self.path}`. Choose another name, "
                 "continue it with resume=True, or replace it with overwrite=True."
             )
+        if has_segments(folder_of(self.path)) and not (overwrite or resume):
+            raise FileExistsError(
+                "A new run should not find gradients of another one beside it. Found segments in "
+                f"`{folder_of(self.path)}`. Choose another name, remove that folder, or pass "
+                "overwrite=True."
+            )
         self._check_free()
 
     def _check_free(self) -> None:
@@ -137,7 +193,7 @@ class RunWriter:
             "kept open, by another process. End that one first, or choose another name."
         )
 
-    def _continue(self, run: Run) -> None:
+    def _continue(self, run: Run, drop_after: int | None) -> None:
         here = [(p.name, p.shape) for p in self.parameters]
         there = [(p.name, p.shape) for p in run.layers]
         if here != there:
@@ -147,41 +203,67 @@ class RunWriter:
                 f"{len(differing)} that differ, the first of them {differing[:3]}. Record into "
                 "another file, or load the model of that run."
             )
+        if drop_after is not None:
+            whole, run = run, run.until(drop_after)
+            self._dropping = len(run.drawn) < len(whole.drawn)
+        if not len(run.steps):
+            # Of a first row that was never counted, or of rows that are all dropped.
+            self._overwrite = True
+            return
         self.resumed = run
-        self.count = len(run.steps)
-        self.last_step = int(run.steps[-1]) if self.count else -1
-        # No room is taken to be left: the first step makes some, and until then the file is as it
+        self.count = len(run.drawn)
+        self.last_step = int(run.steps[-1])
+        # No room is taken to be left: the first row makes some, and until then the file is as it
         # was.
         self._capacity = self.count
+        self._hold(run.contents)
+        if self._segments is not None:
+            self.gradient_rows = int(run.read("stored").max()) + 1
+            self._announced = self._segments.count(self.gradient_rows)
+        if self.gradient_rows and not has_segments(folder_of(self.path)):
+            raise RunFileError(
+                f"The gradients of `{self.path}` should be in `{folder_of(self.path)}`. Found none "
+                "there. Move file and folder together, under one name."
+            )
         with self._failing(self.last_step):
             self._file = self._open()
         self._sweep()
 
-    def _create(
-        self,
-        row: Row,
-        sources: Sequence[str],
-        blocks: Sequence[str],
-        manifest: Mapping[str, object],
-    ) -> None:
-        with self._taking_its_place() as file:
-            lay_out(
-                file,
-                row,
-                parameters=self.parameters,
-                sources=sources,
-                blocks=blocks,
-                manifest=manifest,
-                capacity=FIRST_CAPACITY,
-            )
-        self._capacity = FIRST_CAPACITY
-        self._sweep()
+    def _hold(self, contents: Contents) -> None:
+        self._contents = contents
+        if contents.gradients is not None:
+            self._segments = Segments(contents, self.parameters)
+            self._shard = Shard(self.path, self._segments, rank=0)
+
+    def _make_room(self, row: Row) -> None:
+        """Have a file with room for the row, which shows the segment of its gradients."""
+        full, first = self.count == self._capacity, self._file is None
+        capacity = max(FIRST_CAPACITY, 2 * self._capacity) if full else self._capacity
+        announced = self._announced
+        if row.gradients is not None:
+            assert self._segments is not None
+            if (count := self._segments.count(self.gradient_rows + 1)) > announced:
+                self._announced = max(count, 2 * announced)
+        if full or self._announced > announced:
+            self._replace(capacity)
+        if first:
+            self._sweep()
+            # Of a run that was there before, or of a first row that was never counted.
+            ranks = len(self._segments.ranks) if self._segments else 1
+            remove_segments(folder_of(self.path), lambda rank: not 0 < rank < ranks)
 
     def _add(self, row: Row) -> None:
-        if self.count == self._capacity:
-            self._replace(capacity=max(FIRST_CAPACITY, 2 * self._capacity))
         assert self._file is not None
-        for name, entry in row.datasets().items():
+        entries = row.datasets()
+        if self._segments is not None:
+            present = row.gradients or {}
+            entries["stored"] = [
+                self.gradient_rows if source in present else -1 for source in self._segments.sources
+            ]
+        if row.gradients is not None:
+            assert self._shard is not None
+            self._shard.write(self.gradient_rows, row)
+        for name, entry in entries.items():
             self._file[name][self.count] = entry
         # The row has to be in the file before the number that makes it count.
         self._file.flush()
@@ -189,24 +271,27 @@ class RunWriter:
         self._file.flush()
 
     def _replace(self, capacity: int, state: str = "open") -> None:
-        """Put a copy with room for `capacity` steps in the place of the file."""
-        assert self._file is not None
-        old = self._file
-        with self._taking_its_place() as file:
-            copy_rows(old, file, count=self.count, capacity=capacity, state=state)
-        self._capacity = capacity
-
-    @contextlib.contextmanager
-    def _taking_its_place(self) -> Iterator[h5py.File]:
-        """A new file that is moved to the path of the run when it is whole, and opened there."""
-        # Made in memory: HDF5 does not survive a disk that is full, a write of our own does.
-        image = io.BytesIO()
-        with h5py.File(image, "w", **_OPTIONS) as file:
-            yield file
+        """Put a file with room for `capacity` rows, and with those there are, in its place."""
+        assert self._contents is not None
+        image = Image()
+        with h5py.File(image, "w", **OPTIONS) as file:
+            rooms = lay_out(
+                file,
+                self._contents,
+                self.parameters,
+                count=self.count,
+                capacity=capacity,
+                state=state,
+            )
+            keep_tables(file, self._file, self._tables)
+            if self._segments is not None:
+                self._segments.announce(file, self.path, self._announced)
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.draft")
         try:
             with draft.open("wb") as stream:
-                stream.write(image.getbuffer())
+                image.save(stream)
+                for name, room in rooms.items():
+                    fill(room, stream, self._file and self._file[name], self.count)
                 stream.flush()
                 os.fsync(stream.fileno())
             if self._file is not None:
@@ -217,10 +302,13 @@ class RunWriter:
         finally:
             draft.unlink(missing_ok=True)
         self._file = self._open()
+        self._capacity = capacity
+        self._tables.clear()
+        self._dropping = False
 
     def _open(self) -> h5py.File:
         try:
-            return h5py.File(self.path, "r+", **_OPTIONS)
+            return h5py.File(self.path, "r+", **OPTIONS)
         except BlockingIOError as error:
             raise self._in_use() from error
 
@@ -231,12 +319,20 @@ class RunWriter:
             if own.fullmatch(draft.name):
                 draft.unlink(missing_ok=True)
 
+    def _undo(self) -> None:
+        """Remove the file that was made for a first row which could not be written."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+            remove_segments(folder_of(self.path), (0).__eq__)
+
     def _let_go(self) -> None:
         """Leave the file to others, for good."""
         if self._ended:
             return
         self._ended = True
         _being_written.discard(self.path)
+        if self._shard is not None:
+            self._shard.close()
         if self._file is not None:
             self._file.close()
 
@@ -257,8 +353,10 @@ class RunWriter:
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(Exception):
                 self._let_go()
+            if self._file is not None and not self.count:
+                self._undo()
             safe = (
-                f"The steps before it are whole, {self.count} of them. Mend the cause, such as a "
+                f"The rows before it are whole, {self.count} of them. Mend the cause, such as a "
                 "full disk, and continue the file with resume=True."
                 if self.count
                 else "Nothing of this run was written. Mend the cause, such as a full disk, and "
@@ -267,6 +365,28 @@ class RunWriter:
             raise RunFileError(
                 f"Run file `{self.path}` should be writable at step {step}. Found: {error}. {safe}"
             ) from error
+
+
+def _check_table(name: str, columns: Table) -> None:
+    for label in (name, *columns):
+        if not label or "/" in label or set(label) == {"."}:
+            raise ValueError(
+                "The name of a table or of its column should be a word without a slash. Found "
+                f"`{label}`. Name it otherwise."
+            )
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"The columns of table `{name}` should be equally long. Found {lengths}. Give every "
+            "row a value in each of them."
+        )
+    for column, values in columns.items():
+        numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
+        if not numbers and not all(isinstance(v, str) and "\0" not in v for v in values):
+            raise ValueError(
+                f"Column `{column}` of table `{name}` should be an array of numbers, or a list of "
+                f"texts without NUL. Found {type(values).__name__}. Convert it."
+            )
 
 
 def _refuse_to_replace(draft: Path, path: Path) -> None:

@@ -1,0 +1,129 @@
+"""A run file that is written while training goes on."""
+
+import atexit
+import contextlib
+import threading
+from collections import deque
+from pathlib import Path
+
+from .layout import Table
+from .reader import Run
+from .schema import Contents, Row
+from .writer import RunWriter
+
+
+class BackgroundWriter:
+    """A `RunWriter` whose rows are written by a thread of its own, in order.
+
+    At most `bound_bytes` wait for the disk, or one row that is larger by itself; `append` waits
+    for room. The arrays of a row must not change once it was handed over. What goes wrong is raised
+    once, by the next call; rows that waited behind it are given up.
+    """
+
+    def __init__(self, writer: RunWriter, bound_bytes: int) -> None:
+        self.last_step = writer.last_step
+        self._writer = writer
+        self._bound = bound_bytes
+        self._rows: deque[Row] = deque()  # the first of them is being written
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._failed = self._ended = False
+        self._thread = threading.Thread(target=self._write, name="run file", daemon=True)
+        self._thread.start()
+        atexit.register(self._drain)  # of a program that ends without closing
+
+    @property
+    def path(self) -> Path:
+        """The run file."""
+        return self._writer.path
+
+    @property
+    def resumed(self) -> Run | None:
+        """The run that is continued, as it was found."""
+        return self._writer.resumed
+
+    @property
+    def gradient_rows(self) -> int:
+        """How many rows with gradients there are in the file."""
+        return self._writer.gradient_rows
+
+    def begin(self, contents: Contents) -> None:
+        """Say what the rows hold, once, before the first of them."""
+        self._writer.begin(contents)
+
+    def append(self, row: Row) -> None:
+        """Hand over one row."""
+        self.check_open()
+        size = row.nbytes
+        with self._changed:
+            self._changed.wait_for(lambda: not self._rows or self._bytes + size <= self._bound)
+            self._raise()
+            self._rows.append(row)
+            self._bytes += size
+            self._changed.notify_all()
+        self.last_step = row.step
+
+    def keep(self, name: str, columns: Table) -> None:
+        """Keep a table with the run, once the rows before it are written."""
+        self._drain()
+        self.check_open()
+        self._writer.keep(name, columns)
+
+    def check_open(self) -> None:
+        """Raise what has gone wrong, or refuse to go on after the end."""
+        with self._changed:
+            self._raise()
+            at_work = not (self._failed or self._ended)
+        # While the thread is at work, the writer may be closed by an error that is on its way here.
+        if not at_work:
+            self._writer.check_open()
+
+    def close(self, *, complete: bool) -> None:
+        """Wait until everything is written, and close the file."""
+        self._drain()
+        atexit.unregister(self._drain)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+            self._raise()
+        self._writer.close(complete=complete)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._rows or self._ended)
+                if not self._rows:
+                    return
+                row = self._rows[0]
+            error = self._written(row)
+            with self._changed:
+                self._error = error
+                self._failed = error is not None
+                self._bytes -= row.nbytes
+                self._rows.popleft()
+                if error is not None:
+                    self._rows.clear()
+                    self._bytes = 0
+                self._changed.notify_all()
+            del row
+
+    def _written(self, row: Row) -> BaseException | None:
+        try:
+            self._writer.append(row)
+        except BaseException as error:
+            # What waits behind it is given up: nothing may follow it in the file.
+            with contextlib.suppress(Exception):
+                self._writer.close(complete=False)
+            return error
+        return None
+
+    def _drain(self) -> None:
+        """Wait until no row waits; in a forked process, where there is no thread, for nothing."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._rows or not self._thread.is_alive())
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

@@ -1,0 +1,130 @@
+"""HDF5 files of which HDF5 writes the structure, in memory, and we the numbers, on the disk.
+
+HDF5 does not survive a disk that is full; a write of our own does. Nor does it write large arrays
+as fast as the disk takes them, or leave room to spare without filling it twice.
+"""
+
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+# Files of a later format than v108 cannot be reopened after a killed writer, even when flushed.
+# What the upper bound admits, virtual datasets, leaves the format of the file as it is.
+OPTIONS = {"libver": ("v108", "v110")}
+
+_PAGE = 4096
+
+Stream = BinaryIO | io.FileIO
+
+
+class Image(io.RawIOBase):
+    """A file in memory that takes no room for what HDF5 has not written."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self._place = 0
+        self._size = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place}.get(whence, self._size)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        for page, inside, part in self._parts(len(view)):
+            stored = self._pages.get(page)
+            view[part] = stored[inside] if stored else bytes(part.stop - part.start)
+        self._place += len(view)
+        return len(view)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for page, inside, part in self._parts(len(view)):
+            self._pages.setdefault(page, bytearray(_PAGE))[inside] = view[part]
+        self._place += len(view)
+        self._size = max(self._size, self._place)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._place if size is None else size
+        return self._size
+
+    def save(self, stream: BinaryIO) -> None:
+        """Write what is not zero, and give the stream the size of the file."""
+        stream.truncate(self._size)
+        for page in sorted(self._pages):
+            start = page * _PAGE
+            stream.seek(start)
+            stream.write(self._pages[page][: self._size - start])
+
+    @property
+    def size(self) -> int:
+        """How long the file is."""
+        return self._size
+
+    @property
+    def structure(self) -> int:
+        """How much of it HDF5 has written."""
+        return _PAGE * len(self._pages)
+
+    def _parts(self, count: int) -> Iterable[tuple[int, slice, slice]]:
+        done = 0
+        while done < count:
+            page, start = divmod(self._place + done, _PAGE)
+            length = min(_PAGE - start, count - done)
+            yield page, slice(start, start + length), slice(done, done + length)
+            done += length
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the rows of a dataset lie in its file."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, dataset: h5py.Dataset) -> "Room":
+        """The place of a dataset that is in one piece."""
+        return cls(dataset.id.get_offset(), dataset.shape, dataset.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """How long one row is."""
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+    def write(self, stream: Stream, row: int, values: NDArray[Any]) -> None:
+        """Write one row, or several, to where they belong."""
+        if values.dtype != self.dtype or values.shape not in (
+            self.shape[1:],
+            (len(values), *self.shape[1:]),
+        ):
+            raise ValueError(
+                f"A row should be an array {self.shape[1:]} of {self.dtype}. Found "
+                f"{values.shape} of {values.dtype}. Encode it as it was begun."
+            )
+        stream.seek(self.start + row * self.row_bytes)
+        rest = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        while rest:
+            rest = rest[stream.write(rest) :]
+
+
+def declare(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> Room:
+    """Make a dataset in one piece, with room for its numbers, which are not written."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    group, _, last = name.rpartition("/")
+    parent = file.require_group(group) if group else file
+    kind, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape)
+    made = h5py.h5d.create(parent.id, last.encode(), kind, space, plan)
+    return Room.of(h5py.Dataset(made))

@@ -1,0 +1,233 @@
+"""Where stored gradients lie: which segment holds which row, and which rank which part of it.
+
+All of it follows from what is stored, so that every rank, the reader and a resumed run agree.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from geffect.encodings import ENCODINGS, Layout
+from geffect.layers import Parameter
+
+from .contiguous import OPTIONS, Image, declare
+from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
+
+FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
+"""The first segment has so many rows and each further one twice as many, up to so many bytes a rank
+or one row. A part of the format: a file does not say it."""
+
+
+def folder_of(path: Path) -> Path:
+    """The folder with the segments of a run file."""
+    return path.with_suffix(".gradients")
+
+
+def file_name(number: int, rank: int) -> str:
+    """The name of one segment of one rank."""
+    return f"{number:03d}.rank{rank}.h5"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an array of a layer: where it is in what a rank holds, and where in the whole."""
+
+    rank: int
+    held: slice
+    whole: slice
+
+
+class Segments:
+    """The segments of a run."""
+
+    def __init__(self, contents: Contents, parameters: Sequence[Parameter]) -> None:
+        assert contents.gradients is not None
+        self.sources = contents.sources
+        self.stored = contents.gradients
+        self.encoding = ENCODINGS[self.stored.encoding]
+        self.ranks = range(len(self.stored.ranges))
+        self._numel = [parameters[i].numel for i in self.stored.parameters]
+        self.layers: dict[str, list[int]] = {}
+        for place, i in enumerate(self.stored.parameters):
+            self.layers.setdefault(parameters[i].layer, []).append(place)
+
+    def numel(self, layer: str) -> int:
+        """How many numbers a gradient has in a layer."""
+        return sum(self._numel[place] for place in self.layers[layer])
+
+    def arrays(self, layer: str) -> Layout:
+        """The arrays of a layer, whole."""
+        return self.encoding.arrays(self.numel(layer))
+
+    def held(self, layer: str, rank: int) -> Layout:
+        """The arrays of what a rank holds of a layer; none where it holds nothing."""
+        numel = sum(stop - start for start, stop in self._ranges(layer, rank))
+        return self.encoding.arrays(numel) if numel else {}
+
+    def pieces(self, layer: str) -> Iterator[Piece]:
+        """How the arrays of the ranks make up those of the layer.
+
+        With more than one rank an encoding has one entry a number; with one, all is one piece.
+        """
+        if len(self.ranks) == 1:
+            yield Piece(0, slice(None), slice(None))
+            return
+        for rank in self.ranks:
+            held = begin = 0
+            for place, (start, stop) in zip(
+                self.layers[layer], self._ranges(layer, rank), strict=True
+            ):
+                if count := stop - start:
+                    whole = slice(begin + start, begin + stop)
+                    yield Piece(rank, slice(held, held + count), whole)
+                held += count
+                begin += self._numel[place]
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """How long a row is, over all ranks."""
+        return sum(self._rank_bytes)
+
+    def rows(self, number: int) -> int:
+        """How many rows a segment has room for: as many on every rank."""
+        most = max(1, SEGMENT_BYTES // max(1, *self._rank_bytes))
+        return min(most, FIRST_ROWS << min(number, 62))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The segment that a row is in, and where there."""
+        number = 0
+        while row >= (room := self.rows(number)):
+            row -= room
+            number += 1
+        return number, row
+
+    def count(self, rows: int) -> int:
+        """How many segments so many rows take."""
+        return self.place(rows - 1)[0] + 1 if rows else 0
+
+    def image(self, number: int, rank: int) -> Image:
+        """A segment with nothing in it."""
+        image, rows = Image(), self.rows(number)
+        with h5py.File(image, "w", **OPTIONS) as file:
+            file.attrs.update(format=FORMAT, format_version=VERSION, encoding=self.encoding.name)
+            # Which rows are whole: a mark that is zero until then, and the key.
+            declare(file, "keys", (rows, 1 + len(KEY)), "<i8")
+            for source in self.sources:
+                for layer in self.layers:
+                    for name, (shape, dtype) in self.held(layer, rank).items():
+                        declare(file, f"{source}/{layer}/{name}", (rows, *shape), dtype)
+        return image
+
+    def check(self, path: Path, row: int, key: tuple[int, ...]) -> None:
+        """Raise a RunFileError where a rank did not write all of a row."""
+        for rank in self.ranks:
+            with self._opened(path, row, rank, key):
+                pass
+
+    def read(
+        self, path: Path, source: str, row: int, key: tuple[int, ...]
+    ) -> list[NDArray[np.float32]]:
+        """A gradient by layer, out of the segments beside a run file."""
+        wholes: dict[str, dict[str, NDArray[Any]]] = {
+            layer: {
+                name: np.empty(shape, dtype) for name, (shape, dtype) in self.arrays(layer).items()
+            }
+            for layer in self.layers
+        }
+        _, inside = self.place(row)
+        for rank in self.ranks:
+            with self._opened(path, row, rank, key) as file:
+                for layer, arrays in wholes.items():
+                    pieces = [piece for piece in self.pieces(layer) if piece.rank == rank]
+                    for name in self.held(layer, rank):
+                        held = file[f"{source}/{layer}/{name}"][inside]
+                        for piece in pieces:
+                            arrays[name][piece.whole] = held[piece.held]
+        return [self.encoding.decode(arrays, self.numel(layer)) for layer, arrays in wholes.items()]
+
+    def announce(self, file: h5py.File, path: Path, count: int) -> None:
+        """Let a run file show `count` segments as if they were its own, for any HDF5 reader."""
+        if not count:
+            return
+        for source in self.sources:
+            for layer, places in self.layers.items():
+                group = file.create_group(f"gradients/{source}/{layer}")
+                group.attrs["parameters"] = [self.stored.parameters[place] for place in places]
+                for array in self.arrays(layer):
+                    self._announce_array(group, path, layer, array, count)
+        file["gradients"].attrs["encoding"] = self.encoding.name
+
+    def _announce_array(
+        self, group: h5py.Group, path: Path, layer: str, array: str, count: int
+    ) -> None:
+        shape, dtype = self.arrays(layer)[array]
+        begins = np.cumsum([0, *map(self.rows, range(count))]).tolist()
+        dataset = f"{group.name.removeprefix('/gradients')}/{array}".encode()
+        space = h5py.h5s.create_simple((begins[-1], *shape))
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_fill_value(np.array(_missing(dtype), dtype))
+        for piece in self.pieces(layer):
+            held, _ = self.held(layer, piece.rank)[array]
+            for number, (begin, end) in enumerate(pairwise(begins)):
+                origin = h5py.h5s.create_simple((end - begin, *held))
+                _select(origin, 0, end - begin, piece.held, held)
+                _select(space, begin, end, piece.whole, shape)
+                segment = f"{folder_of(path).name}/{file_name(number, piece.rank)}"
+                plan.set_virtual(space, segment.encode(), dataset, origin)
+        space.select_all()
+        h5py.h5d.create(group.id, array.encode(), h5py.h5t.py_create(dtype), space, plan)
+
+    @contextmanager
+    def _opened(self, path: Path, row: int, rank: int, key: tuple[int, ...]) -> Iterator[h5py.File]:
+        """The segment with what a rank holds of a row, which must be there whole."""
+        number, inside = self.place(row)
+        segment = folder_of(path) / file_name(number, rank)
+        try:
+            # Through a stream of our own, which HDF5 does not lock: it may be being written.
+            with segment.open("rb") as stream, h5py.File(stream, "r") as file:
+                whole, *found = file["keys"][inside].tolist()
+                if not whole or tuple(found) != key:
+                    raise OSError("a row that is half written, or that of another step")
+                yield file
+        except (OSError, KeyError) as error:
+            request, step, batch = key
+            raise RunFileError(
+                f"`{segment}` should hold the gradients of step {step} (request {request}, batch "
+                f"{batch}) of `{path}`. Found: {error}. Move file and folder together, under one "
+                "name; what a process did not write before it was killed has to be recorded again."
+            ) from error
+
+    @cached_property
+    def _rank_bytes(self) -> list[int]:
+        return [
+            len(self.sources)
+            * sum(
+                prod(shape) * dtype.itemsize
+                for layer in self.layers
+                for shape, dtype in self.held(layer, rank).values()
+            )
+            for rank in self.ranks
+        ]
+
+    def _ranges(self, layer: str, rank: int) -> list[tuple[int, int]]:
+        return [self.stored.ranges[rank][place] for place in self.layers[layer]]
+
+
+def _select(space: Any, begin: int, end: int, part: slice, entry: tuple[int, ...]) -> None:
+    """Select a part of each of some rows."""
+    start, stop, _ = part.indices(entry[0])
+    space.select_hyperslab((begin, start), (1, 1), None, (end - begin, stop - start))
+
+
+def _missing(dtype: np.dtype[Any]) -> float:
+    """What stands for the numbers of a segment that is not there: NaN, also as bits of bfloat16."""
+    return {"f": np.nan, "u": 0x7FC0 if dtype.itemsize == 2 else 0}.get(dtype.kind, 0)

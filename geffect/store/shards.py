@@ -1,0 +1,156 @@
+"""What one rank writes of the gradients of a run."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from io import FileIO
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from geffect.layers import Parameter
+
+from .contiguous import OPTIONS, Room
+from .schema import Contents, Row, RunFileError
+from .segments import Segments, file_name, folder_of
+
+_SEGMENT = re.compile(r"\d{3,}\.rank(\d+)\.h5")
+_DRAFT = re.compile(r"\.\d{3,}\.rank(\d+)\.h5\.\d+\.draft")
+
+
+class Shard:
+    """The segments of one rank, of which one is being written.
+
+    Errors are OSErrors that name the segment. HDF5 keeps it open, which locks it; the numbers are
+    written beside HDF5, to where it said that they belong.
+    """
+
+    def __init__(self, path: Path, segments: Segments, rank: int) -> None:
+        self.folder = folder_of(path)
+        self._segments = segments
+        self._rank = rank
+        self._number = -1
+        self._file: h5py.File | None = None
+        self._stream: FileIO | None = None
+        self._rooms: dict[str, Room] = {}
+
+    def write(self, number: int, row: Row) -> None:
+        """Write the gradients of a row as row `number`; it counts when all of it is there."""
+        assert row.gradients is not None
+        number, inside = self._segments.place(number)
+        try:
+            if number != self._number:
+                self._open(number, fresh=inside == 0)
+            assert self._stream is not None
+            keys = self._rooms["keys"]
+            mark = np.array([1, *row.key], dtype=keys.dtype)
+            keys.write(self._stream, inside, np.zeros_like(mark))
+            for source, layers in row.gradients.items():
+                for layer, arrays in layers.items():
+                    for name, values in arrays.items():
+                        if values.size:
+                            room = self._rooms[f"{source}/{layer}/{name}"]
+                            room.write(self._stream, inside, values)
+            keys.write(self._stream, inside, mark)
+        except OSError as error:
+            place = self.folder / file_name(number, self._rank)
+            raise OSError(error.errno, error.strerror or str(error), str(place)) from error
+
+    def close(self) -> None:
+        """Leave the segment to others."""
+        if self._stream is not None:
+            self._stream.close()
+        if self._file is not None:
+            self._file.close()
+        self._number, self._stream, self._file = -1, None, None
+
+    def _open(self, number: int, *, fresh: bool) -> None:
+        self.close()
+        place = self.folder / file_name(number, self._rank)
+        if fresh or not place.exists():
+            self._create(place, number)
+        self._file = h5py.File(place, "r+", **OPTIONS)
+        self._rooms = {}
+        self._file.visititems(self._note)
+        self._stream = FileIO(place, "r+")
+        self._number = number
+
+    def _create(self, place: Path, number: int) -> None:
+        if number == 0:
+            self.folder.mkdir(exist_ok=True)
+        _remove(self.folder, _DRAFT, self._rank.__eq__)
+        draft = place.with_name(f".{place.name}.{os.getpid()}.draft")
+        try:
+            with draft.open("wb") as stream:
+                self._segments.image(number, self._rank).save(stream)
+            draft.replace(place)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _note(self, name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset):
+            self._rooms[name] = Room.of(item)
+
+
+class ShardWriter:
+    """Writes what a further rank holds of the gradients; rank 0 has a `RunWriter`.
+
+    `first` is how many rows with gradients the run has already, which rank 0 knows as
+    `RunWriter.stored`. What rank 0 does not count does not count, whatever is written here.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        parameters: Sequence[Parameter],
+        contents: Contents,
+        rank: int,
+        *,
+        first: int = 0,
+    ) -> None:
+        self._shard = Shard(Path(path).resolve(), Segments(contents, parameters), rank)
+        self._rank = rank
+        self._stored = first
+
+    def append(self, row: Row) -> None:
+        """Write the gradients of a row, if it has some."""
+        if row.gradients is None:
+            return
+        try:
+            if not self._stored:
+                remove_segments(self._shard.folder, self._rank.__eq__)
+            self._shard.write(self._stored, row)
+        except OSError as error:
+            self._shard.close()
+            raise RunFileError(
+                f"The gradients of rank {self._rank} should be writable at step {row.step}. Found: "
+                f"{error}. The steps before it are whole. Mend the cause, such as a full disk, and "
+                "continue the run with resume=True."
+            ) from error
+        self._stored += 1
+
+    def close(self, *, complete: bool) -> None:
+        """Leave the segments to others, complete or not."""
+        self._shard.close()
+
+
+def has_segments(folder: Path) -> bool:
+    """Whether there are segments of a run in a folder, which need not exist."""
+    return folder.is_dir() and any(_SEGMENT.fullmatch(file.name) for file in folder.iterdir())
+
+
+def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
+    """Remove the segments of some ranks, finished and half made, and the folder if it is empty."""
+    for kind in (_SEGMENT, _DRAFT):
+        _remove(folder, kind, of)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _remove(folder: Path, kind: re.Pattern[str], of: Callable[[int], bool]) -> None:
+    for file in folder.iterdir() if folder.is_dir() else ():
+        found = kind.fullmatch(file.name)
+        if found and of(int(found[1])):
+            file.unlink(missing_ok=True)
