@@ -3,6 +3,8 @@
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, in child processes too
+# Tiny tensors gain nothing from threads, and lose much to them where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import subprocess
@@ -20,7 +22,8 @@ from torch import nn
 from geffect import Recorder, Rectifier, Run, open_run
 from geffect.layers import Parameter
 from geffect.objectives import SharedForward, nll
-from geffect.store.schema import VERSION, Row
+from geffect.sketch import Sketch
+from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests import tiny
 
@@ -88,15 +91,15 @@ def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
 
-    def example_run(*, update: bool = False) -> Run:
+    def example_run(*, update: bool = False, sketch: bool = False) -> Run:
         path = tmp_path_factory.mktemp("example") / "example.h5"
-        _write_example(path, update)
+        _write_example(path, update, Sketch() if sketch else None)
         return open_run(path)
 
     return example_run
 
 
-def _write_example(path: Path, update: bool) -> None:
+def _write_example(path: Path, update: bool, sketch: Sketch | None) -> None:
     forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
     vectors = {"objective": -forget, "forget": forget, "retain": retain}
     if update:
@@ -108,18 +111,16 @@ def _write_example(path: Path, update: bool) -> None:
         module="mlp.up_proj", shape=(2, 2), dtype="float32", tied_to=(),
     )  # fmt: skip
     writer = RunWriter(path, [parameter])
+    manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
+    writer.begin(Contents(sources=tuple(vectors), manifest=manifest, sketch=sketch))
+    folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
     writer.append(
         Row(
             step=0,
-            request=0,
             lr=0.1,
-            wall_seconds=0.0,
             losses=np.array([losses.get(name, np.nan) for name in vectors]),
             gram=(stacked @ stacked.T)[None],
-            rectification=None,
-        ),
-        sources=list(vectors),
-        blocks=[],
-        manifest={"format_version": VERSION, "rectifier": None, "metadata": {}},
+            sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
+        )
     )
     writer.close(complete=True)

@@ -373,5 +373,5 @@ def test_an_unknown_column_is_no_damage(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     with Recorder(model, tmp_path / "run.h5") as recorder:
         recorder.backward(objective=model(torch.ones(2)).sum())
-    with pytest.raises(ValueError, match=r"one of step, request, lr.* Found `rate`. Choose"):
+    with pytest.raises(ValueError, match=r"one of request, step, batch.* Found `rate`. Choose"):
         open_run(tmp_path / "run.h5").column("rate")

@@ -7,9 +7,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
-from geffect.layers import trainable
+from geffect.distributed import process_count
+from geffect.layers import is_adapter, trainable
 from geffect.store.schema import VERSION
 
 PACKAGES = ("geffect", "torch", "transformers", "h5py", "numpy")
@@ -22,6 +24,7 @@ def manifest(
     rectifier: Mapping[str, object] | None,
     optimizer: Mapping[str, Any] | None,
     metadata: Mapping[str, Any],
+    **further: Any,
 ) -> dict[str, Any]:
     """Provenance of a run: no paths, so that a file can be passed on."""
     parameters = trainable(model).values()
@@ -36,12 +39,31 @@ def manifest(
             "class": type(model).__name__,
             "trainable_tensors": len(parameters),
             "trainable_numbers": sum(parameter.numel() for parameter in parameters),
+            # Effects of adapters are those of their own factors, not of the weights they change.
+            "space": "adapter" if _is_adapted(model) else "weights",
+            "processes": process_count(),
         },
         "losses": losses,
         "rectifier": None if rectifier is None else dict(rectifier),
         "optimizer": optimizer,
         "metadata": metadata,
+        **further,
     }
+
+
+def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer and the options of its parameter groups."""
+    return {
+        "class": type(optimizer).__name__,
+        "groups": [
+            {key: v for key, v in group.items() if isinstance(v, int | float | tuple)}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return any(map(is_adapter, trainable(model)))
 
 
 def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """The recorder: watches the gradients of a training loop and writes their Gram matrices."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,19 +14,37 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from geffect.gradients import (
-    Gradients,
-    GradientTransform,
-    Loss,
-    Vector,
-    differentiate,
-)
-from geffect.layers import describe, trainable
+from geffect import distributed
+from geffect.gradients import Gradients, GradientTransform, Vector, separate, stream
+from geffect.layers import trainable
+from geffect.losses import Loss, Passes, declared, of_objective, plan
+from geffect.objectives import statistics
 from geffect.sources import OBJECTIVE, RETAIN_EMA, UPDATE
-from geffect.store.schema import RECTIFICATION_COLUMNS, Row
-from geffect.store.writer import RunWriter
 
-from .manifest import as_json, manifest
+from .collector import Measured
+from .keep import Keep
+from .known import Declared
+from .manifest import described
+from .recording import OnError, Recording
+from .schedule import EACH, Schedule
+
+
+@dataclass
+class _Window:
+    """The micro-batches of one step, as far as they have come."""
+
+    micro: int = 0
+    gradients: Gradients | None = None
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, weights: Mapping[str, Tensor]) -> None:
+        """Count a micro-batch."""
+        self.micro += 1
+        for name, values in weights.items():
+            self.weights.setdefault(name, []).append(values.detach().flatten())
+
+    def statistics(self) -> dict[str, Sequence[float]]:
+        return {name: statistics(torch.cat(parts)) for name, parts in self.weights.items()}
 
 
 @dataclass
@@ -35,10 +52,12 @@ class _Step:
     """A step whose gradients are taken and whose row is not written yet."""
 
     number: int
-    gradients: Gradients
-    measured: tuple[list[str], Tensor] | None  # None while it waits for the update
+    declared: Declared
     rectifier: GradientTransform | None
-    declared: Mapping[str, Mapping[str, float] | str]
+    n_micro: int
+    weights: Mapping[str, Sequence[float]]
+    gradients: Gradients | None  # while they wait for the update
+    measured: Measured | None
     lr: float = float("nan")
 
 
@@ -52,8 +71,21 @@ class Recorder:
 
     - `metadata`: anything that JSON can hold, kept with the run.
     - `update`: also record what the optimizer did, theta after minus theta before, as the source
-      `update`. Costs a copy of the parameters and of one gradient.
-    - `overwrite` replaces an existing file with the first step, `resume` continues it.
+      `update`. Costs a copy of the parameters, and the gradients stay until then. Without it, and
+      without a rectifier, inner products are taken inside of the last backward pass: two losses
+      need no more memory than one, and each further loss that of one gradient.
+    - `when`: the steps to capture, such as `every(5)`; at the others only the objective is
+      differentiated. `due` tells whether the losses of the next step are needed.
+    - `store`: what is kept beside the Gram matrices: "sketch", "int8", "int4", "bf16", "full", or a
+      `Keep`. `steps`: how many steps training has, if known; the size of the file is then told at
+      the start, and a run that would not fit the disk is refused.
+    - `overwrite` replaces an existing file with the first step, `resume` continues it, and
+      `drop_after` gives up the steps after the one that training resumes from.
+    - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
+
+    Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
+    `DistributedDataParallel` are computed inside of `with model.no_sync():`; their gradients are
+    averaged over the ranks here. Sharded models (FSDP2) need nothing.
 
     >>> import tempfile, geffect
     >>> model = nn.Linear(2, 1)
@@ -71,29 +103,41 @@ class Recorder:
         *,
         metadata: Mapping[str, Any] | None = None,
         update: bool = False,
+        when: Schedule = EACH,
+        store: str | Keep = "gram",
+        steps: int | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        drop_after: int | None = None,
+        on_error: OnError = "raise",
     ) -> None:
         self._model = model
         self._trainable = trainable(model)
-        self._parameters = list(self._trainable.values())
-        self._metadata = as_json(metadata or {})
         self._update = update
-        self._writer = RunWriter(path, describe(model), overwrite=overwrite, resume=resume)
-        self._sources: tuple[str, ...] = ()
-        self._blocks: tuple[str, ...] = ()
-        self._rectifier: Mapping[str, Any] | None = None
-        self._optimizer: Mapping[str, Any] | None = None
+        self._when = when
+        self._recording = Recording(
+            model,
+            path,
+            metadata=metadata,
+            store=store,
+            steps=None if steps is None else list(filter(when, range(steps))),
+            overwrite=overwrite,
+            resume=resume,
+            drop_after=drop_after,
+            on_error=on_error,
+        )
+        self._parameters = self._recording.parameters
+        self._next = self._recording.next_step
+        self._window = _Window()
         self._step: _Step | None = None
-        self._losses: Mapping[str, Mapping[str, float] | str] = {}
         self._before: list[Tensor] | None = None
+        self._optimizer: Mapping[str, Any] | None = None
         self._stepped: set[int] = set()  # what optimizers have stepped since the last backward
         self._expected: set[int] = set()  # what they stepped the time before
-        self._started = time.perf_counter()
         try:
-            self._continue()
+            self._check_continued(resume)
         except BaseException:
-            self._writer.close(complete=False)
+            self._recording.close(complete=False)
             raise
         # Hooks that all optimizers share: the user's optimizer is neither wrapped nor asked for.
         self._hooks = (
@@ -115,36 +159,84 @@ class Recorder:
     @property
     def next_step(self) -> int:
         """The number that the next step gets."""
-        last = self._writer.last_step if self._step is None else self._step.number
-        return last + 1
+        return self._next
 
-    def backward(self, *, rectifier: GradientTransform | None = None, **losses: Loss) -> None:
+    @property
+    def due(self) -> bool:
+        """Whether the next step is captured; its risks need not be computed if it is not."""
+        return self._when(self._next) and not self._recording.failed
+
+    def backward(
+        self,
+        *,
+        rectifier: GradientTransform | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        accumulate: bool = False,
+        **losses: Loss,
+    ) -> None:
         """Take the gradients of the losses of one step, and leave that of `objective` in `.grad`.
 
         Every loss is a scalar tensor, which costs one backward pass, or a mapping that declares a
         linear combination of others, which costs none: `objective={"forget": -1.0}` is GA,
         `{"forget": -1.0, "retain": 1.0}` is GradDiff. Losses may share a forward. With a rectifier
         `.grad` is the rectified gradient; it has to be empty before then.
+
+        - `weights`: the implicit weights of an objective by name, of answer tokens or samples;
+          mean, median, 95th percentile and maximum are recorded.
+        - `accumulate`: True for all but the last micro-batch of a step. The window is one row, of
+          the gradients and losses summed over it.
         """
-        self._writer.check_open()
         self._write()
-        self._check(losses, rectifier)
-        gradients = differentiate(self._parameters, losses)
-        declared = _declared(losses)
-        self._check_weights(declared)
+        with distributed.together():
+            self._recording.check_open()
+            self._check(losses, rectifier)
+            if rectifier is None and not self.due:
+                losses = of_objective(losses)
+            passes = plan(self._parameters, losses)
+            of_step = declared(losses)
+            self._recording.known.check_declared(of_step)
+            self._recording.known.check_weights(weights or ())
+            distributed.check_unsynchronised(self._model)
+        # A window that fails is over: what follows begins another one.
+        window, self._window = self._window, _Window()
+        window.add(weights or {})
+        measured = None
+        if self._streams(passes, window, needed_later=rectifier is not None or accumulate):
+            measured = self._stream(passes)
+        else:
+            self._extend(window, passes, rectifier, accumulate)
+        if accumulate:
+            self._window = window
+            return
+        step = _Step(
+            number=self._next,
+            declared=of_step,
+            rectifier=rectifier,
+            n_micro=window.micro,
+            weights=window.statistics(),
+            gradients=window.gradients,
+            measured=measured,
+        )
+        if self.due:
+            if measured is None and not self._update:
+                self._measure(step, None)
+            self._step = step
+        self._next += 1
         if rectifier is not None:
-            rectifier.observe(gradients)
-        self._step = step = _Step(self.next_step, gradients, None, rectifier, declared)
-        if not self._update:
-            step.measured = self._measure(step, None)
-        # A copy where the update is to be compared with it: `.grad` may be clipped before then.
-        gradients.deposit(copy=self._update)
-        if rectifier is not None:
+            assert window.gradients is not None
+            window.gradients.deposit(copy=self._update)
             try:
                 rectifier.rectify()
             except BaseException:
                 self._step = None
                 raise
+
+    def keep(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
+        """Keep a table with the run, such as the effects of samples or tokens.
+
+        Columns hold numbers or text; `Run.table(name)` gives them back.
+        """
+        self._recording.keep(name, columns)
 
     def close(self) -> None:
         """Write what is left, and mark the run as complete."""
@@ -154,33 +246,58 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
         try:
-            self._write()
+            # After an error the other processes may never come to the step that waits here.
+            if complete or distributed.process_count() == 1:
+                self._write()
         except BaseException:
-            self._writer.close(complete=False)
+            self._recording.close(complete=False)
             raise
-        self._writer.close(complete=complete)
+        self._recording.close(complete=complete)
 
-    def _continue(self) -> None:
-        run = self._writer.resumed
-        if run is None:
-            return
-        if run.metadata != self._metadata:
+    def _streams(self, passes: Passes, window: _Window, *, needed_later: bool) -> bool:
+        """Whether inner products can be taken inside of the last pass, and gradients let go."""
+        return (
+            self.due
+            and not (needed_later or self._update)
+            and window.micro == 1
+            and passes.accumulates_once
+            and not distributed.averages(self._model)
+        )
+
+    def _stream(self, passes: Passes) -> Measured:
+        collector = self._recording.collector(self._next, passes.weights)
+        with distributed.gradient_sync(self._model):
+            stream(self._parameters, passes, collector.take)
+        return collector.measured(_over_processes(passes.losses))
+
+    def _extend(
+        self,
+        window: _Window,
+        passes: Passes,
+        rectifier: GradientTransform | None,
+        accumulate: bool,
+    ) -> None:
+        """Add a micro-batch to the window, and to `.grad` unless a rectifier comes first."""
+        with distributed.gradient_sync(self._model):
+            gradients = separate(self._parameters, passes)
+        if distributed.averages(self._model):
+            vectors = distributed.average(self._parameters, gradients.vectors)
+            gradients = replace(gradients, vectors=vectors)
+        window.gradients = gradients if window.gradients is None else window.gradients + gradients
+        if rectifier is None:
+            # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
+            gradients.deposit(copy=self._update or accumulate)
+        elif not accumulate:
+            rectifier.observe(window.gradients)
+
+    def _check_continued(self, resume: bool) -> None:
+        sources = self._recording.known.sources
+        if resume and sources and self._update != (UPDATE in sources):
             raise ValueError(
-                f"`metadata` should be that of the run in `{run.path}` to continue it: "
-                f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
-                "another file."
+                f"`update` should be {not self._update} to continue the run in "
+                f"`{self._recording.path}`, as it was recorded. Found `update = {self._update}`. "
+                "Pass the same, or record into another file."
             )
-        if self._update != (UPDATE in run.sources):
-            raise ValueError(
-                f"`update` should be {not self._update} to continue the run in `{run.path}`, as it "
-                f"was recorded. Found `update = {self._update}`. Pass the same, or record into "
-                "another file."
-            )
-        self._sources = run.sources
-        self._losses = run.manifest["losses"]
-        self._rectifier = run.manifest["rectifier"]
-        self._blocks = run.rectification()[0] if self._rectifier else ()
-        self._started -= float(run.column("wall_seconds")[-1])
 
     def _check(self, losses: Mapping[str, Loss], rectifier: GradientTransform | None) -> None:
         reserved = [name for name in losses if name in (UPDATE, RETAIN_EMA) or "/" in name]
@@ -198,48 +315,10 @@ class Recorder:
                 f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
                 "Record what follows into another file, with a new Recorder."
             )
-        self._check_constant(losses, rectifier)
-
-    def _manifest(self, step: _Step) -> dict[str, Any]:
-        return manifest(
-            self._model,
-            losses=step.declared,
-            rectifier=None if step.rectifier is None else step.rectifier.options,
-            optimizer=self._optimizer,
-            metadata=self._metadata,
-        )
-
-    def _check_constant(
-        self, losses: Mapping[str, Loss], rectifier: GradientTransform | None
-    ) -> None:
-        if not self._sources:
-            return
-        names = [*losses, *([] if rectifier is None else rectifier.watched)]
-        new = [name for name in names if name not in self._sources]
-        if new:
-            raise ValueError(
-                "The gradients of a step should be among those of the first step of the run: "
-                f"{', '.join(self._sources)}. Found {', '.join(new)} as well. Name every loss, and "
-                "pass the rectifier, in the first step; or record into another file."
-            )
-        if rectifier is None:
-            return
-        options = as_json(rectifier.options)
-        if options != self._rectifier or rectifier.blocks != self._blocks:
-            raise ValueError(
-                f"The rectifier should be set up as in the first step of the run: "
-                f"{self._rectifier} for {', '.join(self._blocks)}. Found {options} for "
-                f"{', '.join(rectifier.blocks)}. Set it up the same, or record into another file."
-            )
-
-    def _check_weights(self, declared: Mapping[str, Mapping[str, float] | str]) -> None:
-        for name, weights in declared.items():
-            first = self._losses.get(name, weights)
-            if weights != first and "loss" not in (weights, first):
-                raise ValueError(
-                    f"The weights of loss `{name}` should stay those of the first step of the run: "
-                    f"{first}. Found {weights}. Declare it the same, or record into another file."
-                )
+        known = self._recording.known
+        known.check_sources([*losses, *([] if rectifier is None else rectifier.watched)])
+        if rectifier is not None:
+            known.check_rectifier(rectifier)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._step is None or not self._owned(optimizer):
@@ -251,16 +330,9 @@ class Recorder:
         owned = self._owned(optimizer)
         if self._step is None or not owned:
             return
-        groups = optimizer.param_groups
         if not self._stepped:
-            self._step.lr = float(groups[0]["lr"])
-            self._optimizer = {
-                "class": type(optimizer).__name__,
-                "groups": [
-                    {k: v for k, v in group.items() if isinstance(v, int | float | tuple)}
-                    for group in groups
-                ],
-            }
+            self._step.lr = float(optimizer.param_groups[0]["lr"])
+            self._optimizer = described(optimizer)
         moved = owned - self._stepped
         if self._before is not None:
             # In place: what was the copy of the old parameters becomes the update.
@@ -280,81 +352,52 @@ class Recorder:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return stepped.intersection(map(id, self._parameters))
 
-    def _measure(self, step: _Step, update: Vector | None) -> tuple[list[str], Tensor]:
-        """The names of the gradients that are there, and their Gram matrices."""
+    def _measure(self, step: _Step, update: Vector | None) -> None:
+        assert step.gradients is not None
+        vectors = {
+            name: vector[: len(self._parameters)] for name, vector in step.gradients.vectors.items()
+        }
         watched = {} if step.rectifier is None else step.rectifier.watched
         # An average of nothing yet is absent, not zero.
         further = {name: v for name, v in watched.items() if any(x is not None for x in v)}
         if update is not None:
             further[UPDATE] = update
-        return [*step.gradients.sources, *further], step.gradients.gram(**further)
+        step.measured = self._recording.measure(
+            step.number,
+            {**vectors, **further},
+            _over_processes(step.gradients.losses),
+            {**step.gradients.weights, **{name: {name: 1.0} for name in further}},
+        )
+        step.gradients = None
 
     def _write(self) -> None:
         step, before, stepped = self._step, self._before, self._stepped
         self._step, self._before, self._stepped = None, None, set()
         if step is None:
             return
-        update: Vector | None = None
-        if stepped and before is not None:
-            # None, which is zero, for what no optimizer has stepped.
-            moved = zip(before, self._parameters, strict=True)
-            update = [tensor if id(p) in stepped else None for tensor, p in moved]
         self._expected = stepped or self._expected
-        names, gram = self._measure(step, update) if step.measured is None else step.measured
-        if not self._sources:
-            self._name_sources(step)
-        self._writer.append(
-            Row(
-                step=step.number,
-                request=0,
-                lr=step.lr,
-                wall_seconds=time.perf_counter() - self._started,
-                losses=self._spread(
-                    np.array([*step.gradients.losses.values()]), [*step.gradients.losses]
-                ),
-                gram=self._spread_gram(gram.numpy(), names),
-                rectification=self._report(step.rectifier),
-            ),
-            sources=self._sources,
-            blocks=self._blocks,
-            manifest={} if self._writer.count else self._manifest(step),
+        if step.measured is None:
+            update: Vector | None = None
+            if stepped and before is not None:
+                # None, which is zero, for what no optimizer has stepped.
+                moved = zip(before, self._parameters, strict=True)
+                update = [tensor if id(p) in stepped else None for tensor, p in moved]
+            self._measure(step, update)
+        assert step.measured is not None
+        watched = () if step.rectifier is None else tuple(step.rectifier.watched)
+        self._recording.write(
+            step.number,
+            step.measured,
+            declared=step.declared,
+            lr=step.lr,
+            n_micro=step.n_micro,
+            clip_scale=float("nan"),  # whether the loop clips is not seen
+            rectifier=step.rectifier,
+            optimizer=self._optimizer,
+            weights=step.weights,
+            watched=(*watched, *([UPDATE] if self._update else [])),
         )
 
-    def _name_sources(self, step: _Step) -> None:
-        self._losses = step.declared
-        watched: tuple[str, ...] = ()
-        if step.rectifier is not None:
-            watched, self._blocks = tuple(step.rectifier.watched), step.rectifier.blocks
-            self._rectifier = as_json(step.rectifier.options)
-        self._sources = (*step.gradients.sources, *watched, *([UPDATE] if self._update else []))
 
-    def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """The values at the places of their sources, NaN at those of the others."""
-        spread = np.full(len(self._sources), np.nan)
-        spread[[self._sources.index(name) for name in names]] = values
-        return spread
-
-    def _spread_gram(self, gram: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        k = len(self._sources)
-        places = np.array([self._sources.index(name) for name in names])
-        spread = np.full((len(gram), k, k), np.nan)
-        spread[:, places[:, None], places] = gram
-        return spread
-
-    def _report(self, rectifier: GradientTransform | None) -> np.ndarray | None:
-        if not self._blocks:
-            return None
-        report = None if rectifier is None else rectifier.report
-        if report is None:
-            return np.full((len(self._blocks), len(RECTIFICATION_COLUMNS)), np.nan)
-        return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
-
-
-def _declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:
-    """The weights of the losses that are combinations; "loss" for those that are tensors."""
-    return {
-        name: {part: float(weight) for part, weight in loss.items()}
-        if isinstance(loss, Mapping)
-        else "loss"
-        for name, loss in losses.items()
-    }
+def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:
+    return dict(zip(losses, distributed.mean([*losses.values()]), strict=True))

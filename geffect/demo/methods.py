@@ -13,38 +13,37 @@ if TYPE_CHECKING:
     import torch
 
     from geffect import Rectifier
-    from geffect.gradients import Loss
     from geffect.objectives import SharedForward
     from geffect.objectives.base import Pair
 
-Objective = Callable[["SharedForward", "Pair", Any], "dict[str, Loss]"]
+Objective = Callable[["SharedForward", "Pair", Any], dict[str, Any]]
 """From (model, batch, model before unlearning) to the loss `objective`, and its parts if any.
 
 The losses `forget` and `retain` are there already: what is a combination of them costs no pass.
 """
 
 
-def _ga(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+def _ga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     return {"objective": {"forget": -1.0}}
 
 
-def _wga(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+def _wga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     from geffect.objectives import WeightedGradientAscent
 
     return {"objective": WeightedGradientAscent(ALPHA)(model, batch)}
 
 
-def _npo(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+def _npo(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     from geffect.objectives import NPO
 
     return {"objective": NPO(BETA, reference)(model, batch)}
 
 
-def _graddiff(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+def _graddiff(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     return {"objective": {"forget": -1.0, "retain": 1.0}}
 
 
-def _npo_gd(model: "SharedForward", batch: "Pair", reference: Any) -> "dict[str, Loss]":
+def _npo_gd(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     from geffect.objectives import NPO
 
     return {

@@ -93,12 +93,12 @@ def unlearn(
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
         for batch in pairs:
             shared = SharedForward(model)
-            losses = {
+            recorder.backward(
                 **METHODS[method](shared, batch, reference),
-                "forget": nll(shared, batch["forget"]),
-                "retain": nll(shared, batch["retain"]),
-            }
-            recorder.backward(**losses, rectifier=rectifier)
+                forget=nll(shared, batch["forget"]),
+                retain=nll(shared, batch["retain"]),
+                rectifier=rectifier,
+            )
             optimizer.step()
             optimizer.zero_grad()
             forget.append(_forget_nll(model, data))

@@ -1,0 +1,165 @@
+"""The collector: takes the gradients of a step one parameter at a time, and keeps what is asked."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect import distributed, dots
+from geffect.encodings import ENCODINGS
+from geffect.gradients import Weights, combined, weighted_sum
+from geffect.layers import Parameter
+from geffect.sketch import Sketch
+
+Encoded = dict[str, dict[str, Mapping[str, np.ndarray]]]
+"""Stored gradients: the arrays of the encoding, by source and layer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the gradients of one step: all that a row of a run file says of them.
+
+    `gram` is `Float64[parameter, source, source]` in the order of `names`, `sketches` are
+    `Float32[source, layer, width]`, and `losses` those of the sources that are losses.
+    """
+
+    names: Sequence[str]
+    gram: Tensor
+    losses: Mapping[str, float]
+    sketches: Tensor | None = None
+    gradients: Encoded | None = None
+
+
+class Collector:
+    """Takes each parameter's gradients once; none of them has to be there when the next is taken.
+
+    `weights` gives the sources in terms of what is taken. With a `sketch`, the sources are folded
+    into it. With an `encoding`, a layer is encoded as soon as all of its parameters among `places`
+    have been taken; `seed` is that of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        table: Sequence[Parameter],
+        parameters: Sequence[Tensor],
+        weights: Weights,
+        *,
+        sketch: Sketch | None = None,
+        encoding: str | None = None,
+        places: Sequence[int] = (),
+        ranges: Sequence[tuple[int, int]] = (),
+        seed: str = "",
+    ) -> None:
+        self._table, self._parameters, self._weights = table, parameters, weights
+        self._basis: list[str] = []
+        self._matrices: dict[int, Tensor] = {}
+        self._sketches = None if sketch is None else _Sketches(sketch, table, parameters)
+        self._layers = (
+            None if encoding is None else _Layers(encoding, table, parameters, places, ranges, seed)
+        )
+
+    def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
+        """Take what the passes left for one parameter."""
+        local = {
+            name: None if tensor is None else distributed.local(tensor.detach())
+            for name, tensor in tensors.items()
+        }
+        self._basis = list(local)
+        self._matrices[place] = dots.gram([*local.values()])
+        if self._sketches is not None:
+            self._sketches.take(place, local)
+        if self._layers is not None:
+            for source, terms in self._weights.items():
+                tensor = weighted_sum([(local[name], weight) for name, weight in terms.items()])
+                self._layers.take(place, source, tensor)
+
+    def measured(self, losses: Mapping[str, float]) -> Measured:
+        """What is kept, after every parameter has been taken."""
+        matrices = [self._matrices[place] for place in range(len(self._table))]
+        products = dots.gathered(matrices, list(map(distributed.holders, self._parameters)))
+        return Measured(
+            names=tuple(self._weights),
+            gram=combined(products, self._basis, self._weights),
+            losses=losses,
+            sketches=None if self._sketches is None else self._sketches.of(self._weights),
+            gradients=None if self._layers is None else self._layers.encoded,
+        )
+
+
+class _Sketches:
+    """The sketch of each vector that is taken, a layer a row. Sources are combinations of them."""
+
+    def __init__(
+        self, sketch: Sketch, table: Sequence[Parameter], parameters: Sequence[Tensor]
+    ) -> None:
+        self._sketch, self._table, self._parameters = sketch, table, parameters
+        self._layers = list(dict.fromkeys(parameter.layer for parameter in table))
+        self._over = list(map(distributed.holders, parameters))
+        # What processes hold parts of adds up over them, what each holds whole does not.
+        self._folds: dict[Any, dict[str, Tensor]] = {over: {} for over in self._over}
+        self._nothing = torch.zeros(len(self._layers), sketch.width, dtype=torch.float64)
+
+    def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
+        layer = self._layers.index(self._table[place].layer)
+        start, _ = distributed.local_range(self._parameters[place])
+        folds = self._folds[self._over[place]]
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                fold = self._sketch.fold(tensor.flatten(), self._table[place].name, start)
+                folds.setdefault(name, torch.zeros_like(self._nothing))[layer] += fold.cpu()
+
+    def of(self, weights: Weights) -> Tensor:
+        total = torch.zeros(len(weights), *self._nothing.shape, dtype=torch.float64)
+        for over, folds in self._folds.items():
+            part = torch.zeros_like(total)
+            for row, terms in zip(part, weights.values(), strict=True):
+                for name, weight in terms.items():
+                    row += weight * folds.get(name, self._nothing)
+            total += distributed.summed(part, over)
+        return total.float()
+
+
+class _Layers:
+    """The gradients of a layer, held until all of its parameters are there, then encoded."""
+
+    def __init__(
+        self,
+        encoding: str,
+        table: Sequence[Parameter],
+        parameters: Sequence[Tensor],
+        places: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
+        seed: str,
+    ) -> None:
+        self._encoding, self._table, self._parameters = ENCODINGS[encoding], table, parameters
+        self._seed = seed
+        self._sizes = {p: stop - start for p, (start, stop) in zip(places, ranges, strict=True)}
+        self._members: dict[str, list[int]] = {}
+        for place in places:
+            self._members.setdefault(table[place].layer, []).append(place)
+        self._waiting: dict[tuple[str, str], dict[int, Tensor]] = {}
+        self.encoded: Encoded = {}
+
+    def take(self, place: int, source: str, tensor: Tensor | None) -> None:
+        layer = self._table[place].layer
+        if place not in self._members.get(layer, ()):
+            return
+        if tensor is None:
+            tensor = torch.zeros_like(distributed.local(self._parameters[place].detach()))
+        waiting = self._waiting.setdefault((source, layer), {})
+        # Of what several processes hold whole, one keeps all and the others nothing.
+        waiting[place] = tensor.flatten()[: self._sizes[place]]
+        if len(waiting) == len(self._members[layer]):
+            self._encode(source, layer)
+
+    def _encode(self, source: str, layer: str) -> None:
+        waiting = self._waiting.pop((source, layer))
+        whole = torch.cat([waiting[place] for place in self._members[layer]])
+        # Another seed for each vector, so that the errors of rounding are independent.
+        digest = hashlib.blake2b(f"{self._seed}/{source}/{layer}".encode(), digest_size=4).digest()
+        arrays = self._encoding.encode(whole, int.from_bytes(digest, "little"))
+        self.encoded.setdefault(source, {})[layer] = arrays

@@ -1,0 +1,66 @@
+"""What the rows of a run have in common: its first row fixes it, the others are held to it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from geffect.gradients import GradientTransform
+
+from .manifest import as_json
+
+Declared = Mapping[str, Mapping[str, float] | str]
+"""The losses of a step: weights of those that are combinations, "loss" for those that are not."""
+
+
+@dataclass
+class Known:
+    """The sources of a run, how its losses were declared, and the rectifier it ran with."""
+
+    sources: tuple[str, ...] = ()
+    declared: Declared = field(default_factory=dict)
+    rectifier: Mapping[str, Any] | None = None
+    blocks: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    last_step: int = -1
+    stored: int = 0  # rows with gradients
+    wall_seconds: float = 0.0
+
+    def check_sources(self, names: Iterable[str]) -> None:
+        """Refuse gradients that the first step did not have: they have no place in the file."""
+        new = [name for name in names if self.sources and name not in self.sources]
+        if new:
+            raise ValueError(
+                "The gradients of a step should be among those of the first step of the run: "
+                f"{', '.join(self.sources)}. Found {', '.join(new)} as well. Name every loss, and "
+                "pass the rectifier, in the first step; or record into another file."
+            )
+
+    def check_weights(self, names: Iterable[str]) -> None:
+        """Refuse implicit weights that the first step did not have."""
+        new = [name for name in names if self.sources and name not in self.weights]
+        if new:
+            raise ValueError(
+                "The implicit weights of a step should be among those of the first step of the "
+                f"run: {', '.join(self.weights) or 'none'}. Found {', '.join(new)} as well. Pass "
+                "them in the first step, or record into another file."
+            )
+
+    def check_rectifier(self, rectifier: GradientTransform) -> None:
+        """Refuse a rectifier that is set up in another way than that of the first step."""
+        options = as_json(rectifier.options)
+        if self.sources and (options != self.rectifier or rectifier.blocks != self.blocks):
+            raise ValueError(
+                f"The rectifier should be set up as in the first step of the run: "
+                f"{self.rectifier} for {', '.join(self.blocks)}. Found {options} for "
+                f"{', '.join(rectifier.blocks)}. Set it up the same, or record into another file."
+            )
+
+    def check_declared(self, declared: Declared) -> None:
+        """Refuse a combination of losses with other weights than in the first step."""
+        for name, weights in declared.items():
+            first = self.declared.get(name, weights)
+            if weights != first and "loss" not in (weights, first):
+                raise ValueError(
+                    f"The weights of loss `{name}` should stay those of the first step of the run: "
+                    f"{first}. Found {weights}. Declare it the same, or record into another file."
+                )

@@ -1,0 +1,392 @@
+"""A recording: from what was measured of the gradients of one step to the row of a run file.
+
+The recorder, the callback of a trainer and the replay of checkpoints come by gradients in ways of
+their own; what a run file is told of them, and what happens when it cannot be written, is here.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from geffect import distributed
+from geffect.gradients import GradientTransform, Vector, Weights
+from geffect.layers import describe, trainable
+from geffect.store.background import BackgroundWriter
+from geffect.store.reader import Run
+from geffect.store.schema import RECTIFICATION_COLUMNS, Contents, Row, RunFileError, StoredGradients
+from geffect.store.shards import ShardWriter
+from geffect.store.size import projected_bytes
+from geffect.store.writer import RunWriter
+
+from .collector import Collector, Measured
+from .keep import Keep, kept
+from .known import Declared, Known
+from .manifest import as_json, manifest
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "warn"]
+
+WAITING_BYTES = 2**30
+"""How many bytes of gradients may wait for the disk before training does."""
+
+
+class Recording:
+    """Writes what was measured at each step into a run file.
+
+    - `store`: what is kept beside the Gram matrices, a word or a `Keep`.
+    - `steps`: those that are going to be recorded, where that is known. The size of the file is
+      then told at the start, and a run that would not fit the disk is refused.
+    - `drop_after`: with `resume`, later steps of the file are given up; they will come again.
+    - `on_error`: whether a file that cannot be written ends training with the error, or is warned
+      of once; what was recorded until then stays readable either way.
+    - `provenance`: more for the manifest, from whoever came by the gradients.
+
+    Under `torch.distributed` every rank has one and calls it alike; the file is rank 0's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        store: str | Keep = "gram",
+        steps: Collection[int] | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        drop_after: int | None = None,
+        on_error: OnError = "raise",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        distributed.check_layout(model)
+        self.path = Path(path).resolve()
+        self.table = describe(model)
+        self.parameters = list(trainable(model).values())
+        self.failed = False
+        self._model = model
+        self._metadata = as_json(metadata or {})
+        self._provenance = as_json(provenance or {})
+        self._keep = kept(store)
+        self._places = self._keep.places(self.table) if self._keep.gradients else ()
+        self._steps = steps
+        self._on_error = on_error
+        self._begun = self._closed = False
+        self._failure: OSError | None = None
+        self._writer: RunWriter | BackgroundWriter | ShardWriter | None = None
+        self._ranges = self._shard_ranges()
+        known = Known()
+        with distributed.together():
+            if distributed.is_writer():
+                known = self._open(overwrite=overwrite, resume=resume, drop_after=drop_after)
+        self.known = distributed.from_first(known)
+        self._started = time.perf_counter() - self.known.wall_seconds
+
+    @property
+    def next_step(self) -> int:
+        """The number after that of the last step in the file."""
+        return self.known.last_step + 1
+
+    def collector(self, step: int, weights: Weights) -> Collector:
+        """What takes the gradients of a step, so that what is to be kept of them is kept."""
+        stored = self._keep.gradients if self._keep.when(step) else None
+        return Collector(
+            self.table,
+            self.parameters,
+            weights,
+            sketch=self._keep.sketch,
+            encoding=stored,
+            places=self._places,
+            ranges=self._ranges[distributed.rank() if len(self._ranges) > 1 else 0],
+            seed=str(step),
+        )
+
+    def measure(
+        self,
+        step: int,
+        vectors: Mapping[str, Vector],
+        losses: Mapping[str, float],
+        weights: Weights | None = None,
+    ) -> Measured:
+        """What is to be kept of gradients that are all there.
+
+        `weights` gives the sources in terms of the vectors; without it they are the sources.
+        """
+        collector = self.collector(step, weights or {name: {name: 1.0} for name in vectors})
+        for place in range(len(self.parameters)):
+            collector.take(place, {name: vector[place] for name, vector in vectors.items()})
+        return collector.measured(losses)
+
+    def announce(self, sources: Sequence[str]) -> None:
+        """Tell how large the file will be, and refuse a run that would not fit the disk."""
+        if not distributed.is_writer():
+            return
+        steps = [0] if self._steps is None else list(self._steps)
+        stored = sum(map(self._keep.when, steps)) if self._keep.gradients else 0
+        contents = self._contents(sources=tuple(sources), blocks=(), weights=(), manifest={})
+        size = projected_bytes(self.table, contents, len(steps), stored)
+        room = shutil.disk_usage(self.path.parent).free
+        rows = "a step" if self._steps is None else f"{len(steps)} steps"
+        level = logging.WARNING if self._keep.gradients else logging.INFO
+        log.log(level, "%s will take %s for %s", self.path, _bytes(size), rows)
+        if size > room:
+            raise RunFileError(
+                f"The disk of `{self.path}` should have room for the run: {_bytes(size)} for "
+                f"{rows}. Found {_bytes(room)} free. Record fewer steps, keep less of them "
+                '(store="sketch", or Keep with `match` and `when`), or record on another disk.'
+            )
+
+    def write(
+        self,
+        step: int,
+        measured: Measured,
+        *,
+        declared: Declared,
+        batch: int = 0,
+        epoch: float = float("nan"),
+        lr: float = float("nan"),
+        n_micro: int = 1,
+        clip_scale: float = 1.0,
+        skipped: bool = False,
+        rectifier: GradientTransform | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Sequence[float]] | None = None,
+        watched: Sequence[str] = (),
+    ) -> None:
+        """Write one row. The first one fixes the sources, among them `watched` ones to come."""
+        if self.failed:
+            return
+        if not self.known.sources:
+            self._fix(measured, declared, rectifier, weights or {}, watched)
+        if not self._begun:
+            with distributed.together():
+                self.announce(self.known.sources)
+        row = Row(
+            step=step,
+            batch=batch,
+            epoch=epoch,
+            lr=lr,
+            wall_seconds=time.perf_counter() - self._started,
+            n_micro=n_micro,
+            clip_scale=clip_scale,
+            skipped=skipped,
+            losses=self._spread(np.array([*measured.losses.values()]), [*measured.losses]),
+            gram=self._spread_gram(measured),
+            rectification=self._report(rectifier),
+            weights=self._statistics(weights or {}),
+            sketches=self._spread_sketches(measured),
+            gradients=measured.gradients,
+        )
+        self._guarded(lambda: self._append(row, rectifier, optimizer))
+        if self._on_error == "warn":
+            self.failed = distributed.anywhere(self.failed)
+        self.known.last_step = step
+
+    def keep(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
+        """Keep a table with the run, such as effects of samples; one of that name is replaced."""
+        if isinstance(self._writer, RunWriter | BackgroundWriter) and not self.failed:
+            writer = self._writer
+            self._guarded(lambda: writer.keep(name, columns))
+
+    def check_open(self) -> None:
+        """Refuse to go on after the end, or after a failure that not all processes know of yet.
+
+        To be called on all of them inside of `distributed.together`.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        matters = self._closed or self._on_error == "raise"
+        if matters and isinstance(self._writer, RunWriter | BackgroundWriter):
+            self._writer.check_open()
+
+    def close(self, *, complete: bool) -> None:
+        """End the recording; a file that is not complete stays marked as open."""
+        if self._writer is not None:
+            writer = self._writer
+            self._guarded(lambda: writer.close(complete=complete and not self.failed))
+        self._closed = True
+        if self._failure is not None:
+            raise self._failure
+
+    def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> Known:
+        writer = RunWriter(
+            self.path, self.table, overwrite=overwrite, resume=resume, drop_after=drop_after
+        )
+        self._writer = BackgroundWriter(writer, WAITING_BYTES) if self._keep.gradients else writer
+        run = writer.resumed
+        if run is None:
+            return Known()
+        try:
+            return self._continued(run, writer.gradient_rows)
+        except BaseException:
+            writer.close(complete=False)
+            raise
+
+    def _continued(self, run: Run, stored: int) -> Known:
+        if run.metadata != self._metadata:
+            raise ValueError(
+                f"`metadata` should be that of the run in `{run.path}` to continue it: "
+                f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
+                "another file."
+            )
+        return Known(
+            sources=run.sources,
+            declared=run.manifest["losses"],
+            rectifier=run.manifest["rectifier"],
+            blocks=run.contents.blocks,
+            weights=run.contents.weights,
+            last_step=int(run.steps[-1]) if len(run.steps) else -1,
+            stored=stored,
+            wall_seconds=float(run.column("wall_seconds")[-1]) if len(run.steps) else 0.0,
+        )
+
+    def _shard_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """What each rank writes of the stored gradients; one rank all where nothing is sharded."""
+        stored = [self.parameters[place] for place in self._places]
+        if not any(map(distributed.is_sharded, stored)):
+            return (tuple((0, tensor.numel()) for tensor in stored),)
+        if self._keep.gradients not in ("full", "bf16"):
+            raise ValueError(
+                '`store` should be "full" or "bf16" to keep the gradients of a sharded model: '
+                "the blocks of the other encodings would straddle its shards. Found "
+                f"`{self._keep.gradients}`. Choose one of those, or a sketch."
+            )
+        return distributed.shard_ranges(stored)
+
+    def _fix(
+        self,
+        measured: Measured,
+        declared: Declared,
+        rectifier: GradientTransform | None,
+        weights: Mapping[str, Sequence[float]],
+        watched: Sequence[str],
+    ) -> None:
+        self.known.sources = tuple(dict.fromkeys([*measured.names, *watched]))
+        self.known.declared = declared
+        self.known.weights = tuple(weights)
+        if rectifier is not None:
+            self.known.rectifier = as_json(rectifier.options)
+            self.known.blocks = rectifier.blocks
+
+    def _append(
+        self,
+        row: Row,
+        rectifier: GradientTransform | None,
+        optimizer: Mapping[str, Any] | None,
+    ) -> None:
+        if not self._begun:
+            self._begin(rectifier, optimizer)
+        if self._writer is not None:
+            self._writer.append(row)
+
+    def _begin(
+        self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
+    ) -> None:
+        contents = self._contents(
+            sources=self.known.sources,
+            blocks=self.known.blocks,
+            weights=self.known.weights,
+            manifest=manifest(
+                self._model,
+                losses=self.known.declared,
+                rectifier=None if rectifier is None else rectifier.options,
+                optimizer=optimizer,
+                metadata=self._metadata,
+                **self._provenance,
+            ),
+        )
+        self._begun = True
+        if distributed.is_writer():
+            assert isinstance(self._writer, RunWriter | BackgroundWriter)
+            self._writer.begin(contents)
+        elif contents.gradients is not None and len(self._ranges) > 1:
+            self._writer = ShardWriter(
+                self.path, self.table, contents, distributed.rank(), first=self.known.stored
+            )
+
+    def _contents(
+        self,
+        *,
+        sources: tuple[str, ...],
+        blocks: tuple[str, ...],
+        weights: tuple[str, ...],
+        manifest: Mapping[str, object],
+    ) -> Contents:
+        gradients = (
+            StoredGradients(self._keep.gradients, self._places, self._ranges)
+            if self._keep.gradients
+            else None
+        )
+        return Contents(
+            sources=sources,
+            manifest=manifest,
+            blocks=blocks,
+            weights=weights,
+            sketch=self._keep.sketch,
+            gradients=gradients,
+        )
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do something to the file; what happens when it cannot be done is the user's choice."""
+        try:
+            action()
+        except OSError as error:
+            if self._on_error == "raise" or self._closed:
+                if distributed.process_count() == 1:
+                    raise
+                # The others would wait for this process: all of them raise it at the next step.
+                self._failure = error
+                return
+            self.failed = True
+            log.warning("%s Training goes on, and nothing more is recorded.", error)
+
+    def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """The values at the places of their sources, NaN at those of the others."""
+        sources = self.known.sources
+        spread = np.full((len(sources), *values.shape[1:]), np.nan, dtype=values.dtype)
+        spread[[sources.index(name) for name in names]] = values
+        return spread
+
+    def _spread_gram(self, measured: Measured) -> np.ndarray:
+        k = len(self.known.sources)
+        places = np.array([self.known.sources.index(name) for name in measured.names], dtype=int)
+        gram = measured.gram.numpy()
+        spread = np.full((len(gram), k, k), np.nan)
+        spread[:, places[:, None], places] = gram
+        return spread
+
+    def _spread_sketches(self, measured: Measured) -> np.ndarray | None:
+        if measured.sketches is None:
+            return None
+        return self._spread(measured.sketches.numpy(), measured.names)
+
+    def _statistics(self, weights: Mapping[str, Sequence[float]]) -> np.ndarray | None:
+        if not self.known.weights:
+            return None
+        absent = (float("nan"),) * 4
+        return np.array([weights.get(name, absent) for name in self.known.weights])
+
+    def _report(self, rectifier: GradientTransform | None) -> np.ndarray | None:
+        if not self.known.blocks:
+            return None
+        report = None if rectifier is None else rectifier.report
+        if report is None:
+            return np.full((len(self.known.blocks), len(RECTIFICATION_COLUMNS)), np.nan)
+        return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
