@@ -30,7 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --constraint constraints.txt --group test
+	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets]"
 	touch $@
 
 clean:

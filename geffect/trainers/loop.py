@@ -1,0 +1,115 @@
+"""What the events of a `transformers.Trainer` leave unsaid: by whom, and what clipping did."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+from transformers import Trainer
+
+from geffect import distributed
+
+STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
+"""Optimizers, as the Trainer knows them, that are done when the backward pass is."""
+
+INSTEAD = (
+    "What works: DDP or FSDP2 with an ordinary optimizer; or train as you do, save checkpoints, "
+    "and record what `geffect.replay` finds in them."
+)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop that fires an event: its Trainer, and the gradient norm it found before clipping."""
+
+    trainer: Trainer
+    grad_norm: Tensor | float | None
+
+
+def firing_loop() -> Loop:
+    """The loop that fires the event which is being handled.
+
+    Events come with model, optimizer and state, but without the Trainer, who has the log and the
+    precision, and without the gradient norm, of which clipping leaves no trace in the gradients.
+    Both stand in the frame that the event was fired from: `self` is a Trainer there, and its local
+    variable `grad_norm`, which it logs later, is set when `on_pre_optimizer_step` fires.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError(
+            "The events of `GEffectCallback` should be fired by a `transformers.Trainer`. Found "
+            "none among the callers. In a loop of your own use `geffect.Recorder`."
+        )
+    return Loop(frame.f_locals["self"], frame.f_locals.get("grad_norm"))
+
+
+def clip_scale(grad_norm: Tensor | float | None, max_grad_norm: float | None) -> float:
+    """What clipping has multiplied the gradient by: min(1, max norm / (norm + 1e-6)).
+
+    `grad_norm` is the norm before. Computed as torch does it, in the type of the norm, so that it
+    is the very number.
+
+    >>> round(clip_scale(torch.tensor(4.0), 1.0), 6), clip_scale(torch.tensor(0.5), 1.0)
+    (0.25, 1.0)
+    """
+    if not max_grad_norm:
+        return 1.0
+    if grad_norm is None:
+        raise RuntimeError(
+            "The loop of the Trainer should keep the gradient norm in a variable `grad_norm`, as "
+            "that of transformers does. Found none, so how far gradients are clipped cannot be "
+            "told. Pass max_grad_norm=0.0, and clip in a callback that is added after this one."
+        )
+    return float(torch.clamp(max_grad_norm / (torch.as_tensor(grad_norm) + 1e-6), max=1.0))
+
+
+def loss_scale(scaler: GradScaler | None) -> float:
+    """What a GradScaler multiplies the loss by. It is smaller after a step that it has skipped."""
+    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+
+def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> float:
+    """What the gradients are still multiplied by: the loss scale, until the scaler takes it out.
+
+    Older Trainers leave that to the optimizer's step where nothing is clipped.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    stage = scaler._per_optimizer_states[id(unwrapped(optimizer))]["stage"]
+    return loss_scale(scaler) if stage is OptState.READY else 1.0
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, without what accelerate put around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_gradients_can_be_had(
+    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse training in which no gradient is there to be seen between backward and step."""
+    found = _without_gradients(trainer, model, optimizer)
+    if found:
+        raise RuntimeError(
+            "Training should leave the gradient of the step in `.grad` until the optimizer steps. "
+            f"Found {found} {INSTEAD}"
+        )
+    distributed.check_layout(model)
+
+
+def _without_gradients(
+    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> str | None:
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed, which steps inside of its backward pass and keeps gradients to itself."
+    kind = type(unwrapped(optimizer)).__name__
+    if kind in STEPS_IN_BACKWARD:
+        return f"`{kind}`, which steps each layer inside of the backward pass."
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
+        return "optimizers that step inside of the backward pass and free the gradient there."
+    return None

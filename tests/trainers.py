@@ -1,0 +1,95 @@
+"""Trainers of tiny models, and one that notes what goes on inside of it."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tests import tiny
+
+
+def samples(count: int = 7, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Rows of a data set; with three micro-batches a step, the last window is not full."""
+    rows = [tiny.batch(seed + i, rows=1) for i in range(count)]
+    return [{name: value[0] for name, value in row.items()} for row in rows]
+
+
+def trainer(
+    folder: Path,
+    model: nn.Module,
+    *callbacks: TrainerCallback,
+    kind: type[Trainer] = Trainer,
+    data: Sequence[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A Trainer on the CPU: 2 epochs of 3 steps, of which each third has one micro-batch of 3."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.1,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return kind(
+        model,
+        TrainingArguments(**arguments | options),
+        train_dataset=samples() if data is None else data,
+        callbacks=list(callbacks),
+    )
+
+
+class Noting(Trainer):
+    """A Trainer that notes parameters, data and unclipped gradients of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.models: list[nn.Module] = []  # copies, as each step begins, and at the end
+        self.windows: list[list[dict[str, Tensor]]] = []
+        self.unclipped: list[list[Tensor]] = []
+        self.clipped: list[list[Tensor]] = []
+        self.add_callback(_Notes(self))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The step, and a note of what was accumulated."""
+        self.windows[-1].append({name: value.clone() for name, value in inputs.items()})
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.unclipped[-1] = [p.grad.clone() for p in model.parameters()]
+        return loss
+
+
+class _Notes(TrainerCallback):
+    def __init__(self, trainer: Noting) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.trainer.models.append(copy.deepcopy(model))
+        self.trainer.windows.append([])
+        self.trainer.unclipped.append([])
+
+    def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.trainer.clipped.append([p.grad.clone() for p in model.parameters()])
+
+    def on_train_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.trainer.models.append(copy.deepcopy(model))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal to the last bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
