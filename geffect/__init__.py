@@ -1,8 +1,9 @@
 """geffect: what an unlearning run does to a model, layer by layer, and how to mend it.
 
-`Recorder` writes the gradients of a training loop into a run file, `open_run` reads one,
-`Rectifier` keeps unlearning steps from harming what should stay. Scores are in `geffect.analysis`,
-pictures in `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`.
+`Recorder` writes the gradients of a training loop into a run file, `replay` those of checkpoints
+that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `Rectifier` keeps
+unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
+`geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`.
 """
 
 from importlib import import_module
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .capture import Recorder
+    from .capture.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
 
-__all__ = ["Recorder", "Rectifier", "Run", "RunFileError", "open_run"]
+__all__ = ["Recorder", "Rectifier", "Run", "RunFileError", "open_run", "replay"]
 
 # Loaded when first asked for: reading a run file needs no torch.
 _HOMES = {
@@ -22,6 +24,7 @@ _HOMES = {
     "Run": "store",
     "RunFileError": "store",
     "open_run": "store",
+    "replay": "capture.replay",
 }
 
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from . import demo, info, plot, report, scores, validate
+from . import demo, info, plot, replay, report, scores, validate
 
 app = typer.Typer(
     help="See what an unlearning run does to a language model, layer by layer, and mend it.",
@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for subcommand in (demo, info, scores, plot, report, validate):
+for subcommand in (demo, info, scores, plot, report, replay, validate):
     app.command(subcommand.__name__.rpartition(".")[2])(subcommand.command)
 
 
@@ -21,6 +21,6 @@ def main() -> None:
     """Run the command line. Exit code 0: done; 1: it could not be done; 2: it was asked wrongly."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"geffect: {error}", err=True)
         sys.exit(1)

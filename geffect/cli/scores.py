@@ -31,12 +31,19 @@ def command(
         Path | None,
         typer.Option(callback=written_as(".csv"), help="Write the whole table there."),
     ] = None,
+    intervals: Annotated[
+        bool,
+        typer.Option(
+            "--intervals",
+            help="With 95 % bootstrap intervals over the batches of each step of a replay.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute a score for every step: print a summary, or give the table as CSV or JSON."""
     from geffect import open_run
 
-    table = table_of(open_run(run), score, by, between)
+    table = table_of(open_run(run), score, by, between, intervals=intervals)
     if csv is not None:
         table.to_csv(csv, index=False)
         typer.echo(f"{len(table)} rows in {csv}")
@@ -54,7 +61,7 @@ def _show(table: "pd.DataFrame") -> None:
 
     from geffect.scores import score_of
 
-    names = [column for column in table.columns if column not in ("step", "value")]
+    names = [c for c in table.columns if c not in ("step", "value", "low", "high")]
     summary = table.groupby(names, observed=True)["value"].agg(["first", "median", "last"])
     steps = f"{table['step'].nunique()} steps, {table['step'].min()} to {table['step'].max()}"
     shown = Table(title=f"{score_of(table).label}: {steps}", title_justify="left")

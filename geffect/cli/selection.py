@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,19 +44,25 @@ BetweenOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
 
 
-def table_of(run: "Run", score: ScoreName, by: By, between: str) -> "pd.DataFrame":
-    """The table of a score of a run."""
+def table_of(
+    run: "Run", score: ScoreName, by: By, between: str, *, intervals: bool = False
+) -> "pd.DataFrame":
+    """The table of a score of a run, with the columns `low` and `high` where `intervals` is set."""
     from geffect import analysis
 
     first, second = _pair(between)
-    tables: dict[ScoreName, Callable[[], pd.DataFrame]] = {
-        ScoreName.G_EFFECT: lambda: analysis.g_effect(run, by),
-        ScoreName.COSINE: lambda: analysis.cosine(run, first, second, by),
-        ScoreName.CONFLICT: lambda: analysis.conflict(run, first, second, by),
-        ScoreName.PREDICTED_CHANGE: lambda: analysis.predicted_change(run, by),
-        ScoreName.VIOLATION: lambda: analysis.violation(run, by),
+    pair = {"a": first, "b": second}
+    scores: dict[ScoreName, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
+        ScoreName.G_EFFECT: (analysis.g_effect, {}),
+        ScoreName.COSINE: (analysis.cosine, pair),
+        ScoreName.CONFLICT: (analysis.conflict, pair),
+        ScoreName.PREDICTED_CHANGE: (analysis.predicted_change, {}),
+        ScoreName.VIOLATION: (analysis.violation, {}),
     }
-    return tables[score]()
+    function, how = scores[score]
+    if intervals:
+        return analysis.intervals(function, run, by=by, **how)
+    return function(run, by=by, **how)
 
 
 def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:

@@ -1,0 +1,118 @@
+"""Intervals: how certain a score is, from the batches that its steps were measured on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from geffect.store import Run
+
+_AT_ONCE = 2**26
+"""How many bytes of rows are drawn at a time."""
+
+
+def intervals(
+    score: Callable[..., pd.DataFrame],
+    run: Run,
+    *,
+    level: float = 0.95,
+    replicates: int = 1000,
+    seed: int = 0,
+    **how: Any,
+) -> pd.DataFrame:
+    """The table of `score(run, **how)` with `low` and `high`, a bootstrap interval over batches.
+
+    In every replicate the rows of each step are drawn anew with replacement, and the score is
+    computed from their mean; `low` and `high` are the percentiles of its values that hold `level`
+    of them between. NaN where a step has one row, or where the score is undefined in a replicate.
+    An estimator's bias is in all replicates alike, and so in no interval.
+
+    Steps of several rows come from `geffect.replay`.
+
+    >>> from geffect.analysis import g_effect
+    >>> table = intervals(g_effect, example_run(), by="model", replicates=10)
+    >>> table[["effect", "value", "low", "high"]]
+           effect  value  low  high
+    0  unlearning   -4.0  NaN   NaN
+    1   retaining   -1.0  NaN   NaN
+    """
+    if not (0 < level < 1 and replicates > 0):
+        raise ValueError(
+            "`level` should be between 0 and 1, and `replicates` at least 1. Found "
+            f"`level = {level}` and `replicates = {replicates}`. Pass, say, level=0.95."
+        )
+    rng = np.random.default_rng(seed)
+    held = _held(run)
+    with np.errstate(invalid="ignore"):  # an estimate of a squared norm may be negative
+        table = score(held, **how)
+        at_once = _AT_ONCE // held.nbytes or 1 if _is_of_each_step(score, held, how, table) else 1
+        drawn = [held.resampled(rng).drawn for _ in range(replicates)]
+        values = [
+            _values(score, held, drawn[start : start + at_once], how)
+            for start in range(0, replicates, at_once)
+        ]
+        low, high = np.quantile(np.vstack(values), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    alone = table["step"].isin(run.steps[run.rows == 1])
+    return table.assign(low=np.where(alone, np.nan, low), high=np.where(alone, np.nan, high))
+
+
+@dataclass(frozen=True)
+class _Held(Run):
+    """A run whose rows are read from the file once, for it and all that is drawn from it."""
+
+    origin: Run
+    arrays: dict[tuple[str, tuple[int, ...]], NDArray[Any]] = field(default_factory=dict)
+
+    def read(self, name: str, *entry: int) -> NDArray[Any]:
+        if (name, entry) not in self.arrays:
+            self.arrays[name, entry] = self.origin.read(name, *entry)
+        return self.arrays[name, entry][self.drawn]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what has been read."""
+        return sum(array.nbytes for array in self.arrays.values()) or 1
+
+
+def _held(run: Run) -> _Held:
+    given = {f.name: getattr(run, f.name) for f in fields(Run)}
+    return _Held(**given | {"drawn": np.arange(len(run.drawn)), "origin": run})
+
+
+def _values(
+    score: Callable[..., pd.DataFrame],
+    held: _Held,
+    drawn: Sequence[NDArray[np.int64]],
+    how: dict[str, Any],
+) -> NDArray[np.float64]:
+    """The values of the score, one line for each of the draws."""
+    count, steps = len(drawn), len(held.steps)
+    if count == 1:
+        return score(replace(held, drawn=drawn[0]), **how)["value"].to_numpy()[np.newaxis]
+    table = score(_one_after_the_other(held, drawn), **how)
+    by_draw = (table["step"] // steps).argsort(kind="stable")
+    return table["value"].to_numpy()[by_draw].reshape(count, -1)
+
+
+def _one_after_the_other(held: _Held, drawn: Sequence[NDArray[np.int64]]) -> _Held:
+    """All draws as the steps of one run: a table costs far more than the numbers in it."""
+    return replace(
+        held,
+        steps=np.arange(len(drawn) * len(held.steps)),
+        rows=np.tile(held.rows, len(drawn)),
+        drawn=np.concatenate(drawn),
+    )
+
+
+def _is_of_each_step(
+    score: Callable[..., pd.DataFrame], held: _Held, how: dict[str, Any], table: pd.DataFrame
+) -> bool:
+    """Whether the score of a step knows nothing of the others, so that steps can be added."""
+    twice = score(_one_after_the_other(held, [held.drawn] * 2), **how)
+    if len(twice) != 2 * len(table):
+        return False
+    both = _values(score, held, [held.drawn] * 2, how)
+    return all(np.array_equal(values, table["value"], equal_nan=True) for values in both)

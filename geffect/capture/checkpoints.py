@@ -1,0 +1,229 @@
+"""Checkpoints that exist as folders, and the one model that holds the weights of each in turn."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from geffect.gradients import Vector
+from geffect.layers import trainable
+
+Folder = str | os.PathLike[str]
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_NUMBERED = re.compile(r"checkpoint-(\d+)")
+
+
+def by_step(folders: Sequence[Folder]) -> dict[int, Path]:
+    """The checkpoints by the number of their step.
+
+    Those named as trainers name them, `checkpoint-500`, have that number, and are put in its order;
+    any other has the place after the one before it.
+
+    >>> {step: str(folder) for step, folder in by_step(["original", "checkpoint-9"]).items()}
+    {0: 'original', 9: 'checkpoint-9'}
+    """
+    paths = list(map(Path, folders))
+    if not paths:
+        raise ValueError("`checkpoints` should be one folder or more. Found none. Name some.")
+    # Sorted among themselves: a shell gives checkpoint-10 before checkpoint-5.
+    ordered = iter(sorted(filter(_number, paths), key=lambda path: int(_number(path) or 0)))
+    steps: dict[int, Path] = {}
+    step = -1
+    for path in (next(ordered) if _number(path) else path for path in paths):
+        own = _number(path)
+        previous, step = step, step + 1 if own is None else int(own)
+        if step <= previous:
+            raise ValueError(
+                f"The steps of `checkpoints` should increase. Found `{path}` after step "
+                f"{previous}. Name them in the order of the run, each once; rename a folder to "
+                "number it."
+            )
+        steps[step] = path
+    return steps
+
+
+def _number(path: Path) -> str | None:
+    found = _NUMBERED.fullmatch(path.name)
+    return found[1] if found else None
+
+
+class Loader:
+    """One model, into which checkpoint after checkpoint is loaded, in eval mode.
+
+    A checkpoint is a folder as `save_pretrained` leaves it: of a model, or of an adapter, whose
+    base model is `base` or else the one that it names. The first is instantiated; of those that
+    follow only the weights are read, and their names and shapes have to be the same. Nothing is
+    written.
+    """
+
+    def __init__(self, *, base: Folder | None = None, device: str | torch.device = "cpu") -> None:
+        self._base = base
+        self._device = device
+        self._model: Any = None
+        self._adapter: Any = None
+        self._loaded: Path | None = None
+
+    def load(self, folder: Folder) -> nn.Module:
+        """The model with the weights of a checkpoint."""
+        path = Path(folder)
+        check_folder(path)
+        if self._model is None:
+            self._adapter = _adapter_config(path)
+            model = _model_of(path) if self._adapter is None else self._adapted(path)
+            model.config.use_cache = False
+            self._model = model.eval().to(self._device)
+        elif path != self._loaded:
+            held = self._held()
+            with torch.no_grad():
+                for name, tensor in self._stored(path, held):
+                    held[name].copy_(tensor)
+        self._loaded = path
+        loaded: nn.Module = self._model
+        return loaded
+
+    def change(self, folder: Folder) -> Vector:
+        """The weights of a checkpoint minus those that are loaded, in the order of `trainable`."""
+        path = Path(folder)
+        check_folder(path)
+        held = self._held()
+        there = {held[name].data_ptr(): tensor for name, tensor in self._stored(path, held)}
+        changes = []
+        for parameter in trainable(self._model).values():
+            here = parameter.detach()
+            exact = torch.promote_types(here.dtype, torch.float32)
+            changes.append(there[here.data_ptr()].to(here.device, exact) - here)
+        return changes
+
+    def _held(self) -> dict[str, Tensor]:
+        """The tensors of the model, by their names in a checkpoint."""
+        if self._adapter is None:
+            return dict(self._model.state_dict())
+        from peft.utils import get_peft_model_state_dict
+
+        return dict(get_peft_model_state_dict(self._model, save_embedding_layers=False))
+
+    def _stored(self, path: Path, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a checkpoint, one after the other; they have to be those of the model."""
+        should = f"`{path}` should be a checkpoint of the same model as `{self._loaded}`."
+        if _adapter_config(path) != self._adapter:
+            raise ValueError(
+                f"{should} Found another kind, or an adapter that is set up in another way. Replay "
+                "it by itself, into another file."
+            )
+        files = _files(path)
+        tensors = _read(files)
+        if not files.keys() <= held.keys() and self._adapter is None:
+            # Saved under other names than the model has: transformers knows how to translate.
+            whole = _once_each(_model_of(path).state_dict())
+            files, tensors = whole, iter(whole.items())
+        # Tied tensors are stored under one name: two are those of another model, that unties them.
+        found = {held[name].data_ptr(): name for name in files if name in held}
+        other = [name for name in files if name not in held or found[held[name].data_ptr()] != name]
+        other += [name for name, tensor in held.items() if tensor.data_ptr() not in found]
+        if other:
+            raise ValueError(
+                f"{should} Found {len(other)} tensors that only one of them has, the first of them "
+                f"{other[:3]}. Replay it by itself, into another file."
+            )
+        for name, tensor in tensors:
+            if tensor.shape != held[name].shape:
+                raise ValueError(
+                    f"{should} Found `{name}` of shape {tuple(tensor.shape)}, not "
+                    f"{tuple(held[name].shape)}. Replay it by itself, into another file."
+                )
+            yield name, tensor
+
+    def _adapted(self, path: Path) -> Any:
+        from peft import PeftModel
+
+        base = self._base or self._adapter.base_model_name_or_path
+        return PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
+
+
+def check_folder(folder: Folder) -> None:
+    """Refuse what is no checkpoint, before anything is loaded."""
+    path = Path(folder)
+    should = (
+        f"A checkpoint should be a folder with `{CONFIG}` or `{ADAPTER_CONFIG}` and safetensors, "
+        "as save_pretrained leaves it."
+    )
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise FileNotFoundError(f"{should} Found {found} at `{path}`. Check the path.")
+    if not ((path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file()):
+        raise FileNotFoundError(
+            f"{should} Found a folder without either at `{path}`, with "
+            f"{sorted(inside.name for inside in path.iterdir())[:5]}. Check the path."
+        )
+
+
+def tokenizer_of(folders: Iterable[Folder]) -> Any:
+    """The tokenizer in the first of the folders that has one."""
+    from transformers import AutoTokenizer
+
+    folders = list(folders)
+    for folder in folders:
+        if (Path(folder) / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder)
+    raise FileNotFoundError(
+        "A tokenizer should be with the checkpoints. Found no `tokenizer_config.json` in "
+        f"{', '.join(f'`{folder}`' for folder in folders)}. Name the folder of one."
+    )
+
+
+def _once_each(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The tensors under their first names."""
+    first = {tensors[name].data_ptr(): name for name in reversed(tensors)}
+    return {name: tensors[name] for name in first.values()}
+
+
+def _model_of(source: Folder) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # In the precision in which it was saved.
+    return AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto")
+
+
+def _adapter_config(path: Path) -> Any:
+    """How an adapter is set up; None for a checkpoint that is not one."""
+    if not (path / ADAPTER_CONFIG).is_file():
+        return None
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ImportError(
+            f"`peft` should be installed to replay the adapter `{path}`. Found no such package. "
+            "Run `pip install peft`."
+        ) from error
+    return PeftConfig.from_pretrained(str(path))
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """The tensors of a checkpoint by name, each with the file that it is in."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: path / file for name, file in named.items()}
+    single = [path / "adapter_model.safetensors", path / "model.safetensors"]
+    for file in filter(Path.is_file, single):
+        with safe_open(file, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
+    raise FileNotFoundError(
+        f"`{path}` should hold its weights as safetensors. Found "
+        f"{sorted(inside.name for inside in path.iterdir())[:5]}. Save it again with "
+        "save_pretrained."
+    )
+
+
+def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in dict.fromkeys(files.values()):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)

@@ -1,0 +1,158 @@
+"""Intervals: those of a plain bootstrap, for every score, from one reading of the file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from geffect import Run, open_run
+from geffect.analysis import conflict, cosine, g_effect, intervals, predicted_change
+from geffect.layers import Parameter
+from geffect.store import reader
+from geffect.store.schema import VERSION, Contents, Row
+from geffect.store.writer import RunWriter
+
+SOURCES = ("objective", "forget", "retain", "update")
+
+
+def write(path: Path, grams: dict[int, np.ndarray]) -> Run:
+    """A run of Gram matrices (row, parameter, source, source) by step."""
+    parameters = [
+        Parameter(
+            name=f"model.layers.{i}.mlp.up_proj.weight", layer=f"layer {i}", group="shallow",
+            index=i, module="mlp.up_proj", shape=(2,), dtype="float32", tied_to=(),
+        )
+        for i in range(next(iter(grams.values())).shape[1])
+    ]  # fmt: skip
+    writer = RunWriter(path, parameters)
+    manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
+    writer.begin(Contents(sources=SOURCES, manifest=manifest))
+    for step, rows in grams.items():
+        for batch, gram in enumerate(rows):
+            writer.append(Row(step=step, batch=batch, losses=np.full(4, np.nan), gram=gram))
+    writer.close(complete=True)
+    return open_run(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three steps of 30, 12 and 1 rows."""
+    rng = np.random.default_rng(5)
+    grams = {}
+    for step, count in {0: 30, 7: 12, 9: 1}.items():
+        G = rng.normal(0.3, 1.0, size=(count, 2, 4, 6))
+        grams[step] = G @ G.swapaxes(-1, -2)
+    return write(tmp_path_factory.mktemp("intervals") / "run.h5", grams)
+
+
+SCORES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (g_effect, {"by": "layer"}),
+    (g_effect, {"by": "model"}),
+    (cosine, {"a": "forget", "b": "retain", "by": "parameter"}),
+    (conflict, {"by": "model"}),
+    (predicted_change, {"by": "group"}),
+]
+
+
+@pytest.mark.parametrize(("score", "how"), SCORES)
+def test_the_table_is_that_of_the_score_with_two_columns_more(
+    run: Run, score: Callable[..., Any], how: dict[str, Any]
+) -> None:
+    plain, table = score(run, **how), intervals(score, run, replicates=20, **how)
+    assert list(table.columns) == [*plain.columns, "low", "high"]
+    assert table.drop(columns=["low", "high"]).equals(plain)
+    assert table.attrs == plain.attrs
+    alone = table["step"] == 9
+    assert table.loc[alone, ["low", "high"]].isna().all(axis=None)
+    assert (table.loc[~alone, "low"] <= table.loc[~alone, "high"]).all()
+
+
+def test_it_is_the_bootstrap_of_a_loop(run: Run) -> None:
+    raw = run.read("gram")[:30].sum(axis=1)[:, 0, 1]
+    rng = np.random.default_rng(0)
+    means = [raw[rng.integers(30, size=30)].mean() for _ in range(4000)]
+    table = intervals(g_effect, run, by="model", replicates=500)
+    row = table.query("step == 0 and effect == 'unlearning'").iloc[0]
+    assert row["value"] == pytest.approx(raw.mean())
+    width = np.quantile(means, 0.975) - np.quantile(means, 0.025)
+    assert row["low"] == pytest.approx(np.quantile(means, 0.025), abs=0.1 * width)
+    assert row["high"] == pytest.approx(np.quantile(means, 0.975), abs=0.1 * width)
+
+
+def test_a_score_that_is_no_mean_is_computed_from_the_means(run: Run) -> None:
+    """The cosine of a replicate comes from its mean Gram matrix, not from cosines of rows."""
+    raw = run.read("gram")[:30].sum(axis=1)
+    rng = np.random.default_rng(1)
+    drawn = np.array([raw[rng.integers(30, size=30)].mean(axis=0) for _ in range(4000)])
+    values = drawn[:, 1, 2] / np.sqrt(drawn[:, 1, 1] * drawn[:, 2, 2])
+    table = intervals(cosine, run, a="forget", b="retain", by="model", replicates=500)
+    width = np.quantile(values, 0.975) - np.quantile(values, 0.025)
+    assert table["low"][0] == pytest.approx(np.quantile(values, 0.025), abs=0.1 * width)
+    assert table["high"][0] == pytest.approx(np.quantile(values, 0.975), abs=0.1 * width)
+
+
+def test_it_covers_as_often_as_it_says(tmp_path: Path) -> None:
+    """40 steps with one truth: about 8 of 10 intervals of 80 % hold it."""
+    rng = np.random.default_rng(2)
+    truth = 1.5
+    grams = {step: truth + rng.normal(size=(20, 1, 4, 4)) for step in range(40)}
+    run = write(tmp_path / "run.h5", grams)
+    table = intervals(g_effect, run, by="model", level=0.8, replicates=100)
+    held = table["low"].le(truth) & table["high"].ge(truth)
+    assert 0.65 < held.mean() < 0.92
+
+
+def test_a_higher_level_is_wider_and_a_seed_is_a_draw(run: Run) -> None:
+    def widths(**how: Any) -> np.ndarray:
+        table = intervals(g_effect, run, by="model", replicates=40, **how).query("step < 9")
+        return (table["high"] - table["low"]).to_numpy()
+
+    assert (widths(level=0.99) > widths(level=0.5)).all()
+    assert (widths(seed=1) == widths(seed=1)).all() and (widths(seed=1) != widths(seed=2)).any()
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_a_score_may_look_at_all_steps_at_once(run: Run, across: bool) -> None:
+    """Replicates are computed together only where that changes nothing."""
+    called = []
+
+    def score(run: Run) -> pd.DataFrame:
+        table = g_effect(run, by="model")
+        called.append(run)
+        value = table.groupby("effect", observed=True)["value"].cumsum()
+        return table.assign(value=value if across else table["value"])
+
+    table = intervals(score, run, replicates=30)
+    rng = np.random.default_rng(0)
+    values = [score(run.resampled(rng))["value"] for _ in range(30)]
+    some = table["step"] < 9
+    low = np.quantile(np.stack(values), 0.025, axis=0)
+    assert table["low"][some].to_numpy() == pytest.approx(low[some.to_numpy()])
+    assert (len(called) > 60) is across
+
+
+def test_what_is_undefined_in_a_replicate_has_no_interval(tmp_path: Path) -> None:
+    """Squared norms of disjoint batches, of which some are negative."""
+    rng = np.random.default_rng(3)
+    noise = rng.normal(size=(10, 1, 4, 4))
+    sure = 5.0 + 0.01 * noise
+    run = write(tmp_path / "run.h5", {0: 0.1 + noise, 1: sure})
+    table = intervals(cosine, run, a="forget", b="retain", by="model", replicates=100)
+    assert table["low"].isna().tolist() == [True, False] == table["high"].isna().tolist()
+
+
+def test_the_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = []
+    opened = reader.opened
+    monkeypatch.setattr(reader, "opened", lambda path: readings.append(path) or opened(path))
+    intervals(g_effect, run, by="model", replicates=50)
+    assert len(readings) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"level": 0.0}, {"level": 95}, {"replicates": 0}])
+def test_a_level_is_a_share(run: Run, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`level` should be between 0 and 1"):
+        intervals(g_effect, run, **wrong)
