@@ -1,13 +1,14 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest
 # make study  every method in every variant, three seeds, into runs/study
+# make bench  what recording costs, in ratios, into runs/bench.json; ten minutes on an idle machine
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test clean
+.PHONY: demo study test bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -20,6 +21,9 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m tests.bench $(ARGS)
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt

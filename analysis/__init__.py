@@ -2,8 +2,29 @@
 
 from .conflict import conflict
 from .cosine import cosine
+from .drift import drift
 from .g_effect import g_effect
+from .implicit_weights import implicit_weights
+from .instances import instances
+from .intervals import intervals
 from .predicted_change import predicted_change
+from .tables import SAMPLES, TOKENS, as_columns, kept
+from .tokens import tokens
 from .violation import violation
 
-__all__ = ["conflict", "cosine", "g_effect", "predicted_change", "violation"]
+__all__ = [
+    "SAMPLES",
+    "TOKENS",
+    "as_columns",
+    "conflict",
+    "cosine",
+    "drift",
+    "g_effect",
+    "implicit_weights",
+    "instances",
+    "intervals",
+    "kept",
+    "predicted_change",
+    "tokens",
+    "violation",
+]

@@ -91,15 +91,17 @@ def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
 
-    def example_run(*, update: bool = False, sketch: bool = False) -> Run:
+    def example_run(*, update: bool = False, sketch: bool = False, weights: bool = False) -> Run:
         path = tmp_path_factory.mktemp("example") / "example.h5"
-        _write_example(path, update, Sketch() if sketch else None)
+        _write_example(path, update, Sketch() if sketch else None, ("npo",) if weights else ())
         return open_run(path)
 
     return example_run
 
 
-def _write_example(path: Path, update: bool, sketch: Sketch | None) -> None:
+def _write_example(
+    path: Path, update: bool, sketch: Sketch | None, weights: tuple[str, ...]
+) -> None:
     forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
     vectors = {"objective": -forget, "forget": forget, "retain": retain}
     if update:
@@ -112,7 +114,8 @@ def _write_example(path: Path, update: bool, sketch: Sketch | None) -> None:
     )  # fmt: skip
     writer = RunWriter(path, [parameter])
     manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
-    writer.begin(Contents(sources=tuple(vectors), manifest=manifest, sketch=sketch))
+    contents = Contents(sources=tuple(vectors), manifest=manifest, sketch=sketch, weights=weights)
+    writer.begin(contents)
     folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
     writer.append(
         Row(
@@ -121,6 +124,7 @@ def _write_example(path: Path, update: bool, sketch: Sketch | None) -> None:
             losses=np.array([losses.get(name, np.nan) for name in vectors]),
             gram=(stacked @ stacked.T)[None],
             sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
+            weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
         )
     )
     writer.close(complete=True)

@@ -182,6 +182,25 @@ def test_report(ask: Ask, recorded: Path, unwatched: Path, tmp_path: Path) -> No
     assert pyplot.get_fignums() == []
 
 
+def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
+    ask: Ask, quick_study: Any, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    assert ask("report", quick_study.out / "runs/ga-plain-seed0.h5", "-o", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert_self_contained(text)
+    for word in ("Implicit weights", "Samples", "Tokens", "Sample 2, effect on the retain risk"):
+        assert word in text
+    assert text.count("data:image/png;base64,") == 2 + 2 + 3 * 2
+
+
+def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None:
+    said = ask("scores", recorded, "--by", "model", "--intervals", "--json")
+    rows = strict(said.out)
+    assert {"low", "high"} <= rows[0].keys()
+    assert rows[0]["low"] is None  # one row a step: nothing to draw from
+
+
 # How it says no
 
 

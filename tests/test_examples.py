@@ -15,7 +15,7 @@ import geffect
 from geffect import Run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.store import validate
-from tests import tiny
+from tests import tiny, trainers
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -59,11 +59,16 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert blocks, "README.md should have examples in Python. Found none."
     monkeypatch.chdir(tmp_path)
     model = tiny.llama()
+    sides = {side: [pair[side] for pair in tiny.pairs(3)] for side in ("forget", "retain")}
     names = {
         "model": model,
         "batches": tiny.pairs(3),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "forget_batches": sides["forget"],
+        "retain_batches": sides["retain"],
+        "trainer": trainers.trainer(tmp_path / "trainer", tiny.llama()),
+        "tokenizer": None,
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert {"run.h5", "run.png"} <= set(os.listdir(tmp_path))
+    assert {"run.h5", "run.png", "trained.h5"} <= set(os.listdir(tmp_path))

@@ -165,3 +165,15 @@ def test_a_leaf_beside_the_parameters_gets_the_objectives_gradient_alone() -> No
     assert prompt.grad is not None
     assert torch.equal(prompt.grad, expected)
     assert len(step.of("objective")) == 2
+
+
+def test_a_shared_forward_without_a_graph_is_run_again_for_a_loss(model: nn.Module) -> None:
+    pair = tiny.pairs(1)[0]
+    shared = SharedForward(model)
+    with torch.no_grad():
+        before = nll(shared, pair["forget"])
+    loss = nll(shared, pair["forget"])
+    assert torch.equal(before, loss)
+    loss.backward()
+    with torch.no_grad():
+        assert nll(shared, pair["forget"]).item() == loss.item()

@@ -1,6 +1,8 @@
 """Objectives against naive loops, and the identities that define them."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +10,15 @@ from torch import nn
 
 from geffect.objectives import (
     NPO,
+    TNPO,
+    WTNPO,
     GradDiff,
     GradientAscent,
     Objective,
+    SharedForward,
     WeightedGradientAscent,
     nll,
+    statistics,
 )
 from tests import reference, tiny
 
@@ -79,9 +85,54 @@ def test_npo_starts_as_gradient_ascent_on_sequence_sums(model: nn.Module) -> Non
     assert difference(found, reference.gradient(model, torch.stack(sums).mean())) < 1e-8
 
 
-def test_npo_without_a_reference_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"`reference` of NPO should be .* Found None. Pass"):
-        NPO()(model, tiny.pairs(1)[0])
+def both_log_p(model: nn.Module, other: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of the answer tokens of one batch under both models, one token at a time."""
+    batch = tiny.pairs(1)[0]["forget"]
+    now, before = (
+        torch.stack([x for sample in reference.token_log_p(m, batch) for x in sample])
+        for m in (model, other)
+    )
+    return now, before.detach()
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 4.0])
+def test_tnpo_has_the_gradient_of_its_closed_form(
+    model: nn.Module, other: nn.Module, beta: float
+) -> None:
+    log_p, before = both_log_p(model, other)
+    closed = 2 / beta * torch.log1p((beta * (log_p - before)).exp()).mean()
+    loss = TNPO(beta, reference=other)(model, tiny.pairs(1)[0])
+    assert difference(reference.gradient(model, loss), reference.gradient(model, closed)) < 1e-8
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+def test_wtnpo_weighs_tokens_by_its_formula(model: nn.Module, other: nn.Module, eps: float) -> None:
+    log_p, before = both_log_p(model, other)
+    p, p_o = log_p.exp().detach(), before.exp()
+    weights = 2 * p ** (2.0 + 0.5) / (p**2.0 + p_o**2.0 + eps)
+    objective = WTNPO(2.0, eps, other, alpha=0.5)
+    pair = tiny.pairs(1)[0]
+    found = reference.gradient(model, objective(model, pair))
+    assert difference(found, reference.gradient(model, (weights * log_p).mean())) < 1e-8
+    torch.testing.assert_close(objective.implicit_weights(model, pair)["weight"], weights)
+
+
+def test_wtnpo_tends_to_tnpo_and_tnpo_starts_as_gradient_ascent(model: nn.Module) -> None:
+    pair, still = tiny.pairs(1)[0], copy.deepcopy(model)
+    ascent = reference.gradient(model, GradientAscent()(model, pair))
+    tnpo = reference.gradient(model, TNPO(reference=still)(model, pair))
+    wtnpo = reference.gradient(model, WTNPO(reference=still, alpha=1e-12)(model, pair))
+    assert difference(tnpo, ascent) < 1e-12
+    assert difference(wtnpo, tnpo) < 1e-10
+
+
+@pytest.mark.parametrize("objective", [NPO(), TNPO(), WTNPO()], ids=repr)
+def test_a_preference_without_a_reference_is_refused(
+    objective: Objective, model: nn.Module
+) -> None:
+    name = type(objective).__name__
+    with pytest.raises(ValueError, match=rf"`reference` of {name} should be .* Found None. Pass"):
+        objective(model, tiny.pairs(1)[0])
 
 
 def test_graddiff_adds_the_weighted_retain_risk(model: nn.Module) -> None:
@@ -93,12 +144,22 @@ def test_graddiff_adds_the_weighted_retain_risk(model: nn.Module) -> None:
     assert total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
-OBJECTIVES = [GradientAscent(), WeightedGradientAscent(1.0), GradDiff(), GradDiff(NPO(0.5))]
+OBJECTIVES = [
+    GradientAscent(),
+    WeightedGradientAscent(1.0),
+    TNPO(1.0),
+    WTNPO(1.0),
+    NPO(0.5),
+    GradDiff(),
+    GradDiff(NPO(0.5)),
+]
 
 
 def given(objective: Objective, other: nn.Module) -> Objective:
-    inner = objective.forget if isinstance(objective, GradDiff) else objective
-    return GradDiff(NPO(0.5, other)) if isinstance(inner, NPO) else objective
+    """The objective with the reference model, where it takes one."""
+    if isinstance(objective, GradDiff):
+        return replace(objective, forget=given(objective.forget, other))
+    return replace(objective, reference=other) if hasattr(objective, "reference") else objective
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
@@ -129,11 +190,13 @@ def test_descent_on_the_objective_raises_the_forget_risk(
     assert nll(moved, pair["forget"]) > nll(model, pair["forget"])
 
 
-@pytest.mark.parametrize("objective", [WeightedGradientAscent(1.0), NPO(1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "objective", [WeightedGradientAscent(1.0), NPO(1.0), TNPO(), WTNPO()], ids=repr
+)
 def test_finite_where_every_probability_underflows(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective = NPO(1.0, other) if isinstance(objective, NPO) else objective
+    objective = given(objective, other)
     sharp = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in sharp.parameters():
@@ -145,7 +208,8 @@ def test_finite_where_every_probability_underflows(
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "1.0"])
 @pytest.mark.parametrize("make", [lambda x: NPO(beta=x), lambda x: WeightedGradientAscent(alpha=x),
-                                  lambda x: GradDiff(weight=x)])  # fmt: skip
+                                  lambda x: GradDiff(weight=x), lambda x: TNPO(beta=x),
+                                  lambda x: WTNPO(alpha=x)])  # fmt: skip
 def test_settings_out_of_range_are_refused(make: object, value: object) -> None:
     with pytest.raises(ValueError, match=r"should be a positive number. Found .* Pass"):
         make(value)  # type: ignore[operator]
@@ -156,3 +220,79 @@ def test_a_batch_without_labels_is_refused(model: nn.Module) -> None:
     del batch["labels"]
     with pytest.raises(ValueError, match=r"should have the key `labels`.* Found .* Add labels"):
         nll(model, batch)
+
+
+# --- implicit weights
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_implicit_weights_are_those_of_the_gradient(
+    objective: Objective, model: nn.Module, other: nn.Module
+) -> None:
+    objective, pair = given(objective, other), tiny.pairs(1)[0]
+    forget = objective.forget if isinstance(objective, GradDiff) else objective
+    found = objective.implicit_weights(model, pair)
+    samples = reference.token_log_p(model, pair["forget"])
+    log_p = torch.cat([torch.stack(sample) for sample in samples])
+    torch.testing.assert_close(found["inverse confidence"], 1 / log_p.exp().detach())
+    weighed = torch.stack([torch.stack(s).sum() for s in samples])
+    if not isinstance(forget, NPO):
+        weighed = log_p
+    weights = found.get("weight", torch.ones_like(weighed))
+    assert weights.shape == weighed.shape and not weights.requires_grad
+    expected = reference.gradient(model, (weights * weighed).mean())
+    assert difference(reference.gradient(model, forget(model, pair)), expected) < 1e-8
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_implicit_weights_do_not_know_padding(
+    objective: Objective, model: nn.Module, other: nn.Module
+) -> None:
+    objective = given(objective, other)
+    short, long = (
+        objective.implicit_weights(model, {"forget": tiny.batch(0, padding=padding)})
+        for padding in (0, 7)
+    )
+    assert short.keys() == long.keys() >= {"inverse confidence"}
+    for name, weights in short.items():
+        torch.testing.assert_close(long[name], weights)
+        assert statistics(long[name]) == pytest.approx(statistics(weights))
+
+
+def test_mean_inverse_confidence_is_that_of_the_answer_tokens() -> None:
+    logits = torch.full((1, 500, 2), 0.1).log()
+    logits[..., 1] = torch.tensor(0.9).log()
+    ids = torch.zeros(1, 500, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    labels[:, 100:130] = 0
+    found = GradientAscent().implicit_weights(
+        lambda input_ids: SimpleNamespace(logits=logits),
+        {"forget": {"input_ids": ids, "labels": labels}},
+    )["inverse confidence"]
+    assert len(found) == 30
+    assert statistics(found) == pytest.approx((10.0, 10.0, 10.0, 10.0), rel=1e-6)
+
+
+def test_implicit_weights_cost_no_forward_where_it_is_shared(model: nn.Module) -> None:
+    calls = []
+
+    def counted(**inputs: torch.Tensor) -> object:
+        calls.append(1)
+        return model(**inputs)
+
+    shared, pair = SharedForward(counted), tiny.pairs(1)[0]
+    loss = WeightedGradientAscent()(shared, pair)
+    WeightedGradientAscent().implicit_weights(shared, pair)
+    assert len(calls) == 1 and loss.requires_grad
+
+
+def test_statistics_of_weights() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.rand(3, 7, generator=draw)
+    values = sorted(weights.flatten().tolist())
+    found = statistics(weights)
+    assert found.mean == pytest.approx(sum(values) / 21)
+    assert (found.median, found.p95, found.max) == pytest.approx(
+        (values[10], values[19], values[20])
+    )
+    assert all(value != value for value in statistics(torch.zeros(0)))

@@ -13,6 +13,7 @@ from .selection import written_as
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from geffect import Run
@@ -80,7 +81,37 @@ def _sections(run: "Run") -> dict[str, Any]:
         "conflicts": rates.to_dict(),
         "g_effect": _drawn(plots.sheet(layers)),
         "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain"))),
+        **_weights(run),
+        **_effects(run),
     }
+
+
+def _weights(run: "Run") -> dict[str, Any]:
+    """The picture of the implicit weights, where the run has them."""
+    from geffect import plots
+    from geffect.analysis import implicit_weights
+
+    if not run.contents.weights:
+        return {"weights": None}
+    table = implicit_weights(run)
+    mean = table[table["statistic"] == "mean"].drop(columns="statistic")
+    return {"weights": _panel(plots.trajectory(mean))}
+
+
+def _effects(run: "Run") -> dict[str, Any]:
+    """Pictures of the effects of samples and tokens, where they were kept with the run."""
+    from geffect import plots
+    from geffect.analysis import SAMPLES, TOKENS, kept
+
+    samples, texts = None, []
+    if SAMPLES in run.tables:
+        samples = _panel(plots.contours(kept(run, SAMPLES)))
+    if TOKENS in run.tables:
+        told_apart = kept(run, TOKENS).groupby(["sample", "risk"], observed=True)
+        for (sample, risk), part in told_apart:
+            caption = f"sample {sample}, effect on the {risk} risk"
+            texts.append((caption, _panel(plots.text(part))))
+    return {"samples": samples, "texts": texts}
 
 
 def _rows(table: "pd.DataFrame", measured: Sequence[str]) -> list[dict[str, Any]]:
@@ -119,6 +150,15 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def _panel(axes: "Axes") -> str:
+    from matplotlib import pyplot
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    pyplot.close(figure)  # which pyplot would keep, although the page is its only use
+    return _drawn(figure)
 
 
 def _drawn(figure: "Figure") -> str:

@@ -16,43 +16,50 @@ if TYPE_CHECKING:
     from geffect.objectives import SharedForward
     from geffect.objectives.base import Pair
 
-Objective = Callable[["SharedForward", "Pair", Any], dict[str, Any]]
-"""From (model, batch, model before unlearning) to the loss `objective`, and its parts if any.
+Step = Callable[["SharedForward", "Pair", Any], dict[str, Any]]
+"""From (model, batch, model before unlearning) to what `Recorder.backward` is told of a step.
 
-The losses `forget` and `retain` are there already: what is a combination of them costs no pass.
+That is the loss `objective`, its parts if any, and its implicit weights. The losses `forget` and
+`retain` are there already: what is a combination of them costs no pass.
 """
 
 
 def _ga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    return {"objective": {"forget": -1.0}}
+    from geffect.objectives import GradientAscent
+
+    return {
+        "objective": {"forget": -1.0},
+        "weights": GradientAscent().implicit_weights(model, batch),
+    }
 
 
 def _wga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
     from geffect.objectives import WeightedGradientAscent
 
-    return {"objective": WeightedGradientAscent(ALPHA)(model, batch)}
+    wga = WeightedGradientAscent(ALPHA)
+    return {"objective": wga(model, batch), "weights": wga.implicit_weights(model, batch)}
 
 
 def _npo(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    from geffect.objectives import NPO
+    from geffect.objectives import NPO, SharedForward
 
-    return {"objective": NPO(BETA, reference)(model, batch)}
+    npo = NPO(BETA, SharedForward(reference))
+    return {"objective": npo(model, batch), "weights": npo.implicit_weights(model, batch)}
 
 
 def _graddiff(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    return {"objective": {"forget": -1.0, "retain": 1.0}}
+    return _ga(model, batch, reference) | {"objective": {"forget": -1.0, "retain": 1.0}}
 
 
 def _npo_gd(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    from geffect.objectives import NPO
-
-    return {
+    npo = _npo(model, batch, reference)
+    return npo | {
         "objective": {"objective.forget": 1.0, "retain": 1.0},
-        "objective.forget": NPO(BETA, reference)(model, batch),
+        "objective.forget": npo["objective"],
     }
 
 
-METHODS: dict[str, Objective] = {
+METHODS: dict[str, Step] = {
     "ga": _ga,
     "wga": _wga,
     "npo": _npo,

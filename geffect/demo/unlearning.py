@@ -15,6 +15,7 @@ from geffect.objectives import SharedForward, nll
 
 from . import language_model as lm
 from .corpus import Corpus
+from .effects import keep_effects
 from .methods import METHODS, VARIANTS
 from .recipe import (
     CURVE_EVERY,
@@ -35,6 +36,7 @@ class Data:
     batches: Mapping[str, list[lm.Batch]]
     forget: lm.Batch
     retain: lm.Batch
+    tokenizer: Tokenizer
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Tokenizer) -> "Data":
@@ -48,7 +50,7 @@ class Data:
         }
         encoded = {name: lm.encode(tokenizer, facts) for name, facts in sets.items()}
         batches = {name: lm.by_length(batch) for name, batch in encoded.items()}
-        return cls(batches, encoded["forget"], encoded["retain"])
+        return cls(batches, encoded["forget"], encoded["retain"], tokenizer)
 
     def pairs(self, seed: int) -> Iterator[dict[str, lm.Batch]]:
         """Batches of both sides without end, the same for every method and variant of a seed."""
@@ -93,12 +95,9 @@ def unlearn(
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
         for batch in pairs:
             shared = SharedForward(model)
-            recorder.backward(
-                **METHODS[method](shared, batch, reference),
-                forget=nll(shared, batch["forget"]),
-                retain=nll(shared, batch["retain"]),
-                rectifier=rectifier,
-            )
+            risks: dict[str, Any] = {name: nll(shared, rows) for name, rows in batch.items()}
+            objective = METHODS[method](shared, batch, reference)
+            recorder.backward(**objective, **risks, rectifier=rectifier)
             optimizer.step()
             optimizer.zero_grad()
             forget.append(_forget_nll(model, data))
@@ -106,6 +105,8 @@ def unlearn(
             report(step, forget[-1])
             if crossing is None and forget[-1] >= level:
                 crossing = _at_level(model, previous, data, forget, level)
+                if variant == "plain":
+                    keep_effects(recorder, model, data)
                 least = max(least, step + STEPS_BEYOND)
             last = step == MOST_STEPS or (crossing is not None and step >= least)
             if last or step % CURVE_EVERY == 0:

@@ -2,15 +2,19 @@
 
 from .base import Objective, SharedForward, nll
 from .likelihood import GradientAscent, WeightedGradientAscent
-from .preference import NPO
+from .preference import NPO, TNPO, WTNPO
 from .retain import GradDiff
+from .weights import statistics
 
 __all__ = [
     "NPO",
+    "TNPO",
+    "WTNPO",
     "GradDiff",
     "GradientAscent",
     "Objective",
     "SharedForward",
     "WeightedGradientAscent",
     "nll",
+    "statistics",
 ]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .weights import inverse_confidence
+
 Batch = Mapping[str, Tensor]
 """`input_ids`, `attention_mask`, `labels`, each (sample, position); label -100 is not scored."""
 
@@ -37,11 +39,26 @@ class Objective(ABC):
         assert total is not None
         return total
 
+    def implicit_weights(self, model: Any, batch: Pair) -> dict[str, Tensor]:
+        """How the gradient is spread over the forget data: weights by name, without a graph.
+
+        "inverse confidence" is 1/p of every answer token, the weight of a log-likelihood's gradient
+        on grad p. An objective that weighs grad log p as well has "weight": of every answer token,
+        or of every sample where the objective weighs whole answers. With the `SharedForward` of
+        the step, after the loss, they cost no forward.
+        """
+        with torch.no_grad():
+            return self._weights_of(batch, *token_log_probabilities(model, batch["forget"]))
+
+    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
+        return {"inverse confidence": inverse_confidence(log_p, scored)}
+
 
 class SharedForward:
     """A model that runs each batch once, for objectives and risks on the same data.
 
-    It remembers what it returned for a batch as long as it lives; make one a step.
+    It remembers what it returned for a batch as long as it lives; make one a step. What was run
+    without a graph is run again for who needs one.
 
     >>> calls = []
     >>> def model(input_ids): calls.append(1); return input_ids.sum()
@@ -52,31 +69,35 @@ class SharedForward:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._outputs: dict[tuple[tuple[str, int], ...], tuple[Any, Any]] = {}
+        self._outputs: dict[tuple[tuple[str, int], ...], tuple[Any, Any, bool]] = {}
 
     def __call__(self, **inputs: Tensor) -> Any:
         """What the model returns for the inputs."""
         key = tuple((name, id(value)) for name, value in inputs.items())
-        if key not in self._outputs:
+        _, output, with_graph = self._outputs.get(key, (None, None, False))
+        if output is None or (torch.is_grad_enabled() and not with_graph):
+            output = self._model(**inputs)
             # The inputs are kept too: an id is only their own while they live.
-            self._outputs[key] = inputs, self._model(**inputs)
-        return self._outputs[key][1]
+            self._outputs[key] = inputs, output, torch.is_grad_enabled()
+        return output
+
+
+def scored_tokens(batch: Batch) -> Tensor:
+    """Which tokens are scored, `Bool[sample, position - 1]`.
+
+    The token at position i is predicted from the positions before it, hence one position less.
+    """
+    return _labels(batch) != IGNORED
 
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """log p of every scored token, `Float[sample, position - 1]`, and the mask of what is scored.
 
-    The token at position i is predicted from the positions before it, hence one position less.
     Positions that are not scored hold 0.
     """
-    if "labels" not in batch:
-        raise ValueError(
-            "`batch` should have the key `labels`, with -100 where a token is not scored. "
-            f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
-        )
+    labels = _labels(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -114,3 +135,12 @@ def positive(owner: str, name: str, value: float) -> float:
             f"Pass a number such as {owner}({name}=1.0)."
         )
     return float(value)
+
+
+def _labels(batch: Batch) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(
+            "`batch` should have the key `labels`, with -100 where a token is not scored. "
+            f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
+        )
+    return batch["labels"][:, 1:]

@@ -50,3 +50,7 @@ class WeightedGradientAscent(Objective):
     def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
         log_p, scored = token_log_probabilities(model, batch["forget"])
         return {"forget": (token_mean(self.weights(log_p) * log_p, scored), 1.0)}
+
+    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
+        further = super()._weights_of(batch, log_p, scored)
+        return {"weight": self.weights(log_p)[scored], **further}

@@ -1,4 +1,8 @@
-"""Objectives that prefer the forgotten: NPO, the preference loss with only a rejected answer."""
+"""Objectives that prefer the forgotten: NPO, the preference loss with only a rejected answer.
+
+NPO weighs whole answers, TNPO and WTNPO single tokens, by how much of the likelihood that they had
+under the reference model is left. Formulas and weights: arXiv 2502.19301.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Objective, Pair, positive, sequence_sum, token_log_probabilities
+from .base import Objective, Pair, positive, sequence_sum, token_log_probabilities, token_mean
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class NPO(Objective):
     l_s is the summed NLL of the answer of sample s (a sum, not a mean, over its tokens) and l_{o,s}
     the same under `reference`, the model before unlearning. In nats per sequence. Its gradient is
     that of GA on sequence sums, each sample weighted by `weights`, which falls from 1 to 0 as the
-    sample is forgotten. Formula and weight: arXiv 2502.19301; default beta: arXiv 2503.09117.
+    sample is forgotten. Default beta: arXiv 2503.09117.
 
     >>> NPO(beta=0.5)
     NPO(beta=0.5)
@@ -34,13 +38,86 @@ class NPO(Objective):
         return 2 * torch.sigmoid(-self.beta * (loss - reference_loss).detach())
 
     def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        if self.reference is None:
-            raise ValueError(
-                "`reference` of NPO should be the model as it was before unlearning. Found None. "
-                "Pass NPO(reference=copy.deepcopy(model).eval())."
-            )
         loss = -sequence_sum(*token_log_probabilities(model, batch["forget"]))
-        with torch.no_grad():
-            reference = -sequence_sum(*token_log_probabilities(self.reference, batch["forget"]))
-        preference = F.logsigmoid(self.beta * (loss - reference)).mean()
+        preference = F.logsigmoid(self.beta * (loss - self._reference_loss(batch))).mean()
         return {"forget": (preference, -2 / self.beta)}
+
+    def _reference_loss(self, batch: Pair) -> Tensor:
+        return -_reference_log_p(self, batch).sum(dim=1)
+
+    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
+        further = super()._weights_of(batch, log_p, scored)
+        weights = self.weights(-sequence_sum(log_p, scored), self._reference_loss(batch))
+        return {"weight": weights, **further}
+
+
+@dataclass(frozen=True)
+class TNPO(Objective):
+    """Token-wise NPO: (1/N) sum_i w_i log p_i, w_i = 2 p_i^beta / (p_i^beta + p_{o,i}^beta).
+
+    Token mean. p_o is under `reference`, the model before unlearning; the weights are held constant
+    in the gradient, which is that of (2/beta)(1/N) sum_i log(1 + (p_i / p_{o,i})^beta). A token
+    counts less the more it is forgotten, whatever the rest of its answer does. `legacy_eps` is
+    added to the denominator, where the released code has 1e-5: it stops tokens that are unlikely
+    under both models.
+
+    >>> TNPO()
+    TNPO(beta=4.0, legacy_eps=0.0)
+    """
+
+    beta: float = 4.0
+    legacy_eps: float = 0.0
+    reference: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        positive(type(self).__name__, "beta", self.beta)
+
+    def weights(self, log_p: Tensor, reference_log_p: Tensor) -> Tensor:
+        """w_i from the log-likelihoods of the tokens under both models, detached."""
+        # In the logarithm, where no power of a small p underflows.
+        eps = log_p.new_tensor(self.legacy_eps).log()
+        denominator = torch.logaddexp(self.beta * reference_log_p, eps)
+        return 2 * torch.sigmoid((self.beta * log_p - denominator).detach())
+
+    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
+        log_p, scored = token_log_probabilities(model, batch["forget"])
+        weights = self.weights(log_p, _reference_log_p(self, batch))
+        return {"forget": (token_mean(weights * log_p, scored), 1.0)}
+
+    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
+        further = super()._weights_of(batch, log_p, scored)
+        weights = self.weights(log_p, _reference_log_p(self, batch))
+        return {"weight": weights[scored], **further}
+
+
+@dataclass(frozen=True)
+class WTNPO(TNPO):
+    """Weighted TNPO: (1/N) sum_i w_i log p_i, w_i = 2 p_i^(beta+alpha) / (p_i^beta + p_{o,i}^beta).
+
+    Token mean. As TNPO, with the confidence weight p_i^alpha of WGA on top.
+
+    >>> WTNPO(alpha=1.0)
+    WTNPO(beta=4.0, legacy_eps=0.0, alpha=1.0)
+    """
+
+    alpha: float = field(default=1.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("WTNPO", "alpha", self.alpha)
+
+    def weights(self, log_p: Tensor, reference_log_p: Tensor) -> Tensor:
+        """w_i from the log-likelihoods of the tokens under both models, detached."""
+        return super().weights(log_p, reference_log_p) * (self.alpha * log_p.detach()).exp()
+
+
+def _reference_log_p(objective: NPO | TNPO, batch: Pair) -> Tensor:
+    """log p_o of every scored token of the forget batch; 0 where a position is not scored."""
+    if objective.reference is None:
+        name = type(objective).__name__
+        raise ValueError(
+            f"`reference` of {name} should be the model as it was before unlearning. Found None. "
+            f"Pass {name}(reference=copy.deepcopy(model).eval())."
+        )
+    with torch.no_grad():
+        return token_log_probabilities(objective.reference, batch["forget"])[0]

@@ -30,3 +30,7 @@ class GradDiff(Objective):
             **self.forget.components(model, batch),
             "retain": (nll(model, batch["retain"]), self.weight),
         }
+
+    def implicit_weights(self, model: Any, batch: Pair) -> dict[str, Tensor]:
+        """Those of `forget`."""
+        return self.forget.implicit_weights(model, batch)

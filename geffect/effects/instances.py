@@ -1,0 +1,285 @@
+"""The PG-effect of every sample in every layer, out of one backward pass."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from geffect.gradients import Vector, differentiate
+from geffect.layers import describe, in_network_order, trainable
+from geffect.objectives.base import Batch, sequence_sum, token_log_probabilities
+
+from .direction import check_direction
+from .evaluation import evaluating
+from .leaves import Call, products
+
+
+class InstanceEffects:
+    """<grad R(D), g_b> for every sample b and parameter, with g_b the sample's part of a gradient.
+
+    Forward and backward of a loss run inside of the context; gradients and random numbers come out
+    bit for bit as without it. `direction` is grad R(D), as `geffect.effects.direction` takes it.
+    Rows are samples, in the order of the forwards. Where sample s enters the loss with the weight
+    w_s, as in GA or NPO, what is collected is w_s PG_D(s), reductions such as 1 / (number of
+    tokens) and the sign included; `sample_effects` has PG_D(s) itself. In nats per unit learning
+    rate. Definition: arXiv 2502.19301, eq. 5.
+
+    Nothing is differentiated twice: with delta the gradient at the output of a module f(theta, x),
+    <g_b, v> is <delta_b, d/de f(theta + e v, x_b)>, which for a matrix is one more product with its
+    input. The modules have to treat the rows of a batch one by one. That no use of a parameter was
+    missed is checked when the context ends: samples add up to the gradient of the batch. Two
+    contexts around one backward measure two directions.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> with InstanceEffects(model, [torch.tensor([[1.0, 0.0]])]) as effects:
+    ...     model(torch.tensor([[3.0, 4.0], [5.0, 6.0]])).sum().backward()
+    >>> effects.by_parameter
+    tensor([[3.],
+            [5.]], dtype=torch.float64)
+    """
+
+    def __init__(self, model: nn.Module, direction: Vector) -> None:
+        self._model = model
+        self._rows = describe(model)
+        self._parameters = list(trainable(model).values())
+        check_direction(self._parameters, direction)
+        self._along = {
+            place: v.detach().to(self._parameters[place].dtype)
+            for place, v in enumerate(direction)
+            if v is not None
+        }
+        self._forwards: list[_Forward] = []
+        self._batches: dict[int, list[Tensor]] = {}  # <g, v> and <g, g>, of every backward
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        places = {self._parameters[place]: place for place in self._along}
+        self._hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for parameter, place in places.items():
+            self._hooks.append(parameter.register_hook(partial(self._take_batch, place)))
+        for module in self._model.modules():
+            named = dict(module.named_parameters(recurse=False))
+            own = {name: places[p] for name, p in named.items() if p in places}
+            if own:
+                watch = partial(self._watch, own)
+                self._hooks.append(module.register_forward_hook(watch, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for forward in self._forwards:
+            forward.is_watched = False
+        if kind is None:
+            self._check_sums()
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the columns of `by_layer`, from input to output."""
+        return in_network_order(self._rows, [row.layer for row in self._rows])
+
+    @property
+    def by_parameter(self) -> Tensor:
+        """The effects `Float64[sample, parameter]`, on the CPU."""
+        return torch.cat([forward.table(len(self._rows)) for forward in self._forwards])
+
+    @property
+    def by_layer(self) -> Tensor:
+        """The effects `Float64[sample, layer]`, on the CPU: the parameters of each layer summed."""
+        names = self.layers
+        places = torch.tensor([names.index(row.layer) for row in self._rows])
+        effects = self.by_parameter
+        return effects.new_zeros(len(effects), len(names)).index_add_(1, places, effects)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            self._forwards.append(_Forward(len(inputs[0])))
+
+    def _watch(
+        self, places: dict[str, int], module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if not self._forwards:
+            raise ValueError(
+                "The model itself should be called while effects are collected. Found a call of "
+                f"its module {type(module).__name__}. Call model(...)."
+            )
+        forward = self._forwards[-1]
+        rows = output.shape[0] if isinstance(output, Tensor) else None
+        if rows not in (1, forward.samples):
+            found = type(output).__name__ if rows is None else tuple(output.shape)
+            raise ValueError(
+                "Modules with parameters should return one tensor with a row for each of the "
+                f"{forward.samples} samples. Found {found} from {type(module).__name__}. "
+                "Take geffect.effects.token_effects, which needs no rows."
+            )
+        watched: Tensor = output
+        if rows != forward.samples:
+            # One position embedding for all samples: its gradient would come summed over them.
+            watched = watched.expand(forward.samples, *watched.shape[1:])
+        if not watched.requires_grad:
+            watched.requires_grad_()
+        use = _Use(forward, places, self._along, Call(module, args, kwargs))
+        watched.register_hook(use.take)
+        return watched
+
+    def _take_batch(self, place: int, gradient: Tensor) -> None:
+        along = self._along[place]
+        pair = torch.stack([products(gradient, x).sum() for x in (along, gradient)])
+        self._batches.setdefault(place, []).append(pair)
+
+    def _check_sums(self) -> None:
+        """Samples add up to the batch, but for rounding, which is that of the whole gradient.
+
+        Some gradients, as that of the bias of keys, are nothing but rounding.
+        """
+        if not self._forwards:
+            raise ValueError(
+                "A forward and its backward should run while effects are collected. Found none. "
+                "Call the model inside of the context."
+            )
+        for forward in self._forwards:
+            forward.check_backward()
+        if not self._batches:  # frozen, or no parameter was reached
+            return
+        places = sorted(self._batches)
+        pairs = torch.stack([torch.stack(self._batches[p]).sum(dim=0).cpu() for p in places])
+        inner, squared = pairs.unbind(dim=1)
+        lengths = torch.stack(
+            [products(self._along[p], self._along[p]).sum().cpu() for p in places]
+        )
+        precision = max(torch.finfo(self._along[p].dtype).eps for p in places)
+        share = max(precision, 1e-6) ** 0.5
+        rounding = (
+            share * (squared * lengths).sqrt() + share**2 * (squared.sum() * lengths.sum()).sqrt()
+        )
+        off = (self.by_parameter.sum(dim=0)[places] - inner).abs() > rounding
+        if off.any():
+            names = [self._rows[p].name for p, is_off in zip(places, off, strict=True) if is_off]
+            raise ValueError(
+                "The samples should add up to the gradient of the batch. Found otherwise for "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: it is used outside of "
+                "its module, or the rows of the module are not samples, or forward and backward "
+                "are not both inside of the context. Take geffect.effects.token_effects."
+            )
+
+
+def sample_effects(
+    model: nn.Module, batches: Iterable[Batch], directions: Mapping[str, Vector]
+) -> dict[str, Tensor]:
+    """PG_D(s) = <grad R(D), grad log p(s)> of every sample and parameter, for each direction.
+
+    `Float64[sample, parameter]`, samples in the order of the batches, parameters in that of
+    `geffect.layers.trainable`. log p(s) is the sum over the scored tokens of the sample, in nats; a
+    step of gradient ascent on it, theta <- theta - rate grad log p(s), changes R(D) by
+    -rate PG_D(s). Eval mode, one forward and backward a batch; the model and its `.grad` stay as
+    they were. Definition: arXiv 2502.19301, eq. 5.
+
+    >>> from types import SimpleNamespace
+    >>> class Bigram(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.logits = nn.Embedding.from_pretrained(torch.zeros(2, 2), freeze=False)
+    ...     def forward(self, input_ids):
+    ...         return SimpleNamespace(logits=self.logits(input_ids))
+    >>> batch = {"input_ids": torch.tensor([[0, 1]]), "labels": torch.tensor([[-100, 1]])}
+    >>> sample_effects(Bigram(), [batch], {"forget": [torch.tensor([[1.0, 0.0], [0.0, 0.0]])]})
+    {'forget': tensor([[-0.5000]], dtype=torch.float64)}
+    """
+    parameters = list(trainable(model).values())
+    batches = list(batches)
+    if not batches or not directions:
+        raise ValueError(
+            "`batches` and `directions` should not be empty. Found "
+            f"{len(batches)} batches and {len(directions)} directions. Pass one of each at least."
+        )
+    found: dict[str, list[Tensor]] = {name: [] for name in directions}
+    with evaluating(model):
+        for place, batch in enumerate(batches):
+            with ExitStack() as stack:
+                effects = {
+                    name: stack.enter_context(InstanceEffects(model, along))
+                    for name, along in directions.items()
+                }
+                if place > 0:
+                    # The gradient of a weight is not needed; in the first batch it is, to check
+                    # that the samples add up to it.
+                    stack.enter_context(_frozen(parameters))
+                log_p = sequence_sum(*token_log_probabilities(model, batch)).sum()
+                differentiate(parameters, {"log likelihood": log_p})
+            for name, rows in found.items():
+                rows.append(effects[name].by_parameter)
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+@dataclass
+class _Forward:
+    """One forward pass: how many samples, and their effects as the backward pass brings them."""
+
+    samples: int
+    is_watched: bool = True
+    effects: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def table(self, parameters: int) -> Tensor:
+        """`Float64[sample, parameter]`, the uses of a parameter summed, on the CPU."""
+        table = torch.zeros(self.samples, parameters, dtype=torch.float64)
+        for place, values in self.effects:
+            table[:, place] += values.cpu()
+        return table
+
+    def check_backward(self) -> None:
+        if not self.effects:
+            raise ValueError(
+                "Every forward should be followed by a backward while effects are collected. Found "
+                f"one of {self.samples} samples without. Run forwards that are not differentiated "
+                "under torch.no_grad(), or outside of the context."
+            )
+
+
+@dataclass
+class _Use:
+    """One call of one module, until the gradient of its output arrives."""
+
+    forward: _Forward
+    places: Mapping[str, int]
+    along: Mapping[int, Tensor]
+    call: Call | None
+
+    def take(self, delta: Tensor) -> None:
+        """Add the effects of the samples in this use."""
+        if not self.forward.is_watched:
+            return
+        if self.call is None:
+            raise RuntimeError(
+                "A forward should be followed by one backward while effects are collected. Found a "
+                "second one through the same graph. Run one of them outside of the context, on a "
+                "forward of its own."
+            )
+        call, self.call = self.call, None  # a backward pass frees what it has used
+        with torch.no_grad():
+            for name, place in self.places.items():
+                effects = call.effects(name, self.along[place], delta)
+                self.forward.effects.append((place, effects))
+
+
+@contextmanager
+def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

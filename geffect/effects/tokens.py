@@ -1,0 +1,129 @@
+"""The PG-effect of every token, from one forward-mode pass over a batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from geffect.gradients import Vector
+from geffect.layers import trainable
+from geffect.objectives.base import Batch, scored_tokens, token_log_probabilities
+
+from .differential import Parameters, differential
+from .direction import check_direction
+from .evaluation import evaluating
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """`values` and `log_p`, both `Float64[sample, position]`; NaN where a token is not scored."""
+
+    values: Tensor
+    log_p: Tensor
+
+    @property
+    def by_sample(self) -> Tensor:
+        """The effect of log p(s), the sum over the answer, `Float64[sample]`."""
+        return self.values.nansum(dim=1)
+
+
+def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEffects:
+    """PG_D(s^i) = <grad R(D), grad log p(s^i | s^{<i})>, for all scored tokens of all samples.
+
+    `direction` is grad R(D), as `geffect.effects.direction` takes it at the same parameters. A step
+    of gradient ascent on one token, theta <- theta - rate grad log p, changes R(D) by
+    -rate PG_D(s^i): with D the forget set, negative is good; with D the retain set, negative is
+    collateral damage. In nats per unit learning rate, not normalised, no learning rate inside. The
+    effect of a sample is that of its summed log-likelihood, so tokens add up to it. Definition:
+    arXiv 2502.19301, eq. 5.
+
+    This is the effect of the loss of a token, spread over all positions that the token is predicted
+    from. What the parameters do at one position is another quantity with the same sum.
+
+    All derivatives come from one pass, d/de log p(s^i; theta + e grad R) at e = 0. In eval mode;
+    frozen parameters stand still, tied ones move in all their places, and the model stays as it
+    was.
+
+    >>> from types import SimpleNamespace
+    >>> class Unigram(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.logits = nn.Parameter(torch.zeros(2))
+    ...     def forward(self, input_ids):
+    ...         return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 2))
+    >>> batch = {"input_ids": torch.tensor([[0, 1, 1]]), "labels": torch.tensor([[-100, 0, 1]])}
+    >>> token_effects(Unigram(), batch, [torch.tensor([1.0, 0.0])]).values
+    tensor([[    nan,  0.5000, -0.5000]], dtype=torch.float64)
+    """
+    tensors = list(trainable(model).values())
+    check_direction(tensors, direction)
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
+    moving = [(p, v) for p, v in zip(tensors, direction, strict=True) if v is not None]
+    with evaluating(model), _padding_stands_still(model):
+
+        def log_probabilities(parameters: Parameters) -> Tensor:
+            return token_log_probabilities(
+                lambda **inputs: functional_call(model, dict(parameters), (), inputs), batch
+            )[0]
+
+        log_p, slopes = differential(
+            log_probabilities,
+            at={names[p]: p for p, _ in moving},
+            along={names[p]: v for p, v in moving},
+        )
+    scored = scored_tokens(batch)
+    return TokenEffects(_at_labels(slopes, scored), _at_labels(log_p, scored))
+
+
+def _at_labels(values: Tensor, scored: Tensor) -> Tensor:
+    """The values at the positions of their tokens: the first position predicts, but is not."""
+    defined = values.double().masked_fill(~scored, torch.nan)
+    return F.pad(defined, (1, 0), value=torch.nan)
+
+
+@contextmanager
+def _padding_stands_still(model: nn.Module) -> Iterator[None]:
+    """Where an embedding has a padding index, its row there takes no part in gradients.
+
+    Autograd leaves it out, so a derivative that should agree with gradients has to as well, also
+    where another use of the same tensor, a tied head, gives the row a gradient.
+    """
+    padded = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    with torch.no_grad():
+        hooks = [
+            module.register_forward_hook(
+                partial(_keep_row, row=module(_padding_of(module))), with_kwargs=True
+            )
+            for module in padded
+        ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _padding_of(module: nn.Embedding) -> Tensor:
+    return torch.tensor([module.padding_idx], device=module.weight.device)
+
+
+def _keep_row(
+    module: nn.Embedding,
+    args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor],
+    output: Tensor,
+    *,
+    row: Tensor,
+) -> Tensor:
+    (ids,) = (*args, *kwargs.values())
+    assert module.padding_idx is not None
+    return torch.where(ids.eq(module.padding_idx).unsqueeze(-1), row, output)

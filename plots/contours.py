@@ -1,0 +1,170 @@
+"""Where samples lie between forgetting and damage, by the weight that the objective gives them."""
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy.typing import NDArray
+
+from geffect.scores import score_of
+from geffect.sources import FORGET, RETAIN
+
+from .fit import constants, once_only, require
+from .style import (
+    LINEAR_SHARE,
+    QUIET,
+    Frame,
+    decade_format,
+    decades,
+    dress,
+    heading,
+    key,
+    new_axes,
+    note,
+    wrapped,
+)
+
+RANGE = 0.2  # of the weights that share a colour
+FEWEST = 5  # points that a density is drawn of
+SHARES = (0.9, 0.6, 0.3)  # of the density that the lines enclose
+GRID = 120
+SPREAD = 100.0  # between the largest value and the smallest, from which on a scale is symmetric-log
+
+
+def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Effect on the retain risk over effect on the forget risk: points, and lines of equal density.
+
+    A colour for each range of the column `weight`, the darker the larger the weight; one colour
+    without that column. A range of few samples has points alone. What an objective should weigh
+    most lies on the left, where forgetting is, and not below zero, where damage is. Rows of one
+    sample share a weight; steps, where there is a column `step`, are pooled.
+
+    >>> import numpy as np
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"sample": [0, 0, 1, 1], "risk": ["forget", "retain"] * 2,
+    ...                       "weight": [0.1, 0.1, 0.9, 0.9], "value": [-2.0, 0.1, -1.0, 0.2]})
+    >>> ax = contours(table, ax=Figure().subplots())
+    >>> [entry.get_text() for entry in ax.get_legend().get_texts()]
+    ['0.0 to 0.2 (1)', '0.8 to 1.0 (1)']
+    """
+    require(table, ["sample", "risk", "value"])
+    points = _points(table)
+    ax = ax or new_axes(5.6, 3.8)
+    # The scales come first: densities are estimated, and look even, on what is drawn.
+    _scale(ax, "x", table[table["risk"] == FORGET])
+    _scale(ax, "y", table[table["risk"] == RETAIN])
+    ax.axvline(0.0, color=QUIET, linewidth=0.6, zorder=1)
+    ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
+    ranges = _ranges(points)
+    # Reversed: the larger the weight, the darker.
+    colours = seaborn.color_palette("viridis_r", len(ranges) + 1)[1:]
+    reached, drawn = [np.zeros((1, 2)), points[[FORGET, RETAIN]].to_numpy(dtype=float)], []
+    for (name, part), colour in zip(ranges.items(), colours, strict=True):
+        ax.scatter(part[FORGET], part[RETAIN], s=9, color=colour, linewidths=0, zorder=3)
+        reached += _lines_of_density(ax, part, colour)
+        drawn.append(Line2D([], [], color=colour, marker="o", markersize=3, label=name))
+    _limit(ax, np.concatenate(reached))
+    unit = wrapped(score_of(table).label)
+    ax.set_xlabel(f"forget: {unit}", fontsize="medium")
+    ax.set_ylabel(f"retain: {unit}", fontsize="medium")
+    dress(ax)
+    heading(ax, constants(table.drop(columns="risk")))
+    note(ax, "left: forgets; below zero: damages")
+    if "weight" in table:
+        legend = key(ax, drawn)
+        legend.set_title("weight (samples)")
+        legend.get_title().set_fontsize("small")
+    return ax
+
+
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a sample, and a step, with both effects as columns."""
+    place = [column for column in ("step", "sample") if column in table]
+    once_only(table, [*place, "risk"])
+    given = [*place, *(["weight"] if "weight" in table else [])]
+    points = table.pivot(index=given, columns="risk", values="value")
+    missing = [risk for risk in (FORGET, RETAIN) if risk not in points]
+    if missing:
+        raise ValueError(
+            f"`table` should have rows of the risks {FORGET} and {RETAIN}. Found none of "
+            f"{' and '.join(missing)}. Pass directions of both to geffect.analysis.instances."
+        )
+    return points[[FORGET, RETAIN]].dropna().reset_index()
+
+
+def _ranges(points: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The samples of each range of weights, in rising order, by what the range is called."""
+    if "weight" not in points:
+        return {f"{len(points)} samples": points}
+    # What should be 0.6 may be a little less.
+    number = np.floor(points["weight"] / RANGE + 1e-9)
+    return {
+        f"{RANGE * low:.1f} to {RANGE * (low + 1):.1f} ({len(part)})": part
+        for low, part in points.groupby(number)
+    }
+
+
+def _lines_of_density(
+    ax: Axes, points: pd.DataFrame, colour: tuple[float, float, float]
+) -> list[NDArray[np.float64]]:
+    """Lines around the given shares of a Gaussian density, and where they run.
+
+    The density is estimated on the scales of the axes, with a kernel of the width of Scott's rule
+    on either. A few points, or points of one value, have none.
+    """
+    if len(points) < FEWEST:
+        return []
+    across, up = ax.xaxis.get_transform(), ax.yaxis.get_transform()
+    x = across.transform(points[FORGET].to_numpy(dtype=float))
+    y = up.transform(points[RETAIN].to_numpy(dtype=float))
+    width, height = (np.std(of, ddof=1) * len(points) ** (-1 / 6) for of in (x, y))
+    # Of equal values rounding may leave a width that is not quite zero.
+    if width <= 1e-9 * np.abs(x).max() or height <= 1e-9 * np.abs(y).max():
+        return []
+    (columns, along_x), (rows, along_y) = _kernels(x, width), _kernels(y, height)
+    density = along_y @ along_x.T
+    falling = np.sort(density, axis=None)[::-1]
+    enclosed = np.cumsum(falling) / falling.sum()
+    lines = ax.contour(
+        across.inverted().transform(columns), up.inverted().transform(rows), density,
+        levels=np.unique(falling[np.searchsorted(enclosed, SHARES)]), colors=[colour],
+        linewidths=1.0, zorder=2,
+    )  # fmt: skip
+    return [np.asarray(path.vertices, dtype=float) for path in lines.get_paths()]
+
+
+def _limit(ax: Axes, reached: NDArray[np.float64]) -> None:
+    """Shows all that is reached, with a margin that looks the same on either side of zero."""
+    for axis, values, limit in (
+        (ax.xaxis, reached[:, 0], ax.set_xlim),
+        (ax.yaxis, reached[:, 1], ax.set_ylim),
+    ):
+        scale = axis.get_transform()
+        low, high = scale.transform(np.array([values.min(), values.max()]))
+        margin = 0.05 * (high - low) or 1.0
+        low, high = scale.inverted().transform(np.array([low - margin, high + margin]))
+        limit(low, high)
+
+
+def _kernels(
+    values: NDArray[np.float64], width: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A grid over the values, and the kernel of each value on it, (grid, value)."""
+    grid = np.linspace(values.min() - 2.5 * width, values.max() + 2.5 * width, GRID)
+    return grid, np.exp(-(((grid[:, None] - values) / width) ** 2) / 2)
+
+
+def _scale(ax: Axes, axis: Literal["x", "y"], table: pd.DataFrame) -> None:
+    """Gives the axis the scale of the score, where the values are far enough apart for it."""
+    frame = Frame.of(table.assign(model="model"))
+    if score_of(table).scale != "symlog" or frame.limit < SPREAD * frame.threshold:
+        return
+    set_scale, of = (ax.set_xscale, ax.xaxis) if axis == "x" else (ax.set_yscale, ax.yaxis)
+    set_scale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
+    of.set_major_locator(FixedLocator(decades(frame)))
+    of.set_major_formatter(decade_format(frame))
+    of.set_minor_locator(NullLocator())
