@@ -17,7 +17,7 @@ SAMPLES, TOKENS = "samples", "tokens"
 
 
 def as_columns(table: pd.DataFrame) -> Mapping[str, NDArray[np.generic] | list[str]]:
-    """The columns as `recorder.keep(name, columns)` takes them: numbers, and lists of texts.
+    """The columns as `recorder.keep_table(name, columns)` takes them: numbers, and lists of texts.
 
     >>> as_columns(pd.DataFrame({"sample": [0, 0], "layer": ["head", "head"]}))
     {'sample': array([0, 0]), 'layer': ['head', 'head']}

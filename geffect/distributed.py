@@ -8,9 +8,10 @@ others. In a program of one process nothing here does anything.
 
 import pickle
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -157,7 +158,7 @@ def averages(model: nn.Module) -> bool:
 
 def average(
     parameters: Sequence[Tensor], vectors: Mapping[str, Sequence[Tensor | None]]
-) -> dict[str, Sequence[Tensor | None]]:
+) -> dict[str, list[Tensor | None]]:
     """The mean over the processes of gradients that backward passes left on each, in place.
 
     For a model whose gradients nothing has reduced, as under `no_sync()` of DDP. Tensors of sharded
@@ -169,10 +170,12 @@ def average(
     >>> average([x], {"forget": [x * 3]})
     {'forget': [tensor([3.])]}
     """
-    averaged = {name: list(vector) for name, vector in vectors.items()}
+    averaged: dict[str, list[Tensor | None]] = {
+        name: list(vector) for name, vector in vectors.items()
+    }
     own = [i for i, parameter in enumerate(parameters) if not is_sharded(parameter)]
     if process_count() == 1 or not own or not vectors:
-        return dict(averaged)
+        return averaged
     present = torch.tensor([[v[i] is not None for i in own] for v in averaged.values()])
     found = []
     needed = _summed_over_all(present.int()).bool().tolist()
@@ -185,7 +188,7 @@ def average(
     with torch.no_grad():
         for bucket in _buckets(found):
             _average(bucket)
-    return dict(averaged)
+    return averaged
 
 
 def mean(values: Sequence[float]) -> list[float]:
@@ -257,24 +260,51 @@ def from_first(value: Value) -> Value:
     return values[0]
 
 
+class Together:
+    """What a process has to say at the end of a block that all of them run."""
+
+    said = ""
+
+    def alike(self, *values: object) -> None:
+        """Demand that every process says the same of these, in words."""
+        self.said = repr(values)
+
+
 @contextmanager
-def together() -> Iterator[None]:
+def together() -> Iterator[Together]:
     """What fails inside on one process fails on all of them, so that none is left waiting.
+
+    What they say to be alike is compared. One small reduction, however much is said.
 
     >>> with together():
     ...     raise FileExistsError("run.h5")
     Traceback (most recent call last):
     FileExistsError: run.h5
     """
-    failure: Exception | None = None
+    here, failure = Together(), None
     try:
-        yield
+        yield here
     except Exception as error:
         if process_count() == 1:
             raise
         failure = error
-    if not anywhere(failure is not None):
+    if process_count() == 1:
         return
+    # Small enough for the sum of squares: all alike where n * sum of squares = square of the sum.
+    word = zlib.crc32(here.said.encode()) % 2**20
+    failed, total, squares = _summed_over_all(
+        torch.tensor([int(failure is not None), word, word * word])
+    ).tolist()
+    if failed:
+        _raise_together(failure)
+    if process_count() * squares != total * total:
+        raise ValueError(
+            "Losses, weights and options of a step should be the same on every process. Found "
+            f"{_gathered(here.said)}. On a process without data of its own, pass 0 * loss."
+        )
+
+
+def _raise_together(failure: Exception | None) -> NoReturn:
     failures = _gathered(None if failure is None else _sendable(failure))
     if failure is not None:
         raise failure

@@ -6,7 +6,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -37,9 +37,9 @@ class Gradients:
 
     parameters: Sequence[Tensor]
     others: Sequence[Tensor]
-    vectors: Mapping[str, Vector]
+    vectors: dict[str, list[Tensor | None]]
     weights: Weights
-    losses: Mapping[str, float]
+    losses: dict[str, float]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -68,23 +68,23 @@ class Gradients:
             products, list(basis), {**self.weights, **{name: {name: 1.0} for name in further}}
         )
 
-    def __add__(self, later: "Gradients") -> "Gradients":
-        """The gradients of a window of micro-batches: vectors and losses add up."""
+    def add_(self, later: "Gradients") -> None:
+        """Take in a later micro-batch of the same step, in place: vectors and losses add up."""
         if self.weights != later.weights:
             raise ValueError(
                 "The micro-batches of a step should have the same losses. Found "
                 f"{', '.join(self.sources)} and then {', '.join(later.sources)}, or other weights. "
                 "Pass the same losses to each; to leave one out, pass 0 * loss."
             )
-        vectors = {
-            name: [
-                weighted_sum([(a, 1.0), (b, 1.0)])
-                for a, b in zip(vector, later.vectors[name], strict=True)
-            ]
-            for name, vector in self.vectors.items()
-        }
-        losses = {name: value + later.losses[name] for name, value in self.losses.items()}
-        return replace(self, vectors=vectors, losses=losses)
+        for name, vector in self.vectors.items():
+            for place, tensor in enumerate(later.vectors[name]):
+                own = vector[place]
+                if own is None:
+                    vector[place] = tensor
+                elif tensor is not None:
+                    own.add_(tensor)
+        for name, value in later.losses.items():
+            self.losses[name] += value
 
     def _summed(self, source: str) -> list[Tensor | None]:
         terms = [(self.vectors[name], weight) for name, weight in self.weights[source].items()]
@@ -155,11 +155,12 @@ def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> G
 def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     """The gradients that the passes leave, each by itself, and `.grad` as it was."""
     leaves = passes.leaves
-    vectors: dict[str, Vector] = {}
+    vectors: dict[str, list[Tensor | None]] = {}
     with _grads_put_aside(leaves):
         for name in passes.tensors:
             vectors[name] = _run(passes, name)
-    return Gradients(parameters, leaves[len(parameters) :], vectors, passes.weights, passes.losses)
+    others = leaves[len(parameters) :]
+    return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses))
 
 
 Visit = Callable[[int, Mapping[str, Tensor | None]], None]
@@ -191,6 +192,12 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
         )
 
     def take_grad(leaf: Tensor, place: int) -> None:
+        if place not in waiting:
+            raise RuntimeError(
+                "A backward pass should add to each `.grad` once. Found a second time for a "
+                f"parameter of shape {tuple(leaf.shape)}. Record with update=True, which takes "
+                "the gradients after the pass."
+            )
         fresh, leaf.grad = leaf.grad, None
         take(place, fresh)
 

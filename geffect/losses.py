@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from geffect.sources import OBJECTIVE
 
@@ -43,9 +44,14 @@ class Passes:
 
     @property
     def accumulates_once(self) -> bool:
-        """Whether a pass adds to each `.grad` once: not where a checkpoint runs one of its own."""
+        """Whether a pass is sure to add to each `.grad` once.
+
+        A function written in Python may run a backward pass of its own, as a reentrant checkpoint
+        does; those of torch's data parallelism do not.
+        """
         return not any(
-            node.name() == "CheckpointFunctionBackward"
+            isinstance(node, BackwardCFunction)
+            and not type(node).__module__.startswith("torch.distributed")
             for loss in self.tensors.values()
             for node in _nodes(loss)
         )
@@ -76,6 +82,18 @@ def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Passes:
         seeds=seeds,
         keeps_graph=dict(zip(tensors, _needed_later(list(tensors.values())), strict=True)),
     )
+
+
+def check_no_step_inside(parameters: Iterable[Tensor]) -> None:
+    """Refuse optimizers that step inside of a backward pass: each loss of a step has one."""
+    hooked = [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        raise RuntimeError(
+            "No hook should run after a gradient is accumulated: several backward passes make a "
+            f"step here. Found such hooks on {len(hooked)} parameters, as of an optimizer that "
+            "steps inside of the backward pass and frees the gradient there. Step after the "
+            "backward pass; or save checkpoints and record what `geffect.replay` finds in them."
+        )
 
 
 def declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:

@@ -607,7 +607,7 @@ def test_tables_are_kept_with_a_run_and_come_back(measured: Any, tmp_path: Path)
     with Recorder(plain, tmp_path / "run.h5") as recorder:
         recorder.backward(objective=plain(torch.ones(2)).sum())
         for name, table in made_here.items():
-            recorder.keep(name, as_columns(table))
+            recorder.keep_table(name, as_columns(table))
     run = open_run(tmp_path / "run.h5")
     for name, table in made_here.items():
         back = kept(run, name)

@@ -256,7 +256,7 @@ def test_a_resumed_training_drops_what_comes_again(store: str, tmp_path: Path) -
     go(model, 0, 3, tmp_path / "run.h5")
     checkpoint = copy.deepcopy(model)
     go(model, 3, 5, tmp_path / "run.h5", resume=True)
-    go(checkpoint, 3, 6, tmp_path / "run.h5", resume=True, drop_after=2)
+    go(checkpoint, 3, 6, tmp_path / "run.h5", resume=True, next_step=3)
     a, b = open_run(tmp_path / "whole.h5"), open_run(tmp_path / "run.h5")
     assert b.steps.tolist() == [0, 1, 2, 3, 4, 5]
     assert np.array_equal(a.gram(), b.gram())
@@ -269,9 +269,9 @@ def test_a_resumed_training_drops_what_comes_again(store: str, tmp_path: Path) -
 def test_a_table_is_kept_with_the_run(tmp_path: Path) -> None:
     model, path = tiny.llama(), tmp_path / "run.h5"
     with Recorder(model, path) as recorder:
-        recorder.keep("early", {"sample": np.array([0, 1])})
+        recorder.keep_table("early", {"sample": np.array([0, 1])})
         recorder.backward(**losses_of(model, tiny.pairs(1)[0]))
-        recorder.keep("tokens", {"token": ["a", "b"], "value": np.array([0.5, -1.0])})
+        recorder.keep_table("tokens", {"token": ["a", "b"], "value": np.array([0.5, -1.0])})
     run = open_run(path)
     assert set(run.tables) == {"early", "tokens"}
     assert list(run.table("tokens")["token"]) == ["a", "b"]

@@ -170,3 +170,112 @@ def test_weights_are_recorded_over_the_window(tmp_path: Path) -> None:
     assert found["median"][0] == 1.0
     assert found["max"][0] == 2.0
     assert np.isnan(found["mean"][1])
+
+
+def squared_norm(path: Path, row: int = 0) -> float:
+    run = open_run(path)
+    return float(run.gram()[row, :, 0, 0].sum())
+
+
+def test_a_window_that_fails_is_over(tmp_path: Path) -> None:
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+    exact = reference.gradient(model, -nll(model, pair["forget"]))
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=-nll(model, pair["forget"]), accumulate=True)
+        with pytest.raises(ValueError, match="should be finite"):
+            recorder.backward(objective=nll(model, pair["forget"]) * float("nan"))
+        model.zero_grad()
+        recorder.backward(objective=-nll(model, pair["forget"]))
+    assert open_run(tmp_path / "run.h5").column("n_micro").tolist() == [1]
+    expected = reference.inner(exact, exact)
+    assert squared_norm(tmp_path / "run.h5") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_an_optimizer_that_steps_ends_the_window(update: bool, tmp_path: Path) -> None:
+    """The last window of a loader whose length nobody knows."""
+    model, pairs = tiny.llama(), tiny.pairs(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    exact = []
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        for pair in pairs:
+            exact.append(reference.gradient(model, -nll(model, pair["forget"])))
+            recorder.backward(objective=-nll(model, pair["forget"]), accumulate=True)
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.backward(objective=-nll(model, pairs[0]["forget"]), accumulate=True)
+    run = open_run(tmp_path / "run.h5")
+    assert run.steps.tolist() == [0, 1, 2]
+    assert run.column("n_micro").tolist() == [1, 1, 1]
+    for row, gradient in enumerate(exact):
+        expected = reference.inner(gradient, gradient)
+        assert squared_norm(tmp_path / "run.h5", row) == pytest.approx(expected, rel=1e-5)
+        if update:
+            moved = run.gram()[row, :, -1, -1].sum()
+            assert moved == pytest.approx(0.01 * expected, rel=1e-3)
+
+
+def test_a_rectified_window_says_which_micro_batch_is_the_last(tmp_path: Path) -> None:
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(
+            objective=-nll(model, pair["forget"]),
+            retain=nll(model, pair["retain"]),
+            rectifier=Rectifier(model),
+            accumulate=True,
+        )
+        with pytest.raises(RuntimeError, match=r"accumulate=False.* Found .* Tell the last one"):
+            optimizer.step()
+
+
+def test_a_run_of_some_steps_is_continued_at_the_right_one(tmp_path: Path) -> None:
+    model, pair, path = tiny.llama(), tiny.pairs(1)[0], tmp_path / "run.h5"
+    with Recorder(model, path, when=every(5)) as recorder:
+        for _ in range(9):
+            recorder.backward(objective=-nll(model, pair["forget"]))
+    with pytest.raises(ValueError, match=r"`next_step` should be given .* Found None. Pass"):
+        Recorder(model, path, when=every(5), resume=True)
+    with Recorder(model, path, when=every(5), resume=True, next_step=9) as recorder:
+        assert recorder.next_step == 9
+        for _ in range(2):
+            recorder.backward(objective=-nll(model, pair["forget"]))
+    assert open_run(path).steps.tolist() == [0, 5, 10]
+    with Recorder(model, tmp_path / "fresh.h5", resume=True, next_step=7) as recorder:
+        recorder.backward(objective=-nll(model, pair["forget"]))
+    assert open_run(tmp_path / "fresh.h5").steps.tolist() == [7]
+
+
+def test_an_optimizer_that_leaves_a_step_out_is_waited_for_again(tmp_path: Path) -> None:
+    model, pairs = tiny.llama(), tiny.pairs(4)
+    first, *others = model.parameters()
+    optimizers = [torch.optim.SGD([first], lr=0.1), torch.optim.SGD(others, lr=0.1)]
+    with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
+        for step, pair in enumerate(pairs):
+            recorder.backward(objective=-nll(model, pair["forget"]))
+            for which, optimizer in enumerate(optimizers):
+                if (step, which) != (1, 1):
+                    optimizer.step()
+                optimizer.zero_grad()
+    moved = open_run(tmp_path / "run.h5").gram()[:, :, -1, -1]
+    assert (moved[:, 0] > 0).all()
+    assert [(row[1:] > 0).any() for row in moved] == [True, False, True, True]
+
+
+def test_an_optimizer_inside_of_the_backward_pass_is_refused(tmp_path: Path) -> None:
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+
+    def step(parameter: Tensor) -> None:
+        parameter.data.add_(parameter.grad, alpha=-0.1)
+        parameter.grad = None
+
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with (
+        Recorder(model, tmp_path / "run.h5") as recorder,
+        pytest.raises(RuntimeError, match=r"No hook should run .* Found .* Step after"),
+    ):
+        recorder.backward(objective=-nll(model, pair["forget"]))
+    for a, b in zip(before, model.parameters(), strict=True):
+        assert torch.equal(a, b)

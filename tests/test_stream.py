@@ -2,12 +2,15 @@
 
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from geffect import Recorder, open_run
 from geffect.gradients import differentiate, stream
 from geffect.losses import Loss, plan
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
@@ -138,3 +141,40 @@ def test_a_reentrant_checkpoint_is_told_from_others() -> None:
         loss = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant),
                           use_reentrant=reentrant).sum()  # fmt: skip
         assert plan(parameters, {"objective": loss}).accumulates_once is not reentrant
+
+
+class RunsBackward(torch.autograd.Function):
+    """A checkpoint of somebody else's: its backward pass runs one of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor) -> Tensor:
+        ctx.function, ctx.x = function, x.detach()
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.function(x), grad)
+        return None, x.grad
+
+
+def test_a_backward_inside_of_a_backward_keeps_the_objective(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 3)
+
+    def loss() -> Tensor:
+        x = torch.ones(1, 3, requires_grad=True)
+        return RunsBackward.apply(layer, RunsBackward.apply(layer, x)).square().sum()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    parameters = list(layer.parameters())
+    assert not plan(parameters, {"objective": loss()}).accumulates_once
+    with Recorder(layer, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=loss())
+    for parameter, grad in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    gram = open_run(tmp_path / "run.h5").gram()[0, :, 0, 0]
+    assert gram.tolist() == pytest.approx([float(g.square().sum()) for g in expected])

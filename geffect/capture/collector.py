@@ -100,7 +100,9 @@ class _Sketches:
         self._layers = list(dict.fromkeys(parameter.layer for parameter in table))
         self._over = list(map(distributed.holders, parameters))
         # What processes hold parts of adds up over them, what each holds whole does not.
-        self._folds: dict[Any, dict[str, Tensor]] = {over: {} for over in self._over}
+        self._folds: dict[Any, dict[tuple[str, torch.device], Tensor]] = {
+            over: {} for over in self._over
+        }
         self._nothing = torch.zeros(len(self._layers), sketch.width, dtype=torch.float64)
 
     def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
@@ -110,15 +112,19 @@ class _Sketches:
         for name, tensor in tensors.items():
             if tensor is not None:
                 fold = self._sketch.fold(tensor.flatten(), self._table[place].name, start)
-                folds.setdefault(name, torch.zeros_like(self._nothing))[layer] += fold.cpu()
+                # Summed where it is: each device is waited for once.
+                if (name, fold.device) not in folds:
+                    folds[name, fold.device] = torch.zeros_like(self._nothing, device=fold.device)
+                folds[name, fold.device][layer] += fold
 
     def of(self, weights: Weights) -> Tensor:
         total = torch.zeros(len(weights), *self._nothing.shape, dtype=torch.float64)
         for over, folds in self._folds.items():
             part = torch.zeros_like(total)
             for row, terms in zip(part, weights.values(), strict=True):
-                for name, weight in terms.items():
-                    row += weight * folds.get(name, self._nothing)
+                for (name, _), fold in folds.items():
+                    if name in terms:
+                        row += terms[name] * fold.cpu()
             total += distributed.summed(part, over)
         return total.float()
 

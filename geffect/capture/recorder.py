@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform, Vector, separate, stream
 from geffect.layers import trainable
-from geffect.losses import Loss, Passes, declared, of_objective, plan
+from geffect.losses import Loss, Passes, check_no_step_inside, declared, of_objective, plan
 from geffect.objectives import statistics
 from geffect.sources import OBJECTIVE, RETAIN_EMA, UPDATE
 
@@ -33,15 +33,12 @@ from .schedule import EACH, Schedule
 class _Window:
     """The micro-batches of one step, as far as they have come."""
 
+    declared: Declared
+    rectifier: GradientTransform | None
     micro: int = 0
     gradients: Gradients | None = None
+    measured: Measured | None = None  # of a window of one, where nothing needs its gradients later
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, weights: Mapping[str, Tensor]) -> None:
-        """Count a micro-batch."""
-        self.micro += 1
-        for name, values in weights.items():
-            self.weights.setdefault(name, []).append(values.detach().flatten())
 
     def statistics(self) -> dict[str, Sequence[float]]:
         return {name: statistics(torch.cat(parts)) for name, parts in self.weights.items()}
@@ -52,12 +49,7 @@ class _Step:
     """A step whose gradients are taken and whose row is not written yet."""
 
     number: int
-    declared: Declared
-    rectifier: GradientTransform | None
-    n_micro: int
-    weights: Mapping[str, Sequence[float]]
-    gradients: Gradients | None  # while they wait for the update
-    measured: Measured | None
+    window: _Window
     lr: float = float("nan")
 
 
@@ -66,22 +58,27 @@ class Recorder:
 
     In place of `objective.backward()`, call `recorder.backward(objective=..., forget=...,
     retain=...)`; `.grad` holds the same afterwards, bit for bit, and training ends as it would have
-    ended unwatched. A step is written when an optimizer has stepped the model's parameters, else at
-    the next `backward` or at `close`; then it is safe from whatever happens to the process.
+    ended unwatched. (An objective declared as a sum of several losses is the same up to rounding:
+    their gradients are taken apart and added.) A step is written when an optimizer has stepped the
+    model's parameters, else at the next `backward` or at `close`; then it is safe from whatever
+    happens to the process.
 
     - `metadata`: anything that JSON can hold, kept with the run.
     - `update`: also record what the optimizer did, theta after minus theta before, as the source
       `update`. Costs a copy of the parameters, and the gradients stay until then. Without it, and
       without a rectifier, inner products are taken inside of the last backward pass: two losses
       need no more memory than one, and each further loss that of one gradient.
-    - `when`: the steps to capture, such as `every(5)`; at the others only the objective is
-      differentiated. `due` tells whether the losses of the next step are needed.
+    - `when`: the steps to capture, such as `geffect.capture.every(5)`; at the others only the
+      objective is differentiated. `due` tells whether the losses of the next step are needed.
     - `store`: what is kept beside the Gram matrices: "sketch", "int8", "int4", "bf16", "full", or a
-      `Keep`. `steps`: how many steps training has, if known; the size of the file is then told at
-      the start, and a run that would not fit the disk is refused.
-    - `overwrite` replaces an existing file with the first step, `resume` continues it, and
-      `drop_after` gives up the steps after the one that training resumes from.
+      `geffect.capture.Keep`. `steps`: how many steps training has, if known; the size of the file
+      is then told at the start, and a run that would not fit the disk is refused.
+    - `overwrite` replaces an existing file with the first step, `resume` continues it. `next_step`
+      is the number of the step that comes first, where training goes on from a checkpoint: steps of
+      the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
+
+    Losses are passed as they are: those that a GradScaler has scaled would be recorded scaled.
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
     `DistributedDataParallel` are computed inside of `with model.no_sync():`; their gradients are
@@ -108,9 +105,15 @@ class Recorder:
         steps: int | None = None,
         overwrite: bool = False,
         resume: bool = False,
-        drop_after: int | None = None,
+        next_step: int | None = None,
         on_error: OnError = "raise",
     ) -> None:
+        if resume and next_step is None and when is not EACH:
+            raise ValueError(
+                "`next_step` should be given to continue a run of which not every step is "
+                "captured: the file does not tell which one training goes on with. Found None. "
+                "Pass the number of steps that the checkpoint has behind it."
+            )
         self._model = model
         self._trainable = trainable(model)
         self._update = update
@@ -123,12 +126,12 @@ class Recorder:
             steps=None if steps is None else list(filter(when, range(steps))),
             overwrite=overwrite,
             resume=resume,
-            drop_after=drop_after,
+            drop_after=None if next_step is None or not resume else next_step - 1,
             on_error=on_error,
         )
         self._parameters = self._recording.parameters
-        self._next = self._recording.next_step
-        self._window = _Window()
+        self._next = self._recording.next_step if next_step is None else next_step
+        self._window: _Window | None = None
         self._step: _Step | None = None
         self._before: list[Tensor] | None = None
         self._optimizer: Mapping[str, Any] | None = None
@@ -187,7 +190,9 @@ class Recorder:
           the gradients and losses summed over it.
         """
         self._write()
-        with distributed.together():
+        # A window that fails is over: what follows begins another one.
+        window, self._window = self._window, None
+        with distributed.together() as processes:
             self._recording.check_open()
             self._check(losses, rectifier)
             if rectifier is None and not self.due:
@@ -197,46 +202,28 @@ class Recorder:
             self._recording.known.check_declared(of_step)
             self._recording.known.check_weights(weights or ())
             distributed.check_unsynchronised(self._model)
-        # A window that fails is over: what follows begins another one.
-        window, self._window = self._window, _Window()
-        window.add(weights or {})
-        measured = None
-        if self._streams(passes, window, needed_later=rectifier is not None or accumulate):
-            measured = self._stream(passes)
+            if self.due:
+                self._recording.announce(self._sources(of_step, rectifier))
+            processes.alike([*of_step.items()], sorted(weights or ()), accumulate, self.due)
+        window = window or _Window(of_step, rectifier)
+        window.micro += 1
+        for name, values in (weights or {}).items():
+            window.weights.setdefault(name, []).append(values.detach().flatten())
+        if self._streams(passes, window, accumulate):
+            window.measured = self._stream(passes)
         else:
-            self._extend(window, passes, rectifier, accumulate)
+            self._extend(window, passes, accumulate)
         if accumulate:
             self._window = window
-            return
-        step = _Step(
-            number=self._next,
-            declared=of_step,
-            rectifier=rectifier,
-            n_micro=window.micro,
-            weights=window.statistics(),
-            gradients=window.gradients,
-            measured=measured,
-        )
-        if self.due:
-            if measured is None and not self._update:
-                self._measure(step, None)
-            self._step = step
-        self._next += 1
-        if rectifier is not None:
-            assert window.gradients is not None
-            window.gradients.deposit(copy=self._update)
-            try:
-                rectifier.rectify()
-            except BaseException:
-                self._step = None
-                raise
+        else:
+            self._finish(window)
 
-    def keep(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
+    def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as the effects of samples or tokens.
 
         Columns hold numbers or text; `Run.table(name)` gives them back.
         """
-        self._recording.keep(name, columns)
+        self._recording.keep_table(name, columns)
 
     def close(self) -> None:
         """Write what is left, and mark the run as complete."""
@@ -249,17 +236,50 @@ class Recorder:
             # After an error the other processes may never come to the step that waits here.
             if complete or distributed.process_count() == 1:
                 self._write()
+                self._end_window()
+                self._write()
         except BaseException:
             self._recording.close(complete=False)
             raise
         self._recording.close(complete=complete)
 
-    def _streams(self, passes: Passes, window: _Window, *, needed_later: bool) -> bool:
+    def _finish(self, window: _Window) -> None:
+        """The window is a step: rectify it, and keep what its row needs until it is written."""
+        step, rectifier = _Step(self._next, window), window.rectifier
+        if self.due:
+            if window.measured is None and not self._update:
+                self._measure(step, None)
+            self._step = step
+        self._next += 1
+        if rectifier is not None:
+            assert window.gradients is not None
+            window.gradients.deposit(copy=self._update)
+            try:
+                rectifier.rectify()
+            except BaseException:
+                self._step = None
+                raise
+
+    def _end_window(self) -> None:
+        """End a window of which nobody said that its last micro-batch was the last."""
+        window, self._window = self._window, None
+        if window is None:
+            return
+        if window.rectifier is not None:
+            raise RuntimeError(
+                "The last micro-batch of a step should be passed with accumulate=False, for its "
+                f"gradient to be rectified. Found the end of the step after {window.micro} "
+                "micro-batches with accumulate=True. Tell the last one, also of a partial window."
+            )
+        self._finish(window)
+
+    def _streams(self, passes: Passes, window: _Window, accumulate: bool) -> bool:
         """Whether inner products can be taken inside of the last pass, and gradients let go."""
+        needed_later = self._update or accumulate or window.micro > 1
         return (
             self.due
-            and not (needed_later or self._update)
-            and window.micro == 1
+            and window.rectifier is None
+            and not needed_later
             and passes.accumulates_once
             and not distributed.averages(self._model)
         )
@@ -270,25 +290,27 @@ class Recorder:
             stream(self._parameters, passes, collector.take)
         return collector.measured(_over_processes(passes.losses))
 
-    def _extend(
-        self,
-        window: _Window,
-        passes: Passes,
-        rectifier: GradientTransform | None,
-        accumulate: bool,
-    ) -> None:
+    def _extend(self, window: _Window, passes: Passes, accumulate: bool) -> None:
         """Add a micro-batch to the window, and to `.grad` unless a rectifier comes first."""
         with distributed.gradient_sync(self._model):
             gradients = separate(self._parameters, passes)
         if distributed.averages(self._model):
-            vectors = distributed.average(self._parameters, gradients.vectors)
-            gradients = replace(gradients, vectors=vectors)
-        window.gradients = gradients if window.gradients is None else window.gradients + gradients
-        if rectifier is None:
+            gradients.vectors.update(distributed.average(self._parameters, gradients.vectors))
+        if window.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
-            gradients.deposit(copy=self._update or accumulate)
-        elif not accumulate:
-            rectifier.observe(window.gradients)
+            gradients.deposit(copy=self.due and (self._update or accumulate or window.micro > 1))
+            if not self.due:
+                return
+        if window.gradients is None:
+            window.gradients = gradients
+        else:
+            window.gradients.add_(gradients)
+        if window.rectifier is not None and not accumulate:
+            window.rectifier.observe(window.gradients)
+
+    def _sources(self, of_step: Declared, rectifier: GradientTransform | None) -> list[str]:
+        watched = () if rectifier is None else rectifier.watched
+        return [*of_step, *watched, *([UPDATE] if self._update else [])]
 
     def _check_continued(self, resume: bool) -> None:
         sources = self._recording.known.sources
@@ -315,13 +337,17 @@ class Recorder:
                 f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
                 "Record what follows into another file, with a new Recorder."
             )
+        check_no_step_inside(self._parameters)
         known = self._recording.known
         known.check_sources([*losses, *([] if rectifier is None else rectifier.watched)])
         if rectifier is not None:
             known.check_rectifier(rectifier)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._step is None or not self._owned(optimizer):
+        if (self._step is None and self._window is None) or not self._owned(optimizer):
+            return
+        self._end_window()
+        if self._step is None:
             return
         if self._update and self._before is None:
             self._before = [parameter.detach().clone() for parameter in self._parameters]
@@ -353,49 +379,50 @@ class Recorder:
         return stepped.intersection(map(id, self._parameters))
 
     def _measure(self, step: _Step, update: Vector | None) -> None:
-        assert step.gradients is not None
-        vectors = {
-            name: vector[: len(self._parameters)] for name, vector in step.gradients.vectors.items()
-        }
-        watched = {} if step.rectifier is None else step.rectifier.watched
+        gradients, rectifier = step.window.gradients, step.window.rectifier
+        assert gradients is not None
+        count = len(self._parameters)
+        vectors = {name: vector[:count] for name, vector in gradients.vectors.items()}
+        watched = {} if rectifier is None else rectifier.watched
         # An average of nothing yet is absent, not zero.
         further = {name: v for name, v in watched.items() if any(x is not None for x in v)}
         if update is not None:
             further[UPDATE] = update
-        step.measured = self._recording.measure(
+        step.window.measured = self._recording.measure(
             step.number,
             {**vectors, **further},
-            _over_processes(step.gradients.losses),
-            {**step.gradients.weights, **{name: {name: 1.0} for name in further}},
+            _over_processes(gradients.losses),
+            {**gradients.weights, **{name: {name: 1.0} for name in further}},
         )
-        step.gradients = None
+        if rectifier is None:
+            step.window.gradients = None
 
     def _write(self) -> None:
         step, before, stepped = self._step, self._before, self._stepped
         self._step, self._before, self._stepped = None, None, set()
         if step is None:
             return
-        self._expected = stepped or self._expected
-        if step.measured is None:
+        self._expected |= stepped
+        window = step.window
+        if window.measured is None:
             update: Vector | None = None
             if stepped and before is not None:
                 # None, which is zero, for what no optimizer has stepped.
                 moved = zip(before, self._parameters, strict=True)
                 update = [tensor if id(p) in stepped else None for tensor, p in moved]
             self._measure(step, update)
-        assert step.measured is not None
-        watched = () if step.rectifier is None else tuple(step.rectifier.watched)
+        assert window.measured is not None
         self._recording.write(
             step.number,
-            step.measured,
-            declared=step.declared,
+            window.measured,
+            declared=window.declared,
             lr=step.lr,
-            n_micro=step.n_micro,
+            n_micro=window.micro,
             clip_scale=float("nan"),  # whether the loop clips is not seen
-            rectifier=step.rectifier,
+            rectifier=window.rectifier,
             optimizer=self._optimizer,
-            weights=step.weights,
-            watched=(*watched, *([UPDATE] if self._update else [])),
+            weights=window.statistics(),
+            sources=self._sources(window.declared, window.rectifier),
         )
 
 

@@ -9,8 +9,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -66,6 +67,11 @@ class Recording:
         on_error: OnError = "raise",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(
+                f"`on_error` should be one of {', '.join(get_args(OnError))}. "
+                f"Found `on_error = {on_error!r}`. Choose one of those."
+            )
         distributed.check_layout(model)
         self.path = Path(path).resolve()
         self.table = describe(model)
@@ -79,7 +85,10 @@ class Recording:
         self._steps = steps
         self._on_error = on_error
         self._begun = self._closed = False
+        # Rounding that is the same in two runs would look like a likeness of their gradients.
+        self._salt = os.urandom(8).hex()
         self._failure: OSError | None = None
+        self._announced = False
         self._writer: RunWriter | BackgroundWriter | ShardWriter | None = None
         self._ranges = self._shard_ranges()
         known = Known()
@@ -94,7 +103,7 @@ class Recording:
         """The number after that of the last step in the file."""
         return self.known.last_step + 1
 
-    def collector(self, step: int, weights: Weights) -> Collector:
+    def collector(self, step: int, weights: Weights, batch: int = 0) -> Collector:
         """What takes the gradients of a step, so that what is to be kept of them is kept."""
         stored = self._keep.gradients if self._keep.when(step) else None
         return Collector(
@@ -105,7 +114,7 @@ class Recording:
             encoding=stored,
             places=self._places,
             ranges=self._ranges[distributed.rank() if len(self._ranges) > 1 else 0],
-            seed=str(step),
+            seed=f"{self._salt}/{step}/{batch}",
         )
 
     def measure(
@@ -114,18 +123,22 @@ class Recording:
         vectors: Mapping[str, Vector],
         losses: Mapping[str, float],
         weights: Weights | None = None,
+        batch: int = 0,
     ) -> Measured:
         """What is to be kept of gradients that are all there.
 
         `weights` gives the sources in terms of the vectors; without it they are the sources.
         """
-        collector = self.collector(step, weights or {name: {name: 1.0} for name in vectors})
+        collector = self.collector(step, weights or {name: {name: 1.0} for name in vectors}, batch)
         for place in range(len(self.parameters)):
             collector.take(place, {name: vector[place] for name, vector in vectors.items()})
         return collector.measured(losses)
 
     def announce(self, sources: Sequence[str]) -> None:
-        """Tell how large the file will be, and refuse a run that would not fit the disk."""
+        """Tell how large the file will be, and refuse a run that would not fit the disk; once."""
+        if self._announced:
+            return
+        self._announced = True
         if not distributed.is_writer():
             return
         steps = [0] if self._steps is None else list(self._steps)
@@ -134,7 +147,8 @@ class Recording:
         size = projected_bytes(self.table, contents, len(steps), stored)
         room = shutil.disk_usage(self.path.parent).free
         rows = "a step" if self._steps is None else f"{len(steps)} steps"
-        level = logging.WARNING if self._keep.gradients else logging.INFO
+        told = self._steps is not None or self._keep.gradients is not None
+        level = logging.WARNING if told else logging.INFO
         log.log(level, "%s will take %s for %s", self.path, _bytes(size), rows)
         if size > room:
             raise RunFileError(
@@ -158,16 +172,15 @@ class Recording:
         rectifier: GradientTransform | None = None,
         optimizer: Mapping[str, Any] | None = None,
         weights: Mapping[str, Sequence[float]] | None = None,
-        watched: Sequence[str] = (),
+        sources: Sequence[str] | None = None,
     ) -> None:
-        """Write one row. The first one fixes the sources, among them `watched` ones to come."""
+        """Write one row. The first one fixes the sources: `sources`, or those that it has."""
         if self.failed:
             return
         if not self.known.sources:
-            self._fix(measured, declared, rectifier, weights or {}, watched)
-        if not self._begun:
-            with distributed.together():
-                self.announce(self.known.sources)
+            self._fix(sources or measured.names, declared, rectifier, weights or {})
+        with distributed.together() if not self._announced else nullcontext():
+            self.announce(self.known.sources)
         row = Row(
             step=step,
             batch=batch,
@@ -185,15 +198,15 @@ class Recording:
             gradients=measured.gradients,
         )
         self._guarded(lambda: self._append(row, rectifier, optimizer))
-        if self._on_error == "warn":
-            self.failed = distributed.anywhere(self.failed)
+        self._agree()
         self.known.last_step = step
 
-    def keep(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
+    def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
         if isinstance(self._writer, RunWriter | BackgroundWriter) and not self.failed:
             writer = self._writer
             self._guarded(lambda: writer.keep(name, columns))
+        self._agree()
 
     def check_open(self) -> None:
         """Refuse to go on after the end, or after a failure that not all processes know of yet.
@@ -225,7 +238,17 @@ class Recording:
         if run is None:
             return Known()
         try:
-            return self._continued(run, writer.gradient_rows)
+            known = self._continued(run, writer.gradient_rows)
+            # What is to be kept has to be what the file keeps: refused now, not after a step.
+            self._writer.begin(
+                self._contents(
+                    sources=known.sources,
+                    blocks=known.blocks,
+                    weights=known.weights,
+                    manifest=run.manifest,
+                )
+            )
+            return known
         except BaseException:
             writer.close(complete=False)
             raise
@@ -263,13 +286,12 @@ class Recording:
 
     def _fix(
         self,
-        measured: Measured,
+        sources: Sequence[str],
         declared: Declared,
         rectifier: GradientTransform | None,
         weights: Mapping[str, Sequence[float]],
-        watched: Sequence[str],
     ) -> None:
-        self.known.sources = tuple(dict.fromkeys([*measured.names, *watched]))
+        self.known.sources = tuple(sources)
         self.known.declared = declared
         self.known.weights = tuple(weights)
         if rectifier is not None:
@@ -333,6 +355,11 @@ class Recording:
             sketch=self._keep.sketch,
             gradients=gradients,
         )
+
+    def _agree(self) -> None:
+        """All processes leave off together: captured steps have passes that the others have not."""
+        if self._on_error == "warn":
+            self.failed = distributed.anywhere(self.failed)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do something to the file; what happens when it cannot be done is the user's choice."""

@@ -1,7 +1,8 @@
 """What unlearning one sample or token more does, where a run reaches the level of forgetting."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
+from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from geffect import Recorder
@@ -11,17 +12,19 @@ from geffect.sources import FORGET, RETAIN
 
 from . import language_model as lm
 
-if TYPE_CHECKING:
-    from .unlearning import Data
-
 READ_OUT = 3
 """How many answers are kept token by token."""
 
 
-def keep_effects(recorder: Recorder, model: LlamaForCausalLM, data: "Data") -> None:
+def keep_effects(
+    recorder: Recorder,
+    model: LlamaForCausalLM,
+    batches: Mapping[str, Sequence[lm.Batch]],
+    tokenizer: Tokenizer,
+) -> None:
     """Keep the PG-effects of all forget samples, and of the tokens of a few, with the run."""
-    directions = {risk: direction(model, data.batches[risk]) for risk in (FORGET, RETAIN)}
-    samples = instances(model, data.batches[FORGET], directions, by="model")
-    recorder.keep(SAMPLES, as_columns(samples))
-    few = lm.rows(data.forget, range(READ_OUT))
-    recorder.keep(TOKENS, as_columns(tokens(model, [few], directions, data.tokenizer)))
+    directions = {risk: direction(model, batches[risk]) for risk in (FORGET, RETAIN)}
+    samples = instances(model, batches[FORGET], directions, by="model")
+    recorder.keep_table(SAMPLES, as_columns(samples))
+    few = lm.rows(batches[FORGET][0], range(READ_OUT))
+    recorder.keep_table(TOKENS, as_columns(tokens(model, [few], directions, tokenizer)))

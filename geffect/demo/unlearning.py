@@ -106,7 +106,7 @@ def unlearn(
             if crossing is None and forget[-1] >= level:
                 crossing = _at_level(model, previous, data, forget, level)
                 if variant == "plain":
-                    keep_effects(recorder, model, data)
+                    keep_effects(recorder, model, data.batches, data.tokenizer)
                 least = max(least, step + STEPS_BEYOND)
             last = step == MOST_STEPS or (crossing is not None and step >= least)
             if last or step % CURVE_EVERY == 0:

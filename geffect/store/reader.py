@@ -189,7 +189,7 @@ class Run:
         if name not in (kept := self.tables):
             raise ValueError(
                 f"`{self.path}` should hold a table `{name}`. Found {', '.join(kept) or 'none'}. "
-                f"Keep it with recorder.keep({name!r}, columns)."
+                f"Keep it with recorder.keep_table({name!r}, columns)."
             )
         with opened(self.path) as file:
             columns = file[f"tables/{name}"]

@@ -245,7 +245,7 @@ class GEffectCallback(TrainerCallback):
                 clip_scale=step.clip_scale,
                 skipped=skipped,
                 optimizer=described(unwrapped(kwargs["optimizer"])),
-                watched=self._sources,
+                sources=self._sources,
             )
 
     def on_step_end(
