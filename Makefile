@@ -1,6 +1,7 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest
 # make study  every method in every variant, three seeds, into runs/study
+# make stress a writer killed more than two hundred times, some minutes
 # make bench  what recording costs, in ratios, into runs/bench.json; ten minutes on an idle machine
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test bench clean
+.PHONY: demo study test stress bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -24,6 +25,9 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)
+
+stress: $(VENV)/installed-test
+	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/test_kill.py $(ARGS)
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -613,6 +613,50 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     assert first == second
 
 
+def uneven_on_a_rank(path: Path) -> str:
+    model, rank = ddp(trained_in("ddp")), distributed.rank()
+    with Recorder(model, path) as recorder:
+        losses = losses_of_a_rank(model)
+        if rank == 1:  # a process without retain data
+            losses.pop("retain")
+        with pytest.raises(ValueError, match=r"same on every process") as refused:
+            recorder.backward(objective={"forget": -1.0}, **losses)
+    return str(refused.value)
+
+
+def test_losses_that_differ_between_processes_are_told_apart(tmp_path: Path) -> None:
+    said = two_ranks.run(uneven_on_a_rank, tmp_path / "run.h5")
+    assert said[0] == said[1]
+    assert "0 * loss" in said[0]
+
+
+def collectives_on_a_rank(layout: str, path: Path) -> list[int]:
+    """How many reductions each of a few recorded steps makes."""
+    count, reduce = [0], dist.all_reduce
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        return reduce(*arguments, **options)
+
+    model = LAYOUTS[layout](trained_in(layout))
+    steps = []
+    with Recorder(model, path) as recorder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        for _ in range(3):
+            losses = losses_of_a_rank(model)
+            count[0] = 0
+            recorder.backward(objective={"forget": -1.0}, **losses)
+            steps.append(count[0])
+    return steps
+
+
+def test_a_step_of_a_sharded_model_makes_few_small_reductions(tmp_path: Path) -> None:
+    """Whether all go on, the inner products of all parameters at once, and the losses."""
+    first, *others = two_ranks.run(collectives_on_a_rank, "fsdp", tmp_path / "run.h5")[0]
+    assert others == [3, 3]
+    assert first <= 4
+
+
 def full_disk_on_a_rank(path: Path) -> list[Tensor]:
     """The file cannot be written from the second step on, which only its writer notices."""
     model = fsdp(Small())

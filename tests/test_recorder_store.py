@@ -287,3 +287,25 @@ def test_steps_without_a_row_are_not_stored_either(tmp_path: Path) -> None:
     run = open_run(path)
     assert run.steps.tolist() == [1]
     assert run.stored_steps.tolist() == [1]
+
+
+def test_rounding_is_another_one_in_each_run(tmp_path: Path) -> None:
+    """The same errors in two runs would look like a likeness of their gradients."""
+    stored = []
+    for name in ("one", "other"):
+        trained(tiny.llama(), tmp_path / f"{name}.h5", store="int4", steps=1)
+        stored.append(np.concatenate(open_run(tmp_path / f"{name}.h5").gradient("retain", 0)))
+    assert not np.array_equal(*stored)
+
+
+def test_a_choice_that_means_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`match` should choose .* Found `match = 'mlp'`"):
+        Keep(match="mlp")
+    with pytest.raises(ValueError, match=r"`on_error` should be one of raise, warn. Found"):
+        Recorder(tiny.llama(), tmp_path / "run.h5", on_error="ignore")
+
+
+def test_another_store_is_refused_before_the_first_step_of_a_resumed_run(tmp_path: Path) -> None:
+    trained(tiny.llama(), tmp_path / "run.h5", store="sketch", steps=1)
+    with pytest.raises(ValueError, match="sketch"):
+        Recorder(tiny.llama(), tmp_path / "run.h5", resume=True)
