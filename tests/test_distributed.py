@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from geffect import Recorder, Rectifier, Run, distributed, dots, open_run
 from geffect.capture.keep import Keep
+from geffect.distributed import reduction
 from geffect.gradients import Gradients, differentiate, stream
 from geffect.layers import describe, trainable
 from geffect.losses import plan
@@ -261,7 +262,7 @@ def averages_on_a_rank() -> list[list[list[Any]]]:
 
 
 def averages_in_portions(bucket_bytes: int) -> list[list[Any]]:
-    distributed.BUCKET_BYTES = bucket_bytes
+    reduction.BUCKET_BYTES = bucket_bytes
     rank = dist.get_rank()
     parameters = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(5), torch.zeros(2), torch.zeros(4)]
     parameters[3] = parameters[3].bfloat16()

@@ -1,0 +1,122 @@
+"""The processes that train together, and the numbers that they share."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Value = TypeVar("Value")
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+def rank() -> int:
+    """The number of this process among them."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def is_writer() -> bool:
+    """Whether this is the process that writes what all of them know."""
+    return rank() == 0
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """The means over the processes, such as those of losses; not finite where one of them is not.
+
+    >>> mean([2.0, 3.0])
+    [2.0, 3.0]
+    """
+    if process_count() == 1:
+        return list(values)
+    total = summed_over_all(torch.tensor(values, dtype=torch.float64))
+    return (total / process_count()).tolist()
+
+
+def token_share(tokens: int) -> float:
+    """The factor that turns the mean over a process's tokens into one whose average is over all.
+
+    processes · tokens / (tokens of all processes). Where processes have different numbers of
+    labelled tokens, the mean of their means is not the mean over tokens. So multiply each loss by
+    its share, `nll(model, batch) * token_share(count)`, where the count is of what it is a mean of:
+    `int((batch["labels"][:, 1:] != -100).sum())`, as no token is predicted first.
+
+    >>> token_share(17)
+    1.0
+    """
+    everyone = tokens
+    if process_count() > 1:
+        everyone = int(summed_over_all(torch.tensor(tokens)))
+    if everyone == 0:
+        raise ValueError(
+            "`tokens` should not be 0 on every process. Found no labelled token in this batch. "
+            "Leave the batch out, on all processes."
+        )
+    return process_count() * tokens / everyone
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any process.
+
+    >>> anywhere(False)
+    False
+    """
+    return flag if process_count() == 1 else bool(summed_over_all(torch.tensor(int(flag))))
+
+
+def largest(value: float) -> float:
+    """The largest number of all processes; infinite where one of them is not a number.
+
+    >>> largest(2.0), largest(float("nan"))
+    (2.0, inf)
+    """
+    peak = torch.tensor(value, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if process_count() > 1:
+        peak = peak.to(device_of())
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item()
+
+
+def from_first(value: Value) -> Value:
+    """What the first process has, on all of them; it has to be something that can be pickled.
+
+    >>> from_first({"next_step": 3})
+    {'next_step': 3}
+    """
+    if process_count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    values = [value] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def summed_over_all(table: Tensor) -> Tensor:
+    table = table.to(device_of())
+    dist.all_reduce(table)
+    return table
+
+
+def device_of(group: "ProcessGroup | None" = None) -> torch.device:
+    """Where a group exchanges numbers: on the CPU if it can, which no kernel has to wait for."""
+    if "cpu" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,151 @@
+"""Reduction: how the gradients of several processes become one, under DDP and FSDP2."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .processes import process_count, summed_over_all
+from .shards import fsdp_groups, is_sharded
+
+BUCKET_BYTES = 25 * 2**20
+"""How much is sent at a time: what DDP sends, enough to fill the line, little beside a gradient."""
+
+
+def averages(model: nn.Module) -> bool:
+    """Whether the gradients of the model are there for `average`: nothing else reduces them all.
+
+    >>> averages(nn.Linear(2, 1))
+    False
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return process_count() > 1 and not all(map(is_sharded, trained))
+
+
+def average(
+    parameters: Sequence[Tensor], vectors: Mapping[str, Sequence[Tensor | None]]
+) -> dict[str, list[Tensor | None]]:
+    """The mean over the processes of gradients that backward passes left on each, in place.
+
+    For a model whose gradients nothing has reduced, as under `no_sync()` of DDP. Tensors of sharded
+    parameters are left as they are: FSDP2 has reduced them. A gradient that is None on some
+    processes counts as zero there; one that is None on all stays None. What follows in a vector
+    after the parameters' tensors is this process's own, and left alone.
+
+    >>> x = torch.ones(1)
+    >>> average([x], {"forget": [x * 3]})
+    {'forget': [tensor([3.])]}
+    """
+    averaged: dict[str, list[Tensor | None]] = {
+        name: list(vector) for name, vector in vectors.items()
+    }
+    own = [i for i, parameter in enumerate(parameters) if not is_sharded(parameter)]
+    if process_count() == 1 or not own or not vectors:
+        return averaged
+    present = torch.tensor([[v[i] is not None for i in own] for v in averaged.values()])
+    found = []
+    needed = summed_over_all(present.int()).bool().tolist()
+    for vector, places in zip(averaged.values(), needed, strict=True):
+        for i in (i for i, somewhere in zip(own, places, strict=True) if somewhere):
+            tensor = vector[i]
+            if tensor is None:
+                vector[i] = tensor = torch.zeros_like(parameters[i], requires_grad=False)
+            found.append(tensor)
+    with torch.no_grad():
+        for bucket in _buckets(found):
+            _average(bucket)
+    return averaged
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in portions of one type each, in an order that is the same everywhere."""
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        bucket = open_buckets.setdefault((tensor.dtype, tensor.device), [])
+        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield list(bucket)
+            bucket.clear()
+        bucket.append(tensor)
+    yield from open_buckets.values()
+
+
+def _average(bucket: Sequence[Tensor]) -> None:
+    # Divided before it is summed, as DDP does it: then training goes on bit for bit as under DDP.
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0].mul_(1 / process_count()))
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).mul_(1 / process_count())
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view(tensor.shape))
+
+
+def check_layout(model: nn.Module) -> None:
+    """Refuse what spreads a model over processes in a way that leaves no gradient to take."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                "`model` should be sharded by `fully_shard` (FSDP2). Found "
+                "`FullyShardedDataParallel`, which flattens parameters beyond recognition. "
+                "Call fully_shard on the layers and on the model instead of wrapping it."
+            )
+        if isinstance(module, DistributedDataParallel):
+            size = dist.get_world_size(module.process_group)
+            if size != process_count():
+                raise ValueError(
+                    "`DistributedDataParallel` should span all processes. Found a process group of "
+                    f"{size} of {process_count()}. Start one program a group."
+                )
+
+
+def check_unsynchronised(model: nn.Module) -> None:
+    """Refuse losses whose forward will make DDP reduce: it would do so for one of them only."""
+    for module in model.modules():
+        # DDP's own mark, set by a forward that a backward pass is to reduce.
+        if isinstance(module, DistributedDataParallel) and module.require_forward_param_sync:
+            raise RuntimeError(
+                "The losses of `recorder.backward` should be computed inside "
+                "`with model.no_sync():`. Found a forward of `DistributedDataParallel` outside of "
+                "it, after which DDP reduces the gradient of the first loss only. Put the forwards "
+                "inside; the gradient of each loss is averaged over the processes here."
+            )
+
+
+@contextmanager
+def gradient_sync(model: nn.Module) -> Iterator[None]:
+    """Where every backward pass through FSDP2 modules leaves its reduced gradient in `.grad`.
+
+    Also in a micro-batch for which `set_requires_gradient_sync(False)` stands; it stands again
+    afterwards. Gradients that are still waiting for reduction are refused: they would be counted to
+    the first loss.
+    """
+    groups = fsdp_groups(model)
+    waiting = [param for group in groups for param in group.fsdp_params if _waits(param)]
+    if waiting:
+        raise RuntimeError(
+            "Every gradient of a step should be reduced before one of its losses is differentiated "
+            f"alone. Found {len(waiting)} parameters with sums of an earlier backward pass, which "
+            "ran after set_requires_gradient_sync(False). Pass the losses of each micro-batch to "
+            "the recorder, or call model.set_requires_gradient_sync(True) for all of them."
+        )
+    before = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
+    for group in groups:
+        group.reduce_grads = group.all_reduce_grads = True
+    try:
+        yield
+    finally:
+        for group, (reduce_grads, all_reduce_grads) in zip(groups, before, strict=True):
+            group.reduce_grads, group.all_reduce_grads = reduce_grads, all_reduce_grads
+
+
+def _waits(param: Any) -> bool:
+    """Whether a parameter of FSDP2 has a gradient that is not reduced yet."""
+    unsharded = getattr(param, "_unsharded_param", None)
+    held = None if unsharded is None else unsharded.grad
+    return held is not None or param.unsharded_accumulated_grad is not None
