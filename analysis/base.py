@@ -1,12 +1,13 @@
 """The one way from a run to numbers: sum its Gram matrices over blocks of parameters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geffect.layers import Parameter, in_network_order
-from geffect.scores import BLOCKS
+from geffect.scores import BLOCKS, Score
 from geffect.sources import is_risk
 from geffect.store import Run
 
@@ -46,6 +47,12 @@ def column_of(by: By) -> str:
 def risks_of(run: Run) -> Sequence[str]:
     """The sources that are risks: neither the objective, nor a part of it, nor derived."""
     return list(filter(is_risk, run.sources))
+
+
+def in_space(run: Run, score: Score) -> Score:
+    """The score, labelled where gradients are those of adapter factors: they do not compare."""
+    adapted = run.manifest.get("model", {}).get("space") == "adapter"
+    return replace(score, label=f"{score.label}, adapter space") if adapted else score
 
 
 def label_of(by: By) -> Callable[[Parameter], str]:

@@ -8,7 +8,7 @@ from geffect.scores import Score, tidy
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
-from .base import By, column_of, summed_gram
+from .base import By, column_of, in_space, summed_gram
 
 
 def conflict(run: Run, a: str = OBJECTIVE, b: str = RETAIN, by: By = "layer") -> pd.DataFrame:
@@ -26,4 +26,4 @@ def conflict(run: Run, a: str = OBJECTIVE, b: str = RETAIN, by: By = "layer") ->
     comparable = (norm(K, i) > 0) & (norm(K, j) > 0)
     values = np.where(comparable, in_conflict(K, i, j), np.nan)
     score = Score("conflict", f"conflict of {a} and {b}", limits=(0.0, 1.0))
-    return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))
+    return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))

@@ -6,7 +6,7 @@ from geffect.gram import cosine as cosine_of
 from geffect.scores import Score, tidy
 from geffect.store import Run
 
-from .base import By, column_of, summed_gram
+from .base import By, column_of, in_space, summed_gram
 
 
 def cosine(run: Run, a: str, b: str, by: By = "layer") -> pd.DataFrame:
@@ -24,4 +24,4 @@ def cosine(run: Run, a: str, b: str, by: By = "layer") -> pd.DataFrame:
     blocks, K = summed_gram(run, by)
     score = Score("cosine", f"cosine of {a} and {b}", limits=(-1.0, 1.0))
     values = cosine_of(K, run.index(a), run.index(b))
-    return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))
+    return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))

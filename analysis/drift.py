@@ -14,7 +14,7 @@ from geffect.scores import Score, tidy
 from geffect.sources import RETAIN
 from geffect.store import Run
 
-from .base import By, Floats, column_of, label_of
+from .base import By, Floats, column_of, in_space, label_of
 
 Gradients = tuple[Run, str]
 """A source of a run."""
@@ -52,14 +52,16 @@ def drift(
     """
     other_source = source if other_source is None else other_source
     ours, theirs = (run, source), (run if other is None else other, other_source)
-    sketched = all(of.sketching for of, _ in (ours, theirs))
+    sketched = all(of.contents.sketch for of, _ in (ours, theirs))
     stored = all(of.contents.gradients for of, _ in (ours, theirs))
     products = _stored(ours, theirs) if stored and not sketched else _sketched(ours, theirs)
     blocks, value, error = _cosines(products, by)
     a, b = (name if other is None else f"{name} of {of.name}" for of, name in (ours, theirs))
     table = tidy(
         value.reshape(-1, len(blocks)),
-        Score("drift", f"cosine of {a} at a step and {b} at another", limits=(-1.0, 1.0)),
+        in_space(
+            run, Score("drift", f"cosine of {a} at a step and {b} at another", limits=(-1.0, 1.0))
+        ),
         steps=np.repeat(products.steps, len(products.other_steps)),
         blocks=blocks,
         by=column_of(by),
@@ -135,10 +137,11 @@ def _cosine(inner: Floats, squares: Floats, other_squares: Floats) -> tuple[Floa
 def _sketched(ours: Gradients, theirs: Gradients) -> _Products:
     a, b = (run.sketch(source).swapaxes(0, 1) for run, source in (ours, theirs))
     run, other = ours[0], theirs[0]
-    if run.sketching is None or run.sketching != other.sketching:
+    made = run.contents.sketch
+    if made is None or made != other.contents.sketch:
         raise ValueError(
-            f"`other` should be sketched as `{run.path}` is, by {run.sketching}. Found "
-            f"{other.sketching} in `{other.path}`. Record both with the same Sketch."
+            f"`other` should be sketched as `{run.path}` is, by {made}. Found "
+            f"{other.contents.sketch} in `{other.path}`. Record both with the same Sketch."
         )
     _check_same(run.layers, other.layers, other)
     return _Products(
@@ -148,7 +151,7 @@ def _sketched(ours: Gradients, theirs: Gradients) -> _Products:
         inner=np.stack([*map(sketch.inner, a, b)]),
         squares=np.square(a, dtype=np.float64).sum(axis=-1),
         other_squares=np.square(b, dtype=np.float64).sum(axis=-1),
-        per_width=1 / run.sketching.width,
+        per_width=1 / made.width,
     )
 
 

@@ -7,7 +7,7 @@ from geffect.scores import Score, stack, tidy
 from geffect.sources import FORGET, OBJECTIVE, RETAIN
 from geffect.store import Run
 
-from .base import By, column_of, summed_gram
+from .base import By, column_of, in_space, summed_gram
 
 EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
 """The risk whose gradient is compared with that of the objective."""
@@ -40,7 +40,7 @@ def g_effect(run: Run, by: By = "layer") -> pd.DataFrame:
     tables = {
         effect: tidy(
             inner(K, run.index(risk), objective),
-            SCORE,
+            in_space(run, SCORE),
             steps=run.steps,
             blocks=blocks,
             by=column_of(by),

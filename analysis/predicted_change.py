@@ -7,7 +7,7 @@ from geffect.scores import Score, stack, tidy
 from geffect.sources import UPDATE
 from geffect.store import Run
 
-from .base import By, column_of, risks_of, summed_gram
+from .base import By, column_of, in_space, risks_of, summed_gram
 
 SCORE = Score("predicted_change", "predicted fall of the risk (nats per token)", scale="symlog")
 
@@ -33,7 +33,7 @@ def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     tables = {
         risk: tidy(
             -inner(K, run.index(risk), update),
-            SCORE,
+            in_space(run, SCORE),
             steps=run.steps,
             blocks=blocks,
             by=column_of(by),

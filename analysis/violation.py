@@ -8,7 +8,7 @@ from geffect.scores import Score, tidy
 from geffect.sources import RETAIN_EMA, UPDATE
 from geffect.store import Run
 
-from .base import By, column_of, summed_gram
+from .base import By, column_of, in_space, summed_gram
 
 ROUNDING = 1e-6
 """An update held on the constraint leaves it by this much, as a cosine, in float32 parameters."""
@@ -31,4 +31,4 @@ def violation(run: Run, by: By = "model") -> pd.DataFrame:
     along = cosine(K, run.index(UPDATE), run.index(RETAIN_EMA))
     values = np.where(np.isnan(along), np.nan, along > ROUNDING)
     score = Score("violation", "constraint violated by the applied update", limits=(0.0, 1.0))
-    return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))
+    return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))

@@ -241,11 +241,16 @@ def combined(products: Tensor, basis: Sequence[str], weights: Weights) -> Tensor
 def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
     """The sum of the tensors that are there, each times its weight; None if none is."""
     total: Tensor | None = None
+    is_new = False
     for tensor, weight in terms:
         if tensor is None:
             continue
         part = tensor if weight == 1.0 else tensor * weight
-        total = part if total is None else total + part
+        if total is None:
+            total, is_new = part, weight != 1.0
+        else:
+            # In place where it can be: a large parameter has one tensor less in memory.
+            total, is_new = total.add_(part) if is_new else total + part, True
     return total
 
 

@@ -154,6 +154,11 @@ def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
     }
 
 
+def layers_of(parameters: Iterable[Parameter]) -> list[str]:
+    """The layers of the parameters, each once, in order of first appearance."""
+    return list(dict.fromkeys(parameter.layer for parameter in parameters))
+
+
 def in_network_order(parameters: Iterable[Parameter], labels: Iterable[str]) -> list[str]:
     """The different `labels` of the parameters, from the input of the network to its output."""
     place: dict[str, tuple[int, int]] = {}

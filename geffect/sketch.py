@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from geffect.layers import Parameter
+from geffect.layers import Parameter, layers_of
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -113,7 +113,7 @@ class Sketch:
         """
         import torch
 
-        place = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in parameters))}
+        place = {layer: i for i, layer in enumerate(layers_of(parameters))}
         # One sum a device: each is waited for once.
         sums: dict[device, Tensor] = {}
         for vector, parameter in zip(vectors, parameters, strict=True):

@@ -1,5 +1,7 @@
 """The names of the gradients that a run holds; every other name is a further risk."""
 
+from collections.abc import Collection, Iterable
+
 OBJECTIVE = "objective"
 """What unlearning minimises; its parts, where they are recorded, are "objective.<part>"."""
 
@@ -20,3 +22,29 @@ def is_risk(source: str) -> bool:
     ['retain', 'fact_17']
     """
     return source.partition(".")[0] != OBJECTIVE and source not in (RETAIN_EMA, UPDATE)
+
+
+def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] = ()) -> None:
+    """Refuse names for risks that are those of other gradients, or no names in a file.
+
+    >>> check_risks("risks", ["fact_17"], taken=["forget", "retain"])
+    >>> check_risks("risks", ["objective.forget"])
+    Traceback (most recent call last):
+    ValueError: `risks` should have names ... Found 'objective.forget'. Choose another name.
+    """
+    wrong = [
+        repr(name)
+        for name in names
+        if not isinstance(name, str)
+        or not name.strip(".")
+        or "/" in name
+        or name in taken
+        or not is_risk(name)
+    ]
+    if wrong:
+        others = ", ".join(f"`{name}`" for name in (*taken, RETAIN_EMA, UPDATE))
+        raise ValueError(
+            f"`{argument}` should have names of their own: words without a slash, none of "
+            f"{others}, nor one that begins with `{OBJECTIVE}`. Found {', '.join(wrong)}. Choose "
+            "another name."
+        )

@@ -13,6 +13,7 @@ from geffect import Recorder, Rectifier, Run, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.layers import describe
 from geffect.objectives import WeightedGradientAscent, nll
+from geffect.scores import score_of
 from tests import reference, tiny
 
 STEPS = 4
@@ -210,3 +211,22 @@ def test_a_zero_gradient_has_no_cosine_and_no_conflict(tmp_path: Path) -> None:
 def test_layers_of_the_file_are_those_of_the_model(recorded: Recorded) -> None:
     if recorded.tolerance < 1e-8:
         assert recorded.run.layers == describe(tiny.gpt2())
+
+
+def test_effects_of_adapters_are_labelled(tmp_path: Path) -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(2, 1)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lora_A["default"](x)
+
+    layers = nn.ModuleDict({"q_proj": Adapted()})
+    with Recorder(layers, tmp_path / "run.h5") as recorder:
+        loss = layers["q_proj"](torch.ones(2)).sum()
+        recorder.backward(objective={"forget": -1.0}, forget=loss, retain=loss * loss)
+    run = open_run(tmp_path / "run.h5")
+    assert [p.name for p in run.layers] == ["q_proj.lora_A.weight", "q_proj.lora_A.bias"]
+    for table in (g_effect(run), cosine(run, "objective", "retain"), conflict(run)):
+        assert score_of(table).label.endswith(", adapter space")

@@ -49,6 +49,14 @@ def test_rounds_alternate_and_the_first_is_not_counted() -> None:
     assert seconds["a"][0] == pytest.approx(2 * 1.04)
 
 
+def test_a_round_may_have_several_turns() -> None:
+    machine = Machine()
+    loads = {"a": machine.load("a", 2.0), "b": machine.load("b", 1.0)}
+    seconds = interleaved(machine.clock, 2, loads, turns=3)
+    assert machine.ran == [*"abbaab", *"baabba", *"abbaab"]
+    assert seconds["b"] == pytest.approx([1.07 + 1.10 + 1.11, 1.14 + 1.15 + 1.18])
+
+
 def test_the_ratio_of_known_loads_on_a_machine_that_slows_down() -> None:
     machine = Machine()
     loads = {"a": machine.load("a", 3.0), "b": machine.load("b", 2.0)}

@@ -148,9 +148,13 @@ def test_a_row_each_k_steps_or_when_a_schedule_says_so(tmp_path: Path) -> None:
 
 def test_effects_of_adapters_are_those_of_their_factors(tmp_path: Path) -> None:
     recorder = GEffectCallback(tmp_path / "run.h5", probes=PROBES)
-    trainer(tmp_path, adapted(), recorder).train()
+    training = trainer(tmp_path, adapted(), recorder)
+    training.train()
     run = open_run(tmp_path / "run.h5")
     assert run.manifest["model"]["space"] == "adapter"
+    logged = {n for e in training.state.log_history for n in e if n.startswith("geffect/")}
+    assert "geffect/adapter/unlearning_g_effect" in logged
+    assert all(name.startswith("geffect/adapter/") for name in logged)
     names = [p.name for p in run.layers]
     assert names[0] == "model.layers.0.self_attn.q_proj.lora_A.weight"
     first = run.gram()[0]

@@ -1,7 +1,6 @@
-"""What may happen to a Trainer that is watched: it stops, resumes, overflows, hides gradients."""
+"""What may happen to a Trainer that is watched: it stops, resumes, overflows, cannot write."""
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers import Trainer
 
-from geffect import RunFileError, distributed, open_run
+from geffect import RunFileError, open_run
+from geffect.capture import at
+from geffect.layers import describe
 from geffect.store.writer import RunWriter
 from geffect.trainers import GEffectCallback
-from geffect.trainers.loop import clip_scale, firing_loop, scale_left
-from tests import tiny, trainers, two_ranks
-from tests.trainers import Noting, same, trainer
+from geffect.trainers.loop import clip_scale, scale_left
+from tests import tiny
+from tests.trainers import At, Noting, same, trainer
 
 PROBES = {"forget": tiny.batch(50, rows=1), "retain": [tiny.batch(s) for s in (51, 52)]}
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
-
-
-class At(TrainerCallback):
-    """Does something when an event of one step fires."""
-
-    def __init__(self, event: str, step: int, act: Any) -> None:
-        def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                act(control=control, **kwargs)
-
-        setattr(self, event, handle)
 
 
 def stop(control: Any, **_: Any) -> None:
@@ -108,6 +96,123 @@ def test_an_attempt_that_begins_again_replaces_its_own_file_and_no_other(tmp_pat
     assert open_run(path).steps.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(FileExistsError, match=r"run\.h5"):
         training.train()
+
+
+def restarted(tmp_path: Path) -> None:
+    """Another Trainer and another callback in the same process."""
+    again = GEffectCallback(tmp_path / "run.h5", probes=PROBES, overwrite=True)
+    trainer(tmp_path, tiny.llama(), again).train()
+    assert open_run(tmp_path / "run.h5").steps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert open_run(tmp_path / "run.h5").state == "complete"
+
+
+def test_a_training_that_was_interrupted_leaves_its_file_to_the_next(tmp_path: Path) -> None:
+    def interrupt(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    watching = GEffectCallback(tmp_path / "run.h5", probes=PROBES)
+    first = trainer(tmp_path, tiny.llama(), watching, At("on_substep_end", 3, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert open_run(tmp_path / "run.h5").steps.tolist() == [0, 1, 2]
+    restarted(tmp_path)
+
+
+def test_a_training_that_goes_on_keeps_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+
+    def intrude(**_: Any) -> None:
+        with pytest.raises(RunFileError, match="should have one writer"):
+            restarted(tmp_path)
+
+    watching = GEffectCallback(path, probes=PROBES)
+    trainer(tmp_path, tiny.llama(), watching, At("on_step_begin", 2, intrude)).train()
+    assert open_run(path).steps.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+class Failing(list[Any]):
+    """Batches of which a later time has none that is whole."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        return iter([{}] if self.times == 4 else [tiny.batch(0)])
+
+
+def test_an_error_of_the_callback_closes_the_file(tmp_path: Path) -> None:
+    recorder = GEffectCallback(tmp_path / "run.h5", probes={"facts": Failing()})
+    training = trainer(tmp_path, tiny.llama(), recorder)
+    with pytest.raises(ValueError, match=r"`labels`.*[\s\S]*data of risk `facts`"):
+        training.train()
+    assert open_run(tmp_path / "run.h5").steps.tolist() == [0, 1]
+    other = describe(tiny.llama())
+    RunWriter(tmp_path / "run.h5", other, overwrite=True).close(complete=False)
+    training.train()  # a retry of the same callback still replaces what it began
+    assert open_run(tmp_path / "run.h5").steps.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("others", "update"),
+    [
+        ({"forget": PROBES["forget"]}, True),
+        ({**PROBES, "facts": tiny.batch(0)}, True),
+        (PROBES, False),
+    ],
+)
+def test_a_resumed_training_has_the_sources_of_the_file(
+    others: Any, update: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.h5"
+    first = GEffectCallback(path, probes=PROBES)
+    trainer(tmp_path, tiny.llama(), first, At("on_step_end", 3, stop), **SAVING).train()
+    before = path.read_bytes()
+    changed = GEffectCallback(path, probes=others, update=update)
+    resumed = trainer(tmp_path, tiny.llama(), changed, **SAVING)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"`probes` and `update` should be those of the run"):
+            resumed.train(resume_from_checkpoint=True)
+    with pytest.raises(FileExistsError):  # nor is the file its own now
+        resumed.train()
+    assert path.read_bytes() == before
+    swapped = GEffectCallback(path, probes=dict(reversed(PROBES.items())))
+    trainer(tmp_path, tiny.llama(), swapped, **SAVING).train(resume_from_checkpoint=True)
+    run = open_run(path)
+    assert run.sources == ("objective", "forget", "retain", "update")
+    assert run.steps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.isfinite(run.gram()).all()
+
+
+def test_a_resumed_training_without_its_file_says_where_the_new_one_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.h5"
+    trainer(tmp_path, tiny.llama(), At("on_step_end", 3, stop), **SAVING).train()
+    recorder = GEffectCallback(path, probes=PROBES)
+    with caplog.at_level(logging.WARNING, logger="geffect"):
+        trainer(tmp_path, tiny.llama(), recorder, **SAVING).train(resume_from_checkpoint=True)
+    said = [r.getMessage() for r in caplog.records if "begins there" in r.getMessage()]
+    assert len(said) == 1
+    assert "run.h5` has no row" in said[0]
+    assert "at step 2" in said[0]
+    assert open_run(path).steps.tolist() == [2, 3, 4, 5]
+
+
+def test_a_schedule_that_is_never_due_is_refused(tmp_path: Path) -> None:
+    never = GEffectCallback(tmp_path / "run.h5", probes=PROBES, when=at(6, 100))
+    with pytest.raises(ValueError, match="Found none from step 0 to 5"):
+        trainer(tmp_path, tiny.llama(), never).train()
+    assert not (tmp_path / "run.h5").exists()
+
+
+def test_a_schedule_that_is_over_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    first = GEffectCallback(path, probes=PROBES, when=at(1))
+    trainer(tmp_path, tiny.llama(), first, At("on_step_end", 3, stop), **SAVING).train()
+    rest = GEffectCallback(path, probes=PROBES, when=at(1))
+    trainer(tmp_path, tiny.llama(), rest, **SAVING).train(resume_from_checkpoint=True)
+    assert open_run(path).steps.tolist() == [1]
+    assert open_run(path).state == "complete"
 
 
 # Half precision.
@@ -197,96 +302,6 @@ def test_the_clip_scale_is_the_number_that_torch_multiplies_by(dtype: torch.dtyp
         assert torch.equal(parameter.grad, expected)
 
 
-# What is refused.
-
-
-def test_deepspeed_is_refused_before_training(tmp_path: Path) -> None:
-    def pretend(**_: Any) -> None:
-        training.is_deepspeed_enabled = True
-
-    training = trainer(
-        tmp_path, tiny.llama(), At("on_train_begin", 0, pretend),
-        GEffectCallback(tmp_path / "run.h5", probes=PROBES),
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"Found DeepSpeed.*What works: DDP or FSDP2.*replay"):
-        training.train()
-    assert not (tmp_path / "run.h5").exists()
-
-
-def layerwise(model: nn.Module) -> Any:
-    inner = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
-    return LayerWiseDummyOptimizer(optimizer_dict=inner, lr=0.1)
-
-
-class AdaLomo(torch.optim.SGD):
-    """By its name, an optimizer that steps in its own backward pass."""
-
-
-@pytest.mark.parametrize("make", [layerwise, lambda model: AdaLomo(model.parameters(), lr=0.1)])
-def test_optimizers_that_step_inside_of_the_backward_pass_are_refused(
-    make: Any, tmp_path: Path
-) -> None:
-    model = tiny.llama()
-    training = trainer(tmp_path, model, GEffectCallback(tmp_path / "run.h5", probes=PROBES))
-    training.optimizer = make(model)
-    with pytest.raises(RuntimeError, match=r"which steps each layer inside.*What works"):
-        training.train()
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_optimizers_that_are_fused_with_the_backward_pass_are_refused(tmp_path: Path) -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
-
-    model = tiny.llama()
-    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
-    training = trainer(tmp_path, model, GEffectCallback(tmp_path / "run.h5", probes=PROBES))
-    with pytest.raises(RuntimeError, match="free the gradient there"):
-        training.train()
-
-
-def test_gradients_that_are_gone_before_the_step_are_missed(tmp_path: Path) -> None:
-    def take(model: nn.Module, **_: Any) -> None:
-        model.zero_grad()
-
-    training = trainer(
-        tmp_path, tiny.llama(), At("on_pre_optimizer_step", 2, take),
-        GEffectCallback(tmp_path / "run.h5", probes=PROBES),
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"should have a gradient .* none at step 2"):
-        training.train()
-
-
-def test_gradients_that_something_else_has_changed_are_noticed(tmp_path: Path) -> None:
-    def halve(model: nn.Module, **_: Any) -> None:
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter.grad *= 0.5
-
-    change = At("on_pre_optimizer_step", 1, halve)
-    for update in (False, True):
-        late = GEffectCallback(tmp_path / f"{update}.h5", probes=PROBES, update=update)
-        with pytest.raises(RuntimeError, match="changed between clipping and this callback"):
-            trainer(tmp_path, tiny.llama(), change, late).train()
-    first = GEffectCallback(tmp_path / "first.h5", probes=PROBES)
-    trainer(tmp_path, tiny.llama(), first, change).train()
-    assert len(open_run(tmp_path / "first.h5").steps) == 6
-
-
-def test_events_of_something_else_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"should be fired by a `transformers\.Trainer`"):
-        firing_loop()
-
-
-@pytest.mark.parametrize("name", ["objective", "update", "retain_ema", "objective.forget", "a/b"])
-def test_probes_have_names_of_their_own(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"`probes` should have .* Found {name}"):
-        GEffectCallback(tmp_path / "run.h5", probes={name: tiny.batch(0)})
-    with pytest.raises(ValueError, match="`probes` should have at least one"):
-        GEffectCallback(tmp_path / "run.h5", probes={})
-    with pytest.raises(TypeError, match="a list of batches or a loader"):
-        GEffectCallback(tmp_path / "run.h5", probes={"forget": iter([tiny.batch(0)])})
-
-
 # A file that cannot be written.
 
 
@@ -332,71 +347,9 @@ def test_or_is_warned_of_once_and_training_goes_on(
     training = trainer(tmp_path, tiny.llama(), recorder)
     with caplog.at_level(logging.WARNING, logger="geffect"):
         training.train()
-    assert counted.times == 3  # no probe costs time that is not recorded
-    assert sum("run.h5" in record.getMessage() for record in caplog.records) == 1
+    # A look at the first batch, and three steps: no probe costs time that is not recorded.
+    assert counted.times == 1 + 3
+    assert sum("should be writable" in record.getMessage() for record in caplog.records) == 1
     assert same(plain.model.state_dict(), training.model.state_dict())
     assert open_run(tmp_path / "run.h5").steps.tolist() == [0, 1]
     assert open_run(tmp_path / "run.h5").state == "open"
-
-
-# Two processes.
-
-
-class Sharding(Trainer):
-    """A Trainer that shards its model by FSDP2, which it does by itself on GPUs alone."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator.state.distributed_type = DistributedType.FSDP
-        self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            cpu_ram_efficient_loading=False,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-        self.is_fsdp_enabled = True
-
-
-def whole(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if distributed.is_sharded(tensor) else tensor.clone()).numpy()
-
-
-def of_two(kind: type[Trainer], folder: str) -> list[Any]:
-    """What one of two processes ends with: unwatched, watched, and where the file fails."""
-    rank = distributed.rank()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in told.items()}
-    ends = []
-    for name in (None, "run.h5", "full.h5"):
-        training = trainer(Path(folder), tiny.llama(), kind=kind, data=trainers.samples(10))
-        if name:
-            path = Path(folder) / name
-            training.add_callback(GEffectCallback(path, probes=PROBES, on_error="warn"))
-        if name == "full.h5":
-            break_at(1, pytest.MonkeyPatch())  # this process ends soon
-        training.train()
-        ends.append([whole(p) for p in training.model.parameters()])
-        assert any(map(distributed.is_sharded, training.model.parameters())) == (kind is Sharding)
-    return ends
-
-
-@pytest.mark.parametrize("kind", [Trainer, Sharding], ids=["ddp", "fsdp2"])
-def test_two_processes_record_what_one_does(kind: type[Trainer], tmp_path: Path) -> None:
-    for plain, *watched in two_ranks.run(of_two, kind, str(tmp_path)):
-        for parameters in watched:
-            assert all(map(np.array_equal, plain, parameters))
-    assert open_run(tmp_path / "full.h5").steps.tolist() == [0]
-    one = GEffectCallback(tmp_path / "one.h5", probes=PROBES)
-    options = {"per_device_train_batch_size": 2, "data": trainers.samples(10)}
-    trainer(tmp_path, tiny.llama(), one, **options).train()
-    alone, together = open_run(tmp_path / "one.h5"), open_run(tmp_path / "run.h5")
-    assert together.steps.tolist() == alone.steps.tolist() == [0, 1, 2, 3]
-    assert together.column("n_micro").tolist() == [3, 2, 3, 2]
-    assert together.column("clip_scale") == pytest.approx(alone.column("clip_scale"), rel=1e-3)
-    for name in ("forget", "retain"):
-        assert together.losses()[name] == pytest.approx(alone.losses()[name], rel=1e-4)
-    # AdamW divides what is nearly zero by its own size, so that rounding has an effect.
-    K = [run.gram().sum(axis=1) for run in (alone, together)]
-    np.testing.assert_allclose(K[0][0, :3, :3], K[1][0, :3, :3], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(K[0], K[1], rtol=1e-2, atol=1e-3 * K[0].max())

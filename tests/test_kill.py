@@ -1,5 +1,7 @@
 """A recording process is killed at random moments: every row it had counted is in the file."""
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from geffect.sketch import Sketch
 from geffect.store import Contents, Row, Run, StoredGradients, open_run, segments, validate, writer
 from geffect.store.background import BackgroundWriter
 from geffect.store.writer import RunWriter
+from tests import two_ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process to kill")
 
@@ -92,6 +96,29 @@ def test_a_kill_loses_no_row(
     kept = {"a.h5", "a.gradients"} if kill.every else {"a.h5"}
     assert {file.name for file in tmp_path.iterdir()} == kept
     assert not list(tmp_path.rglob("*.draft"))
+
+
+def test_a_training_that_is_killed_and_continued_records_what_an_unharmed_one_does(
+    tmp_path: Path,
+) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert trained(whole, kill_after=None)
+    chance = random.Random(0)
+    for steps in (0, *(chance.randint(1, 6) for _ in range(7))):
+        assert not trained(
+            torn, kill_after=steps, seconds=chance.choice((0, 0.02)) * chance.random()
+        )
+    assert trained(torn, kill_after=None)
+    expected, found = open_run(whole / "run.h5"), open_run(torn / "run.h5")
+    assert expected.steps.tolist() == list(range(STEPS))
+    assert found.state == "complete"
+    assert found.steps.tolist() == expected.steps.tolist()
+    assert np.array_equal(found.gram(), expected.gram())
+    assert found.stored_steps.tolist() == expected.stored_steps.tolist()
+    for step in range(STEPS):
+        gradients = (run.gradient("retain", step) for run in (found, expected))
+        assert all(np.array_equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert validate(found.path).whole
 
 
 # What is recorded: numbers that are known from the number of the row.
@@ -218,3 +245,70 @@ def record(path: str, kill: Kill, announcing: int) -> None:
             if writing.count:
                 os.write(announcing, b"%d\n" % writing.count)
         to.close(complete=True)
+
+
+# Who trains: a loop as a user would write it, which begins at the last checkpoint.
+
+STEPS, EVERY = 24, 3
+
+
+def trained(folder: Path, *, kill_after: int | None, seconds: float = 0.0) -> bool:
+    """Train until the end, or until so many steps were taken and some time has passed."""
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(two_ranks.PRELOADED)
+    steps, stepping = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(folder, stepping, kill_after is None))
+    process.start()
+    stepping.close()
+    if kill_after is not None:
+        steps.recv()  # it is about to begin
+        with contextlib.suppress(EOFError):
+            for _ in range(kill_after):
+                steps.recv()
+        time.sleep(seconds)
+        process.kill()
+    process.join()
+    return process.exitcode == 0
+
+
+def train(folder: Path, stepping: Connection, to_the_end: bool) -> None:
+    import torch
+
+    from geffect import Recorder
+    from geffect.objectives import nll
+    from tests import tiny
+
+    torch.set_num_threads(1)
+    path = folder / "run.h5"
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    recorded = -1
+    if path.exists():
+        recorded = int(open_run(path).steps.max(initial=-1))
+    # Rows with gradients are written behind the loop: the last checkpoint may be ahead of them.
+    done = max((int(f.stem) for f in folder.glob("*.pt") if int(f.stem) <= recorded), default=-1)
+    if done >= 0:
+        checkpoint = torch.load(folder / f"{done}.pt")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    stepping.send(done)
+    with Recorder(
+        model, path, store="bf16", steps=STEPS, resume=True, next_step=done + 1
+    ) as recorder:
+        for step, pair in list(enumerate(tiny.pairs(STEPS)))[done + 1 :]:
+            recorder.backward(
+                objective={"forget": -1.0, "retain": 1.0},
+                forget=nll(model, pair["forget"]),
+                retain=nll(model, pair["retain"]),
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % EVERY == 0:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, folder / f"{step}.part")
+                (folder / f"{step}.part").replace(folder / f"{step}.pt")
+            stepping.send(step)
+        if not to_the_end:
+            stepping.close()
+            signal.pause()  # until it is killed

@@ -105,7 +105,7 @@ def test_sketches_are_those_of_the_gradients(way: str, tmp_path: Path) -> None:
     sketch = Sketch(seed=7, width=64)
     exact = trained(model, path, store=Keep(sketch=sketch), **WAYS[way])
     run = open_run(path)
-    assert run.sketching == sketch
+    assert run.contents.sketch == sketch
     for step, gradients in enumerate(exact):
         for name in SOURCES:
             expected = sketch.layers(gradients[name], describe(model)).numpy()

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_every_dataset_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert (WEIGHTS[i], WEIGHT_STATISTICS) == (weight, tuple(statistics))
         found = np.stack(list(statistics.values()), axis=-1)
         assert_same_bits(found, [row.weights[i] for row in rows])
-    assert run.sketching == SKETCH
+    assert run.contents.sketch == SKETCH
     for i, source in enumerate(SOURCES):
         assert_same_bits(run.sketch(source), [row.sketches[i] for row in rows])
 
@@ -283,7 +284,7 @@ def test_a_second_writer_of_this_process_is_refused(tmp_path: Path, how: dict[st
     first = RunWriter(tmp_path / "a.h5", PARAMETERS)
     append(first, row_of(0))
     for path in (first.path, tmp_path / "." / "a.h5"):
-        with pytest.raises(RunFileError, match=r"one writer.*another recorder of this process"):
+        with pytest.raises(RunFileError, match=r"one writer.*another recorder or callback of this process"):
             RunWriter(path, PARAMETERS, **how)
     append(first, row_of(1))
     first.close(complete=True)
@@ -462,6 +463,108 @@ def test_absent_sources_and_rounding_are_no_damage(tmp_path: Path) -> None:
     absent[:, 1, 1] = 1.0
     rows = [row_of(0, gram=K), row_of(1, gram=absent)]
     assert validate(recorded(tmp_path / "a.h5", rows)).problems == ()
+
+
+# A file that is no longer there.
+
+
+@pytest.mark.parametrize("then", ["append", "keep", "close"])
+@pytest.mark.parametrize("instead", ["nothing", "another file", "no folder"])
+@pytest.mark.parametrize("written", [3, 4])  # with and without room for a further row
+def test_a_file_that_vanished_is_noticed_at_once(
+    small_capacity: None, tmp_path: Path, written: int, instead: str, then: str
+) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    path = folder / "a.h5"
+    recording = RunWriter(path, PARAMETERS)
+    for row in plain_rows(written):
+        append(recording, row)
+    if instead == "no folder":
+        shutil.rmtree(folder)
+    else:
+        path.unlink()
+    if instead == "another file":
+        path.write_text("mine")
+    with pytest.raises(RunFileError, match=r"no longer there, .*a\.h5'\. Of the .* rows") as caught:
+        {
+            "append": lambda: append(recording, row_of(written)),
+            "keep": lambda: recording.keep("table", {"value": np.zeros(1)}),
+            "close": lambda: recording.close(complete=True),
+        }[then]()
+    assert "whole" not in str(caught.value)
+    left = {"nothing": [], "another file": [path], "no folder": []}[instead]
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == left
+    assert not left or path.read_text() == "mine"
+
+
+# Who may not write.
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder of everyone's, and a process without the rights of root."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        root = os.geteuid() == 0
+        if root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+            folder.chmod(0o777)
+
+
+on_unix = pytest.mark.skipif(not hasattr(os, "setresuid"), reason="has other rights")
+
+
+@on_unix
+@pytest.mark.parametrize("drop_after", [None, 0, -1])
+def test_a_file_that_may_not_be_written_is_named_and_left(
+    as_nobody: Path, drop_after: int | None
+) -> None:
+    path = recorded(as_nobody / "a.h5", plain_rows(3))
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with pytest.raises(RunFileError, match=r"a\.h5` should be writable .*Permission denied.*whole"):
+        RunWriter(path, PARAMETERS, resume=True, drop_after=drop_after)
+    assert path.read_bytes() == before
+    assert open_run(path).gram().shape[0] == 3
+    path.chmod(0o644)
+    recorded(path, plain_rows(2, first=3), resume=True)
+    assert open_run(path).steps.tolist() == list(range(5))
+
+
+@on_unix
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_may_not_be_written_is_named(as_nobody: Path, how: dict[str, bool]) -> None:
+    folder = as_nobody / "runs"
+    folder.mkdir(mode=0o555)
+    with pytest.raises(PermissionError, match=r"folder .* should be writable\. Found .*runs`"):
+        RunWriter(folder / "a.h5", PARAMETERS, **how)
+
+
+@on_unix
+def test_a_folder_that_may_no_longer_be_written_loses_nothing(
+    small_capacity: None, as_nobody: Path
+) -> None:
+    folder = as_nobody / "runs"
+    folder.mkdir()
+    recording = RunWriter(folder / "a.h5", PARAMETERS)
+    append(recording, row_of(0))
+    folder.chmod(0o555)
+    for step in range(1, 4):
+        append(recording, row_of(step))
+    with pytest.raises(RunFileError, match=r"step 4\. Found: .*Permission.* are whole, 4 of them"):
+        append(recording, row_of(4))
+    assert open_run(recording.path).steps.tolist() == [0, 1, 2, 3]
+    folder.chmod(0o755)
+    recorded(recording.path, plain_rows(2, first=4), resume=True)
+    assert open_run(recording.path).steps.tolist() == list(range(6))
+    assert [file.name for file in folder.iterdir()] == ["a.h5"]
 
 
 # A disk that is full.

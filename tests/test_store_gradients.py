@@ -23,8 +23,9 @@ from geffect.store import (
     segments,
     validate,
 )
+from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.shards import ShardWriter
-from geffect.store.size import projected_bytes
+from geffect.store.size import projected_bytes, remaining_bytes
 from geffect.store.writer import RunWriter
 from tests.test_store import in_another_process, locked_by_another_process
 
@@ -173,7 +174,8 @@ def test_a_run_goes_on_within_a_segment(tmp_path: Path, first: int, state: str) 
     killed = state == "killed"
     run = record(tmp_path, "full", steps=first, complete=None if killed else state == "complete")
     if killed:  # between the gradients of a row and the row
-        beyond = ShardWriter(path, PARAMETERS, contents("full"), 0, first=-(-first // 2))
+        beyond = ShardWriter(path, PARAMETERS, 0, first=-(-first // 2))
+        beyond.begin(contents("full"))
         beyond.append(row(first, encoded(77, "full")))
         beyond.close(complete=False)
     resumed = RunWriter(path, PARAMETERS, resume=True)
@@ -194,11 +196,15 @@ def test_dropped_rows_give_their_place_to_others(tmp_path: Path, ranks: int) -> 
     record(tmp_path, "full", steps=12, ranks=ranks)
     path = tmp_path / "a.h5"
     resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=5)
-    writers = [resumed] + [
-        ShardWriter(path, PARAMETERS, contents("full", ranks), rank, first=resumed.gradient_rows)
-        for rank in range(1, ranks)
+    writers: list[Writer] = [
+        resumed,
+        *(
+            ShardWriter(path, PARAMETERS, rank, first=resumed.gradient_rows)
+            for rank in range(1, ranks)
+        ),
     ]
-    resumed.begin(contents("full", ranks))
+    for to in writers:
+        to.begin(contents("full", ranks))
     assert_same(open_run(path).gradient("forget", 10), decoded("forget", 10))
     for step in (6, 7, 8):
         for rank, to in reversed(list(enumerate(writers))):
@@ -244,6 +250,80 @@ def test_what_another_rank_did_not_write_is_named(tmp_path: Path) -> None:
         to.close(complete=True)
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("written", [0, 1, 3])
+def test_gradients_that_a_killed_rank_did_not_write_come_again(
+    tmp_path: Path, written: int, background: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.h5"
+    first, second = RunWriter(path, PARAMETERS), shard(path)
+    first.begin(contents("full", 2))
+    for step in range(5):
+        first.append(row(step, encoded(step, "full", 2, 0)))
+        if step < written:
+            second.append(row(step, encoded(step, "full", 2, 1)))
+    for to in (first, second):
+        to.close(complete=False)
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    assert open_run(path).stored_steps.tolist() == list(range(5))
+    assert (resumed.count, resumed.gradient_rows) == (5, written)
+    assert f"{5 - written} rows of {path}, from step {written} on" in caplog.text
+    writers: list[Writer] = [resumed, ShardWriter(path, PARAMETERS, 1, first=written)]
+    if background:
+        writers = [BackgroundWriter(to, bound_bytes=10**6) for to in writers]
+    for rank, to in enumerate(writers):
+        to.begin(contents("full", 2))
+        for step in range(5, 8):
+            to.append(row(step, encoded(step, "full", 2, rank)))
+        to.keep("done", {"rank": np.array([rank])})
+    for to in writers:
+        to.close(complete=True)
+    run = open_run(path)
+    assert run.steps.tolist() == list(range(8))
+    assert run.stored_steps.tolist() == [*range(written), 5, 6, 7]
+    for step in run.stored_steps.tolist():
+        assert_same(run.gradient("forget", step), decoded("forget", step))
+    assert run.table("done")["rank"].tolist() == [0]
+    assert validate(path).whole
+
+
+def test_a_run_with_torn_gradients_is_whole_once_it_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    run = record(tmp_path, "full", steps=5, ranks=2)
+    (tmp_path / "a.gradients" / "001.rank1.h5").unlink()
+    assert not validate(path).whole
+    RunWriter(path, PARAMETERS, resume=True).close(complete=False)
+    assert not validate(path).whole
+    RunWriter(path, PARAMETERS, resume=True).close(complete=True)
+    assert validate(path).whole
+    assert open_run(path).stored_steps.tolist() == [0, 2]
+    assert np.array_equal(open_run(path).gram(), run.gram())
+
+
+def test_gradients_that_are_lost_amid_others_are_not_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    record(tmp_path, "full", steps=9, ranks=2)
+    lost = tmp_path / "a.gradients" / "000.rank1.h5"
+    content = lost.read_bytes()
+    lost.unlink()
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    assert resumed.gradient_rows == 5
+    resumed.close(complete=True)
+    with pytest.raises(RunFileError, match=r"000\.rank1\.h5` should hold .* step 2"):
+        open_run(path).gradient("forget", 2)
+    lost.write_bytes(content)
+    assert validate(path).whole
+
+
+def test_a_further_rank_of_a_run_without_parts_writes_nothing(tmp_path: Path) -> None:
+    for what in (contents("full"), Contents(SOURCES, {})):
+        to = ShardWriter(tmp_path / "a.h5", PARAMETERS, 1)
+        to.begin(what)
+        to.append(row(0, encoded(0, "full")))
+        to.close(complete=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_further_rank_needs_no_row_of_the_others(tmp_path: Path) -> None:
     to = shard(tmp_path / "a.h5")
     to.append(row(0, None))
@@ -257,7 +337,8 @@ def test_a_second_writer_of_a_rank_is_refused(tmp_path: Path) -> None:
     to = shard(tmp_path / "a.h5")
     to.append(row(0, encoded(0, "full", 2, 1)))
     to.close(complete=False)
-    late = ShardWriter(tmp_path / "a.h5", PARAMETERS, contents("full", 2), 1, first=1)
+    late = ShardWriter(tmp_path / "a.h5", PARAMETERS, 1, first=1)
+    late.begin(contents("full", 2))
     with (
         locked_by_another_process(tmp_path / "a.gradients" / "000.rank1.h5"),
         pytest.raises(RunFileError, match=r"rank 1 should be writable at step 1.*lock.*rank1\.h5"),
@@ -394,15 +475,30 @@ def test_a_full_disk_of_a_further_rank_is_named(tmp_path: Path) -> None:
         to.append(row(1, encoded(1, "full", 2, 1)))
 
 
-def test_a_folder_that_vanished_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", [1, 2])  # in the middle of a segment, and at its end
+def test_a_folder_that_vanished_is_named(tmp_path: Path, written: int) -> None:
     to = RunWriter(tmp_path / "a.h5", PARAMETERS)
     to.begin(contents("full"))
-    for step in range(2):
+    for step in range(written):
         to.append(row(step, encoded(step, "full")))
     shutil.rmtree(tmp_path / "a.gradients")
-    with pytest.raises(RunFileError, match=r"step 2\. Found: .*001\.rank0\.h5.*are whole, 2"):
-        to.append(row(2, encoded(2, "full")))
-    assert len(open_run(to.path).gram()) == 2
+    found = rf"step {written}\. Found: .*00{written - 1}\.rank0\.h5.*something was moved or removed"
+    with pytest.raises(RunFileError, match=found) as caught:
+        to.append(row(written, encoded(written, "full")))
+    assert "whole" not in str(caught.value)
+    assert len(open_run(to.path).gram()) == written
+
+
+def test_a_folder_that_vanished_is_named_on_a_further_rank(tmp_path: Path) -> None:
+    to = shard(tmp_path / "a.h5")
+    to.append(row(0, encoded(0, "full", 2, 1)))
+    shutil.rmtree(tmp_path / "a.gradients")
+    with pytest.raises(RunFileError, match=r"rank 1 should be .* step 1.*no longer there.*rank1"):
+        to.append(row(1, encoded(1, "full", 2, 1)))
+    with pytest.raises(
+        RunFileError, match=r"should be open on rank 1\. Found it closed, or failed"
+    ):
+        to.append(row(2, encoded(2, "full", 2, 1)))
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(5, dtype="<f4"), np.zeros(4 * 37)])
@@ -443,9 +539,8 @@ def test_the_size_is_known_before(
     for rank in reversed(range(ranks)):
         vector = torch.ones(cuts[rank + 1] - cuts[rank])
         layers = {f"layer {i}": ENCODINGS[encoding].encode(vector, 0) for i in range(3)}
-        to = ShardWriter(path, wide, what, rank) if rank else RunWriter(path, wide, resume=True)
-        if isinstance(to, RunWriter):
-            to.begin(what)
+        to: Writer = ShardWriter(path, wide, rank) if rank else RunWriter(path, wide, resume=True)
+        to.begin(what)
         for step in range(rows):
             gradients = dict.fromkeys(SOURCES, layers) if step < kept else None
             to.append(Row(step, losses=np.zeros(2), gram=np.zeros((3, 2, 2)), gradients=gradients))
@@ -454,6 +549,14 @@ def test_the_size_is_known_before(
         file.stat().st_blocks * 512 for file in (tmp_path / "a.gradients").iterdir()
     )
     assert projected_bytes(wide, what, rows, kept) == pytest.approx(taken, rel=0.05)
+    file, little = path.stat().st_size, 0.05 * taken
+    assert remaining_bytes(path, wide, what, rows, kept) == pytest.approx(file, abs=little)
+    further = projected_bytes(wide, what, rows, kept + 7) - projected_bytes(wide, what, rows, kept)
+    remaining = remaining_bytes(path, wide, what, rows, kept + 7)
+    assert remaining == pytest.approx(file + further, abs=little)
+    assert remaining_bytes(tmp_path / "new.h5", wide, what, rows, kept) == projected_bytes(
+        wide, what, rows, kept
+    )
 
 
 # What the tests above are made of.
@@ -511,7 +614,9 @@ def row(step: int, gradients: object, *, batch: int = 0) -> Row:
 
 def shard(path: Path) -> ShardWriter:
     """The writer of the second of two ranks."""
-    return ShardWriter(path, PARAMETERS, contents("full", 2), 1)
+    to = ShardWriter(path, PARAMETERS, 1)
+    to.begin(contents("full", 2))
+    return to
 
 
 def record(
@@ -520,10 +625,9 @@ def record(
     """A run with gradients at every other step; as a killed writer leaves it without `complete`."""
     path = folder / "a.h5"
     first = RunWriter(path, PARAMETERS)
-    first.begin(contents(encoding, ranks))
-    further = [
-        ShardWriter(path, PARAMETERS, contents(encoding, ranks), rank) for rank in range(1, ranks)
-    ]
+    further = [ShardWriter(path, PARAMETERS, rank) for rank in range(1, ranks)]
+    for to in (first, *further):
+        to.begin(contents(encoding, ranks))
     for step in range(steps):
         for rank, to in reversed(list(enumerate([first, *further]))):
             kept = encoded(step, encoding, ranks, rank) if step % 2 == 0 else None

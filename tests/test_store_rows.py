@@ -1,5 +1,6 @@
 """Rows of a run file: several a step, dropped and continued; what is kept beside them."""
 
+import json
 import os
 import pickle
 import threading
@@ -17,7 +18,17 @@ from geffect.store import writer as writing
 from geffect.store.background import BackgroundWriter
 from geffect.store.size import projected_bytes
 from geffect.store.writer import RunWriter
-from tests.test_store import MANIFEST, PARAMETERS, SOURCES, append, plain_rows, recorded, row_of
+from tests.test_store import (
+    MANIFEST,
+    PARAMETERS,
+    SOURCES,
+    append,
+    assert_same_bits,
+    odd_row,
+    plain_rows,
+    recorded,
+    row_of,
+)
 
 PLAIN = Contents(SOURCES, MANIFEST)
 
@@ -123,16 +134,51 @@ def test_nothing_is_dropped_before_there_is_a_new_row(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_run_that_drops_everything_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["row", "close", "row and close"])
+def test_a_run_of_which_all_rows_are_dropped_keeps_the_rest(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "a.h5"
+    recording = RunWriter(path, PARAMETERS)
+    recording.keep("samples", {"value": np.arange(3)})
+    for row in plain_rows(7):
+        append(recording, row)
+    recording.close(complete=True)
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    assert resumed.resumed is not None
+    assert (resumed.resumed.steps.tolist(), resumed.resumed.metadata) == ([], MANIFEST["metadata"])
+    assert (resumed.count, resumed.last_step) == (0, -1)
+    resumed.begin(PLAIN)
+    assert len(open_run(path).steps) == 7
+    if "row" in how:
+        resumed.append(row_of(0, value=100.0))
+    resumed.close(complete="close" in how)
+    run = open_run(path)
+    assert run.gram()[:, 0, 0, 0].tolist() == ([100.0] if "row" in how else [])
+    assert run.state == ("complete" if "close" in how else "open")
+    assert run.table("samples")["value"].tolist() == [0, 1, 2]
+    assert validate(path).whole
+    count = len(run.steps)
+    recorded(path, plain_rows(2, first=count), resume=True)
+    assert open_run(path).steps.tolist() == list(range(count + 2))
+
+
+def test_a_run_of_which_all_rows_are_dropped_is_still_that_run(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(7))
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    with pytest.raises(ValueError, match=r"should be what the run in .* Found sources"):
+        resumed.begin(Contents(("objective",), MANIFEST))
+
+
+def test_a_first_row_that_fails_leaves_a_run_of_which_all_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = recorded(tmp_path / "a.h5", plain_rows(7))
     before = path.read_bytes()
-    anew = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
-    assert anew.resumed is None
-    anew.begin(Contents(("objective",), {"metadata": {"second": True}}))
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(RunFileError, match=r"at step 0.*No space.*resume=True"):
+            append(resumed, row_of(0))
     assert path.read_bytes() == before
-    anew.append(Row(0, losses=np.zeros(1), gram=np.zeros((2, 1, 1))))
-    anew.close(complete=True)
-    assert open_run(path).metadata == {"second": True}
 
 
 def test_dropping_that_fails_leaves_the_file_as_it_was(
@@ -141,10 +187,6 @@ def test_dropping_that_fails_leaves_the_file_as_it_was(
     path = recorded(tmp_path / "a.h5", plain_rows(7))
     before = path.read_bytes()
     resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=2)
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(RunFileError, match=r"a\.h5` should be writable at step 3.*No space"):
@@ -193,16 +235,36 @@ def test_a_row_before_the_beginning_is_refused(tmp_path: Path) -> None:
         (lambda run: run.sketch("forget"), r'Recorder\(\.\.\., store="sketch"\)'),
         (lambda run: run.gradient("forget", 0), r'Recorder\(\.\.\., store="bf16"\)'),
         (lambda run: run.weights(), "Record an objective that has some"),
-        (lambda run: run.table("samples"), r"none\. Keep it with recorder\.keep\('samples'"),
+        (lambda run: run.table("samples"), r"none\. Keep it with recorder\.keep_table\('samples'"),
     ],
 )
 def test_what_was_not_recorded_is_named_with_what_records_it(
     tmp_path: Path, read: Callable[[Run], object], advice: str
 ) -> None:
     run = open_run(recorded(tmp_path / "a.h5", plain_rows(1)))
-    assert (run.sketching, run.stored_steps.tolist(), run.tables) == (None, [], ())
+    assert (run.contents.sketch, run.stored_steps.tolist(), run.tables) == (None, [], ())
     with pytest.raises(ValueError, match=rf"a\.h5` should hold .* Found .*{advice}"):
         read(run)
+
+
+def test_a_sketch_of_another_version_hides_nothing_else(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", [odd_row(step) for step in range(3)])
+    with h5py.File(path, "r+") as file:
+        described = json.loads(file["sketch"].asstr()[()]) | {"version": 2}
+        del file["sketch"]
+        file["sketch"] = json.dumps(described)
+    run = open_run(path)
+    assert run.gram().shape[0] == 3
+    with pytest.raises(ValueError, match=r"sketches in .* version 1\. Found .*version=2.*geffect"):
+        run.sketch("forget")
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    with pytest.raises(ValueError, match=r"Found sketch Sketch\(.* instead of OtherSketch\("):
+        append(resumed, odd_row(3))
+    resumed.keep("samples", {"value": np.zeros(1)})  # makes the file anew
+    resumed.close(complete=True)
+    assert open_run(path).contents == run.contents
+    with h5py.File(path) as file:
+        assert_same_bits(file["sketches"][:], [odd_row(step).sketches for step in range(3)])
 
 
 # Tables.
@@ -318,7 +380,6 @@ def test_rows_are_written_in_order_behind_the_caller(tmp_path: Path) -> None:
     to.begin(PLAIN)
     for row in plain_rows(50):
         to.append(row)
-        assert to.last_step == row.step
     to.keep("done", {"rows": np.array([50])})
     assert len(open_run(path).steps) == 50
     to.close(complete=True)
@@ -359,10 +420,6 @@ def test_what_goes_wrong_behind_the_caller_is_raised_once(
     to.begin(PLAIN)
     to.append(row_of(0))
     to.keep("first", {"x": np.zeros(1)})  # waits for the row
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(RunWriter, "_add", full)
     to.append(row_of(1))
     to._drain()
@@ -453,7 +510,55 @@ def test_the_size_is_known_before(tmp_path: Path, rows: int, sketch: Sketch | No
     assert projected_bytes(parameters, contents, rows, 0) == pytest.approx(size, rel=0.05)
 
 
+@pytest.mark.parametrize("capacity", [40, None])
+def test_no_more_is_taken_meanwhile_than_was_told(
+    tmp_path: Path, capacity: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "SPARE_BYTES", 100_000)
+    contents = Contents(SOURCES, MANIFEST, sketch=Sketch(width=1000))
+    told = projected_bytes(PARAMETERS, contents, 40, 0)
+    taken = []
+    synchronise = os.fsync
+
+    def watching(file: int) -> None:  # the moment at which a draft is whole, beside what is there
+        synchronise(file)
+        taken.append(sum(found.stat().st_size for found in tmp_path.iterdir()))
+
+    monkeypatch.setattr(os, "fsync", watching)
+    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=capacity)
+    to.begin(contents)
+    sketches = np.zeros((3, 2, 1000), dtype="<f4")
+    for step in range(40):
+        to.append(Row(step, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
+    to.close(complete=True)
+    assert max(taken) < told * (1.05 if capacity else 2.3)
+    assert len(taken) == 1 if capacity else len(taken) < 14
+    assert open_run(to.path).state == "complete"
+    assert to.path.stat().st_size == pytest.approx(told, rel=0.05)
+    if capacity:  # one more than there were to be
+        resumed = RunWriter(to.path, PARAMETERS, resume=True, rows=capacity)
+        resumed.begin(contents)
+        resumed.append(Row(40, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
+        assert open_run(to.path).state == "open"
+        resumed.close(complete=True)
+        assert len(open_run(to.path).steps) == 41
+        assert open_run(to.path).state == "complete"
+
+
+def test_a_plan_that_is_too_large_is_given_back(tmp_path: Path) -> None:
+    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=1000)
+    append(to, row_of(0))
+    large = to.path.stat().st_size
+    assert large > 1000 * 144
+    to.close(complete=True)
+    assert to.path.stat().st_size < large - 900 * 144
+
+
 # What the tests above are made of.
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def batches(counts: list[int]) -> list[Row]:

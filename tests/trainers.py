@@ -84,6 +84,17 @@ class _Notes(TrainerCallback):
         self.trainer.models.append(copy.deepcopy(model))
 
 
+class At(TrainerCallback):
+    """Does something when an event of one step fires."""
+
+    def __init__(self, event: str, step: int, act: Any) -> None:
+        def handle(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                act(control=control, **kwargs)
+
+        setattr(self, event, handle)
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two states are equal to the last bit."""
     if isinstance(a, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 from geffect import distributed, dots
 from geffect.encodings import ENCODINGS
 from geffect.gradients import Weights, combined, weighted_sum
-from geffect.layers import Parameter
+from geffect.layers import Parameter, layers_of
 from geffect.sketch import Sketch
 
 Encoded = dict[str, dict[str, Mapping[str, np.ndarray]]]
@@ -97,7 +97,7 @@ class _Sketches:
         self, sketch: Sketch, table: Sequence[Parameter], parameters: Sequence[Tensor]
     ) -> None:
         self._sketch, self._table, self._parameters = sketch, table, parameters
-        self._layers = list(dict.fromkeys(parameter.layer for parameter in table))
+        self._layers = layers_of(table)
         self._over = list(map(distributed.holders, parameters))
         # What processes hold parts of adds up over them, what each holds whole does not.
         self._folds: dict[Any, dict[tuple[str, torch.device], Tensor]] = {

@@ -5,6 +5,7 @@ swapped `.grad`, since `torch.autograd.grad` would bypass what sharded training 
 behind nothing: no gradient, no random number drawn, no mode, no buffer.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -91,12 +92,66 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
     """The batches of a risk, one after the other, as often as they are asked for."""
     if isinstance(batches, Mapping):
         return [batches]
-    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+    should = (
+        "The data of a risk should be a batch, a list of batches or a loader, to be gone through "
+        f"at each captured step. Found `{type(batches).__name__}`."
+    )
+    if isinstance(batches, str | os.PathLike | bytes):
         raise TypeError(
-            "The data of a risk should be a batch, a list of batches or a loader, to be gone "
-            f"through at each captured step. Found `{type(batches).__name__}`. Pass a list of it."
+            f"{should} Read a file by `geffect.capture.data.read(path, tokenizer)`, and make "
+            "batches of that by `geffect.capture.data.batched`."
         )
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise TypeError(f"{should} Pass a list of it.")
     return batches
+
+
+@contextmanager
+def named(risk: str) -> Iterator[None]:
+    """A block whose errors are about the data of one risk, and say of which in a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was found in the data of risk `{risk}`.")
+        raise
+
+
+def check_data(batches: RiskSet) -> None:
+    """Refuse data whose first batch is none: not named tensors, or without labels.
+
+    Leaves the random numbers alone, of which a loader that shuffles draws some.
+
+    >>> check_data([{"input_ids": [[5, 6]], "labels": [[5, 6]]}])
+    Traceback (most recent call last):
+    TypeError: A batch should map names to tensors. Found `list` as its `input_ids`. ...
+    """
+    with _random_numbers_kept():
+        first = next(iter(as_batches(batches)), None)
+    if first is None:
+        raise _without_batches()
+    if not isinstance(first, Mapping):
+        raise TypeError(
+            "A batch should map names to tensors: `input_ids`, `attention_mask`, `labels`. Found "
+            f"`{type(first).__name__}`. Pass such mappings, or a loader that collates its samples."
+        )
+    for name, value in first.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            raise TypeError(
+                f"A batch should map names to tensors. Found `{type(value).__name__}` as its "
+                f"`{name}`. Make tensors of equal length of it, as a collator does that pads."
+            )
+    labels = first.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        found = (
+            f"them with shape {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else f"the keys {', '.join(map(str, first))}"
+        )
+        raise ValueError(
+            "A batch should have `labels`, a token for each position of each sample, with -100 "
+            f"where it is not scored. Found {found}. Mark the answer tokens in labels, and put "
+            "samples into batches."
+        )
 
 
 @contextmanager
@@ -192,8 +247,17 @@ def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
     for place, batch in enumerate(batches):
         if place % processes == rank:
             yield batch
-    if place >= 0 and place % processes < rank:
+    if place < 0:
+        raise _without_batches()
+    if place % processes < rank:
         yield {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _without_batches() -> ValueError:
+    return ValueError(
+        "The data of a risk should have a batch each time it is gone through. Found none. See "
+        "whether the loader drops its last batch, or the list was filtered to nothing."
+    )
 
 
 def _averaged(parameters: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Vector:

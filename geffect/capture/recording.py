@@ -19,17 +19,18 @@ from torch import nn
 from geffect import distributed
 from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.layers import describe, trainable
-from geffect.store.background import BackgroundWriter
+from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.reader import Run
-from geffect.store.schema import RECTIFICATION_COLUMNS, Contents, Row, RunFileError, StoredGradients
+from geffect.store.schema import Contents, Row, RunFileError, StoredGradients
 from geffect.store.shards import ShardWriter
-from geffect.store.size import projected_bytes
+from geffect.store.size import projected_bytes, remaining_bytes
 from geffect.store.writer import RunWriter
 
 from .collector import Collector, Measured
 from .keep import Keep, kept
 from .known import Declared, Known
 from .manifest import as_json, manifest
+from .rows import row
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +90,16 @@ class Recording:
         self._salt = os.urandom(8).hex()
         self._failure: OSError | None = None
         self._announced = False
-        self._writer: RunWriter | BackgroundWriter | ShardWriter | None = None
+        self._writer: Writer
         self._ranges = self._shard_ranges()
         known = Known()
         with distributed.together():
             if distributed.is_writer():
                 known = self._open(overwrite=overwrite, resume=resume, drop_after=drop_after)
         self.known = distributed.from_first(known)
+        if not distributed.is_writer():
+            shard = ShardWriter(self.path, self.table, distributed.rank(), first=self.known.stored)
+            self._writer = self._behind(shard)
         self._started = time.perf_counter() - self.known.wall_seconds
 
     @property
@@ -150,6 +154,8 @@ class Recording:
         told = self._steps is not None or self._keep.gradients is not None
         level = logging.WARNING if told else logging.INFO
         log.log(level, "%s will take %s for %s", self.path, _bytes(size), rows)
+        if self.known.stored or self.known.last_step >= 0:  # a run that is continued
+            size = remaining_bytes(self.path, self.table, contents, len(steps), stored)
         if size > room:
             raise RunFileError(
                 f"The disk of `{self.path}` should have room for the run: {_bytes(size)} for "
@@ -181,7 +187,11 @@ class Recording:
             self._fix(sources or measured.names, declared, rectifier, weights or {})
         with distributed.together() if not self._announced else nullcontext():
             self.announce(self.known.sources)
-        row = Row(
+        entry = row(
+            self.known,
+            measured,
+            rectifier,
+            weights or {},
             step=step,
             batch=batch,
             epoch=epoch,
@@ -190,22 +200,15 @@ class Recording:
             n_micro=n_micro,
             clip_scale=clip_scale,
             skipped=skipped,
-            losses=self._spread(np.array([*measured.losses.values()]), [*measured.losses]),
-            gram=self._spread_gram(measured),
-            rectification=self._report(rectifier),
-            weights=self._statistics(weights or {}),
-            sketches=self._spread_sketches(measured),
-            gradients=measured.gradients,
         )
-        self._guarded(lambda: self._append(row, rectifier, optimizer))
+        self._guarded(lambda: self._append(entry, rectifier, optimizer))
         self._agree()
         self.known.last_step = step
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
-        if isinstance(self._writer, RunWriter | BackgroundWriter) and not self.failed:
-            writer = self._writer
-            self._guarded(lambda: writer.keep(name, columns))
+        if not self.failed:
+            self._guarded(lambda: self._writer.keep(name, columns))
         self._agree()
 
     def check_open(self) -> None:
@@ -216,24 +219,26 @@ class Recording:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        matters = self._closed or self._on_error == "raise"
-        if matters and isinstance(self._writer, RunWriter | BackgroundWriter):
+        if self._closed or self._on_error == "raise":
             self._writer.check_open()
 
     def close(self, *, complete: bool) -> None:
         """End the recording; a file that is not complete stays marked as open."""
-        if self._writer is not None:
-            writer = self._writer
-            self._guarded(lambda: writer.close(complete=complete and not self.failed))
+        self._guarded(lambda: self._writer.close(complete=complete and not self.failed))
         self._closed = True
         if self._failure is not None:
             raise self._failure
 
     def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> Known:
         writer = RunWriter(
-            self.path, self.table, overwrite=overwrite, resume=resume, drop_after=drop_after
+            self.path,
+            self.table,
+            overwrite=overwrite,
+            resume=resume,
+            drop_after=drop_after,
+            rows=None if self._steps is None else len(self._steps),
         )
-        self._writer = BackgroundWriter(writer, WAITING_BYTES) if self._keep.gradients else writer
+        self._writer = self._behind(writer)
         run = writer.resumed
         if run is None:
             return Known()
@@ -252,6 +257,10 @@ class Recording:
         except BaseException:
             writer.close(complete=False)
             raise
+
+    def _behind(self, writer: Writer) -> Writer:
+        """What writes behind the training where there is much to write."""
+        return BackgroundWriter(writer, WAITING_BYTES) if self._keep.gradients else writer
 
     def _continued(self, run: Run, stored: int) -> Known:
         if run.metadata != self._metadata:
@@ -306,8 +315,7 @@ class Recording:
     ) -> None:
         if not self._begun:
             self._begin(rectifier, optimizer)
-        if self._writer is not None:
-            self._writer.append(row)
+        self._writer.append(row)
 
     def _begin(
         self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
@@ -326,13 +334,7 @@ class Recording:
             ),
         )
         self._begun = True
-        if distributed.is_writer():
-            assert isinstance(self._writer, RunWriter | BackgroundWriter)
-            self._writer.begin(contents)
-        elif contents.gradients is not None and len(self._ranges) > 1:
-            self._writer = ShardWriter(
-                self.path, self.table, contents, distributed.rank(), first=self.known.stored
-            )
+        self._writer.begin(contents)
 
     def _contents(
         self,
@@ -374,40 +376,6 @@ class Recording:
                 return
             self.failed = True
             log.warning("%s Training goes on, and nothing more is recorded.", error)
-
-    def _spread(self, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """The values at the places of their sources, NaN at those of the others."""
-        sources = self.known.sources
-        spread = np.full((len(sources), *values.shape[1:]), np.nan, dtype=values.dtype)
-        spread[[sources.index(name) for name in names]] = values
-        return spread
-
-    def _spread_gram(self, measured: Measured) -> np.ndarray:
-        k = len(self.known.sources)
-        places = np.array([self.known.sources.index(name) for name in measured.names], dtype=int)
-        gram = measured.gram.numpy()
-        spread = np.full((len(gram), k, k), np.nan)
-        spread[:, places[:, None], places] = gram
-        return spread
-
-    def _spread_sketches(self, measured: Measured) -> np.ndarray | None:
-        if measured.sketches is None:
-            return None
-        return self._spread(measured.sketches.numpy(), measured.names)
-
-    def _statistics(self, weights: Mapping[str, Sequence[float]]) -> np.ndarray | None:
-        if not self.known.weights:
-            return None
-        absent = (float("nan"),) * 4
-        return np.array([weights.get(name, absent) for name in self.known.weights])
-
-    def _report(self, rectifier: GradientTransform | None) -> np.ndarray | None:
-        if not self.known.blocks:
-            return None
-        report = None if rectifier is None else rectifier.report
-        if report is None:
-            return np.full((len(self.known.blocks), len(RECTIFICATION_COLUMNS)), np.nan)
-        return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T
 
 
 def _bytes(count: int) -> str:

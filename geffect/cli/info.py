@@ -4,6 +4,8 @@ import json
 
 import typer
 
+from geffect.layers import layers_of
+
 from .selection import JsonOption, RunArgument
 
 
@@ -23,7 +25,7 @@ def command(run: RunArgument, as_json: JsonOption = False) -> None:
         "sources": list(opened.sources),
         "parameters": len(opened.layers),
         "numbers": sum(parameter.numel for parameter in opened.layers),
-        "layers": list(dict.fromkeys(parameter.layer for parameter in opened.layers)),
+        "layers": layers_of(opened.layers),
         **opened.manifest,
     }
     if as_json:

@@ -50,9 +50,8 @@ class Call:
         if rule is None:
             return _by_row(delta, self._differential(name, v))
         # Sample by sample: no second output has to be in memory.
-        rows = self._input.expand(len(delta), *self._input.shape[1:]).split(1)
-        pairs = zip(delta.split(1), rows, strict=True)
-        return torch.cat([_by_row(row_delta, rule(row, v)) for row_delta, row in pairs])
+        rows = self._input.expand(len(delta), *self._input.shape[1:])
+        return torch.stack([_of_sample(rule, x, v, d) for x, d in zip(rows, delta, strict=True)])
 
     @property
     def _input(self) -> Tensor:
@@ -76,6 +75,20 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     a, b = (torch.atleast_1d(x).to(precise) for x in (a, b))
     inner: Tensor = torch.linalg.vecdot(a, b)
     return inner.double()
+
+
+def _of_sample(
+    rule: Callable[[Tensor, Tensor], Tensor], x: Tensor, v: Tensor, delta: Tensor
+) -> Tensor:
+    """<delta, d/de f(theta + e v, x)> of one sample, over the positions that the loss depends on.
+
+    Of padding, and in the head of what is not scored, delta is exactly zero.
+    """
+    if delta.device.type == "cpu":  # where it need not be waited for
+        felt = delta.any(dim=-1)
+        if not felt.all():
+            x, delta = x[felt], delta[felt]
+    return products(delta, rule(x, v)).sum()
 
 
 def _by_row(delta: Tensor, tangent: Tensor) -> Tensor:

@@ -4,24 +4,40 @@ import atexit
 import contextlib
 import threading
 from collections import deque
-from pathlib import Path
+from typing import Protocol
 
 from .layout import Table
-from .reader import Run
 from .schema import Contents, Row
-from .writer import RunWriter
+
+
+class Writer(Protocol):
+    """What takes the rows of a run, in order: on rank 0 all of them, on others what they hold."""
+
+    def begin(self, contents: Contents) -> None:
+        """Say what the rows hold, once, before the first of them."""
+
+    def append(self, row: Row) -> None:
+        """Take one row."""
+
+    def keep(self, name: str, columns: Table) -> None:
+        """Keep a table with the run, in the place of one of the same name."""
+
+    def check_open(self) -> None:
+        """Refuse to go on after the end, or after a failure."""
+
+    def close(self, *, complete: bool) -> None:
+        """End the run; one that is not complete stays marked as open."""
 
 
 class BackgroundWriter:
-    """A `RunWriter` whose rows are written by a thread of its own, in order.
+    """A writer whose rows are written by a thread of its own, in order.
 
     At most `bound_bytes` wait for the disk, or one row that is larger by itself; `append` waits
     for room. The arrays of a row must not change once it was handed over. What goes wrong is raised
     once, by the next call; rows that waited behind it are given up.
     """
 
-    def __init__(self, writer: RunWriter, bound_bytes: int) -> None:
-        self.last_step = writer.last_step
+    def __init__(self, writer: Writer, bound_bytes: int) -> None:
         self._writer = writer
         self._bound = bound_bytes
         self._rows: deque[Row] = deque()  # the first of them is being written
@@ -32,21 +48,6 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._write, name="run file", daemon=True)
         self._thread.start()
         atexit.register(self._drain)  # of a program that ends without closing
-
-    @property
-    def path(self) -> Path:
-        """The run file."""
-        return self._writer.path
-
-    @property
-    def resumed(self) -> Run | None:
-        """The run that is continued, as it was found."""
-        return self._writer.resumed
-
-    @property
-    def gradient_rows(self) -> int:
-        """How many rows with gradients there are in the file."""
-        return self._writer.gradient_rows
 
     def begin(self, contents: Contents) -> None:
         """Say what the rows hold, once, before the first of them."""
@@ -62,7 +63,6 @@ class BackgroundWriter:
             self._rows.append(row)
             self._bytes += size
             self._changed.notify_all()
-        self.last_step = row.step
 
     def keep(self, name: str, columns: Table) -> None:
         """Keep a table with the run, once the rows before it are written."""

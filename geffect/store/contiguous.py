@@ -4,11 +4,13 @@ HDF5 does not survive a disk that is full; a write of our own does. Nor does it 
 as fast as the disk takes them, or leave room to spare without filling it twice.
 """
 
+import errno
 import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
@@ -22,6 +24,9 @@ OPTIONS = {"libver": ("v108", "v110")}
 _PAGE = 4096
 
 Stream = BinaryIO | io.FileIO
+
+Identity = tuple[int, int] | None
+"""What tells a file from another one of its name; None where there is no file."""
 
 
 class Image(io.RawIOBase):
@@ -128,3 +133,20 @@ def declare(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> R
     kind, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape)
     made = h5py.h5d.create(parent.id, last.encode(), kind, space, plan)
     return Room.of(h5py.Dataset(made))
+
+
+def identity(path: Path) -> Identity:
+    """Which file has this name now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_identity(path: Path, opened: Identity) -> None:
+    """Raise an OSError where what is written to an open file would be lost with it."""
+    if identity(path) != opened:
+        raise FileNotFoundError(
+            errno.ENOENT, "The file is no longer there, or another one has its name", str(path)
+        )

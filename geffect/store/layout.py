@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from math import prod
 from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.layers import Parameter
+from geffect.layers import Parameter, layers_of
 
 from .contiguous import Room, Stream, declare
 from .schema import (
@@ -44,12 +45,13 @@ def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[st
     return shapes
 
 
-def layers_of(parameters: Sequence[Parameter]) -> list[str]:
-    """The layers in order of first appearance."""
-    return list(dict.fromkeys(parameter.layer for parameter in parameters))
+def row_bytes(contents: Contents, parameters: Sequence[Parameter]) -> int:
+    """How long a row is in the run file."""
+    shapes = entry_shapes(contents, parameters)
+    return sum(prod(shape) * ROWS[name].itemsize for name, shape in shapes.items())
 
 
-def fill(room: Room, stream: Stream, old: h5py.Dataset | None, count: int) -> None:
+def fill(room: Room, stream: Stream, old: h5py.Dataset | NDArray[Any] | None, count: int) -> None:
     """Write the first `count` rows of `old`, and NaN or -1 into those that follow."""
     capacity, entry = room.shape[0], room.shape[1:]
     rows = max(1, _SLAB // max(1, room.row_bytes))
@@ -74,7 +76,9 @@ def lay_out(
     state: str = "open",
 ) -> dict[str, Room]:
     """Fill an empty file with the structure of a run; its rows go where the answer says."""
-    file.attrs.update(format=FORMAT, format_version=VERSION, state=state)
+    file.attrs.update(format=FORMAT, format_version=VERSION)
+    # As long in either state, so that it can be changed in place.
+    file.attrs.create("state", state, dtype=h5py.string_dtype("ascii", len("complete")))
     file["manifest"] = json.dumps(contents.manifest)
     for name, values in _columns(parameters).items():
         file[f"parameters/{name}"] = values

@@ -25,6 +25,7 @@ from .schema import (
     VERSION,
     WEIGHT_STATISTICS,
     Contents,
+    OtherSketch,
     RunFileError,
     StoredGradients,
 )
@@ -129,11 +130,6 @@ class Run:
             for i, weight in enumerate(self.contents.weights)
         }
 
-    @property
-    def sketching(self) -> Sketch | None:
-        """How the gradients were sketched; None where they were not."""
-        return self.contents.sketch
-
     def sketch(self, source: str) -> NDArray[np.float32]:
         """Float32[step, layer, width]; NaN where the source is absent.
 
@@ -141,6 +137,12 @@ class Run:
         """
         place = self.index(source)
         self._check(self.contents.sketch, "sketches", 'Record with Recorder(..., store="sketch").')
+        if isinstance(self.contents.sketch, OtherSketch):
+            raise ValueError(
+                f"The sketches in `{self.path}` should be of version {Sketch.version}. Found "
+                f"{self.contents.sketch}. Read them with the version of geffect that made them; "
+                "all else can be read here."
+            )
         return self._mean(self.read("sketches", place))
 
     @property
@@ -169,7 +171,7 @@ class Run:
                 f"`step` should be one at which the gradient of `{source}` was kept: {there}. "
                 f"Found {step}. Choose one of those, or record that step with gradients."
             )
-        keys = np.stack([self.read(f"steps/{name}") for name in KEY], axis=1)[own]
+        keys = self.keys()[own]
         latest = keys[:, 0] == keys[-1, 0]  # a step number may come again in a later request
         segments = Segments(self.contents, self.layers)
         found = [
@@ -215,6 +217,10 @@ class Run:
             drawn=self.drawn[np.repeat(kept, self.rows)],
         )
 
+    def keys(self) -> NDArray[np.int64]:
+        """Int64[row, 3]: request, step and batch, which tell the rows apart."""
+        return np.stack([self.read(f"steps/{name}") for name in KEY], axis=1)
+
     def read(self, name: str, *entry: int) -> NDArray[Any]:
         """The rows of a dataset as they are in the file, or one entry of each."""
         with opened(self.path) as file:
@@ -253,7 +259,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         return Run(
             path=path,
             name=path.stem,
-            state=file.attrs["state"],
+            state=str(file.attrs["state"], "ascii"),
             contents=_contents(file),
             layers=_parameters(file["parameters"]),
             steps=keys[1, first],
@@ -340,9 +346,16 @@ def _contents(file: h5py.File) -> Contents:
         manifest=json.loads(file["manifest"].asstr()[()]),
         blocks=texts("rectification_blocks"),
         weights=texts("weight_names"),
-        sketch=Sketch(**json.loads(file["sketch"].asstr()[()])) if "sketch" in file else None,
+        sketch=_sketch(json.loads(file["sketch"].asstr()[()])) if "sketch" in file else None,
         gradients=gradients,
     )
+
+
+def _sketch(described: Mapping[str, int]) -> Sketch | OtherSketch:
+    try:
+        return Sketch(**described)
+    except ValueError:
+        return OtherSketch(**described)
 
 
 def _parameters(table: h5py.Group) -> tuple[Parameter, ...]:

@@ -20,14 +20,14 @@ A row is one batch of a step. Its key is (request, step, batch), which grows fro
 
 Rows are written into datasets that are larger than what they hold, and `/committed` after them:
 a file that is being written never changes its structure, so a killed writer leaves every row that
-was counted. When the rows are used up, a copy twice as large takes the file's place at once; so
-does a copy with one more segment, or with a table that is to be kept.
+was counted. When the rows are used up, a larger copy takes the file's place at once; so does a copy
+that shows further segments, or that has a table that is to be kept.
 
 Gradients are too large for that. They lie in segments, `run.gradients/000.rank0.h5` beside
 `run.h5`: one file a rank and a bounded number of rows, which never grows.
 
     /              attributes: format, format_version, encoding
-    /keys          (row, 3) int64: request, step and batch of what is there whole; -1 before then
+    /keys          (row, 4) int64: 1 if the row is there whole, else 0; request, step and batch
     /<source>/<layer>/<array>  (row, ...) what the rank holds of the tensors of a layer
 """
 
@@ -96,6 +96,15 @@ AXES = {
 
 
 @dataclass(frozen=True)
+class OtherSketch:
+    """A sketch of another version than ours, which has no meaning here: it is kept, not read."""
+
+    seed: int
+    width: int
+    version: int
+
+
+@dataclass(frozen=True)
 class StoredGradients:
     """Which gradients are kept whole, and how.
 
@@ -117,7 +126,7 @@ class Contents:
     manifest: Mapping[str, Any] = field(repr=False, compare=False)
     blocks: tuple[str, ...] = ()  # of a rectifier
     weights: tuple[str, ...] = ()  # implicit weights of which there are statistics
-    sketch: Sketch | None = None
+    sketch: Sketch | OtherSketch | None = None
     gradients: StoredGradients | None = None
 
 

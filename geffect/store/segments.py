@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geffect.encodings import ENCODINGS, Layout
-from geffect.layers import Parameter
+from geffect.layers import Parameter, layers_of
 
 from .contiguous import OPTIONS, Image, declare
 from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
@@ -55,10 +55,11 @@ class Segments:
         self.stored = contents.gradients
         self.encoding = ENCODINGS[self.stored.encoding]
         self.ranks = range(len(self.stored.ranges))
-        self._numel = [parameters[i].numel for i in self.stored.parameters]
-        self.layers: dict[str, list[int]] = {}
-        for place, i in enumerate(self.stored.parameters):
-            self.layers.setdefault(parameters[i].layer, []).append(place)
+        stored = [parameters[i] for i in self.stored.parameters]
+        self.layers: dict[str, list[int]] = {layer: [] for layer in layers_of(stored)}
+        for place, parameter in enumerate(stored):
+            self.layers[parameter.layer].append(place)
+        self._numel = [parameter.numel for parameter in stored]
 
     def numel(self, layer: str) -> int:
         """How many numbers a gradient has in a layer."""
@@ -127,6 +128,23 @@ class Segments:
                         declare(file, f"{source}/{layer}/{name}", (rows, *shape), dtype)
         return image
 
+    def whole(
+        self, path: Path, rows: NDArray[np.int64], keys: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which of some rows, with these keys, all ranks wrote whole."""
+        numbers, inside = np.array([self.place(row) for row in rows.tolist()]).reshape(-1, 2).T
+        whole = np.ones(len(rows), dtype=bool)
+        for number in np.unique(numbers).tolist():
+            own = numbers == number
+            for rank in self.ranks:
+                try:
+                    with _read(folder_of(path) / file_name(number, rank)) as file:
+                        found = file["keys"][:][inside[own]]
+                except (OSError, KeyError):
+                    found = np.zeros(1 + len(KEY), dtype=np.int64)
+                whole[own] &= (found[..., 0] != 0) & (found[..., 1:] == keys[own]).all(axis=1)
+        return whole
+
     def check(self, path: Path, row: int, key: tuple[int, ...]) -> None:
         """Raise a RunFileError where a rank did not write all of a row."""
         for rank in self.ranks:
@@ -192,8 +210,7 @@ class Segments:
         number, inside = self.place(row)
         segment = folder_of(path) / file_name(number, rank)
         try:
-            # Through a stream of our own, which HDF5 does not lock: it may be being written.
-            with segment.open("rb") as stream, h5py.File(stream, "r") as file:
+            with _read(segment) as file:
                 whole, *found = file["keys"][inside].tolist()
                 if not whole or tuple(found) != key:
                     raise OSError("a row that is half written, or that of another step")
@@ -220,6 +237,13 @@ class Segments:
 
     def _ranges(self, layer: str, rank: int) -> list[tuple[int, int]]:
         return [self.stored.ranges[rank][place] for place in self.layers[layer]]
+
+
+@contextmanager
+def _read(segment: Path) -> Iterator[h5py.File]:
+    # Through a stream of our own, which HDF5 does not lock: it may be being written.
+    with segment.open("rb") as stream, h5py.File(stream, "r") as file:
+        yield file
 
 
 def _select(space: Any, begin: int, end: int, part: slice, entry: tuple[int, ...]) -> None:

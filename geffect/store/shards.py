@@ -12,7 +12,8 @@ import numpy as np
 
 from geffect.layers import Parameter
 
-from .contiguous import OPTIONS, Room
+from .contiguous import OPTIONS, Identity, Room, check_identity, identity
+from .layout import Table
 from .schema import Contents, Row, RunFileError
 from .segments import Segments, file_name, folder_of
 
@@ -34,6 +35,7 @@ class Shard:
         self._number = -1
         self._file: h5py.File | None = None
         self._stream: FileIO | None = None
+        self._identity: Identity = None
         self._rooms: dict[str, Room] = {}
 
     def write(self, number: int, row: Row) -> None:
@@ -44,6 +46,7 @@ class Shard:
             if number != self._number:
                 self._open(number, fresh=inside == 0)
             assert self._stream is not None
+            check_identity(self._place(number), self._identity)
             keys = self._rooms["keys"]
             mark = np.array([1, *row.key], dtype=keys.dtype)
             keys.write(self._stream, inside, np.zeros_like(mark))
@@ -55,8 +58,8 @@ class Shard:
                             room.write(self._stream, inside, values)
             keys.write(self._stream, inside, mark)
         except OSError as error:
-            place = self.folder / file_name(number, self._rank)
-            raise OSError(error.errno, error.strerror or str(error), str(place)) from error
+            place = str(self._place(number))
+            raise OSError(error.errno, error.strerror or str(error), place) from error
 
     def close(self) -> None:
         """Leave the segment to others."""
@@ -66,15 +69,19 @@ class Shard:
             self._file.close()
         self._number, self._stream, self._file = -1, None, None
 
+    def _place(self, number: int) -> Path:
+        return self.folder / file_name(number, self._rank)
+
     def _open(self, number: int, *, fresh: bool) -> None:
         self.close()
-        place = self.folder / file_name(number, self._rank)
+        place = self._place(number)
         if fresh or not place.exists():
             self._create(place, number)
         self._file = h5py.File(place, "r+", **OPTIONS)
         self._rooms = {}
         self._file.visititems(self._note)
         self._stream = FileIO(place, "r+")
+        self._identity = identity(place)
         self._number = number
 
     def _create(self, place: Path, number: int) -> None:
@@ -98,42 +105,67 @@ class ShardWriter:
     """Writes what a further rank holds of the gradients; rank 0 has a `RunWriter`.
 
     `first` is how many rows with gradients the run has already, which rank 0 knows as
-    `RunWriter.stored`. What rank 0 does not count does not count, whatever is written here.
+    `RunWriter.gradient_rows`. What rank 0 does not count does not count, whatever is written here.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         parameters: Sequence[Parameter],
-        contents: Contents,
         rank: int,
         *,
         first: int = 0,
     ) -> None:
-        self._shard = Shard(Path(path).resolve(), Segments(contents, parameters), rank)
+        self._path = Path(path).resolve()
+        self._parameters = parameters
         self._rank = rank
-        self._stored = first
+        self._written = first
+        self._shard: Shard | None = None
+        self._ended = False
+
+    def begin(self, contents: Contents) -> None:
+        """Say what the rows hold; nothing is written where this rank holds none of it."""
+        self.check_open()
+        gradients = contents.gradients
+        if gradients is not None and self._rank < len(gradients.ranges):
+            self._shard = Shard(self._path, Segments(contents, self._parameters), self._rank)
 
     def append(self, row: Row) -> None:
         """Write the gradients of a row, if it has some."""
-        if row.gradients is None:
+        self.check_open()
+        if self._shard is None or row.gradients is None:
             return
         try:
-            if not self._stored:
+            if not self._written:
                 remove_segments(self._shard.folder, self._rank.__eq__)
-            self._shard.write(self._stored, row)
+            self._shard.write(self._written, row)
         except OSError as error:
-            self._shard.close()
+            self.close(complete=False)
             raise RunFileError(
                 f"The gradients of rank {self._rank} should be writable at step {row.step}. Found: "
-                f"{error}. The steps before it are whole. Mend the cause, such as a full disk, and "
-                "continue the run with resume=True."
+                f"{error}. Mend the cause, such as a full disk, and continue the run with "
+                "resume=True."
             ) from error
-        self._stored += 1
+        self._written += 1
+
+    def keep(self, name: str, columns: Table) -> None:
+        """Leave a table to rank 0, which has the run file."""
+        self.check_open()
+
+    def check_open(self) -> None:
+        """Refuse to go on after the end."""
+        if self._ended:
+            raise RunFileError(
+                f"The recorder of `{self._path}` should be open on rank {self._rank}. Found it "
+                "closed, or failed at an earlier step. Make another one, with resume=True to "
+                "continue the run."
+            )
 
     def close(self, *, complete: bool) -> None:
         """Leave the segments to others, complete or not."""
-        self._shard.close()
+        self._ended = True
+        if self._shard is not None:
+            self._shard.close()
 
 
 def has_segments(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from geffect.gram import inner, norm
 
 from .reader import Floats, Run, open_run, opened
-from .schema import ESTIMATES, KEY, RunFileError
+from .schema import ESTIMATES, RunFileError
 from .segments import Segments
 
 ROUNDING = 1e-9
@@ -47,7 +47,7 @@ def validate(path: str | os.PathLike[str]) -> Health:
 
 def _problems(run: Run) -> list[str]:
     problems = []
-    keys = list(zip(*(run.read(f"steps/{name}").tolist() for name in KEY), strict=True))
+    keys = list(map(tuple, run.keys().tolist()))
     if any(later <= earlier for earlier, later in pairwise(keys)):
         problems.append("the steps are not in increasing order")
     K = run.read("gram")

@@ -1,28 +1,36 @@
 """The one writer of a run file. What it has counted survives a kill at any moment."""
 
 import contextlib
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from geffect.layers import Parameter
 
-from .contiguous import OPTIONS, Image
-from .layout import Table, fill, keep_tables, lay_out
+from .contiguous import OPTIONS, Identity, Image, check_identity, identity
+from .layout import Table, fill, keep_tables, lay_out, row_bytes
 from .reader import Run, open_run
-from .schema import Contents, Row, RunFileError
+from .schema import KEY, ROWS, Contents, Row, RunFileError
 from .segments import Segments, folder_of
 from .shards import Shard, has_segments, remove_segments
 
-FIRST_CAPACITY = 64
+log = logging.getLogger(__name__)
+
+FIRST_CAPACITY, SPARE_BYTES = 64, 1 << 23
+"""A file whose number of rows is not known has room for so many, and then for twice as many, as
+long as what is spare takes up to so many bytes; beyond, for a quarter more, or for one row."""
 
 # HDF5 locks a file against other processes, not against a second writer in its own.
-_being_written: set[Path] = set()
+# Weakly: a writer that nobody has any more writes nothing.
+_being_written: "WeakValueDictionary[Path, RunWriter]" = WeakValueDictionary()
 
 
 class RunWriter:
@@ -33,7 +41,11 @@ class RunWriter:
 
     With `resume` and `drop_after=s` the rows of later steps are dropped: a trainer that starts
     again from the checkpoint of step s goes on without a gap or a double. They are gone with the
-    first new row, or when the run is closed as complete.
+    first new row, or when the run is closed as complete. So are gradients at the end of the run
+    that one of the ranks was killed before it wrote; the rows themselves stay.
+
+    `rows` is how many the run is going to have in all, where that is known: the file then never
+    has to grow, which takes the room of two.
     """
 
     def __init__(
@@ -44,6 +56,7 @@ class RunWriter:
         overwrite: bool = False,
         resume: bool = False,
         drop_after: int | None = None,
+        rows: int | None = None,
     ) -> None:
         # Of a link, what it points to; whatever the working folder.
         self.path = Path(path).resolve()
@@ -60,14 +73,17 @@ class RunWriter:
         self._announced = 0  # segments that the file shows
         self._tables: dict[str, Table] = {}
         self._file: h5py.File | None = None
+        self._identity: Identity = None
+        self._planned = rows or 0
         self._capacity = 0
+        self._mended: dict[str, NDArray[np.int64]] = {}  # what the next file has in place of ours
         self._unchanged = True
         self._dropping = False
         self._ended = False
         self._check_place(overwrite, resume)
         if resume and self.path.exists():
             self._continue(open_run(self.path), drop_after)
-        _being_written.add(self.path)
+        _being_written[self.path] = self
 
     def begin(self, contents: Contents) -> None:
         """Say what the rows hold, once, before the first of them.
@@ -138,10 +154,8 @@ class RunWriter:
         if self._ended:
             return
         if self._file is not None and (complete or not self._unchanged):
-            if self._segments is not None:
-                self._announced = self._segments.count(self.gradient_rows)
             with self._failing(self.last_step):
-                self._replace(capacity=self.count, state="complete" if complete else "open")
+                self._settle("complete" if complete else "open")
         self._let_go()
 
     def _check_place(self, overwrite: bool, resume: bool) -> None:
@@ -163,7 +177,8 @@ class RunWriter:
         if self.path in _being_written:
             raise RunFileError(
                 f"A run file should have one writer. Found that `{self.path}` is being written by "
-                "another recorder of this process. Close that one first, or choose another name."
+                "another recorder or callback of this process, perhaps of a training that raised. "
+                "Call its close() first, or choose another name."
             )
         if self.path.exists() and not (overwrite or resume):
             raise FileExistsError(
@@ -206,28 +221,41 @@ class RunWriter:
         if drop_after is not None:
             whole, run = run, run.until(drop_after)
             self._dropping = len(run.drawn) < len(whole.drawn)
-        if not len(run.steps):
-            # Of a first row that was never counted, or of rows that are all dropped.
-            self._overwrite = True
-            return
         self.resumed = run
         self.count = len(run.drawn)
-        self.last_step = int(run.steps[-1])
+        self.last_step = int(run.steps[-1]) if self.count else -1
         # No room is taken to be left: the first row makes some, and until then the file is as it
         # was.
         self._capacity = self.count
         self._hold(run.contents)
         if self._segments is not None:
-            self.gradient_rows = int(run.read("stored").max()) + 1
-            self._announced = self._segments.count(self.gradient_rows)
-        if self.gradient_rows and not has_segments(folder_of(self.path)):
+            self._count_gradients(run, self._segments)
+        with self._failing(self.last_step):
+            self._file = self._open()
+        self._sweep()
+
+    def _count_gradients(self, run: Run, segments: Segments) -> None:
+        """Count the gradients up to the last row that every rank wrote whole."""
+        stored, keys = run.read("stored"), run.keys()
+        numbers = stored.max(axis=1)
+        (rows,) = np.nonzero(numbers >= 0)
+        if len(rows) and not has_segments(folder_of(self.path)):
             raise RunFileError(
                 f"The gradients of `{self.path}` should be in `{folder_of(self.path)}`. Found none "
                 "there. Move file and folder together, under one name."
             )
-        with self._failing(self.last_step):
-            self._file = self._open()
-        self._sweep()
+        whole = rows[segments.whole(self.path, numbers[rows], keys[rows])]
+        self.gradient_rows = int(numbers[whole].max(initial=-1)) + 1
+        self._announced = segments.count(self.gradient_rows)
+        torn = rows[rows > whole.max(initial=-1)]
+        if len(torn):
+            stored[torn] = -1
+            self._mended["stored"] = stored
+            log.warning(
+                "The gradients of %d rows of %s, from step %d on, were not written by every "
+                "process. Of these rows only the rest is continued.",
+                len(torn), self.path, keys[torn[0], KEY.index("step")],
+            )  # fmt: skip
 
     def _hold(self, contents: Contents) -> None:
         self._contents = contents
@@ -238,7 +266,7 @@ class RunWriter:
     def _make_room(self, row: Row) -> None:
         """Have a file with room for the row, which shows the segment of its gradients."""
         full, first = self.count == self._capacity, self._file is None
-        capacity = max(FIRST_CAPACITY, 2 * self._capacity) if full else self._capacity
+        capacity = self._larger() if full else self._capacity
         announced = self._announced
         if row.gradients is not None:
             assert self._segments is not None
@@ -252,8 +280,18 @@ class RunWriter:
             ranks = len(self._segments.ranks) if self._segments else 1
             remove_segments(folder_of(self.path), lambda rank: not 0 < rank < ranks)
 
+    def _larger(self) -> int:
+        """The capacity of a file with room for more rows than there are."""
+        if self._planned > self.count:
+            return self._planned
+        assert self._contents is not None
+        cheap = SPARE_BYTES // row_bytes(self._contents, self.parameters)
+        twice, gently = max(FIRST_CAPACITY, self.count), max(cheap, self.count // 4, 1)
+        return self.count + min(twice, gently)
+
     def _add(self, row: Row) -> None:
         assert self._file is not None
+        check_identity(self.path, self._identity)
         entries = row.datasets()
         if self._segments is not None:
             present = row.gradients or {}
@@ -270,9 +308,26 @@ class RunWriter:
         self._file["committed"][()] = self.count + 1
         self._file.flush()
 
+    def _settle(self, state: str) -> None:
+        # No copy where the file is as it should stay: it would take the room of two.
+        assert self._file is not None
+        announced = self._segments.count(self.gradient_rows) if self._segments else 0
+        spare = len(self._file["steps/step"]) > self.count or announced < self._announced
+        if spare or self._tables or self._mended:
+            self._announced = announced
+            self._replace(self.count, state)
+        else:
+            check_identity(self.path, self._identity)
+            self._file.attrs.modify("state", np.bytes_(state))
+            self._file.flush()
+
     def _replace(self, capacity: int, state: str = "open") -> None:
         """Put a file with room for `capacity` rows, and with those there are, in its place."""
         assert self._contents is not None
+        held: Mapping[str, h5py.Dataset | NDArray[np.int64]] = {}
+        if self._file is not None:
+            check_identity(self.path, self._identity)
+            held = {name: self._file[name] for name in ROWS if name in self._file} | self._mended
         image = Image()
         with h5py.File(image, "w", **OPTIONS) as file:
             rooms = lay_out(
@@ -291,7 +346,7 @@ class RunWriter:
             with draft.open("wb") as stream:
                 image.save(stream)
                 for name, room in rooms.items():
-                    fill(room, stream, self._file and self._file[name], self.count)
+                    fill(room, stream, held.get(name), self.count)
                 stream.flush()
                 os.fsync(stream.fileno())
             if self._file is not None:
@@ -304,9 +359,11 @@ class RunWriter:
         self._file = self._open()
         self._capacity = capacity
         self._tables.clear()
+        self._mended.clear()
         self._dropping = False
 
     def _open(self) -> h5py.File:
+        self._identity = identity(self.path)
         try:
             return h5py.File(self.path, "r+", **OPTIONS)
         except BlockingIOError as error:
@@ -325,12 +382,20 @@ class RunWriter:
             self.path.unlink()
             remove_segments(folder_of(self.path), (0).__eq__)
 
+    @property
+    def _there(self) -> bool:
+        # Both the file that is ours, and the gradients that it counts.
+        return identity(self.path) == self._identity and (
+            not self.gradient_rows or has_segments(folder_of(self.path))
+        )
+
     def _let_go(self) -> None:
         """Leave the file to others, for good."""
         if self._ended:
             return
         self._ended = True
-        _being_written.discard(self.path)
+        if _being_written.get(self.path) is self:
+            del _being_written[self.path]
         if self._shard is not None:
             self._shard.close()
         if self._file is not None:
@@ -353,15 +418,24 @@ class RunWriter:
         except (OSError, RuntimeError) as error:
             with contextlib.suppress(Exception):
                 self._let_go()
-            if self._file is not None and not self.count:
+            began = self.count or self.resumed is not None
+            if not began:
+                safe = (
+                    "Nothing of this run was written. Mend the cause, such as a full disk, and "
+                    "record again."
+                )
+            elif self._there:
+                safe = (
+                    f"The rows before it are whole, {self.count} of them. Mend the cause, such as "
+                    "a full disk, and continue the file with resume=True."
+                )
+            else:
+                safe = (
+                    f"Of the {self.count} rows before it something was moved or removed. Put file "
+                    "and folder back and continue with resume=True, or record again."
+                )
+            if self._file is not None and not began and self._there:
                 self._undo()
-            safe = (
-                f"The rows before it are whole, {self.count} of them. Mend the cause, such as a "
-                "full disk, and continue the file with resume=True."
-                if self.count
-                else "Nothing of this run was written. Mend the cause, such as a full disk, and "
-                "record again."
-            )
             raise RunFileError(
                 f"Run file `{self.path}` should be writable at step {step}. Found: {error}. {safe}"
             ) from error

@@ -1,13 +1,14 @@
 """The callback: records the gradients of a `transformers.Trainer` that knows nothing of it."""
 
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -20,45 +21,23 @@ from geffect import distributed, gram
 from geffect.capture.collector import Measured
 from geffect.capture.keep import Keep
 from geffect.capture.manifest import described
-from geffect.capture.probes import RiskGradient, RiskSet, as_batches, risk_gradient
+from geffect.capture.probes import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.capture.recording import OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
-from geffect.gradients import Vector
-from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, is_risk
+from geffect.layers import is_adapter
+from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
 
-from .loop import (
-    Loop,
-    check_gradients_can_be_had,
-    clip_scale,
-    firing_loop,
-    loss_scale,
-    scale_left,
-    unwrapped,
-)
+from .loop import check_gradients_can_be_had, firing_loop, is_running, unwrapped
+from .step import Step
 
-SEEN = "seen"
-"""The gradient as the optimizer sees it; the objective's is a multiple of it."""
+log = logging.getLogger(__name__)
 
 EFFECTS = {FORGET: "unlearning", RETAIN: "retaining"}
 """What the effects on these two risks are called; another one's has the name of the risk."""
 
-
-@dataclass
-class _Step:
-    """A step that is being captured, as far as the events have come."""
-
-    number: int
-    epoch: float
-    probes: Mapping[str, RiskGradient]
-    n_micro: int = 1
-    grad_norm: float = math.nan  # before clipping; NaN where the Trainer has not taken it
-    clip_scale: float = math.nan
-    loss_scale: float = 1.0  # before the optimizer's step
-    vectors: dict[str, Vector] = field(default_factory=dict)
-    weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    before: Sequence[Tensor] | None = None  # the parameters, where the update is to be recorded
-    measured: Measured | None = None  # None while it waits for the update
+_recording: "weakref.WeakSet[GEffectCallback]" = weakref.WeakSet()
+"""Those that have a file open: of a training that goes on, or of one that raised."""
 
 
 class GEffectCallback(TrainerCallback):
@@ -81,7 +60,8 @@ class GEffectCallback(TrainerCallback):
     - `update`: also record theta after minus theta before.
     - `log`: also hand G-effects and cosines of the whole model to what the Trainer reports to, as
       `geffect/unlearning_g_effect`, `geffect/retaining_g_effect`, `geffect/cosine_objective_retain`
-      and so on.
+      and so on; those of adapters, which are effects in the space of their factors and do not
+      compare with others, as `geffect/adapter/unlearning_g_effect`.
     - `store`, `metadata`, `overwrite`, `on_error`: as those of `Recording`.
 
     Step s of the file is the one that begins at `state.global_step == s`, from 0; the Trainer logs
@@ -92,8 +72,9 @@ class GEffectCallback(TrainerCallback):
 
     A Trainer that resumes from a checkpoint continues the file: rows of steps after the checkpoint
     are dropped, since they come again. After training the file is complete; where training raised
-    it stays open, readable, and can be continued. Training in which gradients cannot be had, such
-    as DeepSpeed, is refused when it begins.
+    it stays marked as open, is readable, and can be continued. Refused, when training begins, are
+    training in which gradients cannot be had, such as DeepSpeed, a schedule that finds no step in
+    it, probes without labels, and other sources than those of the file that is continued.
     """
 
     def __init__(
@@ -110,20 +91,30 @@ class GEffectCallback(TrainerCallback):
         overwrite: bool = False,
         on_error: OnError = "raise",
     ) -> None:
-        self._path = path
-        self._probes = _checked(probes)
+        check_risks("probes", probes)
+        if not probes:
+            raise ValueError(
+                "`probes` should have at least one set of batches. Found none. Pass "
+                'probes={"forget": ..., "retain": ...}.'
+            )
+        for name, batches in probes.items():
+            with named(name):
+                as_batches(batches)
+        self._path = Path(path).resolve()
+        self._probes = dict(probes)
         self._due = every_kth(every) if when is None else when
         self._update, self._log, self._store = update, log, store
         self._metadata, self._overwrite, self._on_error = metadata, overwrite, on_error
         self._sources = (OBJECTIVE, *self._probes, *([UPDATE] if update else []))
         self._recording: Recording | None = None
-        self._step: _Step | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._step: Step | None = None
+        self._ours = False  # the file, begun by an attempt of this training that raised
 
     def close(self, *, complete: bool = False) -> None:
         """Let go of the file, where training raised and this process is to use it for more."""
-        if self._recording is not None:
-            self._recording.close(complete=complete)
-        self._recording = self._step = None
+        self._ours = False
+        self._let_go(complete=complete)
 
     def on_train_begin(
         self,
@@ -133,24 +124,48 @@ class GEffectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Refuse what cannot be recorded, and open the file."""
+        self._let_go()
+        self._take_over()
         model, trainer = kwargs["model"], firing_loop().trainer
         check_gradients_can_be_had(trainer, model, kwargs["optimizer"])
-        # Open still: an earlier attempt of this training raised, and its file is ours.
-        replaces = self._overwrite or self._recording is not None
-        self.close()
+        with distributed.together():
+            for name, batches in self._probes.items():
+                with named(name):
+                    check_data(batches)
         resumed = state.global_step > 0
+        steps = range(state.global_step, state.max_steps)
+        due = list(filter(self._due, steps))
         self._recording = Recording(
             model,
             self._path,
             metadata=self._metadata,
             store=self._store,
-            steps=[s for s in range(state.global_step, state.max_steps) if self._due(s)],
-            overwrite=replaces and not resumed,
+            steps=due,
+            overwrite=(self._overwrite or self._ours) and not resumed,
             resume=resumed,
             drop_after=state.global_step - 1 if resumed else None,
             on_error=self._on_error,
             provenance={"trainer": _provenance(trainer, args)},
         )
+        _recording.add(self)
+        self._trainer = weakref.ref(trainer)
+        with self._let_go_if_it_fails():
+            if continued := self._recording.known.sources:
+                self._check_continued(continued)
+            elif steps and not due:
+                raise ValueError(
+                    "A step of this training should be one that `every` or `when` captures. Found "
+                    f"none from step {steps.start} to {steps[-1]}. Pass a schedule that has some "
+                    "of these, such as every=1."
+                )
+            elif resumed and distributed.is_writer():
+                log.warning(
+                    "`%s` has no row of an earlier step to continue: a run begins there at step "
+                    "%d, where training is resumed.",
+                    self._path,
+                    state.global_step,
+                )
+        self._ours = self._ours or not continued
 
     def on_step_begin(
         self,
@@ -161,16 +176,18 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         """Take the gradients of the risks: no gradient of the step is there yet."""
         self._step = None
-        if not self._due(state.global_step) or self._has_failed():
+        if not self._due(state.global_step) or self._opened().failed:
             return
         autocast = firing_loop().trainer.compute_loss_context_manager
-        self._step = _Step(
+        probes = {}
+        with self._let_go_if_it_fails():
+            for name, batches in self._probes.items():
+                with named(name):
+                    probes[name] = risk_gradient(kwargs["model"], batches, autocast=autocast)
+        self._step = Step(
             number=state.global_step,
             epoch=math.nan if state.epoch is None else state.epoch,
-            probes={
-                name: risk_gradient(kwargs["model"], batches, autocast=autocast)
-                for name, batches in self._probes.items()
-            },
+            probes=probes,
         )
 
     def on_substep_end(
@@ -192,22 +209,19 @@ class GEffectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the gradient of the objective, which has been accumulated, unscaled and clipped."""
-        step = self._step
+        step, recording = self._step, self._opened()
         if step is None:
             return
-        parameters = self._opened().parameters
-        grads = [parameter.grad for parameter in parameters]
-        if all(grad is None for grad in grads):
-            raise RuntimeError(
-                "A parameter should have a gradient before the optimizer steps. Found none at step "
-                f"{step.number}. See whether another callback or the optimizer takes them away, "
-                "and add this callback before it."
+        with self._let_go_if_it_fails():
+            step.see(
+                recording.parameters,
+                firing_loop(),
+                args.max_grad_norm,
+                kwargs["optimizer"],
+                update=self._update,
             )
-        self._place(step, grads, firing_loop(), args.max_grad_norm, kwargs["optimizer"])
-        if self._update:
-            step.before = [parameter.detach().clone() for parameter in parameters]
-        else:
-            step.measured = self._measured(step)
+            if not self._update:
+                step.measure(recording)  # while the gradient is there
 
     def on_optimizer_step(
         self,
@@ -220,33 +234,23 @@ class GEffectCallback(TrainerCallback):
         step, recording = self._step, self._opened()
         if step is None:
             return
-        # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
-        scaler = firing_loop().trainer.accelerator.scaler
-        skipped = loss_scale(scaler) < step.loss_scale
-        if skipped:
-            step.weights.pop(OBJECTIVE, None)
-        elif step.before is not None:
-            with torch.no_grad():
-                # In place: what was the copy of the old parameters becomes the update.
-                for before, parameter in zip(step.before, recording.parameters, strict=True):
-                    before.neg_().add_(parameter)
-            step.vectors[UPDATE] = step.before
-            step.weights[UPDATE] = {UPDATE: 1.0}
-        if step.measured is None:
-            step.measured = self._measured(step)
-        with distributed.together():
-            recording.write(
-                step.number,
-                step.measured,
-                declared={name: "loss" for name in self._sources if name != UPDATE},
-                epoch=step.epoch,
-                lr=float(kwargs["optimizer"].param_groups[0]["lr"]),
-                n_micro=step.n_micro,
-                clip_scale=step.clip_scale,
-                skipped=skipped,
-                optimizer=described(unwrapped(kwargs["optimizer"])),
-                sources=self._sources,
-            )
+        with self._let_go_if_it_fails():
+            step.move(recording.parameters, firing_loop())
+            measured = step.measured or step.measure(recording)
+            with distributed.together():
+                recording.write(
+                    step.number,
+                    measured,
+                    declared={name: "loss" for name in self._sources if name != UPDATE},
+                    epoch=step.epoch,
+                    lr=float(kwargs["optimizer"].param_groups[0]["lr"]),
+                    n_micro=step.n_micro,
+                    clip_scale=step.clip_scale,
+                    skipped=step.skipped,
+                    optimizer=described(unwrapped(kwargs["optimizer"])),
+                    sources=self._sources,
+                )
+                recording.check_open()
 
     def on_step_end(
         self,
@@ -261,9 +265,13 @@ class GEffectCallback(TrainerCallback):
             return
         if OBJECTIVE not in step.measured.names:
             return
+        adapted = any(is_adapter(parameter.name) for parameter in self._opened().table)
         asked = control.should_log
         # Not `trainer.log`: those of TRL would take their own averages for logged, and begin anew.
-        Trainer.log(firing_loop().trainer, _scores(step.measured))
+        Trainer.log(
+            firing_loop().trainer,
+            _scores(step.measured, "geffect/adapter" if adapted else "geffect"),
+        )
         control.should_log = asked  # which every log answers with "done"
 
     def on_train_end(
@@ -276,43 +284,6 @@ class GEffectCallback(TrainerCallback):
         """Mark the file as complete."""
         self.close(complete=True)
 
-    def _place(
-        self,
-        step: _Step,
-        grads: Vector,
-        loop: Loop,
-        max_grad_norm: float | None,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """Name the gradients of the step, and say what the objective's is in terms of them."""
-        step.vectors = {name: probe.vector for name, probe in step.probes.items()}
-        step.weights = {name: {name: 1.0} for name in step.probes}
-        scaler = loop.trainer.accelerator.scaler
-        step.loss_scale = loss_scale(scaler)
-        if loop.grad_norm is not None:
-            step.grad_norm = float(loop.grad_norm)
-            if not math.isfinite(step.grad_norm):
-                return  # a gradient without direction
-        step.clip_scale = clip_scale(loop.grad_norm, max_grad_norm)
-        left = scale_left(scaler, optimizer)
-        # A copy, where it is to be compared with the update: optimizers may use its memory.
-        step.vectors[SEEN] = (
-            [None if g is None else g.clone() for g in grads] if self._update else grads
-        )
-        step.weights = {OBJECTIVE: {SEEN: 1 / (step.clip_scale * left)}, **step.weights}
-
-    def _measured(self, step: _Step) -> Measured:
-        losses = {name: probe.loss for name, probe in step.probes.items()}
-        measured = self._opened().measure(step.number, step.vectors, losses, step.weights)
-        if OBJECTIVE in measured.names:
-            _check_norm(measured, step)
-        return measured
-
-    def _has_failed(self) -> bool:
-        # Of several processes one writes, and passes over the probes are taken by all or by none.
-        (failures,) = distributed.mean([float(self._opened().failed)])
-        return failures > 0
-
     def _opened(self) -> Recording:
         if self._recording is None:
             raise RuntimeError(
@@ -321,18 +292,37 @@ class GEffectCallback(TrainerCallback):
             )
         return self._recording
 
+    def _let_go(self, *, complete: bool = False) -> None:
+        recording, self._recording, self._step = self._recording, None, None
+        _recording.discard(self)
+        if recording is not None:
+            recording.close(complete=complete)
 
-def _checked(probes: Mapping[str, RiskSet]) -> Mapping[str, RiskSet]:
-    wrong = [name for name in probes if not is_risk(name) or "/" in name]
-    if wrong or not probes:
+    @contextmanager
+    def _let_go_if_it_fails(self) -> Iterator[None]:
+        # No event tells a callback that training raised, so what it raises itself is all it knows.
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self._let_go()
+            raise
+
+    def _take_over(self) -> None:
+        """Close what was left open here by another callback, of a training that raised."""
+        for other in list(_recording):
+            trainer = other._trainer and other._trainer()
+            if other._path == self._path and not (trainer and is_running(trainer)):
+                other._let_go()
+
+    def _check_continued(self, recorded: tuple[str, ...]) -> None:
+        if set(recorded) == set(self._sources):
+            return
         raise ValueError(
-            "`probes` should have at least one set of batches, under names that are no names of "
-            f"other gradients and have no slash. Found {', '.join(wrong) or 'none'}. "
-            'Pass probes={"forget": ..., "retain": ...}.'
+            f"`probes` and `update` should be those of the run in `{self._path}` to continue it, "
+            f"which has the sources {', '.join(recorded)}. Found {', '.join(self._sources)}. Pass "
+            "the same, or record into another file."
         )
-    for batches in probes.values():
-        as_batches(batches)
-    return dict(probes)
 
 
 def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
@@ -345,20 +335,7 @@ def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _check_norm(measured: Measured, step: _Step) -> None:
-    """Refuse a gradient whose length is not the one that the Trainer has found before clipping."""
-    place = measured.names.index(OBJECTIVE)
-    norm = float(gram.norm(measured.gram.sum(dim=0), place))
-    # Rounding of half precision aside.
-    if abs(norm - step.grad_norm) > 0.02 * step.grad_norm:
-        raise RuntimeError(
-            f"The gradient before clipping should have the norm that the Trainer logs, "
-            f"{step.grad_norm:.6g}. Found {norm:.6g} at step {step.number}: the gradients were "
-            "changed between clipping and this callback. Add it before the callback that does so."
-        )
-
-
-def _scores(measured: Measured) -> dict[str, float]:
+def _scores(measured: Measured, prefix: str) -> dict[str, float]:
     """G-effects and cosines of the whole model, by the names under which they are logged."""
     K = measured.gram.sum(dim=0)
     objective = measured.names.index(OBJECTIVE)
@@ -366,6 +343,6 @@ def _scores(measured: Measured) -> dict[str, float]:
     for place, risk in enumerate(measured.names):
         if is_risk(risk):
             effect = EFFECTS.get(risk, risk)
-            scores[f"geffect/{effect}_g_effect"] = float(gram.inner(K, place, objective))
-            scores[f"geffect/cosine_objective_{risk}"] = float(gram.cosine(K, objective, place))
+            scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, place, objective))
+            scores[f"{prefix}/cosine_objective_{risk}"] = float(gram.cosine(K, objective, place))
     return scores

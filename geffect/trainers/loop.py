@@ -1,7 +1,9 @@
 """What the events of a `transformers.Trainer` leave unsaid: by whom, and what clipping did."""
 
 import inspect
+import sys
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from transformers import Trainer
 
 from geffect import distributed
+from geffect.losses import check_no_step_inside
 
 STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""
@@ -44,6 +47,17 @@ def firing_loop() -> Loop:
             "none among the callers. In a loop of your own use `geffect.Recorder`."
         )
     return Loop(frame.f_locals["self"], frame.f_locals.get("grad_norm"))
+
+
+def is_running(trainer: Trainer) -> bool:
+    """Whether a thread of this process is in a method of the Trainer."""
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            if caller.f_locals.get("self") is trainer:
+                return True
+            caller = caller.f_back
+    return False
 
 
 def clip_scale(grad_norm: Tensor | float | None, max_grad_norm: float | None) -> float:
@@ -99,6 +113,13 @@ def check_gradients_can_be_had(
             "Training should leave the gradient of the step in `.grad` until the optimizer steps. "
             f"Found {found} {INSTEAD}"
         )
+    # Those with the Trainer's own hook, which averages over processes what FSDP2 does not manage,
+    # are fine.
+    check_no_step_inside(
+        parameter
+        for parameter in model.parameters()
+        if not getattr(parameter, "_replicated_grad_hook_registered", False)
+    )
     distributed.check_layout(model)
 
 

@@ -6,6 +6,7 @@ one more with the loss times zero, for the trainer. Every fourth time, two inner
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from geffect.objectives import WeightedGradientAscent, nll
 from .bars import Bar, Row
 from .capture import weighted
 from .memory import peak_gradients
-from .rounds import Load, Ratio, ratio
+from .rounds import Ratio, ratio
 from .workload import Workload
 
 WINDOW = 4
@@ -48,7 +49,7 @@ class PublicProcedure:
         loss.backward()
         average = self._averages.setdefault(source, {})
         for name, parameter in self._model.named_parameters():
-            fresh = parameter.grad.view(-1).cpu()
+            fresh = parameter.grad.view(-1).to("cpu", copy=True)
             average[name] = 0.6 * average[name] + 0.4 * fresh if name in average else fresh
         self._model.zero_grad()
 
@@ -61,7 +62,7 @@ class PublicProcedure:
 
 def rows(workload: Workload, folder: Path) -> Iterator[Row]:
     """Time of as many micro-batches as lie between two readouts, and gradients alive meanwhile."""
-    # A readout is many passes, and a micro-batch of the procedure is small.
+    # Four samples are what the procedure takes at a time; a readout is 32 passes of them.
     micro = workload.resized(samples=4, positions=workload.size.positions // 2)
     with Recorder(micro.model, folder / "tool.h5") as recorder:
         published = PublicProcedure(micro)
@@ -71,7 +72,7 @@ def rows(workload: Workload, folder: Path) -> Iterator[Row]:
             micro.model.zero_grad()
 
         seconds = micro.seconds(
-            {"published": _window(published.micro_batch), "recorded": _window(recorded)}
+            {"published": published.micro_batch, "recorded": recorded}, turns=WINDOW
         )
         yield Row(
             f"whole tool, {micro.size.tokens}: time / public procedure",
@@ -81,15 +82,12 @@ def rows(workload: Workload, folder: Path) -> Iterator[Row]:
         small = workload.minute()
         peak = peak_gradients(small, lambda: recorder.backward(**weighted(small)))
         small.model.zero_grad()
-        of_procedure = peak_gradients(small, _window(PublicProcedure(small).micro_batch))
+        of_procedure = peak_gradients(small, partial(_window, PublicProcedure(small)))
         yield Row(
             "whole tool: gradients alive / public procedure", Ratio(peak / of_procedure), Bar(0.5)
         )
 
 
-def _window(micro_batch: Load) -> Load:
-    def window() -> None:
-        for _ in range(WINDOW):
-            micro_batch()
-
-    return window
+def _window(published: PublicProcedure) -> None:
+    for _ in range(WINDOW):
+        published.micro_batch()

@@ -50,19 +50,26 @@ class Ratio:
     spread: float = 0.0
 
 
-def interleaved(clock: Clock, rounds: int, loads: Mapping[str, Load]) -> dict[str, list[float]]:
-    """The seconds of each load in each round. A first round warms up and is not counted."""
+def interleaved(
+    clock: Clock, rounds: int, loads: Mapping[str, Load], *, turns: int = 1
+) -> dict[str, list[float]]:
+    """The seconds of each load in each round, in which each has so many turns.
+
+    A first round warms up and is not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in loads}
     order = list(loads)
     with _garbage_collected():
-        for counted in [False, *[True] * rounds]:
-            for name in order:
-                gc.collect()
-                took = clock(loads[name])
-                if counted:
-                    seconds[name].append(took)
-            order.reverse()
-    return seconds
+        for _ in range(1 + rounds):
+            took = dict.fromkeys(loads, 0.0)
+            for _ in range(turns):
+                for name in order:
+                    gc.collect()
+                    took[name] += clock(loads[name])
+                order.reverse()
+            for name, times in seconds.items():
+                times.append(took[name])
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:

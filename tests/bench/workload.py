@@ -88,9 +88,9 @@ class Workload:
         """AdamW, at a rate at which the model stays what it is."""
         return torch.optim.AdamW(self.model.parameters(), lr=1e-7)
 
-    def seconds(self, loads: Mapping[str, Load]) -> dict[str, list[float]]:
+    def seconds(self, loads: Mapping[str, Load], *, turns: int = 1) -> dict[str, list[float]]:
         """What each load takes in each round, by the clock of the device."""
-        return interleaved(CLOCKS[self.device], self.size.rounds, loads)
+        return interleaved(CLOCKS[self.device], self.size.rounds, loads, turns=turns)
 
     def __str__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters)

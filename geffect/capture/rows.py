@@ -1,0 +1,65 @@
+"""From what was measured of the gradients of a step to the row of a run file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from geffect.gradients import GradientTransform
+from geffect.store.schema import RECTIFICATION_COLUMNS, Row
+
+from .collector import Measured
+from .known import Known
+
+
+def row(
+    known: Known,
+    measured: Measured,
+    rectifier: GradientTransform | None,
+    weights: Mapping[str, Sequence[float]],
+    **columns: Any,
+) -> Row:
+    """The row: every number at the place that the first row of the run gave to its source."""
+    sketches = measured.sketches
+    return Row(
+        losses=_spread(known, np.array([*measured.losses.values()]), [*measured.losses]),
+        gram=_spread_gram(known, measured),
+        rectification=_report(known, rectifier),
+        weights=_statistics(known, weights),
+        sketches=None if sketches is None else _spread(known, sketches.numpy(), measured.names),
+        gradients=measured.gradients,
+        **columns,
+    )
+
+
+def _spread(known: Known, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """The values at the places of their sources, NaN at those of the others."""
+    sources = known.sources
+    spread = np.full((len(sources), *values.shape[1:]), np.nan, dtype=values.dtype)
+    spread[[sources.index(name) for name in names]] = values
+    return spread
+
+
+def _spread_gram(known: Known, measured: Measured) -> np.ndarray:
+    k = len(known.sources)
+    places = np.array([known.sources.index(name) for name in measured.names], dtype=int)
+    gram = measured.gram.numpy()
+    spread = np.full((len(gram), k, k), np.nan)
+    spread[:, places[:, None], places] = gram
+    return spread
+
+
+def _statistics(known: Known, weights: Mapping[str, Sequence[float]]) -> np.ndarray | None:
+    if not known.weights:
+        return None
+    absent = (float("nan"),) * 4
+    return np.array([weights.get(name, absent) for name in known.weights])
+
+
+def _report(known: Known, rectifier: GradientTransform | None) -> np.ndarray | None:
+    if not known.blocks:
+        return None
+    report = None if rectifier is None else rectifier.report
+    if report is None:
+        return np.full((len(known.blocks), len(RECTIFICATION_COLUMNS)), np.nan)
+    return np.array([getattr(report, column) for column in RECTIFICATION_COLUMNS]).T

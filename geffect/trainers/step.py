@@ -1,0 +1,109 @@
+"""A captured step: what the events of a Trainer tell of it, from its first to the row of a file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from geffect import gram
+from geffect.capture.collector import Measured
+from geffect.capture.probes import RiskGradient
+from geffect.capture.recording import Recording
+from geffect.gradients import Vector
+from geffect.sources import OBJECTIVE, UPDATE
+
+from .loop import INSTEAD, Loop, clip_scale, loss_scale, scale_left
+
+SEEN = "seen"
+"""The gradient as the optimizer sees it; the objective's is a multiple of it."""
+
+CULPRITS = (
+    "another callback, or an optimizer that steps inside of the backward pass. Add this callback "
+    f"before the other. {INSTEAD}"
+)
+
+
+@dataclass
+class Step:
+    """A step that is being captured, as far as the events have come."""
+
+    number: int
+    epoch: float
+    probes: Mapping[str, RiskGradient]
+    n_micro: int = 1
+    clip_scale: float = math.nan
+    skipped: bool = False
+    measured: Measured | None = None
+    _grad_norm: float = math.nan  # before clipping; NaN where the Trainer has not taken it
+    _loss_scale: float = 1.0  # before the optimizer's step
+    _before: Sequence[Tensor] | None = None  # the parameters, where the update is to be recorded
+    _vectors: dict[str, Vector] = field(default_factory=dict)
+    _weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def see(
+        self,
+        parameters: Sequence[Tensor],
+        loop: Loop,
+        max_grad_norm: float | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        update: bool,
+    ) -> None:
+        """Take the gradient that the optimizer is about to see, and what to compare it with."""
+        grads = [parameter.grad for parameter in parameters]
+        if all(grad is None for grad in grads):
+            raise RuntimeError(
+                "A parameter should have a gradient before the optimizer steps. Found none at step "
+                f"{self.number}: they were taken away by {CULPRITS}"
+            )
+        self._vectors = {name: probe.vector for name, probe in self.probes.items()}
+        self._weights = {name: {name: 1.0} for name in self.probes}
+        if update:
+            self._before = [parameter.detach().clone() for parameter in parameters]
+        scaler = loop.trainer.accelerator.scaler
+        self._loss_scale = loss_scale(scaler)
+        if loop.grad_norm is not None:
+            self._grad_norm = float(loop.grad_norm)
+            if not math.isfinite(self._grad_norm):
+                return  # a gradient without direction
+        self.clip_scale = clip_scale(loop.grad_norm, max_grad_norm)
+        left = scale_left(scaler, optimizer)
+        # A copy, where it is to be compared with the update: optimizers may use its memory.
+        self._vectors[SEEN] = [None if g is None else g.clone() for g in grads] if update else grads
+        self._weights = {OBJECTIVE: {SEEN: 1 / (self.clip_scale * left)}, **self._weights}
+
+    def move(self, parameters: Sequence[Tensor], loop: Loop) -> None:
+        """Take what the optimizer made of it."""
+        # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
+        self.skipped = loss_scale(loop.trainer.accelerator.scaler) < self._loss_scale
+        if self.skipped:
+            self._weights.pop(OBJECTIVE, None)
+        elif self._before is not None:
+            with torch.no_grad():
+                # In place: what was the copy of the old parameters becomes the update.
+                for before, parameter in zip(self._before, parameters, strict=True):
+                    before.neg_().add_(parameter)
+            self._vectors[UPDATE] = self._before
+            self._weights[UPDATE] = {UPDATE: 1.0}
+
+    def measure(self, recording: Recording) -> Measured:
+        """What is to be kept of the gradients, once all of them are there."""
+        losses = {name: probe.loss for name, probe in self.probes.items()}
+        self.measured = recording.measure(self.number, self._vectors, losses, self._weights)
+        if OBJECTIVE in self.measured.names:
+            self._check_norm(self.measured)
+        return self.measured
+
+    def _check_norm(self, measured: Measured) -> None:
+        """Refuse a gradient whose length is not the one that the Trainer found before clipping."""
+        place = measured.names.index(OBJECTIVE)
+        norm = float(gram.norm(measured.gram.sum(dim=0), place))
+        # Rounding of half precision aside.
+        if abs(norm - self._grad_norm) > 0.02 * self._grad_norm:
+            raise RuntimeError(
+                f"The gradient before clipping should have the norm that the Trainer logs, "
+                f"{self._grad_norm:.6g}. Found {norm:.6g} at step {self.number}: the gradients "
+                f"were changed between clipping and this callback by {CULPRITS}"
+            )
