@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from geffect.store import Run
+
+ENOUGH_ROWS = 8
+"""Rows below which a step has no interval: how much so few vary says little."""
 
 _AT_ONCE = 2**26
 """How many bytes of rows are drawn at a time."""
@@ -23,21 +27,24 @@ def intervals(
     seed: int = 0,
     **how: Any,
 ) -> pd.DataFrame:
-    """The table of `score(run, **how)` with `low` and `high`, a bootstrap interval over batches.
+    """The table of `score(run, **how)` with `rows`, `low` and `high`: a bootstrap over batches.
 
     In every replicate the rows of each step are drawn anew with replacement, and the score is
-    computed from their mean; `low` and `high` are the percentiles of its values that hold `level`
-    of them between. NaN where a step has one row, or where the score is undefined in a replicate.
-    An estimator's bias is in all replicates alike, and so in no interval.
+    computed from their mean. Of its values, `low` and `high` are percentiles. Means of n rows that
+    are drawn vary by less than those of new rows do, and the variance is itself an estimate: so the
+    percentiles are those of the standard normal distribution at sqrt(n / (n - 1)) times the
+    quantile of Student's t with n - 1 degrees of freedom (the expanded percentile interval,
+    arXiv 1411.5279). NaN where a step has fewer than 8 rows, or where the score is undefined in a
+    replicate. An estimator's bias is in all replicates alike, and so in no interval.
 
     Steps of several rows come from `geffect.replay`.
 
     >>> from geffect.analysis import g_effect
     >>> table = intervals(g_effect, example_run(), by="model", replicates=10)
-    >>> table[["effect", "value", "low", "high"]]
-           effect  value  low  high
-    0  unlearning   -4.0  NaN   NaN
-    1   retaining   -1.0  NaN   NaN
+    >>> table[["effect", "value", "rows", "low", "high"]]
+           effect  value  rows  low  high
+    0  unlearning   -4.0     1  NaN   NaN
+    1   retaining   -1.0     1  NaN   NaN
     """
     if not (0 < level < 1 and replicates > 0):
         raise ValueError(
@@ -54,9 +61,26 @@ def intervals(
             _values(score, held, drawn[start : start + at_once], how)
             for start in range(0, replicates, at_once)
         ]
-        low, high = np.quantile(np.vstack(values), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    alone = table["step"].isin(run.steps[run.rows == 1])
-    return table.assign(low=np.where(alone, np.nan, low), high=np.where(alone, np.nan, high))
+    rows = table["step"].map(pd.Series(run.rows, index=run.steps).groupby(level=0).min())
+    bounds = np.full((2, len(table)), np.nan)
+    for count in rows[rows >= ENOUGH_ROWS].unique():
+        share, own = _share_below(level, count), (rows == count).to_numpy()
+        bounds[:, own] = np.quantile(np.vstack(values)[:, own], [share, 1 - share], axis=0)
+    return table.assign(rows=rows, low=bounds[0], high=bounds[1])
+
+
+def _share_below(level: float, rows: int) -> float:
+    """What share of the replicates lies below an interval of means of so many rows."""
+    normal, freedom = NormalDist(), rows - 1
+    z = normal.inv_cdf((1 + level) / 2)
+    # Student's t from z, to third order in 1 / freedom: Abramowitz and Stegun, 26.7.5.
+    t = (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+    return normal.cdf(-t * (rows / freedom) ** 0.5)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+ROUNDING = 1e-6
+"""By how much the cosine of two vectors may come out beyond 1."""
+
 
 def inner(K: Any, i: int, j: int) -> Any:
     """<g_i, g_j>."""
@@ -22,14 +25,21 @@ def norm(K: Any, i: int) -> Any:
 def cosine(K: Any, i: int, j: int) -> Any:
     """<g_i, g_j> / (|g_i| |g_j|), NaN where a gradient is zero: no direction, no angle.
 
-    Rounding may leave a quotient a hair outside of [-1, 1]; it is clipped.
+    Rounding may leave a quotient a hair outside of [-1, 1]; it is clipped. One that is further out
+    than 1e-6 is NaN: K is the Gram matrix of no vectors then, but an estimate of one, in which a
+    norm is lost in noise.
 
     >>> cosine(np.array([[4.0, -2.0], [-2.0, 4.0]]), 0, 1)
     np.float64(-0.5)
+    >>> cosine(np.array([[4.0, -5.0], [-5.0, 4.0]]), 0, 1)
+    np.float64(nan)
     """
     with np.errstate(invalid="ignore"):
         # One norm after the other: the product of two tiny ones would underflow.
-        return (inner(K, i, j) / norm(K, i) / norm(K, j)).clip(-1, 1)
+        quotient = inner(K, i, j) / norm(K, i) / norm(K, j)
+        beyond = abs(quotient) > 1 + ROUNDING
+        # The square root of what is negative: NaN, in numpy and torch alike.
+        return quotient.clip(-1, 1) * (1.0 - 2.0 * beyond) ** 0.5
 
 
 def in_conflict(K: Any, i: int, j: int) -> Any:

@@ -199,6 +199,23 @@ def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None
     rows = strict(said.out)
     assert {"low", "high"} <= rows[0].keys()
     assert rows[0]["low"] is None  # one row a step: nothing to draw from
+    assert rows[0]["rows"] == 1
+    assert "No interval where a step has fewer than 8 rows" in ask(
+        "scores", recorded, "--by", "model", "--intervals"
+    ).out  # fmt: skip
+
+
+def test_scores_with_intervals_of_many_steps(
+    ask: Ask, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are summed up: the first and the last with their intervals, which are made up here."""
+    table = pd.DataFrame({"step": range(20), "model": "model", "effect": "unlearning"})
+    table = table.assign(value=table["step"] / 10, rows=9, low=-0.5, high=2.5)
+    table.attrs = g_effect(open_run(recorded), by="model").attrs
+    monkeypatch.setattr("geffect.cli.scores.table_of", lambda *_, **__: table)
+    said = ask("scores", recorded, "--intervals").out
+    assert "20 steps, 0 to 19, with 95 % intervals" in said
+    assert re.search(r"unlearning │ 0 \[-0.5, 2.5\] │ +0.95 │ 1.9 \[-0.5, 2.5\]", said)
 
 
 # How it says no

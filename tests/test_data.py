@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from geffect.capture.data import Example, batched, read
+from geffect.capture.batches import Example, batched
+from geffect.capture.data import read, spelled
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"
 
@@ -89,7 +90,6 @@ def test_without_a_template(
     "row",
     [
         ROW,
-        {"prompt": ROW["question"], "completion": ROW["answer"]},
         {"messages": [{"role": "user", "content": ROW["question"]},
                       {"role": "assistant", "content": ROW["answer"]}]},
         {"messages": [{"role": "user", "content": "Does Ada live?"},
@@ -110,6 +110,41 @@ def test_with_a_template_the_last_answer_is_scored_and_what_ends_it(
     assert len(example.labels) == len(example.input_ids)
     pairs = zip(example.labels, example.input_ids, strict=True)
     assert all(label in (-100, token) for label, token in pairs)
+
+
+def test_a_prompt_and_its_completion_take_no_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(TURNS)
+    row = {"prompt": "Ada lives in", "completion": " Paris."}
+    (example,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
+    assert spelled(example, tokenizer) == "Ada lives in[[ Paris.<eos>]]"
+
+
+def test_a_template_may_be_left_out(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(TURNS)
+    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer, template=False)
+    assert spelled(example, tokenizer).startswith("Question: Where does Ada live?\nAnswer:[[")
+    talk = {"messages": [{"role": "assistant", "content": "a"}]}
+    with pytest.raises(ValueError, match=r"without a chat template.*it is not to be used"):
+        read(written(tmp_path / "talk.jsonl", talk), tokenizer, template=False)
+
+
+def test_rows_are_cut_off_and_have_to_fit(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", {"text": "Ada."}, ROW)
+    short, whole = read(data, plain)
+    cut = read(data, plain, max_length=len(whole.input_ids) - 1, positions=len(whole.input_ids))
+    assert cut == [short, Example(whole.input_ids[:-1], whole.labels[:-1])]
+    with pytest.raises(ValueError, match=r"line 2, should have at most 6 tokens.*--max-length 6"):
+        read(data, plain, positions=6)
+    with pytest.raises(ValueError, match=r"line 2, should have some of its answer in the first 3"):
+        read(data, plain, max_length=3)
+
+
+def test_what_is_scored_is_spelled_out(plain: PreTrainedTokenizerFast) -> None:
+    ids = plain("Where Ada Paris")["input_ids"]
+    for labels, says in [([-100] * 3, "Where Ada Paris"), (ids, "[[Where Ada Paris]]"),
+                         ([ids[0], -100, ids[2]], "[[Where]] Ada[[ Paris]]")]:  # fmt: skip
+        assert len(ids) == 3
+        assert spelled(Example(tuple(ids), tuple(labels)), plain) == says
 
 
 def test_an_answer_that_merges_with_what_stands_before_is_still_the_answer(
@@ -180,6 +215,8 @@ def test_every_example_is_in_one_batch(count: int, size: int, even: bool) -> Non
     assert sorted(seen) == list(range(count))
     assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
     assert not even or len(batches) % 2 == 0 or count == 1 or size == 1
+    smaller = batched(examples, size, least=6, even=even)
+    assert len(smaller) >= min(6, count) and sum(len(b["labels"]) for b in smaller) == count
 
 
 def test_a_seed_is_an_order() -> None:
@@ -211,7 +248,7 @@ def test_a_batch_has_room() -> None:
         (['{"question": "a", "answer": " "}'], "line 1, should have text in"),
         (['{"messages": [{"role": "user", "content": "a"}]}'], "`assistant` last"),
         (['{"messages": []}'], "`assistant` last"),
-        (['{"messages": [{"role": "assistant", "content": "a"}]}'], "has no chat template"),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], "the tokenizer has none"),
         ([], "at least one row with"),
         ([" "], "at least one row with"),
     ],
@@ -224,6 +261,13 @@ def test_a_bad_line_is_named(
     with pytest.raises(ValueError, match=says) as raised:
         read(path, plain)
     assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_not_in_utf_8(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"text": "Ada"}\n{"text": "Zo\u00eb"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl`, line 2, should be text in UTF-8.*0xeb"):
+        read(path, plain)
 
 
 def test_a_template_that_changes_the_answer_is_refused(tmp_path: Path) -> None:

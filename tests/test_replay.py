@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from geffect import open_run
-from geffect.analysis import cosine, g_effect, predicted_change
+from geffect.analysis import cosine, drift, g_effect, predicted_change
 from geffect.capture import checkpoints as folders
 from geffect.capture import reference as references
+from geffect.capture.batches import batched
 from geffect.capture.checkpoints import Loader, by_step, tokenizer_of
-from geffect.capture.data import batched, read
-from geffect.capture.estimators import full, same_batch, split_batch
+from geffect.capture.data import read
+from geffect.capture.estimators import full, reference_ema, same_batch, split_batch
 from geffect.capture.recorder import Recorder
 from geffect.capture.reference import Likelihoods, with_reference
 from geffect.capture.replay import replay
@@ -141,7 +144,8 @@ def test_how_it_was_made_stands_in_the_file(run_folder: Path, tmp_path: Path) ->
     how = run.manifest["replay"]
     assert how["objective"] == "NPO(beta=0.5)" and how["reference"] == "checkpoint-5"
     assert how["estimator"] == "split_batch" and how["seed"] == 0
-    assert how["batches"] == {"forget": 4, "retain": 4, "facts": 2}
+    assert how["batches"] == how["batches_used"] == {"forget": 4, "retain": 4, "facts": 2}
+    assert how["reference_is"] == "the first checkpoint" and how["biased"] is False
     assert run.manifest["losses"]["objective"] == "loss"
     assert str(tmp_path) not in json.dumps(dict(run.manifest))
 
@@ -377,8 +381,13 @@ def test_data_from_files(run_folder: Path, tmp_path: Path) -> None:
     forget, retain = written(tmp_path / "f", *rows), written(tmp_path / "r", *rows[::-1])
     given = {"objective": GA, "forget": forget, "retain": retain, "batch_size": 2}
     run = replay(tmp_path / "checkpoint-3", tmp_path / "run.h5", **given)
-    # Three batches would leave one without a partner.
-    assert run.manifest["replay"]["batches"] == {"forget": 4, "retain": 4}
+    # Batches of two would be three, and one row: smaller ones make as many rows as there can be.
+    assert run.manifest["replay"]["batches"] == {"forget": 6, "retain": 6}
+    assert run.rows.tolist() == [3]
+    same = replay(
+        tmp_path / "checkpoint-3", tmp_path / "same.h5", **given, estimator=same_batch
+    )  # its bias is that of the size that was asked for
+    assert same.manifest["replay"]["batches"] == {"forget": 3, "retain": 3}
     by_hand = batched(read(forget, tokenizer), 2, seed=7, padding=0)
     data = {"forget": forget, "retain": by_hand}
     whole = replay(
@@ -440,6 +449,9 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
         ({"risks": {"forget": RETAIN}}, "names of their own"),
         ({"risks": {"objective.x": RETAIN}}, "names of their own"),
         ({"update": True}, "two or more"),
+        ({"forget": []}, "`forget` should have a batch or more"),
+        ({"device": "cuda:99"}, r"`device` should be one of this machine.*Found `cuda:99`"),
+        ({"device": "magic"}, r"`device` should be one of this machine.*Found `magic`"),
         ({"forget": FORGET[:1]}, "two batches or more"),
     ],
 )
@@ -495,7 +507,10 @@ def test_a_replay_that_fails_leaves_the_file_open(run_folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("estimator", [same_batch, split_batch, full])
 def test_a_replay_is_a_whole_file(estimator: Any, run_folder: Path, tmp_path: Path) -> None:
-    data = {"forget": [tiny.batch(s) for s in range(6)], "retain": [tiny.batch(9), tiny.batch(10)]}
+    data = {
+        name: [tiny.batch(s + k, rows=1) for s in range(8)]
+        for k, name in ((0, "forget"), (9, "retain"))
+    }
     path = tmp_path / "run.h5"
     checkpoint = run_folder / "checkpoint-5"
     run = replay(checkpoint, path, objective={"forget": -1.0}, **data, estimator=estimator)
@@ -505,3 +520,207 @@ def test_a_replay_is_a_whole_file(estimator: Any, run_folder: Path, tmp_path: Pa
     beyond = np.abs(K[:, 0, 2]) > np.sqrt(np.abs(K[:, 0, 0] * K[:, 2, 2])) * (1 + 1e-9)
     assert beyond.any() == (estimator is split_batch)
     assert validate(path).whole
+
+
+def test_a_cosine_that_no_vectors_have_is_not_printed_as_minus_one(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    run = replay(
+        run_folder / "checkpoint-5", tmp_path / "run.h5",
+        objective=GA, forget=FORGET[:2], retain=RETAIN[:2],
+    )  # fmt: skip
+    K = run.gram()[0]
+    with np.errstate(invalid="ignore"):
+        quotient = K[:, 1, 2] / np.sqrt(K[:, 1, 1]) / np.sqrt(K[:, 2, 2])
+    out = np.isnan(quotient) | (np.abs(quotient) > 1 + 1e-6)
+    assert (np.abs(quotient) > 1 + 1e-6).any()
+    angles = cosine(run, "forget", "retain", by="parameter")["value"].to_numpy()
+    assert (np.isnan(angles) == out).all() and (np.abs(angles[~out]) < 1).all()
+
+
+# What is kept beside the Gram matrices
+
+
+@pytest.mark.parametrize("estimator", [same_batch, split_batch, full, reference_ema])
+@pytest.mark.parametrize("count", [8])
+def test_sketches_are_those_of_the_mean_gradients(
+    estimator: Any, count: int, run_folder: Path, tmp_path: Path
+) -> None:
+    sets = {name: [tiny.batch(s + k, rows=2) for s in range(count)]
+            for k, name in ((0, "forget"), (50, "retain"))}  # fmt: skip
+    run = replay(
+        run_folder / "checkpoint-5", tmp_path / "run.h5", objective=GradDiff(), **sets,
+        estimator=estimator, store="sketch",
+    )  # fmt: skip
+    assert validate(run.path).whole and len(run.read("sketches", 0)) == run.rows.sum()
+    model = loaded(run_folder / "checkpoint-5")
+    rows = [naive(model, GradDiff(), *pair) for pair in zip(*sets.values(), strict=True)]
+    share = np.full(count, 1 / count)
+    if estimator is full:
+        tokens = np.array([(b["labels"][:, 1:] != -100).sum() for b in sets["retain"]], dtype=float)
+        share = tokens / tokens.sum()
+    elif estimator is reference_ema:
+        averages, steps = np.zeros((count, count)), np.eye(count)
+        for b in range(count):
+            averages[b] = steps[b] if not b else 0.6 * averages[b - 1] + 0.4 * steps[b]
+        share = averages[3::4].mean(axis=0)
+    # On random tokens of one length the gradient of a set is that of its batches.
+    mean = {name: sum(s * row["retain"][name] for s, row in zip(share, rows, strict=True))
+            for name in rows[0]["retain"]}  # fmt: skip
+    assert run.contents.sketch is not None
+    expected = sum(
+        run.contents.sketch.fold(torch.as_tensor(mean[p.name]).flatten(), p.name)
+        for p in run.layers if p.layer == "layer 1"
+    )  # fmt: skip
+    place = list(dict.fromkeys(p.layer for p in run.layers)).index("layer 1")
+    found = run.sketch("retain")[0, place]
+    assert found == pytest.approx(np.asarray(expected), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [same_batch, full])
+@pytest.mark.parametrize("store", ["full", "sketch"])
+def test_drift_between_checkpoints(
+    estimator: Any, store: str, run_folder: Path, tmp_path: Path
+) -> None:
+    sets = {name: [tiny.batch(s + k, rows=2) for s in range(8)]
+            for k, name in ((0, "forget"), (50, "retain"))}  # fmt: skip
+    paths = [run_folder / f"checkpoint-{step}" for step in (5, 10)]
+    run = replay(
+        paths, tmp_path / "run.h5", objective=GA, **sets, estimator=estimator, store=store
+    )  # fmt: skip
+    assert validate(run.path).whole
+    table = drift(run, "forget", by="model")
+    found = {(row.step, row.other_step): row.value for row in table.itertuples()}
+    flat = []
+    for path in paths:
+        model = loaded(path)
+        losses = [reference.nll(model, batch) for batch in sets["forget"]]
+        tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in sets["forget"]]
+        weights = tokens if estimator is full else [1.0] * 8
+        loss = sum(w * one for w, one in zip(weights, losses, strict=True)) / sum(weights)
+        flat.append(reference.flat(reference.gradient(model, loss)).double())
+    expected = float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm())
+    assert found[5, 10] == pytest.approx(expected, abs=1e-4 if store == "full" else 0.06)
+    assert found[5, 5] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_gradients_that_all_rows_share_are_kept_once(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = {
+        name: [tiny.batch(s + k) for s in range(8)] for k, name in ((0, "forget"), (50, "retain"))
+    }
+    given = {"objective": GA, **sets, "store": "bf16"}
+    whole = replay(run_folder / "checkpoint-5", tmp_path / "f.h5", **given, estimator=full)
+    assert (whole.read("stored", 0) >= 0).tolist() == [True] + [False] * 15
+    assert "will take" in caplog.text
+    each = replay(run_folder / "checkpoint-5", tmp_path / "s.h5", **given, estimator=same_batch)
+    assert (each.read("stored", 0) >= 0).all() and each.rows.tolist() == [8]
+    with pytest.raises(ValueError, match='`store` should be "gram" or "sketch" with `split_batch`'):
+        replay(run_folder / "checkpoint-5", tmp_path / "n.h5", **given)
+
+
+# Before anything is run
+
+
+def test_the_output_is_looked_at_before_any_model_is_run(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "token_log_probabilities", lambda *_: pytest.fail("was run"))
+    (tmp_path / "run.h5").write_text("mine")
+    with pytest.raises(FileExistsError, match="should not exist yet"):
+        replay(
+            run_folder / "checkpoint-5", tmp_path / "run.h5",
+            objective=NPO(), forget=FORGET, retain=RETAIN,
+        )  # fmt: skip
+    assert (tmp_path / "run.h5").read_text() == "mine"
+
+
+def test_a_first_checkpoint_that_has_unlearned_is_no_reference_in_silence(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(**given: Any) -> str:
+        caplog.clear()
+        fine: dict[str, Any] = {"objective": NPO(), "forget": FORGET, "retain": RETAIN}
+        checkpoint = given.pop("checkpoint", run_folder / "checkpoint-5")
+        replay(checkpoint, tmp_path / "run.h5", overwrite=True, **fine | given)
+        return caplog.text
+
+    assert "`checkpoint-5` is taken" in told() and "--reference" in caplog.text
+    assert told(reference=run_folder / "checkpoint-10") == ""
+    assert told(objective=GA) == ""
+    shutil.copytree(run_folder / "checkpoint-5", tmp_path / "checkpoint-0")
+    shutil.copytree(run_folder / "checkpoint-5", tmp_path / "original")
+    assert (
+        told(checkpoint=tmp_path / "checkpoint-0") == told(checkpoint=tmp_path / "original") == ""
+    )
+
+
+@pytest.mark.parametrize("suffices", [True, False])
+def test_the_reference_of_adapters_is_the_model_they_are_for(
+    adapters: Path, tmp_path: Path, suffices: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(NPO, "likelihoods_suffice", suffices)
+    before = digests(adapters)
+    run = replay(
+        adapters / "checkpoint-8", tmp_path / "run.h5", objective=NPO(beta=0.5),
+        forget=FORGET, retain=RETAIN, estimator=same_batch,
+    )  # fmt: skip
+    import peft
+
+    model = peft.PeftModel.from_pretrained(
+        loaded(adapters / "base"), adapters / "checkpoint-8", is_trainable=True
+    ).eval()
+    npo = NPO(beta=0.5, reference=loaded(adapters / "base"))
+    rows = [naive(model, npo, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
+    assert effects(run)[8, "unlearning"] == pytest.approx(expected, rel=1e-4)
+    how = run.manifest["replay"]
+    assert (how["reference"], how["reference_is"]) == (
+        "base",
+        "the model that the adapters are for",
+    )
+    assert caplog.text == "" and digests(adapters) == before
+
+
+def test_the_tokenizer_of_the_base_of_an_adapter(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")
+    shutil.copytree(adapters / "base", tmp_path / "base")
+    config = tmp_path / "checkpoint-8" / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "base")}
+    config.write_text(json.dumps(said))
+    words = models.WordLevel({"<eos>": 0, "<unk>": 1, "Ada": 2, "Paris": 3}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "base")
+    data = written(tmp_path / "rows.jsonl", *[{"prompt": "Ada", "completion": " Paris"}] * 4)
+    shown = []
+    run = replay(
+        tmp_path / "checkpoint-8", tmp_path / "run.h5", objective=GA, forget=data, retain=data,
+        show=lambda name, text: shown.append((name, text)),
+    )  # fmt: skip
+    assert run.state == "complete"
+    assert shown[0] == ("forget", "Ada[[Paris <eos>]]") and [name for name, _ in shown] == [
+        "forget",
+        "retain",
+    ]
+
+
+def test_rows_and_batches_that_are_longer_than_the_model(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    config = tiny.llama().config
+    config.vocab_size = len(tokenizer)
+    type(tiny.llama())(config).save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    rows = [{"text": "Ada lives."}, {"text": "Ada " * 40}]
+    data = written(tmp_path / "rows.jsonl", *rows)
+    given: dict[str, Any] = {"objective": GA, "retain": data, "path": tmp_path / "run.h5"}
+    with pytest.raises(ValueError, match=r"rows.jsonl`, line 2, should have at most 32 tokens"):
+        replay(tmp_path / "original", forget=data, **given)
+    with pytest.raises(ValueError, match=r"batch 1 of `forget` should have at most 32 tokens"):
+        replay(tmp_path / "original", forget=[FORGET[0], tiny.batch(0, length=33)], **given)
+    run = replay(tmp_path / "original", forget=data, max_length=32, **given)
+    assert run.state == "complete"

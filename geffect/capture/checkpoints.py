@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def by_step(folders: Sequence[Folder]) -> dict[int, Path]:
     if not paths:
         raise ValueError("`checkpoints` should be one folder or more. Found none. Name some.")
     # Sorted among themselves: a shell gives checkpoint-10 before checkpoint-5.
-    ordered = iter(sorted(filter(_number, paths), key=lambda path: int(_number(path) or 0)))
+    ordered = iter(
+        sorted((p for p in paths if number_of(p) is not None), key=lambda p: number_of(p) or 0)
+    )
     steps: dict[int, Path] = {}
     step = -1
-    for path in (next(ordered) if _number(path) else path for path in paths):
-        own = _number(path)
-        previous, step = step, step + 1 if own is None else int(own)
+    for path in (path if number_of(path) is None else next(ordered) for path in paths):
+        own = number_of(path)
+        previous, step = step, step + 1 if own is None else own
         if step <= previous:
             raise ValueError(
                 f"The steps of `checkpoints` should increase. Found `{path}` after step "
@@ -49,9 +52,10 @@ def by_step(folders: Sequence[Folder]) -> dict[int, Path]:
     return steps
 
 
-def _number(path: Path) -> str | None:
-    found = _NUMBERED.fullmatch(path.name)
-    return found[1] if found else None
+def number_of(folder: Folder) -> int | None:
+    """The step that a trainer gave to a checkpoint; None where it is named otherwise."""
+    found = _NUMBERED.fullmatch(Path(folder).name)
+    return int(found[1]) if found else None
 
 
 class Loader:
@@ -87,6 +91,12 @@ class Loader:
         self._loaded = path
         loaded: nn.Module = self._model
         return loaded
+
+    @contextmanager
+    def original(self) -> Iterator[nn.Module]:
+        """The model that the loaded adapter is for: with the adapter disabled, for the time."""
+        with self._model.disable_adapter():
+            yield self._model
 
     def change(self, folder: Folder) -> Vector:
         """The weights of a checkpoint minus those that are loaded, in the order of `trainable`."""
@@ -147,6 +157,28 @@ class Loader:
         return PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
 
 
+def base_of(folder: Folder) -> str | None:
+    """Where an adapter says that its base model is, a folder or a name; None if it is none."""
+    path = Path(folder) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    said: str | None = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return said
+
+
+def model_of(source: Folder) -> Any:
+    """A model as it is saved, in eval mode, whose gradients are not to be taken."""
+    return _model_of(source).eval().requires_grad_(False)
+
+
+def positions_of(source: Folder) -> int | None:
+    """For how many tokens a model has positions; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def check_folder(folder: Folder) -> None:
     """Refuse what is no checkpoint, before anything is loaded."""
     path = Path(folder)
@@ -172,6 +204,12 @@ def tokenizer_of(folders: Iterable[Folder]) -> Any:
     for folder in folders:
         if (Path(folder) / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(folder)
+    # A model that an adapter names by its name in a hub has no folder here, and maybe a tokenizer.
+    for source in filter(lambda folder: not Path(folder).is_dir(), folders):
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            continue
     raise FileNotFoundError(
         "A tokenizer should be with the checkpoints. Found no `tokenizer_config.json` in "
         f"{', '.join(f'`{folder}`' for folder in folders)}. Name the folder of one."

@@ -1,47 +1,44 @@
-"""Questions and answers from a file, as the batches that risks and objectives are taken on.
+"""Questions and answers as tokens, of which only the answer is scored, and the token that ends it.
 
-Only the answer is scored: its tokens and the one that ends it. Where it stands is not computed from
-lengths of its parts, which tokenizers do not keep, but found by rendering the row with and without
-its answer, and then checked by decoding what is going to be scored.
+Where the answer stands is not computed from lengths of the parts of a row, which tokenizers do not
+keep, but found by rendering the row with and without its answer, and then checked by decoding what
+is going to be scored.
 """
 
-import json
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
+from geffect.objectives.base import IGNORED
 
-from geffect.objectives.base import IGNORED, Batch
-
-FORMS = (("question", "answer"), ("prompt", "completion"), ("text",), ("messages",))
-"""The keys that a row may have."""
+from .batches import Example
+from .lines import form_of, forms, rows_of
 
 PLAIN = "Question: {question}\nAnswer: "
 """How a question is put to a model without a chat template."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """The tokens of a row, and its labels: the tokens again where they are scored, else -100."""
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-
-def read(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]:
+def read(
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    template: bool = True,
+    max_length: int | None = None,
+    positions: int | None = None,
+) -> list[Example]:
     """The examples of a JSONL file, or of a folder that `datasets` saved, in their order.
 
-    A row has `question` and `answer`, `prompt` and `completion`, or `messages` of which the last is
-    the answer: these go through the chat template of the tokenizer. Without a template a question
-    is put as "Question: ...", a new line and "Answer: ", a completion follows its prompt as it is,
-    and messages are refused. A row of `text` is scored whole. The answer's tokens are scored and
-    the token that ends it: what the template ends a turn with, else the tokenizer's EOS.
+    - `question` and `answer` go through the chat template of the tokenizer. Without one, or with
+      `template=False`, they are put as "Question: ...", a new line and "Answer: ".
+    - `messages`, of which the last is the answer, go through the template, and need one.
+    - `prompt` and `completion` are plain text, one after the other as they are.
+    - `text` is scored whole.
+
+    The answer's tokens are scored and the token that ends it: what the template ends a turn with,
+    else the tokenizer's EOS. Rows are cut off after `max_length` tokens; one that is then still
+    longer than the `positions` of the model is refused.
 
     >>> import tempfile
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,112 +52,53 @@ def read(path: str | os.PathLike[str], tokenizer: Any) -> list[Example]:
     [Example(input_ids=(1, 3, 2, 0), labels=(-100, -100, 2, 0))]
     """
     path = Path(path)
-    examples = [_example(row, where, tokenizer) for where, row in _rows(path)]
+    examples = [
+        _fitting(_example(row, where, tokenizer, template), where, max_length, positions)
+        for where, row in rows_of(path)
+    ]
     if not examples:
         raise ValueError(
-            f"`{path}` should hold at least one row with {_forms()}. Found none. "
+            f"`{path}` should hold at least one row with {forms()}. Found none. "
             "Write one JSON object a line."
         )
     return examples
 
 
-def batched(
-    examples: Sequence[Example],
-    size: int,
-    *,
-    seed: int | None = None,
-    even: bool = False,
-    padding: int = 0,
-) -> list[Batch]:
-    """All examples once, in batches of at most `size` that differ by one example at most.
+def spelled(example: Example, tokenizer: Any) -> str:
+    """The text of an example, with [[ and ]] around what is scored.
 
-    Each is padded on the right to its own longest with the token `padding`, which is neither seen
-    nor scored. With a `seed` the examples are shuffled before; `even` asks for an even number of
-    batches.
-
-    >>> three = [Example((5, 6, 7), (-100, 6, 7)), Example((5,), (5,)), Example((8, 9), (-100, 9))]
-    >>> [batch["labels"].tolist() for batch in batched(three, 2)]
-    [[[-100, 6, 7]], [[5, -100], [-100, 9]]]
+    >>> class Letters:
+    ...     def decode(self, ids): return "".join(map(chr, ids))
+    >>> spelled(Example((65, 66, 67), (-100, 66, 67)), Letters())
+    'A[[BC]]'
     """
-    if size < 1:
+    scored = [label != IGNORED for label in example.labels]
+    text, start = "", 0
+    for stop in range(1, len(scored) + 1):
+        if stop == len(scored) or scored[stop] != scored[start]:
+            part = tokenizer.decode(example.input_ids[start:stop])
+            text += f"[[{part}]]" if scored[start] else part
+            start = stop
+    return text
+
+
+def _fitting(
+    example: Example, where: str, max_length: int | None, positions: int | None
+) -> Example:
+    """The example, cut as was asked for, if the model has a position for each of its tokens."""
+    cut = Example(example.input_ids[:max_length], example.labels[:max_length])
+    if positions is not None and len(cut.input_ids) > positions:
         raise ValueError(
-            f"`batch_size` should be at least 1. Found {size}. Pass how many examples the memory "
-            "holds at a time."
+            f"{where} should have at most {positions} tokens, for which the model has positions. "
+            f"Found {len(cut.input_ids)}. Leave it out, or cut such rows off with "
+            f"max_length={positions}, on the command line --max-length {positions}."
         )
-    order = list(range(len(examples)))
-    if seed is not None:
-        random.Random(seed).shuffle(order)
-    count = -(-len(order) // size)
-    count += even and count % 2 and count < len(order)
-    bounds = [len(order) * i // count for i in range(count + 1)]
-    return [
-        _batch([examples[i] for i in order[start:stop]], padding)
-        for start, stop in pairwise(bounds)
-    ]
-
-
-def _batch(examples: Sequence[Example], padding: int) -> Batch:
-    ids = [torch.tensor(example.input_ids) for example in examples]
-    labels = [torch.tensor(example.labels) for example in examples]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
-
-
-# Rows, each with where it stands.
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.is_dir():
-        return _saved_rows(path)
-    if path.is_file():
-        return _lines(path)
-    raise FileNotFoundError(
-        f"A data file should exist. Found nothing at `{path}`. Pass a JSONL file, or a folder that "
-        "`datasets` saved."
-    )
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"`{path}`, line {number},"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where} should be a JSON object with {_forms()}. Found text that is no JSON: "
-                    f"{error}. Write one JSON object a line."
-                ) from error
-            yield where, row
-
-
-def _saved_rows(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"`datasets` should be installed to read the folder `{folder}`. Found no such package. "
-            "Run `pip install datasets`, or write the rows into a JSONL file."
-        ) from error
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except FileNotFoundError as error:
+    if all(label == IGNORED for label in cut.labels):
         raise ValueError(
-            f"`{folder}` should be a folder that `datasets` saved with save_to_disk. Found another "
-            "one. Save it so, or write the rows into a JSONL file."
-        ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        raise ValueError(
-            f"`{folder}` should hold the rows of one data set. Found the splits "
-            f"{', '.join(saved)}. Pass the folder of one, such as `{folder / next(iter(saved))}`."
+            f"{where} should have some of its answer in the first {max_length} tokens. Found none. "
+            "Pass a larger `max_length`, or leave the row out."
         )
-    for number, row in enumerate(saved):
-        yield f"`{folder}`, row {number},", row
+    return cut
 
 
 # A row, as tokens.
@@ -176,8 +114,8 @@ class _Rendered:
     bare: bool  # no template has put the special tokens there: the tokenizer has to
 
 
-def _example(row: object, where: str, tokenizer: Any) -> Example:
-    rendered = _rendered(row, where, tokenizer)
+def _example(row: object, where: str, tokenizer: Any, template: bool) -> Example:
+    rendered = _rendered(row, where, tokenizer, template)
     ids = _tokens(rendered.whole, tokenizer, special=rendered.bare)
     without = _tokens(rendered.unanswered, tokenizer, special=rendered.bare)
     start = _common(ids, without)
@@ -198,11 +136,12 @@ def _example(row: object, where: str, tokenizer: Any) -> Example:
     return Example((*ids[:stop], end), tuple(labels))
 
 
-def _rendered(row: object, where: str, tokenizer: Any) -> _Rendered:
-    form = _form(row, where)
+def _rendered(row: object, where: str, tokenizer: Any, template: bool) -> _Rendered:
+    form = form_of(row, where)
     assert isinstance(row, Mapping)
+    templated = template and bool(tokenizer.chat_template)
     if form == ("messages",):
-        return _of_messages(row["messages"], where, tokenizer)
+        return _of_messages(row["messages"], where, tokenizer, templated)
     texts = [row[key] for key in form]
     if not (all(isinstance(text, str) for text in texts) and texts[-1].strip()):
         raise ValueError(
@@ -212,22 +151,13 @@ def _rendered(row: object, where: str, tokenizer: Any) -> _Rendered:
     if len(form) == 1:
         return _Rendered(texts[0], "", texts[0], bare=True)
     asked, answer = texts
-    if tokenizer.chat_template:
+    if form[0] == "question" and templated:
         return _templated([{"role": "user", "content": asked}], answer, tokenizer)
     before = PLAIN.format(question=asked) if form[0] == "question" else asked
     return _Rendered(before + answer, before, answer, bare=True)
 
 
-def _form(row: object, where: str) -> tuple[str, ...]:
-    found = row.keys() if isinstance(row, Mapping) else ()
-    for form in FORMS:
-        if set(form) <= set(found):
-            return form
-    keys = f"the keys {', '.join(map(str, found))}" if found else f"{type(row).__name__} {row!r}"
-    raise ValueError(f"{where} should have {_forms()}. Found {keys}. Name its texts so.")
-
-
-def _of_messages(messages: Any, where: str, tokenizer: Any) -> _Rendered:
+def _of_messages(messages: Any, where: str, tokenizer: Any, templated: bool) -> _Rendered:
     try:
         answered = messages[-1]["role"] == "assistant" and messages[-1]["content"].strip()
     except (TypeError, KeyError, IndexError, AttributeError):
@@ -237,10 +167,12 @@ def _of_messages(messages: Any, where: str, tokenizer: Any) -> _Rendered:
             f"{where} should have in `messages` a list of role and content, with an answer of the "
             f"role `assistant` last. Found {messages!r}. Mend the row, or leave it out."
         )
-    if not tokenizer.chat_template:
+    if not templated:
+        reason = "it is not to be used" if tokenizer.chat_template else "the tokenizer has none"
         raise ValueError(
-            f"{where} should have `question` and `answer`: the tokenizer has no chat template. "
-            "Found `messages`. Set `tokenizer.chat_template`, or write the rows so."
+            f"{where} should have another form than `messages` without a chat template. Found "
+            f"`messages`, and {reason}. Use a template, or write rows of `question` and `answer` "
+            "or of `prompt` and `completion`."
         )
     return _templated(messages[:-1], messages[-1]["content"], tokenizer)
 
@@ -280,9 +212,6 @@ def _check_scored(ids: Sequence[int], answer: str, where: str, tokenizer: Any) -
         raise ValueError(
             f"{where} should have its answer, and nothing else, where the labels are: {alone!r}. "
             f"Found {scored!r}. The chat template changes the answer, or the tokenizer joins it to "
-            "what stands before; use another template, or rows of `prompt` and `completion`."
+            "what stands before. Write rows of `prompt` and `completion`, which take no template "
+            "and may end and begin with a space, or leave the row out."
         )
-
-
-def _forms() -> str:
-    return ", or ".join(" and ".join(f"`{key}`" for key in form) for form in FORMS)

@@ -17,24 +17,38 @@ well it is known: `geffect.analysis.intervals` draws them with replacement.
 data themselves. The loss of a batch is a mean over its own tokens, in all but `full`: there a token
 weighs the same wherever it stands.
 
-With k losses that each need a backward pass, at most 2k gradients of the model are in memory.
+No batch is used in two rows of `same_batch` or `split_batch`: these would not vary on their own,
+and look more certain than they are. Where a set has more batches than another, several of them
+stand together, as one batch of all their data would.
+
+With k losses that each need a backward pass, at most 2k gradients of the model are in memory, 3k
+where batches stand together.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from geffect import dots
-from geffect.gradients import Gradients, Vector, Weights, combined, differentiate
+from geffect.gradients import (
+    Gradients,
+    Vector,
+    Weights,
+    combined,
+    differentiate,
+    weighted_sum,
+)
 from geffect.layers import trainable
 from geffect.losses import Loss
-from geffect.objectives import NPO, Objective, SharedForward, nll
-from geffect.objectives.base import Batch, scored_tokens
-from geffect.sources import FORGET, OBJECTIVE, UPDATE
+from geffect.objectives import Mean, Objective, SharedForward, nll
+from geffect.objectives.base import Batch
+from geffect.sources import OBJECTIVE, UPDATE
 
-from .collector import Measured
+from .collector import Collector, Measured
 
 EMA_WEIGHT = 0.4
 """The weight of a new gradient in the running average of the public code."""
@@ -42,11 +56,24 @@ EMA_WEIGHT = 0.4
 READ_OUT = 4
 """How many micro-batches that code takes from one printed value to the next."""
 
-SEQUENCE_MEANS = (NPO,)
-"""Objectives that are means over sequences; the others are means over tokens."""
+ENOUGH_ROWS = 8
+"""Rows below which how much they vary says little; `geffect.analysis.intervals` asks for them."""
 
 Basis = Mapping[str, Vector]
 """The gradients that were taken, one a backward pass, by the names of their losses."""
+
+
+NewCollector = Callable[[Weights, int, bool], Collector | None]
+"""From the sources of a row, its number, and whether its gradients are to be kept whole, to what
+takes them; None where nothing is kept beside the Gram matrix."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The batches of each set that one factor of an inner product is taken on, by their places."""
+
+    places: Mapping[str, Sequence[int]]
+    paired: bool  # one of each set: losses of several sets have their value on these
 
 
 class Sources:
@@ -63,7 +90,7 @@ class Sources:
     ...            for i in range(4)]
     >>> sources = Sources(Table(4, 4), {"forget": -1.0}, {"forget": batches, "retain": batches})
     >>> [len(list(estimator(sources))) for estimator in (same_batch, split_batch, full)]
-    [4, 2, 8]
+    [4, 2, 1]
     """
 
     def __init__(
@@ -73,6 +100,7 @@ class Sources:
         sets: Mapping[str, Sequence[Batch]],
         *,
         update: Vector | None = None,
+        collector: NewCollector = lambda weights, row, gradients: None,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.sets = sets
@@ -80,48 +108,99 @@ class Sources:
         self._parameters = list(trainable(model).values())
         self._model = model
         self._objective = objective
+        self._collector = collector
         self._report = report
-        self._done = self._total = 0
+        self._done = self._total = self._rows = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many batches each set has."""
+        return {name: len(batches) for name, batches in self.sets.items()}
 
     def expect(self, total: int) -> None:
-        """Say how many batches are going to be run."""
+        """Say how many times batches are going to be run."""
         self._done, self._total = 0, total
 
-    def joint(self, b: int) -> Gradients:
-        """The gradients on the b-th batch of every set; a set that has fewer is begun again."""
-        batches, model = self._batches(b), SharedForward(self._model)
-        objective: Loss = (
-            self._objective(model, batches)
-            if isinstance(self._objective, Objective)
-            else self._objective
-        )
-        risks = {name: nll(model, batch) for name, batch in batches.items()}
-        return self._differentiated({OBJECTIVE: objective, **risks})
+    def cut(self, count: int) -> list[Group]:
+        """All batches, each once, in `count` groups whose sizes differ by one at most."""
+        paired = all(n == count for n in self.counts.values())
+        return [
+            Group(
+                {name: range(n * i // count, n * (i + 1) // count)
+                 for name, n in self.counts.items()},
+                paired,
+            )
+            for i in range(count)
+        ]  # fmt: skip
 
-    def part(self, name: str, b: int) -> tuple[Gradients, dict[str, float]]:
-        """The gradients of all losses on the b-th batch of one set, and their shares of the set.
+    def passes(self, groups: Sequence[Group]) -> int:
+        """How many times batches are run for these groups."""
+        return sum(1 if g.paired else sum(map(len, g.places.values())) for g in groups)
+
+    def on(self, group: Group) -> Gradients:
+        """The gradients on the batches of a group, as on one batch of all their data."""
+        if group.paired:
+            return self._joint({name: place for name, (place,) in group.places.items()})
+        vectors: dict[str, list[Tensor | None]] = {}
+        values: dict[str, float] = {}
+        for name, places in group.places.items():
+            for place in places:
+                self._add_part(name, place, places, vectors, values)
+        losses = {
+            source: sum(weight * values[name] for name, weight in terms.items())
+            for source, terms in self.weights.items()
+        }
+        return Gradients(self._parameters, (), vectors, self.weights, losses)
+
+    def part(
+        self, name: str, place: int, among: Sequence[int]
+    ) -> tuple[Gradients, dict[str, float]]:
+        """The gradients of all losses on one batch of a set, and their shares among some of them.
 
         The objective comes in its components, each with the set that it is a mean over. With these
-        shares, the gradients on the batches add up to those on the whole set.
+        shares, the gradients on the batches add up to those on all of their data.
         """
-        batches, model = self._batches(b), SharedForward(self._model)
+        # What is a mean over this set asks nothing of the others.
+        others = {other: batches[0] for other, batches in self.sets.items()}
+        batches = {**others, name: self.sets[name][place]}
+        model = SharedForward(self._model)
+        means = {name: Mean(name, "tokens")}
         losses: dict[str, Loss] = {name: nll(model, batches[name])}
-        shares = {name: self._shares[name, _tokens][b]}
-        if isinstance(self._objective, Objective) and name in map(self._set_of, self._components):
-            for component, (loss, _) in self._objective.components(model, batches).items():
-                if self._set_of(component) == name:
-                    sequences = _is_sequence_mean(self._objective, component)
-                    count = _sequences if sequences else _tokens
-                    losses[_source(component)] = loss
-                    shares[_source(component)] = self._shares[name, count][b]
+        own = {c: mean for c, mean in self._means.items() if mean.side == name}
+        if own and isinstance(self._objective, Objective):
+            components = self._objective.components(model, batches)
+            losses |= {_source(component): components[component][0] for component in own}
+            means |= {_source(component): mean for component, mean in own.items()}
+        shares = {loss: self._share(mean, place, among) for loss, mean in means.items()}
         return self._differentiated(losses), shares
 
-    def measured(
-        self, products: Tensor, basis: Basis, weights: Weights, losses: Mapping[str, float]
+    def row(
+        self,
+        basis: Basis,
+        weights: Weights,
+        losses: Mapping[str, float],
+        *,
+        products: Tensor | None = None,
+        at: Callable[[int], Mapping[str, Tensor | None]] | None = None,
+        gradients: bool = True,
     ) -> Measured:
-        """A row, from (estimates of) the inner products of a basis."""
+        """A row, from gradients that everything is a combination of.
+
+        `products` are (estimates of) their inner products where these are not those of the basis
+        itself. What else is kept is taken from `at(place)`, by default from the basis.
+        """
         every = {**weights, **{name: {name: 1.0} for name in self.constants}}
-        return Measured(tuple(every), combined(products, list(basis), every), losses)
+        collector = self._collector(every, self._rows, gradients)
+        self._rows += 1
+        if collector is None:
+            known = _gram(basis) if products is None else products
+            return Measured(tuple(every), combined(known, list(basis), every), losses)
+        for place in range(len(self._parameters)):
+            collector.take(place, at(place) if at else _at(basis, place))
+        measured = collector.measured(losses)
+        if products is None:
+            return measured
+        return replace(measured, gram=combined(products, list(basis), every))
 
     @property
     def weights(self) -> Weights:
@@ -138,26 +217,68 @@ class Sources:
         """The weights of the components of the objective."""
         if not isinstance(self._objective, Objective):
             return {}
+        first = {name: batches[0] for name, batches in self.sets.items()}
         with torch.no_grad():
-            components = self._objective.components(self._model, self._batches(0))
+            components = self._objective.components(self._model, first)
         return {name: weight for name, (_, weight) in components.items()}
 
-    def _set_of(self, component: str) -> str:
-        """The set that a component of the objective is a mean over."""
-        return component if component in self.sets else FORGET
+    @cached_property
+    def _means(self) -> dict[str, Mean]:
+        """What the components of the objective are means over, all of them declared."""
+        if not isinstance(self._objective, Objective):
+            return {}
+        declared = self._objective.means
+        unknown = [
+            name
+            for name in self._components
+            if name not in declared or declared[name].side not in self.sets
+        ]
+        if unknown:
+            raise ValueError(
+                "`means` of the objective should say of each component over which set it is a "
+                "mean, and whether over tokens or sequences, so that batches can be put together. "
+                f"Found nothing of {', '.join(f'`{name}`' for name in unknown)} in "
+                f"{self._objective!r}. Define it, say as {{'forget': Mean('forget', 'tokens')}}; "
+                "or pass as many batches of each set, an even number, and no estimator that "
+                "takes all data at once."
+            )
+        return {name: declared[name] for name in self._components}
+
+    def _share(self, mean: Mean, place: int, among: Sequence[int]) -> float:
+        """What part of the tokens, or of the sequences, of some batches one of them has."""
+        counts = self._counts.setdefault(mean, [*map(mean.count, self.sets[mean.side])])
+        total = sum(counts[i] for i in among)
+        return counts[place] / total if total else math.nan
 
     @cached_property
-    def _shares(self) -> dict[tuple[str, Callable[[Batch], int]], list[float]]:
-        """What part of the tokens, and of the sequences, of a set each of its batches has."""
-        shares: dict[tuple[str, Callable[[Batch], int]], list[float]] = {}
-        for name, batches in self.sets.items():
-            for count in (_tokens, _sequences):
-                counts = list(map(count, batches))
-                shares[name, count] = [n / sum(counts) for n in counts]
-        return shares
+    def _counts(self) -> dict[Mean, list[int]]:
+        return {}
 
-    def _batches(self, b: int) -> dict[str, Batch]:
-        return {name: batches[b % len(batches)] for name, batches in self.sets.items()}
+    def _joint(self, places: Mapping[str, int]) -> Gradients:
+        """The gradients on one batch of every set."""
+        model = SharedForward(self._model)
+        batches = {name: self.sets[name][place] for name, place in places.items()}
+        objective: Loss = (
+            self._objective(model, batches)
+            if isinstance(self._objective, Objective)
+            else self._objective
+        )
+        risks = {name: nll(model, batch) for name, batch in batches.items()}
+        return self._differentiated({OBJECTIVE: objective, **risks})
+
+    def _add_part(
+        self,
+        name: str,
+        place: int,
+        among: Sequence[int],
+        vectors: dict[str, list[Tensor | None]],
+        values: dict[str, float],
+    ) -> None:
+        """Add what one batch contributes to the gradients on several."""
+        gradients, shares = self.part(name, place, among)
+        for loss, share in shares.items():
+            _blend(vectors.setdefault(loss, []), gradients.of(loss), 1.0, share)
+            values[loss] = values.get(loss, 0.0) + share * gradients.losses[loss]
 
     def _differentiated(self, losses: Mapping[str, Loss]) -> Gradients:
         gradients = differentiate(self._parameters, losses)
@@ -169,37 +290,95 @@ class Sources:
 Estimator = Callable[[Sources], Iterator[Measured]]
 """From the sources at a checkpoint to the rows of its step."""
 
+Counts = Mapping[str, int]
 
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known of an estimator before it runs.
+
+    - `rows`: how many there are, from the number of batches of each set; None if that is not known.
+    - `used`: how many batches of each set are.
+    - `biased`: whether the mean of its rows is off, for the population and for the data.
+    - `matrices`: whether each row is a Gram matrix.
+    - `vectors`: whether its Gram matrices are those of gradients that could be kept.
+    - `shared`: whether these are the same for all rows of a step.
+    - `batches`: how many each set should have at least, where files are cut into them; `even`: an
+      even number.
+    """
+
+    rows: Callable[[Counts], int] | None = None
+    used: Callable[[Counts], Counts] = dict
+    biased: bool = False
+    matrices: bool = False
+    vectors: bool = True
+    shared: bool = False
+    batches: int = 1
+    even: bool = False
+
+
+def traits_of(estimator: Estimator) -> Traits:
+    """What an estimator says of itself; nothing is known of a function that says nothing."""
+    traits: Traits = getattr(estimator, "traits", Traits())
+    return traits
+
+
+def _with(traits: Traits) -> Callable[[Estimator], Estimator]:
+    def mark(estimator: Estimator) -> Estimator:
+        vars(estimator)["traits"] = traits
+        return estimator
+
+    return mark
+
+
+def _least(counts: Counts) -> int:
+    return min(counts.values())
+
+
+@_with(Traits(rows=_least, biased=True, matrices=True))
 def same_batch(sources: Sources) -> Iterator[Measured]:
     """Both factors on one batch: K_b is the Gram matrix of batch b. Biased by tr Cov(g_b, h_b).
 
-    A row for each batch of the forget set.
+    A row for each batch of the set that has the fewest.
     """
-    count = len(sources.sets[FORGET])
-    sources.expect(count)
-    for b in range(count):
-        yield _on_one_batch(sources, b)
+    groups = sources.cut(_least(sources.counts))
+    sources.expect(sources.passes(groups))
+    for group in groups:
+        yield _on_one_batch(sources, group)
 
 
+@_with(
+    Traits(
+        rows=lambda counts: _least(counts) // 2,
+        vectors=False,
+        batches=2 * ENOUGH_ROWS,
+        even=True,
+    )
+)
 def split_batch(sources: Sources) -> Iterator[Measured]:
     """The two factors on disjoint batches A and B: K_ij = (<g_i^A, g_j^B> + <g_i^B, g_j^A>) / 2.
 
-    Unbiased, the squared norms on the diagonal too. A row for every two batches of the forget set;
-    where their number is odd, the last is left out.
+    Unbiased, the squared norms on the diagonal too. A row for every two batches of the set that has
+    the fewest. Sketches are those of (g^A + g^B) / 2.
     """
-    for name, batches in sources.sets.items():
-        if len(batches) < 2:
+    for name, count in sources.counts.items():
+        if count < 2:
             raise ValueError(
                 f"`{name}` should have two batches or more for `split_batch`, which takes the two "
-                f"factors on disjoint ones. Found {len(batches)}. Lower the size of a batch, or "
-                "choose another estimator."
+                f"factors on disjoint ones. Found {count}. Lower the size of a batch, or choose "
+                "another estimator."
             )
-    count = len(sources.sets[FORGET]) // 2
-    sources.expect(2 * count)
-    for b in range(count):
-        yield _on_two_batches(sources, 2 * b, 2 * b + 1)
+    groups = sources.cut(_least(sources.counts) // 2 * 2)
+    sources.expect(sources.passes(groups))
+    for first, second in zip(groups[::2], groups[1::2], strict=True):
+        yield _on_two_batches(sources, first, second)
 
 
+def _rows_of_full(counts: Counts) -> int:
+    return sum(counts.values()) if _least(counts) >= ENOUGH_ROWS else 1
+
+
+@_with(Traits(rows=_rows_of_full, shared=True, batches=ENOUGH_ROWS))
 def full(sources: Sources) -> Iterator[Measured]:
     """The gradients on all of the data, each a mean over its whole set: K = G G^T.
 
@@ -211,103 +390,117 @@ def full(sources: Sources) -> Iterator[Measured]:
 
     where g_b has what depends on the set of batch b. Of one set with equal shares that is
     g_b G^T + G g_b^T - K. A row for each batch of each set; a single row, and no second pass, where
-    a set has only one batch and thus no spread.
+    a set has fewer than 8 batches: its spread is not known then. Sketches vary in the same way.
+    The objective has to declare what its components are means over.
     """
-    counts = {name: len(batches) for name, batches in sources.sets.items()}
-    rows = sum(counts.values()) if min(counts.values()) > 1 else 1
-    sources.expect(sum(counts.values()) * (2 if rows > 1 else 1))
-    whole: dict[str, list[Tensor | None]] = {}
-    losses: dict[str, float] = {}
+    counts = sources.counts
+    rows = _rows_of_full(counts)
+    everything = Group({name: range(count) for name, count in counts.items()}, paired=False)
+    sources.expect(sources.passes([everything]) * (2 if rows > 1 else 1))
+    taken = sources.on(everything)
+    basis: Basis = {**taken.vectors, **sources.constants}
+    K = _gram(basis)
+    whole = sources.row(basis, taken.weights, taken.losses, products=K)
+    if rows == 1:
+        yield whole
+        return
+    kept = whole.gradients
     for name, count in counts.items():
         for b in range(count):
-            _add_part(sources, name, b, whole, losses)
-    basis: Basis = {**whole, **sources.constants}
-    K, weights = _gram(basis), sources.weights
-    losses = {
-        source: sum(weight * losses[name] for name, weight in terms.items())
-        for source, terms in weights.items()
-    }
-    if rows == 1:
-        yield sources.measured(K, basis, weights, losses)
-        return
-    for name, count in counts.items():
-        x = torch.stack([_along(sources, name, b, basis) for b in range(count)])
-        for change in x - x.mean(dim=0):
-            yield sources.measured(K + rows * change, basis, weights, losses)
+            row = _moved(sources, name, b, rows, taken, K)
+            yield replace(row, gradients=kept)
+            kept = None  # they are the same in all rows
 
 
+@_with(
+    Traits(
+        rows=lambda counts: _least(counts) // READ_OUT,
+        used=lambda counts: dict.fromkeys(counts, _least(counts) // READ_OUT * READ_OUT),
+        biased=True,
+        matrices=True,
+    )
+)
 def reference_ema(sources: Sources) -> Iterator[Measured]:
     """The running averages of the public code: G <- 0.6 G + 0.4 g, read out every 4th micro-batch.
 
     The first gradient is taken whole; rows are the Gram matrices of G after micro-batches 3, 7, 11,
-    ... of the forget set, in float32. G is an average over data, about 4 micro-batches of them, so
-    that it depends on their order and is biased as on one batch of that size.
+    ..., in float32, of as many batches of each set as the smallest has. G is an average over data,
+    about 4 micro-batches of them, so that it depends on their order and is biased as on one batch
+    of that size.
     """
-    count = len(sources.sets[FORGET]) // READ_OUT * READ_OUT
+    name, least = min(sources.counts.items(), key=lambda item: item[1])
+    count = least // READ_OUT * READ_OUT
     if not count:
         raise ValueError(
-            f"`forget` should have {READ_OUT} batches or more for `reference_ema`, which reads its "
-            f"averages out after every {READ_OUT} of them. Found {len(sources.sets[FORGET])}. "
-            "Lower the size of a batch, or choose another estimator."
+            f"`{name}` should have {READ_OUT} batches or more for `reference_ema`, which reads its "
+            f"averages out after every {READ_OUT} of them. Found {least}. Lower the size of a "
+            "batch, or choose another estimator."
         )
     sources.expect(count)
     averages: dict[str, list[Tensor | None]] = {}
     for b in range(count):
-        weights, losses = _average(sources, b, averages)
+        group = Group({name: [b] for name in sources.sets}, paired=True)
+        weights, losses = _average(sources, group, averages)
         if b % READ_OUT == READ_OUT - 1:
-            basis: Basis = {**averages, **sources.constants}
-            yield sources.measured(_gram(basis), basis, weights, losses)
+            yield sources.row({**averages, **sources.constants}, weights, losses)
 
 
 # One batch or two at a time: what a function here has differentiated is let go when it returns,
 # before the next is.
 
 
-def _on_one_batch(sources: Sources, b: int) -> Measured:
-    gradients = sources.joint(b)
+def _on_one_batch(sources: Sources, group: Group) -> Measured:
+    gradients = sources.on(group)
     basis = {**gradients.vectors, **sources.constants}
-    return sources.measured(_gram(basis), basis, gradients.weights, gradients.losses)
+    return sources.row(basis, gradients.weights, gradients.losses)
 
 
-def _on_two_batches(sources: Sources, a: int, b: int) -> Measured:
-    first, second = sources.joint(a), sources.joint(b)
+def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measured:
+    first, second = sources.on(a), sources.on(b)
     basis = {**first.vectors, **sources.constants}
-    across = _products(basis, {**second.vectors, **sources.constants})
+    other = {**second.vectors, **sources.constants}
+    across = _products(basis, other)
+
+    def mean(place: int) -> dict[str, Tensor | None]:
+        there = _at(other, place)
+        here = _at(basis, place)
+        return {name: weighted_sum([(t, 0.5), (there[name], 0.5)]) for name, t in here.items()}
+
     losses = {name: (loss + second.losses[name]) / 2 for name, loss in first.losses.items()}
-    return sources.measured((across + across.mT) / 2, basis, first.weights, losses)
+    return sources.row(basis, first.weights, losses, products=(across + across.mT) / 2, at=mean)
 
 
-def _add_part(
-    sources: Sources,
-    name: str,
-    b: int,
-    whole: dict[str, list[Tensor | None]],
-    losses: dict[str, float],
-) -> None:
-    """Add what a batch of a set contributes to the gradients on all of the data."""
-    gradients, shares = sources.part(name, b)
-    for loss, share in shares.items():
-        _blend(whole.setdefault(loss, []), gradients.of(loss), 1.0, share)
-        losses[loss] = losses.get(loss, 0.0) + share * gradients.losses[loss]
+def _moved(sources: Sources, name: str, b: int, rows: int, whole: Gradients, K: Tensor) -> Measured:
+    """The row of `full` for one batch: G moved by R (s_b g_b - its mean over b), to first order."""
+    count = sources.counts[name]
+    part, shares = sources.part(name, b, range(count))
+    basis: Basis = {**whole.vectors, **sources.constants}
+    products = _products({loss: part.of(loss) for loss in shares}, basis)
+    places = [list(basis).index(loss) for loss in shares]
+    change = torch.zeros_like(K)
+    share = products.new_tensor([*shares.values()]).unsqueeze(-1)
+    change[:, places] = rows * (share * products - K[:, places] / count)
 
+    def moved(place: int) -> dict[str, Tensor | None]:
+        there = _at(basis, place)
+        for loss, share in shares.items():
+            terms = [(there[loss], 1 - rows / count), (part.of(loss)[place], rows * share)]
+            there[loss] = weighted_sum(terms)
+        return there
 
-def _along(sources: Sources, name: str, b: int, whole: Basis) -> Tensor:
-    """x_b of `full`, `Float64[parameter, k, k]`, zero for what does not depend on the set."""
-    gradients, shares = sources.part(name, b)
-    products = _products({loss: gradients.of(loss) for loss in shares}, whole)
-    places = [list(whole).index(loss) for loss in shares]
-    x = products.new_zeros(len(products), len(whole), len(whole))
-    x[:, places] = products * products.new_tensor([*shares.values()]).unsqueeze(-1)
-    return x + x.mT
+    return sources.row(
+        basis, whole.weights, whole.losses, products=K + change + change.mT, at=moved,
+        gradients=False,
+    )  # fmt: skip
 
 
 def _average(
-    sources: Sources, b: int, averages: dict[str, list[Tensor | None]]
+    sources: Sources, group: Group, averages: dict[str, list[Tensor | None]]
 ) -> tuple[Weights, Mapping[str, float]]:
     """Take the next micro-batch into the averages; what the sources are of these, and losses."""
-    gradients = sources.joint(b)
+    gradients = sources.on(group)
+    kept, weight = (1 - EMA_WEIGHT, EMA_WEIGHT) if averages else (0.0, 1.0)
     for name, vector in gradients.vectors.items():
-        kept, weight = (1 - EMA_WEIGHT, EMA_WEIGHT) if b else (0.0, 1.0)
         _blend(averages.setdefault(name, []), vector, kept, weight)
     return gradients.weights, gradients.losses
 
@@ -326,6 +519,11 @@ def _blend(state: list[Tensor | None], vector: Vector, kept: float, weight: floa
             old.add_(new, alpha=weight)
 
 
+def _at(basis: Basis, place: int) -> dict[str, Tensor | None]:
+    """The tensors of one parameter."""
+    return {name: vector[place] for name, vector in basis.items()}
+
+
 def _gram(basis: Basis) -> Tensor:
     return dots.grams(zip(*basis.values(), strict=True))
 
@@ -338,20 +536,3 @@ def _products(a: Basis, b: Basis) -> Tensor:
 
 def _source(component: str) -> str:
     return f"{OBJECTIVE}.{component}"
-
-
-def _tokens(batch: Batch) -> int:
-    return int(scored_tokens(batch).sum())
-
-
-def _sequences(batch: Batch) -> int:
-    return len(batch["labels"])
-
-
-def _is_sequence_mean(objective: Objective, component: str) -> bool:
-    """Whether a component of an objective, or of those it is made of, is a mean over sequences."""
-    inside = [part for part in vars(objective).values() if isinstance(part, Objective)]
-    return component == FORGET and (
-        isinstance(objective, SEQUENCE_MEANS)
-        or any(_is_sequence_mean(part, component) for part in inside)
-    )

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.objectives import NPO, TNPO, Objective
+from geffect.objectives import Objective
 from geffect.objectives.base import Batch, token_log_probabilities
-
-LIKELIHOODS_SUFFICE = (NPO, TNPO)
-"""Objectives that ask of their reference the likelihoods of the forget tokens and nothing else."""
 
 
 class Likelihoods:
@@ -50,7 +47,7 @@ def missing_in(objective: Objective) -> list[Objective]:
 def with_reference(objective: Objective, reference: Any) -> Objective:
     """The objective with a reference wherever one is missing.
 
-    >>> from geffect.objectives import GradDiff
+    >>> from geffect.objectives import NPO, GradDiff
     >>> with_reference(GradDiff(forget=NPO()), "a model").forget.reference
     'a model'
     """

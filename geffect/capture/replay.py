@@ -1,7 +1,9 @@
 """Replay: the G-effects of checkpoints that already exist."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -9,23 +11,43 @@ from typing import Any
 
 import torch
 
+from geffect.gradients import Weights
 from geffect.objectives import Objective
 from geffect.objectives.base import Batch
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_risk
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
-from .checkpoints import Folder, Loader, by_step, check_folder, tokenizer_of
-from .data import batched, read
-from .estimators import Estimator, Sources, reference_ema, same_batch, split_batch
+from .batches import batched
+from .checkpoints import (
+    Folder,
+    Loader,
+    base_of,
+    by_step,
+    check_folder,
+    model_of,
+    number_of,
+    positions_of,
+    tokenizer_of,
+)
+from .collector import Collector
+from .data import read, spelled
+from .estimators import Estimator, Sources, Traits, split_batch, traits_of
+from .keep import Keep, kept
 from .recording import Recording
-from .reference import LIKELIHOODS_SUFFICE, Likelihoods, missing_in, with_reference
+from .reference import Likelihoods, missing_in, with_reference
+
+log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Sequence[Batch]
 """A file or folder that `geffect.capture.data.read` reads, or batches that are ready."""
 
 Report = Callable[[str, int, int], None]
 """Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""
+
+Shown = Callable[[str, str], None]
+"""Told of each file: the name of the set, and its first row as the model reads it, with what is
+scored between [[ and ]]."""
 
 
 def replay(
@@ -40,13 +62,17 @@ def replay(
     estimator: Estimator = split_batch,
     batch_size: int = 4,
     seed: int | None = 0,
+    template: bool = True,
+    max_length: int | None = None,
     update: bool = False,
+    store: str | Keep = "gram",
     base: Folder | None = None,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     report: Report = lambda checkpoint, done, total: None,
+    show: Shown = lambda name, text: None,
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
 
@@ -56,11 +82,16 @@ def replay(
 
     - `objective`: an `Objective`, or weights such as `{"forget": -1.0}`, which is GA and costs no
       backward pass. One that compares with a reference model and has none gets `reference`, by
-      default the first checkpoint, and of that only the likelihoods of the forget answers are kept.
+      default the model that adapters are for, else the first checkpoint. Where likelihoods of the
+      forget answers are all it asks for, nothing else is kept of that model.
     - `forget`, `retain` and further `risks` by name: JSONL files, folders of `datasets`, batches.
-      Rows of files are shuffled by `seed` into batches of `batch_size`; None keeps their order.
+      Rows of files are shuffled by `seed` into batches of at most `batch_size`, smaller ones where
+      the estimator would have too few of them; None keeps their order. `template=False` takes no
+      chat template, and rows are cut off after `max_length` tokens. Every batch is used; where a
+      set has more of them, several stand together.
     - `estimator`: one of `geffect.capture.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
+    - `store`: what is kept beside the Gram matrices, as by a `Recorder`.
     - `update`: also record the way to the next checkpoint, theta_{c+1} - theta_c, as the source
       `update`, so that `predicted_change` says what it does to each risk to first order. The last
       checkpoint has none.
@@ -84,17 +115,30 @@ def replay(
     """
     folders = by_step([checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints)
     given = {FORGET: forget, RETAIN: retain, **(risks or {})}
+    traits, keep = traits_of(estimator), kept(store)
     _check(objective, given, risks or {}, update, len(folders))
+    _check_kept(keep, traits, estimator)
     for folder in [*folders.values(), *([] if reference is None else [reference])]:
         check_folder(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    batches = partial(batched, size=batch_size, seed=seed, even=estimator is split_batch)
+    first = next(iter(folders.values()))
+    own_base = base_of(first)
+    base = base or own_base
+    device = _there(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
-    sets = _sets(given, tokenizer, around, batches, device)
+    sets = _sets(
+        given,
+        partial(read, template=template, max_length=max_length),
+        tokenizer,
+        around,
+        partial(batched, size=batch_size, seed=seed, least=traits.batches, even=traits.even),
+        device,
+        positions_of(first if own_base is None or base is None else base),
+        show,
+    )
+    counts = {name: len(batches) for name, batches in sets.items()}
+    compared_with = _reference(objective, reference, first, base if own_base else None)
     new_loader = partial(Loader, base=base, device=device)
     loader = new_loader()
-    first = next(iter(folders.values()))
-    compared = _compared(objective, reference, first, sets[FORGET], loader, new_loader)
     recording = Recording(
         loader.load(first),
         path,
@@ -102,16 +146,21 @@ def replay(
             **(metadata or {}),
             "checkpoints": {str(step): folder.name for step, folder in folders.items()},
         },
+        store=keep,
+        steps=_rows(folders, traits, keep, counts),
         overwrite=overwrite,
         provenance={
-            "rows": "matrices" if estimator in (same_batch, reference_ema) else ESTIMATES,
+            "rows": "matrices" if traits.matrices else ESTIMATES,
             "replay": {
                 "objective": repr(objective),
-                "reference": None if compared is objective else Path(reference or first).name,
-                "estimator": getattr(estimator, "__name__", repr(estimator)),
+                "reference": compared_with.name if compared_with else None,
+                "reference_is": compared_with.what if compared_with else None,
+                "estimator": _name_of(estimator),
+                "biased": traits.biased,
                 "batch_size": batch_size,
                 "seed": seed,
-                "batches": {name: len(batches) for name, batches in sets.items()},
+                "batches": counts,
+                "batches_used": traits.used(counts),
             },
         },
     )
@@ -122,12 +171,15 @@ def replay(
     following = [*folders.values()][1:]
     complete = False
     try:
+        recording.announce([*declared, *([UPDATE] if update else [])])
+        compared = _compared(objective, compared_with, sets[FORGET], loader, new_loader)
         for (step, folder), after in zip_longest(folders.items(), following):
             sources = Sources(
                 loader.load(folder),
                 compared,
                 sets,
                 update=loader.change(after) if update and after is not None else None,
+                collector=partial(_collector, recording, keep, step),
                 report=partial(report, folder.name),
             )
             for row, measured in enumerate(estimator(sources)):
@@ -167,12 +219,61 @@ def _check(
         )
 
 
+def _check_kept(keep: Keep, traits: Traits, estimator: Estimator) -> None:
+    if keep.gradients is not None and not traits.vectors:
+        raise ValueError(
+            f'`store` should be "gram" or "sketch" with `{_name_of(estimator)}`, whose Gram '
+            "matrices are of no gradients that could be kept: the two factors are taken on "
+            f'different batches. Found "{keep.gradients}". Choose one of those, or another '
+            "estimator, such as `full`."
+        )
+
+
+def _name_of(estimator: Estimator) -> str:
+    return getattr(estimator, "__name__", repr(estimator))
+
+
+def _rows(
+    folders: Mapping[int, Path], traits: Traits, keep: Keep, counts: Mapping[str, int]
+) -> list[int] | None:
+    """The steps of the rows that are going to be written, where their size matters."""
+    if keep == Keep() or traits.rows is None:
+        return None
+    # Gradients that all rows of a step share are kept once.
+    count = 1 if keep.gradients and traits.shared else traits.rows(counts)
+    return [step for step in folders for _ in range(count)]
+
+
+def _collector(
+    recording: Recording, keep: Keep, step: int, weights: Weights, row: int, gradients: bool
+) -> Collector | None:
+    """What takes the gradients of a row, if more is kept of them than their Gram matrix."""
+    if gradients and keep != Keep():
+        return recording.collector(step, weights, row)
+    if keep.sketch is None:
+        return None
+    return Collector(recording.table, recording.parameters, weights, sketch=keep.sketch)
+
+
+def _there(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise ValueError(
+            "`device` should be one of this machine, such as cpu or cuda:0. Found "
+            f"`{device}`: {str(error).splitlines()[0]}. Choose another."
+        ) from error
+
+
 def _sets(
     given: Mapping[str, Data],
+    read: Callable[..., list[Any]],
     tokenizer: Any,
     folders: Sequence[Folder],
     batches: Callable[..., list[Batch]],
-    device: str | torch.device,
+    device: torch.device,
+    positions: int | None,
+    show: Shown,
 ) -> dict[str, list[Batch]]:
     """The batches of each set, on the device."""
 
@@ -185,27 +286,92 @@ def _sets(
     sets: dict[str, list[Batch]] = {}
     for name, data in given.items():
         if isinstance(data, str | os.PathLike):
-            examples = read(data, found_tokenizer())
+            examples = read(data, found_tokenizer(), positions=positions)
+            show(name, spelled(examples[0], found_tokenizer()))
             data = batches(examples, padding=found_tokenizer().pad_token_id or 0)
+        if not data:
+            raise ValueError(
+                f"`{name}` should have a batch or more. Found none. Pass some, or a data file."
+            )
+        _check_widths(name, data, positions)
         sets[name] = [{key: x.to(device) for key, x in batch.items()} for batch in data]
     return sets
 
 
-def _compared(
+def _check_widths(name: str, batches: Sequence[Batch], positions: int | None) -> None:
+    for number, batch in enumerate(batches):
+        width = batch["input_ids"].shape[1]
+        if positions is not None and width > positions:
+            raise ValueError(
+                f"batch {number} of `{name}` should have at most {positions} tokens in a row, for "
+                f"which the model has positions. Found {width}. Cut it off, or leave it out."
+            )
+
+
+# The reference model
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The model that an objective is compared with, and how it came to be that."""
+
+    source: Folder
+    what: str
+    missing: list[Objective]
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).name
+
+
+GIVEN, BASE, FIRST = "given", "the model that the adapters are for", "the first checkpoint"
+
+
+def _reference(
     objective: Objective | Mapping[str, float],
     reference: Folder | None,
     first: Path,
+    base: Folder | None,
+) -> _Reference | None:
+    """The reference of an objective that lacks one; `base` is the model of adapters."""
+    missing = missing_in(objective) if isinstance(objective, Objective) else []
+    if not missing:
+        return None
+    if reference is not None:
+        return _Reference(reference, GIVEN, missing)
+    if base is not None:
+        return _Reference(base, BASE, missing)
+    if number_of(first):
+        log.warning(
+            "`reference` should be the model before unlearning. Found none, and `%s` is taken, "
+            "which may have unlearned already. Pass it, on the command line with --reference.",
+            first.name,
+        )
+    return _Reference(first, FIRST, missing)
+
+
+def _compared(
+    objective: Objective | Mapping[str, float],
+    reference: _Reference | None,
     forget: Sequence[Batch],
     loader: Loader,
     new_loader: Callable[[], Loader],
 ) -> Objective | Mapping[str, float]:
-    """The objective with its reference: what it said of the forget answers, or a model to keep."""
-    lacking = missing_in(objective) if isinstance(objective, Objective) else []
-    if not isinstance(objective, Objective) or not lacking:
+    """The objective with its reference: what it said of the forget answers, or a model to keep.
+
+    The loader holds the first checkpoint.
+    """
+    if reference is None or not isinstance(objective, Objective):
         return objective
-    if not all(isinstance(part, LIKELIHOODS_SUFFICE) for part in lacking):
-        kept = new_loader().load(first if reference is None else reference)
-        return with_reference(objective, kept.requires_grad_(False))
-    # The first checkpoint is about to be loaded anyway; another model is let go at once.
-    model = loader.load(first) if reference is None else new_loader().load(reference)
-    return with_reference(objective, Likelihoods(model, forget))
+    if not all(part.likelihoods_suffice for part in reference.missing):
+        device = next(iter(forget[0].values())).device
+        whole = model_of(reference.source).to(device) if reference.what == BASE else (
+            new_loader().load(reference.source).requires_grad_(False)
+        )  # fmt: skip
+        return with_reference(objective, whole)
+    if reference.what == BASE:
+        with loader.original() as model:
+            return with_reference(objective, Likelihoods(model, forget))
+    # Another model than that of the first checkpoint is let go at once.
+    of_its_own = new_loader() if reference.what == GIVEN else loader
+    return with_reference(objective, Likelihoods(of_its_own.load(reference.source), forget))

@@ -1,9 +1,10 @@
-"""How far a study is: live bars in a terminal, plain lines elsewhere."""
+"""How far a study or a replay is: live bars in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -15,37 +16,66 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from geffect.demo.workers import Progress as News
+
+class News(Protocol):
+    """How far a job is: `done` between 0 and 1, and what it says of itself."""
+
+    @property
+    def job(self) -> str: ...
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def done(self) -> float: ...
+
+    @property
+    def says(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Told:
+    """News of a job of the command line itself."""
+
+    job: str
+    stage: str
+    weight: float
+    done: float
+    says: str
 
 
 @contextmanager
-def shown(total_weight: float, console: Console) -> Iterator[Callable[["News"], None]]:
+def shown(
+    total_weight: float, console: Console, title: str = "study"
+) -> Iterator[Callable[[News], None]]:
     """A function that shows what it is told of jobs, as long as the block runs."""
     if console.is_terminal:
-        with _Bars(total_weight, console) as bars:
+        with _Bars(total_weight, console, title) as bars:
             yield bars.take
     else:
         yield _Lines(total_weight, console).take
 
 
 class _Share:
-    """The share of a study that is done, from what its jobs say."""
+    """The share of all that is done, from what the jobs say."""
 
     def __init__(self, total_weight: float) -> None:
         self._total = total_weight
         self._done: dict[str, float] = {}
 
-    def take(self, news: "News") -> float:
+    def take(self, news: News) -> float:
         # A job may say that it is nearly done for a while: it never goes back.
         self._done[news.job] = max(self._done.get(news.job, 0.0), news.weight * news.done)
         return min(1.0, sum(self._done.values()) / self._total)
 
 
 class _Bars:
-    """A bar for the study with the time that is left, and one for each job that runs."""
+    """A bar for all of it with the time that is left, and one for each job that runs."""
 
-    def __init__(self, total_weight: float, console: Console) -> None:
+    def __init__(self, total_weight: float, console: Console, title: str) -> None:
         self._share = _Share(total_weight)
         self._progress = Progress(
             TextColumn("{task.description}", table_column=None),
@@ -56,7 +86,7 @@ class _Bars:
             TextColumn("[dim]{task.fields[says]}"),
             console=console,
         )
-        self._study = self._progress.add_task("[bold]study", total=1.0, says="starts")
+        self._whole = self._progress.add_task(f"[bold]{title}", total=1.0, says="starts")
         self._jobs: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -66,8 +96,8 @@ class _Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def take(self, news: "News") -> None:
-        self._progress.update(self._study, completed=self._share.take(news), says=news.stage)
+    def take(self, news: News) -> None:
+        self._progress.update(self._whole, completed=self._share.take(news), says=news.stage)
         if news.job not in self._jobs:
             self._jobs[news.job] = self._progress.add_task(f"  {news.job}", total=1.0, says="")
         self._progress.update(self._jobs[news.job], completed=news.done, says=news.says)
@@ -84,7 +114,7 @@ class _Lines:
         self._started = time.perf_counter()
         self._said: dict[str, str] = {}
 
-    def take(self, news: "News") -> None:
+    def take(self, news: News) -> None:
         share = self._share.take(news)
         if news.says != "done":
             self._said[news.job] = news.says

@@ -1,13 +1,15 @@
 """`geffect replay`: the G-effects of checkpoints that already exist."""
 
-from collections.abc import Callable, Mapping
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .selection import written_as
+from .selection import JsonOption, written_as
 
 if TYPE_CHECKING:
     from geffect import Run
@@ -34,6 +36,17 @@ class EstimatorName(StrEnum):
     FULL = "full"
 
 
+class StoreName(StrEnum):
+    """What may be kept of the gradients, by its name on the command line."""
+
+    GRAM = "gram"
+    SKETCH = "sketch"
+    FULL = "full"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 def command(
     checkpoints: Annotated[
         list[Path],
@@ -51,8 +64,8 @@ def command(
         Path,
         typer.Option(
             metavar="DATA",
-            help="JSONL with question and answer, prompt and completion, messages, or text; or a "
-            "folder that `datasets` saved.",
+            help="JSONL with question and answer or messages (through the chat template), prompt "
+            "and completion or text (plain); or a folder that `datasets` saved.",
             show_default=False,
         ),
     ],
@@ -82,8 +95,8 @@ def command(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The model before unlearning, for the objectives that compare with it; the first "
-            "checkpoint if left out.",
+            help="The model before unlearning, for the objectives that compare with it; if left "
+            "out, the one that adapters are for, else the first checkpoint.",
         ),
     ] = None,
     estimator: Annotated[
@@ -102,8 +115,18 @@ def command(
             "files.",
         ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch, at most.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template", help="Whether to use the chat template."),
+    ] = True,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Cut rows off after so many tokens.")
+    ] = None,
+    store: Annotated[
+        StoreName, typer.Option(help="What is kept beside the Gram matrices.")
+    ] = StoreName.GRAM,
     update: Annotated[
         bool, typer.Option("--update", help="Record the way to the next checkpoint, too.")
     ] = False,
@@ -121,6 +144,7 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compute the G-effects of CHECKPOINTs, one step of a run file each. Nothing is trained."""
     from rich.console import Console
@@ -128,26 +152,37 @@ def command(
 
     from geffect.capture import estimators
     from geffect.capture.replay import replay
-    from geffect.demo.workers import Progress
 
-    from .progress import shown
+    from .progress import Told, shown
 
     if reference_ema and estimator is not None:
         raise typer.BadParameter(
             "`--reference-ema` should be without `--estimator`. Found both. Choose one of them."
         )
+    if output.exists() and not overwrite:
+        raise FileExistsError(
+            f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
+            "it with --overwrite."
+        )
     name = estimator or EstimatorName.SPLIT_BATCH
     minimised = _objective(objective, beta=beta, alpha=alpha, weight=weight)
     named_risks = _risks(risk or [])
-    console = Console()
+    # What a script reads is all that stands on the standard output.
+    console = Console(stderr=as_json)
     disable_progress_bar()  # there is one of our own
-    with shown(len(checkpoints), console) as take:
+    with shown(len(checkpoints), console, "replay") as take:
 
         def report(checkpoint: str, done: int, total: int) -> None:
             says = f"batch {done} of {total}"
-            take(Progress(checkpoint, "replay", 1.0, done / total, says))
+            take(Told(checkpoint, "replay", 1.0, done / total, says))
             if done == total:
-                take(Progress(checkpoint, "replay", 1.0, 1.0, "done"))
+                take(Told(checkpoint, "replay", 1.0, 1.0, "done"))
+
+        def show(name: str, text: str) -> None:
+            console.print(
+                f"First row of {name}, scored between [[ and ]]:\n{text}", markup=False,
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
         run = replay(
             checkpoints,
@@ -162,14 +197,21 @@ def command(
             ),
             batch_size=batch_size,
             seed=None if reference_ema else seed,
+            template=template,
+            max_length=max_length,
             update=update,
+            store=store.value,
             base=base,
             tokenizer=tokenizer,
             device=device,
             overwrite=overwrite,
             report=report,
+            show=show,
         )
-    _summarise(run, output, console, told_reference=reference is not None)
+    if as_json:
+        typer.echo(json.dumps(_facts(run, output)))
+    else:
+        _summarise(_facts(run, output), console)
 
 
 def _objective(name: ObjectiveName, **given: float | None) -> "Objective | Mapping[str, float]":
@@ -184,16 +226,19 @@ def _objective(name: ObjectiveName, **given: float | None) -> "Objective | Mappi
         ObjectiveName.TNPO: TNPO,
         ObjectiveName.WTNPO: WTNPO,
         ObjectiveName.GRADDIFF: lambda weight=1.0: {"forget": -1.0, "retain": weight},
-        ObjectiveName.NPO_GD: lambda weight=1.0, **beta: GradDiff(NPO(**beta), weight),
+        ObjectiveName.NPO_GD: lambda weight=1.0, beta=NPO.beta: GradDiff(NPO(beta), weight),
     }
     options = {option: value for option, value in given.items() if value is not None}
-    try:
-        objective: Objective | Mapping[str, float] = made[name](**options)
-    except TypeError as error:
+    foreign = options.keys() - inspect.signature(made[name]).parameters.keys()
+    if foreign:
         raise typer.BadParameter(
             f"`--objective {name}` should be with numbers of its own. Found "
-            f"{', '.join(f'`--{option}`' for option in options)}. Leave out what it does not have."
-        ) from error
+            f"{', '.join(f'`--{option}`' for option in sorted(foreign))}. Leave that out."
+        )
+    try:
+        objective: Objective | Mapping[str, float] = made[name](**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return objective
 
 
@@ -210,32 +255,70 @@ def _risks(given: list[str]) -> dict[str, Path]:
     return risks
 
 
-def _summarise(run: "Run", output: Path, console: Any, *, told_reference: bool) -> None:
-    from rich.table import Table
-
+def _facts(run: "Run", output: Path) -> dict[str, Any]:
+    """What the summary says, for a script to read."""
     from geffect.analysis import g_effect, intervals
 
     how = run.manifest["replay"]
-    shown = Table(
-        title=f"G-effects by {how['estimator']}, with 95 % intervals over batches",
-        title_justify="left",
-    )
-    for column in ("step", "checkpoint", "unlearning e_u", "retaining e_r"):
+    table = intervals(g_effect, run, by="model").astype(object)
+    table = table.where(table.notna(), None)
+    named = run.metadata["checkpoints"]
+    return {
+        "output": str(output),
+        "how": how,
+        "unit": "nats per unit learning rate",
+        "effects": [
+            {"checkpoint": named[str(row["step"])], **row}
+            for row in table.drop(columns="model").to_dict("records")
+        ],
+    }
+
+
+def _summarise(facts: Mapping[str, Any], console: Any) -> None:
+    from rich.table import Table
+
+    how, effects = facts["how"], facts["effects"]
+    certain = any(effect["low"] is not None for effect in effects)
+    title = f"G-effects by {how['estimator']}{' (biased)' if how['biased'] else ''}"
+    if certain:
+        title += ", with 95 % intervals over batches"
+    # Not the title of the table, which would be folded to its width.
+    console.print(f"{title}, in {facts['unit']}", highlight=False, soft_wrap=True)
+    shown = Table()
+    for column in ("step", "checkpoint", "rows", "unlearning e_u", "retaining e_r"):
         shown.add_column(column, justify="left" if column == "checkpoint" else "right")
-    table = intervals(g_effect, run, by="model").set_index(["step", "effect"])
-    for step in run.steps:
-        effects = [table.loc[(step, effect)] for effect in ("unlearning", "retaining")]
-        shown.add_row(
-            str(step), run.metadata["checkpoints"][str(step)], *map(_with_interval, effects)
-        )
+    by_step: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for effect in effects:
+        by_step.setdefault(effect["step"], {})[effect["effect"]] = effect
+    for step, of_step in by_step.items():
+        both = [of_step[name] for name in ("unlearning", "retaining")]
+        names = (str(step), both[0]["checkpoint"], str(both[0]["rows"]))
+        shown.add_row(*names, *map(_with_interval, both))
     console.print(shown)
+    for line in _told(how, certain):
+        console.print(line, highlight=False, soft_wrap=True)
+    count = f"{len(by_step)} checkpoint{'s' if len(by_step) > 1 else ''}"
+    console.print(f"{count} in {facts['output']}", highlight=False, soft_wrap=True)
+
+
+def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
+    """What has to be known of the numbers in the table."""
+    used, there = how["batches_used"], how["batches"]
+    counts = [f"{used[name]} of {count} of {name}" for name, count in there.items()]
+    yield f"Batches used: {', '.join(counts)}."
+    if how["biased"]:
+        yield "Biased by the variance of a batch; no interval tells of that."
+    if not certain:
+        yield "No intervals: fewer than 8 rows. More examples, or smaller batches, make more rows."
     if how["reference"] is not None:
-        which = "" if told_reference else ", the first checkpoint"
-        console.print(f"Reference model: {how['reference']}{which}.", highlight=False)
-    console.print(f"{len(run.steps)} checkpoints in {output}", highlight=False, soft_wrap=True)
+        which = "" if how["reference_is"] == "given" else f", {how['reference_is']}"
+        yield f"Reference model: {how['reference']}{which}."
 
 
-def _with_interval(row: Any) -> str:
-    if row["low"] != row["low"]:
-        return f"{row['value']:.4g}"
-    return f"{row['value']:.4g} [{row['low']:.3g}, {row['high']:.3g}]".replace("[", r"\[")
+def _with_interval(effect: Mapping[str, Any]) -> str:
+    value = "-" if effect["value"] is None else f"{effect['value']:.4g}"
+    return value if effect["low"] is None else f"{value} {_interval(effect)}"
+
+
+def _interval(effect: Mapping[str, Any]) -> str:
+    return rf"\[{effect['low']:.3g}, {effect['high']:.3g}]"

@@ -1,6 +1,6 @@
 """Unlearning objectives: `(model, {"forget": batch, "retain": batch}) -> scalar`, minimised."""
 
-from .base import Objective, SharedForward, nll
+from .base import Mean, Objective, SharedForward, nll
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .preference import NPO, TNPO, WTNPO
 from .retain import GradDiff
@@ -12,6 +12,7 @@ __all__ = [
     "WTNPO",
     "GradDiff",
     "GradientAscent",
+    "Mean",
     "Objective",
     "SharedForward",
     "WeightedGradientAscent",

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +20,47 @@ Pair = Mapping[str, Batch]
 IGNORED = -100
 
 
+@dataclass(frozen=True)
+class Mean:
+    """What a part of a loss is a mean over: the scored tokens, or the sequences, of one side.
+
+    So the losses of batches add up to that of all their data, each with its share of the count.
+
+    >>> Mean("forget", "tokens").count({"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])})
+    3
+    """
+
+    side: str
+    over: Literal["tokens", "sequences"]
+
+    def count(self, batch: Batch) -> int:
+        """How many tokens or sequences of a batch there are to take the mean over."""
+        return int(scored_tokens(batch).sum()) if self.over == "tokens" else len(_labels(batch))
+
+
 class Objective(ABC):
     """A scalar that unlearning minimises: `objective(model, {"forget": ..., "retain": ...})`.
 
     `model` is whatever returns `.logits` of shape (sample, position, token) for the keys of a batch
-    without its labels.
+    without its labels. An objective with a field `reference` compares with the model before
+    unlearning; `likelihoods_suffice` says that it asks that model for nothing but the likelihoods
+    of the scored forget tokens.
     """
+
+    likelihoods_suffice: ClassVar[bool] = False
 
     @abstractmethod
     def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
         """The parts of the loss by name, each with its weight."""
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        """What each component is a mean over, by its name.
+
+        None are declared here: the loss is then known on a pair of batches, and not on more data
+        than is run at once.
+        """
+        return {}
 
     def __call__(self, model: Any, batch: Pair) -> Tensor:
         """The loss: the weighted sum of the components."""

@@ -4,12 +4,13 @@ Formulas: "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go B
 (arXiv 2502.19301).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .base import Objective, Pair, nll, positive, token_log_probabilities, token_mean
+from .base import Mean, Objective, Pair, nll, positive, token_log_probabilities, token_mean
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class GradientAscent(Objective):
 
     def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
         return {"forget": (nll(model, batch["forget"]), -1.0)}
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        return {"forget": Mean("forget", "tokens")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class WeightedGradientAscent(Objective):
     def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
         log_p, scored = token_log_probabilities(model, batch["forget"])
         return {"forget": (token_mean(self.weights(log_p) * log_p, scored), 1.0)}
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        return {"forget": Mean("forget", "tokens")}
 
     def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
         further = super()._weights_of(batch, log_p, scored)

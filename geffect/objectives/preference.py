@@ -4,14 +4,23 @@ NPO weighs whole answers, TNPO and WTNPO single tokens, by how much of the likel
 under the reference model is left. Formulas and weights: arXiv 2502.19301.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Objective, Pair, positive, sequence_sum, token_log_probabilities, token_mean
+from .base import (
+    Mean,
+    Objective,
+    Pair,
+    positive,
+    sequence_sum,
+    token_log_probabilities,
+    token_mean,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class NPO(Objective):
     NPO(beta=0.5)
     """
 
+    likelihoods_suffice: ClassVar[bool] = True
+
     beta: float = 0.1
     reference: Any = field(default=None, repr=False)
 
@@ -41,6 +52,10 @@ class NPO(Objective):
         loss = -sequence_sum(*token_log_probabilities(model, batch["forget"]))
         preference = F.logsigmoid(self.beta * (loss - self._reference_loss(batch))).mean()
         return {"forget": (preference, -2 / self.beta)}
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        return {"forget": Mean("forget", "sequences")}
 
     def _reference_loss(self, batch: Pair) -> Tensor:
         return -_reference_log_p(self, batch).sum(dim=1)
@@ -65,6 +80,8 @@ class TNPO(Objective):
     TNPO(beta=4.0, legacy_eps=0.0)
     """
 
+    likelihoods_suffice: ClassVar[bool] = True
+
     beta: float = 4.0
     legacy_eps: float = 0.0
     reference: Any = field(default=None, repr=False)
@@ -83,6 +100,10 @@ class TNPO(Objective):
         log_p, scored = token_log_probabilities(model, batch["forget"])
         weights = self.weights(log_p, _reference_log_p(self, batch))
         return {"forget": (token_mean(weights * log_p, scored), 1.0)}
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        return {"forget": Mean("forget", "tokens")}
 
     def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
         further = super()._weights_of(batch, log_p, scored)

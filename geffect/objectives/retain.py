@@ -1,11 +1,12 @@
 """Objectives with a second term that keeps what should stay."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from .base import Objective, Pair, nll, positive
+from .base import Mean, Objective, Pair, nll, positive
 from .likelihood import GradientAscent
 
 
@@ -30,6 +31,10 @@ class GradDiff(Objective):
             **self.forget.components(model, batch),
             "retain": (nll(model, batch["retain"]), self.weight),
         }
+
+    @property
+    def means(self) -> Mapping[str, Mean]:
+        return {**self.forget.means, "retain": Mean("retain", "tokens")}
 
     def implicit_weights(self, model: Any, batch: Pair) -> dict[str, Tensor]:
         """Those of `forget`."""

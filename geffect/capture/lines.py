@@ -1,0 +1,88 @@
+"""The rows of a data file, each with where it stands."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMS = (("question", "answer"), ("prompt", "completion"), ("text",), ("messages",))
+"""The keys that a row may have."""
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a JSONL file, or of a folder that `datasets` saved, after the words for where.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "data.jsonl"
+    >>> _ = path.write_text('{"text": "Ada"}')
+    >>> [row for where, row in rows_of(path)]
+    [{'text': 'Ada'}]
+    """
+    if path.is_dir():
+        return _saved_rows(path)
+    if path.is_file():
+        return _lines(path)
+    raise FileNotFoundError(
+        f"A data file should exist. Found nothing at `{path}`. Pass a JSONL file, or a folder that "
+        "`datasets` saved."
+    )
+
+
+def form_of(row: object, where: str) -> tuple[str, ...]:
+    """Which of the `FORMS` a row has."""
+    found = row.keys() if isinstance(row, Mapping) else ()
+    for form in FORMS:
+        if set(form) <= set(found):
+            return form
+    keys = f"the keys {', '.join(map(str, found))}" if found else f"{type(row).__name__} {row!r}"
+    raise ValueError(f"{where} should have {forms()}. Found {keys}. Name its texts so.")
+
+
+def forms() -> str:
+    """The `FORMS` in words."""
+    return ", or ".join(" and ".join(f"`{key}`" for key in form) for form in FORMS)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"`{path}`, line {number},"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where} should be text in UTF-8. Found {error.object[error.start]:#04x} at "
+                    f"byte {error.start + 1} of the line. Save the file as UTF-8."
+                ) from error
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where} should be a JSON object with {forms()}. Found text that is no JSON: "
+                    f"{error}. Write one JSON object a line."
+                ) from error
+            yield where, row
+
+
+def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"`datasets` should be installed to read the folder `{folder}`. Found no such package. "
+            "Run `pip install datasets`, or write the rows into a JSONL file."
+        ) from error
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"`{folder}` should be a folder that `datasets` saved with save_to_disk. Found another "
+            "one. Save it so, or write the rows into a JSONL file."
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        raise ValueError(
+            f"`{folder}` should hold the rows of one data set. Found the splits "
+            f"{', '.join(saved)}. Pass the folder of one, such as `{folder / next(iter(saved))}`."
+        )
+    for number, row in enumerate(saved):
+        yield f"`{folder}`, row {number},", row
