@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .capture import Recorder
-    from .capture.replay import replay
+    from .checkpoints.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
 
@@ -24,7 +24,7 @@ _HOMES = {
     "Run": "store",
     "RunFileError": "store",
     "open_run": "store",
-    "replay": "capture.replay",
+    "replay": "checkpoints.replay",
 }
 
 

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from geffect.capture.batches import Example, batched
-from geffect.capture.data import read, spelled
+from geffect.checkpoints.batches import Example, batched
+from geffect.checkpoints.data import read, spelled
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"
 

@@ -25,7 +25,7 @@ FLOORS = {
     "gradients": 3, "sketch": 3,
     "effects": 4, "store": 4, "projection": 4,
     "capture": 5, "analysis": 5,
-    "demo": 6, "trainers": 6,
+    "checkpoints": 6, "demo": 6, "trainers": 6,
     "cli": 7,
 }  # fmt: skip
 
@@ -42,6 +42,7 @@ WALLS = {
         "effects",
         "projection",
         "capture",
+        "checkpoints",
         "trainers",
         "demo",
     ],
@@ -50,7 +51,7 @@ WALLS = {
     "pandas": ["scores", "analysis", "plots", "demo", "cli"],
     "matplotlib": ["plots", "demo.figures", "cli"],
     "seaborn": ["plots", "demo.figures", "cli"],
-    "transformers": ["demo", "trainers", "capture.checkpoints", "capture.data", "cli"],
+    "transformers": ["demo", "trainers", "checkpoints", "cli"],
     "tokenizers": ["demo"],
     "typer": ["cli"],
     "jinja2": ["cli"],

@@ -11,7 +11,7 @@ import pytest
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect, intervals, predicted_change
 from geffect.analysis.intervals import ENOUGH_ROWS
-from geffect.capture import estimators
+from geffect.checkpoints import estimators
 from geffect.layers import Parameter
 from geffect.store import reader
 from geffect.store.schema import VERSION, Contents, Row

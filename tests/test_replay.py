@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from geffect import open_run
 from geffect.analysis import cosine, drift, g_effect, predicted_change
-from geffect.capture import checkpoints as folders
-from geffect.capture import reference as references
-from geffect.capture.batches import batched
-from geffect.capture.checkpoints import Loader, by_step, tokenizer_of
-from geffect.capture.data import read
-from geffect.capture.estimators import full, reference_ema, same_batch, split_batch
 from geffect.capture.recorder import Recorder
-from geffect.capture.reference import Likelihoods, with_reference
-from geffect.capture.replay import replay
+from geffect.checkpoints import loading as folders
+from geffect.checkpoints import reference as references
+from geffect.checkpoints.batches import batched
+from geffect.checkpoints.data import read
+from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
+from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
+from geffect.checkpoints.reference import Likelihoods, with_reference
+from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO, TNPO, GradDiff, Objective, WeightedGradientAscent
 from geffect.objectives.base import token_log_probabilities
 from geffect.store import validate

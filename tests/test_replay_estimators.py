@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect.analysis.intervals import _share_below
-from geffect.capture import estimators
-from geffect.capture.estimators import Sources, full, reference_ema, same_batch, split_batch
+from geffect.checkpoints import estimators
+from geffect.checkpoints.estimators import Sources, full, reference_ema, same_batch, split_batch
 from geffect.objectives import (
     NPO,
     GradDiff,

@@ -284,7 +284,7 @@ def test_a_second_writer_of_this_process_is_refused(tmp_path: Path, how: dict[st
     first = RunWriter(tmp_path / "a.h5", PARAMETERS)
     append(first, row_of(0))
     for path in (first.path, tmp_path / "." / "a.h5"):
-        with pytest.raises(RunFileError, match=r"one writer.*another recorder or callback of this process"):
+        with pytest.raises(RunFileError, match=r"one writer.*or callback of this process"):
             RunWriter(path, PARAMETERS, **how)
     append(first, row_of(1))
     first.close(complete=True)

@@ -150,8 +150,8 @@ def command(
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
-    from geffect.capture import estimators
-    from geffect.capture.replay import replay
+    from geffect.checkpoints import estimators
+    from geffect.checkpoints.replay import replay
 
     from .progress import Told, shown
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from geffect.capture.collector import Collector
+from geffect.capture.keep import Keep, kept
+from geffect.capture.recording import Recording
 from geffect.gradients import Weights
 from geffect.objectives import Objective
 from geffect.objectives.base import Batch
@@ -19,7 +22,9 @@ from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
 from .batches import batched
-from .checkpoints import (
+from .data import read, spelled
+from .estimators import Estimator, Sources, Traits, split_batch, traits_of
+from .loading import (
     Folder,
     Loader,
     base_of,
@@ -30,17 +35,12 @@ from .checkpoints import (
     positions_of,
     tokenizer_of,
 )
-from .collector import Collector
-from .data import read, spelled
-from .estimators import Estimator, Sources, Traits, split_batch, traits_of
-from .keep import Keep, kept
-from .recording import Recording
 from .reference import Likelihoods, missing_in, with_reference
 
 log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Sequence[Batch]
-"""A file or folder that `geffect.capture.data.read` reads, or batches that are ready."""
+"""A file or folder that `geffect.checkpoints.data.read` reads, or batches that are ready."""
 
 Report = Callable[[str, int, int], None]
 """Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""
@@ -89,7 +89,7 @@ def replay(
       the estimator would have too few of them; None keeps their order. `template=False` takes no
       chat template, and rows are cut off after `max_length` tokens. Every batch is used; where a
       set has more of them, several stand together.
-    - `estimator`: one of `geffect.capture.estimators`. Its rows are the rows of the step, and
+    - `estimator`: one of `geffect.checkpoints.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
     - `store`: what is kept beside the Gram matrices, as by a `Recorder`.
     - `update`: also record the way to the next checkpoint, theta_{c+1} - theta_c, as the source

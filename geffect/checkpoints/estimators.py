@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import dots
+from geffect.capture.collector import Collector, Measured
 from geffect.gradients import (
     Gradients,
     Vector,
@@ -47,8 +48,6 @@ from geffect.losses import Loss
 from geffect.objectives import Mean, Objective, SharedForward, nll
 from geffect.objectives.base import Batch
 from geffect.sources import OBJECTIVE, UPDATE
-
-from .collector import Collector, Measured
 
 EMA_WEIGHT = 0.4
 """The weight of a new gradient in the running average of the public code."""
