@@ -135,7 +135,7 @@ def without(name: str) -> dict[str, Any]:
 
 
 DATA: dict[str, tuple[Any, str]] = {
-    "path": ("facts.jsonl", r"Found `str`.*geffect\.capture\.data\.read"),
+    "path": ("facts.jsonl", r"Found `str`.*geffect\.checkpoints\.data\.read"),
     "path object": (Path("facts.jsonl"), r"Found `PosixPath`.*read"),
     "empty": ([], "should have a batch each time"),
     "no mappings": ([torch.ones(3)], "should map names to tensors.*Found `Tensor`"),

@@ -24,7 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure everything."""
     options = _options(arguments)
     torch.set_num_threads(1)
-    logging.getLogger("geffect").setLevel(logging.ERROR)  # how large files become, each round
     size = QUICK if options.quick else FULL[options.device]
     workload = Workload.of(size, options.device)
     console, table = Console(), _table(workload, quick=options.quick)
@@ -84,4 +83,5 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("geffect").setLevel(logging.ERROR)  # how large files become, each round
     main()
