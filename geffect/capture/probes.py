@@ -99,7 +99,7 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
     if isinstance(batches, str | os.PathLike | bytes):
         raise TypeError(
             f"{should} Read a file by `geffect.checkpoints.data.read(path, tokenizer)`, and make "
-            "batches of that by `geffect.checkpoints.data.batched`."
+            "batches of that by `geffect.checkpoints.batches.batched`."
         )
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise TypeError(f"{should} Pass a list of it.")

@@ -235,7 +235,6 @@ class Recorder:
         try:
             # After an error the other processes may never come to the step that waits here.
             if complete or distributed.process_count() == 1:
-                self._write()
                 self._end_window()
                 self._write()
         except BaseException:
