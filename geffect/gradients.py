@@ -4,16 +4,16 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 `torch.autograd.grad` would bypass the hooks that data-parallel and sharded training live on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from geffect import dots
+from geffect import distributed, dots
 from geffect.losses import Loss, Passes, plan
 from geffect.sources import OBJECTIVE
 
@@ -33,6 +33,7 @@ class Gradients:
     `vectors` holds what the backward passes left, one a pass; `weights` gives every source as a
     linear combination of them, so that a declared combination costs no pass and no memory. `others`
     are leaves beside the parameters, such as a soft prompt, whose tensors follow in the vectors.
+    `scale` is that of a GradScaler, by which the vectors are too large, and the sources are not.
     """
 
     parameters: Sequence[Tensor]
@@ -40,20 +41,39 @@ class Gradients:
     vectors: dict[str, list[Tensor | None]]
     weights: Weights
     losses: dict[str, float]
+    scale: float = 1.0
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The names of the losses, in the order in which they were given."""
         return tuple(self.weights)
 
+    @property
+    def declared(self) -> dict[str, Mapping[str, float] | str]:
+        """The weights of the sources that are combinations; "loss" for those that are not."""
+        return {
+            source: "loss"
+            if source in terms
+            else {name: weight * self.scale for name, weight in terms.items()}
+            for source, terms in self.weights.items()
+        }
+
     def of(self, source: str) -> Vector:
         """The gradient of one source. The tensors are those of `vectors` where no sum is needed."""
         return self._summed(source)[: len(self.parameters)]
 
-    def deposit(self, *, copy: bool = False) -> None:
-        """Leave in `.grad` what a backward pass of the objective would have left there."""
-        leaves = [*self.parameters, *self.others]
-        for leaf, tensor in zip(leaves, self._summed(OBJECTIVE), strict=True):
+    def deposit(self, *, among: Collection[str] | None = None, copy: bool = False) -> None:
+        """Leave in `.grad` what a backward pass of the objective would have left there.
+
+        That is times `scale`. With `among`, what these vectors contribute to it.
+        """
+        terms = [
+            (self.vectors[name], weight * self.scale)
+            for name, weight in self.weights[OBJECTIVE].items()
+            if among is None or name in among
+        ]
+        for place, leaf in enumerate([*self.parameters, *self.others]):
+            tensor = weighted_sum([(vector[place], weight) for vector, weight in terms])
             _add_to_grad(leaf, tensor, copy=copy)
 
     def gram(self, **further: Vector) -> Tensor:
@@ -72,7 +92,7 @@ class Gradients:
         """Take in a later micro-batch of the same step, in place: vectors and losses add up."""
         if self.weights != later.weights:
             raise ValueError(
-                "The micro-batches of a step should have the same losses. Found "
+                "The micro-batches of a step should have the same losses, weights and scale. Found "
                 f"{', '.join(self.sources)} and then {', '.join(later.sources)}, or other weights. "
                 "Pass the same losses to each; to leave one out, pass 0 * loss."
             )
@@ -115,17 +135,23 @@ class GradientTransform(Protocol):
     def observe(self, gradients: Gradients) -> None:
         """Take note of the gradients of a step, before anything is changed."""
 
-    def rectify(self) -> None:
-        """Change `.grad`, or prepare to change the optimizer's step."""
+    def rectify(self, gradients: Gradients, *, copy: bool = False) -> None:
+        """Leave the objective's gradient in `.grad`, changed, or prepare to change the step.
+
+        With `copy` the tensors of `gradients` stay as they are.
+        """
 
 
 @dataclass(frozen=True)
 class Rectification:
     """What a rectifier did in one step, one number a block.
 
-    `inner` and `norm` are <u, r> and |u| of what was rectified, measured before and after,
-    `retain_norm` is |r|, and `coefficient` the weight that r got: NaN where coordinates were
-    stopped instead.
+    `inner` and `norm` are <u, r> and |u| of what was rectified before and after, `retain_norm` is
+    |r|, and `coefficient` the weight that r got: NaN where no multiple of r was added. `applied` is
+    <step, r> of the step that the optimizer took, theta before minus theta after, against the
+    average and against the retain gradient of this step: NaN where it was not followed. A negative
+    inner product harms what should stay. Against several retain sets there is a number for each
+    block and set.
     """
 
     blocks: tuple[str, ...]
@@ -136,6 +162,8 @@ class Rectification:
     norm_before: tuple[float, ...]
     norm_after: tuple[float, ...]
     retain_norm: tuple[float, ...]
+    applied_average: tuple[float, ...]
+    applied_fresh: tuple[float, ...]
 
 
 def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:
@@ -160,7 +188,19 @@ def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
         for name in passes.tensors:
             vectors[name] = _run(passes, name)
     others = leaves[len(parameters) :]
-    return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses))
+    return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses), passes.scale)
+
+
+def reduced(model: nn.Module, parameters: Sequence[Tensor], passes: Passes) -> Gradients:
+    """The same on several processes: each gradient by itself, of all of their data.
+
+    Under DDP the forwards were made inside of `no_sync()`, and the gradients are averaged here.
+    """
+    with distributed.gradient_sync(model):
+        gradients = separate(parameters, passes)
+    if distributed.averages(model):
+        gradients.vectors.update(distributed.average(parameters, gradients.vectors))
+    return gradients
 
 
 Visit = Callable[[int, Mapping[str, Tensor | None]], None]
@@ -188,7 +228,10 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
         if place < len(parameters):
             visit(place, tensors)
         left[place] = weighted_sum(
-            [(tensors[name], weight) for name, weight in passes.weights[OBJECTIVE].items()]
+            [
+                (tensors[name], weight * passes.scale)
+                for name, weight in passes.weights[OBJECTIVE].items()
+            ]
         )
 
     def take_grad(leaf: Tensor, place: int) -> None:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.autograd.function import BackwardCFunction
 
 from geffect.sources import OBJECTIVE
@@ -30,6 +31,7 @@ class Passes:
     losses: Mapping[str, float]
     seeds: Mapping[str, float]
     keeps_graph: Mapping[str, bool]
+    scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
 
     @property
     def last(self) -> str:
@@ -41,6 +43,17 @@ class Passes:
         loss = self.tensors[name]
         seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
         loss.backward(gradient=seed, retain_graph=self.keeps_graph[name])
+
+    def of(self, sources: Collection[str]) -> "Passes":
+        """The passes that some of the sources need, in the same order."""
+        weights = {name: terms for name, terms in self.weights.items() if name in sources}
+        needed = {name for terms in weights.values() for name in terms}
+        return replace(
+            self,
+            tensors={name: loss for name, loss in self.tensors.items() if name in needed},
+            weights=weights,
+            losses={name: loss for name, loss in self.losses.items() if name in sources},
+        )
 
     @property
     def accumulates_once(self) -> bool:
@@ -57,8 +70,12 @@ class Passes:
         )
 
 
-def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Passes:
-    """The passes that the gradients of the losses need. Losses may share a forward."""
+def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss], *, scale: float = 1.0) -> Passes:
+    """The passes that the gradients of the losses need. Losses may share a forward.
+
+    `scale` multiplies what a pass leaves, and not what the sources are: half precision keeps small
+    gradients only where they are scaled up on their way.
+    """
     tensors, weights = _resolved(losses)
     values = {name: loss.item() for name, loss in tensors.items()}
     for name, value in values.items():
@@ -67,7 +84,8 @@ def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Passes:
                 f"Loss `{name}` should be finite. Found {value}. "
                 "Lower the learning rate or clip; no gradient was taken and nothing was recorded."
             )
-    seeds = _seeds(weights)
+    single = _seeds(weights)
+    seeds = {n: scale * single.get(n, 1.0) for n in tensors} if scale != 1.0 else single
     return Passes(
         tensors=tensors,
         leaves=[*parameters, *_other_leaves(tensors.values(), parameters)],
@@ -81,6 +99,7 @@ def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Passes:
         },
         seeds=seeds,
         keeps_graph=dict(zip(tensors, _needed_later(list(tensors.values())), strict=True)),
+        scale=scale,
     )
 
 
@@ -94,6 +113,15 @@ def check_no_step_inside(parameters: Iterable[Tensor]) -> None:
             "steps inside of the backward pass and frees the gradient there. Step after the "
             "backward pass; or save checkpoints and record what `geffect.replay` finds in them."
         )
+
+
+def loss_scale(scaler: GradScaler | None) -> float:
+    """What a GradScaler multiplies losses by; 1 where there is none.
+
+    >>> loss_scale(None)
+    1.0
+    """
+    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
 
 def declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:

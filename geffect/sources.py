@@ -11,17 +11,38 @@ FORGET, RETAIN = "forget", "retain"
 RETAIN_EMA = "retain_ema"
 """The running average of the retain gradient that a rectifier protects."""
 
+AVERAGE = "_ema"
+"""How the name of a running average ends."""
+
 UPDATE = "update"
 """Not a gradient: theta after minus theta before, as the optimizer did it."""
+
+
+def average_of(source: str) -> str:
+    """The name of the running average of a gradient.
+
+    >>> average_of("world")
+    'world_ema'
+    """
+    return source + AVERAGE
 
 
 def is_risk(source: str) -> bool:
     """Whether a source is the gradient of a risk.
 
-    >>> [name for name in ("objective.forget", "retain", "fact_17", "update") if is_risk(name)]
-    ['retain', 'fact_17']
+    >>> [name for name in ("objective.forget", "retain", "world_ema", "update") if is_risk(name)]
+    ['retain']
     """
-    return source.partition(".")[0] != OBJECTIVE and source not in (RETAIN_EMA, UPDATE)
+    return source.partition(".")[0] != OBJECTIVE and not is_reserved(source)
+
+
+def is_reserved(source: str) -> bool:
+    """Whether the name is one that no loss can have.
+
+    >>> is_reserved("retain_ema"), is_reserved("retain")
+    (True, False)
+    """
+    return source == UPDATE or source.endswith(AVERAGE)
 
 
 def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] = ()) -> None:
@@ -42,9 +63,9 @@ def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] =
         or not is_risk(name)
     ]
     if wrong:
-        others = ", ".join(f"`{name}`" for name in (*taken, RETAIN_EMA, UPDATE))
+        others = ", ".join(f"`{name}`" for name in (*taken, UPDATE))
         raise ValueError(
             f"`{argument}` should have names of their own: words without a slash, none of "
-            f"{others}, nor one that begins with `{OBJECTIVE}`. Found {', '.join(wrong)}. Choose "
-            "another name."
+            f"{others}, nor one that begins with `{OBJECTIVE}` or ends in `{AVERAGE}`. Found "
+            f"{', '.join(wrong)}. Choose another name."
         )

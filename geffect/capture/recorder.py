@@ -1,7 +1,7 @@
 """The recorder: watches the gradients of a training loop and writes their Gram matrices."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -9,17 +9,26 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from geffect import distributed
-from geffect.gradients import Gradients, GradientTransform, Vector, separate, stream
+from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
-from geffect.losses import Loss, Passes, check_no_step_inside, declared, of_objective, plan
+from geffect.losses import (
+    Loss,
+    Passes,
+    check_no_step_inside,
+    declared,
+    loss_scale,
+    of_objective,
+    plan,
+)
 from geffect.objectives import statistics
-from geffect.sources import OBJECTIVE, RETAIN_EMA, UPDATE
+from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
 
 from .collector import Measured
 from .keep import Keep
@@ -37,6 +46,7 @@ class _Window:
     rectifier: GradientTransform | None
     micro: int = 0
     gradients: Gradients | None = None
+    scaled: bool = False
     measured: Measured | None = None  # of a window of one, where nothing needs its gradients later
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -77,8 +87,6 @@ class Recorder:
       is the number of the step that comes first, where training goes on from a checkpoint: steps of
       the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
-
-    Losses are passed as they are: those that a GradScaler has scaled would be recorded scaled.
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
     `DistributedDataParallel` are computed inside of `with model.no_sync():`; their gradients are
@@ -175,6 +183,7 @@ class Recorder:
         rectifier: GradientTransform | None = None,
         weights: Mapping[str, Tensor] | None = None,
         accumulate: bool = False,
+        scaler: GradScaler | None = None,
         **losses: Loss,
     ) -> None:
         """Take the gradients of the losses of one step, and leave that of `objective` in `.grad`.
@@ -188,6 +197,9 @@ class Recorder:
           mean, median, 95th percentile and maximum are recorded.
         - `accumulate`: True for all but the last micro-batch of a step. The window is one row, of
           the gradients and losses summed over it.
+        - `scaler`: multiplies what goes into `.grad`, and nothing in the record; pass the losses as
+          they are, and call `scaler.step(optimizer)` as always. A step whose scaled gradients are
+          not finite is marked as skipped.
         """
         self._write()
         # A window that fails is over: what follows begins another one.
@@ -197,7 +209,7 @@ class Recorder:
             self._check(losses, rectifier)
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
-            passes = plan(self._parameters, losses)
+            passes = plan(self._parameters, losses, scale=loss_scale(scaler))
             of_step = declared(losses)
             self._recording.known.check_declared(of_step)
             self._recording.known.check_weights(weights or ())
@@ -207,6 +219,7 @@ class Recorder:
             processes.alike([*of_step.items()], sorted(weights or ()), accumulate, self.due)
         window = window or _Window(of_step, rectifier)
         window.micro += 1
+        window.scaled = passes.scale != 1.0
         for name, values in (weights or {}).items():
             window.weights.setdefault(name, []).append(values.detach().flatten())
         if self._streams(passes, window, accumulate):
@@ -217,6 +230,36 @@ class Recorder:
             self._window = window
         else:
             self._finish(window)
+
+    def record(
+        self,
+        gradients: Gradients,
+        *,
+        rectifier: GradientTransform | None = None,
+        n_micro: int = 1,
+    ) -> None:
+        """Record gradients of one step that were taken by other means, and leave the objective's.
+
+        As `backward`, from where the gradients are there: summed over `n_micro` micro-batches, and
+        averaged over the processes.
+        """
+        self._write()
+        of_step = gradients.declared
+        with distributed.together() as processes:
+            self._recording.check_open()
+            self._check(of_step, rectifier)
+            self._recording.known.check_declared(of_step)
+            if self.due:
+                self._recording.announce(self._sources(of_step, rectifier))
+            processes.alike([*of_step.items()], self.due)
+        window = _Window(
+            of_step, rectifier, micro=n_micro, gradients=gradients, scaled=gradients.scale != 1.0
+        )
+        if rectifier is None:
+            gradients.deposit(copy=self.due and self._update)
+        else:
+            rectifier.observe(gradients)
+        self._finish(window)
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as the effects of samples or tokens.
@@ -252,9 +295,8 @@ class Recorder:
         self._next += 1
         if rectifier is not None:
             assert window.gradients is not None
-            window.gradients.deposit(copy=self._update)
             try:
-                rectifier.rectify()
+                rectifier.rectify(window.gradients, copy=self._update)
             except BaseException:
                 self._step = None
                 raise
@@ -291,10 +333,7 @@ class Recorder:
 
     def _extend(self, window: _Window, passes: Passes, accumulate: bool) -> None:
         """Add a micro-batch to the window, and to `.grad` unless a rectifier comes first."""
-        with distributed.gradient_sync(self._model):
-            gradients = separate(self._parameters, passes)
-        if distributed.averages(self._model):
-            gradients.vectors.update(distributed.average(self._parameters, gradients.vectors))
+        gradients = reduced(self._model, self._parameters, passes)
         if window.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
             gradients.deposit(copy=self.due and (self._update or accumulate or window.micro > 1))
@@ -320,12 +359,12 @@ class Recorder:
                 "Pass the same, or record into another file."
             )
 
-    def _check(self, losses: Mapping[str, Loss], rectifier: GradientTransform | None) -> None:
-        reserved = [name for name in losses if name in (UPDATE, RETAIN_EMA) or "/" in name]
+    def _check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:
+        reserved = [name for name in losses if is_reserved(name) or "/" in name]
         if OBJECTIVE not in losses or reserved:
             raise ValueError(
-                f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or "
-                f"`{RETAIN_EMA}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
+                f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or ending "
+                f"in `{AVERAGE}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
                 'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
             )
         then, now = self._trainable, trainable(self._model)
@@ -418,6 +457,7 @@ class Recorder:
             lr=step.lr,
             n_micro=window.micro,
             clip_scale=float("nan"),  # whether the loop clips is not seen
+            skipped=window.scaled and not bool(window.measured.gram.isfinite().all()),
             rectifier=window.rectifier,
             optimizer=self._optimizer,
             weights=window.statistics(),

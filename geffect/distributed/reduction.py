@@ -110,7 +110,7 @@ def check_unsynchronised(model: nn.Module) -> None:
         # DDP's own mark, set by a forward that a backward pass is to reduce.
         if isinstance(module, DistributedDataParallel) and module.require_forward_param_sync:
             raise RuntimeError(
-                "The losses of `recorder.backward` should be computed inside "
+                "Losses whose gradients are taken apart should be computed inside "
                 "`with model.no_sync():`. Found a forward of `DistributedDataParallel` outside of "
                 "it, after which DDP reduces the gradient of the first loss only. Put the forwards "
                 "inside; the gradient of each loss is averaged over the processes here."
