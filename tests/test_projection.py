@@ -1,19 +1,31 @@
 """Rectification: what GRU is, and what it promises in both spaces and every scope."""
 
 import copy
-import math
+import warnings
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from geffect import Rectifier
+from geffect.gradients import reduced
 from geffect.objectives import nll
-from geffect.projection import gru
-from geffect.projection.elementwise import most_salient, opposed, salience
+from geffect.projection import (
+    SAGO,
+    State,
+    a_gem,
+    blur,
+    gru,
+    nearest,
+    off_span,
+    orthogonal,
+    pcgrad,
+)
 from tests import reference, tiny
 
 vectors = st.lists(
@@ -325,30 +337,6 @@ def test_a_selective_step_is_projected_within_its_coordinates() -> None:
         assert (step != 0).float().mean() < 0.15
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60_000), st.sampled_from([0.005, 0.1, 0.5, 1.0]), st.integers(0, 5))
-def test_the_mask_keeps_about_the_fraction(size: int, fraction: float, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    whole = torch.randn(size, generator=draw).abs()
-    masks = most_salient(list(whole.tensor_split(3)), fraction, torch.Generator().manual_seed(1))
-    kept = sum(int(mask.sum()) for mask in masks if mask is not None)
-    sampled = min(size, 20000)
-    slack = 5 * math.sqrt(fraction / sampled) + 2 / size
-    assert abs(kept / size - fraction) <= slack
-
-
-def test_salience_is_the_ratio_of_need_to_harm() -> None:
-    u, v = torch.tensor([2.0, -2.0]), torch.tensor([4.0, 0.25])
-    torch.testing.assert_close(salience(u, v), torch.tensor([1.0, 4.0]))
-    assert (salience(u, None) > 1e7).all()
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e15])
-def test_opposition_is_seen_at_every_scale(scale: float) -> None:
-    u, r = torch.tensor([1.0, -1.0, 0.0, 1.0]) * scale, torch.tensor([-1.0, -1.0, 1.0, 0.0]) * scale
-    assert opposed(u, r).tolist() == [True, False, False, False]
-
-
 def test_the_average_weighs_the_new_gradient_and_owns_its_memory() -> None:
     model = nn.Linear(2, 1, bias=False)
     rectifier = Rectifier(model, ema=0.25)
@@ -553,3 +541,336 @@ def test_a_rule_that_fails_in_update_space_takes_the_step_back() -> None:
     with pytest.raises(ValueError, match="finite weights"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def losses_of(model: nn.Module, pair: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {side: nll(model, batch) for side, batch in pair.items()}
+
+
+@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": None, "select": 0.05}])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_in_portions_is_the_step_of_the_whole(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Following a step needs all of the old parameters, so that it is taken in one.
+    monkeypatch.setattr("geffect.projection.spaces.PORTION_BYTES", 2000)
+    results = []
+    for follow in (False, True):
+        model = tiny.llama()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        rectifier = Rectifier(model, space="update", optimizer=optimizer, follow=follow, **options)
+        for pair in tiny.pairs(3):
+            optimizer.zero_grad()
+            rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+            grads = [p.grad for p in model.parameters()]
+            optimizer.step()
+            assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+        state = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        results.append([*model.parameters(), *[v for v in state if isinstance(v, Tensor)]])
+        rectifier.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_step_in_portions_that_raises_leaves_the_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, space="update", scope="coordinate", optimizer=optimizer)
+    rectifier.backward(objective={"forget": -1.0}, **losses_of(model, tiny.pairs(1)[0]))
+
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    rectifier.detach()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("scope", ["group", "layer", "parameter"])
+def test_every_block_of_a_scope_keeps_its_constraint(scope: Any) -> None:
+    model = tiny.llama()
+    rectifier = Rectifier(model, scope=scope)
+    pair = tiny.pairs(1)[0]
+    rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+    retain = reference.gradient(model, nll(model, pair["retain"]))
+    from geffect.layers import describe
+
+    labels = {
+        p.name: p.name if scope == "parameter" else getattr(p, scope) for p in describe(model)
+    }
+    along: dict[str, float] = dict.fromkeys(rectifier.blocks, 0.0)
+    for name, parameter in model.named_parameters():
+        along[labels[name]] += float((parameter.grad.double() * retain[name].double()).sum())
+    report = rectifier.report
+    assert report is not None and set(report.fired) <= {0.0, 1.0} and 1.0 in report.fired
+    for block, u, r, after in zip(
+        report.blocks, report.norm_before, report.retain_norm, report.inner_after, strict=True
+    ):
+        assert along[block] >= -1e-6 * u * r
+        assert along[block] == pytest.approx(after, abs=1e-6 * u * r)
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_nearest_harms_none_of_several_retain_sets(space: Any) -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, nearest, against=("retain", "world"), **placed(space, optimizer))
+    assert list(rectifier.watched) == ["retain_ema", "world_ema"]
+    fired = 0.0
+    for step, pair in enumerate(tiny.pairs(4)):
+        optimizer.zero_grad()
+        before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        rectifier.backward(
+            objective={"forget": -1.0},
+            world=nll(model, tiny.batch(100 + step)),
+            **losses_of(model, pair),
+        )
+        x = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        optimizer.step()
+        if space == "update":
+            x = before - torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        report = rectifier.report
+        assert report is not None and report.blocks == ("model, retain", "model, world")
+        fired += sum(report.fired)
+        for place, average in enumerate(rectifier.watched.values()):
+            r = torch.cat([tensor.reshape(-1) for tensor in average])
+            along = float(torch.dot(x.double(), r.double()))
+            scale = float(x.double().norm() * r.double().norm())
+            assert along >= -1e-6 * scale
+            assert report.inner_after[place] == pytest.approx(along, abs=2e-6 * scale)
+    assert fired > 0
+
+
+def test_a_rule_for_one_retain_gradient_refuses_several() -> None:
+    with pytest.raises(ValueError, match="should"):
+        Rectifier(nn.Linear(2, 1), against=("retain", "world"))
+
+
+def test_the_forget_part_is_rectified_and_the_retain_term_added_behind() -> None:
+    for part in ("total", "forget"):
+        model = tiny.llama()
+        rectifier = Rectifier(model, part=part, ema=1.0)  # type: ignore[arg-type]
+        pair = tiny.pairs(1)[0]
+        u = -reference.flat(reference.gradient(model, nll(model, pair["forget"]))).double()
+        r = reference.flat(reference.gradient(model, nll(model, pair["retain"]))).double()
+        rectifier.backward(objective={"forget": -1.0, "retain": 0.25}, **losses_of(model, pair))
+        found = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).double()
+        whole = reference.gru(u + 0.25 * r, r)
+        behind = reference.gru(u, r) + 0.25 * r
+        expected = whole if part == "total" else behind
+        assert (whole - behind).norm() > 1e-3 * u.norm(), "the parts differ"
+        assert (found - expected).norm() <= 1e-5 * u.norm()
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                rectifier.watched["retain_ema"], reference_tensors(model, pair), strict=True
+            )
+        )
+
+
+def reference_tensors(model: nn.Module, pair: dict[str, dict[str, Tensor]]) -> list[Tensor]:
+    return list(reference.gradient(model, nll(model, pair["retain"])).values())
+
+
+def test_the_correction_along_the_scaled_retain_gradient() -> None:
+    model = tiny.llama()
+    plain_model = copy.deepcopy(model)
+    optimizer, plain = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, plain_model))
+    rectifier = Rectifier(
+        model, space="update", correction="retain_adam", optimizer=optimizer, ema=1.0
+    )
+    pair = tiny.pairs(1)[0]
+    before = reference.flat({n: p.detach().clone() for n, p in model.named_parameters()}).double()
+    r = reference.flat(reference.gradient(model, nll(model, pair["retain"]))).double()
+    rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+    optimizer.step()
+    (-nll(plain_model, pair["forget"])).backward()
+    plain.step()
+    x, u = (
+        before - reference.flat({n: p.detach() for n, p in m.named_parameters()}).double()
+        for m in (model, plain_model)
+    )
+    q = r / (r.abs() + 1e-8)  # after one step the mean square is the square
+    expected = u + max(0.0, -float(u @ r) / float(q @ r)) * q
+    assert float(u @ r) < 0
+    assert (x - expected).norm() <= 1e-3 * u.norm()
+    assert float(x @ r) >= -1e-6 * float(x.norm() * r.norm())
+    assert rectifier.report is not None
+    assert rectifier.report.norm_after[0] == pytest.approx(float(x.norm()), rel=1e-3)
+    assert abs(rectifier.report.inner_after[0]) <= 1e-9 * float(u.norm() * r.norm())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"space": "update"}, {"space": "update", "scope": "coordinate"}]
+)
+def test_a_step_that_is_followed_tells_what_was_applied(options: dict[str, Any]) -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, optimizer=optimizer, follow=True, ema=0.5, **options)
+    for pair in tiny.pairs(3):
+        optimizer.zero_grad()
+        before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]).double()
+        fresh = reference.flat(reference.gradient(model, nll(model, pair["retain"]))).double()
+        rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+        optimizer.step()
+        step = before - torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+        average = torch.cat([r.reshape(-1) for r in rectifier.watched["retain_ema"]]).double()
+        report = rectifier.report
+        assert report is not None
+        for found, r in ((report.applied_average, average), (report.applied_fresh, fresh)):
+            scale = float(step.norm() * r.norm())
+            assert found[0] == pytest.approx(float(step @ r), abs=1e-6 * scale)
+
+
+def test_micro_batches_are_rectified_as_the_whole() -> None:
+    results = []
+    for windows in (1, 3):
+        model = tiny.llama()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        rectifier = Rectifier(model)
+        pairs = tiny.pairs(6)
+        for start in (0, 3):
+            optimizer.zero_grad()
+            window = pairs[start : start + 3]
+            if windows == 1:
+                sums = {
+                    side: sum(nll(model, pair[side]) for pair in window) / 3  # type: ignore[misc]
+                    for side in ("forget", "retain")
+                }
+                rectifier.backward(objective={"forget": -1.0}, **sums)
+            else:
+                for place, pair in enumerate(window):
+                    parts = {side: nll(model, batch) / 3 for side, batch in pair.items()}
+                    rectifier.backward(objective={"forget": -1.0}, accumulate=place < 2, **parts)
+                    assert (model.model.norm.weight.grad is None) == (place < 2)
+            optimizer.step()
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+class Scaler:
+    """A GradScaler whose scale is what is said, on a device that has none."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def get_scale(self) -> float:
+        return self.scale
+
+
+@pytest.mark.parametrize("rule", [gru, pcgrad, SAGO(prefer_retain=True)], ids=str)
+def test_a_scaler_scales_what_is_left_and_nothing_else(rule: Any) -> None:
+    grads, reports = [], []
+    for scale in (1.0, 1024.0):
+        model = tiny.llama()
+        rectifier = Rectifier(model, rule, ema=0.5)
+        for pair in tiny.pairs(2):
+            model.zero_grad()
+            rectifier.backward(
+                scaler=Scaler(scale), objective={"forget": -1.0}, **losses_of(model, pair)
+            )
+        grads.append(torch.cat([p.grad.reshape(-1) / scale for p in model.parameters()]))
+        reports.append(rectifier.report)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+    for name in ("inner_before", "inner_after", "norm_after", "retain_norm"):
+        assert getattr(reports[0], name) == pytest.approx(
+            getattr(reports[1], name), rel=1e-4, abs=1e-7
+        )
+
+
+def test_a_scaled_step_that_overflows_is_as_if_it_had_not_been() -> None:
+    model = tiny.llama()
+    rectifier = Rectifier(model)
+    first, second = tiny.pairs(2)
+    rectifier.backward(objective={"forget": -1.0}, **losses_of(model, first))
+    average = [r.clone() for r in rectifier.watched["retain_ema"]]
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rectifier.backward(
+            scaler=Scaler(2.0**127), objective={"forget": -1.0}, **losses_of(model, second)
+        )
+    assert not all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert rectifier.report is None and rectifier.skipped == 0
+    assert all(map(torch.equal, average, rectifier.watched["retain_ema"]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rule": None, "select": 0.05, "space": "update"},
+        {"scope": "coordinate", "space": "update", "state": State(torch.bfloat16)},
+        {"space": "update", "correction": "retain_adam", "state": State(device="cpu")},
+    ],
+    ids=str,
+)
+def test_a_run_that_was_stopped_and_resumed_equals_the_one_that_was_not(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    def made(model: nn.Module) -> tuple[torch.optim.Optimizer, Rectifier]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        return optimizer, Rectifier(
+            model, **options, **({"optimizer": optimizer} if options else {})
+        )
+
+    def train(model: nn.Module, optimizer: Any, rectifier: Rectifier, pairs: Any) -> None:
+        for pair in pairs:
+            optimizer.zero_grad()
+            rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+            optimizer.step()
+
+    pairs = tiny.pairs(6)
+    whole = tiny.llama()
+    train(whole, *made(whole), pairs)
+    stopped = tiny.llama()
+    optimizer, rectifier = made(stopped)
+    train(stopped, optimizer, rectifier, pairs[:3])
+    states = stopped.state_dict(), optimizer.state_dict(), rectifier.state_dict()
+    torch.save(states, tmp_path / "checkpoint.pt")
+    resumed = tiny.llama(seed=1)
+    optimizer, rectifier = made(resumed)
+    for owner, state in zip(
+        (resumed, optimizer, rectifier), torch.load(tmp_path / "checkpoint.pt"), strict=True
+    ):
+        owner.load_state_dict(state)
+    train(resumed, optimizer, rectifier, pairs[3:])
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_the_two_gradients_of_a_step_are_not_in_memory_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[list[weakref.ref[Tensor]]] = []
+
+    def watching(*args: Any) -> Any:
+        assert all(tensor() is None for tensor in (taken[-1] if len(taken) % 2 else []))
+        gradients = reduced(*args)
+        vectors = gradients.vectors.values()
+        taken.append([weakref.ref(t) for v in vectors for t in v if t is not None])
+        return gradients
+
+    monkeypatch.setattr("geffect.projection.rectifier.reduced", watching)
+    model = tiny.llama()
+    rectifier = Rectifier(model, ema=0.5)
+    for pair in tiny.pairs(2):
+        model.zero_grad()
+        rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+    assert [len(tensors) > 0 for tensors in taken] == [True] * 4, "a retain pass, then another"
+
+
+def test_rules_that_look_at_lengths_are_refused_in_update_space() -> None:
+    model = nn.Linear(2, 1)
+    for rule in (pcgrad, blur, SAGO()):
+        with pytest.raises(ValueError, match=r"of any length.* Found .* Pass space"):
+            Rectifier(model, rule, space="update")
+        Rectifier(model, rule)
+    for rule in (gru, orthogonal, a_gem, off_span, nearest):
+        Rectifier(model, rule, space="update")

@@ -1,70 +1,89 @@
-"""Rules that look at every coordinate by itself and are therefore no function of a Gram matrix."""
+"""Rules that look at every coordinate by itself and are therefore no function of a Gram matrix.
 
+Under sharding a process needs its own part alone, and no collective.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-SAMPLE = 20_000
-EPSILON = 1e-8
+
+class Elementwise(ABC):
+    """A rule on the coordinates of one parameter at a time."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
+        """The new gradient, from the objective gradient and the retain gradients of a parameter.
+
+        A parameter that no retain loss reaches has an empty sequence. Nothing is changed in place.
+        """
 
 
-def opposed(u: Tensor, r: Tensor) -> Tensor:
-    """The coordinates at which u harms r: u_i r_i < 0, `Bool` of their shape.
+@dataclass(frozen=True)
+class Halt(Elementwise):
+    """Coordinates that would harm the retain data stay where they are.
 
-    With these set to zero, u is GRU's answer to the constraint x_i r_i >= 0 asked of every
-    coordinate.
+    x_i = 0 where u_i r_i < 0 for any retain gradient r, else u_i: the nearest point to u with
+    x_i r_i >= 0 at every coordinate, which is `gru` and `nearest` asked of each by itself.
 
-    >>> opposed(torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, -1.0]))
+    >>> Halt()(torch.tensor([1.0, -1.0, 0.5]), [torch.tensor([2.0, 2.0, -1.0])])
+    tensor([1., 0., 0.])
+    """
+
+    def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
+        return u.masked_fill(opposed(u, retain), 0.0)
+
+
+@dataclass(frozen=True)
+class SAGO(Elementwise):
+    """SAGO: where a coordinate of the objective gradient harms the retain data, theirs instead.
+
+    x_i = alpha r_i where u_i r_i < 0, else u_i; with `prefer_retain` else u_i + alpha r_i (arXiv
+    2604.14808). So <x, r> >= 0 coordinate by coordinate. It adds the retain term, alpha r, by
+    itself: let the objective be the forget part alone. r is the gradient of the step, without an
+    average: `Rectifier(model, SAGO(), ema=1.0)`.
+
+    >>> u, r = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([2.0, 2.0, 3.0])
+    >>> SAGO(alpha=0.5)(u, [r])
+    tensor([1., 1., 0.])
+    >>> SAGO(alpha=0.5, prefer_retain=True)(u, [r])
+    tensor([2.0000, 1.0000, 1.5000])
+    """
+
+    alpha: float = 1.0
+    prefer_retain: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(
+                "`alpha` of SAGO should be the weight of the retain loss, 0 or more. Found "
+                f"`alpha = {self.alpha!r}`. Pass one such as 1.0."
+            )
+
+    def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
+        if not retain:
+            return u
+        if len(retain) > 1:
+            raise ValueError(
+                "`SAGO` should be given one retain gradient beside the objective's. Found "
+                f"{len(retain)}. Add their losses up, or take the rule `nearest`."
+            )
+        r = self.alpha * retain[0]
+        return torch.where(opposed(u, retain), r, u + r if self.prefer_retain else u)
+
+
+def opposed(u: Tensor, retain: Sequence[Tensor]) -> Tensor:
+    """Where u harms one of the retain gradients: u_i r_i < 0, `Bool` of the shape of u.
+
+    >>> opposed(torch.tensor([1.0, -1.0, 0.0]), [torch.tensor([2.0, 2.0, -1.0])])
     tensor([False,  True, False])
     """
-    # Signs, not the product: that of two tiny numbers would underflow to no conflict.
-    return u.sign() * r.sign() < 0
-
-
-def salience(u: Tensor, second_moment: Tensor | None) -> Tensor:
-    """How much the objective asks for a coordinate that the retain data leave alone.
-
-    a_i = |u_i| / (sqrt(v_i) + 1e-8) with v the second moment of the retain gradient: the ratio of
-    selective synaptic dampening, used as the mask of a step.
-    """
-    scale = 0.0 if second_moment is None else second_moment.sqrt()
-    return u.abs().float() / (scale + EPSILON)
-
-
-def most_salient(
-    saliences: Sequence[Tensor | None], fraction: float, generator: torch.Generator
-) -> list[Tensor | None]:
-    """The mask of the top `fraction` of all coordinates together, `Bool` a tensor.
-
-    The threshold is the quantile of a random sample of 20,000 coordinates, or of all where there
-    are no more.
-
-    >>> tensors = [torch.tensor([1.0, 9.0]), torch.tensor([2.0, 3.0])]
-    >>> most_salient(tensors, 0.25, torch.Generator())
-    [tensor([False,  True]), tensor([False, False])]
-    """
-    present = [tensor for tensor in saliences if tensor is not None]
-    if not present:
-        return [None for _ in saliences]
-    threshold = torch.quantile(_sample(present, generator), 1 - fraction)
-    return [None if tensor is None else tensor >= threshold for tensor in saliences]
-
-
-def _sample(tensors: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    ends = list(accumulate(tensor.numel() for tensor in flat))
-    if ends[-1] <= SAMPLE:
-        return torch.cat(flat)
-    picks = torch.randint(ends[-1], (SAMPLE,), generator=generator).sort().values
-    bounds = torch.searchsorted(picks, torch.tensor([0, *ends]))
-    starts = [0, *ends]
-    return torch.cat(
-        [
-            tensor[(picks[first:last] - start).to(tensor.device)]
-            for tensor, start, (first, last) in zip(
-                flat, starts, pairwise(bounds.tolist()), strict=False
-            )
-        ]
-    )
+    harmed = torch.zeros_like(u, dtype=torch.bool)
+    for r in retain:
+        # Signs, not the product: that of two tiny numbers would underflow to no conflict.
+        harmed |= u.sign() * r.sign() < 0
+    return harmed

@@ -1,5 +1,11 @@
 """What a rectifier remembers of the retain gradients that it has seen."""
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -9,59 +15,256 @@ from geffect.gradients import Vector
 SECOND_MOMENT_DECAY = 0.999
 
 
-class RetainMemory:
-    """The running average of the retain gradient, and of its square where that is wanted.
+@dataclass(frozen=True)
+class State:
+    """How averages are kept: in float32 or in half of that, with the parameters or on the CPU.
 
-    average <- weight r + (1 - weight) average, started at the first gradient (arXiv 2503.09117; its
-    gamma weighs the new gradient, the opposite of momentum). Float32. A parameter that no retain
-    loss has reached yet has None.
+    bfloat16 is rounded up or down at random, with the odds that make it right in the mean: nearest
+    rounding would lose what is too small for its eight bits, however often it comes. A coordinate
+    is off by about a percent, as often upward as downward.
+
+    >>> State(torch.bfloat16, device="cpu")
+    State(dtype=torch.bfloat16, device='cpu')
     """
 
-    def __init__(self, weight: float, *, second_moment: bool) -> None:
+    dtype: torch.dtype = torch.float32
+    device: Literal["cpu"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                "`dtype` of State should be torch.float32 or torch.bfloat16. Found "
+                f"`{self.dtype}`. Choose one of those."
+            )
+        if self.device not in (None, "cpu"):
+            raise ValueError(
+                '`device` of State should be "cpu", or None for where the parameters are. Found '
+                f"`{self.device!r}`. Choose one of those."
+            )
+
+
+class RetainMemory:
+    """The running averages of the retain gradients, and of their squares where that is wanted.
+
+    average <- weight r + (1 - weight) average, one for each retain set, started at the first
+    gradient (arXiv 2503.09117; its gamma weighs the new gradient, the opposite of momentum).
+    v <- 0.999 v + 0.001 (sum of r^2 over the sets), one for all, started at zero. A parameter that
+    no retain loss has reached yet has None.
+
+    >>> memory = RetainMemory(["retain"], 0.25, second_moment=False, state=State())
+    >>> for value in (1.0, 3.0):
+    ...     memory.update({"retain": [torch.tensor([value])]})
+    >>> memory.retain(0)
+    [tensor([1.5000])]
+    """
+
+    def __init__(
+        self, sets: Sequence[str], weight: float, *, second_moment: bool, state: State
+    ) -> None:
         self.weight = weight
-        self.average: list[Tensor | None] = []
-        self._squares: list[Tensor | None] | None = [] if second_moment else None
+        self._averages = {name: _Kept(state) for name in sets}
+        self._squares = _Kept(state) if second_moment else None
         self._count = 0
 
-    def update(self, gradient: Vector) -> str | None:
-        """Take in one gradient, or say why it is left out."""
-        # The largest entry tells, and unlike a sum of squares it neither under- nor overflows.
-        largest = [
-            torch.linalg.vector_norm(part, torch.inf).float()
-            for part in (distributed.local(tensor) for tensor in gradient if tensor is not None)
-            if part.numel()
-        ]
-        peak = (
-            torch.stack([x.to(largest[0].device) for x in largest]).max().item() if largest else 0.0
-        )
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average yet."""
+        return self._count > 0
+
+    def update(self, gradients: Mapping[str, Vector], *, agree: bool = True) -> str | None:
+        """Take in a gradient of every set, or none of them and say why.
+
+        What is zero or not finite on any process is left out on all. With agree=False they do not
+        ask each other: left out is only what is not finite here, and only here.
+        """
+        news = {name: gradients[name] for name in self._averages}
+        for name, new in news.items():
+            problem = _problem(new, agree=agree)
+            if problem is not None:
+                return problem if len(news) == 1 else f"{problem} for `{name}`"
+        weight = self.weight if self.ready else 1.0
+        self._count += 1
+        # Each tensor of each step is rounded by random numbers of its own, and by the same ones on
+        # another process and in a run that was resumed. A new tensor changes two kept ones at most.
+        seeds = count(2 * self._count * sum(map(len, news.values())))
+        with torch.no_grad():
+            for average, new in zip(self._averages.values(), news.values(), strict=True):
+                average.change([[tensor] for tensor in new], partial(_mix, weight=weight), seeds)
+            if self._squares is not None:
+                together = list(zip(*news.values(), strict=True))
+                self._squares.change(together, _add_squares, seeds)
+        return None
+
+    def retain(self, i: int) -> list[Tensor | None]:
+        """The averages of parameter i, one a set: float32, on the parameter's device."""
+        return [average[i] for average in self._averages.values()]
+
+    def vector(self, name: str) -> Vector:
+        """The average of one set, as it is whenever it is looked at; empty before the first."""
+        return self._averages[name]
+
+    def scale(self, i: int) -> Tensor | None:
+        """The root mean square of parameter i: sqrt(v / (1 - 0.999^steps)), float32."""
+        assert self._squares is not None
+        square = self._squares[i]
+        if square is None:
+            return None
+        return (square / (1 - SECOND_MOMENT_DECAY**self._count)).sqrt_()
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """All that is remembered, by the names of the parameters: the tensors in use, not copies.
+
+        That of a sharded parameter is a DTensor, and None that of one that no gradient has reached.
+        """
+        return {"count": self._count} | {
+            key: dict(zip(names, kept.tensors or [None] * len(names), strict=True))
+            for key, kept in self._vectors().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Go on as the memory that the state is of would have; the tensors are copied.
+
+        Averages mean the same whatever weight and State they go on with, so both may be others.
+        """
+        vectors = self._vectors()
+        if state.keys() != {"count", *vectors}:
+            raise ValueError(
+                f"`state` should hold {_listed(['count', *vectors])}. Found {_listed(state)}. "
+                "Make the rectifier with the retain sets, `select` and `correction` that the saved "
+                "one had."
+            )
+        for key in vectors:
+            _check_saved(key, state[key], parameters)
+        self._count = int(state["count"])
+        for key, kept in vectors.items():
+            kept.load([(state[key][name], like) for name, like in parameters.items()])
+
+    def _vectors(self) -> "dict[str, _Kept]":
+        averages = {f"average.{name}": kept for name, kept in self._averages.items()}
+        return averages if self._squares is None else averages | {"second_moment": self._squares}
+
+
+Change = Callable[[Tensor, Sequence[Tensor | None]], None]
+"""Takes the new tensors of a parameter into what is kept of it, in place."""
+
+
+class _Kept(Sequence[Tensor | None]):
+    """A vector of the model's size, kept as a State says; read, it is float32 and in its place."""
+
+    def __init__(self, state: State) -> None:
+        self.tensors: list[Tensor | None] = []
+        self._devices: list[torch.device | None] = []
+        self._state = state
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @overload
+    def __getitem__(self, i: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Tensor | None]: ...
+    def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor | None] | None:
+        if isinstance(i, slice):
+            return [self[place] for place in range(*i.indices(len(self)))]
+        kept = self.tensors[i]
+        return None if kept is None else kept.to(self._devices[i], torch.float32)
+
+    def change(
+        self, news: Sequence[Sequence[Tensor | None]], by: Change, seeds: Iterator[int]
+    ) -> None:
+        """Change what is kept of each parameter by its new tensors, one parameter at a time."""
+        if not self.tensors:
+            self.tensors, self._devices = [None] * len(news), [None] * len(news)
+        for i, new in enumerate(news):
+            seed = next(seeds)
+            first = next((tensor for tensor in new if tensor is not None), None)
+            if self.tensors[i] is None and first is not None:
+                self.tensors[i], self._devices[i] = self._like(first).zero_(), first.device
+            whole = self.tensors[i]
+            if whole is None:
+                continue
+            kept = distributed.local(whole)
+            exact = kept.float()  # itself where it is kept in float32: then nothing is copied
+            parts = [None if t is None else distributed.local(t).to(exact) for t in new]
+            by(exact, parts)
+            if exact is not kept:
+                kept.copy_(_rounded(exact, seed))
+
+    def load(self, saved: Sequence[tuple[Tensor | None, Tensor]]) -> None:
+        """Keep copies of what was saved, each like the parameter that comes with it."""
+        self._devices = [like.device for _, like in saved]
+        self.tensors = [None if tensor is None else self._like(like) for tensor, like in saved]
+        for kept, (tensor, _) in zip(self.tensors, saved, strict=True):
+            if kept is not None and tensor is not None:
+                distributed.local(kept).copy_(distributed.local(tensor))
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor.detach(), dtype=self._state.dtype, device=self._state.device)
+
+
+def _mix(average: Tensor, new: Sequence[Tensor | None], weight: float) -> None:
+    (tensor,) = new
+    if tensor is None:
+        average.mul_(1 - weight)
+    else:
+        average.lerp_(tensor, weight)
+
+
+def _add_squares(mean: Tensor, news: Sequence[Tensor | None]) -> None:
+    mean.mul_(SECOND_MOMENT_DECAY)
+    for tensor in news:
+        if tensor is not None:
+            mean.addcmul_(tensor, tensor, value=1 - SECOND_MOMENT_DECAY)
+
+
+def _rounded(exact: Tensor, seed: int) -> Tensor:
+    """The float32 tensor with its low 16 bits rounded away, up as often as they are large."""
+    generator = torch.Generator(exact.device).manual_seed(seed)
+    # A bfloat16 is the upper half of a float32: noise below it carries over with the right odds.
+    bits = torch.empty_like(exact, dtype=torch.int32).random_(2**16, generator=generator)
+    return bits.add_(exact.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+
+
+def _problem(gradient: Vector, *, agree: bool) -> str | None:
+    """Why the gradient cannot be taken in."""
+    parts = [distributed.local(tensor) for tensor in gradient if tensor is not None]
+    # The largest entry tells, and unlike a sum of squares it neither under- nor overflows.
+    ends = [torch.stack(part.detach().aminmax()).float() for part in parts if part.numel()]
+    peak = torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
+    if agree:
         peak = distributed.largest(peak)
         if peak == 0.0:
             return "zero"
-        if not peak < float("inf"):
-            return "not finite"
-        first = self._count == 0
-        self._count += 1
-        self.average = _mixed(self.average, gradient, 1.0 if first else self.weight)
-        if self._squares is not None:
-            squares = [None if tensor is None else tensor.float() ** 2 for tensor in gradient]
-            self._squares = _mixed(self._squares, squares, 1 - SECOND_MOMENT_DECAY)
-        return None
-
-    def second_moment(self) -> list[Tensor | None]:
-        """The running mean square, with the bias of its start at zero taken out."""
-        assert self._squares is not None
-        correction = 1 - SECOND_MOMENT_DECAY**self._count
-        return [None if square is None else square / correction for square in self._squares]
+    return None if peak < float("inf") else "not finite"
 
 
-def _mixed(state: list[Tensor | None], new: Vector, weight: float) -> list[Tensor | None]:
-    """(1 - weight) state + weight new, in place where there is a state; None stands for zero."""
-    mixed: list[Tensor | None] = []
-    for old, tensor in zip(state or [None] * len(new), new, strict=True):
+def _check_saved(
+    key: str, saved: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]
+) -> None:
+    """Refuse what was saved of another model, or in other parts."""
+    missing = [name for name in parameters if name not in saved]
+    unknown = [name for name in saved if name not in parameters]
+    if missing or unknown:
+        raise ValueError(
+            f"`state` should have the parameters of this model in `{key}`. Found none for "
+            f"{_listed(missing)}, and {_listed(unknown)} beside them. Load the state of a "
+            "rectifier of the same model, with the same parameters trained."
+        )
+    for name, parameter in parameters.items():
+        tensor = saved[name]
         if tensor is None:
-            mixed.append(None if old is None else old.mul_(1 - weight))
-        elif old is None:
-            mixed.append(tensor.detach().to(torch.float32, copy=True).mul_(weight))
-        else:
-            mixed.append(old.lerp_(tensor.detach().float(), weight))
-    return mixed
+            continue
+        own, other = (tuple(distributed.local(t).shape) for t in (parameter, tensor))
+        if own != other:
+            raise ValueError(
+                f"`state` should have the shapes of this model's parameters. Found {other} for "
+                f"`{name}`, which has {own} here. Load the state of a rectifier of the same model; "
+                "of a sharded one, as this process of as many saved it."
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    quoted = [f"`{name}`" for name in names]
+    more = f" and {len(quoted) - 3} more" if len(quoted) > 4 else ""
+    return ", ".join(quoted[:3] if more else quoted) + more or "none"

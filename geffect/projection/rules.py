@@ -1,30 +1,173 @@
-"""Rules: from the Gram matrix of (objective, retain) to the weights of the gradient to step along.
+"""Rules: from the Gram matrix of (objective, retain, ...) to the weights of the new gradient.
 
-`K` is `Float64[..., 2, 2]` over the objective gradient u and the retain gradient r, the weights are
-`Float64[..., 2]`, and the new gradient is w_u u + w_r r. Leading axes are blocks, each with a
-constraint of its own.
+`K` is `Float64[..., k, k]` over the objective gradient u and the retain gradients r_1, r_2, ...,
+the weights are `Float64[..., k]`, and the new gradient is w_u u + w_1 r_1 + w_2 r_2 + ... Leading
+axes are blocks, each with a constraint of its own. A retain gradient that is zero takes no part.
 """
 
 from collections.abc import Callable
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
 
-from geffect.gram import in_conflict, inner
+from geffect.gram import in_conflict, inner, norm
 
 Rule = Callable[[Tensor], Tensor]
+
+PARALLEL = 1e-6
+"""Retain gradients at a smaller angle count as one.
+
+To tell them apart takes weights so large that float32 gradients lose in their sum what is gained.
+"""
 
 
 def gru(K: Tensor) -> Tensor:
     """GRU: the point nearest to u among those that do not harm r (arXiv 2503.09117).
 
     min_x |x - u|^2 such that <x, r> >= 0 has the solution x = u + max(0, -<u, r>) / |r|^2 r:
-    u itself where there is no conflict, and else the part of u that is orthogonal to r.
+    u itself where there is no conflict, and else the part of u that is orthogonal to r. For several
+    retain gradients there is `nearest`.
 
     >>> gru(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
     tensor([1.0000, 0.5000])
     """
-    along_retain = torch.where(
-        in_conflict(K, 0, 1), -inner(K, 0, 1) / inner(K, 1, 1), torch.zeros_like(inner(K, 0, 1))
-    )
+    _check_one_retain(K, "gru")
+    along_retain = torch.where(in_conflict(K, 0, 1), -_along(K, 0, 1), 0.0)
     return torch.stack([torch.ones_like(along_retain), along_retain], dim=-1)
+
+
+def a_gem(K: Tensor) -> Tensor:
+    """A-GEM: what GRU does, where r is of samples drawn from a memory (arXiv 1812.00420).
+
+    The weights are those of `gru`. The difference is r: A-GEM draws a batch from its memory at each
+    step and keeps no average, so take `Rectifier(model, a_gem, ema=1.0)`.
+
+    >>> a_gem(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
+    tensor([1.0000, 0.5000])
+    """
+    _check_one_retain(K, "a_gem")
+    return gru(K)
+
+
+def orthogonal(K: Tensor) -> Tensor:
+    """The part of u that is orthogonal to r, in conflict or not: x = u - <u, r> / |r|^2 r.
+
+    To first order the step leaves the retain risk where it is, also where it would have lowered it.
+
+    >>> orthogonal(torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
+    tensor([ 1.0000, -0.5000])
+    """
+    _check_one_retain(K, "orthogonal")
+    along_retain = -_along(K, 0, 1)
+    return torch.stack([torch.ones_like(along_retain), along_retain], dim=-1)
+
+
+def pcgrad(K: Tensor) -> Tensor:
+    """PCGrad of two tasks: the sum of u and r, each without what conflicts (arXiv 2001.06782).
+
+    x = (u - <u, r> / |r|^2 r) + (r - <u, r> / |u|^2 u) in conflict, else u + r. The step trains on
+    the retain data too: an objective that holds a retain term of its own gets it twice.
+
+    >>> pcgrad(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
+    tensor([1.2500, 1.5000])
+    """
+    _check_one_retain(K, "pcgrad")
+    lost = torch.stack([_along(K, 1, 0), _along(K, 0, 1)], dim=-1)
+    return 1 - torch.where(in_conflict(K, 0, 1)[..., None], lost, 0.0)
+
+
+def blur(K: Tensor) -> Tensor:
+    """BLUR: forgetting comes first, and r is added without its part along u (arXiv 2506.08164).
+
+    x = u + (r - <r, u> / |u|^2 u), so that <x, u> = |u|^2: the step forgets as fast as along u. It
+    may harm r. It trains on the retain data too: an objective that holds a retain term of its own
+    gets it twice.
+
+    >>> blur(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
+    tensor([1.2500, 1.0000])
+    """
+    _check_one_retain(K, "blur")
+    along_objective = 1 - _along(K, 1, 0)
+    return torch.stack([along_objective, torch.ones_like(along_objective)], dim=-1)
+
+
+def off_span(K: Tensor) -> Tensor:
+    """OGPSA: the part of u that is orthogonal to every retain gradient (arXiv 2602.07892).
+
+    w = (1, -K_rr^+ K_ru), with the pseudo-inverse of the Gram matrix of the retain gradients at
+    length one, so that a short one counts like a long one. One that lies in the span of the others,
+    to within an angle of 1e-6, adds nothing to it. With one retain gradient this is `orthogonal`.
+
+    >>> off_span(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 0.0], [2.0, 0.0, 4.0]]).double())
+    tensor([ 1.0000, -1.0000, -0.5000], dtype=torch.float64)
+    """
+    R, c, lengths = _unit(K)
+    inverse = torch.linalg.pinv(R, atol=PARALLEL**2, rtol=0.0, hermitian=True)
+    return _weights(-(inverse @ c[..., None])[..., 0], lengths)
+
+
+def nearest(K: Tensor) -> Tensor:
+    """The point nearest to u among those that harm none of the retain gradients.
+
+    min_x |x - u|^2 such that <x, r_j> >= 0 for every j. The solution is x = u + sum_j w_j r_j where
+    w_j >= 0, <x, r_j> >= 0, and one of the two is zero for each j. With one retain gradient this is
+    `gru`. Exact: every choice of the w_j that may differ from zero is solved, and the one is taken
+    that meets these conditions to rounding. So the work doubles with each retain gradient. Those
+    that differ from the opposite of another by an angle below 1e-6 count as its opposite.
+
+    >>> K = torch.tensor([[2.0, -1.0, -1.0], [-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]).double()
+    >>> nearest(K)
+    tensor([1., 1., 1.], dtype=torch.float64)
+    """
+    R, c, lengths = _unit(K)
+    count = c.shape[-1]
+    solution = torch.zeros_like(c)
+    error = (-c).clamp(min=0).amax(dim=-1)  # of w = 0: the worst conflict
+    for free in chain.from_iterable(combinations(range(count), n) for n in range(1, count + 1)):
+        places = list(free)
+        # Not `solve`, which refuses singular matrices: what comes of one shows in its error.
+        w_free, _ = torch.linalg.solve_ex(R[..., places, :][..., places], -c[..., places])
+        w = torch.zeros_like(c)
+        w[..., places] = w_free
+        inner_after = (R @ w[..., None])[..., 0] + c
+        residual = inner_after[..., places].abs()
+        broken = torch.cat([-w, -inner_after, residual], dim=-1).amax(dim=-1)
+        # Of two choices that rounding cannot tell apart, that of the smaller weights.
+        found = broken + PARALLEL**2 * w.abs().sum(dim=-1)
+        better = found < error
+        solution = torch.where(better[..., None], w, solution)
+        error = torch.where(better, found, error)
+    return _weights(solution.clamp(min=0), lengths)
+
+
+def _along(K: Tensor, i: int, j: int) -> Tensor:
+    """<g_i, g_j> / |g_j|^2; 0 where g_j is zero."""
+    return torch.where(inner(K, j, j) > 0, inner(K, i, j) / inner(K, j, j), 0.0)
+
+
+def _unit(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gram matrix of the retain gradients, their products with u, all at length one; lengths.
+
+    A gradient that is zero is orthogonal to all others here, of the length one.
+    """
+    lengths = torch.stack([norm(K, i) for i in range(K.shape[-1])], dim=-1)
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    # One length after the other: the product of two tiny ones would underflow.
+    cosines = K / lengths[..., None] / lengths[..., None, :]
+    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return cosines[..., 1:, 1:], cosines[..., 0, 1:], lengths
+
+
+def _weights(retain: Tensor, lengths: Tensor) -> Tensor:
+    """(1, w_1, ...) for the gradients as they are, from the w_j for those of length one."""
+    own = torch.ones_like(lengths[..., :1])
+    return torch.cat([own, retain * lengths[..., :1] / lengths[..., 1:]], dim=-1)
+
+
+def _check_one_retain(K: Tensor, rule: str) -> None:
+    if K.shape[-1] != 2:
+        raise ValueError(
+            f"`{rule}` should be given one retain gradient beside the objective's. Found a Gram "
+            f"matrix of {K.shape[-1]} gradients. Take `nearest` or `off_span` for several."
+        )

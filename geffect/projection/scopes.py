@@ -1,24 +1,34 @@
 """How wide a constraint reaches: one for each block of parameters, or one for each coordinate.
 
-Each function changes a space in place and tells what it did. `retain` is r, one tensor a parameter;
-`keep` restricts both u and r to the coordinates of a mask, so that a selective step stays selective
-after it was projected.
+Both change a space in place and tell what they did. What is said of a step is said of the Gram
+matrix of its direction u and of the averages r_1 ... r_m of the retain gradients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from geffect import dots
-from geffect.gradients import Rectification, Vector
+from geffect import distributed, dots
+from geffect.gradients import Rectification
 from geffect.gram import inner, norm
 
-from .elementwise import opposed
+from .elementwise import Elementwise
 from .rules import Rule
 from .spaces import Space
+
+Vectors = list[Tensor | None]
+
+Retain = Callable[[int], Vectors]
+"""The averages of a parameter's retain gradients, one a retain set."""
+
+Mask = Callable[[int], Tensor | None]
+"""The coordinates of a parameter that may move; None where all may."""
+
+Metric = Callable[[int], Tensor | None]
+"""The scale of the retain gradients' coordinates, where distances are measured in it."""
 
 
 @dataclass(frozen=True)
@@ -39,115 +49,268 @@ class Blocks:
         return cls(names, tuple(map(names.index, labels)))
 
 
-def rectify_blocks(
-    space: Space, retain: Vector, keep: Vector | None, blocks: Blocks, rule: Rule | None
-) -> Rectification | None:
-    """Apply the rule to the Gram matrix of every block.
+class Tally:
+    """Gram matrices that are taken one parameter at a time, and added up when they are asked for.
 
-    None, and nothing changed, where a gradient is not finite.
+    Adding up is one reduction where parameters are sharded, on all processes at once.
     """
-    before = _gram(space, retain, None, blocks)
-    if not before.isfinite().all():
-        return None
-    # The rule is asked before anything is changed: it may refuse.
-    weights = _weights(rule, before if keep is None else _gram(space, retain, keep, blocks))
-    changed = weights != torch.tensor([1.0, 0.0])
-    if keep is not None:
-        _stop(space, [None if mask is None else ~mask for mask in keep])
-        retain = [_restricted(r, mask) for r, mask in zip(retain, keep, strict=True)]
-    for i, (block, r) in enumerate(zip(blocks.place, retain, strict=True)):
-        if changed[block].any() and r is not None and space.direction(i) is not None:
-            own, other = weights[block].tolist()
-            space.combine(i, own, other, r)
-    fired = changed.any(dim=1) | torch.tensor(keep is not None)
-    after = _gram(space, retain, None, blocks) if fired.any() else before
-    return _report(blocks, before, after, coefficient=weights[:, 1], fired=fired)
+
+    def __init__(self, blocks: Blocks, parameters: Sequence[Tensor], size: int) -> None:
+        self._blocks, self._parameters = blocks, parameters
+        self._matrices = [torch.zeros(size, size, dtype=torch.float64) for _ in parameters]
+
+    def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
+        """Take the inner products of a parameter's vectors, and a number that is to be summed."""
+        products = dots.gram([None if v is None else distributed.local(v) for v in vectors])
+        if count is not None:
+            products = torch.block_diag(products, count.double().reshape(1, 1))
+        self._matrices[i] = products
+
+    def by_block(self) -> Tensor:
+        """The Gram matrices `Float64[block, k, k]`, on the CPU."""
+        over = [distributed.holders(parameter) for parameter in self._parameters]
+        table = dots.gathered(self._matrices, over)
+        summed = table.new_zeros(len(self._blocks.names), *table.shape[1:])
+        return summed.index_add(0, torch.tensor(self._blocks.place), table)
 
 
-def rectify_coordinates(
-    space: Space, retain: Vector, keep: Vector | None, blocks: Blocks
-) -> Rectification | None:
-    """Ask x_i r_i >= 0 of every coordinate: those that u moves against r stay where they are.
+@dataclass(frozen=True)
+class _Terms:
+    """The vectors of one parameter: u, and then the averages.
 
-    None, and nothing changed, where a gradient is not finite.
+    `seen` is what the constraint is about, `asked` what the rule is asked about, and `added` what
+    its weights go to.
     """
-    before = _gram(space, retain, None, blocks)
-    if not before.isfinite().all():
-        return None
-    against: list[Tensor | None] = []
-    for i, r in enumerate(retain):
+
+    seen: Vectors
+    asked: Vectors
+    added: Vectors
+
+    @classmethod
+    def of(cls, seen: Vectors, mask: Tensor | None, scale: Tensor | None) -> Self:
+        """Restricted to a mask and, with a scale s, in the metric in which r / s is the way.
+
+        The nearest point to u that does not harm r, with distances of coordinates measured in
+        sqrt(s), is u plus a multiple of r / s: the rule is asked about sqrt(s) u and r / sqrt(s).
+        """
+        kept = [v if v is None or mask is None else v * mask for v in seen]
+        if scale is None:
+            return cls(seen, kept, kept)
+        u, *averages = kept
+        root = scale.sqrt()
+        return cls(
+            seen,
+            [None if u is None else u * root, *(None if r is None else r / root for r in averages)],
+            [u, *(None if r is None else r / scale for r in averages)],
+        )
+
+
+class Constraint:
+    """One constraint for each block, kept by a rule on the Gram matrix of the block.
+
+    Nothing is changed where a gradient is not finite: `report` is None then.
+    """
+
+    def __init__(
+        self, blocks: Blocks, parameters: Sequence[Tensor], sets: Sequence[str], rule: Rule | None
+    ) -> None:
+        self._blocks, self._parameters, self._sets, self._rule = blocks, parameters, sets, rule
+
+    def keep(
+        self, space: Space, retain: Retain, mask: Mask | None, metric: Metric | None
+    ) -> Rectification | None:
+        """Change the space, and tell what was done."""
+
+        def terms(i: int) -> _Terms:
+            u = space.direction(i)
+            if u is None:
+                nothing: Vectors = [None] * (1 + len(self._sets))
+                return _Terms(nothing, nothing, nothing)
+            averages = [None if r is None else distributed.local(r) for r in retain(i)]
+            kept = None if mask is None else mask(i)
+            return _Terms.of([u, *averages], kept, None if metric is None else metric(i))
+
+        k, plain = 1 + len(self._sets), mask is None and metric is None
+        tally = Tally(self._blocks, self._parameters, k if plain else 3 * k)
+        for i in range(len(self._parameters)):
+            term = terms(i)
+            tally.add(i, term.seen if plain else [*term.seen, *term.asked, *term.added])
+        K = tally.by_block()
+        seen, asked, added = (slice(0, k),) * 3 if plain else _thirds(k)
+        if not K[:, seen, seen].isfinite().all():
+            return None
+        # The rule is asked before anything is changed: it may refuse.
+        weights = self._weights(K[:, asked, asked])
+        changed = (weights != _alone(weights)).any(dim=1)
+        for i, block in enumerate(self._blocks.place):
+            if mask is None and not changed[block]:
+                continue
+            term = terms(i)
+            if term.seen[0] is None:
+                continue
+            if term.added[0] is not term.seen[0]:
+                assert term.added[0] is not None
+                space.replace(i, term.seen[0], term.added[0])
+            own, *others = weights[block].tolist()
+            space.combine(
+                i,
+                own,
+                [
+                    (w, r)
+                    for w, r in zip(others, term.added[1:], strict=True)
+                    if w and r is not None
+                ],
+            )
+        fired = changed | torch.tensor(mask is not None)
+        if fired.any() and self._rounds:
+            after = self._measured(space, retain)
+            inner_after, norm_after = after[:, 0, 1:], norm(after, 0)
+        else:
+            inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
+            norm_after = _length(weights, K[:, added, added])
+        return reported(
+            self._blocks,
+            self._sets,
+            K[:, seen, seen],
+            inner_after=inner_after,
+            norm_after=norm_after,
+            coefficient=weights[:, 1:],
+            fired=fired,
+        )
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether what is written back may differ from what was asked for by more than float32."""
+        return any(p.dtype not in (torch.float32, torch.float64) for p in self._parameters)
+
+    def _measured(self, space: Space, retain: Retain) -> Tensor:
+        tally = Tally(self._blocks, self._parameters, 1 + len(self._sets))
+        for i in range(len(self._parameters)):
+            u = space.direction(i)
+            tally.add(i, [u, *(retain(i) if u is not None else [None] * len(self._sets))])
+        return tally.by_block()
+
+    def _weights(self, K: Tensor) -> Tensor:
+        """The weights of u and the averages; (1, 0, ...) where there is no rule, or no average."""
+        untouched = _alone(K[:, 0])
+        if self._rule is None:
+            return untouched
+        asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1)
+        weights = torch.where(asked[:, None], self._rule(K), untouched)
+        if not weights.isfinite().all():
+            raise ValueError(
+                f"A rule should give finite weights. Found {weights.tolist()} from {self._rule!r}. "
+                "Guard its divisions; nothing was changed, and a step in update space was taken "
+                "back."
+            )
+        return weights
+
+
+class Coordinates:
+    """A rule for every coordinate by itself, one parameter after the other.
+
+    It asks no other process anything; `report` does, on all of them at once.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        parameters: Sequence[Tensor],
+        sets: Sequence[str],
+        rule: Elementwise | None,
+    ) -> None:
+        self._blocks, self._sets, self._rule = blocks, sets, rule
+        # u, x and the averages, and how many coordinates were changed.
+        self._tally = Tally(blocks, parameters, 3 + len(sets))
+
+    def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
+        """Change the direction of one parameter."""
         u = space.direction(i)
-        stop = None if u is None or r is None else opposed(u, r)
-        mask = None if keep is None else keep[i]
-        against.append(stop if mask is None else ~mask if stop is None else stop | ~mask)
-    _stop(space, against)
-    stopped = any(stop is not None and bool(stop.any()) for stop in against)
-    count = len(blocks.names)
-    return _report(
-        blocks,
-        before,
-        _gram(space, retain, None, blocks),
-        coefficient=torch.full((count,), torch.nan),
-        fired=torch.full((count,), stopped),
+        if u is None:
+            return
+        local = [None if r is None else distributed.local(r) for r in averages]
+        present = [r for r in local if r is not None]
+        x = u if self._rule is None or not present else self._rule(u, present)
+        if mask is not None:
+            x = x * mask
+        self._tally.add(i, [u, x, *local], count=(x != u).sum())
+        space.replace(i, u, x)
+
+    def report(self) -> Rectification:
+        """What was done."""
+        K = self._tally.by_block()
+        u, x, averages, count = 0, 1, slice(2, 2 + len(self._sets)), -1
+        seen = [u, *range(2, 2 + len(self._sets))]
+        return reported(
+            self._blocks,
+            self._sets,
+            K[:, seen][:, :, seen],
+            inner_after=K[:, x, averages],
+            norm_after=norm(K, x),
+            coefficient=torch.full((len(K), len(self._sets)), torch.nan),
+            fired=inner(K, count, count) > 0,
+        )
+
+
+def reported(
+    blocks: Blocks,
+    sets: Sequence[str],
+    before: Tensor,
+    *,
+    inner_after: Tensor,
+    norm_after: Tensor,
+    coefficient: Tensor,
+    fired: Tensor,
+) -> Rectification:
+    """The report of a step, with a number for each block and retain set."""
+    count = len(sets)
+
+    def numbers(table: Tensor) -> tuple[float, ...]:
+        return tuple(table.double().expand(len(blocks.names), count).flatten().tolist())
+
+    unknown = numbers(torch.tensor(torch.nan))
+    return Rectification(
+        blocks=block_names(blocks, sets),
+        fired=numbers(fired[:, None]),
+        coefficient=numbers(coefficient),
+        inner_before=numbers(before[:, 0, 1:]),
+        inner_after=numbers(inner_after),
+        norm_before=numbers(norm(before, 0)[:, None]),
+        norm_after=numbers(norm_after[:, None]),
+        retain_norm=numbers(before.diagonal(dim1=1, dim2=2)[:, 1:] ** 0.5),
+        applied_average=unknown,
+        applied_fresh=unknown,
     )
 
 
 def skipped(blocks: tuple[str, ...]) -> Rectification:
     """The report of a step that was left alone because a gradient was zero or not finite."""
     nothing, unknown = (0.0,) * len(blocks), (float("nan"),) * len(blocks)
-    return Rectification(blocks, nothing, nothing, *[unknown] * 5)
+    return Rectification(blocks, nothing, nothing, *[unknown] * 7)
 
 
-def _weights(rule: Rule | None, K: Tensor) -> Tensor:
-    """The weights of (u, r) in every block; (1, 0) where there is no rule, or no r to ask it of."""
-    untouched = torch.tensor([1.0, 0.0], dtype=K.dtype).expand(len(K), 2)
-    if rule is None:
-        return untouched
-    asked = inner(K, 1, 1) > 0
-    weights = torch.where(asked[:, None], rule(K), untouched)
-    if not weights.isfinite().all():
-        raise ValueError(
-            f"A rule should give finite weights. Found {weights.tolist()} from {rule!r}. "
-            "Guard its divisions; nothing was changed, and a step in update space was taken back."
-        )
+def block_names(blocks: Blocks, sets: Sequence[str]) -> tuple[str, ...]:
+    """What a report has a number for: the blocks, or each block and retain set.
+
+    >>> block_names(Blocks.of(["model"]), ["retain", "world"])
+    ('model, retain', 'model, world')
+    """
+    if len(sets) == 1:
+        return blocks.names
+    return tuple(f"{block}, {name}" for block in blocks.names for name in sets)
+
+
+def _thirds(k: int) -> tuple[slice, slice, slice]:
+    return slice(0, k), slice(k, 2 * k), slice(2 * k, 3 * k)
+
+
+def _alone(like: Tensor) -> Tensor:
+    """The weights that leave u as it is."""
+    weights = torch.zeros_like(like)
+    weights[:, 0] = 1.0
     return weights
 
 
-def _gram(space: Space, retain: Vector, keep: Vector | None, blocks: Blocks) -> Tensor:
-    """Gram matrices of (u, r) a block, of the kept coordinates of what moves."""
-    summed = torch.zeros(len(blocks.names), 2, 2, dtype=torch.float64)
-    matrices = dots.grams(_pairs(space, retain, keep))
-    return summed.index_add(0, torch.tensor(blocks.place), matrices)
-
-
-def _pairs(space: Space, retain: Vector, keep: Vector | None) -> Iterator[list[Tensor | None]]:
-    """(u, r) of one parameter after the other: in update space each u is made for the moment."""
-    for i, r in enumerate(retain):
-        mask = None if keep is None else keep[i]
-        u = _restricted(space.direction(i), mask)
-        yield [u, None if u is None else _restricted(r, mask)]
-
-
-def _stop(space: Space, masks: Vector) -> None:
-    for i, mask in enumerate(masks):
-        if mask is not None:
-            space.stop(i, mask)
-
-
-def _restricted(vector: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    return vector if vector is None or mask is None else vector * mask
-
-
-def _report(
-    blocks: Blocks, before: Tensor, after: Tensor, *, coefficient: Tensor, fired: Tensor
-) -> Rectification:
-    return Rectification(
-        blocks=blocks.names,
-        fired=tuple(fired.double().tolist()),
-        coefficient=tuple(coefficient.tolist()),
-        inner_before=tuple(inner(before, 0, 1).tolist()),
-        inner_after=tuple(inner(after, 0, 1).tolist()),
-        norm_before=tuple(norm(before, 0).tolist()),
-        norm_after=tuple(norm(after, 0).tolist()),
-        retain_norm=tuple(norm(before, 1).tolist()),
-    )
+def _length(weights: Tensor, K: Tensor) -> Tensor:
+    """|sum_k w_k g_k|; rounding may leave a hair less than zero where nothing is left."""
+    return torch.einsum("bj,bjk,bk->b", weights, K, weights).clamp(min=0.0) ** 0.5

@@ -1,14 +1,21 @@
 """Where a rectifier acts: on the gradient, before the optimizer, or on the optimizer's own step.
 
 Both spaces are vectors along which the parameters go down, one tensor a parameter; both are changed
-where they stand, so that no second copy of the model's size is needed.
+where they stand. Of a sharded parameter a process sees, and changes, the part that it holds.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from geffect import distributed
+
+State = TypeVar("State")
+
+PORTION_BYTES = 2**24
+"""How much of the parameters is stepped at a time where no copy of all of them is to be made."""
 
 
 class Space(Protocol):
@@ -17,73 +24,156 @@ class Space(Protocol):
     def direction(self, i: int) -> Tensor | None:
         """The direction of parameter i; None where it does not move."""
 
-    def stop(self, i: int, where: Tensor) -> None:
-        """Set the direction to zero at the coordinates of the mask."""
+    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
+        """Make x the direction of parameter i, which is u. Where both agree nothing is touched."""
 
-    def combine(self, i: int, own: float, other: float, vector: Tensor) -> None:
-        """Replace the direction by `own` times itself plus `other` times the vector."""
+    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
+        """Make it `own` times itself plus the weighted tensors."""
 
 
 class GradientSpace:
-    """The gradient in `.grad`."""
+    """The gradient in `.grad`, which is `scale` times too large where a GradScaler is at work."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[Tensor], scale: float = 1.0) -> None:
+        self._parameters, self._scale = parameters, scale
 
     def direction(self, i: int) -> Tensor | None:
-        return self._parameters[i].grad
+        grad = self._parameters[i].grad
+        if grad is None:
+            return None
+        part = distributed.local(grad)
+        return part if self._scale == 1.0 else part / self._scale
 
-    def stop(self, i: int, where: Tensor) -> None:
+    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
+        self._grad(i).copy_(x if self._scale == 1.0 else x * self._scale)
+
+    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
+        grad = self._grad(i)
+        if own != 1.0:
+            grad.mul_(own)
+        for weight, tensor in terms:
+            grad.add_(tensor, alpha=weight * self._scale)
+
+    def _grad(self, i: int) -> Tensor:
         grad = self._parameters[i].grad
         assert grad is not None
-        grad.masked_fill_(where, 0)
-
-    def combine(self, i: int, own: float, other: float, vector: Tensor) -> None:
-        grad = self._parameters[i].grad
-        assert grad is not None
-        grad.mul_(own).add_(vector.to(grad.dtype), alpha=other)
+        return distributed.local(grad)
 
 
 class UpdateSpace:
     """The step that an optimizer has taken: theta before minus theta after.
 
-    Made before the optimizer steps, read and changed after it. Parameters that the optimizer does
-    not step, because they have no gradient or are not among its own, do not move. A coordinate that
-    is stopped has its old value back, bit for bit.
+    `before` holds the old values of what moves, by the places of the parameters. A coordinate whose
+    direction becomes zero has its old value back, bit for bit.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._parameters = [parameter.detach() for parameter in parameters]
-        self._before = [
-            parameter.detach().clone()
-            if parameter.grad is not None and id(parameter) in stepped
-            else None
-            for parameter in parameters
-        ]
+    def __init__(self, parameters: Mapping[int, Tensor], before: Mapping[int, Tensor]) -> None:
+        self._parameters = {i: distributed.local(p.detach()) for i, p in parameters.items()}
+        self._before = before
+
+    @classmethod
+    def ahead_of(cls, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Self:
+        """The step that the optimizer is about to take, with a copy of what it moves."""
+        stepped = {id(parameter) for parameter in moved_by(optimizer)}
+        places = dict(enumerate(parameters))
+        return cls(places, {i: copied(p) for i, p in places.items() if id(p) in stepped})
 
     def direction(self, i: int) -> Tensor | None:
-        before = self._before[i]
+        before = self._before.get(i)
         return None if before is None else before - self._parameters[i]
 
-    def stop(self, i: int, where: Tensor) -> None:
-        before = self._before[i]
-        assert before is not None
-        self._parameters[i].copy_(torch.where(where, before, self._parameters[i]))
+    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
+        before, after = self._before[i], self._parameters[i]
+        after.copy_(torch.where(x == u, after, before - x))
 
-    def undo(self) -> None:
-        """Take the whole step back."""
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            if before is not None:
-                parameter.copy_(before)
-
-    def combine(self, i: int, own: float, other: float, vector: Tensor) -> None:
+    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
         after = self._parameters[i]
         if own != 1.0:
             step = self.direction(i)
             assert step is not None
             after.add_(step, alpha=1 - own)
-        after.sub_(vector.to(after.dtype), alpha=other)
+        for weight, tensor in terms:
+            after.sub_(tensor, alpha=weight)
+
+    def undo(self) -> None:
+        """Take the whole step back."""
+        for i, before in self._before.items():
+            self._parameters[i].copy_(before)
+
+
+def copied(parameter: Tensor) -> Tensor:
+    """A copy of what this process holds of a parameter."""
+    return distributed.local(parameter.detach()).clone()
+
+
+def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that the optimizer's next step moves: its own, where they have a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, without what accelerate put around it, which has no hooks to call."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is one of each tensor by itself, as that of all optimizers of torch."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def step_in_portions(
+    optimizer: torch.optim.Optimizer,
+    before: Callable[[Tensor], State],
+    after: Callable[[Tensor, State], None],
+) -> Callable[[], None]:
+    """Take the optimizer's step a few tensors at a time, and call `before` and `after` around each.
+
+    To be called before the step itself, which then finds no gradient and moves nothing. Returns
+    what puts the gradients back. Bit for bit the step that it would have been.
+    """
+    grads = [(tensor, tensor.grad) for tensor in moved_by(optimizer)]
+
+    def put_back() -> None:
+        for tensor, grad in grads:
+            tensor.grad = grad
+
+    # Not `optimizer.step`: hooks and schedulers count that, and it comes to them as ever.
+    step: Any = type(optimizer).step
+    step = getattr(step, "__wrapped__", step)
+    try:
+        for tensor, _ in grads:
+            tensor.grad = None
+        for portion in _portions(grads):
+            states = []
+            for tensor, grad in portion:
+                tensor.grad = grad
+                states.append(before(tensor))
+            step(optimizer)
+            with torch.no_grad():
+                for (tensor, _), state in zip(portion, states, strict=True):
+                    after(tensor, state)
+                    tensor.grad = None
+    except BaseException:
+        put_back()
+        raise
+    return put_back
+
+
+def _portions(
+    grads: Sequence[tuple[Tensor, Tensor | None]],
+) -> Iterable[list[tuple[Tensor, Tensor | None]]]:
+    portion: list[tuple[Tensor, Tensor | None]] = []
+    size = 0
+    for tensor, grad in grads:
+        size += distributed.local(tensor.detach()).nbytes
+        if portion and size > PORTION_BYTES:
+            yield portion
+            portion, size = [], distributed.local(tensor.detach()).nbytes
+        portion.append((tensor, grad))
+    if portion:
+        yield portion
 
 
 def around_step(

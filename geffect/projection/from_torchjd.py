@@ -1,0 +1,46 @@
+"""The weightings of torchjd as rules. Needs the extra `torchjd`."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from geffect import distributed
+
+from .rules import Rule
+
+if TYPE_CHECKING:
+    from torchjd.aggregation import Weighting
+
+
+def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
+    """The rule that gives u and the retain gradients the weights of a weighting of torchjd.
+
+    Any that is a function of the Gramian: UPGradWeighting, DualProjWeighting, CAGradWeighting,
+    MGDAWeighting, IMTLGWeighting, AlignedMTLWeighting and others (torchjd.org). Most treat all
+    gradients alike, so that the step trains on the retain data too. Each block is asked for by
+    itself. Of several processes the first one asks, as some weightings draw random numbers.
+
+    >>> from torchjd.aggregation import MGDAWeighting
+    >>> rule = from_torchjd(MGDAWeighting())
+    >>> rule(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
+    tensor([0.3750, 0.6250])
+    """
+    from torchjd import Stateful
+    from torchjd.aggregation import Weighting
+
+    # One with a state would mix the blocks, and is lost when a run is resumed.
+    if not isinstance(weighting, Weighting) or isinstance(weighting, Stateful):
+        raise ValueError(
+            "`weighting` should be a weighting of torchjd that depends on the Gramian alone, such "
+            f"as UPGradWeighting(). Found `{type(weighting).__name__}`. Of an aggregator pass its "
+            "`gramian_weighting`; of what keeps a state choose another."
+        )
+
+    def rule(K: Tensor) -> Tensor:
+        blocks = K.reshape(-1, *K.shape[-2:])
+        weights = torch.stack([weighting(block) for block in blocks])
+        return distributed.from_first(weights).reshape(K.shape[:-1])
+
+    rule.__name__ = type(weighting).__name__
+    return rule
