@@ -115,13 +115,16 @@ def check_no_step_inside(parameters: Iterable[Tensor]) -> None:
         )
 
 
-def loss_scale(scaler: GradScaler | None) -> float:
-    """What a GradScaler multiplies losses by; 1 where there is none.
+def loss_scale(scaler: GradScaler | None, device: torch.device) -> float:
+    """What a GradScaler multiplies losses on the device by; 1 where there is none.
 
-    >>> loss_scale(None)
+    >>> loss_scale(None, torch.device("cpu"))
     1.0
     """
-    return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    # Not `get_scale()`: until it has scaled something a scaler refuses to unscale.
+    return float(scaler.scale(torch.ones((), device=device)))
 
 
 def declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:

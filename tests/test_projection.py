@@ -755,14 +755,14 @@ def test_micro_batches_are_rectified_as_the_whole() -> None:
 class Scaler:
     """A GradScaler whose scale is what is said, on a device that has none."""
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return self.factor * loss
 
     def is_enabled(self) -> bool:
         return True
-
-    def get_scale(self) -> float:
-        return self.scale
 
 
 @pytest.mark.parametrize("rule", [gru, pcgrad, SAGO(prefer_retain=True)], ids=str)

@@ -22,7 +22,9 @@ WEIGHTS = (
     "should be a tensor, or weights of losses of this step that are tensors, finite and not all "
     "zero. Found "
 )
-NAMES = "should have one named `objective`, none named `update` or `retain_ema`, and no name with a"
+NAMES = (
+    "should have one named `objective`, none named `update` or ending in `_ema`, and no name with a"
+)
 
 Losses = Callable[[nn.Module], dict[str, Any]]
 
@@ -317,14 +319,13 @@ def stranger() -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("how", "parts"),
     [
-        ({"scope": "head"}, ["`scope` should be one of model, layer,", "'head'", "Choose"]),
+        ({"scope": "head"}, ["`scope` should be one of model, group, layer,", "'head'", "Choose"]),
         ({"space": "loss"}, ["`space` should be one of gradient, update.", "'loss'", "Choose"]),
         *[
             ({name: x}, [f"`{name}` of Rectifier should be above 0", f"`{name} = {x!r}`", "Pass"])
             for name in ("ema", "select")
             for x in (0, -0.5, 1.5, math.nan, math.inf, "half")
         ],
-        ({"space": "update"}, ["`optimizer` should be a torch", "`NoneType`", "optimizer="]),
         (
             {"space": "update", "optimizer": 0.1},
             ["`optimizer` should be a torch", "`float`", "optimizer="],

@@ -209,7 +209,9 @@ class Recorder:
             self._check(losses, rectifier)
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
-            passes = plan(self._parameters, losses, scale=loss_scale(scaler))
+            passes = plan(
+                self._parameters, losses, scale=loss_scale(scaler, self._parameters[0].device)
+            )
             of_step = declared(losses)
             self._recording.known.check_declared(of_step)
             self._recording.known.check_weights(weights or ())

@@ -104,9 +104,11 @@ class RetainMemory:
         return self._averages[name]
 
     def scale(self, i: int) -> Tensor | None:
-        """The root mean square of parameter i: sqrt(v / (1 - 0.999^steps)), float32."""
-        assert self._squares is not None
-        square = self._squares[i]
+        """The root mean square of parameter i, sqrt(v / (1 - 0.999^steps)), float32.
+
+        None where no gradient has reached it, or squares are not remembered.
+        """
+        square = None if self._squares is None else self._squares[i]
         if square is None:
             return None
         return (square / (1 - SECOND_MOMENT_DECAY**self._count)).sqrt_()

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ FORMAT = 1
 
 EPSILON = 1e-8
 
-_attached: "WeakKeyDictionary[torch.optim.Optimizer, Rectifier]" = WeakKeyDictionary()
+_attached: "WeakKeyDictionary[torch.optim.Optimizer, ref[Rectifier]]" = WeakKeyDictionary()
 """Who rectifies or follows the steps of an optimizer."""
 
 
@@ -129,7 +129,11 @@ class Rectifier:
         self._model = model
         self._rule, self._against, self._scope, self._space = rule, tuple(against), scope, space
         self._part, self._correction, self._follow = part, correction, follow
-        self._selection = Salient(select) if isinstance(select, int | float) else select
+        self._selection = (
+            select
+            if select is None or isinstance(select, Selection)
+            else Salient(_fraction("select", select))
+        )
         self._check_together(optimizer)
         self._memory = RetainMemory(
             self._against,
@@ -229,7 +233,8 @@ class Rectifier:
         window, self._window = self._window, None
         distributed.check_unsynchronised(self._model)
         first = {name: losses[name] for name in self._against if name in losses}
-        passes = plan(self._parameters, {**first, **losses}, scale=loss_scale(scaler))
+        scale = loss_scale(scaler, self._parameters[0].device)
+        passes = plan(self._parameters, {**first, **losses}, scale=scale)
         apart = not set(passes.of(self._against).tensors) & set(passes.of([OBJECTIVE]).tensors)
         alone = not accumulate and window is None and passes.scale == 1.0
         if apart and alone and not self._follow:
@@ -281,8 +286,9 @@ class Rectifier:
             return  # the GradScaler skips this step, as if it had not been
         retain = {name: gradients.of(name) for name in self._against}
         # Coordinates need nobody's leave: each process decides for those that it holds.
-        agree = not (self._by_coordinate and self._selection is None)
-        problem = self._memory.update(retain, agree=agree)
+        alone = self._by_coordinate and self._selection is None
+        sharded = any(map(distributed.is_sharded, self._parameters))
+        problem = self._memory.update(retain, agree=not (alone and sharded))
         self._usable = problem is None
         if self._follow:
             self._fresh = [*retain.values()]
@@ -305,21 +311,24 @@ class Rectifier:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other."""
         optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
+            raise ValueError(
                 f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
-                "Pass the one that steps the model."
+                "Pass optimizer=optimizer, the one that steps the model."
             )
         self._check_owned(optimizer, trainable(self._model).values())
-        other = _attached.get(optimizer, self)
-        if other is not self:
+        attached = _attached.get(optimizer)
+        other = None if attached is None else attached()
+        if other is not None and other is not self:
             raise ValueError(
                 "An optimizer should have one rectifier. Found another one that is attached to it. "
                 "Call detach() on that one before."
             )
         self.detach()
-        _attached[optimizer] = self
+        _attached[optimizer] = ref(self)
         self._optimizer = optimizer
-        self._hooks = around_step(optimizer, self._before_step, self._after_step)
+        self._hooks = around_step(
+            optimizer, WeakMethod(self._before_step), WeakMethod(self._after_step)
+        )
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
@@ -514,7 +523,8 @@ class Rectifier:
         self._applied = tally
 
     def _skip(self, reason: str) -> None:
-        self._report = lambda: skipped(self.blocks)
+        report = skipped(self.blocks)
+        self._report = lambda: report
         if self.skipped == 0:
             warnings.warn(
                 f"A step was not rectified: {reason}. Rectifier.skipped counts such steps; this "

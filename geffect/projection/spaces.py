@@ -6,6 +6,7 @@ where they stand. Of a sharded parameter a process sees, and changes, the part t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -177,9 +178,14 @@ def _portions(
 
 
 def around_step(
-    optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
+    optimizer: torch.optim.Optimizer,
+    before: "WeakMethod[Callable[[], None]]",
+    after: "WeakMethod[Callable[[], None]]",
 ) -> tuple[Any, Any]:
-    """Call `before` and `after` around every step of the optimizer; returns the hook handles."""
+    """Call `before` and `after` around every step of the optimizer; returns the hook handles.
+
+    While who they are the methods of is there: an optimizer keeps nobody alive.
+    """
 
     def first(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _, *positional = args  # the first is the optimizer itself
@@ -190,9 +196,13 @@ def around_step(
                 f"Found a closure given to {type(optimizer).__name__}, which computes gradients "
                 'that were never rectified. Use space="gradient", or an optimizer without closure.'
             )
-        before()
+        call(before)
 
     def last(*_: object) -> None:
-        after()
+        call(after)
+
+    def call(method: "WeakMethod[Callable[[], None]]") -> None:
+        if (present := method()) is not None:
+            present()
 
     return optimizer.register_step_pre_hook(first), optimizer.register_step_post_hook(last)
