@@ -147,15 +147,14 @@ def _along(K: Tensor, i: int, j: int) -> Tensor:
 
 
 def _unit(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gram matrix of the retain gradients, their products with u, all at length one; lengths.
+    """The Gram matrix of the retain gradients and their products with u, at length one; lengths.
 
-    A gradient that is zero is orthogonal to all others here, of the length one.
+    A gradient that is zero stays so, and its length is 1.
     """
     lengths = torch.stack([norm(K, i) for i in range(K.shape[-1])], dim=-1)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     # One length after the other: the product of two tiny ones would underflow.
     cosines = K / lengths[..., None] / lengths[..., None, :]
-    cosines.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return cosines[..., 1:, 1:], cosines[..., 0, 1:], lengths
 
 

@@ -112,7 +112,7 @@ class Constraint:
     """
 
     def __init__(
-        self, blocks: Blocks, parameters: Sequence[Tensor], sets: Sequence[str], rule: Rule | None
+        self, blocks: Blocks, parameters: Sequence[Tensor], sets: Sequence[str], rule: Rule
     ) -> None:
         self._blocks, self._parameters, self._sets, self._rule = blocks, parameters, sets, rule
 
@@ -191,10 +191,8 @@ class Constraint:
         return tally.by_block()
 
     def _weights(self, K: Tensor) -> Tensor:
-        """The weights of u and the averages; (1, 0, ...) where there is no rule, or no average."""
+        """The weights of u and the averages; (1, 0, ...) where there is no average."""
         untouched = _alone(K[:, 0])
-        if self._rule is None:
-            return untouched
         asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1)
         weights = torch.where(asked[:, None], self._rule(K), untouched)
         if not weights.isfinite().all():

@@ -6,7 +6,6 @@ where they stand. Of a sharded parameter a process sees, and changes, the part t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeVar
-from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -112,13 +111,6 @@ def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, without what accelerate put around it, which has no hooks to call."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step is one of each tensor by itself, as that of all optimizers of torch."""
     return type(optimizer).__module__.startswith("torch.optim.")
@@ -175,34 +167,3 @@ def _portions(
         portion.append((tensor, grad))
     if portion:
         yield portion
-
-
-def around_step(
-    optimizer: torch.optim.Optimizer,
-    before: "WeakMethod[Callable[[], None]]",
-    after: "WeakMethod[Callable[[], None]]",
-) -> tuple[Any, Any]:
-    """Call `before` and `after` around every step of the optimizer; returns the hook handles.
-
-    While who they are the methods of is there: an optimizer keeps nobody alive.
-    """
-
-    def first(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, *positional = args  # the first is the optimizer itself
-        closure = positional[0] if positional else kwargs.get("closure")
-        if closure is not None:
-            raise ValueError(
-                "`optimizer.step` should be called without a closure when its step is rectified. "
-                f"Found a closure given to {type(optimizer).__name__}, which computes gradients "
-                'that were never rectified. Use space="gradient", or an optimizer without closure.'
-            )
-        call(before)
-
-    def last(*_: object) -> None:
-        call(after)
-
-    def call(method: "WeakMethod[Callable[[], None]]") -> None:
-        if (present := method()) is not None:
-            present()
-
-    return optimizer.register_step_pre_hook(first), optimizer.register_step_post_hook(last)

@@ -1,0 +1,92 @@
+"""An optimizer and who looks after its steps."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod, ref
+
+import torch
+from torch import Tensor
+
+Hook = Callable[[], None]
+
+_attached: "WeakKeyDictionary[torch.optim.Optimizer, ref[Any]]" = WeakKeyDictionary()
+"""Who looks after the steps of an optimizer."""
+
+
+class Attachment:
+    """Two methods of one owner that are called around every step of an optimizer.
+
+    An optimizer has one such owner, and does not keep it alive.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> None:
+        owner = before.__self__  # type: ignore[attr-defined]
+        known = _attached.get(optimizer)
+        other = None if known is None else known()
+        if other is not None and other is not owner:
+            raise ValueError(
+                "An optimizer should have one rectifier. Found another one that is attached to it. "
+                "Call detach() on that one before."
+            )
+        self.optimizer = optimizer
+        _attached[optimizer] = ref(owner)
+        first, last = WeakMethod(before), WeakMethod(after)
+
+        def pre(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _, *positional = args  # the first is the optimizer itself
+            closure = positional[0] if positional else kwargs.get("closure")
+            if closure is not None:
+                raise ValueError(
+                    "`optimizer.step` should be called without a closure when its step is "
+                    f"rectified. Found a closure given to {type(optimizer).__name__}, which "
+                    'computes gradients that were never rectified. Use space="gradient", or an '
+                    "optimizer without closure."
+                )
+            if (method := first()) is not None:
+                method()
+
+        def post(*_: object) -> None:
+            if (method := last()) is not None:
+                method()
+
+        self._handles = (
+            optimizer.register_step_pre_hook(pre),
+            optimizer.register_step_post_hook(post),
+        )
+
+    def end(self) -> None:
+        """Leave the optimizer alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        _attached.pop(self.optimizer, None)
+
+
+def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:
+    """Refuse an optimizer that steps other tensors than the model's parameters."""
+    own = set(map(id, parameters))
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    if not own.intersection(map(id, tensors)):
+        raise ValueError(
+            "`optimizer` should step the parameters of `model`. Found one that has none of "
+            "them. Make it from model.parameters()."
+        )
+    foreign = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in own]
+    if foreign:
+        raise ValueError(
+            "`optimizer` should step the parameters of `model` and no others, which nothing "
+            f"here could rectify. Found {len(foreign)} tensors that are not the model's, or "
+            "were unfrozen since the rectifier was made. Give those an optimizer of their own, "
+            "or make the rectifier when the model is as it will be trained."
+        )
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, without what accelerate put around it, which has no hooks to call."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
+            "Pass optimizer=optimizer, the one that steps the model."
+        )
+    return optimizer

@@ -1,0 +1,179 @@
+"""What a rectifier is asked to do, and what cannot be asked together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from geffect.layers import Parameter
+
+from .elementwise import Elementwise, Halt
+from .rules import Rule, gru
+from .selection import Salient, Selection
+
+Scope = Literal["model", "group", "layer", "parameter", "coordinate"]
+SpaceName = Literal["gradient", "update"]
+Part = Literal["total", "forget"]
+Correction = Literal["retain", "retain_adam"]
+
+LABELS: Mapping[str, Callable[[Parameter], str]] = {
+    "model": lambda parameter: "model",
+    "group": lambda parameter: parameter.group,
+    "layer": lambda parameter: parameter.layer,
+    "parameter": lambda parameter: parameter.name,
+    "coordinate": lambda parameter: "model",
+}
+"""The block that a parameter belongs to, in each scope."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of a `Rectifier`, which says what they mean."""
+
+    rule: Rule | Elementwise | None
+    against: tuple[str, ...]
+    scope: Scope
+    space: SpaceName
+    part: Part
+    ema: float
+    select: float | Selection | None
+    correction: Correction
+    follow: bool
+
+    def __post_init__(self) -> None:
+        _one_of("scope", self.scope, get_args(Scope))
+        _one_of("space", self.space, get_args(SpaceName))
+        _one_of("part", self.part, get_args(Part))
+        _one_of("correction", self.correction, get_args(Correction))
+        _fraction("ema", self.ema)
+        if self.select is not None and not isinstance(self.select, Selection):
+            _fraction("select", self.select)
+        self._check_scope()
+        self._check_space()
+
+    @property
+    def needs_optimizer(self) -> bool:
+        """Whether the optimizer's own steps are changed or looked at."""
+        return self.space == "update" or self.follow
+
+    @property
+    def selection(self) -> Selection | None:
+        """What chooses the coordinates to step on."""
+        if self.select is None or isinstance(self.select, Selection):
+            return self.select
+        return Salient(float(self.select))
+
+    @property
+    def elementwise(self) -> Elementwise | None:
+        """The rule for every coordinate by itself, where there is one."""
+        if self.scope == "coordinate":
+            return Halt()
+        return self.rule if isinstance(self.rule, Elementwise) else None
+
+    @property
+    def by_coordinate(self) -> bool:
+        """Whether nothing about a coordinate depends on another one, but for the selection."""
+        return self.rule is None or self.elementwise is not None
+
+    @property
+    def needs_second_moment(self) -> bool:
+        """Whether the mean square of the retain gradients is asked for."""
+        selection = self.selection
+        selects = selection is not None and selection.needs_second_moment
+        return selects or self.correction == "retain_adam"
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The same for JSON."""
+        return {
+            "rule": None
+            if self.rule is None
+            else getattr(self.rule, "__name__", None) or repr(self.rule),
+            "against": list(self.against),
+            "scope": self.scope,
+            "space": self.space,
+            "part": self.part,
+            "ema": self.ema,
+            "select": self.select if isinstance(self.select, int | float) else self._selected,
+            "correction": self.correction,
+        }
+
+    @property
+    def _selected(self) -> str | None:
+        return None if self.select is None else repr(self.select)
+
+    def _check_scope(self) -> None:
+        if not self.against or len(set(self.against)) < len(self.against):
+            raise ValueError(
+                "`against` should name at least one loss, each once. Found "
+                f"{list(self.against)}. Pass against=('retain',)."
+            )
+        if self.scope == "coordinate" and self.rule is not gru:
+            raise ValueError(
+                'Scope "coordinate" should go with the rule gru, whose closed form it is. '
+                f"Found `rule = {self.rule}`. Choose another scope, or leave the rule out."
+            )
+        if isinstance(self.rule, Elementwise) and self.scope != "model":
+            raise ValueError(
+                f'A rule for every coordinate should go with scope="model". Found {self.rule!r} '
+                f"with scope={self.scope!r}. Leave the scope out."
+            )
+
+    def _check_space(self) -> None:
+        if self.space == "gradient" and self.correction != "retain":
+            raise ValueError(
+                '`correction` should be "retain" in gradient space, where the optimizer rescales '
+                f'what is added. Found {self.correction!r}. Pass space="update".'
+            )
+        if self.correction != "retain" and self.by_coordinate:
+            raise ValueError(
+                '`correction` should be "retain" where no multiple of r is added: with '
+                f'rule=None or scope="coordinate". Found {self.correction!r}. Leave it out.'
+            )
+        if self.space == "update" and self.part == "forget":
+            raise ValueError(
+                '`part` should be "total" in update space: a step of an optimizer has no parts. '
+                'Found "forget". Pass space="gradient", or part="total".'
+            )
+        # Asked in every scope and space: a rule for one retain gradient refuses several here
+        # and not in the midst of a run.
+        rule = self.elementwise or self.rule
+        scaled = rule is not None and _depends_on_length(rule, len(self.against))
+        if scaled and self.space == "update":
+            raise ValueError(
+                "A rule in update space should give the same for a retain gradient of any length: "
+                f"it has none in common with a step. Found {self.rule!r}, which adds the retain "
+                'gradient as it is. Pass space="gradient", or a rule such as gru or nearest.'
+            )
+
+
+def _depends_on_length(rule: Rule | Elementwise, count: int) -> bool:
+    """Whether a rule makes something else of retain gradients that are twice as long."""
+    u = torch.cat([-torch.ones(count), torch.ones(1)]).double()
+    retain = torch.eye(count, count + 1, dtype=torch.float64)
+
+    def made_of(rs: Sequence[Tensor]) -> Tensor:
+        if isinstance(rule, Elementwise):
+            return rule(u, rs)
+        rows = torch.stack([u, *rs])
+        return (rule((rows @ rows.T)[None]) @ rows)[0]
+
+    return not torch.allclose(made_of([*retain]), made_of([*(2 * retain)]), equal_nan=True)
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(
+            f"`{name}` should be one of {', '.join(valid)}. Found `{name} = {value!r}`. "
+            "Choose one of those."
+        )
+
+
+def _fraction(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 < value <= 1):
+        raise ValueError(
+            f"`{name}` of Rectifier should be above 0 and at most 1. Found `{name} = {value!r}`. "
+            f"Pass a fraction such as {name}=0.5."
+        )
