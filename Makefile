@@ -1,6 +1,7 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest
-# make study  every method in every variant, three seeds, into runs/study
+# make study  every method in every variant with its controls, three seeds, into runs/study;
+#             some forty minutes on two idle cores
 # make stress a writer killed more than two hundred times, some minutes
 # make bench  what recording costs, in ratios, into runs/bench.json; ten minutes on an idle machine
 
@@ -38,7 +39,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets]"
+	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf]"
 	touch $@
 
 clean:

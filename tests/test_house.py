@@ -47,6 +47,7 @@ WALLS = {
         "demo",
     ],
     "torch.func": ["effects"],
+    "torchjd": ["projection.from_torchjd"],
     "h5py": ["store"],
     "pandas": ["scores", "analysis", "plots", "demo", "cli"],
     "matplotlib": ["plots", "demo.figures", "cli"],

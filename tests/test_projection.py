@@ -672,6 +672,18 @@ def test_the_forget_part_is_rectified_and_the_retain_term_added_behind() -> None
         )
 
 
+def test_a_rule_that_adds_the_retain_gradient_gets_it_once() -> None:
+    model = tiny.llama()
+    pair = tiny.pairs(1)[0]
+    u = -reference.flat(reference.gradient(model, nll(model, pair["forget"])))
+    r = reference.flat(reference.gradient(model, nll(model, pair["retain"])))
+    rectifier = Rectifier(model, SAGO(prefer_retain=True), part="forget", ema=1.0)
+    rectifier.backward(objective={"forget": -1.0, "retain": 1.0}, **losses_of(model, pair))
+    found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    expected = torch.where(u * r < 0, r, u + r)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def reference_tensors(model: nn.Module, pair: dict[str, dict[str, Tensor]]) -> list[Tensor]:
     return list(reference.gradient(model, nll(model, pair["retain"])).values())
 

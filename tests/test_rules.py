@@ -278,49 +278,61 @@ def test_retain_gradients_that_float32_cannot_tell_apart(
     assert conflict(step(rule, u, r, twin), torch.stack([r, twin]), u) <= 2e-6
 
 
-class TestTorchjd:
-    """Weightings of torchjd, where it is installed."""
+@untimed
+@given(vectors, vectors)
+def test_pcgrad_is_theirs(u_: list[float], r_: list[float]) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    K = gram(torch.tensor([u_, r_]).double())
+    theirs = from_torchjd(aggregation.PCGradWeighting())
+    torch.testing.assert_close(pcgrad(K), theirs(K), rtol=1e-12, atol=1e-12)
 
-    @untimed
-    @given(vectors, vectors)
-    def test_pcgrad_is_theirs(self, u_: list[float], r_: list[float]) -> None:
-        aggregation = pytest.importorskip("torchjd.aggregation")
-        K = gram(torch.tensor([u_, r_]).double())
-        theirs = from_torchjd(aggregation.PCGradWeighting())
-        torch.testing.assert_close(pcgrad(K), theirs(K), rtol=1e-12, atol=1e-12)
 
-    def test_nearest_is_their_projection_onto_the_dual_cone(self) -> None:
-        aggregation = pytest.importorskip("torchjd.aggregation")
-        pytest.importorskip("qpsolvers")
-        draw = torch.Generator().manual_seed(0)
-        matrix = torch.randn(4, 6, dtype=torch.float64, generator=draw)
-        matrix[1:] -= matrix[:1]
-        first = torch.tensor([1.0, 0.0, 0.0, 0.0]).double()
-        theirs = from_torchjd(aggregation.DualProjWeighting(pref_vector=first))
-        K = gram(matrix)
-        assert (nearest(K)[1:] > 0.1).sum() > 1, "the test has too little conflict"
-        # Theirs is regularised by 1e-4.
-        torch.testing.assert_close(nearest(K), theirs(K), rtol=1e-2, atol=1e-3)
+def test_nearest_is_their_projection_onto_the_dual_cone() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    pytest.importorskip("qpsolvers")
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(4, 6, dtype=torch.float64, generator=draw)
+    matrix[1:] -= matrix[:1]
+    first = torch.tensor([1.0, 0.0, 0.0, 0.0]).double()
+    theirs = from_torchjd(aggregation.DualProjWeighting(pref_vector=first))
+    K = gram(matrix)
+    assert (nearest(K)[1:] > 0.1).sum() > 1, "the test has too little conflict"
+    # Theirs is regularised by 1e-4.
+    torch.testing.assert_close(nearest(K), theirs(K), rtol=1e-2, atol=1e-3)
 
-    def test_a_weighting_is_asked_for_each_block(self) -> None:
-        aggregation = pytest.importorskip("torchjd.aggregation")
-        weighting = aggregation.MGDAWeighting()
-        rule = from_torchjd(weighting)
-        K = torch.stack([gram(torch.randn(3, 5, dtype=torch.float64)) for _ in range(4)])
-        found = rule(K.reshape(2, 2, 3, 3))
-        assert rule.__name__ == "MGDAWeighting"
-        assert torch.equal(found, torch.stack([*map(weighting, K)]).reshape(2, 2, 3))
 
-    @pytest.mark.parametrize("name", ["PCGrad", "GradVacWeighting", "MoDoWeighting"])
-    def test_what_is_no_function_of_the_gramian_is_refused(self, name: str) -> None:
-        aggregation = pytest.importorskip("torchjd.aggregation")
-        with pytest.raises(ValueError, match=f"`weighting` should be .*Found `{name}`"):
-            from_torchjd(getattr(aggregation, name)())
+def test_their_projection_of_short_gradients() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    pytest.importorskip("qpsolvers")
+    from torchjd.linalg import QuadprogProjector
 
-    def test_processes_agree_on_weights_that_are_drawn(self) -> None:
-        pytest.importorskip("torchjd")
-        here, there = two_ranks.run(drawn_weights)
-        assert here == there
+    K = torch.tensor([[4.0, -3.0], [-3.0, 4.0]]).double()
+    weighting = aggregation.UPGradWeighting(projector=QuadprogProjector(norm_eps=0.0))
+    expected = from_torchjd(aggregation.UPGradWeighting())(K)
+    torch.testing.assert_close(from_torchjd(weighting)(1e-8 * K), expected)
+
+
+def test_a_weighting_is_asked_for_each_block() -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    weighting = aggregation.MGDAWeighting()
+    rule = from_torchjd(weighting)
+    K = torch.stack([gram(torch.randn(3, 5, dtype=torch.float64)) for _ in range(4)])
+    found = rule(K.reshape(2, 2, 3, 3))
+    assert rule.__name__ == "MGDAWeighting"
+    assert torch.equal(found, torch.stack([*map(weighting, K)]).reshape(2, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "GradVacWeighting", "MoDoWeighting"])
+def test_what_is_no_function_of_the_gramian_is_refused(name: str) -> None:
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(ValueError, match=f"`weighting` should be .*Found `{name}`"):
+        from_torchjd(getattr(aggregation, name)())
+
+
+def test_processes_agree_on_weights_that_are_drawn() -> None:
+    pytest.importorskip("torchjd")
+    here, there = two_ranks.run(drawn_weights)
+    assert here == there
 
 
 def drawn_weights() -> list[float]:

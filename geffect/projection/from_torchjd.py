@@ -21,6 +21,10 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
     gradients alike, so that the step trains on the retain data too. Each block is asked for by
     itself. Of several processes the first one asks, as some weightings draw random numbers.
 
+    Weightings that project (UPGrad, DualProj) take gradients for zero whose squared lengths add up
+    to less than 1e-4, which those of one layer may well do, and leave their conflicts as they are:
+    give them `projector=torchjd.linalg.QuadprogProjector(norm_eps=0.0)`.
+
     >>> from torchjd.aggregation import MGDAWeighting
     >>> rule = from_torchjd(MGDAWeighting())
     >>> rule(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
@@ -40,7 +44,7 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
     def rule(K: Tensor) -> Tensor:
         blocks = K.reshape(-1, *K.shape[-2:])
         weights = torch.stack([weighting(block) for block in blocks])
-        return distributed.from_first(weights).reshape(K.shape[:-1])
+        return distributed.from_first(weights).to(K).reshape(K.shape[:-1])
 
     rule.__name__ = type(weighting).__name__
     return rule

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -77,6 +78,12 @@ class Options:
         """Whether nothing about a coordinate depends on another one, but for the selection."""
         return self.rule is None or self.elementwise is not None
 
+    @cached_property
+    def adds_retain(self) -> bool:
+        """Whether the rule has a retain term of its own, which trains on the retain data."""
+        rule = self.elementwise or self.rule
+        return rule is not None and _depends_on_length(rule, len(self.against))
+
     @property
     def needs_second_moment(self) -> bool:
         """Whether the mean square of the retain gradients is asked for."""
@@ -137,11 +144,9 @@ class Options:
                 '`part` should be "total" in update space: a step of an optimizer has no parts. '
                 'Found "forget". Pass space="gradient", or part="total".'
             )
-        # Asked in every scope and space: a rule for one retain gradient refuses several here
-        # and not in the midst of a run.
-        rule = self.elementwise or self.rule
-        scaled = rule is not None and _depends_on_length(rule, len(self.against))
-        if scaled and self.space == "update":
+        # Asked in either space: a rule for one retain gradient refuses several here, and not in
+        # the midst of a run.
+        if self.adds_retain and self.space == "update":
             raise ValueError(
                 "A rule in update space should give the same for a retain gradient of any length: "
                 f"it has none in common with a step. Found {self.rule!r}, which adds the retain "

@@ -47,7 +47,8 @@ class Rectifier:
       adaptive optimizers rescale a rectified gradient and break it. The optimizer is not wrapped;
       give it here, or to `attach` once there is one.
     - `part`: "total" rectifies the whole objective. "forget" rectifies it without its share of the
-      losses in `against`, and adds that behind: of an objective that is declared as a combination.
+      losses in `against`, and adds that behind, unless the rule adds the retain gradient itself: of
+      an objective that is declared as a combination.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses; before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
@@ -236,7 +237,8 @@ class Rectifier:
         behind = {name for source in self._options.against for name in gradients.weights[source]}
         gradients.deposit(among=gradients.vectors.keys() - behind, copy=True)
         self._rectify(gradients.scale)
-        gradients.deposit(among=behind, copy=True)
+        if not self._options.adds_retain:
+            gradients.deposit(among=behind, copy=True)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other."""
