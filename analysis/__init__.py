@@ -8,6 +8,7 @@ from .implicit_weights import implicit_weights
 from .instances import instances
 from .intervals import intervals
 from .predicted_change import predicted_change
+from .rectification import rectification
 from .tables import SAMPLES, TOKENS, as_columns, kept
 from .tokens import tokens
 from .violation import violation
@@ -25,6 +26,7 @@ __all__ = [
     "intervals",
     "kept",
     "predicted_change",
+    "rectification",
     "tokens",
     "violation",
 ]

@@ -3,8 +3,19 @@
 from .contours import contours
 from .heatmap import heatmap
 from .lines import profile, trajectory
+from .rectification import rectification
 from .sheet import facets, sheet
 from .text import text
 from .tradeoff import tradeoff
 
-__all__ = ["contours", "facets", "heatmap", "profile", "sheet", "text", "tradeoff", "trajectory"]
+__all__ = [
+    "contours",
+    "facets",
+    "heatmap",
+    "profile",
+    "rectification",
+    "sheet",
+    "text",
+    "tradeoff",
+    "trajectory",
+]

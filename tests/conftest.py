@@ -91,21 +91,29 @@ def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
 
-    def example_run(*, update: bool = False, sketch: bool = False, weights: bool = False) -> Run:
+    def example_run(
+        *,
+        update: bool = False,
+        sketch: bool = False,
+        weights: bool = False,
+        rectified: bool = False,
+    ) -> Run:
         path = tmp_path_factory.mktemp("example") / "example.h5"
-        _write_example(path, update, Sketch() if sketch else None, ("npo",) if weights else ())
+        weighted = ("npo",) if weights else ()
+        _write_example(path, update, Sketch() if sketch else None, weighted, rectified)
         return open_run(path)
 
     return example_run
 
 
 def _write_example(
-    path: Path, update: bool, sketch: Sketch | None, weights: tuple[str, ...]
+    path: Path, update: bool, sketch: Sketch | None, weights: tuple[str, ...], rectified: bool
 ) -> None:
     forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
     vectors = {"objective": -forget, "forget": forget, "retain": retain}
-    if update:
-        vectors |= {"retain_ema": retain, "update": 0.1 * forget}
+    if update or rectified:
+        left = retain - forget if rectified else -forget  # GRU takes out what is along `retain`
+        vectors |= {"retain_ema": retain, "update": -0.1 * left}
     stacked = np.stack([*vectors.values()])
     losses = {"objective": -1.0, "forget": 1.0, "retain": 0.5}
     parameter = Parameter(
@@ -114,7 +122,10 @@ def _write_example(
     )  # fmt: skip
     writer = RunWriter(path, [parameter])
     manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
-    contents = Contents(sources=tuple(vectors), manifest=manifest, sketch=sketch, weights=weights)
+    contents = Contents(
+        sources=tuple(vectors), manifest=manifest, sketch=sketch, weights=weights,
+        blocks=("model",) if rectified else (),
+    )  # fmt: skip
     writer.begin(contents)
     folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
     writer.append(
@@ -125,6 +136,11 @@ def _write_example(
             gram=(stacked @ stacked.T)[None],
             sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
             weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
+            rectification=(
+                np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan]])
+                if rectified
+                else None
+            ),
         )
     )
     writer.close(complete=True)

@@ -23,8 +23,9 @@ from geffect.analysis import conflict, cosine, g_effect, predicted_change, viola
 from geffect.cli.main import main
 from geffect.demo import figures
 from geffect.demo.jobs import Unlearning
-from geffect.demo.methods import VARIANTS
+from geffect.demo.methods import EQUAL, VARIANTS, Cell
 from geffect.demo.recipe import QUICK
+from geffect.demo.study import IN_A_LOOK
 from geffect.store import validate
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
@@ -178,7 +179,7 @@ def test_report(ask: Ask, recorded: Path, unwatched: Path, tmp_path: Path) -> No
     assert_self_contained(text)
     for word in ("tiny", "plain", "What the numbers mean", "Retaining G-effect", "AdamW"):
         assert word in text
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count("data:image/png;base64,") == 2 + 1 + 2
     assert pyplot.get_fignums() == []
 
 
@@ -191,7 +192,7 @@ def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
     assert_self_contained(text)
     for word in ("Implicit weights", "Samples", "Tokens", "Sample 2, effect on the retain risk"):
         assert word in text
-    assert text.count("data:image/png;base64,") == 2 + 2 + 3 * 2
+    assert text.count("data:image/png;base64,") == 2 + 1 + 2 + 3 * 2
 
 
 def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None:
@@ -325,9 +326,11 @@ def test_demo_writes_its_summary(quick_study: Any) -> None:
     assert (summary["format"], summary["seeds"]) == (1, [0])
     assert {"total", "stages"} <= summary["wall_seconds"].keys()
     assert {"forget_nll", "retain_nll", "world_nll"} <= summary["gold"]["0"].keys()
-    assert [run["variant"] for run in summary["runs"]] == list(VARIANTS)
+    assert [run["variant"] for run in summary["runs"]] == list(IN_A_LOOK)
+    assert summary["further_runs"] == []
     for run in summary["runs"]:
         assert run.keys() >= RUN
+        assert run["learning_rate"] == VARIANTS[run["variant"]].learning_rates[0]
         assert run["reached_level"]
         assert run["at_level"].keys() >= AT_LEVEL
         assert len(run["at_level"]["relearn_nll"]) == 2
@@ -346,7 +349,7 @@ def test_demo_writes_its_runs(quick_study: Any) -> None:
 def test_demo_writes_its_table(quick_study: Any) -> None:
     table = pd.read_csv(quick_study.out / "equal_forgetting.csv")
     assert set(table.columns) >= AT_LEVEL | {"method", "variant", "seed", "learning_rate"}
-    assert table["variant"].tolist() == [*VARIANTS, "retrained"]
+    assert table["variant"].tolist() == [*IN_A_LOOK, "retrained"]
     said = [run["at_level"]["retain_nll"] for run in quick_study.summary["runs"]]
     assert table["retain_nll"].tolist()[:-1] == pytest.approx(said)
 
@@ -367,7 +370,7 @@ def test_demo_draws(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_reports(quick_study: Any) -> None:
     text = (quick_study.out / "report.html").read_text(encoding="utf-8")
     assert_self_contained(text)
-    for word in ("The price of forgetting", "What the numbers mean", *VARIANTS):
+    for word in ("The price of forgetting", "What the numbers mean", *IN_A_LOOK):
         assert word in text
     assert text.count("data:image/png;base64,") == 5
 
@@ -384,7 +387,9 @@ def test_demo_gives_the_same_numbers_again(quick_study: Any, tmp_path: Path) -> 
     summary = quick_study.summary
     (tmp_path / "models").symlink_to(quick_study.out / "models")
     (tmp_path / "runs").mkdir()
-    job = Unlearning(tmp_path, 0, "ga", "gru-update", summary["gold"]["0"]["forget_nll"], QUICK)
+    level = {"forget_nll": summary["gold"]["0"]["forget_nll"]}
+    cell = Cell(EQUAL, "ga", "gru-update", 3e-4, QUICK.corpus.heldout)
+    job = Unlearning(tmp_path, 0, cell, VARIANTS["gru-update"], level, QUICK)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

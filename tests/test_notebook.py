@@ -1,4 +1,4 @@
-"""The notebook runs on a study, from its first cell to its last, and shows what it speaks of."""
+"""The notebooks run, from their first cell to their last, and show what they speak of."""
 
 import base64
 from pathlib import Path
@@ -8,24 +8,42 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-PLACE = Path(__file__).parents[1] / "notebooks" / "read_the_geometry.ipynb"
+PLACE = Path(__file__).parents[1] / "notebooks"
 
-# A figure for each score, under the heading that explains it.
+# How many figures stand under each heading.
 FIGURES = {
-    "The G-effect": 1,
-    "Where": 2,
-    "The cosine": 1,
-    "Conflict": 1,
-    "The predicted change": 1,
-    "The rectifier": 1,
-    "Violation": 1,
-    "The price": 1,
+    "read_the_geometry": {
+        "The G-effect": 1,
+        "Where": 2,
+        "The cosine": 1,
+        "Conflict": 1,
+        "The predicted change": 1,
+        "The rectifier": 1,
+        "Violation": 1,
+        "The price": 1,
+    },
+    "rectify": {
+        "The plain run": 1,
+        "One line": 1,
+        "Another line": 1,
+        "The same as a table": 1,
+        "What it was good for": 1,
+    },
 }
 
 
-@pytest.fixture(scope="module")
-def notebook() -> Any:
-    return nbformat.read(PLACE, as_version=4)
+@pytest.fixture(params=FIGURES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def notebook(name: str) -> Any:
+    return nbformat.read(PLACE / f"{name}.ipynb", as_version=4)
+
+
+def test_all_of_them_are_tested() -> None:
+    assert {place.stem for place in PLACE.glob("*.ipynb")} == set(FIGURES)
 
 
 def test_it_is_kept_without_outputs(notebook: Any) -> None:
@@ -35,12 +53,17 @@ def test_it_is_kept_without_outputs(notebook: Any) -> None:
 
 
 def test_it_runs(
-    notebook: Any, quick_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    notebook: Any,
+    quick_study: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GEFFECT_STUDY", str(quick_study.out))
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
-    assert {title.partition(":")[0]: n for title, n in pictures(notebook).items() if n} == FIGURES
+    drawn = {title.partition(":")[0]: n for title, n in pictures(notebook).items() if n}
+    assert drawn == FIGURES[name]
     said = [output for cell in code(notebook) for output in cell.outputs]
     assert not [output for output in said if output.output_type in ("error", "stream")]
     assert [output for output in said if output.get("data", {}).get("text/plain") == "True"]

@@ -9,7 +9,6 @@ import typer
 
 from .selection import (
     BetweenOption,
-    By,
     ByOption,
     RunArgument,
     ScoreName,
@@ -31,6 +30,7 @@ class Kind(StrEnum):
     PROFILE = "profile"
     TRAJECTORY = "trajectory"
     SHEET = "sheet"
+    RECTIFICATION = "rectification"
 
 
 def command(
@@ -46,17 +46,22 @@ def command(
     ],
     kind: Annotated[Kind, typer.Option(help="Which picture.")] = Kind.HEATMAP,
     score: ScoreOption = ScoreName.G_EFFECT,
-    by: ByOption = By.LAYER,
+    by: ByOption = None,
     between: BetweenOption = "objective,retain",
 ) -> None:
-    """Draw a score of a run: layers by steps, the profile over depth, its course, or all three."""
+    """Draw a score of a run: layers by steps, the profile over depth, its course, or all three.
+
+    What a rectifier did is a score and a picture of its own.
+    """
     from geffect import open_run
 
+    if Kind.RECTIFICATION in (kind, score.value):
+        kind, score = Kind.RECTIFICATION, ScoreName.RECTIFICATION
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
     figure.suptitle(f"{run.stem}  {figure.get_suptitle()}".strip())
     figure.savefig(output, dpi=150)
-    typer.echo(f"{kind.value} of {score.value} in {output}")
+    typer.echo(f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
 
 
 def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
@@ -79,5 +84,6 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
         Kind.PROFILE: lambda: panels(plots.profile),
         Kind.TRAJECTORY: lambda: panels(plots.trajectory),
         Kind.SHEET: lambda: plots.sheet(table),
+        Kind.RECTIFICATION: lambda: plots.rectification(table),
     }
     return pictures[kind]()

@@ -46,7 +46,7 @@ def runs_report(runs: Sequence["Run"]) -> str:
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
     """The page of a study, from its summary and the figures in `out`."""
     from geffect.demo import figures
-    from geffect.demo.findings import AT_LEVEL, equal_forgetting
+    from geffect.demo.tables import AT_LEVEL, equal_forgetting
 
     table = equal_forgetting(summary)
     return _render(
@@ -81,8 +81,26 @@ def _sections(run: "Run") -> dict[str, Any]:
         "conflicts": rates.to_dict(),
         "g_effect": _drawn(plots.sheet(layers)),
         "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain"))),
+        **_rectification(run),
         **_weights(run),
         **_effects(run),
+    }
+
+
+def _rectification(run: "Run") -> dict[str, Any]:
+    """What a rectifier did, of the model and of its own layers or groups, where there was one."""
+    from geffect import plots
+    from geffect.analysis import rectification
+
+    if not run.contents.blocks:
+        return {"rectified": None, "rectifications": {}}
+    finer = {"group": "group", "layer": "layer", "parameter": "layer"}
+    scope = (run.manifest["rectifier"] or {}).get("scope", "model")
+    tables = {by: rectification(run, by) for by in ("model", finer.get(scope)) if by}
+    means = tables["model"].groupby("quantity", observed=True)["value"].mean()
+    return {
+        "rectified": means.to_dict(),
+        "rectifications": {by: _drawn(plots.rectification(t)) for by, t in tables.items()},
     }
 
 

@@ -9,7 +9,6 @@ import typer
 
 from .selection import (
     BetweenOption,
-    By,
     ByOption,
     JsonOption,
     RunArgument,
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 def command(
     run: RunArgument,
     score: ScoreOption = ScoreName.G_EFFECT,
-    by: ByOption = By.LAYER,
+    by: ByOption = None,
     between: BetweenOption = "objective,retain",
     csv: Annotated[
         Path | None,

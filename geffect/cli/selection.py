@@ -21,6 +21,7 @@ class ScoreName(StrEnum):
     CONFLICT = "conflict"
     PREDICTED_CHANGE = "predicted-change"
     VIOLATION = "violation"
+    RECTIFICATION = "rectification"
 
 
 class By(StrEnum):
@@ -34,7 +35,10 @@ class By(StrEnum):
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (.h5).")]
 ScoreOption = Annotated[ScoreName, typer.Option("--score", help="Which score.")]
-ByOption = Annotated[By, typer.Option("--by", help="One value for each of these.")]
+ByOption = Annotated[
+    By | None,
+    typer.Option("--by", help="One value for each layer, unless said; for a rectification, model."),
+]
 BetweenOption = Annotated[
     str,
     typer.Option(
@@ -45,7 +49,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a scri
 
 
 def table_of(
-    run: "Run", score: ScoreName, by: By, between: str, *, intervals: bool = False
+    run: "Run", score: ScoreName, by: By | None, between: str, *, intervals: bool = False
 ) -> "pd.DataFrame":
     """The table of a score of a run, with the columns `low` and `high` where `intervals` is set."""
     from geffect import analysis
@@ -58,8 +62,11 @@ def table_of(
         ScoreName.CONFLICT: (analysis.conflict, pair),
         ScoreName.PREDICTED_CHANGE: (analysis.predicted_change, {}),
         ScoreName.VIOLATION: (analysis.violation, {}),
+        ScoreName.RECTIFICATION: (analysis.rectification, {}),
     }
     function, how = scores[score]
+    # Most rectifiers have one constraint for the model, which has no numbers of the layers.
+    by = by or (By.MODEL if score is ScoreName.RECTIFICATION else By.LAYER)
     if intervals:
         return analysis.intervals(function, run, by=by, **how)
     return function(run, by=by, **how)

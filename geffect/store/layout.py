@@ -52,7 +52,10 @@ def row_bytes(contents: Contents, parameters: Sequence[Parameter]) -> int:
 
 
 def fill(room: Room, stream: Stream, old: h5py.Dataset | NDArray[Any] | None, count: int) -> None:
-    """Write the first `count` rows of `old`, and NaN or -1 into those that follow."""
+    """Write the first `count` rows of `old`, and NaN or -1 into those that follow.
+
+    So also into columns that an earlier version of geffect did not write.
+    """
     capacity, entry = room.shape[0], room.shape[1:]
     rows = max(1, _SLAB // max(1, room.row_bytes))
     empty = np.nan if room.dtype.kind == "f" else -1
@@ -62,7 +65,8 @@ def fill(room: Room, stream: Stream, old: h5py.Dataset | NDArray[Any] | None, co
         slab = blank[: min(rows, capacity - begin)]
         if old is not None and begin < count:
             slab = slab.copy()
-            slab[: count - begin] = old[begin : min(begin + len(slab), count)]
+            held = old[begin : min(begin + len(slab), count)]
+            slab[tuple(map(slice, held.shape))] = held
         room.write(stream, begin, slab)
 
 

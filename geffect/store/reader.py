@@ -107,14 +107,21 @@ class Run:
         return rows
 
     def rectification(self) -> tuple[tuple[str, ...], dict[str, Floats]]:
-        """The blocks of the rectifier, and for each of its numbers an array (step, block)."""
+        """The blocks of the rectifier, and for each of its numbers an array (step, block).
+
+        NaN for what the version of geffect that wrote the file did not know.
+        """
         self._check(
             self.contents.blocks,
             "what a rectifier did",
             "Record with recorder.backward(..., rectifier=rectifier).",
         )
         values = self._means("rectification")
-        numbers = {name: values[..., i] for i, name in enumerate(RECTIFICATION_COLUMNS)}
+        unknown, held = np.full(values.shape[:-1], np.nan), values.shape[-1]
+        numbers = {
+            name: values[..., i] if i < held else unknown
+            for i, name in enumerate(RECTIFICATION_COLUMNS)
+        }
         return self.contents.blocks, numbers
 
     def weights(self) -> dict[str, dict[str, Floats]]:

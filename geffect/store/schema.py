@@ -69,7 +69,10 @@ RECTIFICATION_COLUMNS = (
     "norm_before",
     "norm_after",
     "retain_norm",
+    "applied_average",
+    "applied_fresh",
 )
+"""Those of `geffect.gradients.Rectification`. A file may hold fewer: the last came later."""
 
 WEIGHT_STATISTICS = ("mean", "median", "p95", "max")
 

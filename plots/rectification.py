@@ -1,0 +1,158 @@
+"""What a rectifier did: directions before and after, where it acted, and what the update kept."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from geffect.scores import Score, blocks_of
+
+from .fit import blocks_in, levels, once_only, require
+from .heatmap import edges, heatmap
+from .style import (
+    GRU,
+    GRU_COORDINATE,
+    PLAIN,
+    QUIET,
+    UNDEFINED,
+    Ink,
+    dress,
+    framed,
+    heading,
+    key,
+    new_figure,
+    note,
+    step_axis,
+)
+
+COSINE = Score("cosine", "cosine with the retain average")
+COURSES = {
+    "cosine_before": ("before", PLAIN),
+    "cosine_after": ("rectified", GRU),
+    "cosine_applied": ("as applied", GRU_COORDINATE),
+}
+MARKS = {"fired": ("fired", GRU), "violated": ("update violates", GRU_COORDINATE)}
+UNMARKED = "#f2f2f2"
+
+
+def rectification(table: pd.DataFrame) -> Figure:
+    """The cosine with the retain average before and after; where it fired; where updates violate.
+
+    Of one block: lines over two rows of marks with the share of the steps that have them, side by
+    side for every retain set. Of several: a map each, and a row for every retain set. Grey is
+    undefined.
+
+    >>> from geffect.scores import stack, tidy
+    >>> values = {"cosine_before": -0.4, "cosine_after": 0.0, "cosine_applied": -0.1,
+    ...           "fired": 1.0, "violated": 1.0}
+    >>> table = stack({name: tidy(np.array([[value]]), COSINE, steps=np.array([0]),
+    ...                           blocks=["model"], by="model", against="retain")
+    ...                for name, value in values.items()}, "quantity")
+    >>> lines, marks = rectification(table).axes
+    >>> [line.get_label() for line in lines.lines[1:]]
+    ['before', 'rectified', 'as applied']
+    """
+    require(table, ["step", "against", "quantity", "value"])
+    once_only(table, ["step", blocks_of(table), "against", "quantity"])
+    wanted, found = [*COURSES, *MARKS], levels(table["quantity"])
+    if not {*wanted} <= {*found}:
+        raise ValueError(
+            f"`table` should have the quantities {', '.join(wanted)}. Found {', '.join(found)}. "
+            "Pass the table of geffect.analysis.rectification, with all that it has of a step."
+        )
+    return _lines(table) if len(blocks_in(table)) == 1 else _maps(table)
+
+
+def _lines(table: pd.DataFrame) -> Figure:
+    sets = levels(table["against"])
+    figure = new_figure(1.9 + 4.4 * len(sets), 3.6)
+    grid = figure.subplots(
+        2, len(sets), sharex="col", sharey="row", squeeze=False, height_ratios=(7, 1)
+    )
+    for (above, below), against in zip(grid.T, sets, strict=True):
+        above.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
+        # From broad to fine, so that lines are told apart where they run along each other.
+        for broad, (quantity, (name, ink)) in zip((1.9, 1.3, 1.2), COURSES.items(), strict=True):
+            course = _of(table, against, quantity).sort_values("step")
+            above.plot(
+                course["step"].to_numpy(), course["value"].to_numpy(dtype=float),
+                color=ink.colour, linestyle=ink.dashes, linewidth=broad, label=name,
+                marker="o" if len(course) <= 40 else "", markersize=1.5 * broad, zorder=3,
+            )  # fmt: skip
+        for row, (quantity, (_, ink)) in enumerate(MARKS.items()):
+            marks = _of(table, against, quantity)
+            _mark(below, marks, [row - 0.5, row + 0.5], ink)
+            below.text(
+                1.01, row, _share(marks), transform=below.get_yaxis_transform(), va="center",
+                fontsize="x-small", color="#555555",
+            )  # fmt: skip
+        below.set_yticks(range(len(MARKS)), [name for name, _ in MARKS.values()])
+        below.set_ylim(len(MARKS) - 0.5, -0.5)
+        step_axis(below)
+        for ax in (above, below):
+            dress(ax, frame=ax is above)
+            ax.label_outer()
+        below.tick_params(left=False)
+        if len(sets) > 1:
+            heading(above, f"against {against}")
+    grid[0, 0].set_ylabel(COSINE.label, fontsize="medium")
+    drawn = grid[0, -1].lines[1:]
+    key(grid[0, -1], [line for line in drawn if np.isfinite(line.get_ydata()).any()])
+    return figure
+
+
+def _maps(table: pd.DataFrame) -> Figure:
+    sets, blocks = levels(table["against"]), blocks_in(table)
+    tall = float(np.clip(0.17 * len(blocks), 2.4, 5.5))
+    figure = new_figure(13.0, len(sets) * tall + 0.7)
+    mapped = ("cosine_before", "cosine_after")
+    cosines = table[table["quantity"].isin(mapped)]
+    cosines.attrs = {**table.attrs, "score": asdict(COSINE)}
+    # Further apart than usual: the label of the colour bar belongs to the panels on its left.
+    grid = figure.subplots(
+        len(sets), 4, sharex=True, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}
+    )
+    for axes, against in zip(grid, sets, strict=True):
+        where = f", against {against}" if len(sets) > 1 else ""
+        for ax, quantity in zip(axes[:2], mapped, strict=True):
+            heatmap(framed(_of(cosines, against, quantity), cosines), ax=ax)
+            heading(ax, COURSES[quantity][0] + where)
+        for ax, (quantity, (name, ink)) in zip(axes[2:], MARKS.items(), strict=True):
+            marks = _of(table, against, quantity)
+            _mark(ax, marks, np.arange(len(blocks) + 1) - 0.5, ink)
+            step_axis(ax)
+            dress(ax, frame=False)
+            heading(ax, name + where)
+            note(ax, _share(marks))
+        axes[0].collections[0].colorbar.remove()  # that of the next panel is for both
+    for ax in grid.flat:
+        ax.label_outer(remove_inner_ticks=True)
+    return figure
+
+
+def _of(table: pd.DataFrame, against: str, quantity: str) -> pd.DataFrame:
+    return table[(table["against"] == against) & (table["quantity"] == quantity)]
+
+
+def _mark(ax: Axes, marks: pd.DataFrame, rows: Sequence[float] | np.ndarray, ink: Ink) -> None:
+    """A cell a block and step: in colour where the value is 1."""
+    grid = marks.pivot(index=blocks_of(marks), columns="step", values="value")
+    grid = grid.reindex(blocks_in(marks))
+    ax.pcolormesh(
+        edges(grid.columns.to_numpy(dtype=float)),
+        rows,
+        np.ma.masked_invalid(grid.to_numpy(dtype=float)),
+        cmap=ListedColormap([UNMARKED, ink.colour]).with_extremes(bad=UNDEFINED),
+        vmin=0.0,
+        vmax=1.0,
+        rasterized=True,
+    )
+
+
+def _share(marks: pd.DataFrame) -> str:
+    share = marks["value"].mean()
+    return "undefined" if np.isnan(share) else f"{share:.0%}"
