@@ -274,8 +274,8 @@ def test_a_state_of_another_rectifier_or_model_is_refused_and_changes_nothing() 
             r"should hold .*average.world.* Found .*average.retain`, .*Make",
         ),
         (memory(squares=False), PARAMETERS, r"should hold .* Found .*second_moment.* Make"),
-        (found, {**PARAMETERS, "d": torch.ones(1)}, r"Found none for `d`, and none beside"),
-        (found, {"a": torch.ones(50)}, r"Found none for none, and `b`, `c` beside .* Load"),
+        (found, {**PARAMETERS, "d": torch.ones(1)}, r"missing are `d`; unknown are none"),
+        (found, {"a": torch.ones(50)}, r"missing are none; unknown are `b`, `c`. Load"),
         (found, {**PARAMETERS, "a": torch.ones(51)}, r"Found \(50,\) for `a`, which has \(51,\)"),
     ]
     for refusing, parameters, message in wrong:

@@ -25,10 +25,11 @@ from geffect.checkpoints.batches import batched
 from geffect.checkpoints.data import read
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
-from geffect.checkpoints.reference import Likelihoods, with_reference
+from geffect.checkpoints.reference import Likelihoods
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO, TNPO, GradDiff, Objective, WeightedGradientAscent
 from geffect.objectives.base import token_log_probabilities
+from geffect.objectives.reference import with_reference
 from geffect.store import validate
 from tests import reference, tiny
 from tests.test_data import TURNS, make_tokenizer, without, written

@@ -1,14 +1,12 @@
-"""The reference model of an objective: where it is missing, and what is kept of it."""
+"""What is kept of the reference model of an objective: what it says of some batches."""
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from geffect.objectives import Objective
 from geffect.objectives.base import Batch, token_log_probabilities
 
 
@@ -37,32 +35,3 @@ class Likelihoods:
         logits.scatter_(-1, answers.unsqueeze(-1), log_p.unsqueeze(-1))
         # The last position predicts nothing that is there.
         return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 0, 0, 1)))
-
-
-def missing_in(objective: Objective) -> list[Objective]:
-    """The objectives, among it and those it is made of, that have no reference yet."""
-    return [part for part in _parts(objective) if getattr(part, "reference", part) is None]
-
-
-def with_reference(objective: Objective, reference: Any) -> Objective:
-    """The objective with a reference wherever one is missing.
-
-    >>> from geffect.objectives import NPO, GradDiff
-    >>> with_reference(GradDiff(forget=NPO()), "a model").forget.reference
-    'a model'
-    """
-    completed = copy.copy(objective)
-    for name, value in vars(objective).items():
-        if isinstance(value, Objective):
-            # Past the lock of a frozen dataclass: the copy is ours.
-            object.__setattr__(completed, name, with_reference(value, reference))
-        elif name == "reference" and value is None:
-            object.__setattr__(completed, name, reference)
-    return completed
-
-
-def _parts(objective: Objective) -> Iterator[Objective]:
-    yield objective
-    for part in vars(objective).values():
-        if isinstance(part, Objective):
-            yield from _parts(part)

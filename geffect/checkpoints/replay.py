@@ -17,6 +17,7 @@ from geffect.capture.recording import Recording
 from geffect.gradients import Weights
 from geffect.objectives import Objective
 from geffect.objectives.base import Batch
+from geffect.objectives.reference import missing_in, with_reference
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_risk
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
@@ -35,7 +36,7 @@ from .loading import (
     positions_of,
     tokenizer_of,
 )
-from .reference import Likelihoods, missing_in, with_reference
+from .reference import Likelihoods
 
 log = logging.getLogger(__name__)
 

@@ -74,8 +74,8 @@ def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]
     if foreign:
         raise ValueError(
             "`optimizer` should step the parameters of `model` and no others, which nothing "
-            f"here could rectify. Found {len(foreign)} tensors that are not the model's, or "
-            "were unfrozen since the rectifier was made. Give those an optimizer of their own, "
+            f"here could rectify. Found others, {len(foreign)} in number, that are not the model's "
+            "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
             "or make the rectifier when the model is as it will be trained."
         )
 

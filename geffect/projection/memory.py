@@ -248,8 +248,8 @@ def _check_saved(
     unknown = [name for name in saved if name not in parameters]
     if missing or unknown:
         raise ValueError(
-            f"`state` should have the parameters of this model in `{key}`. Found none for "
-            f"{_listed(missing)}, and {_listed(unknown)} beside them. Load the state of a "
+            f"`state` should have the parameters of this model in `{key}`. Found others: missing "
+            f"are {_listed(missing)}; unknown are {_listed(unknown)}. Load the state of a "
             "rectifier of the same model, with the same parameters trained."
         )
     for name, parameter in parameters.items():

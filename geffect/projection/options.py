@@ -1,5 +1,6 @@
 """What a rectifier is asked to do, and what cannot be asked together."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,21 +96,15 @@ class Options:
     def record(self) -> dict[str, object]:
         """The same for JSON."""
         return {
-            "rule": None
-            if self.rule is None
-            else getattr(self.rule, "__name__", None) or repr(self.rule),
+            "rule": _name(self.rule),
             "against": list(self.against),
             "scope": self.scope,
             "space": self.space,
             "part": self.part,
             "ema": self.ema,
-            "select": self.select if isinstance(self.select, int | float) else self._selected,
+            "select": self.select if isinstance(self.select, int | float) else _name(self.select),
             "correction": self.correction,
         }
-
-    @property
-    def _selected(self) -> str | None:
-        return None if self.select is None else repr(self.select)
 
     def _check_scope(self) -> None:
         if not self.against or len(set(self.against)) < len(self.against):
@@ -154,6 +149,13 @@ class Options:
             )
 
 
+def _name(thing: object) -> str | None:
+    """What a rule or selection is called, in this process and another."""
+    if thing is None:
+        return None
+    return getattr(thing, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+
+
 def _depends_on_length(rule: Rule | Elementwise, count: int) -> bool:
     """Whether a rule makes something else of retain gradients that are twice as long."""
     u = torch.cat([-torch.ones(count), torch.ones(1)]).double()
@@ -163,7 +165,7 @@ def _depends_on_length(rule: Rule | Elementwise, count: int) -> bool:
         if isinstance(rule, Elementwise):
             return rule(u, rs)
         rows = torch.stack([u, *rs])
-        return (rule((rows @ rows.T)[None]) @ rows)[0]
+        return (rule((rows @ rows.T)[None]).to(rows) @ rows)[0]
 
     return not torch.allclose(made_of([*retain]), made_of([*(2 * retain)]), equal_nan=True)
 

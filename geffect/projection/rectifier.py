@@ -298,14 +298,14 @@ class Rectifier:
 
     def _begun(self) -> list[Tensor]:
         """The parameters, which sharding and the like may replace until the first step."""
+        found = trainable(self._model)
+        if list(found) != self._names:
+            raise ValueError(
+                "The parameters that require a gradient should be those that the rectifier was "
+                f"made for, {len(self._names)}. Found {len(found)}, frozen or added since. Make it "
+                "when the model is as it will be trained."
+            )
         if not self._parameters:
-            found = trainable(self._model)
-            if list(found) != self._names:
-                raise ValueError(
-                    "The parameters that require a gradient should be those that the rectifier was "
-                    f"made for, {len(self._names)}. Found {len(found)} at the first step, frozen "
-                    "or added since. Make it when the model is as it will be trained."
-                )
             self._parameters = list(found.values())
         return self._parameters
 
@@ -326,7 +326,9 @@ class Rectifier:
         optimizer, options, projector = self._attachment.optimizer, self._options, self._projector
         check_owned(optimizer, self._parameters)
         changes = options.space == "update"
-        tensorwise = options.by_coordinate and steps_tensor_by_tensor(optimizer)
+        # A rule of somebody else's may raise, and then all of the step is taken back.
+        ours = not isinstance(options.rule, Elementwise)
+        tensorwise = ours and options.by_coordinate and steps_tensor_by_tensor(optimizer)
         if changes and tensorwise and not options.follow:
             self._put_back, self._report = projector.step(optimizer)
             return

@@ -1,5 +1,7 @@
-"""Trainers: the same record from somebody else's training loop, by its events alone."""
+"""Trainers: recorded and rectified as they are, and one for unlearning."""
 
 from .callback import GEffectCallback
+from .rectify import RectifyMixin, rectify
+from .unlearning import UnlearningTrainer
 
-__all__ = ["GEffectCallback"]
+__all__ = ["GEffectCallback", "RectifyMixin", "UnlearningTrainer", "rectify"]

@@ -1,0 +1,80 @@
+"""The state of a rectifier in a checkpoint: a file beside those of model and optimizer."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geffect import distributed
+from geffect.projection import Rectifier
+
+log = logging.getLogger(__name__)
+
+WHOLE = "rectifier.pt"
+PART = "rectifier_{rank}_of_{processes}.pt"
+
+
+def save(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
+    """Write the state of a rectifier into the folder of a checkpoint. All processes call it.
+
+    One file, which the first process writes; of a sharded model one a process, with the parts of
+    the averages that it holds.
+    """
+    state = rectifier.state_dict()
+    name = _own_part() if any(map(distributed.is_sharded, _tensors(state))) else WHOLE
+    with distributed.together():
+        if name != WHOLE or distributed.is_writer():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            torch.save(state, Path(folder, name))
+
+
+def restore(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
+    """Go on from the state in the folder of a checkpoint. All processes call it.
+
+    Where the checkpoint was saved without a rectifier the averages begin anew, and that is said.
+    """
+    with distributed.together():
+        found = _found(Path(folder))
+        if found is not None:
+            # A part knows the device of its mesh.
+            where = "cpu" if found.name == WHOLE else None
+            rectifier.load_state_dict(torch.load(found, map_location=where, weights_only=True))
+        elif distributed.is_writer():
+            log.warning(
+                "`%s` has no state of a rectifier: the average of the retain gradient begins anew.",
+                folder,
+            )
+
+
+def _found(folder: Path) -> Path | None:
+    for path in (folder / WHOLE, folder / _own_part()):
+        if path.exists():
+            return path
+    parts = sorted(path.name for path in folder.glob(PART.format(rank="*", processes="*")))
+    if parts:
+        raise ValueError(
+            "A sharded rectifier should be resumed on as many processes as it was saved on. Found "
+            f"{', '.join(parts)} in `{folder}`, and process {distributed.rank()} of "
+            f"{distributed.process_count()}. Resume on as many."
+        )
+    return None
+
+
+def _own_part() -> str:
+    return PART.format(rank=distributed.rank(), processes=distributed.process_count())
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors in a state, however deep they lie."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors(value)

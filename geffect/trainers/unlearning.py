@@ -1,0 +1,348 @@
+"""A Trainer for unlearning: an objective on forget and retain batches, rectified and recorded."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+
+from geffect import distributed
+from geffect.capture import Recorder
+from geffect.losses import Loss
+from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForward, nll
+from geffect.objectives.base import sequence_sum, token_log_probabilities
+from geffect.objectives.reference import missing_in, with_reference
+from geffect.projection import Rectifier
+from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
+
+from . import rectifier_state
+from .loop import check_gradients_can_be_had
+from .pairs import Items, Pairing, Pairs, collate
+from .rectification_log import RectificationLog
+
+Batches = dict[str, Any]
+"""A batch of each set, by its name: {"forget": {"input_ids": ..., ...}, "retain": ...}."""
+
+
+class UnlearningTrainer(Trainer):
+    """A `transformers.Trainer` that minimises an unlearning objective on forget and retain data.
+
+        trainer = UnlearningTrainer(
+            model, args, objective=NPO(beta=0.1), forget=forget, retain=retain,
+            rectifier=Rectifier(model, space="update"), recorder=partial(Recorder, path="run.h5"),
+        )
+        trainer.train()
+
+    Each forget item is met once an epoch, with a retain item beside it (`Pairing`, by the seed of
+    the arguments). Items have `input_ids`, `attention_mask` and `labels`; batches are padded on the
+    right. An objective that compares with the model before unlearning, and has none, gets a frozen
+    copy of `model`.
+
+    The loss of a step is the mean over its micro-batches, and over the processes, of the objective
+    on each, which has a reduction of its own; so are the risks. Gradients are accumulated over the
+    step, averaged, rectified, clipped and applied, in this order.
+
+    - `retain`: a set of items, or several by their names, of which one is "retain"; a rectifier
+      protects those that it is `against`.
+    - `train_dataset`: ready pairs {"forget": item, "retain": item}, which the Trainer draws as it
+      does its samples; `forget` and `retain` are only evaluated then.
+    - `eval_dataset`: further sets by their names, or others in place of those. `evaluate` gives the
+      risk on each, the NLL per answer token over all of its tokens: `eval_forget_nll`,
+      `eval_retain_nll`, `eval_world_nll`.
+    - `rectifier`: its state is saved with checkpoints, and restored. In update space it is attached
+      to the optimizer for as long as training goes.
+    - `recorder`: one that was made for `model`, which the caller closes; or what makes one,
+      `partial(Recorder, path=...)`, called with the model when training begins and closed when it
+      ends. Resumed from a checkpoint such a recorder continues its file at that step.
+
+    Recorded training ends with the parameters that it would have ended with, bit for bit. Where
+    nothing is rectified, that costs a backward pass for each risk of which the objective is no
+    multiple, as that of GA is one, and a forward pass over retain data that the objective does not
+    use. A rectified step takes the objective's parts one by one, so that recording it costs one
+    pass, for the forget risk, or none if that is among the parts.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *,
+        objective: Objective,
+        forget: Items | None = None,
+        retain: Items | Mapping[str, Items] | None = None,
+        train_dataset: Dataset[Any] | None = None,
+        eval_dataset: Mapping[str, Items] | None = None,
+        rectifier: Rectifier | None = None,
+        recorder: Recorder | Callable[..., Recorder] | None = None,
+        data_collator: Callable[..., dict[str, Any]] = collate,
+        **options: Any,
+    ) -> None:
+        sets = _training_sets(forget, retain, given=train_dataset is not None)
+        if not isinstance(eval_dataset, Mapping | None):
+            raise TypeError(
+                "`eval_dataset` should be sets of items by their names. Found "
+                f'`{type(eval_dataset).__name__}`. Pass eval_dataset={{"world": items}}.'
+            )
+        super().__init__(
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=Pairs(sets) if train_dataset is None else train_dataset,
+            eval_dataset={**sets, **(eval_dataset or {})},
+            compute_metrics=_mean_nll,
+            **options,
+        )
+        # Losses are means of their own, to be divided by the number of micro-batches.
+        self.model_accepts_loss_kwargs = False
+        self.rectifier, self.recorder = rectifier, recorder
+        self.objective: Objective = objective
+        self._reference: nn.Module | None = None
+        if missing_in(objective):
+            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
+            self.objective = with_reference(objective, self._reference)
+        self._pairing = Pairing(
+            tuple(map(len, sets.values())),
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        self._recorder: Recorder | None = None
+        self._until_trained = ExitStack()
+        self._risks: dict[str, list[Tensor]] = {}  # of the micro-batches since the last log
+        self._rectifications = RectificationLog()
+        self.add_callback(_Events(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as a `Trainer` does."""
+        with ExitStack() as self._until_trained:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batches,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective, and what the model returns for the forget batch where that is asked."""
+        shared = SharedForward(model)
+        loss = self.objective(shared, inputs)
+        if not return_outputs:
+            return loss
+        forget = {name: value for name, value in inputs[FORGET].items() if name != "labels"}
+        return loss, shared(**forget)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Batches,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Accumulate a micro-batch; at the last of a step leave the (rectified) gradient."""
+        if self.rectifier is None and self._recorder is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train"):  # as those have that need no schedule
+            optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        with _unsynchronised(model), self.compute_loss_context_manager():
+            losses = self._losses(model, inputs)
+        for name, loss in losses.items():
+            if is_risk(name) and isinstance(loss, Tensor):
+                self._risks.setdefault(name, []).append(loss.detach())
+        # Where the Trainer does not say how many a window has, it divides by what was asked for.
+        micro_batches = getattr(
+            self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
+        )
+        shares = {
+            name: loss / micro_batches if isinstance(loss, Tensor) else loss
+            for name, loss in losses.items()
+        }
+        self._backward(shares)
+        return _value(shares)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """The summed NLL of each sample, and how many of its tokens are scored."""
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            log_p, scored = token_log_probabilities(model, batch)
+        return None, -sequence_sum(log_p.float(), scored), scored.sum(dim=1)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; with the loss go the means since the last time of what it was made of.
+
+        They are the risks on the training batches that were computed, as `retain_nll`, and what the
+        rectifier did, as `rectify/cosine_before` and so on (`RectificationLog`).
+        """
+        if "loss" in logs:
+            risks, self._risks = self._risks, {}
+            means = distributed.mean([torch.stack(v).mean().item() for v in risks.values()])
+            nlls = {f"{name}_nll": mean for name, mean in zip(risks, means, strict=True)}
+            logs = {**logs, **nlls, **self._rectifications.means()}
+        super().log(logs, *args, **kwargs)
+
+    def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
+        """The losses of a micro-batch: the objective, what it is made of, and risks beside it."""
+        shared = SharedForward(model)
+        parts = self.objective.components(shared, batch)
+        known = _risks_among(self.objective)
+        losses = _declared(parts, known, apart=self.rectifier is not None)
+        # Their dropout is not to be missed by the training, which draws the same as without them.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            for name in self._wanted(batch):
+                if name not in losses:
+                    losses[name] = nll(shared, batch[name])
+        return losses
+
+    def _wanted(self, sets: Iterable[str]) -> list[str]:
+        """The sets whose risks have to be known of this micro-batch."""
+        if self._recorder is not None and self._recorder.due:
+            return [*sets]
+        return [] if self.rectifier is None else [name for name in sets if name != FORGET]
+
+    def _backward(self, losses: Mapping[str, Any]) -> None:
+        accumulate, scaler = not self.accelerator.sync_gradients, self.accelerator.scaler
+        if self._recorder is not None:
+            self._recorder.backward(
+                rectifier=self.rectifier, accumulate=accumulate, scaler=scaler, **losses
+            )
+        elif self.rectifier is not None:
+            self.rectifier.backward(accumulate=accumulate, scaler=scaler, **losses)
+
+    def _begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Once model and optimizer are as they will be: bring what works on them to them."""
+        if self._reference is not None:
+            # For the precision that the model is trained in.
+            self.accelerator.prepare_model(
+                self._reference, device_placement=True, evaluation_mode=True
+            )
+            self._reference = None
+        if self.rectifier is not None or self.recorder is not None:
+            check_gradients_can_be_had(self, self.model_wrapped, optimizer)
+        if self.rectifier is not None and self.rectifier.needs_optimizer:
+            self.rectifier.attach(optimizer)
+            self._until_trained.callback(self.rectifier.detach)
+        self._recorder = self._begun_recorder(step)
+
+    def _begun_recorder(self, step: int) -> Recorder | None:
+        if self.recorder is None or isinstance(self.recorder, Recorder):
+            if step and self.recorder is not None and self.recorder.next_step != step:
+                raise ValueError(
+                    f"`recorder` should go on with step {step}, as the checkpoint does. Found "
+                    f"{self.recorder.next_step}. Pass Recorder(..., resume=True, next_step={step})"
+                    ", or recorder=partial(Recorder, path=...), which is then made to fit."
+                )
+            return self.recorder
+        resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
+        return self._until_trained.enter_context(self.recorder(self.model_wrapped, **resumed))
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        if isinstance(self.train_dataset, Pairs):
+            return self._pairing
+        return super()._get_train_sampler(*args)
+
+    # Columns are those of a set, not of the model: what is not needed goes when items are collated.
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: Any = None
+    ) -> Any:
+        return data_collator
+
+    def _remove_unused_columns(self, dataset: Any, description: Any = None) -> Any:
+        return dataset
+
+    # The state of a rectifier goes where that of the optimizer does.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.rectifier is not None:
+            rectifier_state.save(self.rectifier, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.rectifier is not None and checkpoint is not None:
+            rectifier_state.restore(self.rectifier, checkpoint)
+
+
+class _Events(TrainerCallback):
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._begin(state.global_step, kwargs["optimizer"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._pairing.epoch = int(state.epoch)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.rectifier is not None:
+            self._trainer._rectifications.take(self._trainer.rectifier.report)
+
+
+def _training_sets(
+    forget: Items | None, retain: Items | Mapping[str, Items] | None, *, given: bool
+) -> dict[str, Items]:
+    """The sets that training draws from, or that belong to the pairs which are given."""
+    several = retain if isinstance(retain, Mapping) else {RETAIN: retain}
+    sets = {FORGET: forget, **several}
+    found = {name: items for name, items in sets.items() if items is not None}
+    if not given and not {FORGET, RETAIN} <= found.keys():
+        raise ValueError(
+            "`forget` and `retain` should both be sets of items, or `train_dataset` pairs of them. "
+            f"Found {', '.join(found) or 'none'}. Pass forget=..., retain=...: the risk on retain "
+            "data is evaluated and protected, also where the objective does not use it."
+        )
+    return found
+
+
+def _risks_among(objective: Objective) -> frozenset[str]:
+    """The components of an objective that are risks themselves: the NLL of the set they name."""
+    if isinstance(objective, GradDiff):
+        return _risks_among(objective.forget) | {RETAIN}
+    return frozenset({FORGET} if isinstance(objective, GradientAscent) else ())
+
+
+def _declared(
+    parts: Mapping[str, tuple[Tensor, float]], risks: frozenset[str], *, apart: bool
+) -> dict[str, Loss]:
+    """The objective and those of its parts that are differentiated by themselves.
+
+    One multiple of a risk is declared as that. A sum is declared as a combination where its parts
+    are to be had `apart`, each by a pass of its own; it is a tensor where its gradient has to be
+    bit for bit that of one pass.
+    """
+    declared = parts.keys() <= risks if len(parts) == 1 else apart
+    if not declared:
+        return {OBJECTIVE: reduce(torch.add, [weight * loss for loss, weight in parts.values()])}
+    names = {part: part if part in risks else f"{OBJECTIVE}.{part}" for part in parts}
+    weights = {names[part]: weight for part, (_, weight) in parts.items()}
+    return {OBJECTIVE: weights, **{names[part]: loss for part, (loss, _) in parts.items()}}
+
+
+def _value(losses: Mapping[str, Any]) -> Tensor:
+    """That of the objective."""
+    objective = losses[OBJECTIVE]
+    terms = {OBJECTIVE: 1.0} if isinstance(objective, Tensor) else objective
+    return torch.stack([weight * losses[name].detach() for name, weight in terms.items()]).sum()
+
+
+def _unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
+    """Where forwards have to be made for DDP not to reduce the gradient of the first loss only."""
+    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(model, "no_sync", nullcontext)
+    return no_sync()
+
+
+def _mean_nll(prediction: EvalPrediction) -> dict[str, float]:
+    summed, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    return {"nll": float(summed.sum(dtype=np.float64) / tokens.sum())}
