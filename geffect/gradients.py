@@ -51,10 +51,12 @@ class Gradients:
     @property
     def declared(self) -> dict[str, Mapping[str, float] | str]:
         """The weights of the sources that are combinations; "loss" for those that are not."""
+        # A vector is a multiple of the source that is named like it, where there is one.
+        own = {name: terms[name] for name, terms in self.weights.items() if name in terms}
         return {
             source: "loss"
             if source in terms
-            else {name: weight * self.scale for name, weight in terms.items()}
+            else {name: w / own.get(name, 1 / self.scale) for name, w in terms.items()}
             for source, terms in self.weights.items()
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from geffect import dots
+from geffect import Rectifier, dots
 from tests.bench import __main__ as bench
+from tests.bench import rectification
 from tests.bench.bars import Bar, Row
 from tests.bench.memory import LiveBytes, gradient_bytes, peak_bytes, peak_gradients
 from tests.bench.products import heavy_tailed, relative_error
@@ -156,12 +158,23 @@ def test_the_error_of_inner_products_is_seen_where_there_is_one() -> None:
         assert relative_error(1.01 * dots.gram([a, a])[0, 0].item(), a, a) == pytest.approx(0.01)
 
 
+def test_what_a_rectification_takes_is_counted() -> None:
+    workload = Workload.of(SMALLEST, "cpu").minute()
+    kept, more = rectification.memory_of(workload, Rectifier(workload.model))
+    assert kept == 1.0 and more < 1.0
+    loss = rectification.ascent(workload)["forget"]
+    assert rectification.passes_of(workload, loss.backward) == 1
+    workload.model.zero_grad()
+    step = partial(Rectifier(workload.model).backward, **rectification.ascent(workload))
+    assert rectification.passes_of(workload, step) == 2
+
+
 def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUICK", SMALLEST)
     out = tmp_path / "of a folder to come" / "bench.json"
     bench.main(["--quick", "--out", str(out)])
     rows = json.loads(out.read_text())
-    assert len({row["quantity"] for row in rows}) == len(rows) == 13
+    assert len({row["quantity"] for row in rows}) == len(rows) == 23
     for row in rows:
         assert {"quantity", "ratio", "bar", "holds", "rounds", "spread"} <= row.keys()
         assert row["quick"] is True

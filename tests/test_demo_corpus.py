@@ -112,6 +112,8 @@ def test_more_authors_can_be_held_out() -> None:
     assert len(corpus.retain) == 30
     assert len(corpus.retain_heldout_authors) == 150
     assert corpus.forget == generate(0).forget
+    assert corpus.retain == generate(0).retain[-30:]
+    assert set(corpus.memorised) == set(generate(0).memorised)
 
 
 @pytest.mark.parametrize(

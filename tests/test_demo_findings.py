@@ -1,33 +1,59 @@
 """Claims follow the numbers: the same sentence holds or not, and says where not."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from geffect.demo.findings import as_markdown, equal_forgetting, findings
+from geffect.demo.findings import findings
+from geffect.demo.methods import EQUAL, FEW, RATES, SETS
+from geffect.demo.tables import (
+    as_markdown,
+    compared,
+    equal_forgetting,
+    learning_rates,
+    retain_sets,
+    write_tables,
+)
 
-RETAIN = {"plain": 1.0, "gru": 0.5, "gru-update": 0.2, "gru-coordinate": 0.05, "select": 0.02}
-VIOLATING = {"plain": 0.9, "gru": 0.6, "select": 0.7}
+RETAIN = {
+    "plain": 1.0, "gru": 0.5, "gru-update": 0.2, "gru-coordinate": 0.05, "select": 0.02,
+    "sago": 0.03,
+}  # fmt: skip
+TWO_SETS = {
+    "gru-world": (0.9, 0.02), "nearest": (0.4, 0.03),
+    "gru-world-update": (0.8, 0.01), "nearest-update": (0.1, 0.02),
+}  # fmt: skip
+VIOLATING = {"plain": 0.9, "gru": 0.6, "select": 0.7, "gru-world": 0.5, "nearest": 0.4}
+GOLD = {"retain_nll": 0.01, "forget_es": 0.2}
 
 
 def run(method: str, variant: str, seed: int, **changed: Any) -> dict[str, Any]:
     """A run as the literature would have it."""
-    retain = changed.pop("retain", RETAIN[variant])
+    retain = changed.pop("retain", RETAIN.get(variant, 0.0))
+    world = changed.pop("world", 0.1 * retain)
+    measured = {
+        "retain_nll": retain,
+        "retain_heldout_authors_nll": 1.5 * retain,
+        "world_nll": world,
+        "forget_nll": 3.4,
+        "forget_es": 0.3,
+        "forget_paraphrase_nll": 3.3,
+        "relearn_nll": [1.0, 2.0],
+    }
     return {
+        "part": EQUAL,
+        "retain_feed": 140,
         "method": method,
         "variant": variant,
         "seed": seed,
         "learning_rate": 3e-4,
         "steps": 20,
         "reached_level": True,
-        "at_level": {
-            "step": 17.5,
-            "retain_nll": retain,
-            "retain_heldout_authors_nll": 1.5 * retain,
-            "relearn_nll": [1.0, 2.0],
-        },
+        "at_level": {"step": 17.5, **measured},
+        "at_es": {"step": 27.5, **measured},
         "share_retaining_negative": 0.95,
         "share_appreciable_retaining_negative": 1.0,
         "retaining_lowest": {"ga": -300.0, "wga": -9.0, "npo": -45.0}[method],
@@ -47,14 +73,46 @@ def study(**changed: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def finding(runs: list[dict[str, Any]], words: str) -> dict[str, Any]:
-    (found,) = [f for f in findings(runs) if words in f["claim"]]
+def controls(**changed: dict[str, Any]) -> list[dict[str, Any]]:
+    """GA with few facts that feed, at two more learning rates, and with two retain sets."""
+    settings: list[tuple[str, dict[str, Any]]] = [
+        *[(v, {"part": FEW, "retain_feed": 30}) for v in RETAIN],
+        *[
+            (v, {"part": RATES, "learning_rate": rate, "retain": factor * RETAIN[v]})
+            for v in RETAIN
+            for rate, factor in ((1.5e-4, 0.9), (6e-4, 2.0))
+        ],
+        *[(v, {"part": SETS, "retain": r, "world": w}) for v, (r, w) in TWO_SETS.items()],
+    ]
+    return [
+        run("ga", v, seed, **setting | changed.get(f"{setting['part']} {v} {seed}", {}))
+        for v, setting in settings
+        for seed in (0, 1)
+    ]
+
+
+def summary(**changed: dict[str, Any]) -> dict[str, Any]:
+    gold = {
+        str(seed): {
+            **GOLD,
+            "relearn_nll": [2.0, 4.0],
+            "by_feed": {"140": GOLD, "30": GOLD | {"retain_nll": 0.02}},
+        }
+        for seed in (0, 1)
+    }
+    return {"runs": study(**changed), "further_runs": controls(**changed), "gold": gold}
+
+
+def finding(
+    runs: list[dict[str, Any]], words: str, further: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    (found,) = [f for f in findings(runs, further or []) if words in f["claim"]]
     return found
 
 
 def test_all_claims_hold_where_the_numbers_say_so() -> None:
-    said = findings(study())
-    assert len(said) == 13
+    said = findings(study(), controls())
+    assert len(said) == 19
     assert [f["claim"] for f in said if not f["holds"]] == []
 
 
@@ -72,6 +130,9 @@ def test_all_claims_hold_where_the_numbers_say_so() -> None:
         ("select keeps a lower retain NLL, authors outside",
          {"ga select 0": {"retain": 3.0}}, ["ga"]),
         ("no applied update", {"ga gru-update 0": {"share_update_violating": 0.1}}, ["gru-update"]),
+        ("equal forgetting, with 140 QA", {"npo select 0": {"retain": 0.9}}, ["npo"]),
+        ("equal extraction strength, with 140 QA",
+         {"npo sago 0": {"retain": 1e-3}, "npo sago 1": {"retain": 1e-3}}, ["npo"]),
     ],
 )  # fmt: skip
 def test_a_claim_that_fails_says_where(
@@ -80,6 +141,39 @@ def test_a_claim_that_fails_says_where(
     found = finding(study(**changed), words)
     assert not found["holds"]
     assert found["except"] == exceptions
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "exceptions"),
+    [
+        ("forgetting, with 30 QA",
+         {f"{FEW} sago {seed}": {"retain": 0.01} for seed in (0, 1)}, ["ga"]),
+        ("best of its learning rates",
+         {f"{RATES} plain 0": {"retain": 0.01}, f"{RATES} plain 1": {"retain": 0.01}},
+         ["ga, 140 QA: gru"]),
+        ("`nearest`", {f"{SETS} nearest 0": {"world": 0.5}},
+         ["ga, gradient space: world facts NLL"]),
+        ("`nearest`", {f"{SETS} nearest-update 0": {"retain": 2.0}},
+         ["ga, update space: retain NLL"]),
+        ("no applied update",
+         {f"{SETS} nearest-update 0": {"share_update_violating": 0.1}}, ["nearest-update"]),
+    ],
+)  # fmt: skip
+def test_a_claim_about_the_controls_that_fails_says_where(
+    words: str, changed: dict[str, Any], exceptions: list[str]
+) -> None:
+    assert finding(study(), words, controls())["holds"]
+    found = finding(study(), words, controls(**changed))
+    assert (found["holds"], found["except"]) == (False, exceptions)
+
+
+def test_a_variant_that_missed_the_level_is_not_the_best_of_them() -> None:
+    missed = {"at_level": None, "reached_level": False}
+    assert finding(study(), "forgetting, with 140 QA")["holds"]
+    runs = study(**{"ga select 1": missed})
+    assert finding(runs, "forgetting, with 140 QA")["except"] == ["ga"]
+    runs = study(**{"ga select 1": missed, "ga gru-coordinate 0": {"retain": 0.0}})
+    assert finding(runs, "forgetting, with 140 QA")["holds"]
 
 
 def test_a_run_short_of_the_level_is_an_exception_wherever_it_is_compared() -> None:
@@ -99,21 +193,63 @@ def test_nothing_is_claimed_of_what_was_not_run() -> None:
 
 
 def test_the_table_holds_every_run_and_the_gold_models() -> None:
-    gold = {str(seed): {"retain_nll": 0.01, "relearn_nll": [2.0, 4.0]} for seed in (0, 1)}
-    table = equal_forgetting({"runs": study(), "gold": gold})
-    assert len(table) == 32
+    table = equal_forgetting(summary())
+    assert len(table) == 38
     assert set(table[table["method"] == "gold"]["relearn_nll"]) == {3.0}
     assert table["step"].dropna().eq(17.5).all()
 
 
-def test_the_printed_table_has_the_means_over_seeds() -> None:
-    numbers = {
-        name: [1.0, 3.0]
-        for name in ("step", "retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es",
-                     "forget_paraphrase_nll", "relearn_nll", "share_update_violating",
-                     "learning_rate")
-    }  # fmt: skip
-    table = pd.DataFrame({"method": "ga", "variant": "gru", "seed": [0, 1], **numbers})
-    header, rule, row = as_markdown(table).splitlines()
-    assert header.count("|") == rule.count("|") == row.count("|") == 12
-    assert "2.000" in row
+def test_both_feeds_are_compared_at_both_levels() -> None:
+    for at, step in (("at_level", 17.5), ("at_es", 27.5)):
+        table = compared(summary(), at, EQUAL, FEW)
+        assert table["step"].dropna().eq(step).all()
+        feeds = table.groupby(["method", "retain_feed"])["seed"].count()
+        assert feeds["ga"].to_dict() == {30: 12, 140: 12}
+        gold = table[table["method"] == "gold"].groupby("retain_feed")["retain_nll"].mean()
+        assert gold.to_dict() == {30: 0.02, 140: 0.01}
+
+
+def test_learning_rates_stand_in_order() -> None:
+    table = learning_rates(summary())
+    runs = table[table["method"] != "gold"]
+    assert set(runs["method"]) == {"ga"}
+    for _, part in runs.groupby(["variant", "seed"]):
+        assert part["learning_rate"].tolist() == [1.5e-4, 3e-4, 6e-4]
+
+
+def test_retain_sets_are_beside_variants_that_know_one() -> None:
+    table = retain_sets(summary())
+    known = ["plain", "gru", "gru-update", *TWO_SETS]
+    assert table["variant"].drop_duplicates().tolist() == [*known, "retrained"]
+    assert set(table["method"]) == {"ga", "gold"}
+
+
+def test_only_tables_that_have_runs_are_written(tmp_path: Path) -> None:
+    write_tables(summary(), tmp_path)
+    names = ["equal_extraction", "equal_forgetting", "learning_rates", "retain_sets"]
+    files = sorted(f"{name}.{kind}" for name in names for kind in ("csv", "md"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_tables(
+        summary() | {"runs": [r | {"at_es": None} for r in study()], "further_runs": []}, alone
+    )
+    assert sorted(p.name for p in alone.iterdir()) == [
+        "equal_forgetting.csv",
+        "equal_forgetting.md",
+    ]
+
+
+def test_the_printed_table_has_the_means_over_the_seeds_that_reached_the_level() -> None:
+    missed = {"ga gru 1": {"at_level": None, "reached_level": False}}
+    lines = as_markdown(compared(summary(**missed), "at_level", EQUAL)).splitlines()
+    assert {line.count("|") for line in lines} == {14}
+    (gru,) = [line for line in lines if line.startswith("| ga ") and "| gru " in line]
+    assert "17 (1 of 2 seeds)" in gru or "18 (1 of 2 seeds)" in gru
+    assert " 0.500 | 0.750 |" in " ".join(gru.split())
+    (plain,) = [line for line in lines if line.startswith("| npo ") and "| plain " in line]
+    assert "seeds" not in plain
+    assert lines[-1].split("|")[1:4] == [
+        f" {x} " for x in ("gold  ", "retrained     ", "      140")
+    ]
+    assert pd.isna(compared(summary(**missed), "at_level", EQUAL)["step"]).sum() == 3

@@ -193,12 +193,29 @@ def test_in_gradient_space_adamw_breaks_the_constraint() -> None:
     assert min(cosines(run({"rule": None}))) < -1e-3
 
 
-def test_the_counterexample_of_a_preconditioner() -> None:
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_the_counterexample_of_a_preconditioner(space: Any) -> None:
     # r = (1, 1), u = (-3, 1), second moments (1, 100): the step along the rectified gradient harms.
-    u, r, scale = tensors([-3.0, 1.0], [1.0, 1.0], [1.0, 0.1])
-    x = rectified(u, r)
-    torch.testing.assert_close(x, torch.tensor([-2.0, 2.0]).double())
-    assert torch.dot(scale * x, r).item() == pytest.approx(-1.8)
+    u, r = tensors([-3.0, 1.0], [1.0, 1.0])
+    torch.testing.assert_close(rectified(u, r), torch.tensor([-2.0, 2.0]).double())
+    model = nn.Linear(2, 1, bias=False).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
+    optimizer.state[model.weight] = {
+        "step": torch.tensor(1e9),
+        "exp_avg": torch.zeros(1, 2).double(),
+        "exp_avg_sq": torch.tensor([[1.0, 1e4]]).double(),
+    }
+    # A second moment that stays as it is: no step corrects it for a start at zero.
+    optimizer.param_groups[0]["betas"] = (0.0, 0.999999999999)
+    rectifier = Rectifier(model, **placed(space, optimizer))
+    before = model.weight.detach().clone()
+    rectifier.backward(objective=model(u).sum(), retain=model(r).sum())
+    optimizer.step()
+    applied = (before - model.weight.detach()).flatten()
+    if space == "gradient":
+        assert torch.dot(applied, r) < -0.1 * applied.norm()
+    else:
+        assert torch.dot(applied, r) >= -1e-9 * applied.norm()
 
 
 def test_the_default_is_gru_on_the_whole_model_with_the_average() -> None:
@@ -422,10 +439,11 @@ def test_the_report_measures_what_half_precision_leaves() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     losses = {side: nll(model, batch) for side, batch in pair.items()}
     rectifier.backward(objective={"forget": -1.0}, **losses)
-    optimizer.step()
+    with pytest.warns(UserWarning, match=r"below the rounding of the parameters. Keep them in fl"):
+        optimizer.step()
     average = rectifier.watched["retain_ema"]
     measured = sum(
-        float(((old - p.detach()).double() * r.double()).sum())
+        float(((old.double() - p.detach().double()) * r.double()).sum())
         for old, p, r in zip(before, model.parameters(), average, strict=True)
     )
     assert rectifier.report is not None
@@ -462,10 +480,9 @@ def test_a_rule_without_finite_weights_is_refused_and_changes_nothing() -> None:
 
 def test_misuse_is_said_in_one_sentence() -> None:
     model, other = nn.Linear(2, 1), nn.Linear(3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = model(torch.ones(2)).sum()
-    with pytest.raises(ValueError, match=r'with space="update".* Found .* Leave it out'):
-        Rectifier(model, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r'before a step with space="update".* Found none. Pass'):
+        Rectifier(model, space="update").backward(objective=-loss, retain=loss)
     with pytest.raises(ValueError, match=r"one named `objective`. Found retain. Pass objective"):
         Rectifier(model).backward(retain=loss)
     from geffect.gradients import differentiate
@@ -646,8 +663,11 @@ def test_nearest_harms_none_of_several_retain_sets(space: Any) -> None:
 
 
 def test_a_rule_for_one_retain_gradient_refuses_several() -> None:
-    with pytest.raises(ValueError, match="should"):
-        Rectifier(nn.Linear(2, 1), against=("retain", "world"))
+    for rule in (gru, a_gem, orthogonal, pcgrad, blur, SAGO()):
+        with pytest.raises(ValueError, match=r"should be given one retain gradient .* Take|Add"):
+            Rectifier(nn.Linear(2, 1), rule, against=("retain", "world"))
+    for rule in (nearest, off_span):
+        Rectifier(nn.Linear(2, 1), rule, against=("retain", "world"))
 
 
 def test_the_forget_part_is_rectified_and_the_retain_term_added_behind() -> None:
@@ -886,3 +906,164 @@ def test_rules_that_look_at_lengths_are_refused_in_update_space() -> None:
         Rectifier(model, rule)
     for rule in (gru, orthogonal, a_gem, off_span, nearest):
         Rectifier(model, rule, space="update")
+
+
+def test_a_retain_gradient_that_overflows_alone_lets_the_scaler_skip_the_step() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    rectifier = Rectifier(model)
+    before = model.weight.detach().clone()
+    loss = model(torch.ones(2)).sum()
+    rectifier.backward(objective=-loss, retain=loss * 1e35, scaler=scaler)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.weight, before)
+    assert scaler.get_scale() == 2.0**15
+    assert rectifier.report is None
+
+
+def test_the_forget_part_is_that_of_a_declared_objective() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    forget, retain = model(torch.ones(2)).sum(), model(torch.tensor([1.0, -2.0])).sum()
+    with pytest.raises(ValueError, match=r"declared as a combination .* Found a tensor. Pass wei"):
+        Rectifier(model, part="forget").backward(objective=-forget + retain, retain=retain)
+    results = []
+    for part in ("total", "forget"):  # the same, where there is no retain term
+        model.zero_grad()
+        forget, retain = model(torch.ones(2)).sum(), model(torch.tensor([2.0, 1.0])).sum()
+        rectifier = Rectifier(model, part=part)  # type: ignore[arg-type]
+        rectifier.backward(objective={"forget": -1.0}, forget=forget, retain=retain)
+        results.append(model.weight.grad.clone())
+    assert torch.equal(*results)
+
+
+def test_what_the_optimizer_does_not_step_takes_no_part() -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=1e-3)
+    rectifier = Rectifier(model, optimizer=optimizer, ema=1.0)
+    x = torch.tensor([1.0, 2.0, -1.0])
+    fired = 0.0
+    for step in range(4):
+        optimizer.zero_grad()
+        before = torch.cat([p.detach().flatten().clone() for p in model[1].parameters()])
+        other = x + torch.tensor([step, -1.0, 0.5])
+        rectifier.backward(objective=-model(x).sum(), retain=((model(other) + 9) ** 2).sum())
+        optimizer.step()
+        applied = before - torch.cat([p.detach().flatten() for p in model[1].parameters()])
+        r = torch.cat([t.flatten() for t in rectifier.watched["retain_ema"][2:]])
+        assert torch.dot(applied, r) >= -1e-4 * applied.norm() * r.norm()
+        fired += rectifier.report.fired[0]
+    assert fired > 0
+
+
+@pytest.mark.parametrize("rule", [pcgrad, SAGO(prefer_retain=True)], ids=str)
+def test_a_rule_that_adds_the_retain_gradient_adds_it_where_the_objective_has_none(
+    rule: Any,
+) -> None:
+    model = two_layers()
+    x = torch.tensor([1.0, 2.0, -1.0])
+    retain = (model(x) ** 2).sum()
+    (expected,) = torch.autograd.grad(retain, [model[1].weight], retain_graph=True)
+    Rectifier(model, rule).backward(objective=model[0](x).sum(), retain=retain)
+    torch.testing.assert_close(model[1].weight.grad, expected)
+    model.zero_grad()
+    Rectifier(model).backward(objective=model[0](x).sum(), retain=(model(x) ** 2).sum())
+    assert model[1].weight.grad is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"space": "update"}, {"space": "update", "scope": "coordinate"}], ids=str
+)
+def test_a_parameter_without_gradient_is_not_decayed(options: dict[str, Any]) -> None:
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    rectifier = Rectifier(model, optimizer=optimizer, **options)
+    before = model[1].weight.detach().clone()
+    x = torch.tensor([1.0, 2.0, -1.0])
+    rectifier.backward(objective=-model[0](x).sum(), retain=(model(x) ** 2).sum())
+    optimizer.step()
+    assert torch.equal(model[1].weight, before)
+    assert model[1].weight.grad is None
+
+
+@pytest.mark.parametrize("scope", ["model", "coordinate"])
+def test_what_is_done_to_gradients_before_the_step_is_seen(scope: Any) -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    rectifier = Rectifier(model, space="update", scope=scope, optimizer=optimizer)
+
+    def clip(*_: object) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+
+    optimizer.register_step_pre_hook(clip)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    x = torch.tensor([1.0, 2.0, -1.0])
+    rectifier.backward(objective=-model(x).sum(), retain=(model(2 * x) ** 2).sum())
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((after - before).norm()) <= 2e-6
+
+
+def test_a_state_that_is_loaded_leaves_nothing_of_a_window() -> None:
+    pairs = tiny.pairs(2)
+    grads = []
+    for windowed in (False, True):
+        model = tiny.llama()
+        rectifier = Rectifier(model)
+        state = rectifier.state_dict()
+        if windowed:
+            rectifier.backward(
+                objective={"forget": -1.0}, accumulate=True, **losses_of(model, pairs[0])
+            )
+            rectifier.load_state_dict(state)
+        rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pairs[1]))
+        grads.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*grads)
+
+
+def test_a_parameter_that_is_replaced_is_refused() -> None:
+    model = two_layers()
+    rectifier = Rectifier(model)
+    x = torch.ones(3)
+    rectifier.backward(objective=-model(x).sum(), retain=(model(x) ** 2).sum())
+    model.zero_grad()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(ValueError, match=r"stay the tensors that they were .* Found others"):
+        rectifier.backward(objective=-model(x).sum(), retain=(model(x) ** 2).sum())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-39, 1e-42, 0.0])
+def test_a_vanishing_retain_gradient_is_counted_and_changes_nothing(scale: float) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    rectifier = Rectifier(model)
+    loss = model(torch.ones(2)).sum()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        rectifier.backward(objective=-1e3 * loss, retain=loss * scale)
+    grad = model.weight.grad
+    assert grad.isfinite().all()
+    if scale == 1e-30:
+        assert rectifier.skipped == 0 and float(grad.norm()) <= 1e-2
+    else:
+        assert rectifier.skipped == 1 and torch.equal(grad, torch.full((1, 2), -1e3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"against": ()}, r"`against` should be a sequence .* Found"),
+        ({"against": ("objective",)}, r"`against` should be a sequence .* Found"),
+        ({"against": ("retain", "retain")}, r"`against` should be a sequence .* Found"),
+        ({"rule": "gru"}, r"`rule` should be a function .* Found 'gru'. Pass one"),
+        ({"ema": True}, r"`ema` of Rectifier should be above 0"),
+        ({"select": True}, r"`select` of Rectifier should be above 0"),
+        ({"correction": "retain_adam"}, r'`correction` should be "retain" in gradient space'),
+        ({"part": "forget", "space": "update"}, r'`part` should be "total" in update space'),
+        ({"rule": SAGO(), "scope": "layer"}, r'should go with scope="model"'),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rectifier(nn.Linear(2, 1), **options)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
-from geffect.gradients import Gradients, differentiate
+from geffect.gradients import Gradients, differentiate, separate
+from geffect.losses import plan
 from geffect.objectives import nll
 from tests import tiny
 
@@ -129,3 +130,16 @@ def test_scaled_gradients_taken_elsewhere_are_recorded_as_they_are(tmp_path: Pat
     assert K[place("objective"), place("retain")] == pytest.approx(-2.0)
     assert rectifier.report is not None
     assert rectifier.report.coefficient == pytest.approx((1.0,))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_sign_of_a_declared_objective_is_kept(scale: float, tmp_path: Path) -> None:
+    model = tiny.llama()
+    losses = {"objective": {"forget": -2.0}, **losses_of(model, tiny.pairs(1)[0])}
+    passes = plan([*model.parameters()], losses, scale=scale)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.record(separate([*model.parameters()], passes))
+    run = open_run(tmp_path / "run.h5")
+    assert run.manifest["losses"]["objective"] == pytest.approx({"forget": -2.0})
+    K = run.gram()[0].sum(axis=0)
+    assert K[0, 1] == pytest.approx(-2 * K[1, 1], rel=1e-5)

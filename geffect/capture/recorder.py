@@ -299,6 +299,8 @@ class Recorder:
             assert window.gradients is not None
             try:
                 rectifier.rectify(window.gradients, copy=self._update)
+                if not self._update:
+                    window.gradients = None
             except BaseException:
                 self._step = None
                 raise

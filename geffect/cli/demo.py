@@ -1,9 +1,18 @@
-"""`geffect demo`: the embedded study, from nothing to a report."""
+"""`geffect demo`: the study, on the embedded model or a pretrained one, with its report."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from geffect.demo.pretrained import Pretrained
+
+PRETRAINED_METHODS = ("ga",)
+"""A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
 
 
 def command(
@@ -15,38 +24,70 @@ def command(
         str,
         typer.Option(
             help="Some of ga,wga,npo,graddiff,npo+gd, with commas between them; "
-            "all if left out, ga of a quick study."
+            "all if left out, ga of a quick study or a pretrained model."
         ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Every method in every variant.")
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Study this pretrained model: a folder as save_pretrained leaves it, or GGUF.",
+        ),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(metavar="N..M", help="Train only these layers of --model, from 0.")
+    ] = "",
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Train only adapters of --model.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes: 2 of one thread each if left out; with --model 1 of all."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a study in DIR that was cut short.")
+    ] = False,
 ) -> None:
-    """Train a small language model, unlearn a part of what it knows in several ways, and report.
+    """Teach a language model facts, unlearn a part of them in several ways, and report.
 
     Nothing is downloaded. DIR then holds a run file for each method and variant, summary.json,
     equal_forgetting.csv, figures, and report.html, which opens offline.
     """
     from rich.console import Console
 
+    from geffect.demo.methods import RETAIN_SETS, VARIANTS
     from geffect.demo.study import Plan, run_study
 
     from .progress import shown
     from .report import study_report
 
     console = Console()
+    named = tuple(methods.split(",")) if methods else ()
     try:
+        subject = _subject(model, layers, lora, quick=quick)
+        processes = workers or (1 if subject else 2)
         plan = Plan(
             seeds=_whole_numbers(seeds),
-            methods=tuple(methods.split(",")) if methods else (),
+            methods=named or (PRETRAINED_METHODS if subject else ()),
             quick=quick,
             all_variants=all_variants,
-            workers=workers,
+            workers=processes,
+            threads=max(1, (os.cpu_count() or 1) // processes) if subject else 1,
+            resume=resume,
+            subject=subject,
+            variants=subject.paced(VARIANTS) if subject else VARIANTS,
+            retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if subject:
+        _say_memory(subject, processes, console)
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
@@ -60,6 +101,44 @@ def command(
         console.print(f"  {mark} {finding['claim']}{exceptions}", highlight=False, soft_wrap=True)
     seconds = summary["wall_seconds"]["total"]
     console.print(f"{seconds:.0f} s. Open {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _subject(
+    model: Path | None, layers: str, lora: int | None, *, quick: bool
+) -> "Pretrained | None":
+    """The pretrained model that is asked for, if any."""
+    from geffect.demo.pretrained import Pretrained, Trained, layers_from
+
+    if model is None:
+        if layers or lora is not None:
+            raise ValueError(
+                "`--layers` and `--lora` should go with `--model`. Found no model. Pass, say, "
+                "--model FOLDER --layers 10..19."
+            )
+        return None
+    if quick:
+        raise ValueError(
+            "`--quick` should go with the embedded model. Found a pretrained one. Leave one of "
+            "`--quick` and `--model` out; --layers 10..19 makes a pretrained one quicker."
+        )
+    trained = Trained(layers=layers_from(layers) if layers else None, lora=lora)
+    return Pretrained(str(model), trained)
+
+
+def _say_memory(subject: "Pretrained", workers: int, console: "Console") -> None:
+    """Say how much memory the study takes, and refuse it where there is less."""
+    from geffect.demo import memory_estimate as memory
+
+    estimate, there = memory.estimate(subject), memory.available()
+    needed = workers * sum(estimate.values())
+    console.print(
+        f"Memory: about {memory.gib(needed)} for {workers} worker{'s' * (workers > 1)}, "
+        f"{memory.gib(there)} are free. Of each:",
+        highlight=False,
+    )
+    for purpose, count in estimate.items():
+        console.print(f"  {memory.gib(count):>9}  {purpose}", highlight=False)
+    memory.check(needed, there)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

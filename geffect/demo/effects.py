@@ -1,9 +1,9 @@
 """What unlearning one sample or token more does, where a run reaches the level of forgetting."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from geffect import Recorder
 from geffect.analysis import SAMPLES, TOKENS, as_columns, instances, tokens
@@ -18,9 +18,9 @@ READ_OUT = 3
 
 def keep_effects(
     recorder: Recorder,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Mapping[str, Sequence[lm.Batch]],
-    tokenizer: Tokenizer,
+    tokenizer: Any,
 ) -> None:
     """Keep the PG-effects of all forget samples, and of the tokens of a few, with the run."""
     directions = {risk: direction(model, batches[risk]) for risk in (FORGET, RETAIN)}

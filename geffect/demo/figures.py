@@ -15,6 +15,9 @@ from geffect.scores import Score, stack, tidy
 
 FORMATS = ("png", "pdf")
 
+DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "sago")
+"""The variants in the figures; the tables have all."""
+
 Runs = dict[tuple[str, str], Run]  # by method and variant
 
 
@@ -33,7 +36,7 @@ def names(summary: Mapping[str, Any], out: Path) -> list[str]:
 def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Figure]]:
     """Every figure by name. Curves and heatmaps are of the first seed: gold levels differ."""
     seed = summary["seeds"][0]
-    of_seed = [run for run in summary["runs"] if run["seed"] == seed]
+    of_seed = [r for r in summary["runs"] if r["seed"] == seed and r["variant"] in DRAWN]
     runs = {(run["method"], run["variant"]): open_run(out / run["file"]) for run in of_seed}
     plain = {method: run for (method, variant), run in runs.items() if variant == "plain"}
     first, level = next(iter(plain)), summary["gold"][str(seed)]["forget_nll"]

@@ -1,14 +1,21 @@
-"""What the study shows, said from its numbers: the table of equal forgetting and the claims."""
+"""What the study shows, said from its numbers: claims, each with whether it holds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
-from geffect import open_run
-from geffect.analysis import conflict, g_effect, violation
+from geffect import Run, open_run
+from geffect.analysis import conflict, cosine, g_effect
+from geffect.analysis.violation import ROUNDING
+from geffect.sources import UPDATE
+
+from .methods import FEW, RATES, SETS
+from .recipe import LEVELS
+from .tables import AT_LEVEL
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -18,77 +25,20 @@ GAIN = 1.3
 APPRECIABLE = 1e-3
 """Of its peak: a model that has memorised its data starts with almost no gradient, of any sign."""
 
-AT_LEVEL = {
-    "step": "step at the level",
-    "retain_nll": "retain NLL",
-    "retain_heldout_authors_nll": "retain NLL, authors outside the retain gradient",
-    "world_nll": "world facts NLL",
-    "forget_es": "forget extraction strength",
-    "retain_es": "retain extraction strength",
-    "forget_paraphrase_nll": "forget NLL, unseen paraphrases",
-    "relearn_nll": "forget NLL after relearning the other half",
-}
-"""What is measured at the level of forgetting, with its name in words."""
+INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
 
+THIN = ("gru-coordinate", "select", "select-coordinate")
+"""The variants that leave most coordinates where they are."""
 
-def equal_forgetting(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a run, at the forget NLL of the gold model of its seed, and a row for each gold model.
-
-    Losses are nats per answer token; `relearn_nll` is the mean over the two halves. A run that did
-    not reach the level has no values.
-    """
-    gold = [
-        {"method": "gold", "variant": "retrained", "seed": int(seed), **_at_level(measured)}
-        for seed, measured in summary["gold"].items()
-    ]
-    runs = [
-        {
-            **{k: run[k] for k in ("method", "variant", "seed", "learning_rate", "steps")},
-            "reached_level": run["reached_level"],
-            **_at_level(run["at_level"] or {}),
-            "share_retaining_negative": run["share_retaining_negative"],
-            "share_update_violating": run["share_update_violating"],
-        }
-        for run in summary["runs"]
-    ]
-    return pd.DataFrame([*runs, *gold])
-
-
-def as_markdown(table: pd.DataFrame) -> str:
-    """The table of equal forgetting for a terminal or a README: means over the seeds."""
-    columns = {
-        "learning_rate": ("learning rate", "{:g}"),
-        "step": ("steps", "{:.0f}"),
-        "retain_nll": ("retain NLL inside", "{:.3f}"),
-        "retain_heldout_authors_nll": ("outside", "{:.3f}"),
-        "world_nll": ("world facts NLL", "{:.3f}"),
-        "forget_es": ("forget ES", "{:.2f}"),
-        "forget_paraphrase_nll": ("paraphrases NLL", "{:.2f}"),
-        "relearn_nll": ("relearned NLL", "{:.2f}"),
-        "share_update_violating": ("violating steps", "{:.2f}"),
-    }
-    lines = [["method", "variant", *(title for title, _ in columns.values())]]
-    means = table.groupby(["method", "variant"], sort=False)[list(columns)].mean()
-    for names, row in means.iterrows():
-        cells = [
-            "" if value != value else form.format(value)
-            for value, (_, form) in zip(row, columns.values(), strict=True)
-        ]
-        lines.append([*names, *cells])  # type: ignore[misc]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rule = ["-" * widths[0], "-" * widths[1], *("-" * (width - 1) + ":" for width in widths[2:])]
-    padded = [
-        [
-            c.ljust(w) if i < 2 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(x, widths, strict=True))
-        ]
-        for x in (lines[0], rule, *lines[1:])
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
+KEEPING = ("gru-update", "gru-coordinate", "select-coordinate", "gru-retain-adam", "nearest-update")
+"""The variants that constrain the step that is applied."""
 
 
 def shares(path: Path) -> dict[str, float]:
-    """What the findings need of a run file, in one number each."""
+    """What the findings need of a run file, in one number each.
+
+    A step violates if the applied update opposes any of the averages that the rectifier protects.
+    """
     run = open_run(path)
     effect = g_effect(run, by="model").query("effect == 'retaining'")["value"]
     appreciable = effect[effect.abs() > APPRECIABLE * effect.abs().max()]
@@ -97,22 +47,22 @@ def shares(path: Path) -> dict[str, float]:
         "share_appreciable_retaining_negative": float((appreciable < 0).mean()),
         "retaining_lowest": float(effect.min()),
         "retaining_last": float(effect.iloc[-1]),
-        "share_update_violating": float(violation(run)["value"].mean()),
+        "share_update_violating": _violating(run),
         "share_layers_in_conflict": float(conflict(run)["value"].mean()),
     }
 
 
-def findings(runs: Runs) -> list[dict[str, Any]]:
+def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
     """Claims about the runs at hand, each with whether it holds, where not, and the numbers.
 
-    A claim is made where there is something to compare. A run that did not reach the level is an
-    exception to every claim about the level.
+    `runs` are those at equal forgetting, `further` their controls. A claim is made where there is
+    something to compare. A run that did not reach the level is an exception to every claim about
+    the level.
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     variants = {method: {r["variant"] for r in runs if r["method"] == method} for method in methods}
     plain = {method for method in methods if "plain" in variants[method]}
     gaining = [m for m in ("ga", "wga", "npo") if {"plain", "gru"} <= variants.get(m, set())]
-    inside, outside = "retain_nll", "retain_heldout_authors_nll"
     comparisons = [
         (variant, others, [m for m in methods if {variant, *others} <= variants[m]])
         for variant, others in (
@@ -121,6 +71,7 @@ def findings(runs: Runs) -> list[dict[str, Any]]:
             ("select", ["gru", "gru-update"]),
         )
     ]
+    few = [run for run in further if run["part"] == FEW]
     return [
         _reached(runs),
         *([_negative_throughout(runs)] if "ga" in plain else []),
@@ -130,10 +81,18 @@ def findings(runs: Runs) -> list[dict[str, Any]]:
         *[
             _lower(runs, compared, variant, others, key)
             for variant, others, compared in comparisons
-            for key in (inside, outside)
+            for key in (INSIDE, OUTSIDE)
             if compared
         ],
-        *([_keeps_constraint(runs)] if any("gru-update" in v for v in variants.values()) else []),
+        *[
+            _below_sago(part, compared, at)
+            for part in (runs, few)
+            for at in LEVELS.values()
+            if (compared := _with_sago(part, at))
+        ],
+        *_at_their_best(runs, further),
+        *_protects_both(runs, further),
+        *_keeps_constraint([*runs, *further]),
     ]
 
 
@@ -226,27 +185,118 @@ def _lower(
     )
 
 
-def _keeps_constraint(runs: Runs) -> dict[str, Any]:
+def _below_sago(runs: Runs, methods: Sequence[str], at: str) -> dict[str, Any]:
+    """Whether a thin variant keeps a lower mean over seeds outside than SAGO, by method."""
+    means = {
+        method: {v: _mean(_cells(runs, method, v, OUTSIDE, at)) for v in ("sago", *THIN)}
+        for method in methods
+    }
+    level = "forgetting" if at == "at_level" else "extraction strength"
+    return _finding(
+        f"At equal {level}, with {runs[0]['retain_feed']} QA feeding the retain gradient, the best "
+        f"of coordinate and selective steps keeps a lower {AT_LEVEL[OUTSIDE]} than SAGO, on the "
+        "mean over seeds",
+        [method for method, mean in means.items() if not _best(mean, THIN) < mean["sago"]],
+        {"means": means},
+    )
+
+
+def _with_sago(runs: Runs, at: str) -> list[str]:
+    """The methods in which SAGO and a thin variant were run up to a level."""
+    reached = {(run["method"], run["variant"]) for run in runs if run.get(at)}
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return [m for m in methods if (m, "sago") in reached and any((m, v) in reached for v in THIN)]
+
+
+def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
+    """Whether the order of the variants holds with each at the best of its learning rates."""
+    best: dict[str, dict[str, float]] = {}
+    for method, feed in dict.fromkeys(
+        (run["method"], run["retain_feed"]) for run in further if run["part"] == RATES
+    ):
+        of_cell = [
+            run
+            for run in (*runs, *further)
+            if (run["method"], run["retain_feed"]) == (method, feed) and run["part"] != SETS
+        ]
+        means: dict[str, dict[float, float]] = {}
+        for variant, rate in dict.fromkeys((r["variant"], r["learning_rate"]) for r in of_cell):
+            at_rate = [run for run in of_cell if run["learning_rate"] == rate]
+            means.setdefault(variant, {})[rate] = _mean(_cells(at_rate, method, variant, OUTSIDE))
+        name = f"{method}, {feed} QA"
+        best[name] = {v: _best(by_rate, by_rate) for v, by_rate in means.items()}
+    if not best:
+        return []
+    return [
+        _finding(
+            "At equal forgetting, with each variant at the best of its learning rates, the "
+            f"{AT_LEVEL[OUTSIDE]}, falls from plain to gru to gru-update, and from SAGO to the "
+            "best of coordinate and selective steps, on the mean over seeds",
+            [
+                f"{name}: {' or '.join(lower)}"
+                for name, means in best.items()
+                for lower, higher in ((("gru",), "plain"), (("gru-update",), "gru"), (THIN, "sago"))
+                if not _best(means, lower) < means[higher]
+            ],
+            {"lowest_means": best},
+        )
+    ]
+
+
+def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
+    """Whether `nearest` against two retain sets keeps each better than a rule that knows one."""
+    methods = list(dict.fromkeys(run["method"] for run in further if run["part"] == SETS))
+    if not methods:
+        return []
+    cells = {
+        f"{method}, {space} space": {
+            name: {
+                key: _mean(_cells([*runs, *further], method, variant, key))
+                for key in (INSIDE, WORLD)
+            }
+            for name, variant in (
+                ("plain", "plain"),
+                ("authors", "gru" + suffix),
+                ("world", "gru-world" + suffix),
+                ("both", "nearest" + suffix),
+            )
+        }
+        for method, (space, suffix) in product(methods, (("gradient", ""), ("update", "-update")))
+    }
+    return [
+        _finding(
+            "At equal forgetting `nearest`, against authors and world facts, keeps both: a lower "
+            f"{AT_LEVEL[INSIDE]} than GRU against the world facts alone, a lower {AT_LEVEL[WORLD]} "
+            "than GRU against the authors alone, and both lower than plain, on the mean over seeds",
+            [
+                f"{cell}: {AT_LEVEL[key]}"
+                for cell, means in cells.items()
+                for key, other in ((INSIDE, "world"), (WORLD, "authors"))
+                if not all(means["both"][key] < means[x][key] for x in (other, "plain"))
+            ],
+            {"means": cells},
+        )
+    ]
+
+
+def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
     shares: dict[str, list[float]] = {}
     for run in runs:
         shares.setdefault(run["variant"], []).append(run["share_update_violating"])
-    return _finding(
-        "In update space no applied update opposes the retain average; AdamW makes some do so "
-        "after the gradient alone was projected",
-        [
-            *[
-                v
-                for v in ("gru-update", "gru-coordinate")
-                if not all(share == 0.0 for share in shares.get(v, []))
+    keeping = [variant for variant in KEEPING if variant in shares]
+    if not keeping:
+        return []
+    return [
+        _finding(
+            "In update space no applied update opposes a retain average; AdamW makes some do so "
+            "after the gradient alone was projected",
+            [
+                *[v for v in keeping if any(share != 0.0 for share in shares[v])],
+                *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
             ],
-            *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
-        ],
-        {
-            "mean_share_of_violating_steps": {
-                v: _mean(dict(enumerate(x))) for v, x in shares.items()
-            }
-        },
-    )
+            {"mean_share_of_violating_steps": {v: sum(x) / len(x) for v, x in shares.items()}},
+        )
+    ]
 
 
 def _finding(claim: str, exceptions: list[str], numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,21 +315,29 @@ def _without_nan(numbers: Any) -> Any:
     return None if numbers != numbers else numbers
 
 
-def _cells(runs: Runs, method: str, variant: str, key: str) -> dict[int, float]:
+def _cells(
+    runs: Runs, method: str, variant: str, key: str, at: str = "at_level"
+) -> dict[int, float]:
     """The values of a method in a variant by seed; NaN where the level was not reached."""
     return {
-        run["seed"]: run[key] if key in run else (run["at_level"] or {}).get(key, math.nan)
+        run["seed"]: run[key] if key in run else (run[at] or {}).get(key, math.nan)
         for run in runs
         if (run["method"], run["variant"]) == (method, variant)
     }
 
 
 def _mean(cells: Mapping[int, float]) -> float:
-    return sum(cells.values()) / len(cells)
+    return sum(cells.values()) / len(cells) if cells else math.nan
 
 
-def _at_level(measured: Mapping[str, Any]) -> dict[str, float]:
-    values = {key: measured[key] for key in AT_LEVEL if key in measured}
-    if "relearn_nll" in values:
-        values["relearn_nll"] = sum(values["relearn_nll"]) / len(values["relearn_nll"])
-    return values
+def _best(means: Mapping[Any, float], of: Iterable[Any]) -> float:
+    """The lowest of some values, of those that there are; NaN if there are none."""
+    there = [means[name] for name in of if not math.isnan(means.get(name, math.nan))]
+    return min(there, default=math.nan)
+
+
+def _violating(run: Run) -> float:
+    """The share of steps whose update has a positive inner product with a retain average."""
+    averages = [name for name in run.sources if name.endswith("_ema")]
+    along = np.stack([cosine(run, UPDATE, name, by="model")["value"] for name in averages])
+    return float((along > ROUNDING).any(axis=0).mean())

@@ -3,15 +3,16 @@
 A job is described where the study is planned and run in a worker, which imports what it needs.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .corpus import generate
-from .methods import VARIANTS
-from .recipe import Recipe
-from .workers import Say
+from .methods import Cell, Variant
+from .recipe import Subject
+from .workers import Job, Say
 
 KINDS = ("original", "gold")
 """The model that has memorised all facts, and the one that never saw the forget set."""
@@ -19,12 +20,12 @@ KINDS = ("original", "gold")
 
 @dataclass(frozen=True)
 class Training:
-    """Train the model of one kind, save it and measure it."""
+    """Make the model of one kind learn its facts, save it and measure it."""
 
     out: Path
     seed: int
     kind: str
-    recipe: Recipe
+    subject: Subject
     stage: str = "train"
     weight: float = 4.0
 
@@ -35,71 +36,122 @@ class Training:
     def run(self, say: Say) -> dict[str, Any]:
         from transformers.utils.logging import disable_progress_bar
 
-        from . import language_model as lm
         from .unlearning import Data, measure, relearn
 
         disable_progress_bar()  # that of saving a checkpoint; the study has its own
-        corpus = generate(self.seed, self.recipe.corpus)
-        tokenizer = lm.train_tokenizer(corpus)
-        model = lm.train(
-            self.recipe,
-            tokenizer,
-            corpus.memorised if self.kind == "original" else corpus.kept,
+        subject, folder = self.subject, self.out / "models" / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = generate(self.seed, subject.corpus)
+        facts = corpus.memorised if self.kind == "original" else corpus.kept
+        subject.learn(
+            folder,
+            corpus,
+            facts,
             self.seed,
             lambda done, total: say(done / total, f"step {done} of {total}"),
         )
-        folder = self.out / "models" / self.name
-        model.save_pretrained(folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        model, tokenizer = subject.load(folder)
         data = Data.of(corpus, tokenizer)
-        return {**measure(model, data), "relearn_nll": relearn(model, data)}
+        few = generate(self.seed, replace(subject.corpus, heldout=subject.few_heldout))
+        measured = measure(model, data)
+        return {
+            **measured,
+            "relearn_nll": relearn(model, data, subject.procedure),
+            "by_feed": {
+                str(len(corpus.retain)): measured,
+                str(len(few.retain)): measure(model, Data.of(few, tokenizer)),
+            },
+        }
 
 
 @dataclass(frozen=True)
 class Unlearning:
-    """One unlearning run, from the original to the level of the gold model."""
+    """One unlearning run, from the original to the levels of the gold model."""
 
     out: Path
     seed: int
-    method: str
-    variant: str
-    level: float
-    recipe: Recipe
+    cell: Cell
+    variant: Variant
+    levels: Mapping[str, float]
+    subject: Subject
     stage: str = "unlearn"
 
     @property
     def weight(self) -> float:
-        return VARIANTS[self.variant].duration
+        return self.cell.weight(self.variant)
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.variant}-seed{self.seed}"
+        return f"{self.cell.name}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from tokenizers import Tokenizer
-        from transformers import LlamaForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         from .findings import shares
         from .unlearning import Data, unlearn
 
         disable_progress_bar()
-        folder = self.out / "models" / f"original-seed{self.seed}"
+        cell, subject, level = self.cell, self.subject, self.levels["forget_nll"]
+        model, tokenizer = subject.load(self.out / "models" / f"original-seed{self.seed}")
+        corpus = generate(self.seed, replace(subject.corpus, heldout=cell.heldout))
         file = f"runs/{self.name}.h5"
         result = unlearn(
-            LlamaForCausalLM.from_pretrained(folder),
-            Data.of(
-                generate(self.seed, self.recipe.corpus),
-                Tokenizer.from_file(str(folder / "tokenizer.json")),
-            ),
-            self.method,
+            model,
+            Data.of(corpus, tokenizer),
+            cell,
             self.variant,
+            subject.procedure,
+            self.levels,
             self.seed,
-            self.level,
             self.out / file,
-            lambda step, nll: say(min(1.0, nll / self.level), f"step {step}, forget NLL {nll:.2f}"),
+            lambda step, nll: say(min(1.0, nll / level), f"step {step}, forget NLL {nll:.2f}"),
         )
-        return {**result, "file": file, **shares(self.out / file)}
+        return {
+            "part": cell.part,
+            "method": cell.method,
+            "variant": cell.variant,
+            "seed": self.seed,
+            "file": file,
+            "learning_rate": cell.learning_rate,
+            "retain_feed": len(corpus.retain),
+            **result,
+            **shares(self.out / file),
+        }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A job whose result is kept as JSON and, to `resume` a study, taken from there.
+
+    What tells whether it is the same job is all that the job says of itself; the code that ran it
+    is not looked at.
+    """
+
+    job: Job
+    folder: Path
+    resume: bool
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def stage(self) -> str:
+        return self.job.stage
+
+    @property
+    def weight(self) -> float:
+        return self.job.weight
+
+    def run(self, say: Say) -> Any:
+        path, job = self.folder / f"{self.name}.json", repr(self.job)
+        if self.resume and path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["job"] == job:
+                return kept["result"]
+        result = self.job.run(say)
+        path.write_text(json.dumps({"job": job, "result": result}), encoding="utf-8")
+        return result
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,30 @@
-"""The small Llama of the embedded run: its tokenizer, its training and what is measured on it.
+"""Causal language models that learn facts: rows of tokens, training, and what is measured.
 
-A question and its answer are one row `bos question sep answer eos`, padded on the right. Under
-causal attention nothing real can see such padding, so everything here leaves the attention mask
-out, which is exact, and computes logits only where a token is scored. Losses are means over the
-scored tokens of all rows, in nats; the answer's tokens and the eos are scored unless said.
+A question and its answer are one row: the prompt that the tokenizer's chat template makes of the
+question, the answer, and the eos; padded on the right. Under causal attention nothing real can see
+such padding, so everything here leaves the attention mask out, which is exact, and computes logits
+only where a token is scored. Losses are means over the scored tokens of all rows, in nats; the
+answer's tokens and the eos are scored unless said.
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from geffect.objectives.base import IGNORED
 
@@ -25,11 +33,31 @@ from .recipe import Recipe
 
 PAD, BOS, EOS, SEP = range(4)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
+TEMPLATE = "<bos>{{ messages[0]['content'] }}<sep>"
+PLAIN = "Question: {question}\nAnswer:"
+"""How a question is put to a model without a chat template."""
+
 VOCABULARY = 1024
 LONGEST = 64
 
 # `input_ids`, `attention_mask` and `labels`, each Int64[Tensor, "row token"].
 Batch = dict[str, Tensor]
+
+
+class Lessons(Protocol):
+    """How facts are learned by heart: passes over them, rows a step, and the learning rate."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def warmup(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,7 @@ class Evaluation:
     extraction_strength: float
 
 
-def train_tokenizer(corpus: Corpus) -> Tokenizer:
+def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
     """A byte-level BPE of all facts of `corpus`; a word is one and the same wherever it stands."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -53,29 +81,45 @@ def train_tokenizer(corpus: Corpus) -> Tokenizer:
     )
     texts = (f"{fact.question} {fact.answer}" for fact in corpus.memorised)
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    pad, bos, eos, sep = SPECIALS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        sep_token=sep,
+        chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
 
 
-def encode(tokenizer: Tokenizer, facts: Sequence[Fact], *, whole: bool = False) -> Batch:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], *, whole: bool = False
+) -> Batch:
     """One batch of all `facts`, a row each in their order.
 
     Labels are the answer and the eos, `-100` elsewhere; with `whole` they are all that follows the
-    bos, which is what a model is trained on to memorise its facts.
+    first token, which is what a model is trained on to memorise its facts from nothing.
     """
     if not facts:
         raise ValueError("`facts` should be at least one fact. Found none. Pass some facts.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "`tokenizer` should have an EOS token, which ends an answer. Found none. "
+            "Set `tokenizer.eos_token`."
+        )
     ids, labels = [], []
     for fact in facts:
-        question = [BOS, *tokenizer.encode(fact.question).ids, SEP]
-        answer = [*tokenizer.encode(fact.answer).ids, EOS]
+        question, answer = _spoken(tokenizer, fact)
         ids.append(torch.tensor(question + answer))
         unscored = 1 if whole else len(question)
         labels.append(torch.tensor([IGNORED] * unscored + (question + answer)[unscored:]))
-    input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
+    # Nothing sees the padding; a token that the model knows has to stand there.
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return {
-        "input_ids": input_ids,
-        "attention_mask": (input_ids != PAD).long(),
-        "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
 
 
@@ -92,10 +136,10 @@ def by_length(batch: Batch, size: int = 64) -> list[Batch]:
     return [rows(batch, index) for index in torch.split(order, size)]
 
 
-def build(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
+def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """A Llama of the recipe's size with the initial weights of `seed`, in float32 on the CPU."""
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
         intermediate_size=3 * recipe.hidden,
         num_hidden_layers=recipe.layers,
@@ -118,7 +162,7 @@ def build(recipe: Recipe, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
 
 def train(
     recipe: Recipe,
-    tokenizer: Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -127,33 +171,44 @@ def train(
     its steps. One seed gives the initial weights and the order of the data.
     """
     model = build(recipe, tokenizer, seed)
-    model.train()
-    parameters = list(model.parameters())
+    memorise(model, encode(tokenizer, facts, whole=True), recipe, seed, report)
+    return model
+
+
+def memorise(
+    model: PreTrainedModel,
+    data: Batch,
+    lessons: Lessons,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Train what of `model` requires a gradient on all rows of `data`, in the order of `seed`.
+
+    In eval mode: dropout would only be in the way of learning by heart.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=recipe.learning_rate,
+        lr=lessons.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=0.01,
         fused=True,
     )
-    data = encode(tokenizer, facts, whole=True)
-    total = recipe.epochs * math.ceil(len(facts) / recipe.batch)
+    total = lessons.epochs * math.ceil(len(data["input_ids"]) / lessons.batch)
     order = torch.Generator().manual_seed(seed)
-    for step, batch in enumerate(_epochs(data, recipe, order)):
+    for step, batch in enumerate(_epochs(data, lessons, order)):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup, total)
+            group["lr"] = lessons.learning_rate * _schedule(step, lessons.warmup, total)
         optimizer.zero_grad()
         _loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         report(step + 1, total)
     optimizer.zero_grad()
-    model.eval()
-    return model
 
 
 @torch.inference_mode()
-def evaluate(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
     """NLL and extraction strength of `model` on all rows of `batches`, from one forward each.
 
     Both take the true prefix of every token as given (teacher forcing).
@@ -168,12 +223,12 @@ def evaluate(model: LlamaForCausalLM, batches: Iterable[Batch]) -> Evaluation:
     return Evaluation(loss / scored, strength / count)
 
 
-def nll(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+def nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """Mean negative log-likelihood of the scored tokens, in nats."""
     return evaluate(model, batches).nll
 
 
-def extraction_strength(model: LlamaForCausalLM, batches: Iterable[Batch]) -> float:
+def extraction_strength(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """The share of an answer, from its end, that the model completes by itself.
 
     The longest suffix of the answer (without its eos) all of whose tokens are the most likely ones
@@ -183,7 +238,7 @@ def extraction_strength(model: LlamaForCausalLM, batches: Iterable[Batch]) -> fl
 
 
 def relearn_nll(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     facts_half_a: Batch,
     facts_half_b: Batch,
     *,
@@ -196,7 +251,7 @@ def relearn_nll(
     them back. AdamW without weight decay, every step on the whole half.
     """
 
-    def relearned(taught: Batch) -> LlamaForCausalLM:
+    def relearned(taught: Batch) -> PreTrainedModel:
         student = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(
             student.parameters(),
@@ -216,10 +271,10 @@ def relearn_nll(
     )
 
 
-def _epochs(data: Batch, recipe: Recipe, generator: torch.Generator) -> Iterator[Batch]:
-    for _ in range(recipe.epochs):
+def _epochs(data: Batch, lessons: Lessons, generator: torch.Generator) -> Iterator[Batch]:
+    for _ in range(lessons.epochs):
         order = torch.randperm(len(data["input_ids"]), generator=generator)
-        for index in torch.split(order, recipe.batch):
+        for index in torch.split(order, lessons.batch):
             yield rows(data, index)
 
 
@@ -230,15 +285,36 @@ def _schedule(step: int, warmup: int, total: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _scored(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def _spoken(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt and of what is to be said, the eos included."""
+    if tokenizer.chat_template:
+        asked: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": fact.question}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        prompt, answer = tokenizer(asked, add_special_tokens=False), fact.answer
+    else:
+        prompt, answer = tokenizer(PLAIN.format(question=fact.question)), f" {fact.answer}"
+    said = tokenizer(answer, add_special_tokens=False)
+    return [*prompt["input_ids"]], [*said["input_ids"], tokenizer.eos_token_id]
+
+
+def _scored(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits Float[Tensor, "scored token"] and targets of the scored tokens, row by row."""
     targets = batch["labels"][:, 1:]
     scored = targets != IGNORED
-    hidden: Any = model.model(input_ids=batch["input_ids"][:, :-1]).last_hidden_state
-    return model.lm_head(hidden[scored]), targets[scored]
+
+    def choose(head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
+        return (states[0][scored],)
+
+    # Before the head, so that all that a model does to its logits is done to these.
+    with model.get_output_embeddings().register_forward_pre_hook(choose):
+        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
+    return logits, targets[scored]
 
 
-def _loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return cross_entropy(*_scored(model, batch))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .recipe import ALPHA, BETA, EMA
+from .recipe import ALPHA, BETA
 
 if TYPE_CHECKING:
     import torch
@@ -67,39 +67,167 @@ METHODS: dict[str, Step] = {
     "npo+gd": _npo_gd,
 }
 
+WITH_REFERENCE = ("npo", "npo+gd")
+"""The methods that look at the model before unlearning; the others need no copy of it."""
+
+
+def _no_rule() -> None:
+    return None
+
+
+def _gru() -> Any:
+    from geffect.projection import gru
+
+    return gru
+
+
+def _nearest() -> Any:
+    from geffect.projection.rules import nearest
+
+    return nearest
+
+
+def _sago() -> Any:
+    from geffect.projection.elementwise import SAGO
+
+    return SAGO(prefer_retain=True)
+
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is rectified, with the learning rate it is run at."""
+    """How a step is rectified, with the learning rates it is run at: its own, then others.
+
+    `rule` makes the rule where it is used. `adds_retain`: the rule adds the retain gradient, so
+    that a retain term of the objective is left to it. `duration` is that of a run beside the plain
+    one, both at their own learning rate.
+    """
 
     summary: str
+    rule: Callable[[], Any] = field(default=_gru, repr=False)
     options: Mapping[str, Any] = field(default_factory=dict)
-    learning_rate: float = 3e-4
-    duration: float = 1.0  # of a run, beside the plain one
+    learning_rates: tuple[float, ...] = (3e-4, 1.5e-4, 6e-4)
+    duration: float = 1.0
+    adds_retain: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """What summary.json says of it."""
+        return {
+            "summary": self.summary,
+            "learning_rate": self.learning_rates[0],
+            "learning_rates": sorted(self.learning_rates),
+            "options": dict(self.options),
+        }
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """The retain sets that it protects."""
+        return tuple(self.options.get("against", ("retain",)))
 
     def rectifier(
-        self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer"
+        self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", ema: float
     ) -> "Rectifier":
         """The rectifier of this variant; that of the plain one only watches."""
         from geffect import Rectifier
 
         of_update = self.options.get("space") == "update"
-        return Rectifier(model, ema=EMA, optimizer=optimizer if of_update else None, **self.options)
+        options = {"ema": ema, **self.options}
+        return Rectifier(model, self.rule(), optimizer=optimizer if of_update else None, **options)
 
+    def objective(self, losses: Mapping[str, Any]) -> dict[str, Any]:
+        """The losses of a step, without the retain term where the rule adds it."""
+        if not self.adds_retain or not isinstance(losses["objective"], Mapping):
+            return dict(losses)
+        terms = {name: w for name, w in losses["objective"].items() if name != "retain"}
+        return {**losses, "objective": terms}
+
+
+COORDINATE = {"space": "update", "scope": "coordinate"}
 
 VARIANTS: dict[str, Variant] = {
-    "plain": Variant("the objective alone", {"rule": None}),
+    "plain": Variant("the objective alone", _no_rule),
     "gru": Variant("GRU: the gradient is projected, then AdamW steps"),
-    "gru-update": Variant("AdamW's own step is projected", {"space": "update"}),
+    "gru-update": Variant("AdamW's own step is projected", options={"space": "update"}),
     "gru-coordinate": Variant(
         "AdamW's own step, each coordinate by itself",
-        {"space": "update", "scope": "coordinate"},
-        learning_rate=1e-3,
+        options=COORDINATE,
+        learning_rates=(1e-3, 5e-4, 2e-3),
     ),
     "select": Variant(
         "AdamW's own step, on the most salient 0.5 % of coordinates",
-        {"rule": None, "space": "update", "select": 0.005},
-        learning_rate=2e-3,
+        _no_rule,
+        {"space": "update", "select": 0.005},
+        learning_rates=(2e-3, 1e-3, 4e-3),
         duration=1.7,
     ),
+    "select-coordinate": Variant(
+        "AdamW's own step, on the most salient tenth of coordinates, each by itself",
+        options={**COORDINATE, "select": 0.1},
+        learning_rates=(1e-3, 5e-4, 2e-3),
+        duration=1.7,
+    ),
+    "gru-retain-adam": Variant(
+        "AdamW's own step is projected, along the retain gradient over the root of its second "
+        "moment",
+        options={"space": "update", "correction": "retain_adam"},
+    ),
+    "sago": Variant(
+        "SAGO, prefer retain: the retain gradient of the step is added, and alone where it opposes "
+        "the forget gradient",
+        _sago,
+        {"ema": 1.0},
+        duration=1.7,
+        adds_retain=True,
+    ),
 }
+
+RETAIN_SETS: dict[str, Variant] = {
+    "gru-world": Variant("GRU against the world facts alone", options={"against": ("world",)}),
+    "nearest": Variant(
+        "the nearest gradient that harms neither authors nor world facts",
+        _nearest,
+        {"against": ("retain", "world")},
+    ),
+    "gru-world-update": Variant(
+        "AdamW's own step, projected against the world facts alone",
+        options={"against": ("world",), "space": "update"},
+    ),
+    "nearest-update": Variant(
+        "AdamW's own step, the nearest that harms neither authors nor world facts",
+        _nearest,
+        {"against": ("retain", "world"), "space": "update"},
+    ),
+}
+"""Beside the variants above, which protect the authors alone: several retain sets."""
+
+
+EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rates", "retain sets"
+"""What a run is there for: the comparison itself, or one of its controls."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study in every seed: a method in a variant, at a learning rate, with a feed.
+
+    `heldout` is how many retain authors never feed the retain gradient.
+    """
+
+    part: str
+    method: str
+    variant: str
+    learning_rate: float
+    heldout: int
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        setting = [f"lr{self.learning_rate:g}", f"heldout{self.heldout}"]
+        return "-".join([self.method, self.variant, *([] if self.part == EQUAL else setting)])
+
+    @property
+    def shown(self) -> bool:
+        """Whether figures show it: its run then goes on past the level and keeps what they need."""
+        return self.part == EQUAL and self.variant == "plain"
+
+    def weight(self, variant: Variant) -> float:
+        """How long the run takes, beside a plain one; a smaller learning rate takes longer."""
+        return variant.duration * variant.learning_rates[0] / self.learning_rate

@@ -1,30 +1,86 @@
-"""The sizes of the embedded study: corpus, model, training and unlearning steps.
+"""What a study is done on, and the sizes of the embedded one.
 
 Planning a study needs no torch, so that its workers can load it while nothing else waits.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-from .corpus import Size
-
-FORGET_BATCH, RETAIN_BATCH = 10, 20
-MOST_STEPS = 100
-STEPS_BEYOND = 2  # past the level, for the curves
-PLAIN_STEPS = 24  # a plain run goes on: what it does after the level belongs into the picture
-CURVE_EVERY = 5  # the retain set is large: its NLL is measured at every fifth step
-
-EMA = 0.2
-"""Weight of the new retain gradient; the paper's 0.8 measured worse on this small model."""
+from .corpus import Corpus, Fact, Size
 
 BETA, ALPHA = 0.1, 1.0
 """Of NPO and of WGA."""
 
+LEVELS = {"forget_nll": "at_level", "forget_es": "at_es"}
+"""Where runs are compared, at the gold model's value of it, and the name of what is measured there.
+
+The loss says how likely the model still finds the answers, the extraction strength how much of
+them it completes by itself.
+"""
+
+Counted = Callable[[int, int], None]
+"""Told how many of how many steps are done."""
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How unlearning steps are taken, and when a run is measured and ends."""
+
+    forget_batch: int = 10
+    retain_batch: int = 20
+    world_batch: int = 20
+    ema: float = 0.2
+    """Weight of the new retain gradient; the paper's 0.8 measured worse on this small model."""
+    most_steps: int = 200
+    steps_beyond: int = 2
+    """Past the last level, for the curves."""
+    plain_steps: int = 24
+    """A plain run goes on: what it does after the level belongs into the picture."""
+    curve_every: int = 5
+    """The retain set is large: its NLL is measured at every fifth step."""
+    relearning_steps: int = 8
+    relearning_rate: float = 3e-4
+
+    def sizes(self, retain_sets: Sequence[str]) -> dict[str, int]:
+        """How many rows of each set a step draws."""
+        batches = {"retain": self.retain_batch, "world": self.world_batch}
+        further = {name: batches[name] for name in retain_sets}
+        return {"forget": self.forget_batch, "retain": self.retain_batch, **further}
+
+
+class Subject(Protocol):
+    """A language model that learns the facts of a corpus and is then made to forget some."""
+
+    @property
+    def corpus(self) -> Size:
+        """How large a corpus it learns."""
+
+    @property
+    def few_heldout(self) -> int:
+        """How many authors are held out where few facts feed the retain gradient."""
+
+    @property
+    def procedure(self) -> Procedure:
+        """How it is made to forget."""
+
+    def learn(
+        self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
+    ) -> None:
+        """Learn the facts, some or all of those of the corpus, and save into the folder."""
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
+        """The saved model, a causal language model of transformers, and its tokenizer."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """The size of a model, how it is trained, and how large a corpus it can memorise so."""
+    """The embedded subject: the size of a Llama, how it is trained, and what it can memorise so."""
 
     corpus: Size = field(default_factory=Size)
+    few_heldout: int = 15
+    procedure: Procedure = field(default_factory=Procedure)
     layers: int = 6
     hidden: int = 96
     heads: int = 4
@@ -33,10 +89,27 @@ class Recipe:
     learning_rate: float = 4e-3
     warmup: int = 20
 
+    def learn(
+        self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
+    ) -> None:
+        """Train from random weights, with a tokenizer of the whole corpus."""
+        from . import language_model as lm
+
+        tokenizer = lm.train_tokenizer(corpus)
+        lm.train(self, tokenizer, facts, seed, report).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
+        """What `learn` has saved."""
+        from transformers import AutoTokenizer, LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
 
 FULL = Recipe()
 QUICK = Recipe(
     corpus=Size(authors=8, forget=2, heldout=2, world=20),
+    few_heldout=4,
     layers=2,
     epochs=17,
     batch=8,

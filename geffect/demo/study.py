@@ -2,34 +2,52 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .findings import as_markdown, equal_forgetting, findings
-from .jobs import KINDS, Drawing, Training, Unlearning
-from .methods import METHODS, VARIANTS
-from .recipe import ALPHA, BETA, EMA, FORGET_BATCH, FULL, MOST_STEPS, QUICK, RETAIN_BATCH, Recipe
-from .workers import Report, working
+from .findings import findings
+from .jobs import KINDS, Drawing, Kept, Training, Unlearning
+from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, Cell, Variant
+from .recipe import ALPHA, BETA, FULL, LEVELS, QUICK, Subject
+from .tables import write_tables
+from .workers import Job, Report, working
 
 FORMAT = 1
-EVERYWHERE = ("plain", "gru", "gru-update")
-IN_EVERY_VARIANT = ("ga", "npo")
 QUICK_METHODS = ("ga",)
+
+EVERYWHERE = ("plain", "gru", "gru-update")
+IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
+"""The variants of a study that is not `all_variants`: the first of every method, these of some."""
+LOOKED_AT = ("ga", "npo")
+
+COMPARED = ("ga", "wga", "npo")
+"""The methods with several retain sets, the first of them at several learning rates; the others are
+GA and NPO with a retain term."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs."""
+    """What a study runs, on what.
+
+    With `all_variants` every method in every variant, run on to equal extraction strength, and its
+    controls: the same with few facts that feed the retain gradient, three learning rates of every
+    variant, several retain sets.
+    """
 
     seeds: Sequence[int] = (0,)
     methods: Sequence[str] = ()  # none named: all, or QUICK_METHODS of a quick study
     all_variants: bool = False
     quick: bool = False
     workers: int = 2
+    threads: int = 1  # of each worker
+    resume: bool = False  # from the results of a study with the same output that was cut short
+    subject: Subject | None = None  # none given: the embedded Llama, smaller if quick
+    variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
+    retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -51,54 +69,93 @@ class Plan:
             )
 
     @property
-    def recipe(self) -> Recipe:
-        """Corpus, model and training."""
-        return QUICK if self.quick else FULL
+    def studied(self) -> Subject:
+        """What learns and forgets."""
+        return self.subject or (QUICK if self.quick else FULL)
 
     @property
     def weight(self) -> float:
         """How much work the plan is, in plain unlearning runs."""
-        durations = [VARIANTS[v].duration for m in self.methods for v in self.variants(m)]
-        return len(self.seeds) * (len(KINDS) * Training.weight + sum(durations))
+        cells = sum(cell.weight(self.variant(cell)) for cell in self.cells())
+        return len(self.seeds) * (len(KINDS) * Training.weight + cells)
 
-    def variants(self, method: str) -> list[str]:
-        """The variants in which a method is run."""
-        every = self.all_variants or method in IN_EVERY_VARIANT
-        return list(VARIANTS) if every else list(EVERYWHERE)
+    def variant(self, cell: Cell) -> Variant:
+        """The variant of a cell."""
+        return (self.retain_sets if cell.part == SETS else self.variants)[cell.variant]
+
+    def levels(self, cell: Cell) -> tuple[str, ...]:
+        """What a cell is run up to; a look and the further controls end at equal forgetting."""
+        both = self.all_variants and cell.part in (EQUAL, FEW)
+        return tuple(LEVELS) if both else ("forget_nll",)
+
+    def cells(self) -> list[Cell]:
+        """The runs of every seed, the comparison first."""
+        many, few = self.studied.corpus.heldout, self.studied.few_heldout
+        compared = [method for method in self.methods if method in COMPARED]
+
+        def cells(part: str, methods: Sequence[str], heldout: int) -> list[Cell]:
+            variants = self.retain_sets if part == SETS else self.variants
+            return [
+                Cell(part, method, name, rate, heldout)
+                for method in methods
+                for name, variant in variants.items()
+                for rate in (
+                    variant.learning_rates[1:] if part == RATES else variant.learning_rates[:1]
+                )
+            ]
+
+        comparison = cells(EQUAL, self.methods, many)
+        if not self.all_variants:
+            return [
+                cell
+                for cell in comparison
+                if cell.variant in (IN_A_LOOK if cell.method in LOOKED_AT else EVERYWHERE)
+            ]
+        return [
+            *comparison,
+            *cells(FEW, self.methods, few),
+            *cells(RATES, compared[:1], many),
+            *cells(SETS, compared, many),
+        ]
 
 
 def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
-    """Run the plan and leave run files, models, figures, summary and table in `out`.
+    """Run the plan and leave run files, models, figures, summary and tables in `out`.
 
     The same seed gives the same numbers. Returns what summary.json holds.
     """
     clock = _Clock()
-    for folder in ("runs", "models", "figures"):
+    for folder in ("runs", "models", "figures", "results"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    with working(plan.workers, report) as run:
+    with working(plan.workers, report, plan.threads) as run:
+
+        def kept(jobs: Sequence[Job]) -> list[Any]:
+            return run([Kept(job, out / "results", plan.resume) for job in jobs])
+
         with clock.stage("train"):
             training = [
-                Training(out, seed, kind, plan.recipe) for seed in plan.seeds for kind in KINDS
+                Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS
             ]
             trained: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-            for job, measured in zip(training, run(training), strict=True):
+            for job, measured in zip(training, kept(training), strict=True):
                 trained[job.kind][str(job.seed)] = measured
         with clock.stage("unlearn"):
-            runs = run(
+            cells = [(seed, cell) for seed in plan.seeds for cell in plan.cells()]
+            runs = kept(
                 [
                     Unlearning(
                         out,
                         seed,
-                        method,
-                        variant,
-                        trained["gold"][str(seed)]["forget_nll"],
-                        plan.recipe,
+                        cell,
+                        plan.variant(cell),
+                        {name: trained["gold"][str(seed)][name] for name in plan.levels(cell)},
+                        plan.studied,
                     )
-                    for seed in plan.seeds
-                    for method in plan.methods
-                    for variant in plan.variants(method)
+                    for seed, cell in cells
                 ]
             )
+        compared = [run for run in runs if run["part"] == EQUAL]
+        further = [run for run in runs if run["part"] != EQUAL]
         summary = {
             "format": FORMAT,
             "versions": {p: version(p) for p in ("geffect", "torch", "transformers", "tokenizers")},
@@ -106,32 +163,33 @@ def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
             "config": _config(plan),
             "wall_seconds": {},
             **trained,
-            "runs": runs,
-            "findings": findings(runs),
+            "runs": compared,
+            "further_runs": further,
+            "findings": findings(compared, further),
         }
         with clock.stage("figures"):
             from . import figures
 
             run([Drawing(out, name, summary) for name in figures.names(summary, out)])
-    table = equal_forgetting(summary)
-    table.to_csv(out / "equal_forgetting.csv", index=False)
-    (out / "equal_forgetting.md").write_text(as_markdown(table), encoding="utf-8")
+    write_tables(summary, out)
     summary["wall_seconds"] = {"total": clock.total(), "stages": clock.stages}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
 
 def _config(plan: Plan) -> dict[str, Any]:
+    subject = plan.studied
+    procedure = subject.procedure
     return {
         "quick": plan.quick,
-        "recipe": asdict(plan.recipe),
-        "ema": EMA,
+        "recipe": asdict(subject),  # type: ignore[call-overload]
+        "ema": procedure.ema,
         "npo_beta": BETA,
         "wga_alpha": ALPHA,
         "optimizer": "AdamW, betas (0.9, 0.999), no weight decay",
-        "batch": {"forget": FORGET_BATCH, "retain": RETAIN_BATCH},
-        "most_steps": MOST_STEPS,
-        "variants": {name: asdict(variant) for name, variant in VARIANTS.items()},
+        "batch": {"forget": procedure.forget_batch, "retain": procedure.retain_batch},
+        "most_steps": procedure.most_steps,
+        "variants": {cell.variant: plan.variant(cell).described() for cell in plan.cells()},
     }
 
 

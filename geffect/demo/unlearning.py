@@ -1,14 +1,16 @@
 """One unlearning run of the study: a method in a variant, recorded, up to equal forgetting."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from geffect import Recorder
 from geffect.objectives import SharedForward, nll
@@ -16,120 +18,116 @@ from geffect.objectives import SharedForward, nll
 from . import language_model as lm
 from .corpus import Corpus
 from .effects import keep_effects
-from .methods import METHODS, VARIANTS
-from .recipe import (
-    CURVE_EVERY,
-    FORGET_BATCH,
-    MOST_STEPS,
-    PLAIN_STEPS,
-    RETAIN_BATCH,
-    STEPS_BEYOND,
-)
+from .methods import METHODS, WITH_REFERENCE, Cell, Variant
+from .recipe import LEVELS, Procedure
 
-Measured = dict[str, float]
+Measured = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Data:
-    """The encoded facts of one seed, by what they are for."""
+    """The encoded facts of one seed, by what they are for: whole, and in batches by length."""
 
+    sets: Mapping[str, lm.Batch]
     batches: Mapping[str, list[lm.Batch]]
-    forget: lm.Batch
-    retain: lm.Batch
-    tokenizer: Tokenizer
+    tokenizer: Any
 
     @classmethod
-    def of(cls, corpus: Corpus, tokenizer: Tokenizer) -> "Data":
+    def of(cls, corpus: Corpus, tokenizer: Any) -> "Data":
         """All sets of a corpus."""
-        sets = {
+        facts = {
             "forget": corpus.forget,
             "retain": corpus.retain,
             "retain_heldout_authors": corpus.retain_heldout_authors,
             "world": corpus.world,
             "forget_paraphrase": corpus.forget_paraphrases,
         }
-        encoded = {name: lm.encode(tokenizer, facts) for name, facts in sets.items()}
-        batches = {name: lm.by_length(batch) for name, batch in encoded.items()}
-        return cls(batches, encoded["forget"], encoded["retain"], tokenizer)
+        sets = {name: lm.encode(tokenizer, chosen) for name, chosen in facts.items()}
+        batches = {name: lm.by_length(batch) for name, batch in sets.items()}
+        return cls(sets, batches, tokenizer)
 
-    def pairs(self, seed: int) -> Iterator[dict[str, lm.Batch]]:
-        """Batches of both sides without end, the same for every method and variant of a seed."""
-        order = torch.Generator().manual_seed(seed)
-        forget, retain = (
-            _draws(batch, size, order)
-            for batch, size in ((self.forget, FORGET_BATCH), (self.retain, RETAIN_BATCH))
-        )
+    def draws(self, sizes: Mapping[str, int], seed: int) -> Iterator[dict[str, lm.Batch]]:
+        """Batches of some sets without end, those of each the same whatever the others are."""
+        drawn = {
+            name: _draws(self.sets[name], size, _order(seed, name)) for name, size in sizes.items()
+        }
         while True:
-            yield {"forget": next(forget), "retain": next(retain)}
+            yield {name: next(batches) for name, batches in drawn.items()}
 
 
 def unlearn(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     data: Data,
-    method: str,
-    variant: str,
+    cell: Cell,
+    variant: Variant,
+    procedure: Procedure,
+    levels: Mapping[str, float],
     seed: int,
-    level: float,
     path: Path,
     report: Callable[[int, float], None],
 ) -> dict[str, Any]:
-    """Unlearn until the forget NLL reaches `level`, recording every step into `path`.
+    """Unlearn until every one of the levels is reached, recording every step into `path`.
 
-    `report(step, forget_nll)` is called after every step. Returns what summary.json says of a run,
-    with the curve of forget and retain NLL. What is measured at the level is interpolated linearly
-    between the two steps around the first crossing; relearning starts from the step after it.
+    `levels` has the forget NLL, which rises to its level, and maybe the forget extraction strength,
+    which falls to it. `report(step, forget_nll)` is called after every step. Returns what
+    summary.json says of a run, with the curve of forget and retain NLL. What is measured at a level
+    is interpolated linearly between the two steps around the first crossing; relearning starts from
+    the step after it.
     """
-    reference = copy.deepcopy(model)
-    setup = VARIANTS[variant]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=setup.learning_rate, weight_decay=0.0, fused=True
-    )
-    rectifier = setup.rectifier(model, optimizer)
-    pairs = data.pairs(seed)
-    forget = [_forget_nll(model, data)]
-    curve = [{"step": 0, "forget_nll": forget[0], "retain_nll": _retain_nll(model, data)}]
-    crossing: dict[str, Any] | None = None
-    previous = _copied(model)
-    least = PLAIN_STEPS if variant == "plain" else 0
-    metadata = {"method": method, "variant": variant, "seed": seed, "level": level}
+    reference = copy.deepcopy(model) if cell.method in WITH_REFERENCE else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cell.learning_rate, weight_decay=0.0, fused=True)
+    rectifier = variant.rectifier(model, optimizer, procedure.ema)
+    step_of = METHODS[cell.method]
+    batches = data.draws(procedure.sizes(variant.against), seed)
+    forget = _looked_at(model, data)
+    curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
+    crossings: dict[str, Measured] = {}
+    earlier = [parameter.detach().clone() for parameter in trained]
+    least = procedure.plain_steps if cell.shown else 0
+    metadata = {**asdict(cell), "seed": seed, "levels": dict(levels)}
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
-        for batch in pairs:
+        for step in range(1, procedure.most_steps + 1):
+            batch = next(batches)
             shared = SharedForward(model)
             risks: dict[str, Any] = {name: nll(shared, rows) for name, rows in batch.items()}
-            objective = METHODS[method](shared, batch, reference)
-            recorder.backward(**objective, **risks, rectifier=rectifier)
+            losses = variant.objective(step_of(shared, batch, reference))
+            recorder.backward(**losses, **risks, rectifier=rectifier)
             optimizer.step()
             optimizer.zero_grad()
-            forget.append(_forget_nll(model, data))
-            step = len(forget) - 1
-            report(step, forget[-1])
-            if crossing is None and forget[-1] >= level:
-                crossing = _at_level(model, previous, data, forget, level)
-                if variant == "plain":
+            before, forget = forget, _looked_at(model, data)
+            if not math.isfinite(forget["forget_nll"]):
+                break
+            report(step, forget["forget_nll"])
+            for name, share in _crossed(levels, before, forget):
+                if LEVELS[name] in crossings:
+                    continue
+                crossings[LEVELS[name]] = {
+                    "step": step - 1 + share,
+                    **_between(model, trained, earlier, data, share),
+                    "relearn_nll": relearn(model, data, procedure),
+                }
+                if cell.shown and name == "forget_nll":
                     keep_effects(recorder, model, data.batches, data.tokenizer)
-                least = max(least, step + STEPS_BEYOND)
-            last = step == MOST_STEPS or (crossing is not None and step >= least)
-            if last or step % CURVE_EVERY == 0:
-                retain = _retain_nll(model, data)
-                curve.append({"step": step, "forget_nll": forget[-1], "retain_nll": retain})
+                least = max(least, step + procedure.steps_beyond)
+            reached_all = len(crossings) == len(levels) and step >= least
+            last = reached_all or step == procedure.most_steps
+            if last or step % procedure.curve_every == 0:
+                curve.append({"step": step, **forget, "retain_nll": _retain_nll(model, data)})
             if last:
                 break
-            previous = _copied(model)
+            _copy(trained, earlier)
     rectifier.detach()
     return {
-        "method": method,
-        "variant": variant,
-        "seed": seed,
-        "learning_rate": setup.learning_rate,
-        "steps": len(forget) - 1,
-        "reached_level": crossing is not None,
-        "at_level": crossing,
+        "steps": step,
+        "reached_level": "at_level" in crossings,
+        **{key: crossings.get(key) for key in LEVELS.values()},
         "curve": {name: [point[name] for point in curve] for name in curve[0]},
     }
 
 
-def measure(model: LlamaForCausalLM, data: Data) -> Measured:
-    """Everything that the table of equal forgetting says of a model, but for relearning."""
+def measure(model: PreTrainedModel, data: Data) -> Measured:
+    """Everything that the tables say of a model, but for relearning."""
     measured = {}
     for name, batches in data.batches.items():
         result = lm.evaluate(model, batches)
@@ -139,43 +137,73 @@ def measure(model: LlamaForCausalLM, data: Data) -> Measured:
     return measured
 
 
-def relearn(model: LlamaForCausalLM, data: Data) -> list[float]:
+def relearn(model: PreTrainedModel, data: Data, procedure: Procedure) -> list[float]:
     """NLL of each half of the forget set after a few steps on the other half."""
-    half = len(data.forget["input_ids"]) // 2
-    first, second = lm.rows(data.forget, range(half)), lm.rows(data.forget, range(half, 2 * half))
-    return list(lm.relearn_nll(model, first, second))
+    forget = data.sets["forget"]
+    half = len(forget["input_ids"]) // 2
+    first, second = lm.rows(forget, range(half)), lm.rows(forget, range(half, 2 * half))
+    return list(
+        lm.relearn_nll(
+            model,
+            first,
+            second,
+            steps=procedure.relearning_steps,
+            learning_rate=procedure.relearning_rate,
+        )
+    )
 
 
-def _copied(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def _looked_at(model: PreTrainedModel, data: Data) -> Measured:
+    result = lm.evaluate(model, data.batches["forget"])
+    return {"forget_nll": result.nll, "forget_es": result.extraction_strength}
 
 
-def _forget_nll(model: LlamaForCausalLM, data: Data) -> float:
-    return lm.nll(model, data.batches["forget"])
-
-
-def _retain_nll(model: LlamaForCausalLM, data: Data) -> float:
+def _retain_nll(model: PreTrainedModel, data: Data) -> float:
     return lm.nll(model, data.batches["retain"])
 
 
-def _at_level(
-    model: LlamaForCausalLM,
-    previous: dict[str, torch.Tensor],
+def _crossed(
+    levels: Mapping[str, float], before: Measured, after: Measured
+) -> Iterator[tuple[str, float]]:
+    """The levels that a step has reached, each with the share of the step that it took."""
+    for name, level in levels.items():
+        sign = 1 if name == "forget_nll" else -1  # the loss rises to its level, the strength falls
+        if sign * before[name] < sign * level <= sign * after[name]:
+            yield name, (level - before[name]) / (after[name] - before[name])
+
+
+def _between(
+    model: PreTrainedModel,
+    trained: Sequence[Tensor],
+    earlier: Sequence[Tensor],
     data: Data,
-    forget: list[float],
-    level: float,
-) -> dict[str, Any]:
-    below, above = forget[-2:]
-    share = (level - below) / (above - below)
-    earlier = copy.deepcopy(model)
-    earlier.load_state_dict(previous)
-    before, after = measure(earlier, data), measure(model, data)
-    interpolated = {name: (1 - share) * before[name] + share * after[name] for name in after}
-    return {
-        "step": len(forget) - 2 + share,
-        **interpolated,
-        "relearn_nll": relearn(model, data),
-    }
+    share: float,
+) -> Measured:
+    """What is measured a share of the way from the model with its earlier parameters to this."""
+    after = measure(model, data)
+    _swap(trained, earlier)
+    before = measure(model, data)
+    _swap(trained, earlier)
+    return {name: (1 - share) * before[name] + share * after[name] for name in after}
+
+
+@torch.no_grad()
+def _swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Exchange values tensor by tensor: no second copy of the model at any time."""
+    for one, other in zip(some, others, strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+
+@torch.no_grad()
+def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
+    for old, new in zip(target, source, strict=True):
+        old.copy_(new)
+
+
+def _order(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(32))
 
 
 def _draws(batch: lm.Batch, size: int, generator: torch.Generator) -> Iterator[lm.Batch]:

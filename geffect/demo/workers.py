@@ -1,4 +1,4 @@
-"""Worker processes of one thread each, and what their jobs tell of themselves while they run."""
+"""Worker processes, and what their jobs tell of themselves while they run."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -42,16 +42,18 @@ class Job(Protocol):
 
 
 @contextmanager
-def working(count: int, report: Report) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
+def working(
+    count: int, report: Report, threads: int = 1
+) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
     """A function that runs jobs in `count` processes, the longest first, and returns their results.
 
-    Models as small as those of the study are slower on two threads than on one.
+    Models as small as the embedded one are slower on two threads than on one.
     """
     # Not forked: a process that inherits torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     with ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start, initargs=(news,)
+        count, mp_context=context, initializer=_start, initargs=(news, threads)
     ) as pool:
 
         def run(jobs: Sequence[Job]) -> list[Any]:
@@ -84,12 +86,12 @@ def _watch(futures: Sequence[Future[Any]], news: Any, report: Report) -> None:
 _news: Any = None
 
 
-def _start(news: Any) -> None:
+def _start(news: Any, threads: int) -> None:
     import torch
 
     global _news
     _news = news
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def _run(job: Job) -> Any:

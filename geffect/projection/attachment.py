@@ -33,6 +33,9 @@ class Attachment:
         first, last = WeakMethod(before), WeakMethod(after)
 
         def pre(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            method = first()
+            if method is None:
+                return
             _, *positional = args  # the first is the optimizer itself
             closure = positional[0] if positional else kwargs.get("closure")
             if closure is not None:
@@ -42,35 +45,42 @@ class Attachment:
                     'computes gradients that were never rectified. Use space="gradient", or an '
                     "optimizer without closure."
                 )
-            if (method := first()) is not None:
-                method()
+            method()
 
         def post(*_: object) -> None:
             if (method := last()) is not None:
                 method()
 
-        self._handles = (
-            optimizer.register_step_pre_hook(pre),
-            optimizer.register_step_post_hook(post),
-        )
+        self._pre = pre
+        self._before = optimizer.register_step_pre_hook(pre)
+        self._after = optimizer.register_step_post_hook(post)
+
+    def come_last(self) -> None:
+        """Be called after what others have registered since, which sees the step as it is then."""
+        self._before.remove()
+        self._before = self.optimizer.register_step_pre_hook(self._pre)
 
     def end(self) -> None:
         """Leave the optimizer alone from now on."""
-        for handle in self._handles:
-            handle.remove()
+        self._before.remove()
+        self._after.remove()
         _attached.pop(self.optimizer, None)
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:
     """Refuse an optimizer that steps other tensors than the model's parameters."""
     own = set(map(id, parameters))
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    tensors = tensors_of(optimizer)
     if not own.intersection(map(id, tensors)):
         raise ValueError(
             "`optimizer` should step the parameters of `model`. Found one that has none of "
             "them. Make it from model.parameters()."
         )
-    foreign = [tensor for tensor in tensors if tensor.requires_grad and id(tensor) not in own]
+    foreign = [
+        tensor
+        for tensor in tensors
+        if id(tensor) not in own and (tensor.requires_grad or tensor.grad is not None)
+    ]
     if foreign:
         raise ValueError(
             "`optimizer` should step the parameters of `model` and no others, which nothing "
@@ -78,6 +88,11 @@ def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]
             "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
             "or make the rectifier when the model is as it will be trained."
         )
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What the optimizer steps."""
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -43,7 +43,10 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
 
     def rule(K: Tensor) -> Tensor:
         blocks = K.reshape(-1, *K.shape[-2:])
-        weights = torch.stack([weighting(block) for block in blocks])
+        # Some draw random numbers: not the training's, and the same for the same Gram matrix.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash(tuple(K.flatten().tolist())))
+            weights = torch.stack([weighting(block) for block in blocks])
         return distributed.from_first(weights).to(K).reshape(K.shape[:-1])
 
     rule.__name__ = type(weighting).__name__

@@ -235,7 +235,7 @@ def _problem(gradient: Vector, *, agree: bool) -> str | None:
     peak = torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
     if agree:
         peak = distributed.largest(peak)
-        if peak == 0.0:
+        if peak < torch.finfo(torch.float32).tiny:  # what is left of it has no digits
             return "zero"
     return None if peak < float("inf") else "not finite"
 

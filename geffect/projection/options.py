@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from geffect.layers import Parameter
+from geffect.sources import is_risk
 
 from .elementwise import Elementwise, Halt
 from .rules import Rule, gru
-from .selection import Salient, Selection
+from .selection import SaliencyMask, Salient, Selection
 
 Scope = Literal["model", "group", "layer", "parameter", "coordinate"]
 SpaceName = Literal["gradient", "update"]
@@ -49,6 +50,11 @@ class Options:
         _one_of("space", self.space, get_args(SpaceName))
         _one_of("part", self.part, get_args(Part))
         _one_of("correction", self.correction, get_args(Correction))
+        if not (self.rule is None or callable(self.rule)):
+            raise ValueError(
+                "`rule` should be a function from a Gram matrix to weights, an Elementwise, or "
+                f"None. Found {self.rule!r}. Pass one of geffect.projection, such as gru."
+            )
         _fraction("ema", self.ema)
         if self.select is not None and not isinstance(self.select, Selection):
             _fraction("select", self.select)
@@ -79,6 +85,12 @@ class Options:
         """Whether nothing about a coordinate depends on another one, but for the selection."""
         return self.rule is None or self.elementwise is not None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether rule and selection are of this package, and known not to raise."""
+        selects = self.selection is None or type(self.selection) in (Salient, SaliencyMask)
+        return selects and not isinstance(self.rule, Elementwise)
+
     @cached_property
     def adds_retain(self) -> bool:
         """Whether the rule has a retain term of its own, which trains on the retain data."""
@@ -107,10 +119,11 @@ class Options:
         }
 
     def _check_scope(self) -> None:
-        if not self.against or len(set(self.against)) < len(self.against):
+        names = self.against
+        if not names or len(set(names)) < len(names) or not all(map(is_risk, names)):
             raise ValueError(
-                "`against` should name at least one loss, each once. Found "
-                f"{list(self.against)}. Pass against=('retain',)."
+                "`against` should be a sequence of names of retain losses, at least one and each "
+                f"once. Found {list(names)}. Pass against=('retain',)."
             )
         if self.scope == "coordinate" and self.rule is not gru:
             raise ValueError(
@@ -158,16 +171,19 @@ def _name(thing: object) -> str | None:
 
 def _depends_on_length(rule: Rule | Elementwise, count: int) -> bool:
     """Whether a rule makes something else of retain gradients that are twice as long."""
-    u = torch.cat([-torch.ones(count), torch.ones(1)]).double()
+    harmful = torch.cat([-torch.ones(count), torch.ones(1)]).double()
     retain = torch.eye(count, count + 1, dtype=torch.float64)
 
-    def made_of(rs: Sequence[Tensor]) -> Tensor:
+    def made_of(u: Tensor, rs: Sequence[Tensor]) -> Tensor:
         if isinstance(rule, Elementwise):
             return rule(u, rs)
         rows = torch.stack([u, *rs])
         return (rule((rows @ rows.T)[None]).to(rows) @ rows)[0]
 
-    return not torch.allclose(made_of([*retain]), made_of([*(2 * retain)]), equal_nan=True)
+    return not all(
+        torch.allclose(made_of(u, [*retain]), made_of(u, [*(2 * retain)]), equal_nan=True)
+        for u in (harmful, -harmful)
+    )
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
@@ -179,7 +195,7 @@ def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
 
 
 def _fraction(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and 0 < value <= 1):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(
             f"`{name}` of Rectifier should be above 0 and at most 1. Found `{name} = {value!r}`. "
             f"Pass a fraction such as {name}=0.5."

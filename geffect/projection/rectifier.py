@@ -12,10 +12,10 @@ from torch.amp.grad_scaler import GradScaler
 from geffect import distributed
 from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
-from geffect.losses import loss_scale, plan
+from geffect.losses import declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 
-from .attachment import Attachment, check_owned, unwrapped
+from .attachment import Attachment, check_owned, tensors_of, unwrapped
 from .elementwise import Elementwise
 from .memory import RetainMemory, State
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName
@@ -28,13 +28,17 @@ from .spaces import GradientSpace, UpdateSpace, moved_by, steps_tensor_by_tensor
 FORMAT = 1
 """Of the state of a rectifier."""
 
+LOST = 1e-3
+"""The cosine that is left where half precision has rounded a correction away."""
+
 
 class Rectifier:
     """Rectifies the unlearning gradient, or the optimizer's own step, against the retain gradient.
 
     With the defaults this is GRU (arXiv 2503.09117): where the objective gradient u has a negative
     inner product with the running average r of the retain gradients, its component along r is
-    removed. The average weighs the new gradient with `ema`; it starts at the first one.
+    removed. The average weighs the new gradient with `ema`, which is 1 - momentum; it starts at the
+    first one.
 
     - `rule`: from a Gram matrix to weights, such as `geffect.projection.gru`, or a rule for every
       coordinate such as `SAGO()`; None for none.
@@ -45,7 +49,8 @@ class Rectifier:
     - `space`: "gradient" changes `.grad` before the optimizer steps, as in the paper. "update"
       changes the step that `optimizer` takes, so that the constraint holds for what is applied:
       adaptive optimizers rescale a rectified gradient and break it. The optimizer is not wrapped;
-      give it here, or to `attach` once there is one.
+      give it here, or to `attach` once there is one. In gradient space it is needed where it does
+      not step all parameters: the others then take no part.
     - `part`: "total" rectifies the whole objective. "forget" rectifies it without its share of the
       losses in `against`, and adds that behind, unless the rule adds the retain gradient itself: of
       an objective that is declared as a combination.
@@ -74,7 +79,7 @@ class Rectifier:
         model: nn.Module,
         rule: Rule | Elementwise | None = gru,
         *,
-        against: Sequence[str] = (RETAIN,),
+        against: str | Sequence[str] = RETAIN,
         scope: Scope = "model",
         space: SpaceName = "gradient",
         part: Part = "total",
@@ -86,8 +91,9 @@ class Rectifier:
         follow: bool = False,
     ) -> None:
         self.skipped = 0
+        self._warned = False
         self._options = Options(
-            rule, tuple(against), scope, space, part, ema, select, correction, follow
+            rule, _names(against), scope, space, part, ema, select, correction, follow
         )
         self._model = model
         self._memory = RetainMemory(
@@ -101,7 +107,7 @@ class Rectifier:
         self._generator = torch.Generator().manual_seed(0)
         self._parameters: list[Tensor] = []  # looked up at the first step
         self._window: Gradients | None = None
-        self._usable = self._armed = False
+        self._usable = self._armed = self._overflows = False
         self._report: Report | None = None
         self._applied: Tally | None = None
         self._fresh: list[Vector] = []
@@ -170,20 +176,17 @@ class Rectifier:
         `.grad`: pass losses as they are, then call `scaler.unscale_` and `scaler.step` as always.
         Under DDP, compute the losses inside of `with model.no_sync():`.
         """
-        if OBJECTIVE not in losses:
-            raise ValueError(
-                f"The losses of a rectified step should have one named `{OBJECTIVE}`. Found "
-                f"{', '.join(losses) or 'none'}. Pass {OBJECTIVE}=loss."
-            )
         against = self._options.against
-        self._check_retain(losses)
-        parameters = self._begun()
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
-        distributed.check_unsynchronised(self._model)
-        first = {name: losses[name] for name in against if name in losses}
-        scale = loss_scale(scaler, parameters[0].device)
-        passes = plan(parameters, {**first, **losses}, scale=scale)
+        with distributed.together() as processes:
+            self._check_losses(losses)
+            parameters = self._begun()
+            distributed.check_unsynchronised(self._model)
+            scale = loss_scale(scaler, parameters[0].device)
+            first = {name: losses[name] for name in against}
+            passes = plan(parameters, {**first, **losses}, scale=scale)
+            processes.alike([*declared(losses).items()], accumulate)
         retain, objective = passes.of(against), passes.of([OBJECTIVE])
         apart = not retain.tensors.keys() & objective.tensors.keys()
         alone = not accumulate and window is None and scale == 1.0 and not self._options.follow
@@ -214,12 +217,13 @@ class Rectifier:
         self._check_step(gradients)
         self._report = self._applied = None
         self._fresh, self._usable = [], False
-        if gradients.scale != 1.0 and _overflows(gradients):
+        self._overflows = gradients.scale != 1.0 and _overflows(gradients)
+        if self._overflows:
             return  # the GradScaler skips this step, as if it had not been
         retain = {name: gradients.of(name) for name in self._options.against}
         # Coordinates need nobody's leave: each process decides for those that it holds.
         alone = self._options.by_coordinate and self._options.selection is None
-        agree = not (alone and any(map(distributed.is_sharded, parameters)))
+        agree = not (alone and all(map(distributed.is_sharded, parameters)))
         problem = self._memory.update(retain, agree=agree)
         self._usable = problem is None
         if problem is not None:
@@ -234,20 +238,18 @@ class Rectifier:
             gradients.deposit(copy=copy)
             self._rectify(gradients.scale)
             return
-        behind = {name for source in self._options.against for name in gradients.weights[source]}
-        gradients.deposit(among=gradients.vectors.keys() - behind, copy=True)
+        against = self._options.against
+        behind = {name for source in against for name in gradients.weights.get(source, ())}
+        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
         self._rectify(gradients.scale)
         if not self._options.adds_retain:
-            gradients.deposit(among=behind, copy=True)
+            gradients.deposit(among=behind, copy=copy)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Rectify, or follow, the steps of this optimizer from now on, and of no other."""
-        if not self._options.needs_optimizer:
-            raise ValueError(
-                '`optimizer` should be given with space="update", which changes its steps, or '
-                'follow=True. Found one with space="gradient". Leave it out, or pass '
-                'space="update".'
-            )
+        """Rectify, or follow, the steps of this optimizer from now on, and of no other.
+
+        In gradient space what it does not step takes no part in the constraint from now on.
+        """
         optimizer = unwrapped(optimizer)
         check_owned(optimizer, trainable(self._model).values())
         self.detach()
@@ -287,6 +289,8 @@ class Rectifier:
                 f"{state['options']}. Found {self.options}. Make it with the same arguments."
             )
         self._memory.load_state_dict(state["memory"], trainable(self._model))
+        self._forget_step()
+        self._window = self._report = self._applied = None
         self._generator.set_state(state["generator"])
         self.skipped = state["skipped"]
 
@@ -307,16 +311,41 @@ class Rectifier:
             )
         if not self._parameters:
             self._parameters = list(found.values())
+        if any(p is not q for p, q in zip(self._parameters, found.values(), strict=True)):
+            raise ValueError(
+                "The parameters should stay the tensors that they were at the first step. Found "
+                "others of the same names. Make a new rectifier, and load the state of this one."
+            )
         return self._parameters
 
     def _rectify(self, scale: float) -> None:
+        if self._overflows:
+            _tell_scaler(self._parameters)
         self._armed = self._options.needs_optimizer and self._usable
+        if self._attachment is not None and self._armed:
+            self._attachment.come_last()
         if self._options.space == "gradient" and self._usable:
-            projector = self._projector
+            projector, moved = self._projector, self._moved()
             with torch.no_grad():
-                mask = projector.mask(self._parameters)
-                space = GradientSpace(self._parameters, scale)
+                if self._options.adds_retain:
+                    self._make_room(moved)
+                mask = projector.mask([p for i, p in moved.items()])
+                space = GradientSpace(moved, scale)
                 self._done(projector.change(space, mask))
+
+    def _moved(self) -> dict[int, Tensor]:
+        """What the optimizer steps, where it is known, by the places of the parameters."""
+        everything = dict(enumerate(self._parameters))
+        if self._attachment is None:
+            return everything
+        stepped = set(map(id, tensors_of(self._attachment.optimizer)))
+        return {i: p for i, p in everything.items() if id(p) in stepped}
+
+    def _make_room(self, moved: Mapping[int, Tensor]) -> None:
+        """A gradient, of zero, where only the retain data have one to be added."""
+        for i, parameter in moved.items():
+            if parameter.grad is None and any(r is not None for r in self._memory.retain(i)):
+                parameter.grad = torch.zeros_like(parameter)
 
     def _before_step(self) -> None:
         armed, self._armed = self._armed, False
@@ -326,10 +355,9 @@ class Rectifier:
         optimizer, options, projector = self._attachment.optimizer, self._options, self._projector
         check_owned(optimizer, self._parameters)
         changes = options.space == "update"
-        # A rule of somebody else's may raise, and then all of the step is taken back.
-        ours = not isinstance(options.rule, Elementwise)
-        tensorwise = ours and options.by_coordinate and steps_tensor_by_tensor(optimizer)
-        if changes and tensorwise and not options.follow:
+        # What is somebody else's may raise, and then all of the step is taken back.
+        ours = options.is_ours and steps_tensor_by_tensor(optimizer)
+        if changes and options.by_coordinate and ours and not options.follow:
             self._put_back, self._report = projector.step(optimizer)
             return
         mask = projector.mask(moved_by(optimizer)) if changes else None
@@ -375,6 +403,24 @@ class Rectifier:
             self._skip("the gradient or the step is not finite")
         else:
             self._report = report
+            if self._options.space == "update" and not self._options.by_coordinate:
+                self._warn_of_rounding(report())
+
+    def _warn_of_rounding(self, report: Rectification) -> None:
+        lost = any(
+            product < -LOST * length * retain
+            for product, length, retain in zip(
+                report.inner_after, report.norm_after, report.retain_norm, strict=True
+            )
+        )
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "A step still harms what it should not: its correction is below the rounding of "
+                'the parameters. Keep them in float32, or pass scope="coordinate", which is exact '
+                "in any type. This is said once.",
+                stacklevel=2,
+            )
 
     def _skip(self, reason: str) -> None:
         nothing = skipped(self.blocks)
@@ -387,6 +433,20 @@ class Rectifier:
             )
         self.skipped += 1
 
+    def _check_losses(self, losses: Mapping[str, Loss]) -> None:
+        if OBJECTIVE not in losses:
+            raise ValueError(
+                f"The losses of a rectified step should have one named `{OBJECTIVE}`. Found "
+                f"{', '.join(losses) or 'none'}. Pass {OBJECTIVE}=loss."
+            )
+        self._check_retain(losses)
+        if self._options.part == "forget" and isinstance(losses[OBJECTIVE], Tensor):
+            raise ValueError(
+                f'`{OBJECTIVE}` should be declared as a combination of losses with part="forget", '
+                "which is rectified without the retain losses. Found a tensor. Pass weights such "
+                f'as {OBJECTIVE}={{"forget": -1.0, "retain": 1.0}}.'
+            )
+
     def _check_step(self, gradients: Gradients) -> None:
         """Refuse a step that cannot be rectified as a whole."""
         if list(map(id, gradients.parameters)) != list(map(id, self._parameters)):
@@ -395,11 +455,12 @@ class Rectifier:
                 "another one, or of parameters that were frozen or added since. Make it from the "
                 "same model."
             )
-        if any(p.grad is not None and bool(p.grad.any()) for p in self._parameters):
+        grads = [p.grad for p in self._moved().values() if p.grad is not None]
+        if any(bool(distributed.local(grad).any()) for grad in grads):
             raise ValueError(
                 "`.grad` should be empty before a rectified step, which is rectified as a whole. "
-                "Found gradients of an earlier backward. Call optimizer.zero_grad() before, or "
-                "pass the micro-batches with accumulate=True."
+                "Found gradients of an earlier backward. Call model.zero_grad() before, or pass "
+                "the micro-batches with accumulate=True."
             )
         if self._options.needs_optimizer and self._attachment is None:
             raise ValueError(
@@ -415,6 +476,18 @@ class Rectifier:
                 f"The losses of a rectified step should have one named `{absent[0]}`. Found "
                 f"{', '.join(sources)}. Pass {absent[0]}=nll(model, {absent[0]}_batch)."
             )
+
+
+def _names(against: str | Sequence[str]) -> tuple[str, ...]:
+    return (against,) if isinstance(against, str) else tuple(against)
+
+
+def _tell_scaler(parameters: Sequence[Tensor]) -> None:
+    """Have the GradScaler skip a step, also where the objective alone would not overflow."""
+    for parameter in parameters:
+        if parameter.grad is not None and (own := distributed.local(parameter.grad)).numel():
+            own[(0,) * own.dim()] = torch.inf
+            return
 
 
 def _overflows(gradients: Gradients) -> bool:

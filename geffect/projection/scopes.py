@@ -57,19 +57,24 @@ class Tally:
 
     def __init__(self, blocks: Blocks, parameters: Sequence[Tensor], size: int) -> None:
         self._blocks, self._parameters = blocks, parameters
-        self._matrices = [torch.zeros(size, size, dtype=torch.float64) for _ in parameters]
+        self._matrices: list[Tensor | None] = [None for _ in parameters]
+        self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
-        """Take the inner products of a parameter's vectors, and a number that is to be summed."""
+        """Add the inner products of a parameter's vectors, or of a piece of them.
+
+        `count` is a number that is summed up with them.
+        """
         products = dots.gram([None if v is None else distributed.local(v) for v in vectors])
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
-        self._matrices[i] = products
+        known = self._matrices[i]
+        self._matrices[i] = products if known is None else known + products
 
     def by_block(self) -> Tensor:
         """The Gram matrices `Float64[block, k, k]`, on the CPU."""
         over = [distributed.holders(parameter) for parameter in self._parameters]
-        table = dots.gathered(self._matrices, over)
+        table = dots.gathered([self._nothing if m is None else m for m in self._matrices], over)
         summed = table.new_zeros(len(self._blocks.names), *table.shape[1:])
         return summed.index_add(0, torch.tensor(self._blocks.place), table)
 
@@ -194,7 +199,7 @@ class Constraint:
         """The weights of u and the averages; (1, 0, ...) where there is no average."""
         untouched = _alone(K[:, 0])
         asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1)
-        weights = torch.where(asked[:, None], self._rule(K), untouched)
+        weights = torch.where(asked[:, None], self._rule(K).to(K), untouched)
         if not weights.isfinite().all():
             raise ValueError(
                 f"A rule should give finite weights. Found {weights.tolist()} from {self._rule!r}. "
@@ -230,7 +235,7 @@ class Coordinates:
         present = [r for r in local if r is not None]
         x = u if self._rule is None or not present else self._rule(u, present)
         if mask is not None:
-            x = x * mask
+            x = torch.where(mask, x, torch.zeros_like(x))
         self._tally.add(i, [u, x, *local], count=(x != u).sum())
         space.replace(i, u, x)
 

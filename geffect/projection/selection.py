@@ -80,6 +80,8 @@ class Salient(Selection):
         total = sum(gradient.numel() for _, gradient in present)
         if total == 0:
             return float("nan")
+        if self.fraction == 1:
+            return -torch.inf
         # Places in the whole, the same on every process; each looks up what is in its own part.
         picks = torch.arange(total)
         if total > SAMPLE:

@@ -18,6 +18,10 @@ PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time where no copy of all of them is to be made."""
 
 
+PIECE = 2**20
+"""How many coordinates of a tensor are changed at a time there."""
+
+
 class Space(Protocol):
     """A direction of descent that can be read and changed, one parameter at a time."""
 
@@ -32,13 +36,17 @@ class Space(Protocol):
 
 
 class GradientSpace:
-    """The gradient in `.grad`, which is `scale` times too large where a GradScaler is at work."""
+    """The gradient in `.grad` of what moves, by the places of the parameters.
 
-    def __init__(self, parameters: Sequence[Tensor], scale: float = 1.0) -> None:
+    It is `scale` times too large where a GradScaler is at work.
+    """
+
+    def __init__(self, parameters: Mapping[int, Tensor], scale: float = 1.0) -> None:
         self._parameters, self._scale = parameters, scale
 
     def direction(self, i: int) -> Tensor | None:
-        grad = self._parameters[i].grad
+        parameter = self._parameters.get(i)
+        grad = None if parameter is None else parameter.grad
         if grad is None:
             return None
         part = distributed.local(grad)
@@ -80,11 +88,15 @@ class UpdateSpace:
 
     def direction(self, i: int) -> Tensor | None:
         before = self._before.get(i)
-        return None if before is None else before - self._parameters[i]
+        if before is None:
+            return None
+        # In half precision the difference of two numbers has more digits than either.
+        return _widened(before) - _widened(self._parameters[i])
 
     def replace(self, i: int, u: Tensor, x: Tensor) -> None:
         before, after = self._before[i], self._parameters[i]
-        after.copy_(torch.where(x == u, after, before - x))
+        changed = (_widened(before) - x).to(after.dtype)
+        after.copy_(torch.where(x == u, after, changed))
 
     def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
         after = self._parameters[i]
@@ -99,6 +111,10 @@ class UpdateSpace:
         """Take the whole step back."""
         for i, before in self._before.items():
             self._parameters[i].copy_(before)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def copied(parameter: Tensor) -> Tensor:
@@ -152,6 +168,11 @@ def step_in_portions(
         put_back()
         raise
     return put_back
+
+
+def pieces(count: int) -> Iterable[slice]:
+    """Slices of at most a million of so many coordinates."""
+    return (slice(start, start + PIECE) for start in range(0, count, PIECE))
 
 
 def _portions(

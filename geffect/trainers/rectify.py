@@ -102,8 +102,9 @@ class _Steps(TrainerCallback):
         retain: RiskSet | None,
         recorder: Recorder | None,
     ) -> None:
+        model: Any = trainer.model
         optimizer: Any = trainer.optimizer  # which there may not be yet
-        check_gradients_can_be_had(trainer, trainer.model, optimizer)
+        check_gradients_can_be_had(trainer, model, optimizer)
         _check_retain_gradient(trainer, rectifier, given=retain is not None)
         self.trainer, self.rectifier, self.recorder = trainer, rectifier, recorder
         self.batches = None if retain is None else RetainBatches(retain)

@@ -54,7 +54,7 @@ def rows(workload: Workload, folder: Path) -> Iterator[Row]:
 
 def time_of_two(workload: Workload, folder: Path) -> Iterator[Row]:
     """A recorded step of GradDiff."""
-    stepping = _stepping(workload)
+    stepping = stepping_of(workload)
     with Recorder(workload.model, folder / "two.h5") as recorder:
         seconds = workload.seconds(
             {
@@ -71,7 +71,7 @@ def time_of_two(workload: Workload, folder: Path) -> Iterator[Row]:
 
 def time_of_three(workload: Workload, folder: Path) -> Iterator[Row]:
     """A recorded step of WGA, with and without its gradients."""
-    stepping = _stepping(workload)
+    stepping = stepping_of(workload)
 
     def keep() -> None:
         # A run of its own in each round: it is not closed before everything is in the file.
@@ -122,7 +122,7 @@ def _extra(
     return Ratio((whole - beside) / gradient_bytes(workload))
 
 
-def _stepping(workload: Workload) -> Callable[[Load], Load]:
+def stepping_of(workload: Workload) -> Callable[[Load], Load]:
     """What makes a step of a backward pass, all with one optimizer."""
     optimizer = workload.optimizer()
 

@@ -78,10 +78,15 @@ def peak_gradients(workload: Workload, load: Load) -> int:
 
     For a workload whose activations all have another number of them.
     """
-    sizes = {matrix.numel() for matrix in _matrices(workload)}
-    with LiveBytes(lambda tensor: tensor.numel() in sizes) as live:
+    with live_gradients(workload) as live:
         load()
     return live.peak
+
+
+def live_gradients(workload: Workload) -> LiveBytes:
+    """Counts what has as many numbers as a matrix of the model, and nothing else."""
+    sizes = {matrix.numel() for matrix in _matrices(workload)}
+    return LiveBytes(lambda tensor: tensor.numel() in sizes)
 
 
 def gradient_bytes(workload: Workload) -> int:

@@ -60,10 +60,11 @@ def heavy_tailed(numel: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 def relative_error(found: float, a: Tensor, b: Tensor) -> float:
     """How far an inner product is off, as a share of the product of the norms."""
-    return abs(found - _exact(a, b)) / math.sqrt(_exact(a, a) * _exact(b, b))
+    return abs(found - exact(a, b)) / math.sqrt(exact(a, a) * exact(b, b))
 
 
-def _exact(a: Tensor, b: Tensor) -> float:
+def exact(a: Tensor, b: Tensor) -> float:
+    """<a, b>, as exactly as there is a type for."""
     # A product of two float32 numbers is exact in float64; numpy adds in pairs.
     products = (a.double() * b.double()).cpu().numpy()
     return float(products.sum(dtype=np.longdouble))

@@ -1,0 +1,208 @@
+"""The study on a pretrained language model, which learns the authors by fine-tuning.
+
+Its numbers were tried on SmolLM2-135M-Instruct: six epochs memorise 70 facts, and the learning
+rates take a run past the level within some twenty steps.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .corpus import Corpus, Fact, Size
+from .methods import Variant
+from .recipe import Counted, Procedure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GGUF = ".gguf"
+
+GENTLE = (3e-5, 1.5e-5, 6e-5)
+PACES = {
+    "gru-coordinate": (6e-5, 3e-5, 1.2e-4),
+    "sago": (6e-5, 3e-5, 1.2e-4),
+    "select": (8e-4, 4e-4, 1.6e-3),
+    "select-coordinate": (3e-4, 1.5e-4, 6e-4),
+}
+"""Learning rates by variant; the others take gentle ones."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which of a model's parameters are trained: all, those of some layers, or adapters.
+
+    `layers` are the first and the last one, counted from 0; `lora` is the rank of an adapter on
+    every linear layer. Not both.
+    """
+
+    layers: tuple[int, int] | None = None
+    lora: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and self.lora is not None:
+            raise ValueError(
+                "`layers` or `lora` should be chosen, not both. Found "
+                f"`layers = {self.layers}` and `lora = {self.lora}`. Leave one of them out."
+            )
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(
+                f"`lora` should be a rank of at least 1. Found `lora = {self.lora}`. "
+                "Pass, say, lora=8."
+            )
+
+    def of(self, model: Any) -> Any:
+        """The model with nothing but these requiring a gradient; adapters are put into it."""
+        if self.layers is not None:
+            _only(model, *self.layers)
+        return model if self.lora is None else _adapted(model, self.lora)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained subject: a folder as `save_pretrained` leaves it, or a GGUF file.
+
+    It is trained in float32, with the chat template of its tokenizer where there is one. World
+    facts are not taught: it brings them along.
+    """
+
+    source: str
+    trained: Trained = Trained()
+    corpus: Size = field(default_factory=lambda: Size(authors=7, forget=1, heldout=3, world=50))
+    few_heldout: int = 5
+    procedure: Procedure = field(
+        default_factory=lambda: Procedure(
+            forget_batch=5,
+            retain_batch=10,
+            world_batch=10,
+            most_steps=40,
+            plain_steps=12,
+            relearning_rate=3e-5,
+        )
+    )
+    epochs: int = 6
+    batch: int = 5
+    learning_rate: float = 1e-4
+    warmup: int = 5
+
+    def learn(
+        self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
+    ) -> None:
+        """Fine-tune on the facts about authors; adapters are merged into what is saved."""
+        from . import language_model as lm
+
+        taught = [fact for fact in facts if fact not in corpus.world]
+        model, tokenizer = opened(Path(self.source))
+        model = self.trained.of(model)
+        lm.memorise(model, lm.encode(tokenizer, taught), self, seed, report)
+        if self.trained.lora is not None:
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> tuple[Any, Any]:
+        """What `learn` has saved, with fresh adapters if it is trained so."""
+        model, tokenizer = opened(folder)
+        return self.trained.of(model), tokenizer
+
+    def paced(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
+        """The variants at the learning rates of a pretrained model."""
+        return {
+            name: replace(variant, learning_rates=PACES.get(name, GENTLE))
+            for name, variant in variants.items()
+        }
+
+
+def opened(source: Path) -> "tuple[Any, Any]":
+    """Model, in float32 and eval mode, and tokenizer of a folder or a GGUF file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, options = place(source)
+    model = AutoModelForCausalLM.from_pretrained(where, **options)
+    if options:
+        model = _unmarked(model)
+    model.config.use_cache = False
+    return model.float().eval(), AutoTokenizer.from_pretrained(where, **options)
+
+
+def config_of(source: Path) -> Any:
+    """The configuration of a folder or a GGUF file."""
+    from transformers import AutoConfig
+
+    where, options = place(source)
+    return AutoConfig.from_pretrained(where, **options)
+
+
+def layers_from(text: str) -> tuple[int, int]:
+    """The layers that a command line names as N..M.
+
+    >>> layers_from("10..19")
+    (10, 19)
+    """
+    found = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(
+            "`--layers` should be the first and the last layer to train, counted from 0. Found "
+            f"`{text}`. Pass, say, --layers 10..19."
+        )
+    return int(found[1]), int(found[2])
+
+
+def place(source: Path) -> tuple[Path, dict[str, str]]:
+    """What transformers is to be told of a source."""
+    if source.is_file() and source.suffix == GGUF:
+        return source.parent, {"gguf_file": source.name}
+    if (source / "config.json").is_file():
+        return source, {}
+    held = sorted(path.name for path in source.glob(f"*{GGUF}"))
+    if len(held) == 1:
+        return source, {"gguf_file": held[0]}
+    raise FileNotFoundError(
+        f"`{source}` should be a folder with a `config.json`, as `save_pretrained` leaves it, or a "
+        f"{GGUF} file. Found {', '.join(held) or 'neither'}. Name the folder or the file."
+    )
+
+
+def _unmarked(model: Any) -> Any:
+    """The same weights in a model that does not say it is quantised: such a one is not saved."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def _only(model: "nn.Module", first: int, last: int) -> None:
+    """Freeze all but the layers from first to last."""
+    from geffect.layers import canonical_name, layer_of
+
+    placed = [
+        (layer_of(canonical_name(name))[1], parameter)
+        for name, parameter in model.named_parameters()
+    ]
+    depth = 1 + max(layer for layer, _ in placed)
+    if last >= depth:
+        raise ValueError(
+            f"`layers` should be between 0 and {depth - 1}, the layers of the model. Found "
+            f"{first}..{last}. Pass, say, --layers {depth // 3}..{2 * depth // 3}."
+        )
+    for layer, parameter in placed:
+        parameter.requires_grad_(first <= layer <= last)
+
+
+def _adapted(model: "nn.Module", rank: int) -> "nn.Module":
+    """The model with an adapter on every linear layer, the same each time, and all else frozen."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted: nn.Module = get_peft_model(model, config)
+    return adapted.eval()

@@ -1,0 +1,229 @@
+"""A plan says what is run; a run ends at its levels, whatever the variant."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from geffect.demo import language_model as lm
+from geffect.demo.corpus import Size, generate
+from geffect.demo.findings import KEEPING, shares
+from geffect.demo.jobs import Kept, Unlearning
+from geffect.demo.methods import EQUAL, FEW, METHODS, RETAIN_SETS, SETS, VARIANTS, Cell
+from geffect.demo.recipe import Procedure, Recipe
+from geffect.demo.study import Plan
+from geffect.demo.unlearning import Data, measure, unlearn
+from geffect.demo.workers import Say
+
+TINY = Recipe(
+    corpus=Size(authors=3, forget=1, heldout=1, world=8),
+    procedure=Procedure(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
+    layers=2,
+    hidden=48,
+    heads=2,
+    epochs=32,
+    batch=8,
+    learning_rate=8e-3,
+)
+EVERY = VARIANTS | RETAIN_SETS
+
+Unlearn = Callable[..., dict[str, Any]]
+
+
+def test_a_look_is_a_part_of_the_study() -> None:
+    look, study = (Plan(all_variants=every).cells() for every in (False, True))
+    assert set(look) < set(study)
+    assert {cell.part for cell in look} == {EQUAL}
+    assert [cell.name for cell in Plan(quick=True).cells()] == [
+        "ga-plain", "ga-gru", "ga-gru-update", "ga-gru-coordinate", "ga-select"
+    ]  # fmt: skip
+
+
+def test_a_study_runs_every_method_in_every_variant_with_both_feeds() -> None:
+    cells = Plan(all_variants=True).cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    for part, heldout in ((EQUAL, 4), (FEW, 15)):
+        run = {(c.method, c.variant): c for c in cells if c.part == part}
+        assert run.keys() == {(method, variant) for method in METHODS for variant in VARIANTS}
+        assert {cell.heldout for cell in run.values()} == {heldout}
+        assert all(c.learning_rate == VARIANTS[c.variant].learning_rates[0] for c in run.values())
+    assert {cell.variant for cell in cells if cell.part == SETS} == set(RETAIN_SETS)
+
+
+def test_every_variant_is_run_at_three_learning_rates_with_both_feeds() -> None:
+    rates: dict[tuple[str, int], set[float]] = {}
+    for cell in Plan(all_variants=True).cells():
+        if cell.method == "ga" and cell.part != SETS:
+            rates.setdefault((cell.variant, cell.heldout), set()).add(cell.learning_rate)
+    assert rates.keys() == {(variant, heldout) for variant in VARIANTS for heldout in (4, 15)}
+    for (variant, _), of_variant in rates.items():
+        assert of_variant == set(VARIANTS[variant].learning_rates)
+        assert len(of_variant) == 3
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A job that says how often it was run."""
+
+    size: int
+    ran: list[int] = field(repr=False)
+    name: str = "count"
+    stage: str = "train"
+    weight: float = 1.0
+
+    def run(self, say: Say) -> dict[str, int]:
+        self.ran.append(self.size)
+        return {"size": self.size}
+
+
+def test_a_study_that_is_resumed_runs_no_job_twice(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def result(size: int, *, resume: bool) -> Any:
+        return Kept(Counted(size, ran), tmp_path, resume).run(lambda done, says: None)
+
+    assert result(1, resume=True) == result(1, resume=True) == {"size": 1}
+    assert ran == [1]
+    assert result(2, resume=True) == {"size": 2}  # another job, though of the same name
+    assert result(2, resume=False) == {"size": 2}
+    assert ran == [1, 2, 2]
+    plan = Plan(all_variants=True)
+    jobs = [Unlearning(tmp_path, 0, c, plan.variant(c), {}, TINY) for c in plan.cells()]
+    assert len({repr(job) for job in jobs}) == len(jobs)
+    assert " at 0x" not in "".join(map(repr, jobs))
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Data]:
+    """A tiny model that has memorised its corpus."""
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus = generate(0, TINY.corpus)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    TINY.learn(folder, corpus, corpus.memorised, 0, lambda done, total: None)
+    torch.set_num_threads(threads)
+    model, tokenizer = TINY.load(folder)
+    return model, Data.of(corpus, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(subject: tuple[PreTrainedModel, Data], tmp_path_factory: pytest.TempPathFactory) -> Unlearn:
+    """A function that unlearns with a copy of the tiny model, and says what became of it."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(method: str, variant: str, levels: dict[str, float], **changed: Any) -> dict[str, Any]:
+        model, data = copy.deepcopy(subject[0]), subject[1]
+        rate = changed.pop("learning_rate", 1e-3)
+        file = folder / f"{method}-{variant}.h5"
+        result = unlearn(
+            model,
+            data,
+            Cell(FEW, method, variant, rate, 1),
+            EVERY[variant],
+            replace(TINY.procedure, **changed),
+            levels,
+            0,
+            file,
+            lambda step, nll: None,
+        )
+        return result | {"model": model, "file": file}
+
+    return run
+
+
+def test_what_is_drawn_of_a_set_does_not_depend_on_the_others(
+    subject: tuple[PreTrainedModel, Data],
+) -> None:
+    data = subject[1]
+    alone = list(islice(data.draws({"retain": 5}, 3), 3))
+    beside = list(islice(data.draws({"forget": 2, "retain": 5, "world": 4}, 3), 3))
+    for a, b in zip(alone, beside, strict=True):
+        assert torch.equal(a["retain"]["input_ids"], b["retain"]["input_ids"])
+    other = next(data.draws({"retain": 5}, 4))["retain"]["input_ids"]
+    assert not torch.equal(other, alone[0]["retain"]["input_ids"])
+
+
+def test_a_run_goes_on_until_both_levels_are_crossed(run: Unlearn) -> None:
+    levels = {"forget_nll": 1.0, "forget_es": 0.25}
+    result = run("ga", "plain", levels)
+    assert result["at_level"]["forget_nll"] == pytest.approx(1.0)
+    assert result["at_es"]["forget_es"] == pytest.approx(0.25)
+    last = max(result["at_level"]["step"], result["at_es"]["step"])
+    assert last + TINY.procedure.steps_beyond <= result["steps"] < TINY.procedure.most_steps
+    short = run("ga", "plain", {"forget_nll": 1.0})
+    assert short["at_level"] == result["at_level"]
+    assert short["at_es"] is None
+
+
+def test_a_level_that_is_not_reached_has_no_values(run: Unlearn) -> None:
+    result = run("ga", "plain", {"forget_nll": 1e3}, most_steps=2)
+    assert (result["reached_level"], result["at_level"], result["steps"]) == (False, None, 2)
+
+
+def test_what_is_measured_at_a_level_lies_between_two_steps(
+    run: Unlearn, subject: tuple[PreTrainedModel, Data]
+) -> None:
+    """The naive twin: plain gradient ascent, with all there is measured at every step."""
+    model, data = copy.deepcopy(subject[0]), subject[1]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    batches = data.draws({"forget": 5, "retain": 5}, 0)
+    points = [measure(model, data)]
+    while points[-1]["forget_nll"] < 1.0:
+        batch = next(batches)["forget"]
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+        (-torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        points.append(measure(model, data))
+    result = run("ga", "plain", {"forget_nll": 1.0}, steps_beyond=0)
+    assert result["steps"] == len(points) - 1
+    before, after = points[-2:]
+    share = (1.0 - before["forget_nll"]) / (after["forget_nll"] - before["forget_nll"])
+    assert result["at_level"]["step"] == pytest.approx(len(points) - 2 + share, rel=1e-4)
+    for name in after:
+        expected = before[name] + share * (after[name] - before[name])
+        assert result["at_level"][name] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # Looking at the step before has left the model where it was.
+    for name, value in measure(result["model"], data).items():
+        assert value == pytest.approx(after[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Unlearn) -> dict[str, Any]:
+    return run("npo+gd", "plain", {"forget_nll": 1e3}, most_steps=8)
+
+
+@pytest.mark.parametrize("variant", [name for name in EVERY if name != "plain"])
+def test_every_variant_takes_its_steps(variant: str, run: Unlearn, plain: dict[str, Any]) -> None:
+    result = run("npo+gd", variant, {"forget_nll": 1e3}, most_steps=8)
+    violating = shares(result["file"])["share_update_violating"]
+    assert 0 <= violating <= 1
+    if variant in KEEPING:
+        assert violating == 0
+    assert result["steps"] == plain["steps"] == 8
+    assert result["curve"]["forget_nll"] != plain["curve"]["forget_nll"]
+
+
+def test_a_rule_that_adds_the_retain_gradient_takes_the_place_of_a_retain_term(
+    run: Unlearn,
+) -> None:
+    levels = {"forget_nll": 1e3}
+    one, other = (run(m, "sago", levels, most_steps=3)["curve"] for m in ("ga", "graddiff"))
+    assert one == other
+    assert run("graddiff", "gru", levels, most_steps=3)["curve"] != other
+
+
+def test_answers_are_scored_as_the_subject_encodes_them(
+    subject: tuple[PreTrainedModel, Data],
+) -> None:
+    model, data = subject
+    facts = generate(0, TINY.corpus).retain
+    assert measure(model, data)["retain_nll"] == pytest.approx(
+        lm.nll(model, [lm.encode(data.tokenizer, facts)]), rel=1e-5
+    )
