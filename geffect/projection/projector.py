@@ -12,7 +12,7 @@ from .elementwise import Elementwise
 from .memory import RetainMemory
 from .options import Options
 from .scopes import Blocks, Constraint, Coordinates, Mask, Metric
-from .spaces import Space, UpdateSpace, copied, moved_by, pieces, step_in_portions
+from .spaces import Space, UpdateSpace, copied, moved_by, step_in_portions
 
 Report = Callable[[], Rectification]
 """What was done, added up over the processes when it is asked for."""
@@ -82,13 +82,8 @@ class Projector:
 
         def after(parameter: Tensor, state: tuple[Tensor, Tensor | None]) -> None:
             i, (old, kept) = place[id(parameter)], state
-            averages = [None if r is None else distributed.local(r) for r in self._memory.retain(i)]
-            new = distributed.local(parameter.detach())
-            # Piece by piece: what is computed on the way is not of the tensor's size either.
-            for piece in pieces(new.numel()):
-                mask, *rs = (None if t is None else t.view(-1)[piece] for t in (kept, *averages))
-                space = UpdateSpace({i: new.view(-1)[piece]}, {i: old.view(-1)[piece]})
-                coordinates.change(space, i, rs, mask)
+            space = UpdateSpace({i: parameter}, {i: old})
+            coordinates.change(space, i, self._memory.retain(i), kept)
 
         return step_in_portions(optimizer, before, after), coordinates.report
 

@@ -21,7 +21,7 @@ from .memory import RetainMemory, State
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName
 from .projector import Projector, Report
 from .rules import Rule, gru
-from .scopes import Blocks, Mask, Tally, block_names, skipped
+from .scopes import Blocks, Mask, Tally, block_names, held, parts, skipped
 from .selection import Selection
 from .spaces import GradientSpace, UpdateSpace, moved_by, steps_tensor_by_tensor
 
@@ -113,6 +113,7 @@ class Rectifier:
         self._fresh: list[Vector] = []
         self._step: tuple[UpdateSpace, Mask | None] | None = None
         self._put_back: Callable[[], None] | None = None
+        self._room: dict[int, Tensor] = {}  # of the copies of the parameters
         self._attachment: Attachment | None = None
         if optimizer is not None:
             self.attach(optimizer)
@@ -363,7 +364,7 @@ class Rectifier:
         mask = projector.mask(moved_by(optimizer)) if changes else None
         # Now, as optimizers may use the memory of a gradient for their own ends.
         masks = None if mask is None else [*map(mask, range(len(self._parameters)))]
-        step = UpdateSpace.ahead_of(optimizer, self._parameters)
+        step = UpdateSpace.ahead_of(optimizer, self._parameters, self._room)
         self._step = step, None if masks is None else masks.__getitem__
 
     def _after_step(self) -> None:
@@ -394,8 +395,9 @@ class Rectifier:
         """Take the inner products of the step that was applied."""
         tally = Tally(self._blocks, self._parameters, 1 + 2 * len(self._options.against))
         for i in range(len(self._parameters)):
-            fresh = [vector[i] for vector in self._fresh]
-            tally.add(i, [step.direction(i), *self._memory.retain(i), *fresh])
+            others = held([*self._memory.retain(i), *(vector[i] for vector in self._fresh)])
+            for where in step.parts(i):
+                tally.add(i, [step.direction(i, where), *parts(others, where)])
         self._applied = tally
 
     def _done(self, report: Report | None) -> None:

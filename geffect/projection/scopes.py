@@ -17,7 +17,7 @@ from geffect.gram import inner, norm
 
 from .elementwise import Elementwise
 from .rules import Rule
-from .spaces import Space
+from .spaces import Space, Where
 
 Vectors = list[Tensor | None]
 
@@ -61,11 +61,8 @@ class Tally:
         self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
     def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
-        """Add the inner products of a parameter's vectors, or of a piece of them.
-
-        `count` is a number that is summed up with them.
-        """
-        products = dots.gram([None if v is None else distributed.local(v) for v in vectors])
+        """Add the inner products of a part of a parameter, and a number that is summed up too."""
+        products = dots.gram(vectors)
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
         known = self._matrices[i]
@@ -126,20 +123,15 @@ class Constraint:
     ) -> Rectification | None:
         """Change the space, and tell what was done."""
 
-        def terms(i: int) -> _Terms:
-            u = space.direction(i)
-            if u is None:
-                nothing: Vectors = [None] * (1 + len(self._sets))
-                return _Terms(nothing, nothing, nothing)
-            averages = [None if r is None else distributed.local(r) for r in retain(i)]
-            kept = None if mask is None else mask(i)
-            return _Terms.of([u, *averages], kept, None if metric is None else metric(i))
-
         k, plain = 1 + len(self._sets), mask is None and metric is None
         tally = Tally(self._blocks, self._parameters, k if plain else 3 * k)
         for i in range(len(self._parameters)):
-            term = terms(i)
-            tally.add(i, term.seen if plain else [*term.seen, *term.asked, *term.added])
+            averages, kept = held(retain(i)), None if mask is None else mask(i)
+            scale = None if metric is None else metric(i)
+            for where in space.parts(i):
+                vectors = [space.direction(i, where), *parts(averages, where)]
+                term = _Terms.of(vectors, *parts([kept, scale], where))
+                tally.add(i, vectors if plain else [*vectors, *term.asked, *term.added])
         K = tally.by_block()
         seen, asked, added = (slice(0, k),) * 3 if plain else _thirds(k)
         if not K[:, seen, seen].isfinite().all():
@@ -150,22 +142,17 @@ class Constraint:
         for i, block in enumerate(self._blocks.place):
             if mask is None and not changed[block]:
                 continue
-            term = terms(i)
-            if term.seen[0] is None:
-                continue
-            if term.added[0] is not term.seen[0]:
-                assert term.added[0] is not None
-                space.replace(i, term.seen[0], term.added[0])
+            averages, kept = held(retain(i)), None if mask is None else mask(i)
+            scale = None if metric is None else metric(i)
             own, *others = weights[block].tolist()
-            space.combine(
-                i,
-                own,
-                [
-                    (w, r)
-                    for w, r in zip(others, term.added[1:], strict=True)
-                    if w and r is not None
-                ],
-            )
+            for where in space.parts(i):
+                if kept is not None:
+                    stays = ~kept[where]
+                    u = space.direction(i, where)
+                    space.replace(i, where, u.masked_fill(stays, 0.0), stays.to(u.dtype))
+                term = _Terms.of([None, *parts(averages, where)], *parts([kept, scale], where))
+                pairs = zip(others, term.added[1:], strict=True)
+                space.combine(i, where, own, [(w, r) for w, r in pairs if w and r is not None])
         fired = changed | torch.tensor(mask is not None)
         if fired.any() and self._rounds:
             after = self._measured(space, retain)
@@ -191,8 +178,9 @@ class Constraint:
     def _measured(self, space: Space, retain: Retain) -> Tensor:
         tally = Tally(self._blocks, self._parameters, 1 + len(self._sets))
         for i in range(len(self._parameters)):
-            u = space.direction(i)
-            tally.add(i, [u, *(retain(i) if u is not None else [None] * len(self._sets))])
+            averages = held(retain(i))
+            for where in space.parts(i):
+                tally.add(i, [space.direction(i, where), *parts(averages, where)])
         return tally.by_block()
 
     def _weights(self, K: Tensor) -> Tensor:
@@ -228,16 +216,16 @@ class Coordinates:
 
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""
-        u = space.direction(i)
-        if u is None:
-            return
-        local = [None if r is None else distributed.local(r) for r in averages]
-        present = [r for r in local if r is not None]
-        x = u if self._rule is None or not present else self._rule(u, present)
-        if mask is not None:
-            x = torch.where(mask, x, torch.zeros_like(x))
-        self._tally.add(i, [u, x, *local], count=(x != u).sum())
-        space.replace(i, u, x)
+        local = held(averages)
+        for where in space.parts(i):
+            u, retain = space.direction(i, where), parts(local, where)
+            present = [r for r in retain if r is not None]
+            x = u if self._rule is None or not present else self._rule(u, present)
+            if mask is not None:
+                x = x * mask[where]
+            changed = torch.ne(x, u, out=torch.empty_like(u))
+            self._tally.add(i, [u, x, *retain], count=changed.sum())
+            space.replace(i, where, x, changed)
 
     def report(self) -> Rectification:
         """What was done."""
@@ -253,6 +241,16 @@ class Coordinates:
             coefficient=torch.full((len(K), len(self._sets)), torch.nan),
             fired=inner(K, count, count) > 0,
         )
+
+
+def held(vectors: Vectors) -> Vectors:
+    """What this process holds of the tensors."""
+    return [None if v is None else distributed.local(v) for v in vectors]
+
+
+def parts(vectors: Vectors, where: Where) -> Vectors:
+    """The same part of each tensor."""
+    return [None if v is None else v[where] for v in vectors]
 
 
 def reported(

@@ -5,6 +5,7 @@ where they stand. Of a sharded parameter a process sees, and changes, the part t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -18,20 +19,29 @@ PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time where no copy of all of them is to be made."""
 
 
-PIECE = 2**20
-"""How many coordinates of a tensor are changed at a time there."""
+PART = 2**18
+"""Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU
+where another one has left them."""
+
+Where = slice | EllipsisType
+"""A part of a parameter: some of its rows, or all of it."""
 
 
 class Space(Protocol):
-    """A direction of descent that can be read and changed, one parameter at a time."""
+    """A direction of descent that can be read and changed, one part of a parameter at a time."""
 
-    def direction(self, i: int) -> Tensor | None:
-        """The direction of parameter i; None where it does not move."""
+    def parts(self, i: int) -> Iterable[Where]:
+        """The parts of parameter i; none where it does not move."""
 
-    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
-        """Make x the direction of parameter i, which is u. Where both agree nothing is touched."""
+    def direction(self, i: int, where: Where) -> Tensor:
+        """The direction of a part."""
 
-    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
+    def replace(self, i: int, where: Where, x: Tensor, changed: Tensor) -> None:
+        """Make it x where `changed` is 1, and leave the rest, where it is 0, as it is."""
+
+    def combine(
+        self, i: int, where: Where, own: float, terms: Iterable[tuple[float, Tensor]]
+    ) -> None:
         """Make it `own` times itself plus the weighted tensors."""
 
 
@@ -44,19 +54,23 @@ class GradientSpace:
     def __init__(self, parameters: Mapping[int, Tensor], scale: float = 1.0) -> None:
         self._parameters, self._scale = parameters, scale
 
-    def direction(self, i: int) -> Tensor | None:
+    def parts(self, i: int) -> Iterable[Where]:
         parameter = self._parameters.get(i)
-        grad = None if parameter is None else parameter.grad
-        if grad is None:
-            return None
-        part = distributed.local(grad)
+        if parameter is None or parameter.grad is None:
+            return ()
+        return [...] if self._scale == 1.0 else parts_of(self._grad(i))
+
+    def direction(self, i: int, where: Where) -> Tensor:
+        part = self._grad(i)[where]
         return part if self._scale == 1.0 else part / self._scale
 
-    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
-        self._grad(i).copy_(x if self._scale == 1.0 else x * self._scale)
+    def replace(self, i: int, where: Where, x: Tensor, changed: Tensor) -> None:
+        self._grad(i)[where].copy_(x if self._scale == 1.0 else x * self._scale)
 
-    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
-        grad = self._grad(i)
+    def combine(
+        self, i: int, where: Where, own: float, terms: Iterable[tuple[float, Tensor]]
+    ) -> None:
+        grad = self._grad(i)[where]
         if own != 1.0:
             grad.mul_(own)
         for weight, tensor in terms:
@@ -80,30 +94,47 @@ class UpdateSpace:
         self._before = before
 
     @classmethod
-    def ahead_of(cls, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Self:
-        """The step that the optimizer is about to take, with a copy of what it moves."""
+    def ahead_of(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
+        room: dict[int, Tensor],
+    ) -> Self:
+        """The step that the optimizer is about to take, with a copy of what it moves.
+
+        The copies are made in the room that those of the step before have taken: on a CPU new
+        memory of the model's size costs more than all the rest.
+        """
         stepped = {id(parameter) for parameter in moved_by(optimizer)}
         places = dict(enumerate(parameters))
-        return cls(places, {i: copied(p) for i, p in places.items() if id(p) in stepped})
+        before = {}
+        for i, parameter in places.items():
+            if id(parameter) in stepped:
+                whole = distributed.local(parameter.detach())
+                if i not in room:
+                    room[i] = torch.empty_like(whole)
+                before[i] = room[i].copy_(whole)
+        return cls(places, before)
 
-    def direction(self, i: int) -> Tensor | None:
-        before = self._before.get(i)
-        if before is None:
-            return None
+    def parts(self, i: int) -> Iterable[Where]:
+        return parts_of(self._parameters[i]) if i in self._before else ()
+
+    def direction(self, i: int, where: Where) -> Tensor:
         # In half precision the difference of two numbers has more digits than either.
-        return _widened(before) - _widened(self._parameters[i])
+        return _widened(self._before[i][where]) - _widened(self._parameters[i][where])
 
-    def replace(self, i: int, u: Tensor, x: Tensor) -> None:
-        before, after = self._before[i], self._parameters[i]
-        changed = (_widened(before) - x).to(after.dtype)
-        after.copy_(torch.where(x == u, after, changed))
+    def replace(self, i: int, where: Where, x: Tensor, changed: Tensor) -> None:
+        after = self._parameters[i][where]
+        new = (_widened(self._before[i][where]) - x).to(after.dtype)
+        # Not torch.where, which takes ten times as long on a CPU: weights of 0 and 1 are exact too.
+        after.lerp_(new, changed.to(after.dtype))
 
-    def combine(self, i: int, own: float, terms: Iterable[tuple[float, Tensor]]) -> None:
-        after = self._parameters[i]
+    def combine(
+        self, i: int, where: Where, own: float, terms: Iterable[tuple[float, Tensor]]
+    ) -> None:
+        after = self._parameters[i][where]
         if own != 1.0:
-            step = self.direction(i)
-            assert step is not None
-            after.add_(step, alpha=1 - own)
+            after.add_(self.direction(i, where), alpha=1 - own)
         for weight, tensor in terms:
             after.sub_(tensor, alpha=weight)
 
@@ -111,6 +142,14 @@ class UpdateSpace:
         """Take the whole step back."""
         for i, before in self._before.items():
             self._parameters[i].copy_(before)
+
+
+def parts_of(tensor: Tensor) -> Iterable[Where]:
+    """Some rows at a time of what lies on a CPU and is large."""
+    if tensor.device.type != "cpu" or tensor.numel() <= PART:
+        return [...]
+    rows = max(1, PART * len(tensor) // tensor.numel())
+    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -168,11 +207,6 @@ def step_in_portions(
         put_back()
         raise
     return put_back
-
-
-def pieces(count: int) -> Iterable[slice]:
-    """Slices of at most a million of so many coordinates."""
-    return (slice(start, start + PIECE) for start in range(0, count, PIECE))
 
 
 def _portions(
