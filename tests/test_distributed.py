@@ -1,6 +1,6 @@
 """Two processes against one: DDP and FSDP2 on the CPU, gloo between them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -707,55 +707,3 @@ def test_a_window_of_micro_batches_is_one_row(layout: str, tmp_path: Path) -> No
     found, expected = open_run(tmp_path / "run.h5"), open_run(tmp_path / "alone.h5")
     assert found.column("n_micro").tolist() == [2]
     assert_same_geometry(found.gram()[0], expected.gram()[0])
-
-
-def rectify(
-    model: nn.Module, gradients_of: Callable[[nn.Module], Gradients], options: dict[str, Any]
-) -> tuple[list[Tensor], list[tuple[float, ...]]]:
-    """The parameters after some rectified steps, and <u, r> before and after each."""
-    optimizer = optimizer_of(model)
-    of_update = {"optimizer": optimizer} if options.get("space") == "update" else {}
-    rectifier = Rectifier(model, **options, **of_update)
-    reports = []
-    for _ in range(STEPS):
-        rectifier.observe(gradients := gradients_of(model))
-        gradients.deposit()
-        rectifier.rectify()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert rectifier.report is not None
-        reports.append((*rectifier.report.inner_before, *rectifier.report.inner_after))
-    return parameters_of(model), reports
-
-
-WAYS: list[dict[str, Any]] = [
-    {}, {"scope": "layer"}, {"scope": "coordinate"}, {"space": "update"},
-]  # fmt: skip
-
-
-def rectify_on_a_rank(layout: str) -> Any:
-    with nothing_is_gathered():
-        return [rectify(LAYOUTS[layout](Small()), separated, options) for options in WAYS]
-
-
-def separated_alone(model: nn.Module) -> Gradients:
-    losses = {}
-    for side in SIDES:
-        losses |= token_means(model, side, everything(side))
-    return differentiate(list(trainable(model).values()), {"objective": OBJECTIVE, **losses})
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_all_processes_rectify_alike(layout: str) -> None:
-    answers = two_ranks.run(rectify_on_a_rank, layout)
-    for options, (first, said), (second, also_said) in zip(WAYS, *answers, strict=True):
-        expected, reports = rectify(Small(), separated_alone, options)
-        assert said == also_said
-        np.testing.assert_allclose(said, reports, rtol=0, atol=1e-5)
-        if layout == "ddp":
-            assert all(map(torch.equal, first, second))
-        whole = (
-            [torch.cat(x) for x in zip(first, second, strict=True)] if layout == "fsdp" else first
-        )
-        for found, tensor in zip(whole, expected, strict=True):
-            torch.testing.assert_close(found, tensor, rtol=0, atol=1e-6)

@@ -26,9 +26,10 @@ from geffect.capture.recording import OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.layers import is_adapter
+from geffect.projection.attachment import unwrapped
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
 
-from .loop import check_gradients_can_be_had, firing_loop, is_running, unwrapped
+from .loop import check_gradients_can_be_had, firing_loop, is_running
 from .step import Step
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from geffect import distributed
 from geffect.losses import check_no_step_inside
+from geffect.projection.attachment import unwrapped
 
 STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""
@@ -94,13 +95,6 @@ def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> f
         return 1.0
     stage = scaler._per_optimizer_states[id(unwrapped(optimizer))]["stage"]
     return loss_scale(scaler) if stage is OptState.READY else 1.0
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, without what accelerate put around it."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def check_gradients_can_be_had(

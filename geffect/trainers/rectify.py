@@ -125,8 +125,7 @@ class _Steps(TrainerCallback):
         check_gradients_can_be_had(self.trainer, kwargs["model"], kwargs["optimizer"])
         self.begin()
         self.log = RectificationLog()
-        if self.rectifier.needs_optimizer:
-            self.rectifier.attach(kwargs["optimizer"])
+        self.rectifier.attach(kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

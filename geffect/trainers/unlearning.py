@@ -230,7 +230,7 @@ class UnlearningTrainer(Trainer):
             self._reference = None
         if self.rectifier is not None or self.recorder is not None:
             check_gradients_can_be_had(self, self.model_wrapped, optimizer)
-        if self.rectifier is not None and self.rectifier.needs_optimizer:
+        if self.rectifier is not None:
             self.rectifier.attach(optimizer)
             self._until_trained.callback(self.rectifier.detach)
         self._recorder = self._begun_recorder(step)
