@@ -55,6 +55,16 @@ class Passes:
             losses={name: loss for name, loss in self.losses.items() if name in sources},
         )
 
+    def reach(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether any of the parameters is in a graph of the losses."""
+        known = set(map(id, parameters))
+        return any(
+            id(node.variable) in known
+            for loss in self.tensors.values()
+            for node in _nodes(loss)
+            if _is_leaf(node)
+        )
+
     @property
     def accumulates_once(self) -> bool:
         """Whether a pass is sure to add to each `.grad` once.

@@ -56,15 +56,16 @@ def test_a_study_runs_every_method_in_every_variant_with_both_feeds() -> None:
     assert {cell.variant for cell in cells if cell.part == SETS} == set(RETAIN_SETS)
 
 
-def test_every_variant_is_run_at_three_learning_rates_with_both_feeds() -> None:
+def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
     rates: dict[tuple[str, int], set[float]] = {}
     for cell in Plan(all_variants=True).cells():
         if cell.method == "ga" and cell.part != SETS:
             rates.setdefault((cell.variant, cell.heldout), set()).add(cell.learning_rate)
     assert rates.keys() == {(variant, heldout) for variant in VARIANTS for heldout in (4, 15)}
-    for (variant, _), of_variant in rates.items():
-        assert of_variant == set(VARIANTS[variant].learning_rates)
-        assert len(of_variant) == 3
+    for (variant, heldout), of_variant in rates.items():
+        assert len(set(VARIANTS[variant].learning_rates)) == 3
+        several = heldout == 4  # with many facts that feed the retain gradient
+        assert of_variant == set(VARIANTS[variant].learning_rates[: 3 if several else 1])
 
 
 @dataclass(frozen=True)

@@ -365,3 +365,23 @@ def test_a_rule_without_weights_takes_no_step(scope: Any) -> None:
     with pytest.raises(ValueError, match=r"should give finite weights\. Found .* Guard"):
         optimizer.step()
     assert same(before, model.state_dict())
+
+
+def test_a_rectifier_of_another_model_is_refused_and_changes_nothing() -> None:
+    model, other = (nn.Linear(2, 1, bias=False) for _ in range(2))
+    rectifier = Rectifier(other)
+    loss = model(torch.ones(2)).sum()
+    with pytest.raises(ValueError, match=r"with the model that the rectifier was made for. Found"):
+        rectifier.backward(objective=-loss, retain=loss)
+    assert model.weight.grad is None and not rectifier.watched["retain_ema"][0]
+
+
+def test_deepspeed_is_refused_with_what_works_instead() -> None:
+    class DeepSpeedOptimizerWrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = nn.Linear(2, 1)
+    wrapped = DeepSpeedOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"Found DeepSpeed's, .* Use DDP or FSDP2"):
+        Rectifier(model, space="update").attach(wrapped)  # type: ignore[arg-type]

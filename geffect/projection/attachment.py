@@ -98,6 +98,12 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, without what accelerate put around it, which has no hooks to call."""
     while hasattr(optimizer, "optimizer"):
+        if "DeepSpeed" in type(optimizer).__name__:
+            raise ValueError(
+                "`optimizer` should step gradients that lie in `.grad`. Found DeepSpeed's, which "
+                "steps inside of its backward pass and keeps gradients to itself. Use DDP or "
+                "FSDP2; or save checkpoints, and look at them with `geffect.replay`."
+            )
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from geffect import distributed
 from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
-from geffect.losses import declared, loss_scale, plan
+from geffect.losses import Passes, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 
 from .attachment import Attachment, check_owned, tensors_of, unwrapped
@@ -143,6 +143,11 @@ class Rectifier:
         return self._options.needs_optimizer
 
     @property
+    def against(self) -> tuple[str, ...]:
+        """The losses whose gradients are not to be harmed."""
+        return self._options.against
+
+    @property
     def part(self) -> Part:
         """The part of the objective that is rectified."""
         return self._options.part
@@ -189,6 +194,7 @@ class Rectifier:
             passes = plan(parameters, {**first, **losses}, scale=scale)
             processes.alike([*declared(losses).items()], accumulate)
         retain, objective = passes.of(against), passes.of([OBJECTIVE])
+        self._check_reached(objective)
         apart = not retain.tensors.keys() & objective.tensors.keys()
         alone = not accumulate and window is None and scale == 1.0 and not self._options.follow
         if apart and alone:
@@ -311,6 +317,7 @@ class Rectifier:
                 "when the model is as it will be trained."
             )
         if not self._parameters:
+            distributed.check_layout(self._model)
             self._parameters = list(found.values())
         if any(p is not q for p, q in zip(self._parameters, found.values(), strict=True)):
             raise ValueError(
@@ -447,6 +454,16 @@ class Rectifier:
                 f'`{OBJECTIVE}` should be declared as a combination of losses with part="forget", '
                 "which is rectified without the retain losses. Found a tensor. Pass weights such "
                 f'as {OBJECTIVE}={{"forget": -1.0, "retain": 1.0}}.'
+            )
+
+    def _check_reached(self, objective: Passes) -> None:
+        # FSDP2 has stand-ins for its parameters in the graph.
+        sharded = any(map(distributed.is_sharded, self._parameters))
+        if not sharded and not objective.reach(self._parameters):
+            raise ValueError(
+                "The losses should be computed with the model that the rectifier was made for. "
+                f"Found none of its parameters in `{OBJECTIVE}`. Make the rectifier from that "
+                "model."
             )
 
     def _check_step(self, gradients: Gradients) -> None:

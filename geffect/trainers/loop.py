@@ -98,7 +98,7 @@ def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> f
 
 
 def check_gradients_can_be_had(
-    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
+    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Refuse training in which no gradient is there to be seen between backward and step."""
     found = _without_gradients(trainer, model, optimizer)
@@ -118,11 +118,11 @@ def check_gradients_can_be_had(
 
 
 def _without_gradients(
-    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer
+    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> str | None:
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed, which steps inside of its backward pass and keeps gradients to itself."
-    kind = type(unwrapped(optimizer)).__name__
+    kind = None if optimizer is None else type(unwrapped(optimizer)).__name__
     if kind in STEPS_IN_BACKWARD:
         return f"`{kind}`, which steps each layer inside of the backward pass."
     if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):

@@ -76,7 +76,7 @@ class RectifyMixin(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and with the loss of the training also what the rectifier did since the last."""
         if "loss" in logs:
-            logs.update(self._rectified.log.means())
+            logs = {**logs, **self._rectified.log.means()}
         super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -210,9 +210,10 @@ class _Steps(TrainerCallback):
     def _risk(self) -> RiskGradient:
         """The gradient of the risk on retain batches, as many as the step has of its own."""
         assert self.batches is not None
-        trainer, processes = self.trainer, distributed.process_count()
-        first = trainer.state.global_step * trainer.args.gradient_accumulation_steps * processes
-        window = self.batches.window(first, count=self.micro * processes)
+        trainer = self.trainer
+        # As many at the end of an epoch, where a window is shorter: none is passed over for good.
+        count = trainer.args.gradient_accumulation_steps * distributed.process_count()
+        window = self.batches.window(trainer.state.global_step * count, count=count)
         return risk_gradient(self._model, window, autocast=trainer.compute_loss_context_manager)
 
 
@@ -260,9 +261,10 @@ def rectify(
 
     - `retain`: instead, batches with input_ids, attention_mask and labels: for Trainers without
       such a method, as in TRL, or against other data than those of the loss, which stays as it is.
-      The gradient is that of the NLL per answer token, without dropout, over as many batches as the
-      step has micro-batches on all processes. They are counted by the steps, so that a training
-      that is resumed meets those it would have met; all processes need the same, in one order.
+      The gradient is that of the NLL per answer token, without dropout, over as many batches as a
+      full step has micro-batches on all processes. They are counted by the steps, so that a
+      training that is resumed meets those it would have met; all processes need the same, in one
+      order.
     - `recorder`: also write every step into its run file; the caller closes it.
 
     What was done is logged with the loss, as means since the last log: see `RectificationLog`. The
@@ -290,6 +292,12 @@ def rectify(
 def _check_retain_gradient(trainer: RectifyMixin, rectifier: Rectifier, *, given: bool) -> None:
     """Refuse a Trainer that has a retain gradient from nowhere, or cannot part with it."""
     kind = type(trainer).__name__
+    if rectifier.against != (RETAIN,):
+        raise ValueError(
+            "`against` of the rectifier should be the one retain loss that a Trainer has, "
+            f"`{RETAIN}`. Found {', '.join(rectifier.against)}. For several retain sets use "
+            "UnlearningTrainer(retain={...}), or a loop of your own."
+        )
     has_term = hasattr(super(RectifyMixin, trainer), "compute_retain_loss")
     if given and has_term and rectifier.part == "forget":
         raise ValueError(

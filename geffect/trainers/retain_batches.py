@@ -46,6 +46,9 @@ class RetainBatches:
         passed, place = divmod(first, length)
         while True:
             torch.manual_seed(passed)
+            for owner in (batches, getattr(batches, "sampler", None)):
+                if isinstance(own := getattr(owner, "generator", None), torch.Generator):
+                    own.manual_seed(passed)
             yield from islice(batches, place, None)
             passed, place = passed + 1, 0
 

@@ -89,6 +89,13 @@ class UnlearningTrainer(Trainer):
                 "`eval_dataset` should be sets of items by their names. Found "
                 f'`{type(eval_dataset).__name__}`. Pass eval_dataset={{"world": items}}.'
             )
+        unknown = [] if rectifier is None else sorted({*rectifier.against} - {*sets})
+        if unknown and train_dataset is None:
+            raise ValueError(
+                "`against` of the rectifier should name sets of retain data. Found "
+                f"{', '.join(unknown)}, and the sets {', '.join(sets)}. Pass "
+                f"retain={{'{RETAIN}': ..., '{unknown[0]}': ...}}."
+            )
         super().__init__(
             model,
             args,
