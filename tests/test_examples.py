@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import geffect
 from geffect import Run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.store import validate
-from tests import tiny, trainers
+from tests import tiny, trainers, unlearning_trainers
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -61,6 +62,9 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
     sides = {side: [pair[side] for pair in tiny.pairs(3)] for side in ("forget", "retain")}
     names = {
+        "training_arguments": TrainingArguments(
+            str(tmp_path / "our trainer"), num_train_epochs=1, use_cpu=True, report_to=[]
+        ),
         "model": model,
         "batches": tiny.pairs(3),
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
@@ -68,7 +72,10 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "retain_batches": sides["retain"],
         "trainer": trainers.trainer(tmp_path / "trainer", tiny.llama()),
         "tokenizer": None,
+        "unlearning_trainer": unlearning_trainers.unlearner(tmp_path / "their trainer"),
+        "forget_items": trainers.samples(4),
+        "retain_items": trainers.samples(6, seed=50),
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert {"run.h5", "run.png", "trained.h5"} <= set(os.listdir(tmp_path))
+    assert {"run.h5", "run.png", "trained.h5", "unlearned.h5"} <= set(os.listdir(tmp_path))

@@ -25,8 +25,8 @@ IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
 LOOKED_AT = ("ga", "npo")
 
 COMPARED = ("ga", "wga", "npo")
-"""The methods with several retain sets, the first of them at several learning rates; the others are
-GA and NPO with a retain term."""
+"""The methods that are also run with few facts that feed the retain gradient; the others are GA and
+NPO with a retain term. The first is run at several learning rates, and with several retain sets."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Plan:
             ]
         return [
             *comparison,
-            *cells(FEW, self.methods, few),
+            *cells(FEW, compared, few),
             *cells(RATES, compared[:1], many),
-            *cells(SETS, compared, many),
+            *cells(SETS, compared[:1], many),
         ]
 
 
