@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from geffect import open_run
 from geffect.cli.main import main
+from geffect.cli.report import study_report
 from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
 from geffect.demo.corpus import Corpus, Size, generate
 from geffect.demo.jobs import KINDS, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, Cell
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
+from geffect.demo.study import Plan, run_study
 from geffect.objectives.base import IGNORED
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)
@@ -358,3 +360,14 @@ def test_what_does_not_fit_is_refused() -> None:
     memory.check(2**30, 2**30)
     with pytest.raises(ValueError, match=r"into the 1\.0 GiB .* about 3\.0 GiB\. Use fewer"):
         memory.check(3 * 2**30, 2**30)
+
+
+def test_a_study_of_it_ends_in_a_report(folder: Path, tmp_path: Path) -> None:
+    chosen = subject(folder)
+    chosen = replace(chosen, procedure=replace(chosen.procedure, most_steps=2, plain_steps=1))
+    plain = {"plain": chosen.paced(VARIANTS)["plain"]}
+    plan = Plan(methods=("ga",), subject=chosen, variants=plain, workers=1)
+    summary = run_study(tmp_path, plan, lambda *_: None)
+    assert [run["steps"] for run in summary["runs"]] == [2]
+    page = study_report(summary, tmp_path)
+    assert f"{folder.name}, pretrained and then fine-tuned" in page

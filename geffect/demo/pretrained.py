@@ -86,6 +86,15 @@ class Pretrained:
     learning_rate: float = 1e-4
     warmup: int = 5
 
+    @property
+    def described(self) -> str:
+        """What it is and how it learns, for a report."""
+        return (
+            f"{Path(self.source).name}, pretrained and then fine-tuned for {self.epochs} epochs, "
+            f"memorised {self.corpus.authors} fictitious authors; the facts of the real world it "
+            "brought along."
+        )
+
     def learn(
         self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
     ) -> None:

@@ -65,6 +65,10 @@ class Subject(Protocol):
     def procedure(self) -> Procedure:
         """How it is made to forget."""
 
+    @property
+    def described(self) -> str:
+        """What it is and how it learns, for a report."""
+
     def learn(
         self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
     ) -> None:
@@ -88,6 +92,15 @@ class Recipe:
     batch: int = 16
     learning_rate: float = 4e-3
     warmup: int = 20
+
+    @property
+    def described(self) -> str:
+        """What it is and how it learns, for a report."""
+        return (
+            f"A Llama of {self.layers} layers and width {self.hidden}, trained from random weights "
+            f"for {self.epochs} epochs, memorised {self.corpus.authors} fictitious authors and "
+            f"{self.corpus.world} facts of the real world."
+        )
 
     def learn(
         self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted

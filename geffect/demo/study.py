@@ -182,6 +182,7 @@ def _config(plan: Plan) -> dict[str, Any]:
     procedure = subject.procedure
     return {
         "quick": plan.quick,
+        "subject": subject.described,
         "recipe": asdict(subject),  # type: ignore[call-overload]
         "ema": procedure.ema,
         "npo_beta": BETA,
