@@ -300,7 +300,7 @@ def test_retain_batches_say_what_should_stay(kind: Any, tmp_path: Path) -> None:
     average, fired = None, 0
     for step, window in enumerate(windows(trainer.data_collator.batches, epochs=2, each=3)):
         u = sum(gradient(hand.compute_loss(model, b), parameters) for b in window) / len(window)
-        own = [RETAIN[(3 * step + micro) % 5] for micro in range(len(window))]
+        own = [RETAIN[(3 * step + micro) % 5] for micro in range(3)]  # also in a shorter window
         r = risk(model, own, parameters)
         average = r if average is None else 0.8 * r + 0.2 * average
         fired += bool(u @ average < 0)
@@ -686,7 +686,7 @@ def test_a_retain_term_that_cannot_be_cut_is_refused(kind: Any, match: str, tmp_
 def test_the_rectifier_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer = unlearner(tmp_path)
     rectify(trainer, Rectifier(tiny.gpt2()))
-    with pytest.raises(ValueError, match="made for the model that is trained"):
+    with pytest.raises(ValueError, match="should step the parameters of `model`"):
         trainer.train()
 
 

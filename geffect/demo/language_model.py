@@ -29,7 +29,6 @@ from transformers import (
 from geffect.objectives.base import IGNORED
 
 from .corpus import Corpus, Fact
-from .recipe import Recipe
 
 PAD, BOS, EOS, SEP = range(4)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
@@ -58,6 +57,19 @@ class Lessons(Protocol):
 
     @property
     def warmup(self) -> int: ...
+
+
+class Recipe(Lessons, Protocol):
+    """The size of a Llama, and how it learns by heart."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
 
 
 @dataclass(frozen=True)
