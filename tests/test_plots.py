@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 
 import matplotlib as mpl
@@ -35,14 +34,7 @@ G_EFFECT = Score("g_effect", "G-effect (nats)", "symlog")
 COSINE = Score("cosine", "cosine (no unit)", limits=(-1.0, 1.0))
 
 
-@pytest.fixture(autouse=True)
-def untouched() -> Iterator[None]:
-    """Every test leaves the reader's settings as they were, and draws on Agg."""
-    mpl.use("Agg")
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def grown(sign: float, layers: list[str] = LAYERS) -> pd.DataFrame:

@@ -1,14 +1,11 @@
 """Plots of PG-effects: what stands on the Axes, on synthetic tables."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm, to_rgba
 from matplotlib.contour import ContourSet
@@ -23,14 +20,7 @@ from geffect.scores import Score
 SCORE = asdict(Score("pg_effect", "PG-effect (nats)", "symlog"))
 
 
-@pytest.fixture(autouse=True)
-def untouched() -> Iterator[None]:
-    """Every test leaves the reader's settings as they were, and draws on Agg."""
-    mpl.use("Agg")
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def blank(width: float = 6.0, height: float = 4.0) -> Axes:

@@ -1,8 +1,7 @@
 """The picture of a rectifier: what stands on its axes, on synthetic tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,14 +19,7 @@ STEPS = np.array([0, 5, 10, 15])
 LAYERS = ["embedding", "layer 0", "head"]
 
 
-@pytest.fixture(autouse=True)
-def untouched() -> Iterator[None]:
-    """Every test leaves the reader's settings as they were, and draws on Agg."""
-    mpl.use("Agg")
-    before = dict(mpl.rcParams)
-    yield
-    assert dict(mpl.rcParams) == before
-    pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def values(seed: int, blocks: int) -> dict[str, np.ndarray]:

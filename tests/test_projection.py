@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from geffect import Rectifier
@@ -27,74 +25,7 @@ from geffect.projection import (
     pcgrad,
 )
 from tests import reference, tiny
-
-vectors = st.lists(
-    st.floats(-1e6, 1e6).filter(lambda x: x == 0 or abs(x) > 1e-6), min_size=3, max_size=3
-)
-scales = st.sampled_from([1e-10, 1e-3, 1.0, 7.0, 1e15])
-
-
-def rectified(u: Tensor, r: Tensor) -> Tensor:
-    rows = torch.stack([u, r])
-    return gru(rows @ rows.T) @ rows
-
-
-def tensors(*values: list[float]) -> list[Tensor]:
-    return [torch.tensor(value, dtype=torch.float64) for value in values]
-
-
-def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
-    return bool((a - b).norm() <= 1e-9 * scale.norm() + 1e-300)
-
-
-@given(vectors, vectors)
-def test_without_conflict_nothing_changes_and_with_it_the_result_is_orthogonal(
-    u_: list[float], r_: list[float]
-) -> None:
-    u, r = tensors(u_, r_)
-    x = rectified(u, r)
-    if torch.dot(u, r) >= 0:
-        assert torch.equal(x, u)
-    else:
-        assert abs(torch.dot(x, r)) <= 1e-9 * u.norm() * r.norm()
-        assert close(x, reference.gru(u, r), u)
-        # Pythagoras: <u, x> = |x|^2, and the removed share of energy is the squared cosine.
-        assert abs(torch.dot(u, x) - x.norm() ** 2) <= 1e-9 * u.norm() ** 2
-        cosine = torch.dot(u, r) / u.norm() / r.norm()
-        assert abs(1 - (x.norm() / u.norm()) ** 2 - cosine**2) <= 1e-9
-
-
-@given(vectors, vectors)
-def test_idempotent(u_: list[float], r_: list[float]) -> None:
-    u, r = tensors(u_, r_)
-    x = rectified(u, r)
-    assert close(rectified(x, r), x, u)
-
-
-@given(vectors, vectors, scales)
-def test_the_length_of_the_retain_gradient_does_not_matter(
-    u_: list[float], r_: list[float], scale: float
-) -> None:
-    u, r = tensors(u_, r_)
-    assert close(rectified(u, scale * r), rectified(u, r), u)
-    assert close(rectified(scale * u, r), scale * rectified(u, r), scale * u)
-
-
-@given(vectors, st.sampled_from([1e-6, 0.5, 1.0, 3.0, 1e6]))
-def test_opposite_gradients_leave_nothing(r_: list[float], scale: float) -> None:
-    (r,) = tensors(r_)
-    assert close(rectified(-scale * r, r), torch.zeros(3).double(), scale * r)
-
-
-@given(vectors)
-def test_a_zero_retain_gradient_changes_nothing(u_: list[float]) -> None:
-    (u,) = tensors(u_)
-    assert torch.equal(rectified(u, torch.zeros(3).double()), u)
-
-
-def test_blocks_are_rectified_each_by_itself() -> None:
-    K = torch.tensor([[[1.0, -1.0], [-1.0, 2.0]], [[1.0, 1.0], [1.0, 2.0]]])
-    assert torch.equal(gru(K), torch.tensor([[1.0, 0.5], [1.0, 0.0]]))
+from tests.test_rules import rectified, tensors
 
 
 def placed(space: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

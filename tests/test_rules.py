@@ -340,3 +340,68 @@ def drawn_weights() -> list[float]:
 
     torch.manual_seed(torch.distributed.get_rank())
     return from_torchjd(RandomWeighting())(torch.eye(3)).tolist()
+
+
+# GRU, whose properties its paper names.
+
+
+def tensors(*values: list[float]) -> list[Tensor]:
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+def rectified(u: Tensor, r: Tensor) -> Tensor:
+    return step(gru, u, r)
+
+
+def near(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-9 * scale.norm() + 1e-300)
+
+
+@given(vectors, vectors)
+def test_gru_without_conflict_changes_nothing_and_with_it_the_result_is_orthogonal(
+    u_: list[float], r_: list[float]
+) -> None:
+    u, r = tensors(u_, r_)
+    x = rectified(u, r)
+    if torch.dot(u, r) >= 0:
+        assert torch.equal(x, u)
+    else:
+        assert abs(torch.dot(x, r)) <= 1e-9 * u.norm() * r.norm()
+        assert near(x, reference.gru(u, r), u)
+        # Pythagoras: <u, x> = |x|^2, and the removed share of energy is the squared cosine.
+        assert abs(torch.dot(u, x) - x.norm() ** 2) <= 1e-9 * u.norm() ** 2
+        cosine = torch.dot(u, r) / u.norm() / r.norm()
+        assert abs(1 - (x.norm() / u.norm()) ** 2 - cosine**2) <= 1e-9
+
+
+@given(vectors, vectors)
+def test_gru_is_idempotent(u_: list[float], r_: list[float]) -> None:
+    u, r = tensors(u_, r_)
+    x = rectified(u, r)
+    assert near(rectified(x, r), x, u)
+
+
+@given(vectors, vectors, st.sampled_from(SCALES))
+def test_gru_does_not_look_at_the_length_of_the_retain_gradient(
+    u_: list[float], r_: list[float], scale: float
+) -> None:
+    u, r = tensors(u_, r_)
+    assert near(rectified(u, scale * r), rectified(u, r), u)
+    assert near(rectified(scale * u, r), scale * rectified(u, r), scale * u)
+
+
+@given(vectors, st.sampled_from([1e-6, 0.5, 1.0, 3.0, 1e6]))
+def test_gru_leaves_nothing_of_opposite_gradients(r_: list[float], scale: float) -> None:
+    (r,) = tensors(r_)
+    assert near(rectified(-scale * r, r), torch.zeros(3).double(), scale * r)
+
+
+@given(vectors)
+def test_gru_with_a_zero_retain_gradient_changes_nothing(u_: list[float]) -> None:
+    (u,) = tensors(u_)
+    assert torch.equal(rectified(u, torch.zeros(3).double()), u)
+
+
+def test_gru_asks_each_block_by_itself() -> None:
+    K = torch.tensor([[[1.0, -1.0], [-1.0, 2.0]], [[1.0, 1.0], [1.0, 2.0]]])
+    assert torch.equal(gru(K), torch.tensor([[1.0, 0.5], [1.0, 0.0]]))

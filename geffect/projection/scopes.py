@@ -76,37 +76,6 @@ class Tally:
         return summed.index_add(0, torch.tensor(self._blocks.place), table)
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """The vectors of one parameter: u, and then the averages.
-
-    `seen` is what the constraint is about, `asked` what the rule is asked about, and `added` what
-    its weights go to.
-    """
-
-    seen: Vectors
-    asked: Vectors
-    added: Vectors
-
-    @classmethod
-    def of(cls, seen: Vectors, mask: Tensor | None, scale: Tensor | None) -> Self:
-        """Restricted to a mask and, with a scale s, in the metric in which r / s is the way.
-
-        The nearest point to u that does not harm r, with distances of coordinates measured in
-        sqrt(s), is u plus a multiple of r / s: the rule is asked about sqrt(s) u and r / sqrt(s).
-        """
-        kept = [v if v is None or mask is None else v * mask for v in seen]
-        if scale is None:
-            return cls(seen, kept, kept)
-        u, *averages = kept
-        root = scale.sqrt()
-        return cls(
-            seen,
-            [None if u is None else u * root, *(None if r is None else r / root for r in averages)],
-            [u, *(None if r is None else r / scale for r in averages)],
-        )
-
-
 class Constraint:
     """One constraint for each block, kept by a rule on the Gram matrix of the block.
 
@@ -123,15 +92,18 @@ class Constraint:
     ) -> Rectification | None:
         """Change the space, and tell what was done."""
 
+        def of(i: int) -> tuple[Vectors, Tensor | None, Tensor | None]:
+            kept, scale = None if mask is None else mask(i), None if metric is None else metric(i)
+            return held(retain(i)), kept, scale
+
         k, plain = 1 + len(self._sets), mask is None and metric is None
         tally = Tally(self._blocks, self._parameters, k if plain else 3 * k)
         for i in range(len(self._parameters)):
-            averages, kept = held(retain(i)), None if mask is None else mask(i)
-            scale = None if metric is None else metric(i)
+            averages, kept, scale = of(i)
             for where in space.parts(i):
                 vectors = [space.direction(i, where), *parts(averages, where)]
-                term = _Terms.of(vectors, *parts([kept, scale], where))
-                tally.add(i, vectors if plain else [*vectors, *term.asked, *term.added])
+                asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
+                tally.add(i, vectors if plain else [*vectors, *asked_about, *added_to])
         K = tally.by_block()
         seen, asked, added = (slice(0, k),) * 3 if plain else _thirds(k)
         if not K[:, seen, seen].isfinite().all():
@@ -142,16 +114,16 @@ class Constraint:
         for i, block in enumerate(self._blocks.place):
             if mask is None and not changed[block]:
                 continue
-            averages, kept = held(retain(i)), None if mask is None else mask(i)
-            scale = None if metric is None else metric(i)
+            averages, kept, scale = of(i)
             own, *others = weights[block].tolist()
             for where in space.parts(i):
                 if kept is not None:
                     stays = ~kept[where]
                     u = space.direction(i, where)
                     space.replace(i, where, u.masked_fill(stays, 0.0), stays.to(u.dtype))
-                term = _Terms.of([None, *parts(averages, where)], *parts([kept, scale], where))
-                pairs = zip(others, term.added[1:], strict=True)
+                vectors = [None, *parts(averages, where)]
+                _, added_to = _in_metric(vectors, *parts([kept, scale], where))
+                pairs = zip(others, added_to[1:], strict=True)
                 space.combine(i, where, own, [(w, r) for w, r in pairs if w and r is not None])
         fired = changed | torch.tensor(mask is not None)
         if fired.any() and self._rounds:
@@ -241,6 +213,26 @@ class Coordinates:
             coefficient=torch.full((len(K), len(self._sets)), torch.nan),
             fired=inner(K, count, count) > 0,
         )
+
+
+def _in_metric(
+    vectors: Vectors, mask: Tensor | None, scale: Tensor | None
+) -> tuple[Vectors, Vectors]:
+    """What a rule is asked about, and what its weights go to: of u and the averages.
+
+    Both are restricted to the mask. With a scale s, the nearest point to u that does not harm r, by
+    distances of coordinates measured in sqrt(s), is u plus a multiple of r / s: the rule is asked
+    about sqrt(s) u and r / sqrt(s).
+    """
+    kept = [v if v is None or mask is None else v * mask for v in vectors]
+    if scale is None:
+        return kept, kept
+    u, *averages = kept
+    root = scale.sqrt()
+    return (
+        [None if u is None else u * root, *(None if r is None else r / root for r in averages)],
+        [u, *(None if r is None else r / scale for r in averages)],
+    )
 
 
 def held(vectors: Vectors) -> Vectors:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from geffect import distributed
 
+from .attachment import tensors_of
+
 State = TypeVar("State")
 
 PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time where no copy of all of them is to be made."""
-
 
 PART = 2**18
 """Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU
@@ -163,7 +164,7 @@ def copied(parameter: Tensor) -> Tensor:
 
 def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors that the optimizer's next step moves: its own, where they have a gradient."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
 
 
 def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
