@@ -4,12 +4,15 @@ A gradient of a language model has a few coordinates that are orders of magnitud
 rest. A running float32 sum loses the rest: `torch.dot` on a CPU is off by 2e-4 of |a||b|, which is
 enough to flip the sign of a small inner product. Here a block of coordinates is cast to float64
 while it is in the cache and multiplied there, so that neither sums nor products round, overflow
-or underflow; the gradients themselves are never copied whole.
+or underflow; the gradients themselves are never copied whole. What is recorded is measured so; a
+rectifier, whose result is rounded to float32 anyhow, takes a quicker product.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +23,13 @@ if TYPE_CHECKING:
 
 BLOCK = 65536
 """Coordinates cast at a time: larger leaves the cache, smaller pays more calls."""
+
+
+ROW, ROWS = 1024, 1024
+"""Coordinates that `quick_gram` adds up in float32, and how many times that stay in the cache."""
+
+SMALLEST, LARGEST = 1e-24, 1e30
+"""Squared lengths between which no product of float32 coordinates over- or underflows."""
 
 
 def gram(vectors: Sequence[Tensor | None]) -> Tensor:
@@ -35,20 +45,27 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     >>> gram([spiky]).item(), torch.dot(spiky, spiky).double().item() == 100999999.0
     (100999999.0, False)
     """
-    present = [i for i, vector in enumerate(vectors) if vector is not None]
-    flat = [distributed.local(vectors[i]).detach().reshape(-1) for i in present]  # type: ignore[arg-type]
-    if len({vector.shape for vector in flat}) > 1:
-        raise ValueError(
-            f"`vectors` should have one shape. Found {[tuple(v.shape) for v in flat]}. "
-            "Pass gradients of the same parameter."
-        )
-    products = _products(flat) if flat else torch.zeros(0, 0, dtype=torch.float64)
-    if len(flat) == len(vectors):
-        return products
-    matrix = products.new_zeros(len(vectors), len(vectors))
-    index = torch.tensor(present, dtype=torch.long, device=products.device)
-    matrix[index.unsqueeze(1), index] = products
-    return matrix
+    flat = _flat(vectors)
+    return _placed(_products([*flat.values()]), flat, len(vectors))
+
+
+def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
+    """The same to 1e-6 of |a||b|, and of float32 gradients on a CPU in a third of the time.
+
+    Products, and sums of 1024 of them, are float32; the sums of those are float64. Measured errors
+    are below 2e-7. What float32 has no room for, and other types and devices, are left to `gram`.
+
+    >>> spiky = torch.ones(1_000_000); spiky[0] = 1e4
+    >>> abs(quick_gram([spiky]).item() / 100999999 - 1) < 1e-6
+    True
+    """
+    flat = _flat(vectors)
+    if all(v.dtype == torch.float32 and v.device.type == "cpu" for v in flat.values()):
+        products = _products_in_rows([*flat.values()])
+        # So compared, what is not a number is out of range too.
+        if all(SMALLEST < products[i][i] < LARGEST for i in range(len(flat))):
+            return _placed(torch.tensor(products, dtype=torch.float64), flat, len(vectors))
+    return _placed(_products([*flat.values()]), flat, len(vectors))
 
 
 def grams(parameters: Iterable[Sequence[Tensor | None]]) -> Tensor:
@@ -96,7 +113,34 @@ def _layout(vectors: Sequence[Tensor | None]) -> "tuple[ProcessGroup, ...]":
     return next(iter(layouts), ((), ()))[0]
 
 
+def _flat(vectors: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """The vectors that are there, by their places: what this process holds of each, as a row."""
+    flat = {
+        i: distributed.local(vector).detach().reshape(-1)
+        for i, vector in enumerate(vectors)
+        if vector is not None
+    }
+    if len({vector.shape for vector in flat.values()}) > 1:
+        raise ValueError(
+            f"`vectors` should have one shape. Found {[tuple(v.shape) for v in flat.values()]}. "
+            "Pass gradients of the same parameter."
+        )
+    return flat
+
+
+def _placed(products: Tensor, places: Iterable[int], count: int) -> Tensor:
+    """The inner products of the vectors at some places among all, where the others are zero."""
+    if len(products) == count:
+        return products
+    matrix = products.new_zeros(count, count)
+    index = torch.tensor([*places], dtype=torch.long, device=products.device)
+    matrix[index.unsqueeze(1), index] = products
+    return matrix
+
+
 def _products(flat: Sequence[Tensor]) -> Tensor:
+    if not flat:
+        return torch.zeros(0, 0, dtype=torch.float64)
     size, device = flat[0].numel(), flat[0].device
     rows = torch.empty(len(flat), min(size, BLOCK), dtype=torch.float64, device=device)
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
@@ -106,3 +150,22 @@ def _products(flat: Sequence[Tensor]) -> Tensor:
             row.copy_(vector[start : start + BLOCK])
         products.addmm_(block, block.T)
     return products
+
+
+@np.errstate(over="ignore", invalid="ignore")  # such a result is not used
+def _products_in_rows(flat: Sequence[Tensor]) -> list[list[float]]:
+    products = [[0.0] * len(flat) for _ in flat]
+    for tables in zip(*map(_rows, flat), strict=True):
+        for i, j in combinations_with_replacement(range(len(flat)), 2):
+            products[i][j] += float(np.vecdot(tables[i], tables[j]).sum(dtype=np.float64))
+    return [[products[min(i, j)][max(i, j)] for j in range(len(flat))] for i in range(len(flat))]
+
+
+def _rows(vector: Tensor) -> "list[np.ndarray[Any, np.dtype[np.float32]]]":
+    """The coordinates in rows, some at a time, and those that are left in a shorter one."""
+    values, whole = vector.numpy(), vector.numel() // ROW * ROW
+    tables = [
+        values[start : min(start + ROW * ROWS, whole)].reshape(-1, ROW)
+        for start in range(0, whole, ROW * ROWS)
+    ]
+    return [*tables, values[whole:].reshape(1, -1)]

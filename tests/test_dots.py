@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geffect.dots import BLOCK, gram, grams
+from geffect.dots import BLOCK, LARGEST, ROW, ROWS, SMALLEST, gram, grams, quick_gram
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -63,3 +63,49 @@ def test_a_part_without_coordinates_counts_nothing() -> None:
     empty = torch.zeros(0, 4)
     found = grams([[empty, empty], [empty, None], [torch.ones(2), torch.ones(2)]])
     assert found.tolist() == [[[0.0, 0.0]] * 2, [[0.0, 0.0]] * 2, [[2.0, 2.0]] * 2]
+
+
+TABLE = ROW * ROWS
+
+
+def quick_error(vectors: list[torch.Tensor]) -> float:
+    """The largest error of a quick inner product, as a share of the product of the lengths."""
+    exact = gram(vectors)
+    lengths = exact.diagonal().sqrt()
+    return float(((quick_gram(vectors) - exact).abs() / lengths.outer(lengths)).max())
+
+
+@pytest.mark.parametrize("size", [1, ROW - 1, ROW, ROW + 1, TABLE - 1, TABLE + 1, 2 * TABLE])
+def test_a_quick_product_is_as_exact_as_it_says(size: int) -> None:
+    spiky, even = torch.full((size,), 0.1), torch.full((size,), 0.3)
+    spiky[size // 2] = 1e4
+    assert quick_error([heavy_tailed(size, 0), heavy_tailed(size, 1)]) < 2e-7
+    # What is worst for sums in float32: one large among many small ones, and all alike.
+    assert quick_error([spiky, even]) < 2e-7
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e25])
+def test_a_quick_product_neither_underflows_nor_overflows(scale: float) -> None:
+    large, small = torch.ones(5000) * scale, torch.ones(5000)
+    assert not SMALLEST < float(gram([large])) < LARGEST
+    assert torch.equal(quick_gram([large, small]), gram([large, small]))
+
+
+def test_a_quick_product_of_what_is_no_number_is_none() -> None:
+    broken = torch.ones(3000)
+    broken[7] = torch.nan
+    assert quick_gram([broken, torch.ones(3000)]).isnan().tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_are_left_to_the_exact_product(dtype: torch.dtype) -> None:
+    vectors = [heavy_tailed(3000, seed).clamp(-9, 9).to(dtype) for seed in range(2)]
+    assert torch.equal(quick_gram(vectors), gram(vectors))
+
+
+def test_quick_products_of_any_layout_and_of_absent_gradients() -> None:
+    a, b = heavy_tailed(6000, 0).view(60, 100), heavy_tailed(6000, 1).view(100, 60).t()
+    expected = gram([a, None, b])
+    torch.testing.assert_close(quick_gram([a, None, b]), expected, rtol=1e-6, atol=0)
+    assert torch.equal(quick_gram([None, None]), torch.zeros(2, 2).double())
+    assert torch.equal(quick_gram([torch.zeros(0, 4)] * 2), torch.zeros(2, 2).double())

@@ -664,7 +664,7 @@ def test_the_correction_along_the_scaled_retain_gradient() -> None:
     assert float(x @ r) >= -1e-6 * float(x.norm() * r.norm())
     assert rectifier.report is not None
     assert rectifier.report.norm_after[0] == pytest.approx(float(x.norm()), rel=1e-3)
-    assert abs(rectifier.report.inner_after[0]) <= 1e-9 * float(u.norm() * r.norm())
+    assert abs(rectifier.report.inner_after[0]) <= 1e-7 * float(u.norm() * r.norm())
 
 
 @pytest.mark.parametrize(

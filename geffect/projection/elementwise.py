@@ -39,7 +39,7 @@ class Halt(Elementwise):
         for r in retain:
             # Not a Bool mask, which takes ten times as long on a CPU. And not by the sign of the
             # product: that of two tiny numbers would underflow to no conflict.
-            along = u * r.sign().to(u.dtype)
+            along = r.sign().to(u.dtype).mul_(u)
             x = x * torch.ge(along, 0, out=along)
         return x
 

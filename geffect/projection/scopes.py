@@ -62,7 +62,7 @@ class Tally:
 
     def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
         """Add the inner products of a part of a parameter, and a number that is summed up too."""
-        products = dots.gram(vectors)
+        products = dots.quick_gram(vectors)
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
         known = self._matrices[i]

@@ -1,7 +1,7 @@
 """What inner products are worth, and what sketches cost."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from .workload import Workload
 def rows(workload: Workload, folder: Path) -> Iterator[Row]:
     """The cost of a sketch and the error of an inner product."""
     yield sketch(workload)
-    yield accuracy(workload)
+    yield accuracy("inner product", dots.gram, workload)
+    yield accuracy("quick inner product", dots.quick_gram, workload)
 
 
 def sketch(workload: Workload) -> Row:
@@ -36,15 +37,15 @@ def sketch(workload: Workload) -> Row:
     return Row("sketch: time / torch.dot", ratio(seconds["sketch"], seconds["dot"]), Bar(6.0))
 
 
-def accuracy(workload: Workload) -> Row:
+def accuracy(name: str, gram: Callable[[Sequence[Tensor]], Tensor], workload: Workload) -> Row:
     """The largest error over |a| |b|, on vectors some of whose coordinates dwarf the rest."""
     size = workload.size.vector
     errors = [
-        relative_error(dots.gram([a, b])[0, 1].item(), a, b)
+        relative_error(gram([a, b])[0, 1].item(), a, b)
         for numel in (size // 16, size)
         for a, b in heavy_tailed(numel, workload.device)
     ]
-    return Row("inner product: error / |a| |b|", Ratio(max(errors), len(errors)), Bar(1e-6))
+    return Row(f"{name}: error / |a| |b|", Ratio(max(errors), len(errors)), Bar(1e-6))
 
 
 def heavy_tailed(numel: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
