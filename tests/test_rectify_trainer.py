@@ -36,8 +36,8 @@ from tests.unlearning_trainers import (
 )  # fmt: skip
 
 KINDS = [
-    kinds.GradDiff, kinds.KL, kinds.NPO, kinds.DPO, kinds.RMU, kinds.WGA, kinds.PDU, kinds.Older,
-    kinds.Twice,
+    kinds.GradDiff, kinds.KL, kinds.NPO, kinds.SimNPO, kinds.DPO, kinds.RMU, kinds.WGA,
+    kinds.SatImp, kinds.UNDIAL, kinds.PDU, kinds.Older, kinds.Twice,
 ]  # fmt: skip
 
 
@@ -141,7 +141,13 @@ def test_a_rectified_trainer_does_what_a_loop_does(kind: Any, part: Any, tmp_pat
     assert apart(trainer, tiny.gpt2()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", [kinds.GradDiff, kinds.DPO, kinds.PDU, kinds.Older])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kinds.GradDiff, kinds.SimNPO, kinds.DPO, kinds.SatImp, kinds.UNDIAL, kinds.PDU,
+        kinds.Older,
+    ],
+)  # fmt: skip
 def test_the_cut_alone_changes_nothing(kind: Any, tmp_path: Path) -> None:
     told: dict[str, Any] = {
         "kind": kind, "max_steps": 3, "gradient_accumulation_steps": 2, "made": {"alpha": 0.4}
@@ -290,7 +296,7 @@ def risk(model: nn.Module, batches: Sequence[Any], parameters: Sequence[Tensor])
     return gradient(sum(sums) / count, parameters)
 
 
-@pytest.mark.parametrize("kind", [GradAscent, GradDiff])
+@pytest.mark.parametrize("kind", [GradAscent, kinds.CEU, GradDiff])
 def test_retain_batches_say_what_should_stay(kind: Any, tmp_path: Path) -> None:
     told: dict[str, Any] = {"kind": kind, "data": opposed_pairs(kind), **SGD}
     trainer = rectified(tmp_path, retain=RETAIN, **told)

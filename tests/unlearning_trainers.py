@@ -5,6 +5,7 @@ gradients. What they have in common: GradDiff's `compute_retain_loss(model, reta
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,18 @@ class GradAscent(Trainer):
     ) -> Any:
         outputs = model(**inputs["forget"])
         return (-outputs.loss, outputs) if return_outputs else -outputs.loss
+
+
+class CEU(GradAscent):
+    """Towards the model's own predictions without the true token: UNDIAL at its limit."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs["forget"])
+        logits, tokens = at_answers(outputs, inputs["forget"])
+        loss = F.cross_entropy(logits, lowered(logits, tokens, by=math.inf))
+        return (loss, outputs) if return_outputs else loss
 
 
 class GradDiff(Trainer):
@@ -92,6 +105,15 @@ class NPO(GradDiff):
         return -2 / 0.1 * F.logsigmoid(-0.1 * (log_p - reference)).mean(), outputs
 
 
+class SimNPO(GradDiff):
+    """Negative preference without a reference: the mean over an answer's tokens, and a margin."""
+
+    def forget_loss(self, model: Any, forget: Any) -> tuple[Tensor, Any]:
+        log_p, outputs = of_answers(model, forget)
+        nll = -log_p / (forget["labels"][:, 1:] != -100).sum(dim=1)
+        return -2 / 0.1 * F.logsigmoid(0.1 * nll - 0.5).mean(), outputs
+
+
 class DPO(GradDiff):
     """Prefers the alternate answers of a forget batch to the original ones, in a batch each."""
 
@@ -132,6 +154,28 @@ class WGA(GradDiff):
     def combined(self, forget: Tensor, retain: Tensor) -> Tensor:
         retain *= self.alpha  # in place, as one may
         return retain.add_(forget)
+
+
+class SatImp(GradDiff):
+    """Ascent on each token, weighted by how sure of it the model is, and by how unsure."""
+
+    def forget_loss(self, model: Any, forget: Any) -> tuple[Tensor, Any]:
+        outputs = model(**forget)
+        log_p = -F.cross_entropy(*at_answers(outputs, forget), reduction="none")
+        p = log_p.detach().exp()
+        # Not the fifth power of p, as is usual: of the 1/23 here that would leave nothing.
+        return (p**0.5 * (1 - p) ** 2 * log_p).mean(), outputs
+
+
+class UNDIAL(GradDiff):
+    """Learns from the reference, with the true token made less likely there."""
+
+    def forget_loss(self, model: Any, forget: Any) -> tuple[Tensor, Any]:
+        outputs = model(**forget)
+        logits, tokens = at_answers(outputs, forget)
+        with torch.no_grad():
+            reference, _ = at_answers(self.ref_model(**forget), forget)
+        return F.cross_entropy(logits, lowered(reference, tokens, by=3.0)), outputs
 
 
 class PDU(GradDiff):
@@ -212,6 +256,18 @@ def of_answers(model: Any, batch: Any) -> tuple[Tensor, Any]:
     """The log-likelihood of each answer, and what the model returned."""
     outputs = model(**batch)
     return of_tokens(outputs, batch).sum(dim=1), outputs
+
+
+def at_answers(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The logits that predict a token of an answer, in rows, and these tokens."""
+    labels = batch["labels"][:, 1:]
+    return outputs.logits[:, :-1][labels != -100], labels[labels != -100]
+
+
+def lowered(logits: Tensor, tokens: Tensor, *, by: float) -> Tensor:
+    """Targets: what is predicted when the logit of each row's token is so much lower."""
+    lower = logits.new_full((len(tokens), 1), -by)
+    return logits.detach().scatter_add(-1, tokens[:, None], lower).softmax(-1)
 
 
 def pairs(count: int = 7, *, alternate: bool = False) -> list[dict[str, Any]]:
