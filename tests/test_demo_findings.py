@@ -1,18 +1,22 @@
-"""Claims follow the numbers: the same sentence holds or not, and says where not."""
+"""Claims follow the numbers: the same sentence holds or not, and says where not. So do tables."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from geffect.cli.report import study_report
+from geffect.demo import figures
 from geffect.demo.findings import findings
 from geffect.demo.methods import EQUAL, FEW, RATES, SETS
 from geffect.demo.tables import (
+    TABLES,
     as_markdown,
     compared,
-    equal_forgetting,
     learning_rates,
     retain_sets,
     write_tables,
@@ -101,6 +105,11 @@ def summary(**changed: dict[str, Any]) -> dict[str, Any]:
         for seed in (0, 1)
     }
     return {"runs": study(**changed), "further_runs": controls(**changed), "gold": gold}
+
+
+def look() -> dict[str, Any]:
+    """A summary of runs that end at equal forgetting, without controls."""
+    return summary() | {"runs": [r | {"at_es": None} for r in study()], "further_runs": []}
 
 
 def finding(
@@ -193,7 +202,7 @@ def test_nothing_is_claimed_of_what_was_not_run() -> None:
 
 
 def test_the_table_holds_every_run_and_the_gold_models() -> None:
-    table = equal_forgetting(summary())
+    table = compared(summary(), "at_level", EQUAL)
     assert len(table) == 38
     assert set(table[table["method"] == "gold"]["relearn_nll"]) == {3.0}
     assert table["step"].dropna().eq(17.5).all()
@@ -231,9 +240,7 @@ def test_only_tables_that_have_runs_are_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     alone = tmp_path / "alone"
     alone.mkdir()
-    write_tables(
-        summary() | {"runs": [r | {"at_es": None} for r in study()], "further_runs": []}, alone
-    )
+    write_tables(look(), alone)
     assert sorted(p.name for p in alone.iterdir()) == [
         "equal_forgetting.csv",
         "equal_forgetting.md",
@@ -253,3 +260,80 @@ def test_the_printed_table_has_the_means_over_the_seeds_that_reached_the_level()
         f" {x} " for x in ("gold  ", "retrained     ", "      140")
     ]
     assert pd.isna(compared(summary(**missed), "at_level", EQUAL)["step"]).sum() == 3
+
+
+def test_a_table_without_a_run_at_its_level_says_so(tmp_path: Path) -> None:
+    missed = [r | {"at_level": None, "at_es": None} for r in study()]
+    write_tables(look() | {"runs": missed}, tmp_path)
+    printed = (tmp_path / "equal_forgetting.md").read_text(encoding="utf-8")
+    assert printed.count("(0 of 2 seeds)") == 3 * len(RETAIN)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """The report of a summary, without figures."""
+    monkeypatch.setattr(figures, "names", lambda *_: [])
+    said = {
+        "format": 1,
+        "versions": {},
+        "seeds": [0, 1],
+        "config": {
+            "subject": "A model.", "recipe": {"corpus": {"forget": 1, "heldout": 2}}, "ema": 0.2,
+            "batch": {"forget": 1, "retain": 1}, "variants": {},
+        },
+        "wall_seconds": {"total": 1.0, "stages": {}},
+        "findings": [],
+    }  # fmt: skip
+    return lambda summary: study_report(said | {"original": summary["gold"]} | summary, tmp_path)
+
+
+def shown(page: str) -> dict[str, list[list[str]]]:
+    """The cells of every further table of a report, row by row, by its heading."""
+    found = {}
+    for section in re.findall(r"<details>(.*?)</details>", page, re.DOTALL):
+        heading, table = re.findall(r"<summary>(.*?)</summary>(.*)", section, re.DOTALL)[0]
+        rows = re.findall(r"<tr.*?>(.*?)</tr>", table, re.DOTALL)
+        found[heading] = [re.findall(r"<t[hd].*?>([^<]*)", row) for row in rows]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("equal_extraction", ["ga", "gru", "30", "0.0003", "28", "0.500", "0.750"]),
+        ("learning_rates", ["ga", "gru", "140", "0.0006", "18", "1.000", "1.500"]),
+        ("retain_sets", ["ga", "nearest", "140", "0.0003", "18", "0.400", "0.600", "0.030"]),
+    ],
+)
+def test_a_report_shows_every_further_table(
+    page: Callable[[dict[str, Any]], str], name: str, row: list[str]
+) -> None:
+    tables = shown(page(summary()))
+    heading, of = TABLES[name]
+    assert list(tables) == [heading for heading, _ in list(TABLES.values())[1:]]
+    titles, *rows = tables[heading]
+    assert titles[:6] == [
+        "method", "variant", "retain QA", "learning rate", "steps", "retain NLL inside"
+    ]  # fmt: skip
+    assert {len(cells) for cells in rows} == {len(titles)}
+    assert row in [cells[: len(row)] for cells in rows]
+    keys = ["method", "variant", "retain_feed", "learning_rate"]
+    made = of(summary())
+    assert len(rows) == made.groupby(keys, dropna=False).ngroups + made["retain_feed"].nunique()
+
+
+def test_a_report_without_further_tables_has_no_sections_of_them(
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    text = page(look())
+    (main, _), *further = TABLES.values()
+    assert f"<h2>{main}</h2>" in text
+    assert "<details>" not in text
+    assert not [heading for heading, _ in further if heading in text]
+
+
+def test_a_report_says_which_seeds_missed_the_level(
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    missed = {f"{SETS} nearest 1": {"at_level": None, "reached_level": False}}
+    assert page(summary(**missed)).count("(level not reached: seed 1)") == 1

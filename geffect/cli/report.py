@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .selection import written_as
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from geffect import Run
+    from geffect.demo.tables import Table
+
+BARS = {"retain_nll": "inside", "retain_heldout_authors_nll": "outside"}
+"""The columns of a study's tables with a bar, and what kind of bar."""
 
 
 def command(
@@ -46,9 +50,9 @@ def runs_report(runs: Sequence["Run"]) -> str:
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
     """The page of a study, from its summary and the figures in `out`."""
     from geffect.demo import figures
-    from geffect.demo.tables import AT_LEVEL, equal_forgetting
+    from geffect.demo.tables import COLUMNS, KEYS, tables
 
-    table = equal_forgetting(summary)
+    main, *further = made = tables(summary)
     return _render(
         "study.html.jinja",
         summary=summary,
@@ -57,9 +61,11 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
             for name in figures.names(summary, out)
         },
         methods=list(dict.fromkeys(run["method"] for run in summary["runs"])),
-        rows=_rows(table, list(AT_LEVEL)),
-        original=_means(summary["original"]),
-        worst=float(table["retain_nll"].max()),
+        headings=[heading for heading, _ in (*KEYS.values(), *COLUMNS.values())],
+        bars=BARS,
+        main=_table(summary, main),
+        further=[_table(summary, table) for table in further],
+        files=[f"{table.name}.csv" for table in made],
     )
 
 
@@ -132,31 +138,18 @@ def _effects(run: "Run") -> dict[str, Any]:
     return {"samples": samples, "texts": texts}
 
 
-def _rows(table: "pd.DataFrame", measured: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each method and variant: the mean over seeds of each value, and the single ones."""
-    rows = []
-    for (method, variant), part in table.groupby(["method", "variant"], sort=False):
-        values = {}
-        for name in (*measured, "share_update_violating", "learning_rate"):
-            single = part.sort_values("seed")[name].dropna().tolist()
-            values[name] = (sum(single) / len(single) if single else None, single)
-        reached = part["reached_level"].fillna(True).astype(bool)
-        rows.append(
-            {
-                "method": method,
-                "variant": variant,
-                "values": values,
-                "missed": part.loc[~reached, "seed"].tolist(),
-            }
-        )
-    return rows
+def _table(summary: Mapping[str, Any], table: "Table") -> dict[str, Any]:
+    """What a page shows of a table of a study; the models before unlearning come last."""
+    from geffect.demo.tables import before, rows
 
-
-def _means(by_seed: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean over seeds of whatever is a single number."""
-    models = list(by_seed.values())
-    single = [name for name, value in models[0].items() if isinstance(value, float)]
-    return {name: sum(model[name] for model in models) / len(models) for name in single}
+    originals = before(summary, table.runs["retain_feed"].unique())
+    shown = [*rows(table.runs), *rows(originals)]
+    means = [row.values[name].mean for row in shown for name in BARS]
+    return {
+        "heading": table.heading,
+        "rows": shown,
+        "worst": max(mean for mean in means if not isnan(mean)),
+    }
 
 
 def _render(template: str, **values: Any) -> str:

@@ -1,6 +1,7 @@
 """The tables of a study: every run at equal forgetting, and at equal extraction strength."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,30 @@ AT_LEVEL = {
 }
 """What is measured at a level, with its name in words."""
 
-COLUMNS = {
+KEYS = {
+    "method": ("method", "{}"),
+    "variant": ("variant", "{}"),
+    "retain_feed": ("retain QA", "{}"),
     "learning_rate": ("learning rate", "{:g}"),
+}
+"""What tells the rows of a table apart, with its heading and how it is written."""
+
+COLUMNS = {
     "step": ("steps", "{:.0f}"),
     "retain_nll": ("retain NLL inside", "{:.3f}"),
     "retain_heldout_authors_nll": ("outside", "{:.3f}"),
     "world_nll": ("world facts NLL", "{:.3f}"),
+    "retain_es": ("retain ES", "{:.2f}"),
     "forget_nll": ("forget NLL", "{:.2f}"),
     "forget_es": ("forget ES", "{:.2f}"),
     "forget_paraphrase_nll": ("paraphrases NLL", "{:.2f}"),
     "relearn_nll": ("relearned NLL", "{:.2f}"),
     "share_update_violating": ("violating steps", "{:.2f}"),
 }
+"""What is shown of each row: means over seeds."""
+
+PRINTED = tuple(name for name in COLUMNS if name != "retain_es")
+"""The columns for which a terminal is wide enough."""
 
 SETTING = ("method", "variant", "retain_feed", "seed", "learning_rate", "steps")
 SHARES = ("share_retaining_negative", "share_update_violating")
@@ -41,17 +54,47 @@ ALONE = ("plain", "gru", "gru-update")
 """What several retain sets are compared with: variants that protect the authors alone, or none."""
 
 
-def equal_forgetting(summary: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a run, at the forget NLL of the gold model of its seed, and a row for each gold model.
+@dataclass(frozen=True)
+class Table:
+    """One table of a study, with a row for every run that it compares and every gold model."""
 
-    Losses are nats per answer token; `relearn_nll` is the mean over the two halves. A run that did
-    not reach the level has no values.
-    """
-    return compared(summary, "at_level", EQUAL)
+    name: str  # of its files
+    heading: str
+    runs: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a row says of its seeds: the mean, in words too, and the single ones."""
+
+    mean: float
+    text: str  # empty where no seed has a value
+    single: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The seeds of a method in a variant, with a feed, at a learning rate."""
+
+    keys: dict[str, str]
+    values: dict[str, Value]
+    seeds: list[int]
+    missed: list[int]  # the seeds that did not reach the level
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The main table, then each of the others where a run reached its level."""
+    made = [Table(name, heading, of(summary)) for name, (heading, of) in TABLES.items()]
+    main, *others = made
+    return [main, *(table for table in others if _reached(table.runs))]
 
 
 def compared(summary: Mapping[str, Any], at: str, *parts: str) -> pd.DataFrame:
-    """The runs of some parts where they reached a level, "at_level" or "at_es", and gold models."""
+    """A row for each run of some parts, at a level, "at_level" or "at_es", and each gold model.
+
+    Losses are nats per answer token; `relearn_nll` is the mean over the two halves. A run that did
+    not reach the level, which is that of the gold model of its seed, has no values.
+    """
     return _table(summary, [run for run in _runs(summary) if run["part"] in parts], at)
 
 
@@ -83,25 +126,51 @@ def retain_sets(summary: Mapping[str, Any]) -> pd.DataFrame:
     return _table(summary, sorted(runs, key=lambda run: methods.index(run["method"])), "at_level")
 
 
-def as_markdown(table: pd.DataFrame) -> str:
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], pd.DataFrame]]] = {
+    "equal_forgetting": (
+        "The price of forgetting",
+        lambda summary: compared(summary, "at_level", EQUAL, FEW),
+    ),
+    "equal_extraction": (
+        "At equal extraction strength",
+        lambda summary: compared(summary, "at_es", EQUAL, FEW),
+    ),
+    "learning_rates": ("At several learning rates", learning_rates),
+    "retain_sets": ("With several retain sets", retain_sets),
+}
+"""Every table by the name of its files, with its heading; the first is the main one."""
+
+
+def rows(runs: pd.DataFrame) -> list[Row]:
+    """The rows of a table, the seeds of each in one, as they are shown."""
+    return [
+        Row(
+            {n: _text(x, form) for (n, (_, form)), x in zip(KEYS.items(), key, strict=True)},
+            {name: _value(part[name].dropna(), form) for name, (_, form) in COLUMNS.items()},
+            part["seed"].tolist(),
+            part.loc[~part["reached_level"], "seed"].tolist(),
+        )
+        for key, part in runs.groupby(list(KEYS), sort=False, dropna=False)
+    ]
+
+
+def before(summary: Mapping[str, Any], feeds: Iterable[int]) -> pd.DataFrame:
+    """Rows for the models before unlearning, as those of the gold models in a table."""
+    return _frame(_models(summary["original"], ("before", "unlearning"), feeds))
+
+
+def as_markdown(runs: pd.DataFrame) -> str:
     """A table for a terminal or a README: means over the seeds that reached the level.
 
     Where some seeds did not, their number stands behind the steps.
     """
-    names = ["method", "variant", "retain QA"]
-    lines = [[*names, *(title for title, _ in COLUMNS.values())]]
-    keys = ["method", "variant", "retain_feed", "learning_rate"]
-    for key, part in table.groupby(keys, sort=False, dropna=False):
-        means = part[list(COLUMNS)].mean()
-        cells = {
-            name: "" if means[name] != means[name] else form.format(means[name])
-            for name, (_, form) in COLUMNS.items()
-        }
-        missing = int((~part["reached_level"]).sum())
-        if missing:
-            reached = f"({len(part) - missing} of {len(part)} seeds)"
-            cells["step"] = f"{cells['step']} {reached}".strip()
-        lines.append([*map(str, key[:3]), *cells.values()])
+    lines = [[title for title, _ in (*KEYS.values(), *(COLUMNS[name] for name in PRINTED))]]
+    for row in rows(runs):
+        cells = {name: row.values[name].text for name in PRINTED}
+        if row.missed:
+            reached = len(row.seeds) - len(row.missed)
+            cells["step"] = f"{cells['step']} ({reached} of {len(row.seeds)} seeds)".strip()
+        lines.append([*row.keys.values(), *cells.values()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     padded = [
@@ -115,17 +184,10 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def write_tables(summary: Mapping[str, Any], out: Path) -> None:
-    """Every table for which there are runs, as out/<name>.csv and, in means, as out/<name>.md."""
-    tables = {
-        "equal_forgetting": compared(summary, "at_level", EQUAL, FEW),
-        "equal_extraction": compared(summary, "at_es", EQUAL, FEW),
-        "learning_rates": learning_rates(summary),
-        "retain_sets": retain_sets(summary),
-    }
-    for name, table in tables.items():
-        if table.loc[table["method"] != "gold", "reached_level"].any():
-            table.to_csv(out / f"{name}.csv", index=False)
-            (out / f"{name}.md").write_text(as_markdown(table), encoding="utf-8")
+    """Every table of a study, as out/<name>.csv and, in means, as out/<name>.md."""
+    for table in tables(summary):
+        table.runs.to_csv(out / f"{table.name}.csv", index=False)
+        (out / f"{table.name}.md").write_text(as_markdown(table.runs), encoding="utf-8")
 
 
 def _runs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -133,7 +195,7 @@ def _runs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _table(summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], at: str) -> pd.DataFrame:
-    rows = [
+    measured = [
         {
             **{name: run[name] for name in (*SETTING, *SHARES)},
             "reached_level": run[at] is not None,
@@ -142,19 +204,42 @@ def _table(summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], at: st
         for run in runs
     ]
     feeds = dict.fromkeys(run["retain_feed"] for run in runs)
-    gold = [
+    return _frame([*measured, *_models(summary["gold"], ("gold", "retrained"), feeds)])
+
+
+def _models(
+    by_seed: Mapping[str, Mapping[str, Any]], name: tuple[str, str], feeds: Iterable[int]
+) -> list[dict[str, Any]]:
+    """A row for each model that is compared with the runs, at every feed."""
+    method, variant = name
+    return [
         {
-            "method": "gold",
-            "variant": "retrained",
+            "method": method,
+            "variant": variant,
             "retain_feed": feed,
             "seed": int(seed),
             "reached_level": True,
             **_measured(measured["by_feed"][str(feed)] | {"relearn_nll": measured["relearn_nll"]}),
         }
         for feed in feeds
-        for seed, measured in summary["gold"].items()
+        for seed, measured in by_seed.items()
     ]
-    return pd.DataFrame([*rows, *gold], columns=[*SETTING, "reached_level", *AT_LEVEL, *SHARES])
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=[*SETTING, "reached_level", *AT_LEVEL, *SHARES])
+
+
+def _reached(runs: pd.DataFrame) -> bool:
+    return bool(runs.loc[runs["method"] != "gold", "reached_level"].any())
+
+
+def _value(single: "pd.Series[float]", form: str) -> Value:
+    return Value(single.mean(), _text(single.mean(), form), [form.format(x) for x in single])
+
+
+def _text(value: Any, form: str) -> str:
+    return "" if pd.isna(value) else form.format(value)
 
 
 def _measured(measured: Mapping[str, Any]) -> dict[str, float]:
