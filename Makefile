@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
 
 study: $(VENV)/installed
-	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants $(ARGS)
+	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants --controls $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -281,7 +281,7 @@ def test_where_nothing_can_be_written(
 
 
 HELP = {
-    "demo": ["--out", "--seeds", "--methods", "--quick", "--all-variants", "--workers"],
+    "demo": ["--out", "--seeds", "--methods", "--quick", "--all-variants", "--controls"],
     "info": ["RUN", "--json"],
     "scores": ["RUN", "--score", "--by", "--between", "--csv", "--json"],
     "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],

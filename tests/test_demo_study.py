@@ -17,7 +17,7 @@ from geffect.demo.findings import KEEPING, shares
 from geffect.demo.jobs import Kept, Unlearning
 from geffect.demo.methods import EQUAL, FEW, METHODS, RETAIN_SETS, SETS, VARIANTS, Cell
 from geffect.demo.recipe import Procedure, Recipe
-from geffect.demo.study import COMPARED, Plan
+from geffect.demo.study import Plan
 from geffect.demo.unlearning import Data, measure, unlearn
 from geffect.demo.workers import Say
 
@@ -32,25 +32,27 @@ TINY = Recipe(
     learning_rate=8e-3,
 )
 EVERY = VARIANTS | RETAIN_SETS
+STUDY = Plan(all_variants=True, controls=True)
 
 Unlearn = Callable[..., dict[str, Any]]
 
 
 def test_a_look_is_a_part_of_the_study() -> None:
-    look, study = (Plan(all_variants=every).cells() for every in (False, True))
-    assert set(look) < set(study)
-    assert {cell.part for cell in look} == {EQUAL}
+    look, comparison = (Plan(all_variants=every).cells() for every in (False, True))
+    assert set(look) < set(comparison) < set(STUDY.cells())
+    assert {cell.part for cell in comparison} == {EQUAL}
+    assert set(look) < set(Plan(controls=True).cells()) < set(STUDY.cells())
     assert [cell.name for cell in Plan(quick=True).cells()] == [
         "ga-plain", "ga-gru", "ga-gru-update", "ga-gru-coordinate", "ga-select"
     ]  # fmt: skip
 
 
-def test_a_study_runs_every_method_in_every_variant_and_some_with_few_facts() -> None:
-    cells = Plan(all_variants=True).cells()
+def test_a_study_runs_every_method_in_every_variant_with_both_feeds() -> None:
+    cells = STUDY.cells()
     assert len({cell.name for cell in cells}) == len(cells)
-    for part, heldout, methods in ((EQUAL, 4, METHODS), (FEW, 15, COMPARED)):
+    for part, heldout in ((EQUAL, 4), (FEW, 15)):
         run = {(c.method, c.variant): c for c in cells if c.part == part}
-        assert run.keys() == {(method, variant) for method in methods for variant in VARIANTS}
+        assert run.keys() == {(method, variant) for method in METHODS for variant in VARIANTS}
         assert {cell.heldout for cell in run.values()} == {heldout}
         assert all(c.learning_rate == VARIANTS[c.variant].learning_rates[0] for c in run.values())
     assert {cell.variant for cell in cells if cell.part == SETS} == set(RETAIN_SETS)
@@ -58,7 +60,7 @@ def test_a_study_runs_every_method_in_every_variant_and_some_with_few_facts() ->
 
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
     rates: dict[tuple[str, int], set[float]] = {}
-    for cell in Plan(all_variants=True).cells():
+    for cell in STUDY.cells():
         if cell.method == "ga" and cell.part != SETS:
             rates.setdefault((cell.variant, cell.heldout), set()).add(cell.learning_rate)
     assert rates.keys() == {(variant, heldout) for variant in VARIANTS for heldout in (4, 15)}
@@ -94,8 +96,7 @@ def test_a_study_that_is_resumed_runs_no_job_twice(tmp_path: Path) -> None:
     assert result(2, resume=True) == {"size": 2}  # another job, though of the same name
     assert result(2, resume=False) == {"size": 2}
     assert ran == [1, 2, 2]
-    plan = Plan(all_variants=True)
-    jobs = [Unlearning(tmp_path, 0, c, plan.variant(c), {}, TINY) for c in plan.cells()]
+    jobs = [Unlearning(tmp_path, 0, c, STUDY.variant(c), {}, TINY) for c in STUDY.cells()]
     assert len({repr(job) for job in jobs}) == len(jobs)
     assert " at 0x" not in "".join(map(repr, jobs))
 

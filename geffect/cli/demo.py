@@ -31,6 +31,13 @@ def command(
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Every method in every variant.")
     ] = False,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also with few retain facts, other learning rates, several retain sets.",
+        ),
+    ] = False,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +84,7 @@ def command(
             methods=named or (PRETRAINED_METHODS if subject else ()),
             quick=quick,
             all_variants=all_variants,
+            controls=controls,
             workers=processes,
             threads=max(1, (os.cpu_count() or 1) // processes) if subject else 1,
             resume=resume,

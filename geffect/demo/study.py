@@ -24,23 +24,20 @@ IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
 """The variants of a study that is not `all_variants`: the first of every method, these of some."""
 LOOKED_AT = ("ga", "npo")
 
-COMPARED = ("ga", "wga", "npo")
-"""The methods that are also run with few facts that feed the retain gradient; the others are GA and
-NPO with a retain term. The first is run at several learning rates, and with several retain sets."""
-
 
 @dataclass(frozen=True)
 class Plan:
     """What a study runs, on what.
 
-    With `all_variants` every method in every variant, run on to equal extraction strength, and its
-    controls: the same with few facts that feed the retain gradient, three learning rates of every
-    variant, several retain sets.
+    With `all_variants` every method in every variant, run on to equal extraction strength. With
+    `controls` the same with few facts that feed the retain gradient and, of the first method, at
+    three learning rates of every variant, and with several retain sets.
     """
 
     seeds: Sequence[int] = (0,)
     methods: Sequence[str] = ()  # none named: all, or QUICK_METHODS of a quick study
     all_variants: bool = False
+    controls: bool = False
     quick: bool = False
     workers: int = 2
     threads: int = 1  # of each worker
@@ -84,14 +81,14 @@ class Plan:
         return (self.retain_sets if cell.part == SETS else self.variants)[cell.variant]
 
     def levels(self, cell: Cell) -> tuple[str, ...]:
-        """What a cell is run up to; a look and the further controls end at equal forgetting."""
+        """What a cell is run up to; a look and most controls end at equal forgetting."""
         both = self.all_variants and cell.part in (EQUAL, FEW)
         return tuple(LEVELS) if both else ("forget_nll",)
 
     def cells(self) -> list[Cell]:
         """The runs of every seed, the comparison first."""
         many, few = self.studied.corpus.heldout, self.studied.few_heldout
-        compared = [method for method in self.methods if method in COMPARED]
+        first = self.methods[:1]
 
         def cells(part: str, methods: Sequence[str], heldout: int) -> list[Cell]:
             variants = self.retain_sets if part == SETS else self.variants
@@ -104,19 +101,16 @@ class Plan:
                 )
             ]
 
-        comparison = cells(EQUAL, self.methods, many)
+        planned = cells(EQUAL, self.methods, many)
+        if self.controls:
+            planned += cells(FEW, self.methods, few) + cells(RATES, first, many)
         if not self.all_variants:
-            return [
+            planned = [
                 cell
-                for cell in comparison
+                for cell in planned
                 if cell.variant in (IN_A_LOOK if cell.method in LOOKED_AT else EVERYWHERE)
             ]
-        return [
-            *comparison,
-            *cells(FEW, compared, few),
-            *cells(RATES, compared[:1], many),
-            *cells(SETS, compared[:1], many),
-        ]
+        return planned + (cells(SETS, first, many) if self.controls else [])
 
 
 def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
