@@ -4,8 +4,8 @@ A gradient of a language model has a few coordinates that are orders of magnitud
 rest. A running float32 sum loses the rest: `torch.dot` on a CPU is off by 2e-4 of |a||b|, which is
 enough to flip the sign of a small inner product. Here a block of coordinates is cast to float64
 while it is in the cache and multiplied there, so that neither sums nor products round, overflow
-or underflow; the gradients themselves are never copied whole. What is recorded is measured so; a
-rectifier, whose result is rounded to float32 anyhow, takes a quicker product.
+or underflow; a gradient that is contiguous is never copied whole. The Gram matrices of a record are
+measured so; a rectifier, whose result is rounded to float32 anyhow, takes a quicker product.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,11 +25,14 @@ BLOCK = 65536
 """Coordinates cast at a time: larger leaves the cache, smaller pays more calls."""
 
 
-ROW, ROWS = 1024, 1024
-"""Coordinates that `quick_gram` adds up in float32, and how many times that stay in the cache."""
+ROW = 1024
+"""Coordinates whose products `quick_gram` adds up in float32."""
+
+TABLE = 1024 * ROW
+"""Coordinates that it looks at at a time: few enough for the cache."""
 
 SMALLEST, LARGEST = 1e-24, 1e30
-"""Squared lengths between which no product of float32 coordinates over- or underflows."""
+"""Squared lengths between which no product overflows, and what underflows is too small to count."""
 
 
 def gram(vectors: Sequence[Tensor | None]) -> Tensor:
@@ -63,7 +66,10 @@ def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
     if all(v.dtype == torch.float32 and v.device.type == "cpu" for v in flat.values()):
         products = _products_in_rows([*flat.values()])
         # So compared, what is not a number is out of range too.
-        if all(SMALLEST < products[i][i] < LARGEST for i in range(len(flat))):
+        if all(
+            SMALLEST < products[i][i] < LARGEST or not vector.any()
+            for i, vector in enumerate(flat.values())
+        ):
             return _placed(torch.tensor(products, dtype=torch.float64), flat, len(vectors))
     return _placed(_products([*flat.values()]), flat, len(vectors))
 
@@ -165,7 +171,7 @@ def _rows(vector: Tensor) -> "list[np.ndarray[Any, np.dtype[np.float32]]]":
     """The coordinates in rows, some at a time, and those that are left in a shorter one."""
     values, whole = vector.numpy(), vector.numel() // ROW * ROW
     tables = [
-        values[start : min(start + ROW * ROWS, whole)].reshape(-1, ROW)
-        for start in range(0, whole, ROW * ROWS)
+        values[start : min(start + TABLE, whole)].reshape(-1, ROW)
+        for start in range(0, whole, TABLE)
     ]
     return [*tables, values[whole:].reshape(1, -1)]

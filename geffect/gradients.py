@@ -4,7 +4,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 `torch.autograd.grad` would bypass the hooks that data-parallel and sharded training live on.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ class Gradients:
     """
 
     parameters: Sequence[Tensor]
-    others: Sequence[Tensor]
+    others: list[Tensor]
     vectors: dict[str, list[Tensor | None]]
     weights: Weights
     losses: dict[str, float]
@@ -98,8 +98,16 @@ class Gradients:
                 f"{', '.join(self.sources)} and then {', '.join(later.sources)}, or other weights. "
                 "Pass the same losses to each; to leave one out, pass 0 * loss."
             )
+        count = len(self.parameters)
+        # A soft prompt is the same leaf every time, but the output of a frozen embedding another.
+        known = {id(leaf): count + i for i, leaf in enumerate(self.others)}
+        added = [leaf for leaf in later.others if id(leaf) not in known]
+        known |= {id(leaf): count + len(self.others) + i for i, leaf in enumerate(added)}
+        self.others.extend(added)
+        places = [*range(count), *(known[id(leaf)] for leaf in later.others)]
         for name, vector in self.vectors.items():
-            for place, tensor in enumerate(later.vectors[name]):
+            vector.extend([None] * len(added))
+            for place, tensor in zip(places, later.vectors[name], strict=True):
                 own = vector[place]
                 if own is None:
                     vector[place] = tensor
@@ -189,7 +197,7 @@ def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     with _grads_put_aside(leaves):
         for name in passes.tensors:
             vectors[name] = _run(passes, name)
-    others = leaves[len(parameters) :]
+    others = list(leaves[len(parameters) :])
     return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses), passes.scale)
 
 
@@ -281,6 +289,16 @@ def combined(products: Tensor, basis: Sequence[str], weights: Weights) -> Tensor
             ]
             K[..., i, j] = K[..., j, i] = torch.stack(terms).sum(dim=0)
     return K
+
+
+def peak(vector: Iterable[Tensor | None]) -> float:
+    """The largest coordinate, without its sign, of what this process holds; NaN if one is.
+
+    It tells zero and infinity, and unlike a sum of squares it neither under- nor overflows.
+    """
+    parts = [distributed.local(tensor) for tensor in vector if tensor is not None]
+    ends = [torch.stack(part.detach().aminmax()).float() for part in parts if part.numel()]
+    return torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
 
 
 def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:

@@ -181,6 +181,11 @@ def _resolved(
         for part, weight in loss.items():
             (tensor,) = single[part]
             weights[name][tensor] = weights[name].get(tensor, 0.0) + float(weight)
+        if not any(weights[name].values()):
+            raise ValueError(
+                f"Loss `{name}` should be left with some weight. Found weights that cancel out, "
+                f"`{dict(loss)}`, of one tensor under several names. Pass different losses."
+            )
     # The order of the sources is the order of the call, not of what kind they are.
     return tensors, {name: weights[name] for name in losses}
 

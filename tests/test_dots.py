@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geffect.dots import BLOCK, LARGEST, ROW, ROWS, SMALLEST, gram, grams, quick_gram
+from geffect.dots import BLOCK, LARGEST, ROW, SMALLEST, TABLE, gram, grams, quick_gram
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -65,9 +65,6 @@ def test_a_part_without_coordinates_counts_nothing() -> None:
     assert found.tolist() == [[[0.0, 0.0]] * 2, [[0.0, 0.0]] * 2, [[2.0, 2.0]] * 2]
 
 
-TABLE = ROW * ROWS
-
-
 def quick_error(vectors: list[torch.Tensor]) -> float:
     """The largest error of a quick inner product, as a share of the product of the lengths."""
     exact = gram(vectors)
@@ -89,6 +86,11 @@ def test_a_quick_product_neither_underflows_nor_overflows(scale: float) -> None:
     large, small = torch.ones(5000) * scale, torch.ones(5000)
     assert not SMALLEST < float(gram([large])) < LARGEST
     assert torch.equal(quick_gram([large, small]), gram([large, small]))
+
+
+def test_what_is_zero_is_not_multiplied_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("geffect.dots._products")
+    assert quick_gram([torch.zeros(3000), torch.ones(3000)]).tolist() == [[0, 0], [0, 3000]]
 
 
 def test_a_quick_product_of_what_is_no_number_is_none() -> None:

@@ -1,6 +1,7 @@
 """Rectification: what GRU is, and what it promises in both spaces and every scope."""
 
 import copy
+import math
 import warnings
 import weakref
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from geffect import Rectifier
-from geffect.gradients import reduced
+from geffect.gradients import Gradients, reduced
 from geffect.objectives import nll
 from geffect.projection import (
     SAGO,
@@ -853,6 +855,119 @@ def test_a_retain_gradient_that_overflows_alone_lets_the_scaler_skip_the_step() 
     assert torch.equal(model.weight, before)
     assert scaler.get_scale() == 2.0**15
     assert rectifier.report is None
+
+
+def test_an_overflow_is_told_to_the_scaler_where_the_optimizer_looks() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    rectifier = Rectifier(model, optimizer=optimizer)
+    before = model[1].weight.detach().clone()
+    loss = model(torch.ones(2)).sum()
+    rectifier.backward(objective=-loss, retain=loss * 1e35, scaler=scaler)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert torch.equal(model[1].weight, before)
+
+
+def test_what_was_not_scaled_is_no_overflow() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    (weight,) = model.parameters()
+    rectifier = Rectifier(model)
+    weights = {"objective": {"objective": 1 / 8}, "retain": {"retain": 1.0}}
+    vectors: dict[str, list[Tensor | None]] = {
+        "objective": [torch.ones(1, 2)], "retain": [torch.full((1, 2), torch.inf)]
+    }  # fmt: skip
+    gradients = Gradients([weight], [], vectors, weights, {}, scale=8.0)
+    with pytest.warns(UserWarning, match="the retain gradient is not finite"):
+        rectifier.observe(gradients)
+    rectifier.rectify(gradients)
+    assert rectifier.skipped == 1
+    assert torch.equal(weight.grad, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": SAGO()}], ids=str)
+def test_an_objective_gradient_that_is_not_finite_is_counted_by_coordinate_too(
+    space: Any, options: dict[str, Any]
+) -> None:
+    if space == "update" and "rule" in options:
+        pytest.skip("SAGO looks at lengths")
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rectifier = Rectifier(model, **placed(space, optimizer), **options)
+    nn.init.zeros_(model.weight)
+    x = torch.tensor([1e25, 1e25, 1.0])
+    forget = (model(x) * 1e25).sum()  # zero, with a gradient that is not finite
+    retain = model(torch.tensor([1.0, -1.0, 1.0])).sum()
+    with pytest.warns(UserWarning, match="gradient of the objective is not finite"):
+        rectifier.backward(objective=forget, retain=retain)
+    assert rectifier.skipped == 1
+    assert model.weight.grad.tolist() == [[torch.inf, torch.inf, pytest.approx(1e25)]]
+    assert math.isnan(rectifier.report.inner_before[0])
+
+
+def test_nearly_parallel_retain_sets_are_told_apart() -> None:
+    draw = torch.Generator().manual_seed(0)
+    r, apart, u = (torch.randn(200_000, generator=draw) ** 3 for _ in range(3))
+    s, u = r + 1e-4 * apart, u - apart
+    model = nn.Linear(200_000, 1, bias=False)
+    rectifier = Rectifier(model, off_span, against=("retain", "world"))
+    sides = {"objective": u, "retain": r, "world": s}
+    rectifier.backward(**{name: (model.weight * side).sum() for name, side in sides.items()})
+    # What is left without its part in a span is that of the objective in the rest.
+    q, _ = torch.linalg.qr(torch.stack([r, apart], dim=1).double())
+    rest = u.double() - q @ (q.T @ u.double())
+    x = model.weight.grad.flatten().double()
+    assert abs(x.norm() / rest.norm() - 1) < 1e-3
+
+
+class Embedded(nn.Module):
+    """A frozen embedding whose output requires a gradient, as for checkpoints, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(8, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids).requires_grad_()
+        return nn.functional.cross_entropy(self.head(hidden), ids)
+
+
+def test_micro_batches_may_have_leaves_of_their_own() -> None:
+    grads = []
+    windows = [[torch.arange(5)], [torch.arange(7)]], [[torch.arange(5), torch.arange(7)]]
+    for accumulated in windows:
+        model = Embedded()
+        rectifier = Rectifier(model)
+        for i, parts in enumerate(accumulated):
+            forget = sum(model(ids) for ids in parts)
+            retain = sum(model(ids.flip(0) % 3) for ids in parts)
+            rectifier.backward(
+                accumulate=i < len(accumulated) - 1,
+                objective={"forget": -1.0}, forget=forget, retain=retain,
+            )  # fmt: skip
+        grads.append(torch.cat([p.grad.flatten() for p in model.head.parameters()]))
+    torch.testing.assert_close(*grads)
+
+
+def test_parameters_inside_of_a_reentrant_checkpoint_are_reached() -> None:
+    class Checkpointed(Embedded):
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.embedding(ids).requires_grad_()
+            logits = checkpoint(self.head, hidden, use_reentrant=True)
+            return nn.functional.cross_entropy(logits, ids)
+
+    grads = []
+    for kind in (Embedded, Checkpointed):
+        model = kind()
+        rectifier = Rectifier(model)
+        forget, retain = model(torch.arange(5)), model(torch.arange(3))
+        rectifier.backward(objective={"forget": -1.0}, forget=forget, retain=retain)
+        grads.append(torch.cat([p.grad.flatten() for p in model.head.parameters()]))
+    assert torch.equal(*grads)
 
 
 def test_the_forget_part_is_that_of_a_declared_objective() -> None:

@@ -241,6 +241,61 @@ def test_what_is_left_out_on_one_process_is_left_out_on_all(layout: str) -> None
     assert all(tensor.isfinite().all() for tensor in together(layout, first, second))
 
 
+def alone_on_a_rank(options: dict[str, Any]) -> tuple[int, list[float], bool]:
+    """A retain gradient that is not finite on the first process, where each decides for itself."""
+    model = model_in("fsdp")
+    rectifier = Rectifier(model, **options)
+    losses = losses_of(model, 0, "forget", "retain")
+    if distributed.rank() == 0:
+        rectifier._memory.update = lambda *a, **k: "not finite"  # type: ignore[method-assign]
+    before = [g.clone() for g in gradients_alone(model)]
+    with pytest.warns(UserWarning, match="not finite") if distributed.rank() == 0 else nothing():
+        rectifier.backward(objective={"forget": -1.0}, **losses)
+    left = [distributed.local(p.grad) for p in trainable(model).values()]
+    return rectifier.skipped, numbers(rectifier), all(map(torch.equal, before, left))
+
+
+def gradients_alone(model: nn.Module) -> list[Tensor]:
+    """What this process holds of the objective's gradient."""
+    watching = Rectifier(model, rule=None)
+    watching.backward(objective={"forget": -1.0}, **losses_of(model, 0, "forget", "retain"))
+    grads = [distributed.local(p.grad) for p in trainable(model).values()]
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": SAGO()}], ids=str)
+def test_a_process_that_leaves_its_coordinates_alone_reports_with_the_others(
+    options: dict[str, Any],
+) -> None:
+    (skipped, said, same), (none, also, other_same) = two_ranks.run(alone_on_a_rank, options)
+    assert (skipped, none) == (1, 0)
+    assert same and not other_same
+    torch.testing.assert_close(torch.tensor(said), torch.tensor(also), equal_nan=True)
+
+
+def float32_on_a_rank(layout: str) -> list[Tensor]:
+    model = LAYOUTS[layout](Small())
+    return descended(model)
+
+
+def descended(model: nn.Module) -> list[Tensor]:
+    """Some steps of gradient descent in float32, in which nothing blows a rounding up."""
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    rectifier = Rectifier(model)
+    for step in range(STEPS):
+        rectifier.backward(objective={"forget": -1.0}, **losses_of(model, step, "forget", "retain"))
+        optimizer.step()
+        optimizer.zero_grad()
+    return parts_of(model)
+
+
+@pytest.mark.parametrize("layout", SHARDINGS)
+def test_rectified_training_in_float32_is_that_of_one_process(layout: str) -> None:
+    first, second = two_ranks.run(float32_on_a_rank, layout)
+    assert_close(together(layout, first, second), descended(Small()))
+
+
 def collectives_on_a_rank(options: dict[str, Any]) -> tuple[int, int]:
     """How many there are in a rectification, the passes apart, and in looking at the report."""
     model = model_in("fsdp")

@@ -238,7 +238,7 @@ def test_a_closure(place: str) -> None:
     rectifier = made(place, model, optimizer)
     backward(rectifier, model)
     before = copy.deepcopy(model.state_dict())
-    said = r"should be called without a closure .* Found a closure given to LBFGS.* Use space="
+    said = r"should be called without a closure .* Found a closure given to LBFGS.* or detach\(\)"
     for call in (
         lambda: optimizer.step(lambda: risk(model, 0)),
         lambda: optimizer.step(closure=lambda: risk(model, 0)),
@@ -259,6 +259,12 @@ def test_two_rectifiers_on_one_optimizer() -> None:
     for given in (optimizer, AcceleratedOptimizer(optimizer)):
         with pytest.raises(ValueError, match=said):
             Rectifier(model, space="update", optimizer=given)
+    with pytest.raises(ValueError, match=said):
+        second = Rectifier(model, space="update", optimizer=(other := adamw(model)))
+        second.attach(optimizer)
+    stepped(second, model, other)  # still where it was
+    assert second.report is not None
+    second.detach()
     first.attach(optimizer)  # once more the same
     first.detach()
     second = Rectifier(model, space="update", optimizer=optimizer)

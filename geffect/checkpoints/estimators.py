@@ -149,7 +149,7 @@ class Sources:
             source: sum(weight * values[name] for name, weight in terms.items())
             for source, terms in self.weights.items()
         }
-        return Gradients(self._parameters, (), vectors, self.weights, losses)
+        return Gradients(self._parameters, [], vectors, self.weights, losses)
 
     def part(
         self, name: str, place: int, among: Sequence[int]

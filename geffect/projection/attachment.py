@@ -21,13 +21,7 @@ class Attachment:
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> None:
         owner = before.__self__  # type: ignore[attr-defined]
-        known = _attached.get(optimizer)
-        other = None if known is None else known()
-        if other is not None and other is not owner:
-            raise ValueError(
-                "An optimizer should have one rectifier. Found another one that is attached to it. "
-                "Call detach() on that one before."
-            )
+        check_free(optimizer, owner)
         self.optimizer = optimizer
         _attached[optimizer] = ref(owner)
         first, last = WeakMethod(before), WeakMethod(after)
@@ -42,8 +36,8 @@ class Attachment:
                 raise ValueError(
                     "`optimizer.step` should be called without a closure when its step is "
                     f"rectified. Found a closure given to {type(optimizer).__name__}, which "
-                    'computes gradients that were never rectified. Use space="gradient", or an '
-                    "optimizer without closure."
+                    "computes gradients that were never rectified. Call step() alone, with an "
+                    "optimizer that needs no closure; or detach() the rectifier from this one."
                 )
             method()
 
@@ -65,6 +59,17 @@ class Attachment:
         self._before.remove()
         self._after.remove()
         _attached.pop(self.optimizer, None)
+
+
+def check_free(optimizer: torch.optim.Optimizer, owner: object) -> None:
+    """Refuse an optimizer whose steps somebody else looks after."""
+    known = _attached.get(optimizer)
+    other = None if known is None else known()
+    if other is not None and other is not owner:
+        raise ValueError(
+            "An optimizer should have one rectifier. Found another one that is attached to it. "
+            "Call detach() on that one before."
+        )
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:

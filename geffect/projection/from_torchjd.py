@@ -45,7 +45,8 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
         blocks = K.reshape(-1, *K.shape[-2:])
         # Some draw random numbers: not the training's, and the same for the same Gram matrix.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash(tuple(K.flatten().tolist())))
+            # Of the CPU alone, where K lies: `torch.manual_seed` is for those of all devices.
+            torch.default_generator.manual_seed(hash(tuple(K.flatten().tolist())))
             weights = torch.stack([weighting(block) for block in blocks])
         return distributed.from_first(weights).to(K).reshape(K.shape[:-1])
 

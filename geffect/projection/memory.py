@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.gradients import Vector
+from geffect.gradients import Vector, peak
 
 SECOND_MOMENT_DECAY = 0.999
 
@@ -229,15 +229,12 @@ def _rounded(exact: Tensor, seed: int) -> Tensor:
 
 def _problem(gradient: Vector, *, agree: bool) -> str | None:
     """Why the gradient cannot be taken in."""
-    parts = [distributed.local(tensor) for tensor in gradient if tensor is not None]
-    # The largest entry tells, and unlike a sum of squares it neither under- nor overflows.
-    ends = [torch.stack(part.detach().aminmax()).float() for part in parts if part.numel()]
-    peak = torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
+    largest = peak(gradient)
     if agree:
-        peak = distributed.largest(peak)
-        if peak < torch.finfo(torch.float32).tiny:  # what is left of it has no digits
+        largest = distributed.largest(largest)
+        if largest < torch.finfo(torch.float32).tiny:  # what is left of it has no digits
             return "zero"
-    return None if peak < float("inf") else "not finite"
+    return None if largest < float("inf") else "not finite"
 
 
 def _check_saved(

@@ -56,7 +56,7 @@ class Projector:
         return mask
 
     def change(self, space: Space, mask: Mask | None) -> Report | None:
-        """Change the space; None, and nothing changed, where what is asked for is not finite."""
+        """Change the space; None, and nothing changed, where a Gram matrix is not finite."""
         if self._options.by_coordinate:
             coordinates = self._coordinates()
             for i in range(len(self._parameters)):
@@ -68,6 +68,10 @@ class Projector:
         constraint = Constraint(self._blocks, self._parameters, self._options.against, rule)
         report = constraint.keep(space, self._memory.retain, mask, self._metric)
         return None if report is None else lambda: report
+
+    def nothing(self) -> Rectification:
+        """The report of a process that changed no coordinate, where the others may have."""
+        return self._coordinates().report()
 
     def step(self, optimizer: torch.optim.Optimizer) -> tuple[Callable[[], None], Report]:
         """Step with no more than a few tensors' old values in memory, coordinate by coordinate.

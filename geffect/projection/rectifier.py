@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
-from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
+from geffect.gradients import Gradients, Loss, Rectification, Vector, peak, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import Passes, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 
-from .attachment import Attachment, check_owned, tensors_of, unwrapped
+from .attachment import Attachment, check_free, check_owned, tensors_of, unwrapped
 from .elementwise import Elementwise
 from .memory import RetainMemory, State
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName
@@ -93,7 +93,7 @@ class Rectifier:
         self.skipped = 0
         self._warned = False
         self._options = Options(
-            rule, _names(against), scope, space, part, ema, select, correction, follow
+            rule, _as_tuple(against), scope, space, part, ema, select, correction, follow
         )
         self._model = model
         self._memory = RetainMemory(
@@ -107,7 +107,7 @@ class Rectifier:
         self._generator = torch.Generator().manual_seed(0)
         self._parameters: list[Tensor] = []  # looked up at the first step
         self._window: Gradients | None = None
-        self._usable = self._armed = self._overflows = False
+        self._usable = self._armed = self._overflowed = False
         self._report: Report | None = None
         self._applied: Tally | None = None
         self._fresh: list[Vector] = []
@@ -218,20 +218,17 @@ class Rectifier:
 
         A step is rectified as a whole, so nothing of an earlier backward may lie in `.grad`.
         """
-        parameters = self._begun()
+        self._begun()
         self._check_retain(gradients.sources)
         self._forget_step()  # of an optimizer that raised, or never stepped
         self._check_step(gradients)
         self._report = self._applied = None
         self._fresh, self._usable = [], False
-        self._overflows = gradients.scale != 1.0 and _overflows(gradients)
-        if self._overflows:
+        self._overflowed = gradients.scale != 1.0 and _overflows(gradients)
+        if self._overflowed:
             return  # the GradScaler skips this step, as if it had not been
         retain = {name: gradients.of(name) for name in self._options.against}
-        # Coordinates need nobody's leave: each process decides for those that it holds.
-        alone = self._options.by_coordinate and self._options.selection is None
-        agree = not (alone and all(map(distributed.is_sharded, parameters)))
-        problem = self._memory.update(retain, agree=agree)
+        problem = self._memory.update(retain, agree=not self._alone)
         self._usable = problem is None
         if problem is not None:
             self._skip(f"the retain gradient is {problem}")
@@ -259,6 +256,7 @@ class Rectifier:
         """
         optimizer = unwrapped(optimizer)
         check_owned(optimizer, trainable(self._model).values())
+        check_free(optimizer, self)
         self.detach()
         self._attachment = Attachment(optimizer, self._before_step, self._after_step)
 
@@ -298,7 +296,7 @@ class Rectifier:
         self._memory.load_state_dict(state["memory"], trainable(self._model))
         self._forget_step()
         self._window = self._report = self._applied = None
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())  # wherever the rest was loaded to
         self.skipped = state["skipped"]
 
     @property
@@ -306,6 +304,13 @@ class Rectifier:
         return Projector(
             self._options, self._blocks, self._parameters, self._memory, self._generator
         )
+
+    @property
+    def _alone(self) -> bool:
+        """Whether each process decides for the coordinates that it holds, and asks no other."""
+        options = self._options
+        alone = options.by_coordinate and options.selection is None and not options.follow
+        return alone and all(map(distributed.is_sharded, self._parameters))
 
     def _begun(self) -> list[Tensor]:
         """The parameters, which sharding and the like may replace until the first step."""
@@ -327,8 +332,11 @@ class Rectifier:
         return self._parameters
 
     def _rectify(self, scale: float) -> None:
-        if self._overflows:
-            _tell_scaler(self._parameters)
+        if self._overflowed:
+            _tell_scaler(self._moved().values())
+        if self._usable and self._options.by_coordinate and self._breaks():
+            self._usable = False
+            self._skip("the gradient of the objective is not finite")
         self._armed = self._options.needs_optimizer and self._usable
         if self._attachment is not None and self._armed:
             self._attachment.come_last()
@@ -340,6 +348,11 @@ class Rectifier:
                 mask = projector.mask([p for i, p in moved.items()])
                 space = GradientSpace(moved, scale)
                 self._done(projector.change(space, mask))
+
+    def _breaks(self) -> bool:
+        """Whether the objective's gradient, in `.grad`, is not finite: no Gram matrix tells."""
+        breaks = not peak(p.grad for p in self._moved().values()) < float("inf")
+        return breaks if self._alone else distributed.anywhere(breaks)
 
     def _moved(self) -> dict[int, Tensor]:
         """What the optimizer steps, where it is known, by the places of the parameters."""
@@ -433,7 +446,8 @@ class Rectifier:
 
     def _skip(self, reason: str) -> None:
         nothing = skipped(self.blocks)
-        self._report = lambda: nothing
+        # Where each decides alone, the others add up what they did: nothing is this one's share.
+        self._report = self._projector.nothing if self._alone else lambda: nothing
         if self.skipped == 0:
             warnings.warn(
                 f"A step was not rectified: {reason}. Rectifier.skipped counts such steps; this "
@@ -457,9 +471,10 @@ class Rectifier:
             )
 
     def _check_reached(self, objective: Passes) -> None:
-        # FSDP2 has stand-ins for its parameters in the graph.
+        # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
         sharded = any(map(distributed.is_sharded, self._parameters))
-        if not sharded and not objective.reach(self._parameters):
+        hidden = sharded or not objective.accumulates_once
+        if not hidden and not objective.reach(self._parameters):
             raise ValueError(
                 "The losses should be computed with the model that the rectifier was made for. "
                 f"Found none of its parameters in `{OBJECTIVE}`. Make the rectifier from that "
@@ -497,11 +512,11 @@ class Rectifier:
             )
 
 
-def _names(against: str | Sequence[str]) -> tuple[str, ...]:
+def _as_tuple(against: str | Sequence[str]) -> tuple[str, ...]:
     return (against,) if isinstance(against, str) else tuple(against)
 
 
-def _tell_scaler(parameters: Sequence[Tensor]) -> None:
+def _tell_scaler(parameters: Iterable[Tensor]) -> None:
     """Have the GradScaler skip a step, also where the objective alone would not overflow."""
     for parameter in parameters:
         if parameter.grad is not None and (own := distributed.local(parameter.grad)).numel():
@@ -511,10 +526,6 @@ def _tell_scaler(parameters: Sequence[Tensor]) -> None:
 
 def _overflows(gradients: Gradients) -> bool:
     """Whether a number of a step that was scaled up is not finite on any process."""
-    finite = all(
-        bool(distributed.local(tensor).isfinite().all())
-        for vector in gradients.vectors.values()
-        for tensor in vector
-        if tensor is not None
-    )
-    return distributed.anywhere(not finite)
+    # What was not, and has weight 1, no smaller scale would help.
+    scaled = [v for n, v in gradients.vectors.items() if gradients.weights.get(n, {}).get(n) != 1.0]
+    return distributed.anywhere(not all(peak(vector) < float("inf") for vector in scaled))

@@ -60,9 +60,16 @@ class Tally:
         self._matrices: list[Tensor | None] = [None for _ in parameters]
         self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
-    def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
+    def add(
+        self,
+        i: int,
+        vectors: Vectors,
+        *,
+        count: Tensor | None = None,
+        gram: Callable[[Vectors], Tensor] = dots.quick_gram,
+    ) -> None:
         """Add the inner products of a part of a parameter, and a number that is summed up too."""
-        products = dots.quick_gram(vectors)
+        products = gram(vectors)
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
         known = self._matrices[i]
@@ -96,16 +103,18 @@ class Constraint:
             kept, scale = None if mask is None else mask(i), None if metric is None else metric(i)
             return held(retain(i)), kept, scale
 
-        k, plain = 1 + len(self._sets), mask is None and metric is None
-        tally = Tally(self._blocks, self._parameters, k if plain else 3 * k)
+        # Retain gradients that are nearly parallel, which a rule tells apart, leave no digit over.
+        gram = dots.quick_gram if len(self._sets) == 1 else dots.gram
+        k = 1 + len(self._sets)
+        seen, asked, added = _places(k, masked=mask is not None, scaled=metric is not None)
+        tally = Tally(self._blocks, self._parameters, added.stop)
         for i in range(len(self._parameters)):
             averages, kept, scale = of(i)
             for where in space.parts(i):
                 vectors = [space.direction(i, where), *parts(averages, where)]
                 asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
-                tally.add(i, vectors if plain else [*vectors, *asked_about, *added_to])
+                tally.add(i, [*vectors, *asked_about, *added_to][: added.stop], gram=gram)
         K = tally.by_block()
-        seen, asked, added = (slice(0, k),) * 3 if plain else _thirds(k)
         if not K[:, seen, seen].isfinite().all():
             return None
         # The rule is asked before anything is changed: it may refuse.
@@ -293,8 +302,10 @@ def block_names(blocks: Blocks, sets: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{block}, {name}" for block in blocks.names for name in sets)
 
 
-def _thirds(k: int) -> tuple[slice, slice, slice]:
-    return slice(0, k), slice(k, 2 * k), slice(2 * k, 3 * k)
+def _places(k: int, *, masked: bool, scaled: bool) -> tuple[slice, slice, slice]:
+    """Where the vectors stand, those that a rule is asked about, and those its weights go to."""
+    asked = slice(k, 2 * k) if masked or scaled else slice(0, k)
+    return slice(0, k), asked, slice(2 * k, 3 * k) if scaled else asked
 
 
 def _alone(like: Tensor) -> Tensor:

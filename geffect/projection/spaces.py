@@ -15,7 +15,7 @@ from geffect import distributed
 
 from .attachment import tensors_of
 
-State = TypeVar("State")
+Kept = TypeVar("Kept")
 
 PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time where no copy of all of them is to be made."""
@@ -174,8 +174,8 @@ def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
 
 def step_in_portions(
     optimizer: torch.optim.Optimizer,
-    before: Callable[[Tensor], State],
-    after: Callable[[Tensor, State], None],
+    before: Callable[[Tensor], Kept],
+    after: Callable[[Tensor, Kept], None],
 ) -> Callable[[], None]:
     """Take the optimizer's step a few tensors at a time, and call `before` and `after` around each.
 
