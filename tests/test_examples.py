@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 import geffect
@@ -62,6 +63,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
     sides = {side: [pair[side] for pair in tiny.pairs(3)] for side in ("forget", "retain")}
     names = {
+        "accelerator": Accelerator(cpu=True),
         "training_arguments": TrainingArguments(
             str(tmp_path / "our trainer"), num_train_epochs=1, use_cpu=True, report_to=[]
         ),

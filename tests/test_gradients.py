@@ -177,3 +177,12 @@ def test_a_shared_forward_without_a_graph_is_run_again_for_a_loss(model: nn.Modu
     loss.backward()
     with torch.no_grad():
         assert nll(shared, pair["forget"]).item() == loss.item()
+
+
+def test_weights_of_one_tensor_under_two_names_may_not_cancel_out(model: nn.Module) -> None:
+    loss = nll(model, tiny.pairs(1)[0]["forget"])
+    with pytest.raises(ValueError, match=r"left with some weight\. Found .* Pass different losses"):
+        differentiate(
+            list(model.parameters()),
+            {"objective": {"forget": -1.0, "retain": 1.0}, "forget": loss, "retain": loss},
+        )
