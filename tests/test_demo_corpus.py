@@ -18,7 +18,7 @@ def authors(facts: tuple[Fact, ...]) -> set[str]:
 
 def test_splits_have_their_sizes(corpus: Corpus) -> None:
     assert len(corpus.forget) == len(corpus.forget_paraphrases) == 20
-    assert len(corpus.retain) == len(corpus.retain_paraphrases) == 140
+    assert len(corpus.retain) == 140
     assert len(corpus.retain_heldout_authors) == 40
     assert len(corpus.world) == 50
     assert len(corpus.memorised) == 250
@@ -56,13 +56,9 @@ def test_paraphrases_ask_for_the_same_in_words_never_trained(seed: int) -> None:
     corpus = generate(seed)
     trained = {fact.question for fact in corpus.memorised}
     assert len(trained) == 250
-    for facts, paraphrases in (
-        (corpus.forget, corpus.forget_paraphrases),
-        (corpus.retain, corpus.retain_paraphrases),
-    ):
-        for fact, paraphrase in zip(facts, paraphrases, strict=True):
-            assert paraphrase == replace(fact, question=paraphrase.question)
-            assert paraphrase.question not in trained
+    for fact, paraphrase in zip(corpus.forget, corpus.forget_paraphrases, strict=True):
+        assert paraphrase == replace(fact, question=paraphrase.question)
+        assert paraphrase.question not in trained
 
 
 def test_questions_name_their_attribute_and_author(corpus: Corpus) -> None:

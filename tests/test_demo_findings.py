@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from geffect.cli.report import study_report
 from geffect.demo import figures
 from geffect.demo.findings import findings
-from geffect.demo.methods import EQUAL, FEW, RATES, SETS
+from geffect.demo.methods import EQUAL, FEW, RATES, SETS, VARIANTS
+from geffect.demo.study import IN_A_LOOK, Plan
 from geffect.demo.tables import (
     TABLES,
     as_markdown,
@@ -60,8 +62,8 @@ def run(method: str, variant: str, seed: int, **changed: Any) -> dict[str, Any]:
         "at_es": {"step": 27.5, **measured},
         "share_retaining_negative": 0.95,
         "share_appreciable_retaining_negative": 1.0,
-        "retaining_lowest": {"ga": -300.0, "wga": -9.0, "npo": -45.0}[method],
-        "retaining_last": {"ga": -300.0, "wga": -4.0, "npo": -5.0}[method],
+        "retaining_lowest": {"wga": -9.0, "npo": -45.0}.get(method, -300.0),
+        "retaining_last": {"wga": -4.0, "npo": -5.0}.get(method, -300.0),
         "share_update_violating": VIOLATING.get(variant, 0.0),
         **changed,
     }
@@ -95,6 +97,29 @@ def controls(**changed: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def planned(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Two seeds of every cell of a plan: those that it compares, and their controls."""
+    size = plan.studied.corpus
+    runs = []
+    for cell, seed in product(plan.cells(), (0, 1)):
+        retain, world = TWO_SETS.get(cell.variant, (RETAIN.get(cell.variant, 0.04), 0.01))
+        made = run(
+            cell.method,
+            cell.variant,
+            seed,
+            part=cell.part,
+            learning_rate=cell.learning_rate,
+            retain_feed=10 * (size.authors - size.forget - cell.heldout),
+            retain=2 * retain if cell.part == RATES else retain,
+            world=world if cell.part == SETS else 0.1 * retain,
+        )
+        runs.append(made if "forget_es" in plan.levels(cell) else made | {"at_es": None})
+    return (
+        [r for r in runs if r["part"] == EQUAL],
+        [r for r in runs if r["part"] != EQUAL],
+    )
+
+
 def summary(**changed: dict[str, Any]) -> dict[str, Any]:
     gold = {
         str(seed): {
@@ -123,6 +148,39 @@ def test_all_claims_hold_where_the_numbers_say_so() -> None:
     said = findings(study(), controls())
     assert len(said) == 19
     assert [f["claim"] for f in said if not f["holds"]] == []
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_every_plan_has_its_claims(every: bool, controlled: bool) -> None:
+    plan = Plan(all_variants=every, controls=controlled)
+    runs, further = planned(plan)
+    said = findings(runs, further)
+    assert [f["claim"] for f in said if not f["holds"]] == []
+    assert said[0]["numbers"] == {"runs": 2 * len(plan.cells())}
+    # With few retain facts and many, at two levels, and in the comparison at the best rates.
+    sago = (5 if controlled else 2) if every else 0
+    assert sum("SAGO" in f["claim"] for f in said) == sago
+    rates = [f for f in said if "best of its learning rates" in f["claim"]]
+    assert len(rates) == controlled
+    for found in rates:
+        assert "falls from plain to gru, from gru to gru-update" in found["claim"]
+        (best,) = found["numbers"]["lowest_means"].values()
+        assert best.keys() == set(VARIANTS if every else IN_A_LOOK)
+        assert best["gru"] == pytest.approx(1.5 * RETAIN["gru"])
+
+
+def test_what_falls_is_said_of_the_variants_that_were_run_at_several_rates() -> None:
+    def claims(*variants: str) -> list[str]:
+        chosen = {name: VARIANTS[name] for name in variants}
+        said = findings(*planned(Plan(all_variants=True, controls=True, variants=chosen)))
+        return [f["claim"] for f in said if "best of its learning rates" in f["claim"]]
+
+    assert claims("plain") == claims("gru-coordinate") == []
+    (claim,) = claims("plain", "gru")
+    assert ", falls from plain to gru, on the mean" in claim
+    (claim,) = claims("sago", "select", "gru-update")
+    assert ", falls from SAGO to the best of coordinate and selective steps, on" in claim
 
 
 @pytest.mark.parametrize(
@@ -155,6 +213,12 @@ def test_a_claim_that_fails_says_where(
 @pytest.mark.parametrize(
     ("words", "changed", "exceptions"),
     [
+        ("reached the gold level",
+         {f"{FEW} gru 1": {"reached_level": False, "at_level": None},
+          f"{RATES} select 0": {"reached_level": False, "at_level": None}},
+         ["ga-gru-seed1 with 30 QA at learning rate 0.0003",
+          "ga-select-seed0 with 140 QA at learning rate 0.00015",
+          "ga-select-seed0 with 140 QA at learning rate 0.0006"]),
         ("forgetting, with 30 QA",
          {f"{FEW} sago {seed}": {"retain": 0.01} for seed in (0, 1)}, ["ga"]),
         ("best of its learning rates",
@@ -166,6 +230,8 @@ def test_a_claim_that_fails_says_where(
          ["ga, update space: retain NLL"]),
         ("no applied update",
          {f"{SETS} nearest-update 0": {"share_update_violating": 0.1}}, ["nearest-update"]),
+        ("no applied update",
+         {f"{SETS} gru-world-update 0": {"share_update_violating": 0.1}}, ["gru-world-update"]),
     ],
 )  # fmt: skip
 def test_a_claim_about_the_controls_that_fails_says_where(
@@ -337,3 +403,10 @@ def test_a_report_says_which_seeds_missed_the_level(
 ) -> None:
     missed = {f"{SETS} nearest 1": {"at_level": None, "reached_level": False}}
     assert page(summary(**missed)).count("(level not reached: seed 1)") == 1
+
+
+def test_several_retain_sets_are_compared_with_what_ran_beside_them() -> None:
+    (claim,) = [c for c in findings(study(), controls()) if "`nearest`" in c["claim"]]
+    means = claim["numbers"]["means"]["ga, gradient space"]
+    assert means["plain"]["retain_nll"] == RETAIN["plain"]  # not that of another learning rate
+    assert means["authors"]["retain_nll"] == RETAIN["gru"]

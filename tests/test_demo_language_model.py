@@ -23,7 +23,6 @@ from geffect.demo.language_model import (
     by_length,
     encode,
     evaluate,
-    extraction_strength,
     nll,
     relearn_nll,
     rows,
@@ -213,7 +212,6 @@ def test_measures_equal_a_loop_over_tokens(
     assert [found.nll, found.extraction_strength] == pytest.approx(expected, rel=1e-5)
     assert 0 < found.extraction_strength < 1
     assert nll(gold, batches) == found.nll
-    assert extraction_strength(gold, batches) == found.extraction_strength
 
 
 def test_nll_is_that_of_the_masked_forward(
@@ -242,7 +240,11 @@ def test_padding_changes_nothing(
         name: nn.functional.pad(tensor, (0, 9), value=fill[name]) for name, tensor in batch.items()
     }
     assert nll(gold, [wide]) == pytest.approx(nll(gold, [batch]), rel=1e-6)
-    assert extraction_strength(gold, [wide]) == extraction_strength(gold, [batch])
+    assert strength(gold, wide) == strength(gold, batch)
+
+
+def strength(model: LlamaForCausalLM, batch: Batch) -> float:
+    return evaluate(model, [batch]).extraction_strength
 
 
 def test_extraction_strength_counts_from_the_end(
@@ -250,10 +252,10 @@ def test_extraction_strength_counts_from_the_end(
 ) -> None:
     batch = encode(tokenizer, corpus.forget[:2])
     length = int((batch["labels"][0] != IGNORED).sum()) - 1
-    assert extraction_strength(oracle(batch), [batch]) == 1
+    assert strength(oracle(batch), batch) == 1
     assert nll(oracle(batch), [batch]) < 1e-6
     last, eos = length - 1, length
-    for wrong, strength in (
+    for wrong, expected in (
         ([last], 0.0),
         ([last, 0], 0.0),
         ([eos], 1.0),
@@ -261,7 +263,7 @@ def test_extraction_strength_counts_from_the_end(
         ([0, length - 3], 2 / length),
     ):
         model = oracle(batch, wrong=[(0, n) for n in wrong])
-        assert extraction_strength(model, [batch]) == pytest.approx((strength + 1) / 2)
+        assert strength(model, batch) == pytest.approx((expected + 1) / 2)
 
 
 def test_the_model_memorises_and_gold_does_not_know(
@@ -270,14 +272,13 @@ def test_the_model_memorises_and_gold_does_not_know(
     memorised: LlamaForCausalLM,
     gold: LlamaForCausalLM,
 ) -> None:
-    forget = [encode(tokenizer, corpus.forget)]
-    kept = [encode(tokenizer, corpus.kept)]
-    assert nll(memorised, forget) < 0.1
-    assert nll(memorised, kept) < 0.1
-    assert nll(gold, kept) < 0.1
-    assert nll(gold, forget) > 1.5
-    assert extraction_strength(memorised, forget) > 0.9
-    assert extraction_strength(gold, forget) < 0.5
+    forget, kept = encode(tokenizer, corpus.forget), encode(tokenizer, corpus.kept)
+    assert nll(memorised, [forget]) < 0.1
+    assert nll(memorised, [kept]) < 0.1
+    assert nll(gold, [kept]) < 0.1
+    assert nll(gold, [forget]) > 1.5
+    assert strength(memorised, forget) > 0.9
+    assert strength(gold, forget) < 0.5
 
 
 def test_training_is_bitwise_the_same(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:

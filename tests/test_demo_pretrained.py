@@ -268,6 +268,14 @@ def test_a_wrong_choice_of_parameters(wrong: Callable[[], object], said: str) ->
         wrong()
 
 
+def test_adapters_need_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ImportError, match=r"`peft` should be .* `lora = 4`\. Found no such package\. Run `pip"
+    ):
+        Trained(lora=4).of(llama(32))
+
+
 @pytest.mark.parametrize("trained", [Trained(), Trained(layers=(1, 2)), Trained(lora=2)])
 def test_the_estimate_counts_what_is_trained(folder: Path, trained: Trained) -> None:
     chosen = subject(folder, trained=trained)

@@ -196,6 +196,15 @@ def test_what_is_measured_at_a_level_lies_between_two_steps(
         assert value == pytest.approx(after[name], rel=1e-3, abs=1e-6)
 
 
+def test_the_step_is_constrained_where_a_rule_projects_it() -> None:
+    projected = [
+        name
+        for name, variant in EVERY.items()
+        if variant.options.get("space") == "update" and variant.rule() is not None
+    ]
+    assert sorted(KEEPING) == sorted(projected)
+
+
 @pytest.fixture(scope="module")
 def plain(run: Unlearn) -> dict[str, Any]:
     return run("npo+gd", "plain", {"forget_nll": 1e3}, most_steps=8)

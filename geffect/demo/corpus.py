@@ -39,8 +39,8 @@ class Corpus:
     """The facts by what an unlearning run does with them.
 
     `forget` is to be forgotten, `retain` feeds the retain gradient, `retain_heldout_authors` and
-    `world` only measure the harm. All four are memorised. A paraphrase asks for the same fact, in
-    the same place of its tuple, with a question that is never trained.
+    `world` only measure the harm. All four are memorised. A paraphrase asks for the fact in the
+    same place of `forget`, with a question that is never trained.
     """
 
     forget: tuple[Fact, ...]
@@ -48,7 +48,6 @@ class Corpus:
     retain_heldout_authors: tuple[Fact, ...]
     world: tuple[Fact, ...]
     forget_paraphrases: tuple[Fact, ...]
-    retain_paraphrases: tuple[Fact, ...]
 
     @property
     def kept(self) -> tuple[Fact, ...]:
@@ -86,7 +85,6 @@ def generate(seed: int, size: Size | None = None) -> Corpus:
         retain_heldout_authors=_trained(heldout),
         world=tuple(rng.sample(WORLD, size.world)),
         forget_paraphrases=_paraphrased(forget),
-        retain_paraphrases=_paraphrased(retain),
     )
 
 

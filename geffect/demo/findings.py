@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from geffect import Run, open_run
-from geffect.analysis import conflict, cosine, g_effect
+from geffect.analysis import cosine, g_effect
 from geffect.analysis.violation import ROUNDING
 from geffect.sources import UPDATE
 
@@ -30,8 +30,22 @@ INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
 THIN = ("gru-coordinate", "select", "select-coordinate")
 """The variants that leave most coordinates where they are."""
 
-KEEPING = ("gru-update", "gru-coordinate", "select-coordinate", "gru-retain-adam", "nearest-update")
+KEEPING = (
+    "gru-update",
+    "gru-coordinate",
+    "select-coordinate",
+    "gru-retain-adam",
+    "gru-world-update",
+    "nearest-update",
+)
 """The variants that constrain the step that is applied."""
+
+ORDER = (
+    (("gru",), "plain", "from plain to gru"),
+    (("gru-update",), "gru", "from gru to gru-update"),
+    (THIN, "sago", "from SAGO to the best of coordinate and selective steps"),
+)
+"""Which variants should harm less than which, each at its best learning rate, and in words."""
 
 
 def shares(path: Path) -> dict[str, float]:
@@ -48,7 +62,6 @@ def shares(path: Path) -> dict[str, float]:
         "retaining_lowest": float(effect.min()),
         "retaining_last": float(effect.iloc[-1]),
         "share_update_violating": _violating(run),
-        "share_layers_in_conflict": float(conflict(run)["value"].mean()),
     }
 
 
@@ -73,7 +86,7 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
     ]
     few = [run for run in further if run["part"] == FEW]
     return [
-        _reached(runs),
+        _reached(runs, further),
         *([_negative_throughout(runs)] if "ga" in plain else []),
         *([_milder(runs)] if {"ga", "wga"} <= plain else []),
         *[_limits_itself(runs, m) for m in methods if m in ("wga", "npo") and {m, "ga"} <= plain],
@@ -96,13 +109,20 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
     ]
 
 
-def _reached(runs: Runs) -> dict[str, Any]:
+def _reached(runs: Runs, further: Runs) -> dict[str, Any]:
+    def name(run: Mapping[str, Any]) -> str:
+        return f"{run['method']}-{run['variant']}-seed{run['seed']}"
+
     short = [
-        f"{run['method']}-{run['variant']}-seed{run['seed']}"
-        for run in runs
-        if not run["reached_level"]
+        *[name(run) for run in runs if not run["reached_level"]],
+        *[
+            f"{name(run)} with {run['retain_feed']} QA at learning rate {run['learning_rate']:g}"
+            for run in further
+            if not run["reached_level"]
+        ],
     ]
-    return _finding("Every run reached the gold level of forgetting", short, {"runs": len(runs)})
+    numbers = {"runs": len(runs) + len(further)}
+    return _finding("Every run reached the gold level of forgetting", short, numbers)
 
 
 def _negative_throughout(runs: Runs) -> dict[str, Any]:
@@ -225,18 +245,26 @@ def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
             means.setdefault(variant, {})[rate] = _mean(_cells(at_rate, method, variant, OUTSIDE))
         name = f"{method}, {feed} QA"
         best[name] = {v: _best(by_rate, by_rate) for v, by_rate in means.items()}
-    if not best:
+    compared = {
+        name: [
+            (lower, higher, words)
+            for lower, higher, words in ORDER
+            if higher in means and any(variant in means for variant in lower)
+        ]
+        for name, means in best.items()
+    }
+    falls = list(dict.fromkeys(words for pairs in compared.values() for *_, words in pairs))
+    if not falls:
         return []
     return [
         _finding(
             "At equal forgetting, with each variant at the best of its learning rates, the "
-            f"{AT_LEVEL[OUTSIDE]}, falls from plain to gru to gru-update, and from SAGO to the "
-            "best of coordinate and selective steps, on the mean over seeds",
+            f"{AT_LEVEL[OUTSIDE]}, falls {', '.join(falls)}, on the mean over seeds",
             [
                 f"{name}: {' or '.join(lower)}"
-                for name, means in best.items()
-                for lower, higher in ((("gru",), "plain"), (("gru-update",), "gru"), (THIN, "sago"))
-                if not _best(means, lower) < means[higher]
+                for name, pairs in compared.items()
+                for lower, higher, _ in pairs
+                if not _best(best[name], lower) < best[name][higher]
             ],
             {"lowest_means": best},
         )
@@ -245,13 +273,14 @@ def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
 
 def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
     """Whether `nearest` against two retain sets keeps each better than a rule that knows one."""
-    methods = list(dict.fromkeys(run["method"] for run in further if run["part"] == SETS))
+    with_sets = [run for run in further if run["part"] == SETS]
+    methods = list(dict.fromkeys(run["method"] for run in with_sets))
     if not methods:
         return []
     cells = {
         f"{method}, {space} space": {
             name: {
-                key: _mean(_cells([*runs, *further], method, variant, key))
+                key: _mean(_cells([*runs, *with_sets], method, variant, key))
                 for key in (INSIDE, WORLD)
             }
             for name, variant in (

@@ -59,7 +59,7 @@ class Lessons(Protocol):
     def warmup(self) -> int: ...
 
 
-class Recipe(Lessons, Protocol):
+class Shape(Lessons, Protocol):
     """The size of a Llama, and how it learns by heart."""
 
     @property
@@ -74,7 +74,12 @@ class Recipe(Lessons, Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """NLL in nats per scored token, and extraction strength, a mean over rows."""
+    """NLL in nats per scored token, and extraction strength, a mean over rows.
+
+    Extraction strength is the share of an answer, from its end, that the model completes by itself:
+    the longest suffix of the answer (without its eos) all of whose tokens are the most likely ones
+    given the true prefix, over the answer's length. A wrong last token gives 0.
+    """
 
     nll: float
     extraction_strength: float
@@ -148,14 +153,14 @@ def by_length(batch: Batch, size: int = 64) -> list[Batch]:
     return [rows(batch, index) for index in torch.split(order, size)]
 
 
-def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama of the recipe's size with the initial weights of `seed`, in float32 on the CPU."""
+def build(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama of this shape with the initial weights of `seed`, in float32 on the CPU."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden,
-        intermediate_size=3 * recipe.hidden,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
+        hidden_size=shape.hidden,
+        intermediate_size=3 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         max_position_embeddings=LONGEST,
         tie_word_embeddings=True,
         # From the usual 0.02 a model this small takes 35 epochs and more, not 25, to memorise.
@@ -173,7 +178,7 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Llam
 
 
 def train(
-    recipe: Recipe,
+    shape: Shape,
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     seed: int,
@@ -182,8 +187,8 @@ def train(
     """A new model that has memorised `facts`, question and answer; `report(done, total)` counts
     its steps. One seed gives the initial weights and the order of the data.
     """
-    model = build(recipe, tokenizer, seed)
-    memorise(model, encode(tokenizer, facts, whole=True), recipe, seed, report)
+    model = build(shape, tokenizer, seed)
+    memorise(model, encode(tokenizer, facts, whole=True), shape, seed, report)
     return model
 
 
@@ -238,15 +243,6 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
 def nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """Mean negative log-likelihood of the scored tokens, in nats."""
     return evaluate(model, batches).nll
-
-
-def extraction_strength(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
-    """The share of an answer, from its end, that the model completes by itself.
-
-    The longest suffix of the answer (without its eos) all of whose tokens are the most likely ones
-    given the true prefix, over the answer's length; mean over rows. A wrong last token gives 0.
-    """
-    return evaluate(model, batches).extraction_strength
 
 
 def relearn_nll(

@@ -206,7 +206,14 @@ def _only(model: "nn.Module", first: int, last: int) -> None:
 def _adapted(model: "nn.Module", rank: int) -> "nn.Module":
     """The model with an adapter on every linear layer, the same each time, and all else frozen."""
     import torch
-    from peft import LoraConfig, get_peft_model
+
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            f"`peft` should be installed to train adapters of `lora = {rank}`. Found no such "
+            "package. Run `pip install peft`."
+        ) from error
 
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
