@@ -1,6 +1,7 @@
 """Rectified Trainers in two processes, by DDP and by FSDP2, against one that has all the data."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def stopped_of_two(layout: str, folder: str) -> list[dict[str, Any]]:
 def end(layout: str, folder: str, case: str, *callbacks: Any, **told: Any) -> dict[str, Any]:
     rank = distributed.rank()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place |= told.pop("place", {})
     os.environ |= {name: str(value) for name, value in place.items()}
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = train(Path(folder), case, KINDS[layout], *callbacks, processes=2, **told)
@@ -146,3 +148,31 @@ def test_two_processes_that_were_stopped_end_where_they_would_have(
     for straight, resumed in two_ranks.run(stopped_of_two, layout, str(tmp_path)):
         assert resumed["fired"] == straight["fired"][2:]
         assert all(map(np.array_equal, resumed["parameters"], straight["parameters"]))
+
+
+def on_two_nodes(folder: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """A training on two nodes with a disk each, and one that was stopped and resumed.
+
+    And what is said where the second has lost the state of its rectifier.
+    """
+    node = {"place": {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}}
+    disk, options = Path(folder, str(distributed.rank())), {"save_on_each_node": True, **SAVING}
+    straight = end("ddp", str(disk), "total", **node)
+    end("ddp", str(disk), "total", At("on_step_end", 2, stop), **options, **node)
+    resume = disk / "out" / "checkpoint-2"
+    if distributed.rank() == 1:  # to whom transformers 5 leaves all but the weights
+        weights = Path(folder, "0", "out", "checkpoint-2", "model.safetensors")
+        shutil.copy(weights, resume)
+    resumed = end("ddp", str(disk), "total", resume=str(resume), **options, **node)
+    if distributed.rank() == 1:
+        (resume / "rectifier.pt").unlink()
+    with pytest.raises(ValueError) as refusal:
+        end("ddp", str(disk), "total", resume=str(resume), **options, **node)
+    return straight, resumed, str(refusal.value)
+
+
+def test_nodes_with_disks_of_their_own_go_on_alike_or_not_at_all(tmp_path: Path) -> None:
+    for straight, resumed, refusal in two_ranks.run(on_two_nodes, str(tmp_path)):
+        assert resumed["fired"] == straight["fired"][2:]
+        assert all(map(np.array_equal, resumed["parameters"], straight["parameters"]))
+        assert "on every process, or on none" in refusal

@@ -342,6 +342,15 @@ def test_a_row_of_batches_is_the_same_wherever_one_begins() -> None:
     assert read(5, 3, row) == read(5, 3, RetainBatches(shuffled())) == straight[5:8]
 
 
+def test_a_window_that_was_left_in_the_midst_is_begun_anew() -> None:
+    batches = [{"labels": torch.full((1, 2), i)} for i in range(5)]
+    row = RetainBatches(batches)
+    list(row.window(0, count=3))
+    next(iter(row.window(3, count=2)))  # and then a pass raised
+    again = [int(batch["labels"][0, 0]) for batch in row.window(3, count=2)]
+    assert again == [3, 4]
+
+
 # A training that stops.
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -393,6 +402,25 @@ def test_a_checkpoint_of_another_rectifier_is_refused(tmp_path: Path) -> None:
     other = rectified(tmp_path, rectifier={"ema": 0.5}, **SAVING)
     with pytest.raises(ValueError, match="set up as"):
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_a_recorder_that_goes_on_elsewhere_is_refused(tmp_path: Path) -> None:
+    trainer = unlearner(tmp_path, **SAVING)
+    path, resume = tmp_path / "run.h5", str(tmp_path / "out" / "checkpoint-2")
+    with Recorder(trainer.model, path) as recorder:
+        rectify(trainer, Rectifier(trainer.model), recorder=recorder)
+        trainer.train()
+    steps = open_run(path).steps.tolist()
+    for told in ({}, {"next_step": 2}):
+        trainer = unlearner(tmp_path, **SAVING)
+        with Recorder(trainer.model, path, resume=True, **told) as recorder:
+            rectify(trainer, Rectifier(trainer.model), recorder=recorder)
+            if told:
+                trainer.train(resume_from_checkpoint=resume)
+                continue
+            with pytest.raises(ValueError, match=r"go on with step 2, as .* Found 6\. Pass"):
+                trainer.train(resume_from_checkpoint=resume)
+    assert open_run(path).steps.tolist() == steps == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_training_that_raised_leaves_nothing_to_the_next(tmp_path: Path) -> None:

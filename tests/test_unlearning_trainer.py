@@ -228,6 +228,22 @@ def test_the_forget_part_alone_is_rectified(tmp_path: Path) -> None:
     assert_close(model, expected, 1e-8)
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_of_an_objective_without_retain_term_all_is_forget_part(
+    watched: bool, tmp_path: Path
+) -> None:
+    ends = []
+    for part in ("total", "forget"):
+        model = tiny.gpt2()
+        recorder = partial(Recorder, path=tmp_path / f"{part}.h5") if watched else None
+        rectifier = Rectifier(model, part=part)
+        objective = NPO(beta=0.5)  # its weight is -4, which rounds nothing
+        trainer = trained(tmp_path, model, objective, rectifier=rectifier, recorder=recorder)
+        ends.append(states(model))
+    assert same(*ends)
+    assert any(log.get("rectify/fired") for log in trainer.state.log_history)
+
+
 def test_the_applied_update_harms_nothing(tmp_path: Path) -> None:
     """Under AdamW, whose steps break what the gradient satisfies."""
     logged = {}
@@ -406,6 +422,26 @@ def test_stopped_and_resumed_equals_not_stopped(rectified: str, stop: int, tmp_p
     runs = [open_run(tmp_path / f"{name}.h5") for name in ("whole", "parts")]
     assert runs[0].steps.tolist() == runs[1].steps.tolist() == [0, 1, 2, 3]
     np.testing.assert_array_equal(runs[0].gram(), runs[1].gram())
+
+
+def test_after_an_epoch_that_was_cut_short_comes_the_next(tmp_path: Path) -> None:
+    met: list[tuple[int, int]] = []
+
+    def noting(pairs: Any) -> Any:
+        for pair in pairs:
+            sides = zip((FORGET, RETAIN), (pair["forget"], pair["retain"]), strict=True)
+            met.append(tuple(next(i for i, x in enumerate(s) if x is own) for s, own in sides))
+        return collate(pairs)
+
+    def cut(control: Any, **_: Any) -> None:
+        control.should_epoch_stop = True
+
+    data = {"forget": FORGET, "retain": RETAIN, "data_collator": noting}
+    trained(tmp_path, tiny.gpt2(), NPO(), data=data, callbacks=[At("on_step_end", 1, cut)])
+    pairing = Pairing((len(FORGET), len(RETAIN)), SEED)
+    assert met[0] == next(iter(pairing))
+    pairing.epoch = 1
+    assert met[-len(FORGET) :] == list(pairing)
 
 
 def test_a_recorder_that_goes_on_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 EFFECTS = {FORGET: "unlearning", RETAIN: "retaining"}
 """What the effects on these two risks are called; another one's has the name of the risk."""
 
-_recording: "weakref.WeakSet[GEffectCallback]" = weakref.WeakSet()
+_open_callbacks: "weakref.WeakSet[GEffectCallback]" = weakref.WeakSet()
 """Those that have a file open: of a training that goes on, or of one that raised."""
 
 
@@ -148,7 +148,7 @@ class GEffectCallback(TrainerCallback):
             on_error=self._on_error,
             provenance={"trainer": _provenance(trainer, args)},
         )
-        _recording.add(self)
+        _open_callbacks.add(self)
         self._trainer = weakref.ref(trainer)
         with self._let_go_if_it_fails():
             if continued := self._recording.known.sources:
@@ -295,7 +295,7 @@ class GEffectCallback(TrainerCallback):
 
     def _let_go(self, *, complete: bool = False) -> None:
         recording, self._recording, self._step = self._recording, None, None
-        _recording.discard(self)
+        _open_callbacks.discard(self)
         if recording is not None:
             recording.close(complete=complete)
 
@@ -311,7 +311,7 @@ class GEffectCallback(TrainerCallback):
 
     def _take_over(self) -> None:
         """Close what was left open here by another callback, of a training that raised."""
-        for other in list(_recording):
+        for other in list(_open_callbacks):
             trainer = other._trainer and other._trainer()
             if other._path == self._path and not (trainer and is_running(trainer)):
                 other._let_go()

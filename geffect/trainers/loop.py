@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from transformers import Trainer
 
 from geffect import distributed
+from geffect.capture import Recorder
 from geffect.losses import check_no_step_inside
 from geffect.projection.attachment import unwrapped
 
@@ -81,7 +82,7 @@ def clip_scale(grad_norm: Tensor | float | None, max_grad_norm: float | None) ->
     return float(torch.clamp(max_grad_norm / (torch.as_tensor(grad_norm) + 1e-6), max=1.0))
 
 
-def loss_scale(scaler: GradScaler | None) -> float:
+def current_scale(scaler: GradScaler | None) -> float:
     """What a GradScaler multiplies the loss by. It is smaller after a step that it has skipped."""
     return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
@@ -94,7 +95,7 @@ def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> f
     if scaler is None or not scaler.is_enabled():
         return 1.0
     stage = scaler._per_optimizer_states[id(unwrapped(optimizer))]["stage"]
-    return loss_scale(scaler) if stage is OptState.READY else 1.0
+    return current_scale(scaler) if stage is OptState.READY else 1.0
 
 
 def check_gradients_can_be_had(
@@ -115,6 +116,15 @@ def check_gradients_can_be_had(
         if not getattr(parameter, "_replicated_grad_hook_registered", False)
     )
     distributed.check_layout(model)
+
+
+def check_continued(recorder: Recorder, step: int) -> None:
+    """Refuse a recorder that would number the steps of a resumed training otherwise than it."""
+    if step and recorder.next_step != step:
+        raise ValueError(
+            f"`recorder` should go on with step {step}, as the checkpoint does. Found "
+            f"{recorder.next_step}. Pass Recorder(..., resume=True, next_step={step})."
+        )
 
 
 def _without_gradients(

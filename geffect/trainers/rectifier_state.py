@@ -18,16 +18,16 @@ WHOLE = "rectifier.pt"
 PART = "rectifier_{rank}_of_{processes}.pt"
 
 
-def save(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
+def save(rectifier: Rectifier, folder: str | os.PathLike[str], *, writes: bool) -> None:
     """Write the state of a rectifier into the folder of a checkpoint. All processes call it.
 
-    One file, which the first process writes; of a sharded model one a process, with the parts of
-    the averages that it holds.
+    One file, from a process that `writes`, as one of each node may; of a sharded model one a
+    process, with the parts of the averages that it holds.
     """
     state = rectifier.state_dict()
     name = _own_part() if any(map(distributed.is_sharded, _tensors(state))) else WHOLE
     with distributed.together():
-        if name != WHOLE or distributed.is_writer():
+        if name != WHOLE or writes:
             Path(folder).mkdir(parents=True, exist_ok=True)
             torch.save(state, Path(folder, name))
 
@@ -39,6 +39,16 @@ def restore(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
     """
     with distributed.together():
         found = _found(Path(folder))
+    on_some = distributed.anywhere(found is not None)
+    with distributed.together():
+        if on_some and found is None:
+            # Its averages would be others than theirs, and so would its steps.
+            raise ValueError(
+                "A checkpoint should have the state of the rectifier on every process, or on none. "
+                f"Found none in `{folder}` on process {distributed.rank()}, and one on others. "
+                "Copy the file to where it is missing; with a disk for each node, save by "
+                "save_on_each_node=True."
+            )
         if found is not None:
             # A part knows the device of its mesh.
             where = "cpu" if found.name == WHOLE else None

@@ -24,7 +24,7 @@ from geffect.sources import OBJECTIVE, RETAIN
 
 from . import rectifier_state
 from .leaf_cut import LeafCut, RetainTerm
-from .loop import check_gradients_can_be_had, loss_scale
+from .loop import check_continued, check_gradients_can_be_had, current_scale
 from .rectification_log import RectificationLog
 from .retain_batches import RetainBatches
 
@@ -81,7 +81,7 @@ class RectifyMixin(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        rectifier_state.save(self._rectified.rectifier, output_dir)
+        rectifier_state.save(self._rectified.rectifier, output_dir, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -123,6 +123,8 @@ class _Steps(TrainerCallback):
     ) -> None:
         """Refuse training in which no gradient can be had, and attach the optimizer."""
         check_gradients_can_be_had(self.trainer, kwargs["model"], kwargs["optimizer"])
+        if self.recorder is not None:
+            check_continued(self.recorder, state.global_step)
         self.begin()
         self.log = RectificationLog()
         self.rectifier.attach(kwargs["optimizer"])
@@ -180,7 +182,7 @@ class _Steps(TrainerCallback):
 
     @property
     def _scale(self) -> float:
-        return loss_scale(self.trainer.accelerator.scaler)
+        return current_scale(self.trainer.accelerator.scaler)
 
     def _gradients(self) -> Gradients:
         """The gradients of the step, taken out of `.grad`, as means over the processes."""
@@ -254,10 +256,11 @@ def rectify(
     The retain gradient comes from the retain loss that the Trainer has behind a method
     `compute_retain_loss(model, retain_inputs, ...)`, on batches {"forget": ..., "retain": ...}: the
     mean over the micro-batches, each by its weight in the loss. It is taken apart by `leaf_cut`,
-    at no further forward pass and the memory of one gradient. Whether the loss is rectified as a
-    whole or without its retain term is the rectifier's `part`. A retain loss of weight 0 is no part
-    of the objective and still says what should stay. Refused are a loss that shares a forward pass
-    with its retain loss, and one that does not ask for it.
+    at no further forward pass. That costs the memory of one gradient, and at the end of a step that
+    of another, for the sum, where the loss is rectified as a whole. Whether that is so, or it is
+    rectified without its retain term, is the rectifier's `part`. A retain loss of weight 0 is no
+    part of the objective and still says what should stay. Refused are a loss that shares a forward
+    pass with its retain loss, and one that does not ask for it.
 
     - `retain`: instead, batches with input_ids, attention_mask and labels: for Trainers without
       such a method, as in TRL, or against other data than those of the loss, which stays as it is.

@@ -37,6 +37,7 @@ class RetainBatches:
     def read(self, first: int, count: int) -> Iterator[Batch]:
         if first != self._next:
             self._row = self._from(first)
+        self._next = -1  # a window that is left in its midst is begun anew
         yield from islice(self._row, count)
         self._next = first + count
 

@@ -14,7 +14,7 @@ from geffect.capture.recording import Recording
 from geffect.gradients import Vector
 from geffect.sources import OBJECTIVE, UPDATE
 
-from .loop import INSTEAD, Loop, clip_scale, loss_scale, scale_left
+from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left
 
 SEEN = "seen"
 """The gradient as the optimizer sees it; the objective's is a multiple of it."""
@@ -63,7 +63,7 @@ class Step:
         if update:
             self._before = [parameter.detach().clone() for parameter in parameters]
         scaler = loop.trainer.accelerator.scaler
-        self._loss_scale = loss_scale(scaler)
+        self._loss_scale = current_scale(scaler)
         if loop.grad_norm is not None:
             self._grad_norm = float(loop.grad_norm)
             if not math.isfinite(self._grad_norm):
@@ -77,7 +77,7 @@ class Step:
     def move(self, parameters: Sequence[Tensor], loop: Loop) -> None:
         """Take what the optimizer made of it."""
         # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
-        self.skipped = loss_scale(loop.trainer.accelerator.scaler) < self._loss_scale
+        self.skipped = current_scale(loop.trainer.accelerator.scaler) < self._loss_scale
         if self.skipped:
             self._weights.pop(OBJECTIVE, None)
         elif self._before is not None:

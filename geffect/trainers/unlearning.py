@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import reduce
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForwar
 from geffect.objectives.base import sequence_sum, token_log_probabilities
 from geffect.objectives.reference import missing_in, with_reference
 from geffect.projection import Rectifier
+from geffect.projection.options import Part
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import rectifier_state
-from .loop import check_gradients_can_be_had
+from .loop import check_continued, check_gradients_can_be_had
 from .pairs import Items, Pairing, Pairs, collate
 from .rectification_log import RectificationLog
 
@@ -55,8 +57,9 @@ class UnlearningTrainer(Trainer):
     - `eval_dataset`: further sets by their names, or others in place of those. `evaluate` gives the
       risk on each, the NLL per answer token over all of its tokens: `eval_forget_nll`,
       `eval_retain_nll`, `eval_world_nll`.
-    - `rectifier`: its state is saved with checkpoints, and restored. In update space it is attached
-      to the optimizer for as long as training goes.
+    - `rectifier`: its state is saved with checkpoints, and restored. In either space it is attached
+      to the optimizer for as long as training goes: what is not stepped takes no part in the
+      constraint.
     - `recorder`: one that was made for `model`, which the caller closes; or what makes one,
       `partial(Recorder, path=...)`, called with the model when training begins and closed when it
       ends. Resumed from a checkpoint such a recorder continues its file at that step.
@@ -204,7 +207,7 @@ class UnlearningTrainer(Trainer):
         shared = SharedForward(model)
         parts = self.objective.components(shared, batch)
         known = _risks_among(self.objective)
-        losses = _declared(parts, known, apart=self.rectifier is not None)
+        losses = _declared(parts, known, None if self.rectifier is None else self.rectifier.part)
         # Their dropout is not to be missed by the training, which draws the same as without them.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for name in self._wanted(batch):
@@ -243,13 +246,10 @@ class UnlearningTrainer(Trainer):
         self._recorder = self._begun_recorder(step)
 
     def _begun_recorder(self, step: int) -> Recorder | None:
-        if self.recorder is None or isinstance(self.recorder, Recorder):
-            if step and self.recorder is not None and self.recorder.next_step != step:
-                raise ValueError(
-                    f"`recorder` should go on with step {step}, as the checkpoint does. Found "
-                    f"{self.recorder.next_step}. Pass Recorder(..., resume=True, next_step={step})"
-                    ", or recorder=partial(Recorder, path=...), which is then made to fit."
-                )
+        if self.recorder is None:
+            return None
+        if isinstance(self.recorder, Recorder):
+            check_continued(self.recorder, step)
             return self.recorder
         resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
         return self._until_trained.enter_context(self.recorder(self.model_wrapped, **resumed))
@@ -274,7 +274,7 @@ class UnlearningTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.rectifier is not None:
-            rectifier_state.save(self.rectifier, output_dir)
+            rectifier_state.save(self.rectifier, output_dir, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -285,12 +285,15 @@ class UnlearningTrainer(Trainer):
 class _Events(TrainerCallback):
     def __init__(self, trainer: UnlearningTrainer) -> None:
         self._trainer = trainer
+        self._epochs = count()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Counted from here on: in the state an epoch that is cut short never comes to its end.
+        self._epochs = count(int(state.epoch or 0))
         self._trainer._begin(state.global_step, kwargs["optimizer"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._pairing.epoch = int(state.epoch)
+        self._trainer._pairing.epoch = next(self._epochs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.rectifier is not None:
@@ -321,15 +324,17 @@ def _risks_among(objective: Objective) -> frozenset[str]:
 
 
 def _declared(
-    parts: Mapping[str, tuple[Tensor, float]], risks: frozenset[str], *, apart: bool
+    parts: Mapping[str, tuple[Tensor, float]], risks: frozenset[str], rectified: Part | None
 ) -> dict[str, Loss]:
     """The objective and those of its parts that are differentiated by themselves.
 
-    One multiple of a risk is declared as that. A sum is declared as a combination where its parts
-    are to be had `apart`, each by a pass of its own; it is a tensor where its gradient has to be
-    bit for bit that of one pass.
+    One multiple of a risk is declared as that, and of another loss where the forget part is
+    `rectified`, which a rectifier finds in a combination alone. A sum is declared as a combination
+    where any part of it is rectified, each by a pass of its own; it is a tensor where its gradient
+    has to be bit for bit that of one pass.
     """
-    declared = parts.keys() <= risks if len(parts) == 1 else apart
+    single = rectified == "forget" or parts.keys() <= risks
+    declared = single if len(parts) == 1 else rectified is not None
     if not declared:
         return {OBJECTIVE: reduce(torch.add, [weight * loss for loss, weight in parts.values()])}
     names = {part: part if part in risks else f"{OBJECTIVE}.{part}" for part in parts}
