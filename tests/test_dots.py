@@ -76,9 +76,9 @@ def quick_error(vectors: list[torch.Tensor]) -> float:
 def test_a_quick_product_is_as_exact_as_it_says(size: int) -> None:
     spiky, even = torch.full((size,), 0.1), torch.full((size,), 0.3)
     spiky[size // 2] = 1e4
-    assert quick_error([heavy_tailed(size, 0), heavy_tailed(size, 1)]) < 2e-7
+    assert quick_error([heavy_tailed(size, 0), heavy_tailed(size, 1)]) < 1e-6
     # What is worst for sums in float32: one large among many small ones, and all alike.
-    assert quick_error([spiky, even]) < 2e-7
+    assert quick_error([spiky, even]) < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e25])
