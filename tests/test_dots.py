@@ -108,6 +108,8 @@ def test_other_types_are_left_to_the_exact_product(dtype: torch.dtype) -> None:
 def test_quick_products_of_any_layout_and_of_absent_gradients() -> None:
     a, b = heavy_tailed(6000, 0).view(60, 100), heavy_tailed(6000, 1).view(100, 60).t()
     expected = gram([a, None, b])
-    torch.testing.assert_close(quick_gram([a, None, b]), expected, rtol=1e-6, atol=1e-6 * float(expected.max()))
+    torch.testing.assert_close(
+        quick_gram([a, None, b]), expected, rtol=1e-6, atol=1e-6 * float(expected.max())
+    )
     assert torch.equal(quick_gram([None, None]), torch.zeros(2, 2).double())
     assert torch.equal(quick_gram([torch.zeros(0, 4)] * 2), torch.zeros(2, 2).double())
