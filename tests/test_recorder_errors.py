@@ -437,7 +437,10 @@ def test_a_rectified_optimizer_takes_no_closure(tmp_path: Path, keyword: bool) -
             with (
                 nothing_lost(model, path),
                 one_error(
-                    ValueError, "without a closure", "Found a closure given to SGD", "Call step() alone"
+                    ValueError,
+                    "without a closure",
+                    "Found a closure given to SGD",
+                    "Call step() alone",
                 ),
             ):
                 with_closure(optimizer, lambda: loss_of(model), keyword)
