@@ -100,11 +100,11 @@ class Gradients:
             )
         count = len(self.parameters)
         # A soft prompt is the same leaf every time, but the output of a frozen embedding another.
-        known = {id(leaf): count + i for i, leaf in enumerate(self.others)}
+        known = set(map(id, self.others))
         added = [leaf for leaf in later.others if id(leaf) not in known]
-        known |= {id(leaf): count + len(self.others) + i for i, leaf in enumerate(added)}
         self.others.extend(added)
-        places = [*range(count), *(known[id(leaf)] for leaf in later.others)]
+        place_of = {id(leaf): place for place, leaf in enumerate(self.others, count)}
+        places = [*range(count), *(place_of[id(leaf)] for leaf in later.others)]
         for name, vector in self.vectors.items():
             vector.extend([None] * len(added))
             for place, tensor in zip(places, later.vectors[name], strict=True):

@@ -666,7 +666,7 @@ def test_the_correction_along_the_scaled_retain_gradient() -> None:
     assert float(x @ r) >= -1e-6 * float(x.norm() * r.norm())
     assert rectifier.report is not None
     assert rectifier.report.norm_after[0] == pytest.approx(float(x.norm()), rel=1e-3)
-    assert abs(rectifier.report.inner_after[0]) <= 1e-7 * float(u.norm() * r.norm())
+    assert abs(rectifier.report.inner_after[0]) <= 1e-9 * float(u.norm() * r.norm())
 
 
 @pytest.mark.parametrize(
@@ -886,13 +886,18 @@ def test_what_was_not_scaled_is_no_overflow() -> None:
     assert torch.equal(weight.grad, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("space", ["gradient", "update"])
-@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": SAGO()}], ids=str)
+@pytest.mark.parametrize(
+    ("space", "options"),
+    [
+        ("gradient", {"scope": "coordinate"}),
+        ("update", {"scope": "coordinate"}),
+        ("gradient", {"rule": SAGO()}),
+    ],
+    ids=str,
+)
 def test_an_objective_gradient_that_is_not_finite_is_counted_by_coordinate_too(
     space: Any, options: dict[str, Any]
 ) -> None:
-    if space == "update" and "rule" in options:
-        pytest.skip("SAGO looks at lengths")
     model = nn.Linear(3, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rectifier = Rectifier(model, **placed(space, optimizer), **options)

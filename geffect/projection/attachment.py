@@ -16,14 +16,12 @@ _attached: "WeakKeyDictionary[torch.optim.Optimizer, ref[Any]]" = WeakKeyDiction
 class Attachment:
     """Two methods of one owner that are called around every step of an optimizer.
 
-    An optimizer has one such owner, and does not keep it alive.
+    An optimizer has one such owner, as `check_free` sees to, and does not keep it alive.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> None:
-        owner = before.__self__  # type: ignore[attr-defined]
-        check_free(optimizer, owner)
         self.optimizer = optimizer
-        _attached[optimizer] = ref(owner)
+        _attached[optimizer] = ref(before.__self__)  # type: ignore[attr-defined]
         first, last = WeakMethod(before), WeakMethod(after)
 
         def pre(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

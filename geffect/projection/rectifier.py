@@ -473,8 +473,8 @@ class Rectifier:
     def _check_reached(self, objective: Passes) -> None:
         # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
         sharded = any(map(distributed.is_sharded, self._parameters))
-        hidden = sharded or not objective.accumulates_once
-        if not hidden and not objective.reach(self._parameters):
+        reached = sharded or objective.reach(self._parameters)
+        if not reached and objective.accumulates_once:
             raise ValueError(
                 "The losses should be computed with the model that the rectifier was made for. "
                 f"Found none of its parameters in `{OBJECTIVE}`. Make the rectifier from that "

@@ -55,21 +55,20 @@ class Tally:
     Adding up is one reduction where parameters are sharded, on all processes at once.
     """
 
-    def __init__(self, blocks: Blocks, parameters: Sequence[Tensor], size: int) -> None:
-        self._blocks, self._parameters = blocks, parameters
+    def __init__(
+        self,
+        blocks: Blocks,
+        parameters: Sequence[Tensor],
+        size: int,
+        gram: Callable[[Vectors], Tensor] = dots.quick_gram,
+    ) -> None:
+        self._blocks, self._parameters, self._gram = blocks, parameters, gram
         self._matrices: list[Tensor | None] = [None for _ in parameters]
         self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
-    def add(
-        self,
-        i: int,
-        vectors: Vectors,
-        *,
-        count: Tensor | None = None,
-        gram: Callable[[Vectors], Tensor] = dots.quick_gram,
-    ) -> None:
+    def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
         """Add the inner products of a part of a parameter, and a number that is summed up too."""
-        products = gram(vectors)
+        products = self._gram(vectors)
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
         known = self._matrices[i]
@@ -103,17 +102,19 @@ class Constraint:
             kept, scale = None if mask is None else mask(i), None if metric is None else metric(i)
             return held(retain(i)), kept, scale
 
-        # Retain gradients that are nearly parallel, which a rule tells apart, leave no digit over.
-        gram = dots.quick_gram if len(self._sets) == 1 else dots.gram
+        # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
+        # products that cancel out once each is taken in another metric.
+        quick = len(self._sets) == 1 and metric is None
         k = 1 + len(self._sets)
         seen, asked, added = _places(k, masked=mask is not None, scaled=metric is not None)
-        tally = Tally(self._blocks, self._parameters, added.stop)
+        gram = dots.quick_gram if quick else dots.gram
+        tally = Tally(self._blocks, self._parameters, added.stop, gram)
         for i in range(len(self._parameters)):
             averages, kept, scale = of(i)
             for where in space.parts(i):
                 vectors = [space.direction(i, where), *parts(averages, where)]
                 asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
-                tally.add(i, [*vectors, *asked_about, *added_to][: added.stop], gram=gram)
+                tally.add(i, [*vectors, *asked_about, *added_to][: added.stop])
         K = tally.by_block()
         if not K[:, seen, seen].isfinite().all():
             return None
