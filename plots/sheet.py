@@ -53,7 +53,8 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
             ax.tick_params(labelleft=False)
     shared_key(figure, panels)
     keep_once([*reversed(panels[:wide]), *panels[wide:]])
-    figure.suptitle(constants(table), fontsize="large")
+    # What the panels are named by stands above each, also where there is but one.
+    figure.suptitle(constants(table.drop(columns=by)), fontsize="large")
     return figure
 
 

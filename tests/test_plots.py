@@ -279,6 +279,15 @@ def test_facets_share_the_scale_of_the_whole() -> None:
     assert len(figure.axes) == 3  # one colour bar for both
 
 
+def test_a_single_panel_is_named_once() -> None:
+    one = pd.DataFrame(
+        {"method": "ga", "variant": "plain", "forget_nll": [0.1, 2.0], "retain_nll": [0.1, 0.5]}
+    )
+    figure = facets(one.assign(step=[0, 1]), tradeoff, "method")
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["ga"]
+    assert "ga" not in figure.get_suptitle()
+
+
 def test_facets_keep_the_colour_of_a_run_that_a_panel_lacks() -> None:
     table = stack({"a": effects(["model"]), "b": effects(["model"])}, "run").astype({"run": str})
     lacking = table[(table["effect"] == "unlearning") | (table["run"] == "b")]
