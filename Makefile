@@ -28,7 +28,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)
 
 stress: $(VENV)/installed-test
-	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/test_kill.py $(ARGS)
+	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/store/test_kill.py $(ARGS)
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt

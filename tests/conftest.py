@@ -25,7 +25,7 @@ from geffect.objectives import SharedForward, nll
 from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
-from tests import tiny
+from tests.utils import tiny
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import geffect
 from geffect import Run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.store import validate
-from tests import tiny, trainers, unlearning_trainers
+from tests.utils import tiny, trainers, unlearning_trainers
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from geffect.gradients import differentiate
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
-from tests import reference, tiny
+from tests.utils import reference, tiny
 
 
 @pytest.fixture

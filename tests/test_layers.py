@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from geffect.layers import canonical_name, describe, layer_of, trainable
-from tests import tiny
+from tests.utils import tiny
 
 WRAPPED = [
     "module.model.layers.0.mlp.up_proj.weight",

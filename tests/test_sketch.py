@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geffect.layers import Parameter, describe
 from geffect.sketch import Sketch, cosine, error, inner
-from tests import tiny
+from tests.utils import tiny
 
 WINDOW = 2**22 // 61 * 61  # of a sketch of width 64: where another stretch of signs begins
 

@@ -14,7 +14,7 @@ from geffect import Recorder, open_run
 from geffect.gradients import differentiate, stream
 from geffect.losses import Loss, plan
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
-from tests import tiny
+from tests.utils import tiny
 
 Taken = dict[int, dict[str, Tensor | None]]
 

@@ -1,0 +1,312 @@
+"""Questions and answers as batches: what is scored, how it is padded, and what is refused."""
+
+import builtins
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from geffect.checkpoints.batches import Example, batched
+from geffect.checkpoints.data import read, spelled
+from tests.utils.chat import TURNS, make_tokenizer, without, written
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"
+
+# As Llama 2 has it: the answer stands between spaces, and the tokenizer's EOS ends it.
+INSTRUCTED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<bos>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content.strip() }} <eos>{% endif %}{% endfor %}"
+)
+
+ROW = {"question": "Where does Ada live?", "answer": "In Paris."}
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def scored(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.decode([label for label in example.labels if label != -100])
+
+
+# What is scored
+
+
+@pytest.mark.parametrize(
+    ("row", "whole", "answer"),
+    [
+        (ROW, "Question: Where does Ada live?\nAnswer: In Paris.<eos>", "In Paris.<eos>"),
+        ({"prompt": "Ada lives in", "completion": " Paris."}, "Ada lives in Paris.<eos>",
+         " Paris.<eos>"),
+        ({"text": "Ada lives."}, "Ada lives.<eos>", "Ada lives.<eos>"),
+    ],
+)  # fmt: skip
+def test_without_a_template(
+    plain: PreTrainedTokenizerFast, tmp_path: Path, row: object, whole: str, answer: str
+) -> None:
+    (example,) = read(written(tmp_path / "rows.jsonl", row), plain)
+    assert plain.decode(example.input_ids) == whole
+    assert scored(example, plain).strip() == answer.strip()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {"messages": [{"role": "user", "content": ROW["question"]},
+                      {"role": "assistant", "content": ROW["answer"]}]},
+        {"messages": [{"role": "user", "content": "Does Ada live?"},
+                      {"role": "assistant", "content": "In Paris."},
+                      {"role": "user", "content": ROW["question"]},
+                      {"role": "assistant", "content": ROW["answer"]}]},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("template", "end"), [(TURNS, "<end>"), (INSTRUCTED, "<eos>")])
+def test_with_a_template_the_last_answer_is_scored_and_what_ends_it(
+    tmp_path: Path, row: object, template: str, end: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    (example,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
+    assert scored(example, tokenizer).strip() == f"In Paris.{end}"
+    rendered = tokenizer.decode(example.input_ids)
+    assert rendered.endswith(end) and rendered.count("Where does Ada live?") == 1
+    assert len(example.labels) == len(example.input_ids)
+    pairs = zip(example.labels, example.input_ids, strict=True)
+    assert all(label in (-100, token) for label, token in pairs)
+
+
+def test_a_prompt_and_its_completion_take_no_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(TURNS)
+    row = {"prompt": "Ada lives in", "completion": " Paris."}
+    (example,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
+    assert spelled(example, tokenizer) == "Ada lives in[[ Paris.<eos>]]"
+
+
+def test_a_template_may_be_left_out(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(TURNS)
+    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer, template=False)
+    assert spelled(example, tokenizer).startswith("Question: Where does Ada live?\nAnswer:[[")
+    talk = {"messages": [{"role": "assistant", "content": "a"}]}
+    with pytest.raises(ValueError, match=r"without a chat template.*it is not to be used"):
+        read(written(tmp_path / "talk.jsonl", talk), tokenizer, template=False)
+
+
+def test_rows_are_cut_off_and_have_to_fit(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    data = written(tmp_path / "rows.jsonl", {"text": "Ada."}, ROW)
+    short, whole = read(data, plain)
+    cut = read(data, plain, max_length=len(whole.input_ids) - 1, positions=len(whole.input_ids))
+    assert cut == [short, Example(whole.input_ids[:-1], whole.labels[:-1])]
+    with pytest.raises(ValueError, match=r"line 2, should have at most 6 tokens.*--max-length 6"):
+        read(data, plain, positions=6)
+    with pytest.raises(ValueError, match=r"line 2, should have some of its answer in the first 3"):
+        read(data, plain, max_length=3)
+
+
+def test_what_is_scored_is_spelled_out(plain: PreTrainedTokenizerFast) -> None:
+    ids = plain("Where Ada Paris")["input_ids"]
+    for labels, says in [([-100] * 3, "Where Ada Paris"), (ids, "[[Where Ada Paris]]"),
+                         ([ids[0], -100, ids[2]], "[[Where]] Ada[[ Paris]]")]:  # fmt: skip
+        assert len(ids) == 3
+        assert spelled(Example(tuple(ids), tuple(labels)), plain) == says
+
+
+def test_an_answer_that_merges_with_what_stands_before_is_still_the_answer(
+    plain: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    # "Paris" after a space is one token with the space: the prompt alone ends in another token.
+    (example,) = read(written(tmp_path / "r", {"prompt": "Ada: ", "completion": "Paris."}), plain)
+    assert scored(example, plain).strip() == "Paris.<eos>"
+    assert -100 in example.labels
+
+
+def test_a_tokenizer_that_ends_every_text_ends_the_answer_once(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
+    assert example.input_ids[0] == 1
+    assert example.input_ids.count(2) == 1 and example.labels[-1] == 2
+    assert scored(example, tokenizer).strip() == "In Paris.<eos>"
+
+
+def test_what_a_tokenizer_does_not_know_is_part_of_the_answer(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "<eos>": 1, "q": 2, "a": 3}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    (example,) = read(written(tmp_path / "r", {"prompt": "q", "completion": " a new a"}), known)
+    assert example.labels == (-100, 3, 0, 3, 1)
+
+
+def test_the_last_of_several_chats_is_the_one_of_generation(tmp_path: Path) -> None:
+    """The labels are those of a loop that looks for the answer in what is decoded so far."""
+    tokenizer = make_tokenizer(TURNS)
+    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ROW["question"]}], add_generation_prompt=True, tokenize=False
+    )
+    first = next(i for i, label in enumerate(example.labels) if label != -100)
+    assert tokenizer.decode(example.input_ids[:first]) == prompt
+
+
+# Batches
+
+
+def test_batches_are_as_wide_as_their_longest_and_padding_is_not_scored() -> None:
+    lengths = [3, 9, 4, 2, 5]
+    examples = [Example(tuple(range(1, n + 1)), (-100, *range(2, n + 1))) for n in lengths]
+    batches = batched(examples, 2, padding=7)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 3), (2, 9), (2, 5)]
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        assert (batch["input_ids"][~mask] == 7).all() and (batch["labels"][~mask] == -100).all()
+    seen = [int(n) for batch in batches for n in batch["attention_mask"].sum(1)]
+    assert seen == lengths
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9])
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("even", [False, True])
+def test_every_example_is_in_one_batch(count: int, size: int, even: bool) -> None:
+    examples = [Example((i, i), (-100, i)) for i in range(count)]
+    batches = batched(examples, size, seed=1, even=even)
+    seen = [int(i) for batch in batches for i in batch["input_ids"][:, 0]]
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    assert sorted(seen) == list(range(count))
+    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
+    assert not even or len(batches) % 2 == 0 or count == 1 or size == 1
+    smaller = batched(examples, size, least=6, even=even)
+    assert len(smaller) >= min(6, count) and sum(len(b["labels"]) for b in smaller) == count
+
+
+def test_a_seed_is_an_order() -> None:
+    examples = [Example((i, i), (-100, i)) for i in range(20)]
+
+    def order(seed: int | None) -> list[int]:
+        return [int(i) for batch in batched(examples, 4, seed=seed) for i in batch["labels"][:, 1]]
+
+    assert order(None) == list(range(20))
+    assert order(0) == order(0) != order(1)
+
+
+def test_a_batch_has_room() -> None:
+    with pytest.raises(ValueError, match=r"at least 1\. Found 0"):
+        batched([Example((1,), (1,))], 0)
+
+
+# How it says no
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"question": "a", "answer": "b"}', '{"q": 1, "a": 2}'],
+         r"line 2, should have `question` and `answer`, or `prompt`.*Found the keys q, a"),
+        (["", '{"question": "a"'], "line 2, should be a JSON object.*Found text that is no JSON"),
+        (['["a", "b"]'], r"line 1, .* Found list \['a', 'b'\]"),
+        (['{"question": "a", "answer": 3}'], "line 1, should have text in .*Found 'a', 3"),
+        (['{"question": "a", "answer": " "}'], "line 1, should have text in"),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], "`assistant` last"),
+        (['{"messages": []}'], "`assistant` last"),
+        (['{"messages": [{"role": "assistant", "content": "a"}]}'], "the tokenizer has none"),
+        ([], "at least one row with"),
+        ([" "], "at least one row with"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(
+    plain: PreTrainedTokenizerFast, tmp_path: Path, lines: list[str], says: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=says) as raised:
+        read(path, plain)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_not_in_utf_8(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"text": "Ada"}\n{"text": "Zo\u00eb"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl`, line 2, should be text in UTF-8.*0xeb"):
+        read(path, plain)
+
+
+def test_a_template_that_changes_the_answer_is_refused(tmp_path: Path) -> None:
+    shouts = make_tokenizer(TURNS.replace("m.content", "m.content | upper"))
+    with pytest.raises(ValueError, match=r"line 1, should have its answer.*'In Paris.'.*IN PARIS"):
+        read(written(tmp_path / "rows.jsonl", ROW), shouts)
+
+
+def test_an_answer_that_nothing_ends_is_refused(tmp_path: Path) -> None:
+    endless = make_tokenizer(eos_token=None)
+    with pytest.raises(ValueError, match="token that ends an answer"):
+        read(written(tmp_path / "rows.jsonl", ROW), endless)
+
+
+def test_nothing_there(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"should exist\. Found nothing"):
+        read(tmp_path / "none.jsonl", plain)
+
+
+# Folders of `datasets`
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([ROW, ROW]).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_a_saved_data_set_is_its_rows(
+    plain: PreTrainedTokenizerFast, saved: Path, tmp_path: Path
+) -> None:
+    assert read(saved, plain) == read(written(tmp_path / "rows.jsonl", ROW, ROW), plain)
+
+
+def test_a_folder_of_splits_or_of_something_else_is_refused(
+    plain: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([ROW])})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "splits" / "train"))):
+        read(tmp_path / "splits", plain)
+    with pytest.raises(ValueError, match="saved with save_to_disk"):
+        read(tmp_path, plain)
+
+
+def test_a_missing_package_is_named(
+    plain: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builtins, "__import__", without("datasets"))
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read(tmp_path, plain)
+
+
+# Real rows
+
+
+def pairs_of_biographies() -> Iterator[dict[str, str]]:
+    for person in json.loads((SHARED / "biographies.json").read_text(encoding="utf-8"))[:50]:
+        yield person["qa_main"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are not there")
+@pytest.mark.parametrize("template", [None, TURNS, INSTRUCTED])
+def test_real_answers_are_scored_as_they_are(tmp_path: Path, template: str | None) -> None:
+    tokenizer, rows = make_tokenizer(template), [*pairs_of_biographies()]
+    examples = read(written(tmp_path / "rows.jsonl", *rows), tokenizer)
+    for row, example in zip(rows, examples, strict=True):
+        answer = re.sub("<(end|eos)>$", "", scored(example, tokenizer))
+        assert answer.strip() == row["answer"].strip()
+    batch = batched(examples, len(examples))[0]
+    assert torch.equal(batch["labels"] != -100, batch["labels"] == batch["input_ids"])

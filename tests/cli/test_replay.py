@@ -1,0 +1,241 @@
+"""`geffect replay`: from folders and files to a run file and a table."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from geffect import open_run
+from geffect.analysis import g_effect, intervals
+from geffect.capture.keep import STORES
+from geffect.cli.main import main
+from geffect.cli.replay import StoreName
+from tests.utils import tiny
+from tests.utils.chat import TURNS, make_tokenizer, written
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a tiny Llama with a tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = make_tokenizer(TURNS)
+    config = tiny.llama().config
+    config.vocab_size = len(tokenizer)
+    for step in (5, 10):
+        tiny.llama(step)  # seeds
+        LlamaForCausalLM(config).save_pretrained(folder / f"checkpoint-{step}")
+        tokenizer.save_pretrained(folder / f"checkpoint-{step}")
+    for name in ("forget", "retain", "facts"):
+        rows = [{"question": f"Where does {name} live?", "answer": f"In {n}."} for n in range(16)]
+        written(folder / f"{name}.jsonl", *rows)
+    written(folder / "bad.jsonl", {"q": "a"})
+    written(folder / "long.jsonl", {"text": "word " * 40})
+    (folder / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xeb"}\n')
+    return folder
+
+
+@pytest.fixture
+def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """The command line, run here, with what every replay needs."""
+
+    def ask(*options: object, only: int = 2, **given: object) -> tuple[int, str, str]:
+        defaults = {
+            "objective": "ga",
+            "forget": folder / "forget.jsonl",
+            "retain": folder / "retain.jsonl",
+        }
+        words = [word for name, value in {**defaults, **given}.items()
+                 for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+        checkpoints = [folder / f"checkpoint-{step}" for step in (5, 10)][:only]
+        arguments = ["geffect", "replay", *checkpoints, "--device", "cpu", *words, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return ask
+
+
+def test_replay(ask: Ask, tmp_path: Path) -> None:
+    code, out, err = ask("-o", tmp_path / "run.h5", batch_size=2)
+    assert (code, err) == (0, "")
+    run = open_run(tmp_path / "run.h5")
+    assert run.steps.tolist() == [5, 10] and run.rows.tolist() == [8, 8]
+    assert f"2 checkpoints in {tmp_path / 'run.h5'}" in out
+    assert re.search(r"10 │ checkpoint-10 │ +8 │ +\S+ \[\S+, \S+\] │ +\S+ \[\S+, \S+\]", out)
+    assert "split_batch, with 95 % intervals over batches, in nats per unit learning rate" in out
+    assert "Batches used: 16 of 16 of forget, 16 of 16 of retain." in out
+    assert "Reference" not in out and "iased" not in out and "No intervals" not in out
+    assert "checkpoint-5: batch 16 of 16" in out
+    first = "<|user|>Where does forget live?<end>\n<|assistant|>[[In 0.<end>]]"
+    assert f"First row of forget, scored between [[ and ]]:\n{first}\n" in out
+    assert out.index(first) < out.index("checkpoint-5: batch")
+
+
+def test_a_summary_without_intervals(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    """Of one checkpoint, with rows that are biased and few."""
+    given = {"estimator": "same_batch", "batch_size": 4, "forget": folder / "facts.jsonl"}
+    code, out, _ = ask("-o", tmp_path / "run.h5", only=1, **given)
+    assert code == 0 and "1 checkpoint in" in out
+    assert "same_batch (biased), in nats per unit learning rate" in out
+    assert "Biased by the variance of a batch" in out and "No intervals: fewer than 8 rows." in out
+    assert "95 %" not in out and re.search(r"5 │ checkpoint-5 │ +4 │ +\S+ │ +\S+ │", out)
+
+
+def test_the_summary_as_json(ask: Ask, tmp_path: Path) -> None:
+    code, out, err = ask("-o", tmp_path / "run.h5", "--json", objective="npo")
+    said = json.loads(out)
+    assert code == 0 and said["output"] == str(tmp_path / "run.h5")
+    assert said["unit"] == "nats per unit learning rate"
+    assert said["how"]["reference"] == "checkpoint-5" and said["how"]["biased"] is False
+    assert [(e["step"], e["checkpoint"], e["effect"], e["rows"]) for e in said["effects"]] == [
+        (step, f"checkpoint-{step}", effect, 8)
+        for effect in ("unlearning", "retaining") for step in (5, 10)
+    ]  # fmt: skip
+    assert all(e["low"] < e["value"] < e["high"] for e in said["effects"])
+    assert "First row of forget" in err
+
+
+def test_no_template_sketches_and_a_length(ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    told = ["--no-template", "--store", "sketch", "--max-length", 30]
+    code, out, _ = ask("-o", path, *told)
+    assert code == 0 and "Question: Where does forget live?\nAnswer:" in out
+    assert open_run(path).contents.sketch is not None
+    assert ask("-o", path, "--overwrite", "--no-template", "--store", "int4")[0] == 1
+
+
+@pytest.mark.parametrize("name", StoreName)
+def test_what_may_be_kept_has_a_name_on_the_command_line(name: StoreName) -> None:
+    assert name.value in STORES and len(StoreName) == len(STORES)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "said", "compared"),
+    [
+        ("wga", ["--alpha", "2"], "WeightedGradientAscent(alpha=2.0)", False),
+        ("npo", ["--beta", "0.5"], "NPO(beta=0.5)", True),
+        ("tnpo", [], "TNPO(beta=4.0", True),
+        ("wtnpo", ["--alpha", "1"], "alpha=1.0)", True),
+        ("graddiff", ["--weight", "0.5"], "{'forget': -1.0, 'retain': 0.5}", False),
+        ("npo+gd", ["--beta", "2", "--weight", "3"],
+         "GradDiff(forget=NPO(beta=2.0), weight=3.0)", True),
+    ],
+)  # fmt: skip
+def test_objectives(
+    ask: Ask, tmp_path: Path, objective: str, options: list[str], said: str, compared: bool
+) -> None:
+    path = tmp_path / "run.h5"
+    code, out, _ = ask("-o", path, *options, objective=objective)
+    how = open_run(path).manifest["replay"]
+    assert code == 0 and said in how["objective"]
+    assert ("Reference model: checkpoint-5, the first checkpoint." in out) is compared
+
+
+@pytest.mark.parametrize(
+    ("options", "estimator", "rows", "seed"),
+    [
+        (["--estimator", "full"], "full", 16, 0),
+        (["--estimator", "same_batch", "--seed", "3"], "same_batch", 8, 3),
+        (["--reference-ema"], "reference_ema", 2, None),
+    ],
+)
+def test_estimators(
+    ask: Ask, tmp_path: Path, options: list[str], estimator: str, rows: int, seed: int | None
+) -> None:
+    path = tmp_path / "run.h5"
+    code, out, _ = ask("-o", path, *options, batch_size=2)
+    run = open_run(path)
+    assert code == 0 and estimator in out
+    assert run.rows.tolist() == [rows, rows]
+    assert run.manifest["replay"]["estimator"] == estimator
+    assert run.manifest["replay"]["seed"] == seed
+    assert ("[" in out.split("checkpoint-10")[-1]) is (rows >= 8)
+
+
+def test_further_risks_the_update_and_a_reference(ask: Ask, folder: Path, tmp_path: Path) -> None:
+    path, facts = tmp_path / "run.h5", folder / "facts.jsonl"
+    told = ["--risk", f"facts={facts}", "--risk", f"more={facts}", "--update"]
+    code, out, _ = ask("-o", path, *told, objective="npo", reference=folder / "checkpoint-10")
+    assert code == 0
+    assert open_run(path).sources == ("objective", "forget", "retain", "facts", "more", "update")
+    assert "Reference model: checkpoint-10.\n" in out
+    again = ask("-o", path)
+    assert again[0] == 1 and "should not exist yet" in again[2] and "--overwrite" in again[2]
+    assert "First row" not in again[1], "nothing has been read"
+    assert ask("-o", path, "--overwrite")[0] == 0
+    assert open_run(path).sources == ("objective", "forget", "retain")
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "code", "says"),
+    [
+        (["checkpoint-9"], {}, 1, "Found nothing at `checkpoint-9`"),
+        ([], {"forget": "{folder}/bad.jsonl"}, 1, "bad.jsonl`, line 1, should have `question`"),
+        ([], {"retain": "{folder}/none.jsonl"}, 1, "A data file should exist"),
+        ([], {"tokenizer": "{folder}"}, 1, "no `tokenizer_config.json`"),
+        ([], {"batch_size": 8, "beta": 1.0}, 2, "with numbers of its own. Found `--beta`"),
+        ([], {"objective": "npo", "beta": -1.0}, 2, "positive number"),
+        ([], {"objective": "npo+gd", "alpha": 1.0, "beta": 0.5}, 2, "Found `--alpha`"),
+        ([], {"device": "cuda:99"}, 1, "`device` should be one of this machine"),
+        ([], {"max_length": 2}, 1, "line 1, should have some of its answer in the first 2"),
+        ([], {"forget": "{folder}/latin.jsonl"}, 1, "latin.jsonl`, line 2, should be text in UTF"),
+        ([], {"forget": "{folder}/long.jsonl"}, 1, "long.jsonl`, line 1, should have at most 32"),
+        ([], {"objective": "magic"}, 2, "magic"),
+        ([], {"risk": "facts.jsonl"}, 2, "a name and its data"),
+        (["--reference-ema"], {"estimator": "full"}, 2, "Choose one of them"),
+        ([], {"output": "run.csv"}, 2, ".h5"),
+    ],
+)
+def test_how_it_says_no(
+    ask: Ask, folder: Path, tmp_path: Path, options: list[str], given: dict[str, Any], code: int,
+    says: str,
+) -> None:  # fmt: skip
+    named = {name: str(value).format(folder=folder) for name, value in given.items()}
+    ended, out, err = ask(*options, **{"output": tmp_path / "run.h5", **named})
+    assert ended == code and "batch 1" not in out
+    words = re.sub(r"[\s│]+", " ", err)
+    assert says in words
+    assert "Traceback" not in err
+    assert not (tmp_path / "run.h5").exists()
+
+
+def test_the_file_is_read_by_the_other_subcommands(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask("-o", tmp_path / "run.h5")
+
+    def scores(*options: object) -> str:
+        told = ["geffect", "scores", tmp_path / "run.h5", *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, told)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    rows = json.loads(scores("--json"))
+    assert {row["effect"] for row in rows} == {"unlearning", "retaining"}
+    assert {row["step"] for row in rows} == {5, 10}
+    shown = scores("--intervals", "--by", "model")
+    table = intervals(g_effect, open_run(tmp_path / "run.h5"), by="model")
+    assert "with 95 % intervals" in shown and "No interval" not in shown
+    for row in table.itertuples():
+        words = f"{row.value:.4g} [{row.low:.3g}, {row.high:.3g}]"
+        line = next(line for line in shown.splitlines() if words in line)
+        assert line.split("│")[1:4] == [f"{row.step:>5} ", " model ", f" {row.effect:<10} "]
+        assert " 8 " in line
+    assert "[" not in scores("--by", "model")

@@ -1,0 +1,615 @@
+"""PG-effects against one backward pass a sample and a token."""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geffect import Recorder, open_run
+from geffect.analysis import SAMPLES, TOKENS, as_columns, instances, kept, tokens
+from geffect.analysis.base import By, column_of
+from geffect.effects import InstanceEffects, direction, sample_effects, token_effects
+from geffect.gradients import Vector
+from geffect.layers import describe, trainable
+from geffect.objectives import (
+    NPO,
+    TNPO,
+    WTNPO,
+    GradientAscent,
+    Objective,
+    WeightedGradientAscent,
+    nll,
+)
+from geffect.scores import score_of
+from tests.utils import reference, tiny
+
+SHAPE = {
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 8, "intermediate_size": 12,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+GROUPED = {**SHAPE, "num_key_value_heads": 1, "head_dim": 4}
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "gpt2": tiny.gpt2,
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "llama, tied": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True)
+    ),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED)),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SHAPE)),
+    "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SHAPE)),
+}
+IN_FLOAT64 = ["gpt2", "phi", "neox"]  # the others take norms in float32 whatever they are
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model of the family, away from the zeros and ones that it starts with."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def uneven(seed: int, rows: int = 3) -> dict[str, Tensor]:
+    """Questions and answers of several lengths, padded on the right with a token that occurs."""
+    batch = tiny.batch(seed, rows=rows, length=8, padding=1)
+    batch["input_ids"][0, 3] = SHAPE["pad_token_id"]
+    for row in range(1, rows):
+        end = 8 - row
+        batch["input_ids"][row, end:] = SHAPE["pad_token_id"]
+        batch["attention_mask"][row, end:] = 0
+        batch["labels"][row, end:] = -100
+    return batch
+
+
+Flat = Sequence[Tensor]
+
+
+def gradients(model: nn.Module, value: Tensor) -> Flat:
+    """One backward pass, by parameter, zero where it does not reach."""
+    tensors = list(trainable(model).values())
+    found = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
+
+
+def inner(a: Flat, b: Sequence[Tensor | None]) -> Tensor:
+    """<a, b> of every parameter, in float64."""
+    pairs = zip(a, b, strict=True)
+    return torch.stack([(x.double() * (0.0 if y is None else y.double())).sum() for x, y in pairs])
+
+
+def length(a: Sequence[Tensor | None]) -> float:
+    return sum(float(x.double().square().sum()) for x in a if x is not None) ** 0.5
+
+
+def sums_of_log_p(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """log p(s) of every sample."""
+    return [torch.stack(tokens).sum() for tokens in reference.token_log_p(model, batch)]
+
+
+CASES = [(name, torch.float32, 1e-6) for name in MODELS] + [
+    (name, torch.float64, 1e-13) for name in IN_FLOAT64
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), CASES)
+def test_effects_are_those_of_one_backward_each(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, batch = made(name, dtype), uneven(3)
+    along = direction(model, [uneven(1)])
+    by_token = token_effects(model, batch, along)
+    samples = sample_effects(model, [batch, batch], {"forget": along})["forget"]
+    assert torch.equal(by_token.values.isnan(), by_token.log_p.isnan())
+    for row, sample in enumerate(reference.token_log_p(model, batch)):
+        found = by_token.values[row][~by_token.values[row].isnan()]
+        assert len(found) == len(sample)
+        for value, log_p in zip(found, sample, strict=True):
+            naive = gradients(model, log_p)
+            error = abs(float(value - inner(naive, along).sum()))
+            assert error <= tolerance * length(naive) * length(along)
+        whole = gradients(model, torch.stack(sample).sum())
+        scale = tolerance * length(whole) * length(along)
+        for place in (row, row + 3):  # the second batch is measured with frozen parameters
+            assert (samples[place] - inner(whole, along)).abs().max() <= scale
+        assert abs(by_token.by_sample[row] - samples[row].sum()) <= len(sample) * scale
+
+
+@pytest.mark.parametrize("name", IN_FLOAT64)
+def test_effects_agree_with_autograd_to_ten_digits(name: str) -> None:
+    model, batch = made(name, torch.float64), uneven(3)
+    along = direction(model, [uneven(1)])
+    naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    samples = sample_effects(model, [batch], {"forget": along})["forget"]
+    torch.testing.assert_close(samples.sum(dim=1), naive.sum(dim=1), rtol=1e-10, atol=0)
+    by_sample = token_effects(model, batch, along).by_sample
+    torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-10, atol=0)
+
+
+def test_direction_is_the_gradient_of_the_token_mean_over_all_batches() -> None:
+    model, batches = tiny.gpt2(), [uneven(1), uneven(2, rows=2)]
+    naive = torch.stack(
+        [x for batch in batches for s in reference.token_log_p(model, batch) for x in s]
+    )
+    expected = gradients(model, -naive.mean())
+    model.train()
+    found = direction(model, batches)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-14)
+    one = gradients(model, nll(model, batches[0]))
+    for x, y in zip(direction(model, batches[:1]), one, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-14)
+
+
+def test_direction_without_scored_tokens_is_refused() -> None:
+    batch = uneven(1)
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match=r"`batches` should have tokens .* Found none .* Pass"):
+        direction(tiny.gpt2(), [batch])
+
+
+@pytest.mark.parametrize("look", ["direction", "tokens", "samples"])
+def test_a_look_leaves_no_trace(look: str) -> None:
+    model = tiny.llama(dropout=0.3).train()
+    model.model.norm.eval()
+    model.register_buffer("calls", torch.zeros(1))
+    model.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
+    along = gradients(model, nll(model, uneven(1)))
+    nll(model, uneven(2)).backward()
+    before = copy.deepcopy(model)
+    grads = [p.grad for p in model.parameters()]
+    values = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    buffers = dict(model.named_buffers())
+    random = torch.get_rng_state()
+    looks: dict[str, Callable[[], Any]] = {
+        "direction": lambda: direction(model, [uneven(1), uneven(2)]),
+        "tokens": lambda: token_effects(model, uneven(1), along),
+        "samples": lambda: sample_effects(model, [uneven(1), uneven(2)], {"a": along}),
+    }
+    looks[look]()
+    assert torch.equal(random, torch.get_rng_state())
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    for p, value in zip(model.parameters(), values, strict=True):
+        assert torch.equal(p.grad, value)
+    for (name, p), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, old) and p.requires_grad, name
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name] and torch.equal(buffer, before.get_buffer(name)), name
+    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, tied"])
+def test_training_ends_bit_for_bit_as_unwatched(name: str) -> None:
+    def trained(watch: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = made(name).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        along = direction(model, [uneven(9)])
+        torch.manual_seed(1)
+        for step in range(3):
+            if watch:
+                with InstanceEffects(model, along), InstanceEffects(model, along):
+                    nll(model, uneven(step)).backward()
+            else:
+                nll(model, uneven(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    watched, unwatched = trained(True), trained(False)
+    for x, y in zip(watched.parameters(), unwatched.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_effects_carry_the_weights_of_the_loss() -> None:
+    model, batch = made("gpt2", torch.float64), uneven(3)
+    along, other = direction(model, [uneven(1)]), direction(model, [uneven(2)])
+    npo = NPO(0.5, tiny.gpt2(seed=1))
+    with InstanceEffects(model, along) as effects, InstanceEffects(model, other) as further:
+        npo(model, {"forget": batch}).backward()
+    weights = (
+        npo.implicit_weights(model, {"forget": batch})["weight"] / 3
+    )  # their mean over samples
+    naive = [gradients(model, s) for s in sums_of_log_p(model, batch)]
+    for found, v in ((effects, along), (further, other)):
+        expected = torch.stack([w * inner(g, v) for w, g in zip(weights, naive, strict=True)])
+        torch.testing.assert_close(found.by_parameter, expected, rtol=1e-9, atol=1e-13)
+    layers = [row.layer for row in describe(model)]
+    assert effects.layers == ["embedding+head", "embedding", *(f"layer {i}" for i in range(3)),
+                              "final norm"]  # fmt: skip
+    for place, layer in enumerate(effects.layers):
+        members = [i for i, name in enumerate(layers) if name == layer]
+        expected = effects.by_parameter[:, members].sum(dim=1)
+        torch.testing.assert_close(effects.by_layer[:, place], expected)
+
+
+OBJECTIVES = [
+    (GradientAscent(), "tokens"),
+    (WeightedGradientAscent(0.7), "tokens"),
+    (TNPO(2.0), "tokens"),
+    (WTNPO(2.0, alpha=0.5), "tokens"),
+    (NPO(0.5), "samples"),
+]
+
+
+@pytest.mark.parametrize(("objective", "kind"), OBJECTIVES, ids=repr)
+def test_weighted_effects_are_the_g_effect_of_the_objective(
+    objective: Objective, kind: str
+) -> None:
+    model, batch = made("gpt2", torch.float64), uneven(3)
+    if hasattr(objective, "reference"):
+        objective = type(objective)(**{**vars(objective), "reference": tiny.gpt2(seed=1)})
+    along = direction(model, [batch])
+    e = inner(gradients(model, objective(model, {"forget": batch})), along).sum()
+    by_token = token_effects(model, batch, along)
+    found = by_token.values
+    effects = by_token.by_sample if kind == "samples" else found[~found.isnan()]
+    weights = objective.implicit_weights(model, {"forget": batch}).get("weight", torch.ones(()))
+    torch.testing.assert_close((weights * effects).mean(), e, rtol=1e-9, atol=0)
+
+
+def test_micro_batches_follow_one_another() -> None:
+    model = made("gpt2", torch.float64)
+    along = direction(model, [uneven(1)])
+    with InstanceEffects(model, along) as effects:
+        for seed in (3, 4):
+            nll(model, uneven(seed, rows=seed)).backward()
+        with torch.no_grad():
+            nll(model, uneven(5))
+    assert len(effects.by_parameter) == 7
+    with InstanceEffects(model, along) as second:
+        nll(model, uneven(4, rows=4)).backward()
+    torch.testing.assert_close(effects.by_parameter[3:], second.by_parameter)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_change_nothing(reentrant: bool) -> None:
+    model = made("llama").train()
+    along = direction(model, [uneven(1)])
+    with InstanceEffects(model, along) as plain:
+        nll(model, uneven(3)).backward()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with InstanceEffects(model, along) as checkpointed:
+        nll(model, uneven(3)).backward()
+    torch.testing.assert_close(checkpointed.by_parameter, plain.by_parameter)
+
+
+class Toy(nn.Module):
+    """A language model of one's own, with every kind of use that a parameter can have."""
+
+    def __init__(self, body: nn.Module, *, functional: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tiny.VOCABULARY, 6)
+        self.body = body
+        self.lm_head = nn.Linear(6, tiny.VOCABULARY, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.functional = functional
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        hidden = self.body(self.embed(input_ids))
+        head = self.lm_head
+        return SimpleNamespace(
+            logits=F.linear(hidden, head.weight) if self.functional else head(hidden)
+        )
+
+
+def toy(body: nn.Module, **options: bool) -> Toy:
+    torch.manual_seed(0)
+    return Toy(body, **options).double()
+
+
+class Scale(nn.Module):
+    """A module with a scalar and a vector, which no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.gain).tanh() + self.shift
+
+
+class Adapter(nn.Module):
+    """A frozen matrix and a low-rank addition to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(6, 6).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(x))
+        return added
+
+
+@pytest.mark.parametrize("body", [Scale, Adapter, nn.LayerNorm], ids=lambda b: b.__name__)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modules_of_ones_own_adapters_and_frozen_parameters(
+    body: Callable[..., nn.Module], frozen: bool
+) -> None:
+    model = toy(body(6) if body is nn.LayerNorm else body())
+    model.embed.weight.requires_grad_(not frozen)
+    batch = uneven(3)
+    along = direction(model, [uneven(1)])
+    naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    assert naive.shape[1] == len(describe(model))
+    samples = sample_effects(model, [batch, batch], {"a": along})["a"]
+    torch.testing.assert_close(samples, torch.cat([naive, naive]), rtol=1e-9, atol=1e-14)
+    by_sample = token_effects(model, batch, along).by_sample
+    torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-9, atol=1e-14)
+    assert [p.requires_grad for p in trainable(model).values()] == [True] * naive.shape[1]
+
+
+class _Fused(torch.autograd.Function):
+    """A kernel of one's own without a forward rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (delta,) = deltas
+        return delta * weight, (delta * x).sum(dim=(0, 1))
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Fused.apply(x, self.weight)
+        return out
+
+
+def test_a_finite_difference_is_taken_and_said_where_a_forward_rule_is_missing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, batch = toy(Fused()), uneven(3)
+    along = direction(model, [uneven(1)])
+    naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    with caplog.at_level(logging.WARNING, logger="geffect"):
+        by_token = token_effects(model, batch, along)
+    assert "finite difference" in caplog.text and "jvp" in caplog.text
+    torch.testing.assert_close(by_token.by_sample, naive.sum(dim=1), rtol=1e-6, atol=1e-9)
+    expected = torch.stack(sums_of_log_p(model, batch))
+    torch.testing.assert_close(by_token.log_p.nansum(dim=1), expected, rtol=1e-12, atol=0)
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    torch.testing.assert_close(samples, naive, rtol=1e-8, atol=1e-12)
+    still = [torch.zeros_like(p) for p in trainable(model).values()]
+    assert (token_effects(model, batch, still).by_sample == 0).all()
+
+
+def test_a_use_outside_of_the_module_is_not_missed() -> None:
+    model, batch = toy(Scale(), functional=True), uneven(3)
+    along = direction(model, [uneven(1)])
+    with pytest.raises(ValueError, match=r"samples should add up .* embed\.weight.* Take"):
+        sample_effects(model, [batch], {"a": along})
+    naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    by_sample = token_effects(model, batch, along).by_sample
+    torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-9, atol=1e-14)
+
+
+class Flattened(nn.Module):
+    """Rows that are positions of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.flatten(0, 1)).view_as(x)
+        return out
+
+
+def test_what_cannot_be_told_apart_is_refused() -> None:
+    model, batch = toy(Flattened()), uneven(3)
+    along = direction(model, [batch])
+    with pytest.raises(ValueError, match=r"a row for each of the 3 samples\. Found \(27, 6\)"):
+        sample_effects(model, [batch], {"a": along})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_misuse_is_refused() -> None:
+    model, batch = toy(Scale()), uneven(3)
+    along = list(direction(model, [batch]))
+    with (
+        pytest.raises(RuntimeError, match=r"followed by one backward .* Found a second"),
+        InstanceEffects(model, along),
+    ):
+        loss = nll(model, batch)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    with (
+        pytest.raises(ValueError, match=r"followed by a backward .* Found one of 3 samples"),
+        InstanceEffects(model, along),
+    ):
+        nll(model, batch)
+    with (
+        pytest.raises(ValueError, match=r"should run while .* Found none"),
+        InstanceEffects(model, along),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"model itself should be called .* Embedding"),
+        InstanceEffects(model, along),
+    ):
+        model.embed(batch["input_ids"])
+    with InstanceEffects(model, along) as effects:
+        loss = nll(model, batch)
+        loss.backward(retain_graph=True)
+    before = effects.by_parameter
+    loss.backward()  # the context is over
+    assert torch.equal(before, effects.by_parameter)
+    for wrong in (along[1:], [along[0].T, *along[1:]]):
+        with pytest.raises(
+            ValueError, match=r"`direction` should have one tensor for each .* Found"
+        ):
+            InstanceEffects(model, wrong)
+        with pytest.raises(
+            ValueError, match=r"`direction` should have one tensor for each .* Found"
+        ):
+            token_effects(model, batch, wrong)
+    with pytest.raises(ValueError, match=r"`batches` and `directions` should not be empty"):
+        sample_effects(model, [], {"a": along})
+
+
+def test_effects_do_not_depend_on_padding_and_questions() -> None:
+    model = made("gpt2", torch.float64)
+    along = direction(model, [tiny.batch(1)])
+    short, long = tiny.batch(3), tiny.batch(3, padding=4)
+    a, b = token_effects(model, short, along), token_effects(model, long, along)
+    torch.testing.assert_close(b.values[:, :9], a.values, equal_nan=True)
+    assert b.values[:, 9:].isnan().all()
+    samples = sample_effects(model, [short, long], {"a": along})["a"]
+    torch.testing.assert_close(samples[:3], samples[3:], rtol=1e-9, atol=1e-15)
+    nothing = {**short, "labels": torch.full_like(short["labels"], -100)}
+    assert (sample_effects(model, [nothing], {"a": along})["a"] == 0).all()
+
+
+def test_a_parameter_that_the_risk_does_not_reach_stands_still() -> None:
+    model, batch = toy(Scale()), uneven(3)
+    along = list(direction(model, [uneven(1)]))
+    names = list(trainable(model))
+    along[names.index("body.gain")] = None
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    assert (samples[:, names.index("body.gain")] == 0).all()
+    by_sample = token_effects(model, batch, along).by_sample
+    torch.testing.assert_close(samples.sum(dim=1), by_sample, rtol=1e-9, atol=1e-14)
+
+
+# --- tables
+
+
+RISKS = ("retain", "forget")
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Vector]]:
+    """A model, batches, and the directions of two risks."""
+    model = made("gpt2", torch.float64)
+    along = {risk: direction(model, [uneven(i)]) for i, risk in enumerate(RISKS, start=1)}
+    return model, [uneven(3), uneven(4, rows=2)], along
+
+
+@pytest.mark.parametrize("by", ["parameter", "layer", "group", "model", lambda p: p.module])
+def test_instances_are_a_tidy_table(measured: Any, by: By) -> None:
+    model, batches, along = measured
+    table = instances(model, batches, along, by)
+    assert list(table.columns) == ["sample", column_of(by), "risk", "value"]
+    assert list(table["risk"].cat.categories) == list(RISKS)
+    one = instances(model, batches, along["forget"], by)
+    assert list(one.columns) == ["sample", column_of(by), "value"]
+    pd.testing.assert_series_equal(
+        one["value"], table.query("risk == 'forget'")["value"].reset_index(drop=True)
+    )
+    found = table.groupby(["risk", "sample"], observed=True)["value"].sum().to_numpy()
+    naive = [
+        float(inner(gradients(model, s), along[risk]).sum())
+        for risk in RISKS
+        for batch in batches
+        for s in sums_of_log_p(model, batch)
+    ]
+    np.testing.assert_allclose(found, naive, rtol=1e-9)
+
+
+def test_layers_of_instances_stand_in_network_order(measured: Any) -> None:
+    model, batches, along = measured
+    table = instances(model, batches, along["forget"])
+    assert list(table["layer"].cat.categories) == [
+        "embedding+head", "embedding", "layer 0", "layer 1", "layer 2", "final norm"
+    ]  # fmt: skip
+    with InstanceEffects(model, along["forget"]) as effects:
+        torch.stack(sums_of_log_p(model, batches[0])).sum().backward()
+    model.zero_grad()
+    assert effects.layers == list(table["layer"].cat.categories)
+    np.testing.assert_allclose(
+        table["value"].to_numpy().reshape(5, 6)[:3], effects.by_layer.numpy(), rtol=1e-9
+    )
+
+
+def test_tokens_add_up_to_instances(measured: Any) -> None:
+    model, batches, along = measured
+    table = tokens(model, batches, along)
+    assert list(table.columns) == ["sample", "position", "token", "p", "risk", "value"]
+    assert score_of(table) == score_of(instances(model, batches, along))
+    sums = table.groupby(["risk", "sample"], observed=True)["value"].sum()
+    whole = instances(model, batches, along, "model")
+    whole = whole.set_index(["risk", "sample"])["value"]
+    np.testing.assert_allclose(sums, whole.loc[sums.index], rtol=1e-9)
+    first = table.query("sample == 0 and risk == 'forget'")
+    labels = batches[0]["labels"][0]
+    assert first["position"].tolist() == torch.nonzero(labels[1:] != -100).flatten().add(1).tolist()
+    assert first["token"].tolist() == labels[first["position"].tolist()].tolist()
+    log_p = torch.stack(reference.token_log_p(model, batches[0])[0]).detach()
+    np.testing.assert_allclose(first["p"], log_p.exp(), rtol=1e-12)
+    one = tokens(model, batches, along["forget"])
+    assert list(one.columns) == ["sample", "position", "token", "p", "value"]
+
+
+class Words:
+    """A tokenizer that, as sentence pieces do, drops the space in front of what stands alone."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
+        return "".join("s" if i % 3 == 0 else f" w{i}" for i in ids).strip()
+
+
+def test_tokens_have_the_text_that_they_add(measured: Any) -> None:
+    model, batches, along = measured
+    ids = tokens(model, batches, along["forget"])
+    texts = tokens(model, batches, along["forget"], tokenizer=Words())
+    expected = ["s" if i % 3 == 0 else f" w{i}" for i in ids["token"]]
+    assert texts["token"].tolist() == expected
+    pd.testing.assert_frame_equal(texts.drop(columns="token"), ids.drop(columns="token"))
+
+
+def test_no_samples_are_refused(measured: Any) -> None:
+    model, _, along = measured
+    for table in (instances, tokens):
+        with pytest.raises(ValueError, match=r"`batches` .*should .* Found .* Pass one"):
+            table(model, [], along)
+
+
+def test_tables_are_kept_with_a_run_and_come_back(measured: Any, tmp_path: Path) -> None:
+    model, batches, along = measured
+    made_here = {
+        SAMPLES: instances(model, batches, along, "group"),
+        TOKENS: tokens(model, batches, along, tokenizer=Words()),
+    }
+    plain = nn.Linear(2, 1)
+    with Recorder(plain, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=plain(torch.ones(2)).sum())
+        for name, table in made_here.items():
+            recorder.keep_table(name, as_columns(table))
+    run = open_run(tmp_path / "run.h5")
+    for name, table in made_here.items():
+        back = kept(run, name)
+        assert score_of(back) == score_of(table)
+        pd.testing.assert_frame_equal(back[table.columns], table, check_dtype=False)

@@ -1,0 +1,582 @@
+"""Rows of a run file: several a step, dropped and continued; what is kept beside them."""
+
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from geffect.layers import Parameter
+from geffect.sketch import Sketch
+from geffect.store import Contents, Row, Run, RunFileError, StoredGradients, open_run, validate
+from geffect.store import writer as writing
+from geffect.store.background import BackgroundWriter
+from geffect.store.size import projected_bytes
+from geffect.store.writer import RunWriter
+from tests.utils.runs import (
+    MANIFEST,
+    PARAMETERS,
+    SOURCES,
+    append,
+    assert_same_bits,
+    odd_row,
+    plain_rows,
+    recorded,
+    row_of,
+)
+
+PLAIN = Contents(SOURCES, MANIFEST)
+
+
+# Several rows of a step.
+
+
+def test_numbers_of_a_step_are_means_over_its_rows(tmp_path: Path) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", batches([3, 1, 2])))
+    assert run.steps.tolist() == [0, 1, 2]
+    assert run.rows.tolist() == [3, 1, 2]
+    assert run.gram()[:, 0, 0, 0].tolist() == [1.0, 10.0, 20.5]
+    assert run.losses()["forget"].tolist() == [1.0, 10.0, 20.5]
+    assert run.column("lr").tolist() == [1.0, 10.0, 20.5]
+    assert run.column("step").tolist() == [0, 1, 2]
+    assert validate(run.path).whole
+
+
+def test_a_source_that_is_absent_in_one_row_is_absent(tmp_path: Path) -> None:
+    rows = batches([2, 2])
+    rows[1].gram[:, 2] = rows[1].gram[:, :, 2] = np.nan
+    run = open_run(recorded(tmp_path / "a.h5", rows))
+    assert np.isnan(run.gram()[0, :, 2]).all()
+    assert np.isfinite(run.gram()[0, :, :2, :2]).all()
+    assert np.isfinite(run.gram()[1]).all()
+
+
+def test_resampling_draws_rows_of_the_same_step(tmp_path: Path) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", batches([3, 1, 2])))
+    rng = np.random.default_rng(0)
+    draws = np.stack([run.resampled(rng).gram()[:, 0, 0, 0] for _ in range(400)])
+    thirds = set(np.round(np.array(sorted(set(draws[:, 0]))) * 3).tolist())
+    assert thirds == {0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0}
+    assert set(draws[:, 1]) == {10.0}
+    assert set(draws[:, 2]) == {20.0, 20.5, 21.0}
+    assert np.abs(draws.mean(axis=0) - [1.0, 10.0, 20.5]).max() < 0.15
+
+
+def test_resampling_one_row_a_step_changes_nothing(tmp_path: Path) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", plain_rows(5)))
+    again = run.resampled(np.random.default_rng(0))
+    assert np.array_equal(again.gram(), run.gram())
+    assert again.steps.tolist() == run.steps.tolist()
+
+
+@pytest.mark.parametrize(
+    "keys", [[(0, 0, 1), (0, 0, 1)], [(0, 0, 1), (0, 0, 0)], [(1, 0, 0), (0, 1, 0)]]
+)
+def test_keys_that_do_not_grow_are_named(tmp_path: Path, keys: list[tuple[int, int, int]]) -> None:
+    rows = [keyed(*key) for key in keys]
+    problems = validate(recorded(tmp_path / "a.h5", rows)).problems
+    assert problems == ("the steps are not in increasing order",)
+
+
+def test_a_step_may_come_again_in_another_request(tmp_path: Path) -> None:
+    keys = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 0, 1)]
+    run = open_run(recorded(tmp_path / "a.h5", [keyed(*key) for key in keys]))
+    assert run.steps.tolist() == [0, 1, 0]
+    assert run.column("request").tolist() == [0, 0, 1]
+    assert run.rows.tolist() == [1, 1, 2]
+    assert validate(run.path).whole
+
+
+# Rows that are dropped.
+
+
+@pytest.mark.parametrize("capacity", [4, 64])
+@pytest.mark.parametrize("after", [0, 3, 6, 99])
+def test_a_run_goes_on_after_a_checkpoint_without_gap_or_double(
+    tmp_path: Path, after: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "FIRST_CAPACITY", capacity)
+    path = recorded(tmp_path / "a.h5", plain_rows(7), complete=None)
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=after)
+    kept = min(after + 1, 7)
+    assert (resumed.count, resumed.last_step) == (kept, kept - 1)
+    for step in range(kept, 9):
+        append(resumed, row_of(step, value=-1.0))
+    resumed.close(complete=True)
+    run = open_run(path)
+    assert run.steps.tolist() == list(range(9))
+    expected = [float((step + 1) ** 2) if step < kept else -1.0 for step in range(9)]
+    assert run.gram()[:, 0, 0, 0].tolist() == expected
+
+
+def test_all_rows_of_later_steps_are_dropped_of_the_last_request(tmp_path: Path) -> None:
+    keys = [(0, 0, 0), (0, 5, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 2, 1), (1, 3, 0)]
+    path = recorded(tmp_path / "a.h5", [keyed(*key) for key in keys])
+    RunWriter(path, PARAMETERS, resume=True, drop_after=1).close(complete=True)
+    run = open_run(path)
+    assert run.steps.tolist() == [0, 5, 0, 1]
+    assert run.column("request").tolist() == [0, 0, 1, 1]
+
+
+def test_nothing_is_dropped_before_there_is_a_new_row(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(7))
+    before = path.read_bytes()
+    idle = RunWriter(path, PARAMETERS, resume=True, drop_after=2)
+    idle.keep("scores", {"value": [1.0, 2.0]} | {"value": np.ones(2)})
+    with pytest.raises(ValueError, match="sources"):
+        idle.begin(Contents(("objective",), MANIFEST))
+    idle.close(complete=False)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["row", "close", "row and close"])
+def test_a_run_of_which_all_rows_are_dropped_keeps_the_rest(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "a.h5"
+    recording = RunWriter(path, PARAMETERS)
+    recording.keep("samples", {"value": np.arange(3)})
+    for row in plain_rows(7):
+        append(recording, row)
+    recording.close(complete=True)
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    assert resumed.resumed is not None
+    assert (resumed.resumed.steps.tolist(), resumed.resumed.metadata) == ([], MANIFEST["metadata"])
+    assert (resumed.count, resumed.last_step) == (0, -1)
+    resumed.begin(PLAIN)
+    assert len(open_run(path).steps) == 7
+    if "row" in how:
+        resumed.append(row_of(0, value=100.0))
+    resumed.close(complete="close" in how)
+    run = open_run(path)
+    assert run.gram()[:, 0, 0, 0].tolist() == ([100.0] if "row" in how else [])
+    assert run.state == ("complete" if "close" in how else "open")
+    assert run.table("samples")["value"].tolist() == [0, 1, 2]
+    assert validate(path).whole
+    count = len(run.steps)
+    recorded(path, plain_rows(2, first=count), resume=True)
+    assert open_run(path).steps.tolist() == list(range(count + 2))
+
+
+def test_a_run_of_which_all_rows_are_dropped_is_still_that_run(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(7))
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    with pytest.raises(ValueError, match=r"should be what the run in .* Found sources"):
+        resumed.begin(Contents(("objective",), MANIFEST))
+
+
+def test_a_first_row_that_fails_leaves_a_run_of_which_all_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(7))
+    before = path.read_bytes()
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=-1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(RunFileError, match=r"at step 0.*No space.*resume=True"):
+            append(resumed, row_of(0))
+    assert path.read_bytes() == before
+
+
+def test_dropping_that_fails_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(7))
+    before = path.read_bytes()
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(RunFileError, match=r"a\.h5` should be writable at step 3.*No space"):
+            append(resumed, row_of(3))
+    assert path.read_bytes() == before
+
+
+# What the rows hold.
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"sources": ("objective", "forget")}, "sources"),
+        ({"blocks": ("layer 0",)}, "blocks"),
+        ({"weights": ("npo",)}, "weights"),
+        ({"sketch": Sketch(seed=1)}, r"sketch Sketch\(seed=1"),
+        ({"gradients": StoredGradients("full", (0,), (((0, 6),),))}, "gradients"),
+    ],
+)
+def test_a_run_is_continued_with_what_it_holds(
+    tmp_path: Path, changed: dict[str, object], named: str
+) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(2))
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    arguments = {"sources": SOURCES, "manifest": MANIFEST} | changed
+    with pytest.raises(ValueError, match=rf"should be what the run in .* Found {named}.* instead"):
+        resumed.begin(Contents(**arguments))  # type: ignore[arg-type]
+    resumed.begin(Contents(SOURCES, manifest={"another": "manifest"}))
+    resumed.append(row_of(2))
+    resumed.close(complete=True)
+    assert open_run(path).manifest == MANIFEST
+
+
+def test_a_row_before_the_beginning_is_refused(tmp_path: Path) -> None:
+    early = RunWriter(tmp_path / "a.h5", PARAMETERS)
+    with pytest.raises(RuntimeError, match=r"`begin` should be called before"):
+        early.append(row_of(0))
+    early.close(complete=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("read", "advice"),
+    [
+        (lambda run: run.sketch("forget"), r'Recorder\(\.\.\., store="sketch"\)'),
+        (lambda run: run.gradient("forget", 0), r'Recorder\(\.\.\., store="bf16"\)'),
+        (lambda run: run.weights(), "Record an objective that has some"),
+        (lambda run: run.table("samples"), r"none\. Keep it with recorder\.keep_table\('samples'"),
+    ],
+)
+def test_what_was_not_recorded_is_named_with_what_records_it(
+    tmp_path: Path, read: Callable[[Run], object], advice: str
+) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", plain_rows(1)))
+    assert (run.contents.sketch, run.stored_steps.tolist(), run.tables) == (None, [], ())
+    with pytest.raises(ValueError, match=rf"a\.h5` should hold .* Found .*{advice}"):
+        read(run)
+
+
+def test_a_sketch_of_another_version_hides_nothing_else(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", [odd_row(step) for step in range(3)])
+    with h5py.File(path, "r+") as file:
+        described = json.loads(file["sketch"].asstr()[()]) | {"version": 2}
+        del file["sketch"]
+        file["sketch"] = json.dumps(described)
+    run = open_run(path)
+    assert run.gram().shape[0] == 3
+    with pytest.raises(ValueError, match=r"sketches in .* version 1\. Found .*version=2.*geffect"):
+        run.sketch("forget")
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    with pytest.raises(ValueError, match=r"Found sketch Sketch\(.* instead of OtherSketch\("):
+        append(resumed, odd_row(3))
+    resumed.keep("samples", {"value": np.zeros(1)})  # makes the file anew
+    resumed.close(complete=True)
+    assert open_run(path).contents == run.contents
+    with h5py.File(path) as file:
+        assert_same_bits(file["sketches"][:], [odd_row(step).sketches for step in range(3)])
+
+
+# Tables.
+
+
+def test_tables_are_kept_whenever_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "FIRST_CAPACITY", 2)
+    path = tmp_path / "a.h5"
+    recording = RunWriter(path, PARAMETERS)
+    recording.keep("before", {"text": ["naïve", "", "zwei\nZeilen"], "value": np.arange(3) / 3})
+    assert not path.exists()
+    append(recording, row_of(0))
+    assert open_run(path).tables == ("before",)
+    recording.keep("empty", {"text": [], "flag": np.zeros(0, dtype=bool)})
+    recording.keep("matrix", {"of rows": np.eye(2, dtype="f4")})
+    for step in range(1, 5):
+        append(recording, row_of(step))
+    recording.keep("matrix", {"other": np.array([1, 2])})
+    recording.close(complete=True)
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    resumed.keep("after", {"token": ["a"]})
+    resumed.close(complete=True)
+    run = open_run(path)
+    assert run.steps.tolist() == list(range(5))
+    assert sorted(run.tables) == ["after", "before", "empty", "matrix"]
+    assert run.table("before")["text"].tolist() == ["naïve", "", "zwei\nZeilen"]
+    assert np.array_equal(run.table("before")["value"], np.arange(3) / 3)
+    assert run.table("empty")["text"].tolist() == []
+    assert run.table("empty")["flag"].dtype == bool
+    assert {name: column.tolist() for name, column in run.table("matrix").items()} == {
+        "other": [1, 2]
+    }
+    assert run.table("after")["token"].tolist() == ["a"]
+    assert validate(path).whole
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "found"),
+    [
+        ("a/b", {"x": [""]}, "Found `a/b`"),
+        ("a", {"..": [""]}, r"Found `\.\.`"),
+        ("a", {"": [""]}, "Found ``"),
+        ("a", {"x": ["", ""], "y": np.zeros(1)}, "Found {'x': 2, 'y': 1}"),
+        ("a", {"x": np.array([object()])}, "array of numbers, or a list of texts"),
+        ("a", {"x": ["nul \0"]}, "without NUL"),
+        ("a", {"x": [1.0]}, "array of numbers, or a list of texts"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused_and_the_run_goes_on(
+    tmp_path: Path, name: str, columns: dict[str, object], found: str
+) -> None:
+    recording = RunWriter(tmp_path / "a.h5", PARAMETERS)
+    append(recording, row_of(0))
+    with pytest.raises(ValueError, match=found):
+        recording.keep(name, columns)  # type: ignore[arg-type]
+    append(recording, row_of(1))
+    recording.close(complete=True)
+    assert open_run(recording.path).tables == ()
+
+
+# No object is ever made of what a file holds.
+
+
+class Trap:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("place", ["gram", "steps/step", "manifest", "sources", "parameters/name"])
+@pytest.mark.parametrize("kind", ["opaque", "bytes"])
+def test_a_pickle_in_a_run_file_is_refused(tmp_path: Path, place: str, kind: str) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(1))
+    put_pickle(path, place, kind)
+    with pytest.raises(
+        RunFileError, match=r"should be a run file of geffect.*another in its place"
+    ):
+        open_run(path).gram()
+    assert not path.with_name("sprung").exists()
+
+
+def test_a_pickle_in_a_table_is_refused_and_the_rest_is_read(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(1))
+    put_pickle(path, "tables/samples/text", "opaque")
+    run = open_run(path)
+    assert len(run.gram()) == 1
+    with pytest.raises(RunFileError, match="another in its place"):
+        run.table("samples")
+    assert not path.with_name("sprung").exists()
+
+
+def put_pickle(path: Path, place: str, kind: str) -> None:
+    payload = pickle.dumps(Trap(path.with_name("sprung")))
+    with h5py.File(path, "r+") as file:
+        if place in file:
+            del file[place]
+        opaque = np.array([payload], dtype=h5py.opaque_dtype(np.dtype(f"V{len(payload)}")))
+        file[place] = opaque if kind == "opaque" else np.frombuffer(payload, dtype="u1")
+
+
+# Written in the background.
+
+
+def test_rows_are_written_in_order_behind_the_caller(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=2000)
+    to.begin(PLAIN)
+    for row in plain_rows(50):
+        to.append(row)
+    to.keep("done", {"rows": np.array([50])})
+    assert len(open_run(path).steps) == 50
+    to.close(complete=True)
+    to.close(complete=True)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist(), run.tables) == ("complete", list(range(50)), ("done",))
+
+
+@pytest.mark.parametrize("bound", [0, 3 * 144])
+def test_no_more_bytes_wait_than_allowed(
+    tmp_path: Path, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, gate = RunWriter(tmp_path / "a.h5", PARAMETERS), threading.Event()
+    written = slow.append
+    monkeypatch.setattr(slow, "append", lambda row: (gate.wait(), written(row)))
+    to = BackgroundWriter(slow, bound)
+    to.begin(PLAIN)
+    assert row_of(0).nbytes == 144
+    room = max(1, bound // 144)
+    for row in plain_rows(room):
+        to.append(row)
+    late = threading.Thread(target=to.append, args=[row_of(room)])
+    late.start()
+    late.join(0.05)
+    assert late.is_alive()
+    gate.set()
+    late.join()
+    to.close(complete=True)
+    assert len(open_run(slow.path).steps) == room + 1
+
+
+@pytest.mark.parametrize("then", ["append", "close", "keep"])
+def test_what_goes_wrong_behind_the_caller_is_raised_once(
+    tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.h5"
+    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=10**6)
+    to.begin(PLAIN)
+    to.append(row_of(0))
+    to.keep("first", {"x": np.zeros(1)})  # waits for the row
+    monkeypatch.setattr(RunWriter, "_add", full)
+    to.append(row_of(1))
+    to._drain()
+    message = r"Run file `.*a\.h5` should be writable at step 1\. Found: .*No space left"
+    with pytest.raises(RunFileError, match=message):
+        {
+            "append": lambda: to.append(row_of(2)),
+            "keep": lambda: to.keep("second", {"x": np.zeros(1)}),
+            "close": lambda: to.close(complete=True),
+        }[then]()
+    with pytest.raises(RunFileError, match=r"should be open\. Found it closed, or failed"):
+        to.append(row_of(3))
+    to.close(complete=True)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist(), run.tables) == ("open", [0], ("first",))
+
+
+def test_an_error_on_its_way_is_not_mistaken_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, closed, gate = (
+        RunWriter(tmp_path / "a.h5", PARAMETERS),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def fail(_: Row) -> None:
+        failing.close(complete=False)
+        closed.set()
+        gate.wait()
+        raise RunFileError("the cause")
+
+    monkeypatch.setattr(failing, "append", fail)
+    to = BackgroundWriter(failing, bound_bytes=10**6)
+    to.begin(PLAIN)
+    to.append(row_of(0))
+    closed.wait()
+    to.append(row_of(1))
+    gate.set()
+    with pytest.raises(RunFileError, match="the cause"):
+        to.close(complete=True)
+    with pytest.raises(RunFileError, match="should be open"):
+        to.check_open()
+
+
+def test_a_program_that_ends_without_closing_loses_no_row(tmp_path: Path) -> None:
+    from tests.utils.subprocesses import in_another_process
+
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        from tests.utils.runs import *
+        from geffect.store.background import BackgroundWriter
+        to = BackgroundWriter(RunWriter(sys.argv[1], PARAMETERS), 10**6)
+        to.begin(Contents(SOURCES, MANIFEST))
+        for row in plain_rows(40):
+            to.append(row)
+    """
+    path = tmp_path / "a.h5"
+    assert in_another_process(code, path, Path(__file__).parents[2]) == ""
+    assert len(open_run(path).steps) == 40
+
+
+# How large it will be.
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("sketch", [None, Sketch(width=1000)])
+def test_the_size_is_known_before(tmp_path: Path, rows: int, sketch: Sketch | None) -> None:
+    parameters = [
+        Parameter(f"layers.{i}.weight", f"layer {i}", "deep", i, "weight", (9,), "float32", ())
+        for i in range(30)
+    ]
+    contents = Contents(SOURCES, MANIFEST, sketch=sketch)
+    recording = RunWriter(tmp_path / "a.h5", parameters)
+    recording.begin(contents)
+    for step in range(rows):
+        recording.append(
+            Row(
+                step,
+                losses=np.zeros(3),
+                gram=np.zeros((30, 3, 3)),
+                sketches=sketch and np.zeros((3, 30, sketch.width), dtype="<f4"),
+            )
+        )
+    recording.close(complete=True)
+    size = recording.path.stat().st_size
+    assert projected_bytes(parameters, contents, rows, 0) == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize("capacity", [40, None])
+def test_no_more_is_taken_meanwhile_than_was_told(
+    tmp_path: Path, capacity: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "SPARE_BYTES", 100_000)
+    contents = Contents(SOURCES, MANIFEST, sketch=Sketch(width=1000))
+    told = projected_bytes(PARAMETERS, contents, 40, 0)
+    taken = []
+    synchronise = os.fsync
+
+    def watching(file: int) -> None:  # the moment at which a draft is whole, beside what is there
+        synchronise(file)
+        taken.append(sum(found.stat().st_size for found in tmp_path.iterdir()))
+
+    monkeypatch.setattr(os, "fsync", watching)
+    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=capacity)
+    to.begin(contents)
+    sketches = np.zeros((3, 2, 1000), dtype="<f4")
+    for step in range(40):
+        to.append(Row(step, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
+    to.close(complete=True)
+    assert max(taken) < told * (1.05 if capacity else 2.3)
+    assert len(taken) == 1 if capacity else len(taken) < 14
+    assert open_run(to.path).state == "complete"
+    assert to.path.stat().st_size == pytest.approx(told, rel=0.05)
+    if capacity:  # one more than there were to be
+        resumed = RunWriter(to.path, PARAMETERS, resume=True, rows=capacity)
+        resumed.begin(contents)
+        resumed.append(Row(40, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
+        assert open_run(to.path).state == "open"
+        resumed.close(complete=True)
+        assert len(open_run(to.path).steps) == 41
+        assert open_run(to.path).state == "complete"
+
+
+def test_a_plan_that_is_too_large_is_given_back(tmp_path: Path) -> None:
+    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=1000)
+    append(to, row_of(0))
+    large = to.path.stat().st_size
+    assert large > 1000 * 144
+    to.close(complete=True)
+    assert to.path.stat().st_size < large - 900 * 144
+
+
+# What the tests above are made of.
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def batches(counts: list[int]) -> list[Row]:
+    """For each step some rows, whose numbers are all 10 times the step plus the batch."""
+    return [
+        keyed(0, step, batch, value=10.0 * step + batch)
+        for step, count in enumerate(counts)
+        for batch in range(count)
+    ]
+
+
+def keyed(request: int, step: int, batch: int, value: float = 1.0) -> Row:
+    k = len(SOURCES)
+    return Row(
+        request=request,
+        step=step,
+        batch=batch,
+        lr=value,
+        losses=np.full(k, value),
+        gram=np.full((len(PARAMETERS), k, k), value),
+    )

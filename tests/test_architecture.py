@@ -1,0 +1,299 @@
+"""The architecture: who may import whom, what stands where, and what the doors promise."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import geffect
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1,
+    "layers": 2, "dots": 2, "losses": 2, "objectives": 2, "plots": 2,
+    "gradients": 3, "sketch": 3,
+    "effects": 4, "store": 4, "projection": 4,
+    "capture": 5, "analysis": 5,
+    "checkpoints": 6, "demo": 6, "trainers": 6,
+    "cli": 7,
+}  # fmt: skip
+
+# Who may import it, at run time.
+WALLS = {
+    "torch": [
+        "distributed",
+        "dots",
+        "encodings",
+        "sketch",
+        "losses",
+        "gradients",
+        "objectives",
+        "effects",
+        "projection",
+        "capture",
+        "checkpoints",
+        "trainers",
+        "demo",
+    ],
+    "torch.func": ["effects"],
+    "torchjd": ["projection.from_torchjd"],
+    "h5py": ["store"],
+    "pandas": ["scores", "analysis", "plots", "demo", "cli"],
+    "matplotlib": ["plots", "demo.figures", "cli"],
+    "seaborn": ["plots", "demo.figures", "cli"],
+    "transformers": ["demo", "trainers", "checkpoints", "cli"],
+    "tokenizers": ["demo"],
+    "typer": ["cli"],
+    "jinja2": ["cli"],
+    "rich": ["cli", "demo"],
+}
+
+# Further than the floors say: what must not be reached, by whom.
+DOORS = {
+    "capture": ["projection", "analysis", "effects"],
+    "projection": ["store", "capture"],
+    "plots": ["analysis", "store"],
+    "analysis": ["capture", "projection"],
+}
+
+HEAVY = ["torch", "matplotlib", "pandas", "transformers", "h5py"]
+
+
+@dataclass(frozen=True)
+class Import:
+    """A module that is imported, and whether that happens when the program runs."""
+
+    module: str
+    at_run_time: bool
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, through the two links."""
+    found = {}
+    for folder, _, files in os.walk(ROOT / "geffect", followlinks=True):
+        for file in (Path(folder, name) for name in files if name.endswith(".py")):
+            dotted = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            found[dotted.removesuffix(".__init__")] = file
+    return found
+
+
+def room(name: str) -> str:
+    """The package or the file on the ground floor that a module belongs to."""
+    return name.split(".")[1]
+
+
+ROOMS = sorted(name for name in modules() if name != "geffect")
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_module_imports_only_from_lower_floors(name: str) -> None:
+    for imported in internal(name):
+        if room(imported) != room(name):
+            assert FLOORS[room(imported)] < FLOORS[room(name)], f"{name} imports {imported}"
+
+
+def test_nothing_goes_round_in_a_circle() -> None:
+    graph = {name: set(internal(name)) for name in ROOMS}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"cycle: {error.args[1]}")
+
+
+@pytest.mark.parametrize(("name", "others"), DOORS.items())
+def test_doors_stay_shut(name: str, others: list[str]) -> None:
+    for module in (module for module in ROOMS if room(module) == name):
+        assert not {room(imported) for imported in internal(module)} & set(others), module
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if room(name) not in ("demo", "cli")])
+def test_nothing_below_the_demo_knows_analysis_or_plots(name: str) -> None:
+    others = {room(imported) for imported in internal(name)} - {room(name)}
+    assert not others & {"analysis", "plots"}
+
+
+@pytest.mark.parametrize("wall", WALLS)
+def test_third_party_walls(wall: str) -> None:
+    allowed = {f"geffect.{name}" for name in WALLS[wall]}
+    for module in modules():
+        reached = {i.module for i in imports(module) if i.at_run_time and within(i.module, wall)}
+        if not any(within(module, name) for name in allowed):
+            assert not reached, module
+
+
+def test_nothing_is_imported_that_is_not_declared() -> None:
+    declared = {re.split(r"\W", line)[0] for line in project()["project"]["dependencies"]}
+    declared |= {
+        re.split(r"\W", line)[0]
+        for extra in project()["project"]["optional-dependencies"].values()
+        for line in extra
+    }
+    third = {i.module.partition(".")[0] for name in modules() for i in imports(name)}
+    assert third - declared - {"geffect"} - sys.stdlib_module_names == set()
+
+
+@pytest.mark.parametrize("bare", ["analysis", "plots"])
+def test_the_linked_rooms_have_one_name(bare: str) -> None:
+    assert not [name for name in modules() for i in imports(name) if within(i.module, bare)]
+
+
+def test_packages_are_those_on_disk() -> None:
+    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()}
+    assert set(project()["tool"]["setuptools"]["packages"]) == on_disk
+    assert {"geffect.analysis", "geffect.plots"} <= on_disk
+
+
+@pytest.mark.parametrize("name", ["analysis", "plots"])
+def test_links(name: str) -> None:
+    link = ROOT / "geffect" / name
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{name}"
+    assert project()["tool"]["setuptools"]["package-dir"][f"geffect.{name}"] == name
+    # What reads folders, as type checkers do, sees every module of the room.
+    seen = {path.name for path in link.glob("*.py")}
+    assert seen == {path.name for path in (ROOT / name).glob("*.py")} > {"__init__.py"}
+
+
+@pytest.mark.parametrize(
+    ("program", "unloaded"),
+    [
+        ("import geffect", HEAVY),
+        ("import geffect.cli.main", HEAVY),
+        ("from geffect import open_run; import geffect.analysis", ["torch", "matplotlib"]),
+        ("import geffect.plots", ["torch", "h5py"]),
+        ("import geffect.store.writer", ["torch", "pandas"]),
+        ("from geffect import Recorder, Rectifier", ["pandas", "matplotlib", "transformers"]),
+    ],
+)
+def test_what_is_loaded(program: str, unloaded: list[str]) -> None:
+    show = f"{program}; import sys; print(*sorted(set({unloaded}) & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("geffect", ["Recorder", "Rectifier", "open_run"]),
+        (
+            "geffect.objectives",
+            ["GradientAscent", "WeightedGradientAscent", "NPO", "GradDiff"],
+        ),
+        ("geffect.projection", ["gru"]),
+        ("geffect.analysis", ["g_effect", "cosine", "conflict", "predicted_change"]),
+        ("geffect.plots", ["heatmap", "profile", "trajectory", "tradeoff", "sheet"]),
+    ],
+)
+def test_public_doors(module: str, names: list[str]) -> None:
+    door = importlib.import_module(module)
+    assert set(names) <= set(door.__all__)
+    assert all(callable(getattr(door, name)) for name in names)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_all_that_is_listed_exists(name: str) -> None:
+    module = importlib.import_module(name)
+    listed = getattr(module, "__all__", [])
+    assert len(set(listed)) == len(listed)
+    assert [entry for entry in listed if not hasattr(module, entry)] == []
+
+
+def test_the_lazy_face_is_complete() -> None:
+    assert set(geffect.__all__) == set(geffect._HOMES) <= set(dir(geffect))
+    with pytest.raises(AttributeError, match="no attribute 'recorder_of'"):
+        geffect.recorder_of  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_package_code_neither_prints_nor_postpones(name: str) -> None:
+    source = modules()[name].read_text(encoding="utf-8")
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", source)
+
+
+def test_the_files_speak_of_no_machine() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for path in (ROOT / name for name in names.split("\0") if name):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            places = "work|root|home" if (ROOT / "tests") in path.parents else "work|root|home|tmp"
+            assert not re.findall(rf"(?<![\w.~])/(?:{places})/\S*", text), path
+
+
+@cache
+def imports(name: str) -> tuple[Import, ...]:
+    """All that the module imports, anywhere in it, by dotted name."""
+    path = modules()[name]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    checked_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    return tuple(
+        Import(module, id(node) not in checked_only)
+        for node in ast.walk(tree)
+        for module in imported_by(node, package)
+    )
+
+
+def imported_by(node: ast.AST, package: str) -> Iterator[str]:
+    """The modules that one statement imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        above = package.split(".")[: len(package.split(".")) + 1 - node.level]
+        base = ".".join([*above, node.module or ""]).strip(".") if node.level else node.module or ""
+        for alias in node.names:
+            yield home(base, alias.name)
+    elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.func":
+        yield "torch.func"
+
+
+def home(base: str, name: str) -> str:
+    """Where a name comes from: a module, or what the lazy face fetches it from."""
+    if base == "geffect" and name in geffect._HOMES:
+        return f"geffect.{geffect._HOMES[name]}"
+    is_module = f"{base}.{name}" in modules() or (base, name) == ("torch", "func")
+    return f"{base}.{name}" if is_module else base
+
+
+def internal(name: str) -> list[str]:
+    """The modules of the package that a module imports, also for its annotations alone."""
+    return [i.module for i in imports(name) if within(i.module, "geffect")]
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@cache
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_pages_link_to_what_is_there_and_leave_nothing_open(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert "<!--" not in text
