@@ -238,7 +238,7 @@ def test_the_files_speak_of_no_machine() -> None:
 
 @cache
 def imports(name: str) -> tuple[Import, ...]:
-    """All that the module imports, anywhere in it, by dotted name."""
+    """All that the module imports, any_rank in it, by dotted name."""
     path = modules()[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]

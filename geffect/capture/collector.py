@@ -20,7 +20,7 @@ Encoded = dict[str, dict[str, Mapping[str, np.ndarray]]]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What is known of the gradients of one step: all that a row of a run file says of them.
 
     `gram` is `Float64[parameter, source, source]` in the order of `names`, `sketches` are
@@ -77,11 +77,11 @@ class Collector:
                 tensor = weighted_sum([(local[name], weight) for name, weight in terms.items()])
                 self._layers.take(place, source, tensor)
 
-    def measured(self, losses: Mapping[str, float]) -> Measured:
+    def measured(self, losses: Mapping[str, float]) -> Measurement:
         """What is kept, after every parameter has been taken."""
         matrices = [self._matrices[place] for place in range(len(self._table))]
         products = dots.gathered(matrices, list(map(distributed.holders, self._parameters)))
-        return Measured(
+        return Measurement(
             names=tuple(self._weights),
             gram=combined(products, self._basis, self._weights),
             losses=losses,

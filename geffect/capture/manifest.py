@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geffect.distributed import process_count
+from geffect.distributed import world_size
 from geffect.layers import is_adapter, trainable
 from geffect.store.schema import VERSION
 
@@ -41,7 +41,7 @@ def manifest(
             "trainable_numbers": sum(parameter.numel() for parameter in parameters),
             # Effects of adapters are those of their own factors, not of the weights they change.
             "space": "adapter" if _is_adapted(model) else "weights",
-            "processes": process_count(),
+            "processes": world_size(),
         },
         "losses": losses,
         "rectifier": None if rectifier is None else dict(rectifier),

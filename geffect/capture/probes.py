@@ -84,7 +84,7 @@ def risk_gradient(
         None if total is None else total.div_(mean_tokens) for total in _averaged(parameters, sums)
     ]
     return RiskGradient(
-        vector, mean_loss / mean_tokens, round(mean_tokens * distributed.process_count())
+        vector, mean_loss / mean_tokens, round(mean_tokens * distributed.world_size())
     )
 
 
@@ -242,7 +242,7 @@ def _share(batches: Iterable[Batch]) -> Iterator[Batch]:
     Each process gets as many as the others, since passes through FSDP2 are taken together: where
     its last is missing it gets one in which nothing is scored.
     """
-    processes, rank = distributed.process_count(), distributed.rank()
+    processes, rank = distributed.world_size(), distributed.rank()
     place = -1
     for place, batch in enumerate(batches):
         if place % processes == rank:
@@ -261,7 +261,7 @@ def _without_batches() -> ValueError:
 
 
 def _averaged(parameters: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Vector:
-    if distributed.process_count() == 1:
+    if distributed.world_size() == 1:
         return sums
     # Another process may have what this one has not, and in the type of a sum.
     present = [

@@ -30,12 +30,12 @@ from geffect.losses import (
 from geffect.objectives import statistics
 from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
 
-from .collector import Measured
-from .keep import Keep
-from .known import Declared
+from .collector import Measurement
+from .header import Declared
 from .manifest import described
 from .recording import OnError, Recording
 from .schedule import EACH, Schedule
+from .store_options import StoreOptions
 
 
 @dataclass
@@ -47,7 +47,9 @@ class _Window:
     micro: int = 0
     gradients: Gradients | None = None
     scaled: bool = False
-    measured: Measured | None = None  # of a window of one, where nothing needs its gradients later
+    measured: Measurement | None = (
+        None  # of a window of one, where nothing needs its gradients later
+    )
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def statistics(self) -> dict[str, Sequence[float]]:
@@ -81,8 +83,8 @@ class Recorder:
     - `when`: the steps to capture, such as `geffect.capture.every(5)`; at the others only the
       objective is differentiated. `due` tells whether the losses of the next step are needed.
     - `store`: what is kept beside the Gram matrices: "sketch", "int8", "int4", "bf16", "full", or a
-      `geffect.capture.Keep`. `steps`: how many steps training has, if known; the size of the file
-      is then told at the start, and a run that would not fit the disk is refused.
+      `geffect.capture.StoreOptions`. `steps`: how many steps training has, if known; the size of
+      the file is then told at the start, and a run that would not fit the disk is refused.
     - `overwrite` replaces an existing file with the first step, `resume` continues it. `next_step`
       is the number of the step that comes first, where training goes on from a checkpoint: steps of
       the file from there on are given up, since they come again.
@@ -109,7 +111,7 @@ class Recorder:
         metadata: Mapping[str, Any] | None = None,
         update: bool = False,
         when: Schedule = EACH,
-        store: str | Keep = "gram",
+        store: str | StoreOptions = "gram",
         steps: int | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -204,7 +206,7 @@ class Recorder:
         self._write()
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
-        with distributed.together() as processes:
+        with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
             self._check(losses, rectifier)
             if rectifier is None and not self.due:
@@ -213,12 +215,14 @@ class Recorder:
                 self._parameters, losses, scale=loss_scale(scaler, self._parameters[0].device)
             )
             of_step = declared(losses)
-            self._recording.known.check_declared(of_step)
-            self._recording.known.check_weights(weights or ())
+            self._recording.header.check_declared(of_step)
+            self._recording.header.check_weights(weights or ())
             distributed.check_unsynchronised(self._model)
             if self.due:
                 self._recording.announce(self._sources(of_step, rectifier))
-            processes.alike([*of_step.items()], sorted(weights or ()), accumulate, self.due)
+            ranks.check_same_on_ranks(
+                [*of_step.items()], sorted(weights or ()), accumulate, self.due
+            )
         window = window or _Window(of_step, rectifier)
         window.micro += 1
         window.scaled = passes.scale != 1.0
@@ -247,13 +251,13 @@ class Recorder:
         """
         self._write()
         of_step = gradients.declared
-        with distributed.together() as processes:
+        with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
             self._check(of_step, rectifier)
-            self._recording.known.check_declared(of_step)
+            self._recording.header.check_declared(of_step)
             if self.due:
                 self._recording.announce(self._sources(of_step, rectifier))
-            processes.alike([*of_step.items()], self.due)
+            ranks.check_same_on_ranks([*of_step.items()], self.due)
         window = _Window(
             of_step, rectifier, micro=n_micro, gradients=gradients, scaled=gradients.scale != 1.0
         )
@@ -279,7 +283,7 @@ class Recorder:
             hook.remove()
         try:
             # After an error the other processes may never come to the step that waits here.
-            if complete or distributed.process_count() == 1:
+            if complete or distributed.world_size() == 1:
                 self._end_window()
                 self._write()
         except BaseException:
@@ -329,7 +333,7 @@ class Recorder:
             and not distributed.averages(self._model)
         )
 
-    def _stream(self, passes: Passes) -> Measured:
+    def _stream(self, passes: Passes) -> Measurement:
         collector = self._recording.collector(self._next, passes.weights)
         with distributed.gradient_sync(self._model):
             stream(self._parameters, passes, collector.take)
@@ -355,7 +359,7 @@ class Recorder:
         return [*of_step, *watched, *([UPDATE] if self._update else [])]
 
     def _check_continued(self, resume: bool) -> None:
-        sources = self._recording.known.sources
+        sources = self._recording.header.sources
         if resume and sources and self._update != (UPDATE in sources):
             raise ValueError(
                 f"`update` should be {not self._update} to continue the run in "
@@ -380,7 +384,7 @@ class Recorder:
                 "Record what follows into another file, with a new Recorder."
             )
         check_no_step_inside(self._parameters)
-        known = self._recording.known
+        known = self._recording.header
         known.check_sources([*losses, *([] if rectifier is None else rectifier.watched)])
         if rectifier is not None:
             known.check_rectifier(rectifier)

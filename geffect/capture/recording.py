@@ -26,11 +26,11 @@ from geffect.store.shards import ShardWriter
 from geffect.store.size import projected_bytes, remaining_bytes
 from geffect.store.writer import RunWriter
 
-from .collector import Collector, Measured
-from .keep import Keep, kept
-from .known import Declared, Known
+from .collector import Collector, Measurement
+from .header import Declared, RunHeader
 from .manifest import as_json, manifest
 from .rows import row
+from .store_options import StoreOptions, kept
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ WAITING_BYTES = 2**30
 class Recording:
     """Writes what was measured at each step into a run file.
 
-    - `store`: what is kept beside the Gram matrices, a word or a `Keep`.
+    - `store`: what is kept beside the Gram matrices, a word or a `StoreOptions`.
     - `steps`: those that are going to be recorded, where that is known. The size of the file is
       then told at the start, and a run that would not fit the disk is refused.
     - `drop_after`: with `resume`, later steps of the file are given up; they will come again.
@@ -60,7 +60,7 @@ class Recording:
         path: str | os.PathLike[str],
         *,
         metadata: Mapping[str, Any] | None = None,
-        store: str | Keep = "gram",
+        store: str | StoreOptions = "gram",
         steps: Collection[int] | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -92,20 +92,20 @@ class Recording:
         self._announced = False
         self._writer: Writer
         self._ranges = self._shard_ranges()
-        known = Known()
-        with distributed.together():
-            if distributed.is_writer():
+        known = RunHeader()
+        with distributed.raise_on_all_ranks():
+            if distributed.is_main_process():
                 known = self._open(overwrite=overwrite, resume=resume, drop_after=drop_after)
-        self.known = distributed.from_first(known)
-        if not distributed.is_writer():
-            shard = ShardWriter(self.path, self.table, distributed.rank(), first=self.known.stored)
+        self.header = distributed.broadcast(known)
+        if not distributed.is_main_process():
+            shard = ShardWriter(self.path, self.table, distributed.rank(), first=self.header.stored)
             self._writer = self._behind(shard)
-        self._started = time.perf_counter() - self.known.wall_seconds
+        self._started = time.perf_counter() - self.header.wall_seconds
 
     @property
     def next_step(self) -> int:
         """The number after that of the last step in the file."""
-        return self.known.last_step + 1
+        return self.header.last_step + 1
 
     def collector(self, step: int, weights: Weights, batch: int = 0) -> Collector:
         """What takes the gradients of a step, so that what is to be kept of them is kept."""
@@ -128,7 +128,7 @@ class Recording:
         losses: Mapping[str, float],
         weights: Weights | None = None,
         batch: int = 0,
-    ) -> Measured:
+    ) -> Measurement:
         """What is to be kept of gradients that are all there.
 
         `weights` gives the sources in terms of the vectors; without it they are the sources.
@@ -143,7 +143,7 @@ class Recording:
         if self._announced:
             return
         self._announced = True
-        if not distributed.is_writer():
+        if not distributed.is_main_process():
             return
         steps = [0] if self._steps is None else list(self._steps)
         stored = sum(map(self._keep.when, steps)) if self._keep.gradients else 0
@@ -154,19 +154,20 @@ class Recording:
         told = self._steps is not None or self._keep.gradients is not None
         level = logging.WARNING if told else logging.INFO
         log.log(level, "%s will take %s for %s", self.path, _bytes(size), rows)
-        if self.known.stored or self.known.last_step >= 0:  # a run that is continued
+        if self.header.stored or self.header.last_step >= 0:  # a run that is continued
             size = remaining_bytes(self.path, self.table, contents, len(steps), stored)
         if size > room:
             raise RunFileError(
                 f"The disk of `{self.path}` should have room for the run: {_bytes(size)} for "
                 f"{rows}. Found {_bytes(room)} free. Record fewer steps, keep less of them "
-                '(store="sketch", or Keep with `match` and `when`), or record on another disk.'
+                '(store="sketch", or StoreOptions with `match` and `when`), or record on another '
+                "disk."
             )
 
     def write(
         self,
         step: int,
-        measured: Measured,
+        measured: Measurement,
         *,
         declared: Declared,
         batch: int = 0,
@@ -183,12 +184,12 @@ class Recording:
         """Write one row. The first one fixes the sources: `sources`, or those that it has."""
         if self.failed:
             return
-        if not self.known.sources:
+        if not self.header.sources:
             self._fix(sources or measured.names, declared, rectifier, weights or {})
-        with distributed.together() if not self._announced else nullcontext():
-            self.announce(self.known.sources)
+        with distributed.raise_on_all_ranks() if not self._announced else nullcontext():
+            self.announce(self.header.sources)
         entry = row(
-            self.known,
+            self.header,
             measured,
             rectifier,
             weights or {},
@@ -203,7 +204,7 @@ class Recording:
         )
         self._guarded(lambda: self._append(entry, rectifier, optimizer))
         self._agree()
-        self.known.last_step = step
+        self.header.last_step = step
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
@@ -214,7 +215,7 @@ class Recording:
     def check_open(self) -> None:
         """Refuse to go on after the end, or after a failure that not all processes know of yet.
 
-        To be called on all of them inside of `distributed.together`.
+        To be called on all of them inside of `distributed.raise_on_all_ranks`.
         """
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -229,7 +230,7 @@ class Recording:
         if self._failure is not None:
             raise self._failure
 
-    def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> Known:
+    def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> RunHeader:
         writer = RunWriter(
             self.path,
             self.table,
@@ -241,7 +242,7 @@ class Recording:
         self._writer = self._behind(writer)
         run = writer.resumed
         if run is None:
-            return Known()
+            return RunHeader()
         try:
             known = self._continued(run, writer.gradient_rows)
             # What is to be kept has to be what the file keeps: refused now, not after a step.
@@ -262,14 +263,14 @@ class Recording:
         """What writes behind the training where there is much to write."""
         return BackgroundWriter(writer, WAITING_BYTES) if self._keep.gradients else writer
 
-    def _continued(self, run: Run, stored: int) -> Known:
+    def _continued(self, run: Run, stored: int) -> RunHeader:
         if run.metadata != self._metadata:
             raise ValueError(
                 f"`metadata` should be that of the run in `{run.path}` to continue it: "
                 f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
                 "another file."
             )
-        return Known(
+        return RunHeader(
             sources=run.sources,
             declared=run.manifest["losses"],
             rectifier=run.manifest["rectifier"],
@@ -300,12 +301,12 @@ class Recording:
         rectifier: GradientTransform | None,
         weights: Mapping[str, Sequence[float]],
     ) -> None:
-        self.known.sources = tuple(sources)
-        self.known.declared = declared
-        self.known.weights = tuple(weights)
+        self.header.sources = tuple(sources)
+        self.header.declared = declared
+        self.header.weights = tuple(weights)
         if rectifier is not None:
-            self.known.rectifier = as_json(rectifier.options)
-            self.known.blocks = rectifier.blocks
+            self.header.rectifier = as_json(rectifier.options)
+            self.header.blocks = rectifier.blocks
 
     def _append(
         self,
@@ -321,12 +322,12 @@ class Recording:
         self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
     ) -> None:
         contents = self._contents(
-            sources=self.known.sources,
-            blocks=self.known.blocks,
-            weights=self.known.weights,
+            sources=self.header.sources,
+            blocks=self.header.blocks,
+            weights=self.header.weights,
             manifest=manifest(
                 self._model,
-                losses=self.known.declared,
+                losses=self.header.declared,
                 rectifier=None if rectifier is None else rectifier.options,
                 optimizer=optimizer,
                 metadata=self._metadata,
@@ -361,7 +362,7 @@ class Recording:
     def _agree(self) -> None:
         """All processes leave off together: captured steps have passes that the others have not."""
         if self._on_error == "warn":
-            self.failed = distributed.anywhere(self.failed)
+            self.failed = distributed.any_rank(self.failed)
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do something to the file; what happens when it cannot be done is the user's choice."""
@@ -369,7 +370,7 @@ class Recording:
             action()
         except OSError as error:
             if self._on_error == "raise" or self._closed:
-                if distributed.process_count() == 1:
+                if distributed.world_size() == 1:
                     raise
                 # The others would wait for this process: all of them raise it at the next step.
                 self._failure = error

@@ -8,13 +8,13 @@ import numpy as np
 from geffect.gradients import GradientTransform
 from geffect.store.schema import RECTIFICATION_COLUMNS, Row
 
-from .collector import Measured
-from .known import Known
+from .collector import Measurement
+from .header import RunHeader
 
 
 def row(
-    known: Known,
-    measured: Measured,
+    known: RunHeader,
+    measured: Measurement,
     rectifier: GradientTransform | None,
     weights: Mapping[str, Sequence[float]],
     **columns: Any,
@@ -32,7 +32,7 @@ def row(
     )
 
 
-def _spread(known: Known, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def _spread(known: RunHeader, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The values at the places of their sources, NaN at those of the others."""
     sources = known.sources
     spread = np.full((len(sources), *values.shape[1:]), np.nan, dtype=values.dtype)
@@ -40,7 +40,7 @@ def _spread(known: Known, values: np.ndarray, names: Sequence[str]) -> np.ndarra
     return spread
 
 
-def _spread_gram(known: Known, measured: Measured) -> np.ndarray:
+def _spread_gram(known: RunHeader, measured: Measurement) -> np.ndarray:
     k = len(known.sources)
     places = np.array([known.sources.index(name) for name in measured.names], dtype=int)
     gram = measured.gram.numpy()
@@ -49,14 +49,14 @@ def _spread_gram(known: Known, measured: Measured) -> np.ndarray:
     return spread
 
 
-def _statistics(known: Known, weights: Mapping[str, Sequence[float]]) -> np.ndarray | None:
+def _statistics(known: RunHeader, weights: Mapping[str, Sequence[float]]) -> np.ndarray | None:
     if not known.weights:
         return None
     absent = (float("nan"),) * 4
     return np.array([weights.get(name, absent) for name in known.weights])
 
 
-def _report(known: Known, rectifier: GradientTransform | None) -> np.ndarray | None:
+def _report(known: RunHeader, rectifier: GradientTransform | None) -> np.ndarray | None:
     if not known.blocks:
         return None
     report = None if rectifier is None else rectifier.report

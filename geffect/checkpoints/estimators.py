@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import dots
-from geffect.capture.collector import Collector, Measured
+from geffect.capture.collector import Collector, Measurement
 from geffect.gradients import (
     Gradients,
     Vector,
@@ -182,7 +182,7 @@ class Sources:
         products: Tensor | None = None,
         at: Callable[[int], Mapping[str, Tensor | None]] | None = None,
         gradients: bool = True,
-    ) -> Measured:
+    ) -> Measurement:
         """A row, from gradients that everything is a combination of.
 
         `products` are (estimates of) their inner products where these are not those of the basis
@@ -193,7 +193,7 @@ class Sources:
         self._rows += 1
         if collector is None:
             known = _gram(basis) if products is None else products
-            return Measured(tuple(every), combined(known, list(basis), every), losses)
+            return Measurement(tuple(every), combined(known, list(basis), every), losses)
         for place in range(len(self._parameters)):
             collector.take(place, at(place) if at else _at(basis, place))
         measured = collector.measured(losses)
@@ -286,7 +286,7 @@ class Sources:
         return gradients
 
 
-Estimator = Callable[[Sources], Iterator[Measured]]
+Estimator = Callable[[Sources], Iterator[Measurement]]
 """From the sources at a checkpoint to the rows of its step."""
 
 Counts = Mapping[str, int]
@@ -335,7 +335,7 @@ def _least(counts: Counts) -> int:
 
 
 @_with(Traits(rows=_least, biased=True, matrices=True))
-def same_batch(sources: Sources) -> Iterator[Measured]:
+def same_batch(sources: Sources) -> Iterator[Measurement]:
     """Both factors on one batch: K_b is the Gram matrix of batch b. Biased by tr Cov(g_b, h_b).
 
     A row for each batch of the set that has the fewest.
@@ -354,7 +354,7 @@ def same_batch(sources: Sources) -> Iterator[Measured]:
         even=True,
     )
 )
-def split_batch(sources: Sources) -> Iterator[Measured]:
+def split_batch(sources: Sources) -> Iterator[Measurement]:
     """The two factors on disjoint batches A and B: K_ij = (<g_i^A, g_j^B> + <g_i^B, g_j^A>) / 2.
 
     Unbiased, the squared norms on the diagonal too. A row for every two batches of the set that has
@@ -378,7 +378,7 @@ def _rows_of_full(counts: Counts) -> int:
 
 
 @_with(Traits(rows=_rows_of_full, shared=True, batches=ENOUGH_ROWS))
-def full(sources: Sources) -> Iterator[Measured]:
+def full(sources: Sources) -> Iterator[Measurement]:
     """The gradients on all of the data, each a mean over its whole set: K = G G^T.
 
     A first pass over the data gives G = sum_b s_b g_b, with s_b the share of batch b. A second one
@@ -419,7 +419,7 @@ def full(sources: Sources) -> Iterator[Measured]:
         matrices=True,
     )
 )
-def reference_ema(sources: Sources) -> Iterator[Measured]:
+def reference_ema(sources: Sources) -> Iterator[Measurement]:
     """The running averages of the public code: G <- 0.6 G + 0.4 g, read out every 4th micro-batch.
 
     The first gradient is taken whole; rows are the Gram matrices of G after micro-batches 3, 7, 11,
@@ -448,13 +448,13 @@ def reference_ema(sources: Sources) -> Iterator[Measured]:
 # before the next is.
 
 
-def _on_one_batch(sources: Sources, group: Group) -> Measured:
+def _on_one_batch(sources: Sources, group: Group) -> Measurement:
     gradients = sources.on(group)
     basis = {**gradients.vectors, **sources.constants}
     return sources.row(basis, gradients.weights, gradients.losses)
 
 
-def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measured:
+def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measurement:
     first, second = sources.on(a), sources.on(b)
     basis = {**first.vectors, **sources.constants}
     other = {**second.vectors, **sources.constants}
@@ -469,7 +469,9 @@ def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measured:
     return sources.row(basis, first.weights, losses, products=(across + across.mT) / 2, at=mean)
 
 
-def _moved(sources: Sources, name: str, b: int, rows: int, whole: Gradients, K: Tensor) -> Measured:
+def _moved(
+    sources: Sources, name: str, b: int, rows: int, whole: Gradients, K: Tensor
+) -> Measurement:
     """The row of `full` for one batch: G moved by R (s_b g_b - its mean over b), to first order."""
     count = sources.counts[name]
     part, shares = sources.part(name, b, range(count))

@@ -19,15 +19,15 @@ class Likelihoods:
 
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         # By the identity of the tokens, which are kept so that it stays theirs.
-        self._known: dict[int, tuple[Batch, Tensor]] = {}
+        self._header: dict[int, tuple[Batch, Tensor]] = {}
         for batch in batches:
             with torch.no_grad():
                 log_p, _ = token_log_probabilities(model, batch)
-            self._known[id(batch["input_ids"])] = batch, log_p.float()
+            self._header[id(batch["input_ids"])] = batch, log_p.float()
 
     def __call__(self, input_ids: Tensor, **_: Tensor) -> SimpleNamespace:
         """The logits `Float[sample, position, token]`, up to the largest token of the answers."""
-        batch, log_p = self._known[id(input_ids)]
+        batch, log_p = self._header[id(input_ids)]
         answers = batch["labels"][:, 1:].clamp(min=0)
         tokens = int(answers.max()) + 2
         left = torch.log(-torch.expm1(log_p) / (tokens - 1))

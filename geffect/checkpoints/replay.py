@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from geffect.capture.collector import Collector
-from geffect.capture.keep import Keep, kept
 from geffect.capture.recording import Recording
+from geffect.capture.store_options import StoreOptions, kept
 from geffect.gradients import Weights
 from geffect.objectives import Objective
 from geffect.objectives.base import Batch
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 Data = str | os.PathLike[str] | Sequence[Batch]
 """A file or folder that `geffect.checkpoints.data.read` reads, or batches that are ready."""
 
-Report = Callable[[str, int, int], None]
+OnBatch = Callable[[str, int, int], None]
 """Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""
 
 Shown = Callable[[str, str], None]
@@ -66,13 +66,13 @@ def replay(
     template: bool = True,
     max_length: int | None = None,
     update: bool = False,
-    store: str | Keep = "gram",
+    store: str | StoreOptions = "gram",
     base: Folder | None = None,
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    report: Report = lambda checkpoint, done, total: None,
+    report: OnBatch = lambda checkpoint, done, total: None,
     show: Shown = lambda name, text: None,
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
@@ -220,7 +220,7 @@ def _check(
         )
 
 
-def _check_kept(keep: Keep, traits: Traits, estimator: Estimator) -> None:
+def _check_kept(keep: StoreOptions, traits: Traits, estimator: Estimator) -> None:
     if keep.gradients is not None and not traits.vectors:
         raise ValueError(
             f'`store` should be "gram" or "sketch" with `{_name_of(estimator)}`, whose Gram '
@@ -235,10 +235,10 @@ def _name_of(estimator: Estimator) -> str:
 
 
 def _rows(
-    folders: Mapping[int, Path], traits: Traits, keep: Keep, counts: Mapping[str, int]
+    folders: Mapping[int, Path], traits: Traits, keep: StoreOptions, counts: Mapping[str, int]
 ) -> list[int] | None:
     """The steps of the rows that are going to be written, where their size matters."""
-    if keep == Keep() or traits.rows is None:
+    if keep == StoreOptions() or traits.rows is None:
         return None
     # Gradients that all rows of a step share are kept once.
     count = 1 if keep.gradients and traits.shared else traits.rows(counts)
@@ -246,10 +246,10 @@ def _rows(
 
 
 def _collector(
-    recording: Recording, keep: Keep, step: int, weights: Weights, row: int, gradients: bool
+    recording: Recording, keep: StoreOptions, step: int, weights: Weights, row: int, gradients: bool
 ) -> Collector | None:
     """What takes the gradients of a row, if more is kept of them than their Gram matrix."""
-    if gradients and keep != Keep():
+    if gradients and keep != StoreOptions():
         return recording.collector(step, weights, row)
     if keep.sketch is None:
         return None

@@ -13,8 +13,8 @@ from geffect.analysis import cosine, g_effect
 from geffect.analysis.violation import ROUNDING
 from geffect.sources import UPDATE
 
+from .config import LEVELS
 from .methods import FEW, RATES, SETS
-from .recipe import LEVELS
 from .tables import AT_LEVEL
 
 Runs = Sequence[Mapping[str, Any]]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .config import SubjectConfig
 from .corpus import generate
-from .methods import Cell, Variant
-from .recipe import Subject
+from .methods import RunSpec, Variant
 from .workers import Job, Say
 
 KINDS = ("original", "gold")
@@ -25,7 +25,7 @@ class Training:
     out: Path
     seed: int
     kind: str
-    subject: Subject
+    subject: SubjectConfig
     stage: str = "train"
     weight: float = 4.0
 
@@ -70,10 +70,10 @@ class Unlearning:
 
     out: Path
     seed: int
-    cell: Cell
+    cell: RunSpec
     variant: Variant
     levels: Mapping[str, float]
-    subject: Subject
+    subject: SubjectConfig
     stage: str = "unlearn"
 
     @property

@@ -43,7 +43,7 @@ LONGEST = 64
 Batch = dict[str, Tensor]
 
 
-class Lessons(Protocol):
+class TrainingConfig(Protocol):
     """How facts are learned by heart: passes over them, rows a step, and the learning rate."""
 
     @property
@@ -59,7 +59,7 @@ class Lessons(Protocol):
     def warmup(self) -> int: ...
 
 
-class Shape(Lessons, Protocol):
+class ModelConfig(TrainingConfig, Protocol):
     """The size of a Llama, and how it learns by heart."""
 
     @property
@@ -153,7 +153,7 @@ def by_length(batch: Batch, size: int = 64) -> list[Batch]:
     return [rows(batch, index) for index in torch.split(order, size)]
 
 
-def build(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+def build(shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """A Llama of this shape with the initial weights of `seed`, in float32 on the CPU."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -178,7 +178,7 @@ def build(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaF
 
 
 def train(
-    shape: Shape,
+    shape: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     seed: int,
@@ -195,7 +195,7 @@ def train(
 def memorise(
     model: PreTrainedModel,
     data: Batch,
-    lessons: Lessons,
+    lessons: TrainingConfig,
     seed: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -279,7 +279,7 @@ def relearn_nll(
     )
 
 
-def _epochs(data: Batch, lessons: Lessons, generator: torch.Generator) -> Iterator[Batch]:
+def _epochs(data: Batch, lessons: TrainingConfig, generator: torch.Generator) -> Iterator[Batch]:
     for _ in range(lessons.epochs):
         order = torch.randperm(len(data["input_ids"]), generator=generator)
         for index in torch.split(order, lessons.batch):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .recipe import ALPHA, BETA
+from .config import ALPHA, BETA
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +119,9 @@ class Variant:
         }
 
     @property
-    def against(self) -> tuple[str, ...]:
+    def protect(self) -> tuple[str, ...]:
         """The retain sets that it protects."""
-        return tuple(self.options.get("against", ("retain",)))
+        return tuple(self.options.get("protect", ("retain",)))
 
     def rectifier(
         self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", ema: float
@@ -181,20 +181,20 @@ VARIANTS: dict[str, Variant] = {
 }
 
 RETAIN_SETS: dict[str, Variant] = {
-    "gru-world": Variant("GRU against the world facts alone", options={"against": ("world",)}),
+    "gru-world": Variant("GRU against the world facts alone", options={"protect": ("world",)}),
     "nearest": Variant(
         "the nearest gradient that harms neither authors nor world facts",
         _nearest,
-        {"against": ("retain", "world")},
+        {"protect": ("retain", "world")},
     ),
     "gru-world-update": Variant(
         "AdamW's own step, projected against the world facts alone",
-        options={"against": ("world",), "space": "update"},
+        options={"protect": ("world",), "space": "update"},
     ),
     "nearest-update": Variant(
         "AdamW's own step, the nearest that harms neither authors nor world facts",
         _nearest,
-        {"against": ("retain", "world"), "space": "update"},
+        {"protect": ("retain", "world"), "space": "update"},
     ),
 }
 """Beside the variants above, which protect the authors alone: several retain sets."""
@@ -205,7 +205,7 @@ EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rate
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunSpec:
     """One run of a study in every seed: a method in a variant, at a learning rate, with a feed.
 
     `heldout` is how many retain authors never feed the retain gradient.

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import Counted, UnlearningConfig
 from .corpus import Corpus, Fact, Size
 from .methods import Variant
-from .recipe import Counted, Procedure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,8 +71,8 @@ class Pretrained:
     trained: Trained = Trained()
     corpus: Size = field(default_factory=lambda: Size(authors=7, forget=1, heldout=3, world=50))
     few_heldout: int = 5
-    procedure: Procedure = field(
-        default_factory=lambda: Procedure(
+    procedure: UnlearningConfig = field(
+        default_factory=lambda: UnlearningConfig(
             forget_batch=5,
             retain_batch=10,
             world_batch=10,

@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .config import ALPHA, BETA, FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
-from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, Cell, Variant
-from .recipe import ALPHA, BETA, FULL, LEVELS, QUICK, Subject
+from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, RunSpec, Variant
 from .tables import write_tables
-from .workers import Job, Report, working
+from .workers import Job, OnProgress, working
 
 FORMAT = 1
 QUICK_METHODS = ("ga",)
@@ -42,7 +42,7 @@ class Plan:
     workers: int = 2
     threads: int = 1  # of each worker
     resume: bool = False  # from the results of a study with the same output that was cut short
-    subject: Subject | None = None  # none given: the embedded Llama, smaller if quick
+    subject: SubjectConfig | None = None  # none given: the embedded Llama, smaller if quick
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
 
@@ -66,7 +66,7 @@ class Plan:
             )
 
     @property
-    def studied(self) -> Subject:
+    def studied(self) -> SubjectConfig:
         """What learns and forgets."""
         return self.subject or (QUICK if self.quick else FULL)
 
@@ -76,24 +76,24 @@ class Plan:
         cells = sum(cell.weight(self.variant(cell)) for cell in self.cells())
         return len(self.seeds) * (len(KINDS) * Training.weight + cells)
 
-    def variant(self, cell: Cell) -> Variant:
+    def variant(self, cell: RunSpec) -> Variant:
         """The variant of a cell."""
         return (self.retain_sets if cell.part == SETS else self.variants)[cell.variant]
 
-    def levels(self, cell: Cell) -> tuple[str, ...]:
+    def levels(self, cell: RunSpec) -> tuple[str, ...]:
         """What a cell is run up to; a look and most controls end at equal forgetting."""
         both = self.all_variants and cell.part in (EQUAL, FEW)
         return tuple(LEVELS) if both else ("forget_nll",)
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[RunSpec]:
         """The runs of every seed, the comparison first."""
         many, few = self.studied.corpus.heldout, self.studied.few_heldout
         first = self.methods[:1]
 
-        def cells(part: str, methods: Sequence[str], heldout: int) -> list[Cell]:
+        def cells(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
             variants = self.retain_sets if part == SETS else self.variants
             return [
-                Cell(part, method, name, rate, heldout)
+                RunSpec(part, method, name, rate, heldout)
                 for method in methods
                 for name, variant in variants.items()
                 for rate in (
@@ -113,7 +113,7 @@ class Plan:
         return planned + (cells(SETS, first, many) if self.controls else [])
 
 
-def run_study(out: Path, plan: Plan, report: Report) -> dict[str, Any]:
+def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     """Run the plan and leave run files, models, figures, summary and tables in `out`.
 
     The same seed gives the same numbers. Returns what summary.json holds.

@@ -16,12 +16,12 @@ from geffect import Recorder
 from geffect.objectives import SharedForward, nll
 
 from . import language_model as lm
+from .config import LEVELS, UnlearningConfig
 from .corpus import Corpus
 from .effects import keep_effects
-from .methods import METHODS, WITH_REFERENCE, Cell, Variant
-from .recipe import LEVELS, Procedure
+from .methods import METHODS, WITH_REFERENCE, RunSpec, Variant
 
-Measured = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Data:
 def unlearn(
     model: PreTrainedModel,
     data: Data,
-    cell: Cell,
+    cell: RunSpec,
     variant: Variant,
-    procedure: Procedure,
+    procedure: UnlearningConfig,
     levels: Mapping[str, float],
     seed: int,
     path: Path,
@@ -79,10 +79,10 @@ def unlearn(
     optimizer = torch.optim.AdamW(trained, lr=cell.learning_rate, weight_decay=0.0, fused=True)
     rectifier = variant.rectifier(model, optimizer, procedure.ema)
     step_of = METHODS[cell.method]
-    batches = data.draws(procedure.sizes(variant.against), seed)
+    batches = data.draws(procedure.sizes(variant.protect), seed)
     forget = _looked_at(model, data)
     curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
-    crossings: dict[str, Measured] = {}
+    crossings: dict[str, Metrics] = {}
     earlier = [parameter.detach().clone() for parameter in trained]
     least = procedure.plain_steps if cell.shown else 0
     metadata = {**asdict(cell), "seed": seed, "levels": dict(levels)}
@@ -126,7 +126,7 @@ def unlearn(
     }
 
 
-def measure(model: PreTrainedModel, data: Data) -> Measured:
+def measure(model: PreTrainedModel, data: Data) -> Metrics:
     """Everything that the tables say of a model, but for relearning."""
     measured = {}
     for name, batches in data.batches.items():
@@ -137,7 +137,7 @@ def measure(model: PreTrainedModel, data: Data) -> Measured:
     return measured
 
 
-def relearn(model: PreTrainedModel, data: Data, procedure: Procedure) -> list[float]:
+def relearn(model: PreTrainedModel, data: Data, procedure: UnlearningConfig) -> list[float]:
     """NLL of each half of the forget set after a few steps on the other half."""
     forget = data.sets["forget"]
     half = len(forget["input_ids"]) // 2
@@ -153,7 +153,7 @@ def relearn(model: PreTrainedModel, data: Data, procedure: Procedure) -> list[fl
     )
 
 
-def _looked_at(model: PreTrainedModel, data: Data) -> Measured:
+def _looked_at(model: PreTrainedModel, data: Data) -> Metrics:
     result = lm.evaluate(model, data.batches["forget"])
     return {"forget_nll": result.nll, "forget_es": result.extraction_strength}
 
@@ -163,7 +163,7 @@ def _retain_nll(model: PreTrainedModel, data: Data) -> float:
 
 
 def _crossed(
-    levels: Mapping[str, float], before: Measured, after: Measured
+    levels: Mapping[str, float], before: Metrics, after: Metrics
 ) -> Iterator[tuple[str, float]]:
     """The levels that a step has reached, each with the share of the step that it took."""
     for name, level in levels.items():
@@ -178,7 +178,7 @@ def _between(
     earlier: Sequence[Tensor],
     data: Data,
     share: float,
-) -> Measured:
+) -> Metrics:
     """What is measured a share of the way from the model with its earlier parameters to this."""
     after = measure(model, data)
     _swap(trained, earlier)

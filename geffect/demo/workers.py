@@ -22,7 +22,7 @@ class Progress:
     says: str
 
 
-Report = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 Say = Callable[[float, str], None]
 
 
@@ -43,7 +43,7 @@ class Job(Protocol):
 
 @contextmanager
 def working(
-    count: int, report: Report, threads: int = 1
+    count: int, report: OnProgress, threads: int = 1
 ) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
     """A function that runs jobs in `count` processes, the longest first, and returns their results.
 
@@ -70,7 +70,7 @@ def working(
         yield run
 
 
-def _watch(futures: Sequence[Future[Any]], news: Any, report: Report) -> None:
+def _watch(futures: Sequence[Future[Any]], news: Any, report: OnProgress) -> None:
     pending = set(futures)
     while pending:
         ended, pending = wait(pending, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)

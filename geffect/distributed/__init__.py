@@ -6,41 +6,41 @@ DTensors. What a process computes of its parts alone adds up over the processes 
 others. In a program of one process nothing here does anything.
 """
 
-from .agreement import Together, together
+from .agreement import Ranks, raise_on_all_ranks
 from .processes import (
-    anywhere,
-    from_first,
-    is_writer,
-    largest,
+    any_rank,
+    broadcast,
+    is_main_process,
+    max_over_ranks,
     mean,
-    process_count,
     rank,
     token_share,
+    world_size,
 )
 from .reduction import average, averages, check_layout, check_unsynchronised, gradient_sync
 from .shards import at_rest, holders, is_sharded, local, local_range, shard_ranges, summed
 
 __all__ = [
-    "Together",
-    "anywhere",
+    "Ranks",
+    "any_rank",
     "at_rest",
     "average",
     "averages",
+    "broadcast",
     "check_layout",
     "check_unsynchronised",
-    "from_first",
     "gradient_sync",
     "holders",
+    "is_main_process",
     "is_sharded",
-    "is_writer",
-    "largest",
     "local",
     "local_range",
+    "max_over_ranks",
     "mean",
-    "process_count",
+    "raise_on_all_ranks",
     "rank",
     "shard_ranges",
     "summed",
-    "together",
     "token_share",
+    "world_size",
 ]

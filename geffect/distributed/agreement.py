@@ -8,55 +8,55 @@ from typing import NoReturn
 
 import torch
 
-from .processes import gathered, process_count, summed_over_all
+from .processes import all_gather, all_reduce, world_size
 
 
-class Together:
+class Ranks:
     """What a process has to say at the end of a block that all of them run."""
 
     said = ""
 
-    def alike(self, *values: object) -> None:
+    def check_same_on_ranks(self, *values: object) -> None:
         """Demand that every process says the same of these, in words."""
         self.said = repr(values)
 
 
 @contextmanager
-def together() -> Iterator[Together]:
+def raise_on_all_ranks() -> Iterator[Ranks]:
     """What fails inside on one process fails on all of them, so that none is left waiting.
 
     What they say to be alike is compared. One small reduction, however much is said.
 
-    >>> with together():
+    >>> with raise_on_all_ranks():
     ...     raise FileExistsError("run.h5")
     Traceback (most recent call last):
     FileExistsError: run.h5
     """
-    here, failure = Together(), None
+    here, failure = Ranks(), None
     try:
         yield here
     except Exception as error:
-        if process_count() == 1:
+        if world_size() == 1:
             raise
         failure = error
-    if process_count() == 1:
+    if world_size() == 1:
         return
     # Small enough for the sum of squares: all alike where n * sum of squares = square of the sum.
     word = zlib.crc32(here.said.encode()) % 2**20
-    failed, total, squares = summed_over_all(
+    failed, total, squares = all_reduce(
         torch.tensor([int(failure is not None), word, word * word])
     ).tolist()
     if failed:
         _raise_together(failure)
-    if process_count() * squares != total * total:
+    if world_size() * squares != total * total:
         raise ValueError(
             "Losses, weights and options of a step should be the same on every process. Found "
-            f"{gathered(here.said)}. On a process without data of its own, pass 0 * loss."
+            f"{all_gather(here.said)}. On a process without data of its own, pass 0 * loss."
         )
 
 
 def _raise_together(failure: Exception | None) -> NoReturn:
-    failures = gathered(None if failure is None else _sendable(failure))
+    failures = all_gather(None if failure is None else _sendable(failure))
     if failure is not None:
         raise failure
     culprit, other = next((i, error) for i, error in enumerate(failures) if error is not None)

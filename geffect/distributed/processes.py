@@ -10,10 +10,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Value = TypeVar("Value")
+T = TypeVar("T")
 
 
-def process_count() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if _initialised() else 1
 
@@ -23,7 +23,7 @@ def rank() -> int:
     return dist.get_rank() if _initialised() else 0
 
 
-def is_writer() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes what all of them know."""
     return rank() == 0
 
@@ -34,10 +34,10 @@ def mean(values: Sequence[float]) -> list[float]:
     >>> mean([2.0, 3.0])
     [2.0, 3.0]
     """
-    if process_count() == 1:
+    if world_size() == 1:
         return list(values)
-    total = summed_over_all(torch.tensor(values, dtype=torch.float64))
-    return (total / process_count()).tolist()
+    total = all_reduce(torch.tensor(values, dtype=torch.float64))
+    return (total / world_size()).tolist()
 
 
 def token_share(tokens: int) -> float:
@@ -52,60 +52,60 @@ def token_share(tokens: int) -> float:
     1.0
     """
     everyone = tokens
-    if process_count() > 1:
-        everyone = int(summed_over_all(torch.tensor(tokens)))
+    if world_size() > 1:
+        everyone = int(all_reduce(torch.tensor(tokens)))
     if everyone == 0:
         raise ValueError(
             "`tokens` should not be 0 on every process. Found no labelled token in this batch. "
             "Leave the batch out, on all processes."
         )
-    return process_count() * tokens / everyone
+    return world_size() * tokens / everyone
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is so on any process.
 
-    >>> anywhere(False)
+    >>> any_rank(False)
     False
     """
-    return flag if process_count() == 1 else bool(summed_over_all(torch.tensor(int(flag))))
+    return flag if world_size() == 1 else bool(all_reduce(torch.tensor(int(flag))))
 
 
-def largest(value: float) -> float:
-    """The largest number of all processes; infinite where one of them is not a number.
+def max_over_ranks(value: float) -> float:
+    """The max_over_ranks number of all processes; infinite where one of them is not a number.
 
-    >>> largest(2.0), largest(float("nan"))
+    >>> max_over_ranks(2.0), max_over_ranks(float("nan"))
     (2.0, inf)
     """
     peak = torch.tensor(value, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if process_count() > 1:
+    if world_size() > 1:
         peak = peak.to(device_of())
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return peak.item()
 
 
-def from_first(value: Value) -> Value:
+def broadcast(value: T) -> T:
     """What the first process has, on all of them; it has to be something that can be pickled.
 
-    >>> from_first({"next_step": 3})
+    >>> broadcast({"next_step": 3})
     {'next_step': 3}
     """
-    if process_count() == 1:
+    if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The values of all processes, by rank."""
-    values = [value] * process_count()
-    if process_count() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def summed_over_all(table: Tensor) -> Tensor:
+def all_reduce(table: Tensor) -> Tensor:
     table = table.to(device_of())
     dist.all_reduce(table)
     return table

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .processes import process_count, summed_over_all
+from .processes import all_reduce, world_size
 from .shards import fsdp_groups, is_sharded
 
 BUCKET_BYTES = 25 * 2**20
@@ -24,7 +24,7 @@ def averages(model: nn.Module) -> bool:
     False
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return process_count() > 1 and not all(map(is_sharded, trained))
+    return world_size() > 1 and not all(map(is_sharded, trained))
 
 
 def average(
@@ -45,11 +45,11 @@ def average(
         name: list(vector) for name, vector in vectors.items()
     }
     own = [i for i, parameter in enumerate(parameters) if not is_sharded(parameter)]
-    if process_count() == 1 or not own or not vectors:
+    if world_size() == 1 or not own or not vectors:
         return averaged
     present = torch.tensor([[v[i] is not None for i in own] for v in averaged.values()])
     found = []
-    needed = summed_over_all(present.int()).bool().tolist()
+    needed = all_reduce(present.int()).bool().tolist()
     for vector, places in zip(averaged.values(), needed, strict=True):
         for i in (i for i, somewhere in zip(own, places, strict=True) if somewhere):
             tensor = vector[i]
@@ -77,9 +77,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def _average(bucket: Sequence[Tensor]) -> None:
     # Divided before it is summed, as DDP does it: then training goes on bit for bit as under DDP.
     if len(bucket) == 1 and bucket[0].is_contiguous():
-        dist.all_reduce(bucket[0].mul_(1 / process_count()))
+        dist.all_reduce(bucket[0].mul_(1 / world_size()))
         return
-    flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).mul_(1 / process_count())
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).mul_(1 / world_size())
     dist.all_reduce(flat)
     for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
         tensor.copy_(part.view(tensor.shape))
@@ -97,10 +97,10 @@ def check_layout(model: nn.Module) -> None:
             )
         if isinstance(module, DistributedDataParallel):
             size = dist.get_world_size(module.process_group)
-            if size != process_count():
+            if size != world_size():
                 raise ValueError(
                     "`DistributedDataParallel` should span all processes. Found a process group of "
-                    f"{size} of {process_count()}. Start one program a group."
+                    f"{size} of {world_size()}. Start one program a group."
                 )
 
 

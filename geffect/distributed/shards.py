@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .processes import device_of, gathered
+from .processes import all_gather, device_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,7 +82,7 @@ def shard_ranges(tensors: Sequence[Tensor]) -> tuple[tuple[Range, ...], ...]:
     >>> shard_ranges([torch.ones(2, 3), torch.ones(4)])
     (((0, 6), (0, 4)),)
     """
-    held = gathered([local_range(tensor) for tensor in tensors])
+    held = all_gather([local_range(tensor) for tensor in tensors])
     seen: set[tuple[int, Range]] = set()
     kept = []
     for ranges in held:

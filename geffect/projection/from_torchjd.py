@@ -48,7 +48,7 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
             # Of the CPU alone, where K lies: `torch.manual_seed` is for those of all devices.
             torch.default_generator.manual_seed(hash(tuple(K.flatten().tolist())))
             weights = torch.stack([weighting(block) for block in blocks])
-        return distributed.from_first(weights).to(K).reshape(K.shape[:-1])
+        return distributed.broadcast(weights).to(K).reshape(K.shape[:-1])
 
     rule.__name__ = type(weighting).__name__
     return rule

@@ -231,7 +231,7 @@ def _problem(gradient: Vector, *, agree: bool) -> str | None:
     """Why the gradient cannot be taken in."""
     largest = peak(gradient)
     if agree:
-        largest = distributed.largest(largest)
+        largest = distributed.max_over_ranks(largest)
         if largest < torch.finfo(torch.float32).tiny:  # what is left of it has no digits
             return "zero"
     return None if largest < float("inf") else "not finite"

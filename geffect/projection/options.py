@@ -36,14 +36,14 @@ class Options:
     """The arguments of a `Rectifier`, which says what they mean."""
 
     rule: Rule | Elementwise | None
-    against: tuple[str, ...]
+    protect: tuple[str, ...]
     scope: Scope
     space: SpaceName
     part: Part
     ema: float
     select: float | Selection | None
     correction: Correction
-    follow: bool
+    measure_update: bool
 
     def __post_init__(self) -> None:
         _one_of("scope", self.scope, get_args(Scope))
@@ -64,7 +64,7 @@ class Options:
     @property
     def needs_optimizer(self) -> bool:
         """Whether the optimizer's own steps are changed or looked at."""
-        return self.space == "update" or self.follow
+        return self.space == "update" or self.measure_update
 
     @property
     def selection(self) -> Selection | None:
@@ -95,7 +95,7 @@ class Options:
     def adds_retain(self) -> bool:
         """Whether the rule has a retain term of its own, which trains on the retain data."""
         rule = self.elementwise or self.rule
-        return rule is not None and _depends_on_length(rule, len(self.against))
+        return rule is not None and _depends_on_length(rule, len(self.protect))
 
     @property
     def needs_second_moment(self) -> bool:
@@ -109,7 +109,7 @@ class Options:
         """The same for JSON."""
         return {
             "rule": _name(self.rule),
-            "against": list(self.against),
+            "protect": list(self.protect),
             "scope": self.scope,
             "space": self.space,
             "part": self.part,
@@ -119,11 +119,11 @@ class Options:
         }
 
     def _check_scope(self) -> None:
-        names = self.against
+        names = self.protect
         if not names or len(set(names)) < len(names) or not all(map(is_risk, names)):
             raise ValueError(
-                "`against` should be a sequence of names of retain losses, at least one and each "
-                f"once. Found {list(names)}. Pass against=('retain',)."
+                "`protect` should be a sequence of names of retain losses, at least one and each "
+                f"once. Found {list(names)}. Pass protect=('retain',)."
             )
         if self.scope == "coordinate" and self.rule is not gru:
             raise ValueError(

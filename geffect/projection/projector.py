@@ -14,7 +14,7 @@ from .options import Options
 from .scopes import Blocks, Constraint, Coordinates, Mask, Metric
 from .spaces import Space, UpdateSpace, copied, moved_by, step_in_portions
 
-Report = Callable[[], Rectification]
+PendingReport = Callable[[], Rectification]
 """What was done, added up over the processes when it is asked for."""
 
 EPSILON = 1e-8
@@ -55,7 +55,7 @@ class Projector:
 
         return mask
 
-    def change(self, space: Space, mask: Mask | None) -> Report | None:
+    def change(self, space: Space, mask: Mask | None) -> PendingReport | None:
         """Change the space; None, and nothing changed, where a Gram matrix is not finite."""
         if self._options.by_coordinate:
             coordinates = self._coordinates()
@@ -65,7 +65,7 @@ class Projector:
             return coordinates.report
         rule = self._options.rule
         assert rule is not None and not isinstance(rule, Elementwise)
-        constraint = Constraint(self._blocks, self._parameters, self._options.against, rule)
+        constraint = Constraint(self._blocks, self._parameters, self._options.protect, rule)
         report = constraint.keep(space, self._memory.retain, mask, self._metric)
         return None if report is None else lambda: report
 
@@ -73,7 +73,7 @@ class Projector:
         """The report of a process that changed no coordinate, where the others may have."""
         return self._coordinates().report()
 
-    def step(self, optimizer: torch.optim.Optimizer) -> tuple[Callable[[], None], Report]:
+    def step(self, optimizer: torch.optim.Optimizer) -> tuple[Callable[[], None], PendingReport]:
         """Step with no more than a few tensors' old values in memory, coordinate by coordinate.
 
         Returns what puts the gradients back where they were hidden from the step to come.
@@ -93,7 +93,7 @@ class Projector:
 
     def _coordinates(self) -> Coordinates:
         options = self._options
-        return Coordinates(self._blocks, self._parameters, options.against, options.elementwise)
+        return Coordinates(self._blocks, self._parameters, options.protect, options.elementwise)
 
     @property
     def _metric(self) -> Metric | None:

@@ -19,13 +19,13 @@ from .attachment import Attachment, check_free, check_owned, tensors_of, unwrapp
 from .elementwise import Elementwise
 from .memory import RetainMemory, State
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName
-from .projector import Projector, Report
+from .projector import PendingReport, Projector
 from .rules import Rule, gru
-from .scopes import Blocks, Mask, Tally, block_names, held, parts, skipped
+from .scopes import Blocks, GramAccumulator, Mask, block_names, held, parts, skipped
 from .selection import Selection
 from .spaces import GradientSpace, UpdateSpace, moved_by, steps_tensor_by_tensor
 
-FORMAT = 1
+FORMAT = 2
 """Of the state of a rectifier."""
 
 LOST = 1e-3
@@ -42,7 +42,7 @@ class Rectifier:
 
     - `rule`: from a Gram matrix to weights, such as `geffect.projection.gru`, or a rule for every
       coordinate such as `SAGO()`; None for none.
-    - `against`: the losses whose gradients are not to be harmed. Each has its own average;
+    - `protect`: the losses whose gradients are not to be harmed. Each has its own average;
       `nearest` and `off_span` know what to do with several.
     - `scope`: what one constraint covers: the whole "model", each "group" of layers, "layer" or
       "parameter", or each "coordinate" (those that would harm r stay where they are).
@@ -52,15 +52,16 @@ class Rectifier:
       give it here, or to `attach` once there is one. In gradient space it is needed where it does
       not step all parameters: the others then take no part.
     - `part`: "total" rectifies the whole objective. "forget" rectifies it without its share of the
-      losses in `against`, and adds that behind, unless the rule adds the retain gradient itself: of
+      losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself: of
       an objective that is declared as a combination.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses; before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
       "retain_adam" of r / sqrt(v), v the running mean square of the retain gradients.
     - `state`: how the averages are kept, see `State`.
-    - `follow`: also measure what the optimizer makes of the step, `report.applied_average` and
-      `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
+    - `measure_update`: also measure what the optimizer makes of the step,
+      `report.applied_average` and `report.applied_fresh`. Costs a copy of the parameters and of the
+      retain gradient.
 
     A retain gradient that is zero or not finite rectifies nothing and stays out of the average:
     `skipped` counts such steps and the first one warns. With rule=None and no `select` nothing is
@@ -79,7 +80,7 @@ class Rectifier:
         model: nn.Module,
         rule: Rule | Elementwise | None = gru,
         *,
-        against: str | Sequence[str] = RETAIN,
+        protect: str | Sequence[str] = RETAIN,
         scope: Scope = "model",
         space: SpaceName = "gradient",
         part: Part = "total",
@@ -88,16 +89,16 @@ class Rectifier:
         select: float | Selection | None = None,
         correction: Correction = "retain",
         state: State | None = None,
-        follow: bool = False,
+        measure_update: bool = False,
     ) -> None:
         self.skipped = 0
         self._warned = False
         self._options = Options(
-            rule, _as_tuple(against), scope, space, part, ema, select, correction, follow
+            rule, _as_tuple(protect), scope, space, part, ema, select, correction, measure_update
         )
         self._model = model
         self._memory = RetainMemory(
-            self._options.against,
+            self._options.protect,
             ema,
             second_moment=self._options.needs_second_moment,
             state=state or State(),
@@ -108,8 +109,8 @@ class Rectifier:
         self._parameters: list[Tensor] = []  # looked up at the first step
         self._window: Gradients | None = None
         self._usable = self._armed = self._overflowed = False
-        self._report: Report | None = None
-        self._applied: Tally | None = None
+        self._report: PendingReport | None = None
+        self._applied: GramAccumulator | None = None
         self._fresh: list[Vector] = []
         self._step: tuple[UpdateSpace, Mask | None] | None = None
         self._put_back: Callable[[], None] | None = None
@@ -124,13 +125,13 @@ class Rectifier:
         absent: Vector = [None] * len(self._names)
         return {
             average_of(name): self._memory.vector(name) if self._memory.ready else absent
-            for name in self._options.against
+            for name in self._options.protect
         }
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """What `report` has a number for."""
-        return block_names(self._blocks, self._options.against)
+        return block_names(self._blocks, self._options.protect)
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -143,9 +144,9 @@ class Rectifier:
         return self._options.needs_optimizer
 
     @property
-    def against(self) -> tuple[str, ...]:
+    def protect(self) -> tuple[str, ...]:
         """The losses whose gradients are not to be harmed."""
-        return self._options.against
+        return self._options.protect
 
     @property
     def part(self) -> Part:
@@ -162,7 +163,7 @@ class Rectifier:
             return None
         report = self._report()
         if self._applied is not None:
-            products, count = self._applied.by_block()[:, 0, 1:], len(self._options.against)
+            products, count = self._applied.by_block()[:, 0, 1:], len(self._options.protect)
             report = replace(
                 report,
                 applied_average=tuple(products[:, :count].flatten().tolist()),
@@ -182,27 +183,29 @@ class Rectifier:
         `.grad`: pass losses as they are, then call `scaler.unscale_` and `scaler.step` as always.
         Under DDP, compute the losses inside of `with model.no_sync():`.
         """
-        against = self._options.against
+        protect = self._options.protect
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
-        with distributed.together() as processes:
+        with distributed.raise_on_all_ranks() as ranks:
             self._check_losses(losses)
             parameters = self._begun()
             distributed.check_unsynchronised(self._model)
             scale = loss_scale(scaler, parameters[0].device)
-            first = {name: losses[name] for name in against}
+            first = {name: losses[name] for name in protect}
             passes = plan(parameters, {**first, **losses}, scale=scale)
-            processes.alike([*declared(losses).items()], accumulate)
-        retain, objective = passes.of(against), passes.of([OBJECTIVE])
+            ranks.check_same_on_ranks([*declared(losses).items()], accumulate)
+        retain, objective = passes.of(protect), passes.of([OBJECTIVE])
         self._check_reached(objective)
         apart = not retain.tensors.keys() & objective.tensors.keys()
-        alone = not accumulate and window is None and scale == 1.0 and not self._options.follow
+        alone = (
+            not accumulate and window is None and scale == 1.0 and not self._options.measure_update
+        )
         if apart and alone:
             # So that the two gradients are never in memory at once: the average takes the first in.
             self.observe(reduced(self._model, parameters, retain))
             self.rectify(reduced(self._model, parameters, objective))
             return
-        gradients = reduced(self._model, parameters, passes.of([*against, OBJECTIVE]))
+        gradients = reduced(self._model, parameters, passes.of([*protect, OBJECTIVE]))
         if window is None:
             window = gradients
         else:
@@ -227,23 +230,23 @@ class Rectifier:
         self._overflowed = gradients.scale != 1.0 and _overflows(gradients)
         if self._overflowed:
             return  # the GradScaler skips this step, as if it had not been
-        retain = {name: gradients.of(name) for name in self._options.against}
+        retain = {name: gradients.of(name) for name in self._options.protect}
         problem = self._memory.update(retain, agree=not self._alone)
         self._usable = problem is None
         if problem is not None:
             self._skip(f"the retain gradient is {problem}")
-        elif self._options.follow:
+        elif self._options.measure_update:
             self._fresh = [*retain.values()]
 
     def rectify(self, gradients: Gradients, *, copy: bool = False) -> None:
         """Leave the objective's gradient in `.grad`, rectified, or arm the optimizer's step."""
-        copy = copy or self._options.follow
+        copy = copy or self._options.measure_update
         if self._options.part == "total":
             gradients.deposit(copy=copy)
             self._rectify(gradients.scale)
             return
-        against = self._options.against
-        behind = {name for source in against for name in gradients.weights.get(source, ())}
+        protect = self._options.protect
+        behind = {name for source in protect for name in gradients.weights.get(source, ())}
         gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
         self._rectify(gradients.scale)
         if not self._options.adds_retain:
@@ -309,7 +312,7 @@ class Rectifier:
     def _alone(self) -> bool:
         """Whether each process decides for the coordinates that it holds, and asks no other."""
         options = self._options
-        alone = options.by_coordinate and options.selection is None and not options.follow
+        alone = options.by_coordinate and options.selection is None and not options.measure_update
         return alone and all(map(distributed.is_sharded, self._parameters))
 
     def _begun(self) -> list[Tensor]:
@@ -352,7 +355,7 @@ class Rectifier:
     def _breaks(self) -> bool:
         """Whether the objective's gradient, in `.grad`, is not finite: no Gram matrix tells."""
         breaks = not peak(p.grad for p in self._moved().values()) < float("inf")
-        return breaks if self._alone else distributed.anywhere(breaks)
+        return breaks if self._alone else distributed.any_rank(breaks)
 
     def _moved(self) -> dict[int, Tensor]:
         """What the optimizer steps, where it is known, by the places of the parameters."""
@@ -378,7 +381,7 @@ class Rectifier:
         changes = options.space == "update"
         # What is somebody else's may raise, and then all of the step is taken back.
         ours = options.is_ours and steps_tensor_by_tensor(optimizer)
-        if changes and options.by_coordinate and ours and not options.follow:
+        if changes and options.by_coordinate and ours and not options.measure_update:
             self._put_back, self._report = projector.step(optimizer)
             return
         mask = projector.mask(moved_by(optimizer)) if changes else None
@@ -400,7 +403,7 @@ class Rectifier:
                 except BaseException:
                     step.undo()
                     raise
-            if self._options.follow:
+            if self._options.measure_update:
                 self._see(step)
         self._fresh = []
 
@@ -413,14 +416,14 @@ class Rectifier:
 
     def _see(self, step: UpdateSpace) -> None:
         """Take the inner products of the step that was applied."""
-        tally = Tally(self._blocks, self._parameters, 1 + 2 * len(self._options.against))
+        tally = GramAccumulator(self._blocks, self._parameters, 1 + 2 * len(self._options.protect))
         for i in range(len(self._parameters)):
             others = held([*self._memory.retain(i), *(vector[i] for vector in self._fresh)])
             for where in step.parts(i):
                 tally.add(i, [step.direction(i, where), *parts(others, where)])
         self._applied = tally
 
-    def _done(self, report: Report | None) -> None:
+    def _done(self, report: PendingReport | None) -> None:
         if report is None:
             self._skip("the gradient or the step is not finite")
         else:
@@ -498,13 +501,13 @@ class Rectifier:
             )
         if self._options.needs_optimizer and self._attachment is None:
             raise ValueError(
-                '`optimizer` should be given before a step with space="update" or follow=True. '
-                "Found none. Pass Rectifier(..., optimizer=optimizer), or call "
-                "rectifier.attach(optimizer)."
+                '`optimizer` should be given before a step with space="update" or '
+                "measure_update=True. Found none. Pass Rectifier(..., optimizer=optimizer), or "
+                "call rectifier.attach(optimizer)."
             )
 
     def _check_retain(self, sources: Iterable[str]) -> None:
-        absent = [name for name in self._options.against if name not in sources]
+        absent = [name for name in self._options.protect if name not in sources]
         if absent:
             raise ValueError(
                 f"The losses of a rectified step should have one named `{absent[0]}`. Found "
@@ -512,8 +515,8 @@ class Rectifier:
             )
 
 
-def _as_tuple(against: str | Sequence[str]) -> tuple[str, ...]:
-    return (against,) if isinstance(against, str) else tuple(against)
+def _as_tuple(protect: str | Sequence[str]) -> tuple[str, ...]:
+    return (protect,) if isinstance(protect, str) else tuple(protect)
 
 
 def _tell_scaler(parameters: Iterable[Tensor]) -> None:
@@ -528,4 +531,4 @@ def _overflows(gradients: Gradients) -> bool:
     """Whether a number of a step that was scaled up is not finite on any process."""
     # What was not, and has weight 1, no smaller scale would help.
     scaled = [v for n, v in gradients.vectors.items() if gradients.weights.get(n, {}).get(n) != 1.0]
-    return distributed.anywhere(not all(peak(vector) < float("inf") for vector in scaled))
+    return distributed.any_rank(not all(peak(vector) < float("inf") for vector in scaled))

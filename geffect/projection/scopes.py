@@ -49,7 +49,7 @@ class Blocks:
         return cls(names, tuple(map(names.index, labels)))
 
 
-class Tally:
+class GramAccumulator:
     """Gram matrices that are taken one parameter at a time, and added up when they are asked for.
 
     Adding up is one reduction where parameters are sharded, on all processes at once.
@@ -108,7 +108,7 @@ class Constraint:
         k = 1 + len(self._sets)
         seen, asked, added = _places(k, masked=mask is not None, scaled=metric is not None)
         gram = dots.quick_gram if quick else dots.gram
-        tally = Tally(self._blocks, self._parameters, added.stop, gram)
+        tally = GramAccumulator(self._blocks, self._parameters, added.stop, gram)
         for i in range(len(self._parameters)):
             averages, kept, scale = of(i)
             for where in space.parts(i):
@@ -158,7 +158,7 @@ class Constraint:
         return any(p.dtype not in (torch.float32, torch.float64) for p in self._parameters)
 
     def _measured(self, space: Space, retain: Retain) -> Tensor:
-        tally = Tally(self._blocks, self._parameters, 1 + len(self._sets))
+        tally = GramAccumulator(self._blocks, self._parameters, 1 + len(self._sets))
         for i in range(len(self._parameters)):
             averages = held(retain(i))
             for where in space.parts(i):
@@ -194,7 +194,7 @@ class Coordinates:
     ) -> None:
         self._blocks, self._sets, self._rule = blocks, sets, rule
         # u, x and the averages, and how many coordinates were changed.
-        self._tally = Tally(blocks, parameters, 3 + len(sets))
+        self._tally = GramAccumulator(blocks, parameters, 3 + len(sets))
 
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.distributed.processes import summed_over_all
+from geffect.distributed.processes import all_reduce
 from geffect.dots import BLOCK
 
 Scale = Callable[[int], Tensor | None]
@@ -100,7 +100,7 @@ class Salient(Selection):
                     )
             start += gradient.numel()
         if apart:
-            sample = summed_over_all(sample)  # each place was filled by one process
+            sample = all_reduce(sample)  # each place was filled by one process
         # A value of the sample, not one between two of them: those may be infinite.
         return float(torch.quantile(sample.double(), 1 - self.fraction, interpolation="higher"))
 
@@ -144,7 +144,7 @@ class SaliencyMask(Selection):
             if not apart or _is_first_holder(gradient):
                 sums += _moments(distributed.local(gradient)).to(sums.device)
         if apart:
-            sums = summed_over_all(sums)
+            sums = all_reduce(sums)
         count, total, squares = sums.cpu()
         mean = total / count
         variance = (squares / count - mean**2).clamp(min=0)

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Protocol
 
-from .layout import Table
+from .layout import Columns
 from .schema import Contents, Row
 
 
@@ -19,7 +19,7 @@ class Writer(Protocol):
     def append(self, row: Row) -> None:
         """Take one row."""
 
-    def keep(self, name: str, columns: Table) -> None:
+    def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, in the place of one of the same name."""
 
     def check_open(self) -> None:
@@ -64,7 +64,7 @@ class BackgroundWriter:
             self._bytes += size
             self._changed.notify_all()
 
-    def keep(self, name: str, columns: Table) -> None:
+    def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, once the rows before it are written."""
         self._drain()
         self.check_open()

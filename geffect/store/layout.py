@@ -26,7 +26,7 @@ from .schema import (
 
 _SLAB = 1 << 24
 
-Table = Mapping[str, "NDArray[Any] | Sequence[str]"]
+Columns = Mapping[str, "NDArray[Any] | Sequence[str]"]
 
 
 def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
@@ -107,7 +107,7 @@ def lay_out(
     return rooms
 
 
-def keep_tables(file: h5py.File, old: h5py.File | None, tables: Mapping[str, Table]) -> None:
+def keep_tables(file: h5py.File, old: h5py.File | None, tables: Mapping[str, Columns]) -> None:
     """Put tables into a file, beside those of the file whose place it takes."""
     group = file.create_group("tables")
     for name, table in tables.items():

@@ -13,7 +13,7 @@ import numpy as np
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Identity, Room, check_identity, identity
-from .layout import Table
+from .layout import Columns
 from .schema import Contents, Row, RunFileError
 from .segments import Segments, file_name, folder_of
 
@@ -148,7 +148,7 @@ class ShardWriter:
             ) from error
         self._written += 1
 
-    def keep(self, name: str, columns: Table) -> None:
+    def keep(self, name: str, columns: Columns) -> None:
         """Leave a table to rank 0, which has the run file."""
         self.check_open()
 

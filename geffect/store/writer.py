@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Identity, Image, check_identity, identity
-from .layout import Table, fill, keep_tables, lay_out, row_bytes
+from .layout import Columns, fill, keep_tables, lay_out, row_bytes
 from .reader import Run, open_run
 from .schema import KEY, ROWS, Contents, Row, RunFileError
 from .segments import Segments, folder_of
@@ -71,7 +71,7 @@ class RunWriter:
         self._segments: Segments | None = None
         self._shard: Shard | None = None
         self._announced = 0  # segments that the file shows
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[str, Columns] = {}
         self._file: h5py.File | None = None
         self._identity: Identity = None
         self._planned = rows or 0
@@ -127,7 +127,7 @@ class RunWriter:
         self.last_step = row.step
         self._unchanged = False
 
-    def keep(self, name: str, columns: Table) -> None:
+    def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, in the place of one of the same name.
 
         Columns are arrays of numbers or lists of texts, all equally long. Before the first row, and
@@ -441,7 +441,7 @@ class RunWriter:
             ) from error
 
 
-def _check_table(name: str, columns: Table) -> None:
+def _check_table(name: str, columns: Columns) -> None:
     for label in (name, *columns):
         if not label or "/" in label or set(label) == {"."}:
             raise ValueError(

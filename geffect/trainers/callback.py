@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from geffect import distributed, gram
-from geffect.capture.collector import Measured
-from geffect.capture.keep import Keep
+from geffect.capture.collector import Measurement
 from geffect.capture.manifest import described
 from geffect.capture.probes import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.capture.recording import OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
+from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
 from geffect.projection.attachment import unwrapped
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
@@ -87,7 +87,7 @@ class GEffectCallback(TrainerCallback):
         when: Schedule | None = None,
         update: bool = True,
         log: bool = True,
-        store: str | Keep = "gram",
+        store: str | StoreOptions = "gram",
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         on_error: OnError = "raise",
@@ -129,7 +129,7 @@ class GEffectCallback(TrainerCallback):
         self._take_over()
         model, trainer = kwargs["model"], firing_loop().trainer
         check_gradients_can_be_had(trainer, model, kwargs["optimizer"])
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             for name, batches in self._probes.items():
                 with named(name):
                     check_data(batches)
@@ -151,7 +151,7 @@ class GEffectCallback(TrainerCallback):
         _open_callbacks.add(self)
         self._trainer = weakref.ref(trainer)
         with self._let_go_if_it_fails():
-            if continued := self._recording.known.sources:
+            if continued := self._recording.header.sources:
                 self._check_continued(continued)
             elif steps and not due:
                 raise ValueError(
@@ -159,7 +159,7 @@ class GEffectCallback(TrainerCallback):
                     f"none from step {steps.start} to {steps[-1]}. Pass a schedule that has some "
                     "of these, such as every=1."
                 )
-            elif resumed and distributed.is_writer():
+            elif resumed and distributed.is_main_process():
                 log.warning(
                     "`%s` has no row of an earlier step to continue: a run begins there at step "
                     "%d, where training is resumed.",
@@ -238,7 +238,7 @@ class GEffectCallback(TrainerCallback):
         with self._let_go_if_it_fails():
             step.move(recording.parameters, firing_loop())
             measured = step.measured or step.measure(recording)
-            with distributed.together():
+            with distributed.raise_on_all_ranks():
                 recording.write(
                     step.number,
                     measured,
@@ -336,7 +336,7 @@ def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _scores(measured: Measured, prefix: str) -> dict[str, float]:
+def _scores(measured: Measurement, prefix: str) -> dict[str, float]:
     """G-effects and cosines of the whole model, by the names under which they are logged."""
     K = measured.gram.sum(dim=0)
     objective = measured.names.index(OBJECTIVE)

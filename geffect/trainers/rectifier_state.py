@@ -26,7 +26,7 @@ def save(rectifier: Rectifier, folder: str | os.PathLike[str], *, writes: bool) 
     """
     state = rectifier.state_dict()
     name = _own_part() if any(map(distributed.is_sharded, _tensors(state))) else WHOLE
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         if name != WHOLE or writes:
             Path(folder).mkdir(parents=True, exist_ok=True)
             torch.save(state, Path(folder, name))
@@ -37,10 +37,10 @@ def restore(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
 
     Where the checkpoint was saved without a rectifier the averages begin anew, and that is said.
     """
-    with distributed.together():
+    with distributed.raise_on_all_ranks():
         found = _found(Path(folder))
-    on_some = distributed.anywhere(found is not None)
-    with distributed.together():
+    on_some = distributed.any_rank(found is not None)
+    with distributed.raise_on_all_ranks():
         if on_some and found is None:
             # Its averages would be others than theirs, and so would its steps.
             raise ValueError(
@@ -53,7 +53,7 @@ def restore(rectifier: Rectifier, folder: str | os.PathLike[str]) -> None:
             # A part knows the device of its mesh.
             where = "cpu" if found.name == WHOLE else None
             rectifier.load_state_dict(torch.load(found, map_location=where, weights_only=True))
-        elif distributed.is_writer():
+        elif distributed.is_main_process():
             log.warning(
                 "`%s` has no state of a rectifier: the average of the retain gradient begins anew.",
                 folder,
@@ -69,13 +69,13 @@ def _found(folder: Path) -> Path | None:
         raise ValueError(
             "A sharded rectifier should be resumed on as many processes as it was saved on. Found "
             f"{', '.join(parts)} in `{folder}`, and process {distributed.rank()} of "
-            f"{distributed.process_count()}. Resume on as many."
+            f"{distributed.world_size()}. Resume on as many."
         )
     return None
 
 
 def _own_part() -> str:
-    return PART.format(rank=distributed.rank(), processes=distributed.process_count())
+    return PART.format(rank=distributed.rank(), processes=distributed.world_size())
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

@@ -214,7 +214,7 @@ class _Steps(TrainerCallback):
         assert self.batches is not None
         trainer = self.trainer
         # As many at the end of an epoch, where a window is shorter: none is passed over for good.
-        count = trainer.args.gradient_accumulation_steps * distributed.process_count()
+        count = trainer.args.gradient_accumulation_steps * distributed.world_size()
         window = self.batches.window(trainer.state.global_step * count, count=count)
         return risk_gradient(self._model, window, autocast=trainer.compute_loss_context_manager)
 
@@ -295,10 +295,10 @@ def rectify(
 def _check_retain_gradient(trainer: RectifyMixin, rectifier: Rectifier, *, given: bool) -> None:
     """Refuse a Trainer that has a retain gradient from nowhere, or cannot part with it."""
     kind = type(trainer).__name__
-    if rectifier.against != (RETAIN,):
+    if rectifier.protect != (RETAIN,):
         raise ValueError(
-            "`against` of the rectifier should be the one retain loss that a Trainer has, "
-            f"`{RETAIN}`. Found {', '.join(rectifier.against)}. For several retain sets use "
+            "`protect` of the rectifier should be the one retain loss that a Trainer has, "
+            f"`{RETAIN}`. Found {', '.join(rectifier.protect)}. For several retain sets use "
             "UnlearningTrainer(retain={...}), or a loop of your own."
         )
     has_term = hasattr(super(RectifyMixin, trainer), "compute_retain_loss")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geffect import gram
-from geffect.capture.collector import Measured
+from geffect.capture.collector import Measurement
 from geffect.capture.probes import RiskGradient
 from geffect.capture.recording import Recording
 from geffect.gradients import Vector
@@ -35,7 +35,7 @@ class Step:
     n_micro: int = 1
     clip_scale: float = math.nan
     skipped: bool = False
-    measured: Measured | None = None
+    measured: Measurement | None = None
     _grad_norm: float = math.nan  # before clipping; NaN where the Trainer has not taken it
     _loss_scale: float = 1.0  # before the optimizer's step
     _before: Sequence[Tensor] | None = None  # the parameters, where the update is to be recorded
@@ -88,7 +88,7 @@ class Step:
             self._vectors[UPDATE] = self._before
             self._weights[UPDATE] = {UPDATE: 1.0}
 
-    def measure(self, recording: Recording) -> Measured:
+    def measure(self, recording: Recording) -> Measurement:
         """What is to be kept of the gradients, once all of them are there."""
         losses = {name: probe.loss for name, probe in self.probes.items()}
         self.measured = recording.measure(self.number, self._vectors, losses, self._weights)
@@ -96,7 +96,7 @@ class Step:
             self._check_norm(self.measured)
         return self.measured
 
-    def _check_norm(self, measured: Measured) -> None:
+    def _check_norm(self, measured: Measurement) -> None:
         """Refuse a gradient whose length is not the one that the Trainer found before clipping."""
         place = measured.names.index(OBJECTIVE)
         norm = float(gram.norm(measured.gram.sum(dim=0), place))

@@ -51,7 +51,7 @@ class UnlearningTrainer(Trainer):
     step, averaged, rectified, clipped and applied, in this order.
 
     - `retain`: a set of items, or several by their names, of which one is "retain"; a rectifier
-      protects those that it is `against`.
+      protects those that it is `protect`.
     - `train_dataset`: ready pairs {"forget": item, "retain": item}, which the Trainer draws as it
       does its samples; `forget` and `retain` are only evaluated then.
     - `eval_dataset`: further sets by their names, or others in place of those. `evaluate` gives the
@@ -92,10 +92,10 @@ class UnlearningTrainer(Trainer):
                 "`eval_dataset` should be sets of items by their names. Found "
                 f'`{type(eval_dataset).__name__}`. Pass eval_dataset={{"world": items}}.'
             )
-        unknown = [] if rectifier is None else sorted({*rectifier.against} - {*sets})
+        unknown = [] if rectifier is None else sorted({*rectifier.protect} - {*sets})
         if unknown and train_dataset is None:
             raise ValueError(
-                "`against` of the rectifier should name sets of retain data. Found "
+                "`protect` of the rectifier should name sets of retain data. Found "
                 f"{', '.join(unknown)}, and the sets {', '.join(sets)}. Pass "
                 f"retain={{'{RETAIN}': ..., '{unknown[0]}': ...}}."
             )

@@ -281,8 +281,8 @@ def test_a_rectifier_that_follows_says_what_the_update_says(
         model = tiny.llama()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         rectifier = Rectifier(
-            model, nearest if scope != "coordinate" else gru, against=("retain", "world"),
-            space=space, scope=scope, optimizer=optimizer, follow=True,
+            model, nearest if scope != "coordinate" else gru, protect=("retain", "world"),
+            space=space, scope=scope, optimizer=optimizer, measure_update=True,
         )  # type: ignore[arg-type]  # fmt: skip
         with Recorder(model, tmp_path / f"{update}.h5", update=update) as recorder:
             for pair, other in zip(tiny.pairs(3), tiny.pairs(3, seed=50), strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, RunFileError, open_run
-from geffect.capture import Keep, at, every
+from geffect.capture import StoreOptions, at, every
 from geffect.gradients import differentiate
 from geffect.layers import describe
 from geffect.objectives import nll
@@ -103,7 +103,7 @@ def test_smaller_encodings_come_back_close(store: str, error: float, tmp_path: P
 def test_sketches_are_those_of_the_gradients(way: str, tmp_path: Path) -> None:
     model, path = tiny.llama(tied=True), tmp_path / "run.h5"
     sketch = Sketch(seed=7, width=64)
-    exact = trained(model, path, store=Keep(sketch=sketch), **WAYS[way])
+    exact = trained(model, path, store=StoreOptions(sketch=sketch), **WAYS[way])
     run = open_run(path)
     assert run.contents.sketch == sketch
     for step, gradients in enumerate(exact):
@@ -114,7 +114,7 @@ def test_sketches_are_those_of_the_gradients(way: str, tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
     model, path = tiny.llama(), tmp_path / "run.h5"
-    keep = Keep(gradients="full", match=r"layers\.[12]\.mlp", when=every(2))
+    keep = StoreOptions(gradients="full", match=r"layers\.[12]\.mlp", when=every(2))
     exact = trained(model, path, store=keep, steps=4)
     run = open_run(path)
     assert run.steps.tolist() == [0, 1, 2, 3]
@@ -152,7 +152,7 @@ def test_an_unknown_store_is_named(store: str, found: str, tmp_path: Path) -> No
 
 
 def test_a_filter_that_finds_nothing_is_named(tmp_path: Path) -> None:
-    keep = Keep(gradients="bf16", match="decoder")
+    keep = StoreOptions(gradients="bf16", match="decoder")
     with pytest.raises(ValueError, match=r"`match` should find .*decoder.* Pass another"):
         Recorder(tiny.llama(), tmp_path / "run.h5", store=keep)
 
@@ -300,7 +300,7 @@ def test_rounding_is_another_one_in_each_run(tmp_path: Path) -> None:
 
 def test_a_choice_that_means_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`match` should choose .* Found `match = 'mlp'`"):
-        Keep(match="mlp")
+        StoreOptions(match="mlp")
     with pytest.raises(ValueError, match=r"`on_error` should be one of raise, warn. Found"):
         Recorder(tiny.llama(), tmp_path / "run.h5", on_error="ignore")
 

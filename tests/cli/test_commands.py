@@ -22,9 +22,9 @@ from geffect import open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.cli.main import main
 from geffect.demo import figures
+from geffect.demo.config import QUICK
 from geffect.demo.jobs import Unlearning
-from geffect.demo.methods import EQUAL, VARIANTS, Cell
-from geffect.demo.recipe import QUICK
+from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.study import IN_A_LOOK
 from geffect.store import validate
 
@@ -388,7 +388,7 @@ def test_demo_gives_the_same_numbers_again(quick_study: Any, tmp_path: Path) -> 
     (tmp_path / "models").symlink_to(quick_study.out / "models")
     (tmp_path / "runs").mkdir()
     level = {"forget_nll": summary["gold"]["0"]["forget_nll"]}
-    cell = Cell(EQUAL, "ga", "gru-update", 3e-4, QUICK.corpus.heldout)
+    cell = RunSpec(EQUAL, "ga", "gru-update", 3e-4, QUICK.corpus.heldout)
     job = Unlearning(tmp_path, 0, cell, VARIANTS["gru-update"], level, QUICK)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

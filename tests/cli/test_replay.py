@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from geffect import open_run
 from geffect.analysis import g_effect, intervals
-from geffect.capture.keep import STORES
+from geffect.capture.store_options import STORES
 from geffect.cli.main import main
 from geffect.cli.replay import StoreName
 from tests.utils import tiny

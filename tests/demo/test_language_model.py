@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from geffect.demo.config import FULL, QUICK, EmbeddedConfig
 from geffect.demo.corpus import Corpus, Fact, Size, generate
 from geffect.demo.language_model import (
     BOS,
@@ -29,9 +30,8 @@ from geffect.demo.language_model import (
     train,
     train_tokenizer,
 )
-from geffect.demo.recipe import FULL, QUICK, Recipe
 
-TINY = Recipe(
+TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=4),
     layers=2,
     hidden=48,
@@ -332,7 +332,7 @@ def test_relearning_is_a_plain_loop_on_a_copy(
 
 
 def test_quick_is_smaller_than_full() -> None:
-    def steps(recipe: Recipe) -> int:
+    def steps(recipe: EmbeddedConfig) -> int:
         facts = len(generate(0, recipe.corpus).memorised)
         return recipe.epochs * math.ceil(facts / recipe.batch)
 

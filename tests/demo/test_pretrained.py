@@ -19,7 +19,7 @@ from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
 from geffect.demo.corpus import Corpus, Size, generate
 from geffect.demo.jobs import KINDS, Training, Unlearning
-from geffect.demo.methods import EQUAL, VARIANTS, Cell
+from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import Plan, run_study
 from geffect.objectives.base import IGNORED
@@ -325,7 +325,7 @@ def test_a_study_runs_on_it(folder: Path, tmp_path: Path) -> None:
     for kind in KINDS:
         measured = Training(tmp_path, 0, kind, chosen).run(lambda done, says: None)
         assert measured["forget_nll"] > 0
-    cell = Cell(EQUAL, "npo", "select", 1e-3, SIZE.heldout)
+    cell = RunSpec(EQUAL, "npo", "select", 1e-3, SIZE.heldout)
     variant = chosen.paced(VARIANTS)["select"]
     levels = {"forget_nll": 1e9}
     job = Unlearning(tmp_path, 0, cell, variant, levels, chosen)

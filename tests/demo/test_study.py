@@ -12,18 +12,18 @@ import torch
 from transformers import PreTrainedModel
 
 from geffect.demo import language_model as lm
+from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
 from geffect.demo.findings import KEEPING, shares
 from geffect.demo.jobs import Kept, Unlearning
-from geffect.demo.methods import EQUAL, FEW, METHODS, RETAIN_SETS, SETS, VARIANTS, Cell
-from geffect.demo.recipe import Procedure, Recipe
+from geffect.demo.methods import EQUAL, FEW, METHODS, RETAIN_SETS, SETS, VARIANTS, RunSpec
 from geffect.demo.study import Plan
 from geffect.demo.unlearning import Data, measure, unlearn
 from geffect.demo.workers import Say
 
-TINY = Recipe(
+TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=8),
-    procedure=Procedure(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
+    procedure=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
     layers=2,
     hidden=48,
     heads=2,
@@ -126,7 +126,7 @@ def run(subject: tuple[PreTrainedModel, Data], tmp_path_factory: pytest.TempPath
         result = unlearn(
             model,
             data,
-            Cell(FEW, method, variant, rate, 1),
+            RunSpec(FEW, method, variant, rate, 1),
             EVERY[variant],
             replace(TINY.procedure, **changed),
             levels,

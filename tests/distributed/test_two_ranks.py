@@ -22,7 +22,7 @@ from torch.distributed.tensor import (
 from torch.nn.parallel import DistributedDataParallel
 
 from geffect import Recorder, Rectifier, Run, distributed, dots, open_run
-from geffect.capture.keep import Keep
+from geffect.capture.store_options import StoreOptions
 from geffect.distributed import reduction
 from geffect.gradients import Gradients, differentiate, stream
 from geffect.layers import describe, trainable
@@ -226,11 +226,11 @@ def numbers_on_a_rank() -> tuple[Any, ...]:
         distributed.token_share(0)
     return (
         distributed.rank(),
-        distributed.is_writer(),
-        distributed.process_count(),
+        distributed.is_main_process(),
+        distributed.world_size(),
         distributed.token_share(1 + 2 * rank),
         distributed.mean([1.0 + rank, float("inf") if rank else 0.0]),
-        distributed.from_first({"next": 7} if rank == 0 else {}),
+        distributed.broadcast({"next": 7} if rank == 0 else {}),
         distributed.averages(nn.Linear(2, 2)),
         distributed.averages(fsdp(Small())),
     )
@@ -253,7 +253,7 @@ class Unsendable(Exception):
 
 def failures_on_a_rank(error: Exception | None, culprit: int) -> tuple[str, str] | None:
     try:
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if error is not None and distributed.rank() == culprit:
                 raise error
     except Exception as raised:
@@ -391,10 +391,10 @@ def test_one_process_needs_no_partner() -> None:
     vector = [parameter, None]
     assert distributed.average([parameter, parameter], {"forget": vector}) == {"forget": vector}
     assert distributed.holders(parameter) == ()
-    assert distributed.is_writer()
+    assert distributed.is_main_process()
     distributed.check_layout(model)
     distributed.check_unsynchronised(model)
-    with distributed.gradient_sync(model), distributed.together():
+    with distributed.gradient_sync(model), distributed.raise_on_all_ranks():
         pass
 
 
@@ -469,8 +469,8 @@ def train_on_a_rank(layout: str) -> list[Tensor]:
     return parameters_of(model)
 
 
-def everything_kept() -> Keep:
-    return Keep(sketch=Sketch(width=64), gradients="full")
+def everything_kept() -> StoreOptions:
+    return StoreOptions(sketch=Sketch(width=64), gradients="full")
 
 
 @pytest.fixture(scope="module")

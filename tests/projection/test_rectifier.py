@@ -505,10 +505,12 @@ def test_a_step_in_portions_is_the_step_of_the_whole(
     # Following a step needs all of the old parameters, so that it is taken in one.
     monkeypatch.setattr("geffect.projection.spaces.PORTION_BYTES", 2000)
     results = []
-    for follow in (False, True):
+    for measured in (False, True):
         model = tiny.llama()
         optimizer = OPTIMIZERS[name](model.parameters())
-        rectifier = Rectifier(model, space="update", optimizer=optimizer, follow=follow, **options)
+        rectifier = Rectifier(
+            model, space="update", optimizer=optimizer, measure_update=measured, **options
+        )
         for pair in tiny.pairs(3):
             optimizer.zero_grad()
             rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
@@ -568,7 +570,7 @@ def test_every_block_of_a_scope_keeps_its_constraint(scope: Any) -> None:
 def test_nearest_harms_none_of_several_retain_sets(space: Any) -> None:
     model = tiny.llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rectifier = Rectifier(model, nearest, against=("retain", "world"), **placed(space, optimizer))
+    rectifier = Rectifier(model, nearest, protect=("retain", "world"), **placed(space, optimizer))
     assert list(rectifier.watched) == ["retain_ema", "world_ema"]
     fired = 0.0
     for step, pair in enumerate(tiny.pairs(4)):
@@ -598,9 +600,9 @@ def test_nearest_harms_none_of_several_retain_sets(space: Any) -> None:
 def test_a_rule_for_one_retain_gradient_refuses_several() -> None:
     for rule in (gru, a_gem, orthogonal, pcgrad, blur, SAGO()):
         with pytest.raises(ValueError, match=r"should be given one retain gradient .* Take|Add"):
-            Rectifier(nn.Linear(2, 1), rule, against=("retain", "world"))
+            Rectifier(nn.Linear(2, 1), rule, protect=("retain", "world"))
     for rule in (nearest, off_span):
-        Rectifier(nn.Linear(2, 1), rule, against=("retain", "world"))
+        Rectifier(nn.Linear(2, 1), rule, protect=("retain", "world"))
 
 
 def test_the_forget_part_is_rectified_and_the_retain_term_added_behind() -> None:
@@ -675,7 +677,7 @@ def test_the_correction_along_the_scaled_retain_gradient() -> None:
 def test_a_step_that_is_followed_tells_what_was_applied(options: dict[str, Any]) -> None:
     model = tiny.llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    rectifier = Rectifier(model, optimizer=optimizer, follow=True, ema=0.5, **options)
+    rectifier = Rectifier(model, optimizer=optimizer, measure_update=True, ema=0.5, **options)
     for pair in tiny.pairs(3):
         optimizer.zero_grad()
         before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()]).double()
@@ -919,7 +921,7 @@ def test_nearly_parallel_retain_sets_are_told_apart() -> None:
     r, apart, u = (torch.randn(200_000, generator=draw) ** 3 for _ in range(3))
     s, u = r + 1e-4 * apart, u - apart
     model = nn.Linear(200_000, 1, bias=False)
-    rectifier = Rectifier(model, off_span, against=("retain", "world"))
+    rectifier = Rectifier(model, off_span, protect=("retain", "world"))
     sides = {"objective": u, "retain": r, "world": s}
     rectifier.backward(**{name: (model.weight * side).sum() for name, side in sides.items()})
     # What is left without its part in a span is that of the objective in the rest.
@@ -1106,9 +1108,9 @@ def test_a_vanishing_retain_gradient_is_counted_and_changes_nothing(scale: float
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"against": ()}, r"`against` should be a sequence .* Found"),
-        ({"against": ("objective",)}, r"`against` should be a sequence .* Found"),
-        ({"against": ("retain", "retain")}, r"`against` should be a sequence .* Found"),
+        ({"protect": ()}, r"`protect` should be a sequence .* Found"),
+        ({"protect": ("objective",)}, r"`protect` should be a sequence .* Found"),
+        ({"protect": ("retain", "retain")}, r"`protect` should be a sequence .* Found"),
         ({"rule": "gru"}, r"`rule` should be a function .* Found 'gru'. Pass one"),
         ({"ema": True}, r"`ema` of Rectifier should be above 0"),
         ({"select": True}, r"`select` of Rectifier should be above 0"),

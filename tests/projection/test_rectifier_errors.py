@@ -24,7 +24,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "update": {"space": "update"},
     "update, retain_adam": {"space": "update", "correction": "retain_adam"},
     "update, coordinate": {"space": "update", "scope": "coordinate"},
-    "several": {"space": "gradient", "rule": nearest, "against": ("retain", "world")},
+    "several": {"space": "gradient", "rule": nearest, "protect": ("retain", "world")},
 }
 
 
@@ -80,7 +80,7 @@ def backward(
         "objective": -risk(model, 0),
         "retain": risk(model, 1) if retain is None else retain,
     }
-    if "world" in str(rectifier.options["against"]):
+    if "world" in str(rectifier.options["protect"]):
         losses["world"] = risk(model, 2)
     rectifier.backward(**losses, **options)
 
@@ -220,7 +220,7 @@ def test_a_parameter_group_added_later(place: str, foreign: bool) -> None:
 def test_a_group_of_parameters_that_it_knows_may_come_later() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model[0].parameters(), lr=LR)
-    rectifier = Rectifier(model, space="update", optimizer=optimizer, follow=True)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer, measure_update=True)
     stepped(rectifier, model, optimizer)
     optimizer.add_param_group({"params": model[2].parameters()})
     before = copy.deepcopy(model[2].state_dict())

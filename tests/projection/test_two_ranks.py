@@ -34,7 +34,7 @@ def batch(side: str, step: int, rank: int) -> dict[str, Tensor]:
 
 def own_batches(step: int) -> dict[str, dict[str, Tensor]]:
     """What this process sees in a step; all there is where it is the only one."""
-    if distributed.process_count() > 1:
+    if distributed.world_size() > 1:
         return {side: batch(side, step, distributed.rank()) for side in SIDES}
     parts = {side: [batch(side, step, r) for r in range(two_ranks.RANKS)] for side in SIDES}
     return {
@@ -89,7 +89,7 @@ def trained(layout: str | None, options: dict[str, Any]) -> tuple[list[Tensor], 
     rectifier = made(model, optimizer, options)
     said = []
     for step in range(STEPS):
-        losses = losses_of(model, step, "forget", *options.get("against", ["retain"]))
+        losses = losses_of(model, step, "forget", *options.get("protect", ["retain"]))
         rectifier.backward(objective={"forget": -1.0, "retain": 0.2}, **losses)
         optimizer.step()
         optimizer.zero_grad()
@@ -112,13 +112,13 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "selected by layers in update space": {"select": 0.3, "scope": "layer", "space": "update"},
     "SSU's mask": {"rule": None, "select": SaliencyMask(0.5)},
-    "nearest to two sets": {"rule": nearest, "against": ("retain", "world")},
+    "nearest to two sets": {"rule": nearest, "protect": ("retain", "world")},
     "nearest to two sets in update space": {
-        "rule": nearest, "against": ("retain", "world"), "space": "update",
+        "rule": nearest, "protect": ("retain", "world"), "space": "update",
     },
     "SAGO": {"rule": SAGO(0.5), "part": "forget", "ema": 1.0},
     "scaled correction": {"space": "update", "correction": "retain_adam"},
-    "followed": {"follow": True},
+    "followed": {"measure_update": True},
 }  # fmt: skip
 
 

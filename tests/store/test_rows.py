@@ -235,7 +235,10 @@ def test_a_row_before_the_beginning_is_refused(tmp_path: Path) -> None:
         (lambda run: run.sketch("forget"), r'Recorder\(\.\.\., store="sketch"\)'),
         (lambda run: run.gradient("forget", 0), r'Recorder\(\.\.\., store="bf16"\)'),
         (lambda run: run.weights(), "Record an objective that has some"),
-        (lambda run: run.table("samples"), r"none\. Keep it with recorder\.keep_table\('samples'"),
+        (
+            lambda run: run.table("samples"),
+            r"none\. Keep it with recorder\.keep_table\('samples'",
+        ),
     ],
 )
 def test_what_was_not_recorded_is_named_with_what_records_it(

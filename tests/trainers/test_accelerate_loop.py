@@ -177,7 +177,9 @@ def test_a_step_that_overflows_leaves_no_trace(space: str) -> None:
 @pytest.mark.parametrize("scale", [None, 2.0**10])
 def test_the_applied_update_harms_nothing(scale: float | None) -> None:
     model = tiny.llama()
-    rectifier = train(model, scale=scale, optimizer=torch.optim.AdamW, space="update", follow=True)
+    rectifier = train(
+        model, scale=scale, optimizer=torch.optim.AdamW, space="update", measure_update=True
+    )
     report = rectifier.report
     assert report is not None
     assert min(report.applied_average) >= -1e-8

@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "forget": {"part": "forget", "scope": "layer"},
     "select": {"select": 0.5},
     "update": {"space": "update", "scope": "coordinate"},
-    "retain": {"scope": "parameter", "follow": True},
+    "retain": {"scope": "parameter", "measure_update": True},
 }
 """The options of a rectifier; the last has its retain gradient from batches."""
 

@@ -232,7 +232,7 @@ def test_what_is_clipped_is_the_rectified_gradient(tmp_path: Path) -> None:
 
 
 def test_the_log_has_means_of_what_was_done_since_the_last(tmp_path: Path) -> None:
-    options = {"follow": True, "scope": "layer", "part": "forget"}
+    options = {"measure_update": True, "scope": "layer", "part": "forget"}
     data = opposed_pairs()
     trainer = rectified(tmp_path, rectifier=options, data=data, made={"eval_dataset": data},
                         eval_strategy="steps", eval_steps=2, label_names=["retain"])  # fmt: skip
@@ -463,7 +463,7 @@ def test_a_step_that_overflows_is_as_if_it_had_not_been(
     part: Any, retain: bool, tmp_path: Path
 ) -> None:
     kind: Any = ScaledGradAscent if retain else ScaledGradDiff
-    told: dict[str, Any] = {"rectifier": {"part": part, "follow": True}}
+    told: dict[str, Any] = {"rectifier": {"part": part, "measure_update": True}}
     told |= {"data": opposed_pairs(), **SGD, "retain": RETAIN if retain else None}
     scaled = rectified(tmp_path, kind=kind, **told)
     states = []
@@ -549,7 +549,7 @@ def test_a_compiled_model_is_rectified_alike(tmp_path: Path) -> None:
 def test_in_update_space_what_is_applied_harms_nothing(tmp_path: Path) -> None:
     def violations(**options: Any) -> int:
         trainer = rectified(
-            tmp_path, rectifier={"follow": True, **options}, data=opposed_pairs(),
+            tmp_path, rectifier={"measure_update": True, **options}, data=opposed_pairs(),
             made={"alpha": 0.4},
         )  # fmt: skip
         trainer.train()

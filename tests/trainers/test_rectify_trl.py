@@ -70,7 +70,7 @@ def test_a_trainer_of_trl_is_rectified(kind: str, tmp_path: Path) -> None:
     watched.train()
     assert same(plain.model.state_dict(), watched.model.state_dict())
     changed = trainer(kind, tmp_path)
-    rectifier = Rectifier(changed.model, scope="parameter", space="update", follow=True)
+    rectifier = Rectifier(changed.model, scope="parameter", space="update", measure_update=True)
     reports = Reports(rectifier)
     attached = rectify(changed, rectifier, retain=RETAIN)
     changed.add_callback(reports)

@@ -227,7 +227,7 @@ def test_the_applied_update_harms_nothing(tmp_path: Path) -> None:
     logged = {}
     for space in ("gradient", "update"):
         model = tiny.llama()
-        rectifier = Rectifier(model, space=space, follow=True)
+        rectifier = Rectifier(model, space=space, measure_update=True)
         options = {"optim": "adamw_torch", "num_train_epochs": 6}
         history = trained(
             tmp_path, model, GradientAscent(), rectifier=rectifier, **options
@@ -239,7 +239,7 @@ def test_the_applied_update_harms_nothing(tmp_path: Path) -> None:
 
 def test_several_retain_sets(tmp_path: Path) -> None:
     model = tiny.llama()
-    rectifier = Rectifier(model, nearest, against=("retain", "world"), ema=1.0)
+    rectifier = Rectifier(model, nearest, protect=("retain", "world"), ema=1.0)
     data = {"forget": FORGET, "retain": {"retain": RETAIN, "world": WORLD}}
     trainer = trained(tmp_path, model, NPO(), rectifier=rectifier, data=data)
     steps = [log for log in trainer.state.log_history if "loss" in log]

@@ -25,7 +25,7 @@ Counted = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Procedure:
+class UnlearningConfig:
     """How unlearning steps are taken, and when a run is measured and ends."""
 
     forget_batch: int = 10
@@ -50,7 +50,7 @@ class Procedure:
         return {"forget": self.forget_batch, "retain": self.retain_batch, **further}
 
 
-class Subject(Protocol):
+class SubjectConfig(Protocol):
     """A language model that learns the facts of a corpus and is then made to forget some."""
 
     @property
@@ -62,7 +62,7 @@ class Subject(Protocol):
         """How many authors are held out where few facts feed the retain gradient."""
 
     @property
-    def procedure(self) -> Procedure:
+    def procedure(self) -> UnlearningConfig:
         """How it is made to forget."""
 
     @property
@@ -79,12 +79,12 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EmbeddedConfig:
     """The embedded subject: the size of a Llama, how it is trained, and what it can memorise so."""
 
     corpus: Size = field(default_factory=Size)
     few_heldout: int = 15
-    procedure: Procedure = field(default_factory=Procedure)
+    procedure: UnlearningConfig = field(default_factory=UnlearningConfig)
     layers: int = 6
     hidden: int = 96
     heads: int = 4
@@ -119,8 +119,8 @@ class Recipe:
         return LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-FULL = Recipe()
-QUICK = Recipe(
+FULL = EmbeddedConfig()
+QUICK = EmbeddedConfig(
     corpus=Size(authors=8, forget=2, heldout=2, world=20),
     few_heldout=4,
     layers=2,

@@ -12,7 +12,7 @@ from .schedule import EACH, Schedule
 
 
 @dataclass(frozen=True)
-class Keep:
+class StoreOptions:
     """Sketches of the gradients, the gradients themselves, or both.
 
     - `sketch`: a few thousand numbers a layer and source, from which inner products between steps
@@ -20,8 +20,8 @@ class Keep:
     - `gradients`: the name of an encoding, "full", "bf16", "int8" or "int4", for the parameters
       whose names the regular expression `match` finds, at the steps of the schedule `when`.
 
-    >>> Keep(sketch=Sketch(width=1024))
-    Keep(sketch=Sketch(seed=0, width=1024, version=1), gradients=None, match='')
+    >>> StoreOptions(sketch=Sketch(width=1024))
+    StoreOptions(sketch=Sketch(seed=0, width=1024, version=1), gradients=None, match='')
     """
 
     sketch: Sketch | None = None
@@ -54,20 +54,20 @@ class Keep:
 
 
 STORES = {
-    "gram": Keep(),
-    "sketch": Keep(sketch=Sketch()),
-    **{name: Keep(gradients=name) for name in ENCODINGS},
+    "gram": StoreOptions(),
+    "sketch": StoreOptions(sketch=Sketch()),
+    **{name: StoreOptions(gradients=name) for name in ENCODINGS},
 }
 """What the words of `store=` stand for."""
 
 
-def kept(store: str | Keep) -> Keep:
+def kept(store: str | StoreOptions) -> StoreOptions:
     """What `store=` asks for."""
-    if isinstance(store, Keep):
+    if isinstance(store, StoreOptions):
         return store
     if store not in STORES:
         raise ValueError(
-            f"`store` should be one of {', '.join(STORES)}, or a `Keep`. "
+            f"`store` should be one of {', '.join(STORES)}, or a `StoreOptions`. "
             f"Found `store = {store!r}`. Choose one of those."
         )
     return STORES[store]

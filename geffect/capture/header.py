@@ -13,7 +13,7 @@ Declared = Mapping[str, Mapping[str, float] | str]
 
 
 @dataclass
-class Known:
+class RunHeader:
     """The sources of a run, how its losses were declared, and the rectifier it ran with."""
 
     sources: tuple[str, ...] = ()
