@@ -15,8 +15,8 @@ from .base import By, Floats, column_of, label_of
 if TYPE_CHECKING:
     from torch import nn
 
+    from geffect.batch import Batch
     from geffect.gradients import Vector
-    from geffect.objectives.base import Batch
 
 SCORE = Score("pg_effect", "PG-effect (nats per unit learning rate)", scale="symlog")
 

@@ -14,8 +14,8 @@ from .instances import SCORE
 if TYPE_CHECKING:
     from torch import nn
 
+    from geffect.batch import Batch
     from geffect.gradients import Vector
-    from geffect.objectives.base import Batch
 
 
 class Tokenizer(Protocol):
@@ -57,8 +57,8 @@ def tokens(
     0       0         1      1  0.5  forget   -0.5
     """
     # Torch is loaded where a model is at hand, and not to read a run.
+    from geffect.batch import IGNORED
     from geffect.effects import token_effects
-    from geffect.objectives.base import IGNORED
 
     several = direction if isinstance(direction, Mapping) else {"": direction}
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in several}

@@ -20,13 +20,14 @@ import geffect
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1,
-    "layers": 2, "dots": 2, "losses": 2, "objectives": 2, "plots": 2,
+    "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1, "batch": 1,
+    "layers": 2, "dots": 2, "losses": 2, "plots": 2,
     "gradients": 3, "sketch": 3,
-    "effects": 4, "store": 4, "projection": 4,
-    "capture": 5, "analysis": 5,
-    "checkpoints": 6, "demo": 6, "trainers": 6,
-    "cli": 7,
+    "risk": 4, "store": 4, "projection": 4,
+    "objectives": 5, "effects": 5,
+    "capture": 6, "analysis": 6,
+    "checkpoints": 7, "demo": 7, "trainers": 7,
+    "cli": 8,
 }  # fmt: skip
 
 # Who may import it, at run time.
@@ -38,6 +39,8 @@ WALLS = {
         "sketch",
         "losses",
         "gradients",
+        "batch",
+        "risk",
         "objectives",
         "effects",
         "projection",

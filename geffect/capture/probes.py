@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed
+from geffect.batch import IGNORED, Batch
 from geffect.gradients import Vector
 from geffect.layers import trainable
-from geffect.objectives.base import IGNORED, Batch, token_log_probabilities
+from geffect.risk import token_log_probabilities
 
 RiskSet = Batch | Iterable[Batch]
 """The data of a risk: one batch, or what gives its batches each time it is gone through."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from geffect.objectives.base import IGNORED, Batch
+from geffect.batch import IGNORED, Batch
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geffect.objectives.base import IGNORED
+from geffect.batch import IGNORED
 
 from .batches import Example
 from .lines import form_of, forms, rows_of

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import dots
+from geffect.batch import Batch
 from geffect.capture.collector import Collector, Measurement
 from geffect.gradients import (
     Gradients,
@@ -46,7 +47,6 @@ from geffect.gradients import (
 from geffect.layers import trainable
 from geffect.losses import Loss
 from geffect.objectives import Mean, Objective, SharedForward, nll
-from geffect.objectives.base import Batch
 from geffect.sources import OBJECTIVE, UPDATE
 
 EMA_WEIGHT = 0.4

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.objectives.base import Batch, token_log_probabilities
+from geffect.batch import Batch
+from geffect.risk import token_log_probabilities
 
 
 class Likelihoods:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from geffect.batch import Batch
 from geffect.capture.collector import Collector
 from geffect.capture.recording import Recording
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.gradients import Weights
 from geffect.objectives import Objective
-from geffect.objectives.base import Batch
 from geffect.objectives.reference import missing_in, with_reference
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_risk
 from geffect.store import Run, open_run

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from geffect.objectives.base import IGNORED
+from geffect.batch import IGNORED
 
 from .corpus import Corpus, Fact
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from geffect import Rectifier
+    from geffect.batch import Pair
     from geffect.objectives import SharedForward
-    from geffect.objectives.base import Pair
 
 Step = Callable[["SharedForward", "Pair", Any], dict[str, Any]]
 """From (model, batch, model before unlearning) to what `Recorder.backward` is told of a step.

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from geffect.batch import Batch, scored_tokens
 from geffect.gradients import Vector, differentiate
 from geffect.layers import trainable
-from geffect.objectives.base import Batch, scored_tokens, sequence_sum, token_log_probabilities
+from geffect.risk import sequence_sum, token_log_probabilities
 
 from .evaluation import evaluating
 

@@ -10,9 +10,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from geffect.batch import Batch
 from geffect.gradients import Vector, differentiate
 from geffect.layers import describe, in_network_order, trainable
-from geffect.objectives.base import Batch, sequence_sum, token_log_probabilities
+from geffect.risk import sequence_sum, token_log_probabilities
 
 from .direction import check_direction
 from .evaluation import evaluating

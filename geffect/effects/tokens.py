@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from geffect.batch import Batch, scored_tokens
 from geffect.gradients import Vector
 from geffect.layers import trainable
-from geffect.objectives.base import Batch, scored_tokens, token_log_probabilities
+from geffect.risk import token_log_probabilities
 
 from .differential import Parameters, differential
 from .direction import check_direction

@@ -1,6 +1,8 @@
 """Unlearning objectives: `(model, {"forget": batch, "retain": batch}) -> scalar`, minimised."""
 
-from .base import Mean, Objective, SharedForward, nll
+from geffect.risk import nll
+
+from .base import Mean, Objective, SharedForward
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .preference import NPO, TNPO, WTNPO
 from .retain import GradDiff

@@ -7,17 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from geffect.batch import Batch, Pair, labels_of, scored_tokens
+from geffect.risk import token_log_probabilities
 
 from .weights import inverse_confidence
-
-Batch = Mapping[str, Tensor]
-"""`input_ids`, `attention_mask`, `labels`, each (sample, position); label -100 is not scored."""
-
-Pair = Mapping[str, Batch]
-"""A batch of each side: {"forget": Batch, "retain": Batch}."""
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class Mean:
 
     def count(self, batch: Batch) -> int:
         """How many tokens or sequences of a batch there are to take the mean over."""
-        return int(scored_tokens(batch).sum()) if self.over == "tokens" else len(_labels(batch))
+        return int(scored_tokens(batch).sum()) if self.over == "tokens" else len(labels_of(batch))
 
 
 class Objective(ABC):
@@ -114,51 +108,6 @@ class SharedForward:
         return output
 
 
-def scored_tokens(batch: Batch) -> Tensor:
-    """Which tokens are scored, `Bool[sample, position - 1]`.
-
-    The token at position i is predicted from the positions before it, hence one position less.
-    """
-    return _labels(batch) != IGNORED
-
-
-def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log p of every scored token, `Float[sample, position - 1]`, and the mask of what is scored.
-
-    Positions that are not scored hold 0.
-    """
-    labels = _labels(batch)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs).logits[:, :-1]
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -losses.view_as(labels), labels != IGNORED
-
-
-def token_mean(values: Tensor, scored: Tensor) -> Tensor:
-    """The mean over all scored tokens of the batch: a long answer weighs more than a short one."""
-    return values.where(scored, torch.zeros_like(values)).sum() / scored.sum()
-
-
-def sequence_sum(values: Tensor, scored: Tensor) -> Tensor:
-    """The sum over the scored tokens of every sample, `Float[sample]`."""
-    return values.where(scored, torch.zeros_like(values)).sum(dim=1)
-
-
-def nll(model: Any, batch: Batch) -> Tensor:
-    """The risk R: negative log-likelihood of the scored tokens, token mean, in nats per token.
-
-    >>> from types import SimpleNamespace
-    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
-    >>> ids = torch.tensor([[0, 1, 2]])
-    >>> nll(uniform, {"input_ids": ids, "labels": ids})  # log 4
-    tensor(1.3863)
-    """
-    log_p, scored = token_log_probabilities(model, batch)
-    return -token_mean(log_p, scored)
-
-
 def positive(owner: str, name: str, value: float) -> float:
     """`value` if it is a positive finite number, else a ValueError that names the field."""
     if not (isinstance(value, int | float) and 0 < value < float("inf")):
@@ -167,12 +116,3 @@ def positive(owner: str, name: str, value: float) -> float:
             f"Pass a number such as {owner}({name}=1.0)."
         )
     return float(value)
-
-
-def _labels(batch: Batch) -> Tensor:
-    if "labels" not in batch:
-        raise ValueError(
-            "`batch` should have the key `labels`, with -100 where a token is not scored. "
-            f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
-        )
-    return batch["labels"][:, 1:]

@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Mean, Objective, Pair, nll, positive, token_log_probabilities, token_mean
+from geffect.batch import Pair
+from geffect.risk import nll, token_log_probabilities, token_mean
+
+from .base import Mean, Objective, positive
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import (
-    Mean,
-    Objective,
-    Pair,
-    positive,
-    sequence_sum,
-    token_log_probabilities,
-    token_mean,
-)
+from geffect.batch import Pair
+from geffect.risk import sequence_sum, token_log_probabilities, token_mean
+
+from .base import Mean, Objective, positive
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Mean, Objective, Pair, nll, positive
+from geffect.batch import Pair
+from geffect.risk import nll
+
+from .base import Mean, Objective, positive
 from .likelihood import GradientAscent
 
 

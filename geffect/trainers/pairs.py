@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from geffect.objectives.base import IGNORED
+from geffect.batch import IGNORED
 
 Item = Mapping[str, Any]
 """`input_ids`, `attention_mask`, `labels` of one sample, as lists or tensors of one length."""

@@ -6,8 +6,8 @@ from itertools import islice
 
 import torch
 
+from geffect.batch import Batch
 from geffect.capture.probes import RiskSet, as_batches, check_data, named
-from geffect.objectives.base import Batch
 from geffect.sources import RETAIN
 
 

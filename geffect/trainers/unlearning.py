@@ -17,10 +17,10 @@ from geffect import distributed
 from geffect.capture import Recorder
 from geffect.losses import Loss
 from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForward, nll
-from geffect.objectives.base import sequence_sum, token_log_probabilities
 from geffect.objectives.reference import missing_in, with_reference
 from geffect.projection import Rectifier
 from geffect.projection.options import Part
+from geffect.risk import sequence_sum, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import rectifier_state

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from geffect.objectives.base import Pair
+from geffect.batch import Pair
 
 from .rounds import CLOCKS, Load, interleaved
 

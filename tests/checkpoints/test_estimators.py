@@ -22,7 +22,7 @@ from geffect.objectives import (
     Objective,
     WeightedGradientAscent,
 )
-from geffect.objectives.base import sequence_sum, token_log_probabilities
+from geffect.risk import sequence_sum, token_log_probabilities
 from tests.utils import reference, tiny
 
 Batch = dict[str, Tensor]

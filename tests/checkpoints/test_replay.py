@@ -28,8 +28,8 @@ from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
 from geffect.checkpoints.reference import Likelihoods
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO, TNPO, GradDiff, Objective, WeightedGradientAscent
-from geffect.objectives.base import token_log_probabilities
 from geffect.objectives.reference import with_reference
+from geffect.risk import token_log_probabilities
 from geffect.store import validate
 from tests.utils import reference, tiny
 from tests.utils.chat import TURNS, make_tokenizer, without, written

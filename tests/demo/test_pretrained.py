@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from geffect import open_run
+from geffect.batch import IGNORED
 from geffect.cli.main import main
 from geffect.cli.report import study_report
 from geffect.demo import language_model as lm
@@ -22,7 +23,6 @@ from geffect.demo.jobs import KINDS, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import Plan, run_study
-from geffect.objectives.base import IGNORED
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)
 CHATML = (
