@@ -1,4 +1,4 @@
-"""The architecture: who may import whom, what stands where, and what the doors promise."""
+"""The architecture: who may import whom, what stands where, and what the interfaces promise."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ import geffect
 
 ROOT = Path(__file__).parents[1]
 
-FLOORS = {
+LAYERS = {
     "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1, "batch": 1,
     "layers": 2, "dots": 2, "losses": 2, "plots": 2,
     "gradients": 3, "sketch": 3,
@@ -30,8 +30,8 @@ FLOORS = {
     "cli": 8,
 }  # fmt: skip
 
-# Who may import it, at run time.
-WALLS = {
+# Who may import what other projects made, at run time.
+THIRD_PARTY = {
     "torch": [
         "distributed",
         "dots",
@@ -62,8 +62,8 @@ WALLS = {
     "rich": ["cli", "demo"],
 }
 
-# Further than the floors say: what must not be reached, by whom.
-DOORS = {
+# What a package must not import although its layer would allow it.
+FORBIDDEN = {
     "capture": ["projection", "analysis", "effects"],
     "projection": ["store", "capture"],
     "plots": ["analysis", "store"],
@@ -92,46 +92,50 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room(name: str) -> str:
-    """The package or the file on the ground floor that a module belongs to."""
+def component(name: str) -> str:
+    """The package or the file of `geffect` itself that a module belongs to."""
     return name.split(".")[1]
 
 
-ROOMS = sorted(name for name in modules() if name != "geffect")
+COMPONENTS = sorted(name for name in modules() if name != "geffect")
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_a_module_imports_only_from_lower_floors(name: str) -> None:
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_module_imports_only_from_lower_layers(name: str) -> None:
     for imported in internal(name):
-        if room(imported) != room(name):
-            assert FLOORS[room(imported)] < FLOORS[room(name)], f"{name} imports {imported}"
+        if component(imported) != component(name):
+            assert LAYERS[component(imported)] < LAYERS[component(name)], (
+                f"{name} imports {imported}"
+            )
 
 
-def test_nothing_goes_round_in_a_circle() -> None:
-    graph = {name: set(internal(name)) for name in ROOMS}
+def test_there_is_no_cycle() -> None:
+    graph = {name: set(internal(name)) for name in COMPONENTS}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"cycle: {error.args[1]}")
 
 
-@pytest.mark.parametrize(("name", "others"), DOORS.items())
-def test_doors_stay_shut(name: str, others: list[str]) -> None:
-    for module in (module for module in ROOMS if room(module) == name):
-        assert not {room(imported) for imported in internal(module)} & set(others), module
+@pytest.mark.parametrize(("name", "others"), FORBIDDEN.items())
+def test_forbidden_imports(name: str, others: list[str]) -> None:
+    for module in (module for module in COMPONENTS if component(module) == name):
+        assert not {component(imported) for imported in internal(module)} & set(others), module
 
 
-@pytest.mark.parametrize("name", [name for name in ROOMS if room(name) not in ("demo", "cli")])
+@pytest.mark.parametrize(
+    "name", [name for name in COMPONENTS if component(name) not in ("demo", "cli")]
+)
 def test_nothing_below_the_demo_knows_analysis_or_plots(name: str) -> None:
-    others = {room(imported) for imported in internal(name)} - {room(name)}
+    others = {component(imported) for imported in internal(name)} - {component(name)}
     assert not others & {"analysis", "plots"}
 
 
-@pytest.mark.parametrize("wall", WALLS)
-def test_third_party_walls(wall: str) -> None:
-    allowed = {f"geffect.{name}" for name in WALLS[wall]}
+@pytest.mark.parametrize("package", THIRD_PARTY)
+def test_third_party_imports(package: str) -> None:
+    allowed = {f"geffect.{name}" for name in THIRD_PARTY[package]}
     for module in modules():
-        reached = {i.module for i in imports(module) if i.at_run_time and within(i.module, wall)}
+        reached = {i.module for i in imports(module) if i.at_run_time and within(i.module, package)}
         if not any(within(module, name) for name in allowed):
             assert not reached, module
 
@@ -148,7 +152,7 @@ def test_nothing_is_imported_that_is_not_declared() -> None:
 
 
 @pytest.mark.parametrize("bare", ["analysis", "plots"])
-def test_the_linked_rooms_have_one_name(bare: str) -> None:
+def test_linked_packages_have_one_name(bare: str) -> None:
     assert not [name for name in modules() for i in imports(name) if within(i.module, bare)]
 
 
@@ -164,7 +168,7 @@ def test_links(name: str) -> None:
     assert link.is_symlink()
     assert os.readlink(link) == f"../{name}"
     assert project()["tool"]["setuptools"]["package-dir"][f"geffect.{name}"] == name
-    # What reads folders, as type checkers do, sees every module of the room.
+    # What reads folders, as type checkers do, sees every module of the package.
     seen = {path.name for path in link.glob("*.py")}
     assert seen == {path.name for path in (ROOT / name).glob("*.py")} > {"__init__.py"}
 
@@ -199,10 +203,10 @@ def test_what_is_loaded(program: str, unloaded: list[str]) -> None:
         ("geffect.plots", ["heatmap", "profile", "trajectory", "tradeoff", "sheet"]),
     ],
 )
-def test_public_doors(module: str, names: list[str]) -> None:
-    door = importlib.import_module(module)
-    assert set(names) <= set(door.__all__)
-    assert all(callable(getattr(door, name)) for name in names)
+def test_public_interfaces(module: str, names: list[str]) -> None:
+    interface = importlib.import_module(module)
+    assert set(names) <= set(interface.__all__)
+    assert all(callable(getattr(interface, name)) for name in names)
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
@@ -213,7 +217,7 @@ def test_all_that_is_listed_exists(name: str) -> None:
     assert [entry for entry in listed if not hasattr(module, entry)] == []
 
 
-def test_the_lazy_face_is_complete() -> None:
+def test_lazy_names_are_complete() -> None:
     assert set(geffect.__all__) == set(geffect._HOMES) <= set(dir(geffect))
     with pytest.raises(AttributeError, match="no attribute 'recorder_of'"):
         geffect.recorder_of  # noqa: B018
@@ -241,7 +245,7 @@ def test_the_files_speak_of_no_machine() -> None:
 
 @cache
 def imports(name: str) -> tuple[Import, ...]:
-    """All that the module imports, any_rank in it, by dotted name."""
+    """All that the module imports, anywhere in it, by dotted name."""
     path = modules()[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -273,7 +277,7 @@ def imported_by(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def home(base: str, name: str) -> str:
-    """Where a name comes from: a module, or what the lazy face fetches it from."""
+    """Where a name comes from: a module, or what the lazy package fetches it from."""
     if base == "geffect" and name in geffect._HOMES:
         return f"geffect.{geffect._HOMES[name]}"
     is_module = f"{base}.{name}" in modules() or (base, name) == ("torch", "func")
