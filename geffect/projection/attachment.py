@@ -1,11 +1,10 @@
 """An optimizer and who looks after its steps."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
-from torch import Tensor
 
 Hook = Callable[[], None]
 
@@ -68,49 +67,3 @@ def check_free(optimizer: torch.optim.Optimizer, owner: object) -> None:
             "An optimizer should have one rectifier. Found another one that is attached to it. "
             "Call detach() on that one before."
         )
-
-
-def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:
-    """Refuse an optimizer that steps other tensors than the model's parameters."""
-    own = set(map(id, parameters))
-    tensors = tensors_of(optimizer)
-    if not own.intersection(map(id, tensors)):
-        raise ValueError(
-            "`optimizer` should step the parameters of `model`. Found one that has none of "
-            "them. Make it from model.parameters()."
-        )
-    foreign = [
-        tensor
-        for tensor in tensors
-        if id(tensor) not in own and (tensor.requires_grad or tensor.grad is not None)
-    ]
-    if foreign:
-        raise ValueError(
-            "`optimizer` should step the parameters of `model` and no others, which nothing "
-            f"here could rectify. Found others, {len(foreign)} in number, that are not the model's "
-            "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
-            "or make the rectifier when the model is as it will be trained."
-        )
-
-
-def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What the optimizer steps."""
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, without what accelerate put around it, which has no hooks to call."""
-    while hasattr(optimizer, "optimizer"):
-        if "DeepSpeed" in type(optimizer).__name__:
-            raise ValueError(
-                "`optimizer` should step gradients that lie in `.grad`. Found DeepSpeed's, which "
-                "steps inside of its backward pass and keeps gradients to itself. Use DDP or "
-                "FSDP2; or save checkpoints, and look at them with `geffect.replay`."
-            )
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(
-            f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
-            "Pass optimizer=optimizer, the one that steps the model."
-        )
-    return optimizer

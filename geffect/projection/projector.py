@@ -7,12 +7,13 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Rectification
+from geffect.steps import moved_by
 
 from .elementwise import Elementwise
 from .memory import RetainMemory
 from .options import Options
 from .scopes import Blocks, Constraint, Coordinates, Mask, Metric
-from .spaces import Space, UpdateSpace, copied, moved_by, step_in_portions
+from .spaces import Space, UpdateSpace, copied, step_in_portions
 
 PendingReport = Callable[[], Rectification]
 """What was done, added up over the processes when it is asked for."""

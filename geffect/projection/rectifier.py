@@ -14,8 +14,9 @@ from geffect.gradients import Gradients, Loss, Rectification, Vector, peak, redu
 from geffect.layers import describe, trainable
 from geffect.losses import Passes, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
+from geffect.steps import check_owned, moved_by, tensors_of, unwrapped
 
-from .attachment import Attachment, check_free, check_owned, tensors_of, unwrapped
+from .attachment import Attachment, check_free
 from .elementwise import Elementwise
 from .memory import RetainMemory, State
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName
@@ -23,7 +24,7 @@ from .projector import PendingReport, Projector
 from .rules import Rule, gru
 from .scopes import Blocks, GramAccumulator, Mask, block_names, held, parts, skipped
 from .selection import Selection
-from .spaces import GradientSpace, UpdateSpace, moved_by, steps_tensor_by_tensor
+from .spaces import GradientSpace, UpdateSpace, steps_tensor_by_tensor
 
 FORMAT = 2
 """Of the state of a rectifier."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-
-from .attachment import tensors_of
+from geffect.steps import moved_by
 
 Kept = TypeVar("Kept")
 
@@ -160,11 +159,6 @@ def _widened(tensor: Tensor) -> Tensor:
 def copied(parameter: Tensor) -> Tensor:
     """A copy of what this process holds of a parameter."""
     return distributed.local(parameter.detach()).clone()
-
-
-def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer's next step moves: its own, where they have a gradient."""
-    return [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
 
 
 def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:

@@ -26,8 +26,8 @@ from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
-from geffect.projection.attachment import unwrapped
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
+from geffect.steps import unwrapped
 
 from .loop import check_gradients_can_be_had, firing_loop, is_running
 from .step import Step

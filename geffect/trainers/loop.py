@@ -13,7 +13,7 @@ from transformers import Trainer
 from geffect import distributed
 from geffect.capture import Recorder
 from geffect.losses import check_no_step_inside
-from geffect.projection.attachment import unwrapped
+from geffect.steps import unwrapped
 
 STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""
