@@ -99,8 +99,8 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
     )
     if isinstance(batches, str | os.PathLike | bytes):
         raise TypeError(
-            f"{should} Read a file by `geffect.checkpoints.data.read(path, tokenizer)`, and make "
-            "batches of that by `geffect.checkpoints.batches.batched`."
+            f"{should} Read a file by `geffect.data.examples.read(path, tokenizer)`, and make "
+            "batches of that by `geffect.data.collate.batched`."
         )
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise TypeError(f"{should} Pass a list of it.")

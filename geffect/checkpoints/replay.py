@@ -15,6 +15,8 @@ from geffect.batch import Batch
 from geffect.capture.collector import Collector
 from geffect.capture.recording import Recording
 from geffect.capture.store_options import StoreOptions, kept
+from geffect.data.collate import batched
+from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.objectives import Objective
 from geffect.objectives.reference import missing_in, with_reference
@@ -22,8 +24,6 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_ri
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
-from .batches import batched
-from .data import read, spelled
 from .estimators import Estimator, Sources, Traits, split_batch, traits_of
 from .loading import (
     Folder,
@@ -41,7 +41,7 @@ from .reference import Likelihoods
 log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Sequence[Batch]
-"""A file or folder that `geffect.checkpoints.data.read` reads, or batches that are ready."""
+"""A file or folder that `geffect.data.examples.read` reads, or batches that are ready."""
 
 OnBatch = Callable[[str, int, int], None]
 """Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""

@@ -15,6 +15,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from geffect import distributed
 from geffect.capture import Recorder
+from geffect.data.pairs import Items, Pairing, Pairs, collate
 from geffect.losses import Loss
 from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForward, nll
 from geffect.objectives.reference import missing_in, with_reference
@@ -25,7 +26,6 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import rectifier_state
 from .loop import check_continued, check_gradients_can_be_had
-from .pairs import Items, Pairing, Pairs, collate
 from .rectification_log import RectificationLog
 
 Batches = dict[str, Any]

@@ -21,12 +21,12 @@ from geffect.analysis import cosine, drift, g_effect, predicted_change
 from geffect.capture.recorder import Recorder
 from geffect.checkpoints import loading as folders
 from geffect.checkpoints import reference as references
-from geffect.checkpoints.batches import batched
-from geffect.checkpoints.data import read
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
 from geffect.checkpoints.reference import Likelihoods
 from geffect.checkpoints.replay import replay
+from geffect.data.collate import batched
+from geffect.data.examples import read
 from geffect.objectives import NPO, TNPO, GradDiff, Objective, WeightedGradientAscent
 from geffect.objectives.reference import with_reference
 from geffect.risk import token_log_probabilities

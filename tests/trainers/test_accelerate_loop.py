@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from geffect import Rectifier
+from geffect.data.pairs import Pairs, collate
 from geffect.objectives import SharedForward, nll
-from geffect.trainers.pairs import Pairs, collate
 from tests.utils import reference, tiny
 from tests.utils.trainers import same
 

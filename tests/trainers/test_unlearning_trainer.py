@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.capture import every
+from geffect.data.pairs import Pairing, Pairs, collate
 from geffect.objectives import (
     NPO,
     WTNPO,
@@ -25,7 +26,6 @@ from geffect.objectives import (
 )
 from geffect.projection import SAGO, State, nearest
 from geffect.trainers import unlearning
-from geffect.trainers.pairs import Pairing, Pairs, collate
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import reference, tiny
 from tests.utils.trainers import At, same

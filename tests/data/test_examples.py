@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from geffect.checkpoints.batches import Example, batched
-from geffect.checkpoints.data import read, spelled
+from geffect.data.collate import Example, batched
+from geffect.data.examples import read, spelled
 from tests.utils.chat import TURNS, make_tokenizer, without, written
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"

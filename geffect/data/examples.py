@@ -13,7 +13,7 @@ from typing import Any
 
 from geffect.batch import IGNORED
 
-from .batches import Example
+from .collate import Example
 from .lines import form_of, forms, rows_of
 
 PLAIN = "Question: {question}\nAnswer: "
