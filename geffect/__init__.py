@@ -3,19 +3,44 @@
 `Recorder` writes the gradients of a training loop into a run file, `replay` those of checkpoints
 that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `Rectifier` keeps
 unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
-`geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`.
+`geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
+samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
+
+All of that is there after `import geffect`, and is loaded when it is first asked for.
+
+>>> import geffect
+>>> geffect.projection.gru.__name__
+'gru'
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import analysis, capture, effects, objectives, plots, projection, trainers
     from .capture import Recorder
     from .checkpoints.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
 
-__all__ = ["Recorder", "Rectifier", "Run", "RunFileError", "open_run", "replay"]
+    __version__: str
+
+__all__ = [
+    "Recorder",
+    "Rectifier",
+    "Run",
+    "RunFileError",
+    "__version__",
+    "analysis",
+    "capture",
+    "effects",
+    "objectives",
+    "open_run",
+    "plots",
+    "projection",
+    "replay",
+    "trainers",
+]
 
 # Loaded when first asked for: reading a run file needs no torch.
 _HOMES = {
@@ -26,13 +51,20 @@ _HOMES = {
     "open_run": "store",
     "replay": "checkpoints.replay",
 }
+_ROOMS = ("analysis", "capture", "effects", "objectives", "plots", "projection", "trainers")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("geffect")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)

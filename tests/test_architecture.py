@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -28,6 +29,7 @@ LAYERS = {
     "capture": 6, "analysis": 6,
     "checkpoints": 7, "demo": 7, "trainers": 7,
     "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 # Who may import what other projects made, at run time.
@@ -159,9 +161,23 @@ def test_linked_packages_have_one_name(bare: str) -> None:
 
 
 def test_packages_are_those_on_disk() -> None:
-    on_disk = {".".join(path.parent.relative_to(ROOT).parts) for path in modules().values()}
+    """Folders of pages too: one that is not listed is built with a warning."""
+    on_disk = {
+        ".".join(Path(folder).relative_to(ROOT).parts)
+        for folder, _, files in os.walk(ROOT / "geffect", followlinks=True)
+        if files and Path(folder).name != "__pycache__"
+    }
     assert set(project()["tool"]["setuptools"]["packages"]) == on_disk
-    assert {"geffect.analysis", "geffect.plots"} <= on_disk
+    assert {"geffect.analysis", "geffect.plots", "geffect.cli.templates"} <= on_disk
+
+
+def test_files_beside_the_modules_are_installed() -> None:
+    data = project()["tool"]["setuptools"]["package-data"]
+    for folder, _, files in os.walk(ROOT / "geffect", followlinks=True):
+        if Path(folder).name != "__pycache__":
+            patterns = data.get(".".join(Path(folder).relative_to(ROOT).parts), ())
+            kept = {name for name in files if any(fnmatch(name, p) for p in patterns)}
+            assert {name for name in files if not name.endswith(".py")} == kept, folder
 
 
 @pytest.mark.parametrize("name", ["analysis", "plots"])
@@ -179,6 +195,9 @@ def test_links(name: str) -> None:
     ("program", "unloaded"),
     [
         ("import geffect", HEAVY),
+        ("import geffect; dir(geffect), geffect.__version__", HEAVY),
+        ("import geffect; geffect.plots, geffect.analysis", ["torch"]),
+        ("import geffect; geffect.effects, geffect.capture", ["pandas", "transformers"]),
         ("import geffect.cli.main", HEAVY),
         ("from geffect import open_run; import geffect.analysis", ["torch", "matplotlib"]),
         ("import geffect.plots", ["torch", "h5py"]),
@@ -220,7 +239,8 @@ def test_all_that_is_listed_exists(name: str) -> None:
 
 
 def test_lazy_names_are_complete() -> None:
-    assert set(geffect.__all__) == set(geffect._HOMES) <= set(dir(geffect))
+    named = {*geffect._HOMES, *geffect._ROOMS, "__version__"}
+    assert set(geffect.__all__) == named == set(dir(geffect))
     with pytest.raises(AttributeError, match="no attribute 'recorder_of'"):
         geffect.recorder_of  # noqa: B018
 
@@ -288,7 +308,7 @@ def home(base: str, name: str) -> str:
 
 def internal(name: str) -> list[str]:
     """The modules of the package that a module imports, also for its annotations alone."""
-    return [i.module for i in imports(name) if within(i.module, "geffect")]
+    return [i.module for i in imports(name) if i.module.startswith("geffect.")]
 
 
 def within(name: str, package: str) -> bool:
