@@ -1,7 +1,7 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest
-# make study  every method in every variant with its controls, three seeds, into runs/study;
-#             some forty minutes on two idle cores
+# make study  every method in every variant with its controls, three seeds, into runs/study, and
+#             from there docs/study.md with its picture; some forty minutes on two idle cores
 # make stress a writer killed more than two hundred times, some minutes
 # make bench  what recording costs, in ratios, into runs/bench.json; ten minutes on an idle machine
 
@@ -17,6 +17,8 @@ demo: $(VENV)/installed
 
 study: $(VENV)/installed
 	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants --controls $(ARGS)
+	cp runs/study/study.md docs/study.md
+	cp runs/study/figures/tradeoff.png docs/images/tradeoff.png
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

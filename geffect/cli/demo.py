@@ -69,6 +69,7 @@ def command(
     from rich.console import Console
 
     from geffect.demo.methods import RETAIN_SETS, VARIANTS
+    from geffect.demo.page import write_page
     from geffect.demo.study import Plan, run_study
 
     from .progress import shown
@@ -99,6 +100,7 @@ def command(
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
+    write_page(summary, out)
     # Not through rich, which would fold the lines of the table.
     typer.echo((out / "equal_forgetting.md").read_text(encoding="utf-8"))
     held = [finding["holds"] for finding in summary["findings"]]

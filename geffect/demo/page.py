@@ -1,0 +1,207 @@
+"""The page of a study: settings, findings and every table, as Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .methods import EQUAL, FEW, METHODS
+from .study import IN_A_LOOK, QUICK_METHODS
+from .tables import COLUMNS, KEYS, Row, as_markdown, compared, rows, tables
+
+NAME = "study.md"
+
+LOWEST = {
+    "retain_nll": "lowest retain NLL inside",
+    "retain_heldout_authors_nll": "lowest outside",
+    "world_nll": "lowest world facts NLL",
+}
+NEAREST = {
+    "forget_es": "forget ES nearest to gold",
+    "relearn_nll": "relearned NLL nearest to gold",
+}
+"""What variants are compared by: a loss that should be low, or a value that gold has too."""
+
+SINGLE = (
+    "step",
+    "retain_nll",
+    "retain_heldout_authors_nll",
+    "world_nll",
+    "forget_es",
+    "relearn_nll",
+)
+"""The columns whose single seeds are shown."""
+
+HOW = """\
+Methods and variants forget at different speeds, so they are compared **at equal forgetting**:
+where the forget loss of a run first reaches that of the *gold* model, which was trained the
+same way without the data. Values are interpolated between the two steps around that point. A
+run that does not reach it has no values, and the number of seeds that did stands behind the
+steps.
+
+- **retain QA**: how many questions feed the retain gradient. With fewer, more authors are
+  outside.
+- **inside, outside**: the retain loss on questions that feed the retain gradient, and on those
+  of authors that never do. A rule can win the first and lose the second.
+- **ES**: extraction strength, the share of the answer that the model completes by itself.
+- **paraphrases**: the forget loss on questions in words that no step has seen.
+- **relearned**: the forget loss on one half of the forget set after a few steps on the other
+  half. Below gold means that facts were hidden rather than forgotten.
+- **violating steps**: the share of applied updates of the whole run that oppose the running
+  average of a retain gradient.
+
+Losses are in nats per token. Tables show means over seeds.
+"""
+
+ELSEWHERE = """\
+This study is of one small model that has memorised its data. It also runs on a
+pretrained model, and leaves the same page in its folder:
+
+```sh
+geffect demo --model DIR --seeds 0,1,2 --all-variants --out runs/pretrained
+geffect demo --model DIR --lora 8
+geffect demo --model DIR --layers 10..19
+```
+
+`DIR` is a folder as `save_pretrained` leaves it, or a GGUF file (extra `gguf`). The memory it
+takes is said first. For averages and batch sizes other than those of the study, pass another
+`UnlearningConfig(ema=..., retain_batch=...)` to `geffect.demo.unlearning.unlearn`.
+"""
+
+
+def write_page(summary: Mapping[str, Any], out: Path) -> None:
+    """Write the page of a study into its folder."""
+    (out / NAME).write_text(study_page(summary), encoding="utf-8")
+
+
+def study_page(summary: Mapping[str, Any]) -> str:
+    """The page of a study from what its summary.json holds."""
+    config = summary["config"]
+    runs = [*summary["runs"], *summary["further_runs"]]
+    main, *further = tables(summary)
+    feeds = list(main.runs.groupby("retain_feed", sort=False))
+    sections = [
+        "# The study",
+        f"`{command(summary)}` wrote this page. Do not edit it.",
+        f"{len(runs)} runs with {_seeds(summary)}; "
+        f"{', '.join(f'{package} {number}' for package, number in summary['versions'].items())}.",
+        "## What is done",
+        f"{config['subject']} Authors to be forgotten: {config['recipe']['corpus']['forget']}. "
+        f"Every step takes {config['batch']['forget']} forget and {config['batch']['retain']} "
+        f"retain questions and {config['optimizer']}. The running average of the retain gradients "
+        f"weighs the new one by {config['ema']}. NPO has beta {config['npo_beta']}, WGA has alpha "
+        f"{config['wga_alpha']}.",
+        HOW,
+        _variants(config["variants"]),
+        "## What is found",
+        "Each sentence is tested against the numbers of this study.",
+        "\n".join(_finding(finding) for finding in summary["findings"]),
+        "## Which variant is best",
+        "The best variant of each method, by the mean over seeds, among those that reached the "
+        "level in every seed.",
+        best(compared(summary, "at_level", EQUAL, FEW)),
+        f"## {main.heading}",
+        *[
+            f"### {feed} questions feed the retain gradient\n\n{as_markdown(t)}"
+            for feed, t in feeds
+        ],
+        *([_folded("Each seed", _single(rows(main.runs)))] if len(summary["seeds"]) > 1 else []),
+        *[f"## {table.heading}\n\n{as_markdown(table.runs)}" for table in further],
+        "## On your model",
+        ELSEWHERE,
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def command(summary: Mapping[str, Any]) -> str:
+    """The command line of a study, from its summary.
+
+    >>> run = {"method": "ga", "variant": "plain"}
+    >>> command({"seeds": [0], "config": {"quick": True, "recipe": {}}, "runs": [run],
+    ...          "further_runs": []})
+    'geffect demo --seeds 0 --quick'
+    """
+    config, recipe = summary["config"], summary["config"]["recipe"]
+    trained = recipe.get("trained") or {}
+    methods = list(dict.fromkeys(run["method"] for run in summary["runs"]))
+    small = config["quick"] or "source" in recipe
+    every = {run["variant"] for run in summary["runs"]} > set(IN_A_LOOK)
+    layers, rank = trained.get("layers"), trained.get("lora")
+    options = {
+        "--model DIR": "source" in recipe,
+        f"--layers {'..'.join(map(str, layers or ()))}": layers,
+        f"--lora {rank}": rank,
+        f"--seeds {','.join(map(str, summary['seeds']))}": True,
+        f"--methods {','.join(methods)}": methods != list(QUICK_METHODS if small else METHODS),
+        "--quick": config["quick"],
+        "--all-variants": every,
+        "--controls": summary["further_runs"],
+    }
+    return " ".join(["geffect demo", *(option for option, given in options.items() if given)])
+
+
+def best(runs: pd.DataFrame) -> str:
+    """The best variants of each method and feed, from the table of all of them."""
+    by = runs.groupby(list(KEYS), sort=False, dropna=False)
+    means = by[[*LOWEST, *NEAREST]].mean()[by["reached_level"].all()].reset_index()
+    found: list[dict[str, Any]] = [
+        dict(zip(means.columns, row, strict=True)) for row in means.to_numpy()
+    ]
+    gold = {row["retain_feed"]: row for row in found if row["method"] == "gold"}
+    rivals: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found:
+        if row["method"] != "gold":
+            rivals.setdefault((row["method"], row["retain_feed"]), []).append(row)
+    lines = []
+    for (method, feed), variants in rivals.items():
+        cells = [method, str(feed)]
+        for name in (*LOWEST, *NEAREST):
+            aim = 0.0 if name in LOWEST else gold[feed][name]
+            least = min(variants, key=lambda row: abs(row[name] - aim))
+            cells.append(f"{least['variant']} ({COLUMNS[name][1].format(least[name])})")
+        lines.append(cells)
+    return _markdown(["method", "retain QA", *LOWEST.values(), *NEAREST.values()], lines)
+
+
+def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = [
+        [
+            name,
+            variant["summary"],
+            f"{variant['learning_rate']:g}",
+            ", ".join(f"`{option}={value!r}`" for option, value in variant["options"].items()),
+        ]
+        for name, variant in variants.items()
+    ]
+    return _markdown(["variant", "what is stepped", "learning rate", "of `Rectifier`"], lines)
+
+
+def _finding(finding: Mapping[str, Any]) -> str:
+    exceptions = f" Not for {', '.join(finding['except'])}." if finding["except"] else ""
+    return (
+        f"- **{'Holds' if finding['holds'] else 'Does not hold'}**: {finding['claim']}.{exceptions}"
+    )
+
+
+def _single(found: Iterable[Row]) -> str:
+    lines = [
+        [*row.keys.values(), *(" / ".join(row.values[name].single) for name in SINGLE)]
+        for row in found
+    ]
+    headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in SINGLE))]
+    return _markdown(headings, lines)
+
+
+def _seeds(summary: Mapping[str, Any]) -> str:
+    numbers = ", ".join(map(str, summary["seeds"]))
+    return f"seed{'s' if len(summary['seeds']) > 1 else ''} {numbers}"
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n</details>"
+
+
+def _markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    shown = [headings, ["---"] * len(headings), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"

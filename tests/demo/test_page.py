@@ -1,0 +1,98 @@
+"""The page of a study holds its settings, its findings and every one of its numbers."""
+
+import re
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from geffect.demo.page import best, command, study_page, write_page
+from geffect.demo.study import IN_A_LOOK
+from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
+
+SEEN = ("retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "relearn_nll")
+
+
+def test_the_page_of_a_study(quick_study: Any) -> None:
+    page, summary = (quick_study.out / "study.md").read_text(), quick_study.summary
+    assert page == study_page(summary)
+    assert f"`{command(summary)}`" in page and "--quick" in command(summary)
+    for finding in summary["findings"]:
+        assert finding["claim"] in page
+    for name, variant in summary["config"]["variants"].items():
+        assert f"| {name} | {variant['summary']} | {variant['learning_rate']:g} |" in page
+    for table in tables(summary):
+        assert table.heading in page
+        for _, part in table.runs.groupby("retain_feed"):
+            for line in as_markdown(part).splitlines()[2:]:
+                assert re.sub(r" +", " ", line) in re.sub(r" +", " ", page)
+
+
+def test_further_tables_and_single_seeds(quick_study: Any, tmp_path: Any) -> None:
+    summary = quick_study.summary
+    again = [{**run, "seed": 1} for run in summary["runs"]]
+    controls = [
+        {**run, "part": "learning rates", "learning_rate": 0.5}
+        for run in (*summary["runs"], *again)
+    ]
+    twice = {
+        **summary,
+        "seeds": [0, 1],
+        "runs": [*summary["runs"], *again],
+        "further_runs": controls,
+        **{k: {"0": summary[k]["0"], "1": summary[k]["0"]} for k in ("original", "gold")},
+    }
+    assert "Each seed" not in study_page(summary)
+    write_page(twice, tmp_path)
+    page = (tmp_path / "study.md").read_text()
+    assert "seeds 0, 1" in page and "## At several learning rates" in page
+    row = rows(tables(twice)[0].runs)[0]
+    assert len(row.seeds) == 2
+    assert " / ".join(row.values["retain_nll"].single) in page
+
+
+def test_the_best_variants_are_those_of_a_loop() -> None:
+    def runs(**values: list[float]) -> pd.DataFrame:
+        return pd.DataFrame(
+            [
+                {
+                    **dict.fromkeys((*AT_LEVEL, *SEEN), value),
+                    "method": "gold" if variant == "gold" else "ga",
+                    "variant": variant,
+                    "retain_feed": 30,
+                    "learning_rate": 1e-3,
+                    "seed": seed,
+                    "reached_level": value < 9,
+                }
+                for variant, seeds in values.items()
+                for seed, value in enumerate(seeds)
+            ]
+        )
+
+    # The lowest on the mean is b; nearest to gold is c; d did not reach the level in one seed.
+    found = best(runs(a=[1.0, 5.0], b=[2.0, 2.0], c=[3.0, 3.5], d=[0.1, 9.0], gold=[3.0, 3.0]))
+    (line,) = found.splitlines()[2:]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "ga", "30", "b (2.000)", "b (2.000)", "b (2.000)", "a (3.00)", "a (3.00)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variants", "more", "said"),
+    [
+        ({}, IN_A_LOOK, {}, "geffect demo --seeds 0,1 --methods ga"),
+        ({}, [*IN_A_LOOK, "sago"], {"further_runs": [1]},
+         "geffect demo --seeds 0,1 --methods ga --all-variants --controls"),
+        ({"source": "smol", "trained": {"layers": [3, 9], "lora": None}}, ["plain"], {},
+         "geffect demo --model DIR --layers 3..9 --seeds 0,1"),
+        ({"source": "smol", "trained": {"layers": None, "lora": 8}}, ["plain"], {},
+         "geffect demo --model DIR --lora 8 --seeds 0,1"),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_study(recipe: Any, variants: Any, more: Any, said: str) -> None:
+    runs = [{"method": "ga", "variant": variant} for variant in variants]
+    config = {"quick": False, "recipe": recipe}
+    assert (
+        command({"seeds": [0, 1], "config": config, "runs": runs, "further_runs": [], **more})
+        == said
+    )
