@@ -83,7 +83,7 @@ def _share_below(level: float, rows: int) -> float:
     return normal.cdf(-t * (rows / freedom) ** 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Held(Run):
     """A run whose rows are read from the file once, for it and all that is drawn from it."""
 

@@ -1,19 +1,46 @@
 """Schedules: which steps of a run are captured. Each says yes or no to the number of a step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Schedule = Callable[[int], bool]
+
+
+@dataclass(frozen=True)
+class _Every:
+    """The multiples of `k`; shown as it was called for."""
+
+    k: int
+
+    def __call__(self, step: int) -> bool:
+        return step % self.k == 0
+
+    def __repr__(self) -> str:
+        return f"every({self.k})"
+
+
+@dataclass(frozen=True)
+class _At:
+    """A few steps; shown as they were called for."""
+
+    steps: frozenset[int]
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps
+
+    def __repr__(self) -> str:
+        return f"at({', '.join(map(str, sorted(self.steps)))})"
 
 
 def every(k: int) -> Schedule:
     """The steps 0, k, 2k, ...
 
-    >>> [step for step in range(10) if every(4)(step)]
-    [0, 4, 8]
+    >>> every(4), [step for step in range(10) if every(4)(step)]
+    (every(4), [0, 4, 8])
     """
     if k < 1:
         raise ValueError(f"`k` should be at least 1. Found `k = {k}`. Pass 1 for each step.")
-    return lambda step: step % k == 0
+    return _Every(k)
 
 
 EACH = every(1)
@@ -22,11 +49,10 @@ EACH = every(1)
 def at(*steps: int) -> Schedule:
     """These steps and no other.
 
-    >>> [step for step in range(10) if at(0, 7)(step)]
-    [0, 7]
+    >>> at(7, 0), [step for step in range(10) if at(0, 7)(step)]
+    (at(0, 7), [0, 7])
     """
-    chosen = frozenset(steps)
-    return lambda step: step in chosen
+    return _At(frozenset(steps))
 
 
 def logspaced(n: int, last: int) -> Schedule:

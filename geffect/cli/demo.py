@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from geffect.demo.pretrained import Pretrained
+    from geffect.demo.study import Plan
 
 PRETRAINED_METHODS = ("ga",)
 """A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
@@ -60,6 +61,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a study in DIR that was cut short.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the study in DIR, if there is one.")
+    ] = False,
 ) -> None:
     """Teach a language model facts, unlearn a part of them in several ways, and report.
 
@@ -69,11 +73,7 @@ def command(
     from rich.console import Console
 
     from geffect.demo.methods import RETAIN_SETS, VARIANTS
-    from geffect.demo.page import write_page
-    from geffect.demo.study import Plan, run_study
-
-    from .progress import shown
-    from .report import study_report
+    from geffect.demo.study import Plan, whole
 
     console = Console()
     named = tuple(methods.split(",")) if methods else ()
@@ -89,6 +89,7 @@ def command(
             workers=processes,
             threads=max(1, (os.cpu_count() or 1) // processes) if subject else 1,
             resume=resume,
+            overwrite=overwrite,
             subject=subject,
             variants=subject.paced(VARIANTS) if subject else VARIANTS,
             retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,
@@ -97,6 +98,26 @@ def command(
         raise typer.BadParameter(str(error)) from error
     if subject:
         _say_memory(subject, processes, console)
+    try:
+        _study(out, plan, console)
+    except KeyboardInterrupt:
+        done, jobs = whole(out, plan)
+        typer.echo(
+            f"geffect: The study was interrupted. {done} of {jobs} runs are whole in `{out}`. The "
+            "same command with --resume goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _study(out: Path, plan: "Plan", console: "Console") -> None:
+    """Run the study, write its report, and say what was found."""
+    from geffect.demo.page import write_page
+    from geffect.demo.study import run_study
+
+    from .progress import shown
+    from .report import study_report
+
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")

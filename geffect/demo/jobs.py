@@ -143,14 +143,27 @@ class Kept:
     def weight(self) -> float:
         return self.job.weight
 
+    @property
+    def path(self) -> Path:
+        """The file with the result."""
+        return self.folder / f"{self.name}.json"
+
+    def found(self) -> Any:
+        """The result that is kept of the same job; None if there is none."""
+        if not self.path.exists():
+            return None
+        kept = json.loads(self.path.read_text(encoding="utf-8"))
+        return kept["result"] if kept["job"] == repr(self.job) else None
+
     def run(self, say: Say) -> Any:
-        path, job = self.folder / f"{self.name}.json", repr(self.job)
-        if self.resume and path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["job"] == job:
-                return kept["result"]
+        found = self.found() if self.resume else None
+        if found is not None:
+            return found
         result = self.job.run(say)
-        path.write_text(json.dumps({"job": job, "result": result}), encoding="utf-8")
+        # It is there whole or not at all, whenever the study is interrupted.
+        written = self.path.with_suffix(".part")
+        written.write_text(json.dumps({"job": repr(self.job), "result": result}), encoding="utf-8")
+        written.replace(self.path)
         return result
 
 

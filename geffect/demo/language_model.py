@@ -182,7 +182,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] | None = None,
 ) -> LlamaForCausalLM:
     """A new model that has memorised `facts`, question and answer; `report(done, total)` counts
     its steps. One seed gives the initial weights and the order of the data.
@@ -197,7 +197,7 @@ def memorise(
     data: Batch,
     lessons: TrainingConfig,
     seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Train what of `model` requires a gradient on all rows of `data`, in the order of `seed`.
 
@@ -220,7 +220,8 @@ def memorise(
         _loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        report(step + 1, total)
+        if report is not None:
+            report(step + 1, total)
     optimizer.zero_grad()
 
 

@@ -42,6 +42,7 @@ class Plan:
     workers: int = 2
     threads: int = 1  # of each worker
     resume: bool = False  # from the results of a study with the same output that was cut short
+    overwrite: bool = False  # a study with the same output, whose results are then gone
     subject: SubjectConfig | None = None  # none given: the embedded Llama, smaller if quick
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
@@ -49,6 +50,11 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.methods:
             object.__setattr__(self, "methods", QUICK_METHODS if self.quick else tuple(METHODS))
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "`resume` and `overwrite` should not both be True. Found both. Choose `resume` to "
+                "go on with a study, `overwrite` to begin it anew."
+            )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown:
             raise ValueError(
@@ -116,38 +122,20 @@ class Plan:
 def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     """Run the plan and leave run files, models, figures, summary and tables in `out`.
 
-    The same seed gives the same numbers. Returns what summary.json holds.
+    The same seed gives the same numbers. Returns what summary.json holds. A folder that holds a
+    study is refused unless the plan says to `resume` or to `overwrite` it. An interrupt ends the
+    processes at once: what `whole` counts is there for the next study to go on from.
     """
     clock = _Clock()
-    for folder in ("runs", "models", "figures", "results"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    claim(out, plan)
     with working(plan.workers, report, plan.threads) as run:
-
-        def kept(jobs: Sequence[Job]) -> list[Any]:
-            return run([Kept(job, out / "results", plan.resume) for job in jobs])
-
         with clock.stage("train"):
-            training = [
-                Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS
-            ]
+            training = _training(out, plan)
             trained: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-            for job, measured in zip(training, kept(training), strict=True):
+            for job, measured in zip(training, run(_kept(training, out, plan)), strict=True):
                 trained[job.kind][str(job.seed)] = measured
         with clock.stage("unlearn"):
-            cells = [(seed, cell) for seed in plan.seeds for cell in plan.cells()]
-            runs = kept(
-                [
-                    Unlearning(
-                        out,
-                        seed,
-                        cell,
-                        plan.variant(cell),
-                        {name: trained["gold"][str(seed)][name] for name in plan.levels(cell)},
-                        plan.studied,
-                    )
-                    for seed, cell in cells
-                ]
-            )
+            runs = run(_kept(_unlearning(out, plan, trained["gold"]), out, plan))
         compared = [run for run in runs if run["part"] == EQUAL]
         further = [run for run in runs if run["part"] != EQUAL]
         summary = {
@@ -169,6 +157,69 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     summary["wall_seconds"] = {"total": clock.total(), "stages": clock.stages}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def whole(out: Path, plan: Plan) -> tuple[int, int]:
+    """How many jobs of the plan have a result in `out` that a study would go on from, of how many.
+
+    Figures and tables are not counted: they take seconds.
+    """
+    training = _training(out, plan)
+    measured = [kept.found() for kept in _kept(training, out, plan)]
+    gold = {
+        str(job.seed): result
+        for job, result in zip(training, measured, strict=True)
+        if job.kind == "gold" and result is not None
+    }
+    # How far a run goes is read from the gold model of its seed.
+    unlearned = [kept.found() for kept in _kept(_unlearning(out, plan, gold), out, plan)]
+    there = sum(result is not None for result in (*measured, *unlearned))
+    return there, len(training) + len(plan.seeds) * len(plan.cells())
+
+
+def claim(out: Path, plan: Plan) -> None:
+    """Makes the folders of a study, where there is none that it would replace unasked."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(
+            f"The folder of a study should be a folder, or not exist. Found the file `{out}`. "
+            "Choose another name."
+        )
+    results = list((out / "results").glob("*.json"))
+    if (results or (out / "summary.json").exists()) and not (plan.resume or plan.overwrite):
+        raise FileExistsError(
+            f"The folder of a study should hold none yet. Found one in `{out}`. Choose another "
+            "folder, go on with it with --resume, or replace it with --overwrite."
+        )
+    if plan.overwrite:
+        for file in (*results, out / "summary.json"):
+            file.unlink(missing_ok=True)
+    for folder in ("runs", "models", "figures", "results"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+def _training(out: Path, plan: Plan) -> list[Training]:
+    return [Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS]
+
+
+def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Unlearning]:
+    """The runs of the seeds whose gold model is known."""
+    return [
+        Unlearning(
+            out,
+            seed,
+            cell,
+            plan.variant(cell),
+            {name: gold[str(seed)][name] for name in plan.levels(cell)},
+            plan.studied,
+        )
+        for seed in plan.seeds
+        if str(seed) in gold
+        for cell in plan.cells()
+    ]
+
+
+def _kept(jobs: Sequence[Job], out: Path, plan: Plan) -> list[Kept]:
+    return [Kept(job, out / "results", plan.resume) for job in jobs]
 
 
 def _config(plan: Plan) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Worker processes, and what their jobs tell of themselves while they run."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -47,27 +48,50 @@ def working(
 ) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
     """A function that runs jobs in `count` processes, the longest first, and returns their results.
 
-    Models as small as the embedded one are slower on two threads than on one.
+    Models as small as the embedded one are slower on two threads than on one. Where the block ends
+    by an error or an interrupt, the processes end at once, in the midst of their jobs.
     """
     # Not forked: a process that inherits torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
-    with ProcessPoolExecutor(
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
         count, mp_context=context, initializer=_start, initargs=(news, threads)
-    ) as pool:
+    )
 
-        def run(jobs: Sequence[Job]) -> list[Any]:
+    def run(jobs: Sequence[Job]) -> list[Any]:
+        with _interrupts_held_back():
             futures = {
                 job.name: pool.submit(_run, job) for job in sorted(jobs, key=lambda j: -j.weight)
             }
-            try:
-                _watch(list(futures.values()), news, report)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [futures[job.name].result() for job in jobs]
+        _watch(list(futures.values()), news, report)
+        return [futures[job.name].result() for job in jobs]
 
+    try:
         yield run
+    except BaseException:
+        with _interrupts_held_back():
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """An interrupt that comes meanwhile takes effect afterwards.
+
+    Processes that are started meanwhile never see one: it is for the first process to end them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(futures: Sequence[Future[Any]], news: Any, report: OnProgress) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from .schema import (
     StoredGradients,
 )
 from .segments import Segments
+from .summary import as_html, as_line, size_of
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """The steps of a run that were committed when it was opened. Arrays are read when asked for.
 
@@ -46,10 +47,16 @@ class Run:
     name: str
     state: str  # "complete", or "open": being recorded, or ended without being closed
     contents: Contents
-    layers: tuple[Parameter, ...] = field(repr=False)
-    steps: NDArray[np.int64] = field(repr=False)  # each once
-    rows: NDArray[np.int64] = field(repr=False)  # how many each step has
-    drawn: NDArray[np.int64] = field(repr=False)  # which rows of the file those are
+    layers: tuple[Parameter, ...]
+    steps: NDArray[np.int64]  # each once
+    rows: NDArray[np.int64]  # how many each step has
+    drawn: NDArray[np.int64]  # which rows of the file those are
+
+    def __repr__(self) -> str:
+        return as_line(self.name, self._facts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.name, self._facts())
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -234,6 +241,21 @@ class Run:
             rows = _rows(file, name, self.drawn.max(initial=-1) + 1, *entry)
         drawn: NDArray[Any] = rows[self.drawn]
         return drawn
+
+    def _facts(self) -> dict[str, str]:
+        """What is said of the run where it is shown."""
+        numbers = sum(parameter.numel for parameter in self.layers)
+        ends = f", from {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else ""
+        return {
+            "state": self.state
+            if self.state == "complete"
+            else "open (its writer has not closed it)",
+            "steps": f"{len(self.steps)}{ends}",
+            "parameters": f"{len(self.layers)} with {numbers:,} numbers",
+            "sources": ", ".join(self.sources),
+            "size": size_of(self.path),
+            "file": str(self.path),
+        }
 
     @property
     def _starts(self) -> NDArray[np.int64]:

@@ -231,6 +231,8 @@ def test_scores_with_intervals_of_many_steps(
         (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 1, "`sun`"),
         (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
         (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found magic"),
+        (["demo", "--out", "{text}"], 1, "Found the file"),
+        (["demo", "--resume", "--overwrite", "--out", "{page}"], 2, "should not both be True"),
         (["scores", "{recorded}", "--between", "forget"], 2, "with a comma"),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
@@ -336,6 +338,14 @@ def test_demo_writes_its_summary(quick_study: Any) -> None:
         assert len(run["at_level"]["relearn_nll"]) == 2
     for finding in summary["findings"]:
         assert finding.keys() >= {"claim", "holds", "numbers"}
+
+
+def test_a_second_demo_is_refused(ask: Ask, quick_study: Any) -> None:
+    before = (quick_study.out / "summary.json").read_bytes()
+    said = ask("demo", "--quick", "--out", quick_study.out)
+    assert (said.code, said.out) == (1, "")
+    assert re.fullmatch(r"geffect: [^\n]*--resume, [^\n]*--overwrite\.\n", said.err)
+    assert (quick_study.out / "summary.json").read_bytes() == before
 
 
 def test_demo_writes_its_runs(quick_study: Any) -> None:

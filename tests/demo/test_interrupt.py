@@ -1,0 +1,88 @@
+"""A study that is interrupted ends at once, says what is whole, and is gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from geffect.demo.study import Plan, claim, whole
+
+DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
+
+
+def still_running(group: int) -> list[str]:
+    """What runs in a process group, but for what has ended and was not fetched yet."""
+    return [
+        " ".join(process.cmdline())
+        for process in psutil.process_iter(["status"])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group
+    ]
+
+
+@pytest.mark.parametrize("whom", ["one process", "all of them"])
+def test_an_interrupt_ends_the_study_and_its_workers(tmp_path: Path, whom: str) -> None:
+    """`all of them` is what a terminal does."""
+    out = tmp_path / "study"
+    with subprocess.Popen(
+        [*DEMO, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as study:  # fmt: skip
+        while not (out / "results").exists():
+            assert study.poll() is None
+            time.sleep(0.05)
+        time.sleep(int.from_bytes(os.urandom(2)) / 2**16 * 8)
+        assert study.poll() is None, "the quick study should take longer than that"
+        (os.kill if whom == "one process" else os.killpg)(study.pid, signal.SIGINT)
+        _, complained = study.communicate(timeout=60)
+    assert study.returncode == 130
+    there, jobs = whole(out, Plan(quick=True))
+    assert complained == (
+        f"geffect: The study was interrupted. {there} of {jobs} runs are whole in `{out}`. The "
+        "same command with --resume goes on from there.\n"
+    )
+    assert still_running(study.pid) == []
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Path:
+    """A folder with a result of a study."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gold-seed0.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "own.txt").write_text("of the user", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_that_holds_a_study_is_refused(held: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"Found one in .*--resume, .*--overwrite\."):
+        claim(held, Plan())
+    (held / "results" / "gold-seed0.json").rename(held / "summary.json")
+    with pytest.raises(FileExistsError, match="Found one in"):
+        claim(held, Plan())
+
+
+def test_what_is_gone_on_with_keeps_its_results(held: Path) -> None:
+    claim(held, Plan(resume=True))
+    assert (held / "results" / "gold-seed0.json").exists()
+
+
+def test_what_is_overwritten_loses_its_results_and_nothing_of_the_user(held: Path) -> None:
+    claim(held, Plan(overwrite=True))
+    assert list((held / "results").iterdir()) == []
+    assert (held / "own.txt").exists()
+    claim(held, Plan())
+
+
+def test_a_study_is_gone_on_with_or_overwritten() -> None:
+    with pytest.raises(ValueError, match="should not both be True"):
+        Plan(resume=True, overwrite=True)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(FileExistsError, match=r"should be a folder, or not exist\. Found"):
+        claim(tmp_path / "file", Plan())
