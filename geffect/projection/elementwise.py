@@ -7,13 +7,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .rules import check_one_retain
+
 
 class Elementwise(ABC):
-    """A rule on the coordinates of one parameter at a time."""
+    """A rule on the coordinates of one parameter at a time.
+
+    It declares the same of itself as a `Rule`.
+    """
+
+    adds_retain: ClassVar[bool] = False
+    """Whether it adds the retain gradient as it is."""
+
+    one_retain: ClassVar[bool] = False
+    """Whether it takes one retain gradient and no more."""
 
     @abstractmethod
     def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
@@ -63,6 +75,9 @@ class SAGO(Elementwise):
     alpha: float = 1.0
     prefer_retain: bool = False
 
+    adds_retain: ClassVar[bool] = True
+    one_retain: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not (isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(
@@ -73,11 +88,7 @@ class SAGO(Elementwise):
     def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
         if not retain:
             return u
-        if len(retain) > 1:
-            raise ValueError(
-                "`SAGO` should be given one retain gradient beside the objective's. Found "
-                f"{len(retain)}. Add their losses up, or take the rule `nearest`."
-            )
+        check_one_retain("SAGO", len(retain))
         r = self.alpha * retain[0]
         return torch.where(opposed(u, retain), r, u + r if self.prefer_retain else u)
 

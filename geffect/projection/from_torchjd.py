@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from torchjd.aggregation import Weighting
 
 
-def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
+def from_torchjd(weighting: "Weighting[Tensor]", *, adds_retain: bool = True) -> Rule:
     """The rule that gives u and the retain gradients the weights of a weighting of torchjd.
 
-    Any that is a function of the Gramian: UPGradWeighting, DualProjWeighting, CAGradWeighting,
-    MGDAWeighting, IMTLGWeighting, AlignedMTLWeighting and others (torchjd.org). Most treat all
-    gradients alike, so that the step trains on the retain data too. Each block is asked for by
-    itself. Of several processes the first one asks, as some weightings draw random numbers.
+    - `weighting`: any that is a function of the Gramian: UPGradWeighting, DualProjWeighting,
+      CAGradWeighting, MGDAWeighting, IMTLGWeighting, AlignedMTLWeighting and others (torchjd.org).
+    - `adds_retain`: whether the step trains on the retain data too, as with most weightings: they
+      treat all gradients alike. False for one that leaves u alone where nothing is in conflict, and
+      never looks at the length of a retain gradient.
+
+    Each block is asked for by itself. Of several processes the first one asks, as some weightings
+    draw random numbers.
 
     Weightings that project (UPGrad, DualProj) take gradients for zero whose squared lengths add up
     to less than 1e-4, which those of one layer may well do, and leave their conflicts as they are:
@@ -41,14 +45,14 @@ def from_torchjd(weighting: "Weighting[Tensor]") -> Rule:
             "`gramian_weighting`; of what keeps a state choose another."
         )
 
-    def rule(K: Tensor) -> Tensor:
+    def weights(K: Tensor) -> Tensor:
         blocks = K.reshape(-1, *K.shape[-2:])
         # Some draw random numbers: not the training's, and the same for the same Gram matrix.
         with torch.random.fork_rng(devices=[]):
             # Of the CPU alone, where K lies: `torch.manual_seed` is for those of all devices.
             torch.default_generator.manual_seed(hash(tuple(K.flatten().tolist())))
-            weights = torch.stack([weighting(block) for block in blocks])
-        return distributed.broadcast(weights).to(K).reshape(K.shape[:-1])
+            found = torch.stack([weighting(block) for block in blocks])
+        return distributed.broadcast(found).to(K).reshape(K.shape[:-1])
 
-    rule.__name__ = type(weighting).__name__
-    return rule
+    weights.__name__ = type(weighting).__name__
+    return Rule(weights, adds_retain=adds_retain)

@@ -14,6 +14,11 @@ from geffect.gradients import Vector, peak
 
 SECOND_MOMENT_DECAY = 0.999
 
+ROUNDING = 2.0**-23
+"""How small a retain gradient may be beside the objective's: the machine epsilon of float32."""
+
+NOISE = "rounding noise beside the objective's"
+
 
 @dataclass(frozen=True)
 class State:
@@ -51,6 +56,11 @@ class RetainMemory:
     v <- 0.999 v + 0.001 (sum of r^2 over the sets), one for all, started at zero. A parameter that
     no retain loss has reached yet has None.
 
+    What counts as a gradient: not zero, which a float32 below its normal numbers is too; not what
+    is not finite; and not rounding noise, as a distance to the model's own outputs leaves it at the
+    start. Noise is what has no coordinate as large as 2^-23 times the largest one of the objective
+    gradient of the step that the averages began in, in any type of parameters.
+
     >>> memory = RetainMemory(["retain"], 0.25, second_moment=False, state=State())
     >>> for value in (1.0, 3.0):
     ...     memory.update({"retain": [torch.tensor([value])]})
@@ -61,15 +71,22 @@ class RetainMemory:
     def __init__(
         self, sets: Sequence[str], weight: float, *, second_moment: bool, state: State
     ) -> None:
-        self.weight = weight
+        self.weight, self.state = weight, state
         self._averages = {name: _Kept(state) for name in sets}
         self._squares = _Kept(state) if second_moment else None
         self._count = 0
+        self._floor = 0.0  # what a gradient has at least, once that is known
+        self._smallest = 0.0  # of the sets, by the largest coordinate of the last gradient
 
     @property
     def ready(self) -> bool:
         """Whether there is an average yet."""
         return self._count > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether `compare` is to be told of the objective gradient."""
+        return self.ready and self._floor == 0.0
 
     def update(self, gradients: Mapping[str, Vector], *, agree: bool = True) -> str | None:
         """Take in a gradient of every set, or none of them and say why.
@@ -78,10 +95,12 @@ class RetainMemory:
         ask each other: left out is only what is not finite here, and only here.
         """
         news = {name: gradients[name] for name in self._averages}
-        for name, new in news.items():
-            problem = _problem(new, agree=agree)
+        peaks = {name: _peak(new, agree=agree) for name, new in news.items()}
+        for name, largest in peaks.items():
+            problem = self._problem(largest, agree=agree)
             if problem is not None:
                 return problem if len(news) == 1 else f"{problem} for `{name}`"
+        self._smallest = min(peaks.values())
         weight = self.weight if self.ready else 1.0
         self._count += 1
         # Each tensor of each step is rounded by random numbers of its own, and by the same ones on
@@ -95,9 +114,26 @@ class RetainMemory:
                 self._squares.change(together, _add_squares, seeds)
         return None
 
+    def compare(self, largest: float) -> str | None:
+        """Leave out what was taken in just now, and say why, if it is noise and the only gradient.
+
+        `largest` is the largest coordinate of the objective gradient of the step, which is often
+        there only when the retain gradient has been let go.
+        """
+        floor = ROUNDING * largest
+        if not floor < float("inf"):
+            return None  # of a gradient that is none
+        if self._count == 1 and 0.0 < self._smallest < floor:
+            for kept in self._vectors().values():
+                kept.clear()
+            self._count = 0
+            return NOISE
+        self._floor = floor
+        return None
+
     def retain(self, i: int) -> list[Tensor | None]:
         """The averages of parameter i, one a set: float32, on the parameter's device."""
-        return [average[i] for average in self._averages.values()]
+        return [average[i] if self.ready else None for average in self._averages.values()]
 
     def vector(self, name: str) -> Vector:
         """The average of one set, as it is whenever it is looked at; empty before the first."""
@@ -108,7 +144,7 @@ class RetainMemory:
 
         None where no gradient has reached it, or squares are not remembered.
         """
-        square = None if self._squares is None else self._squares[i]
+        square = None if self._squares is None or not self.ready else self._squares[i]
         if square is None:
             return None
         return (square / (1 - SECOND_MOMENT_DECAY**self._count)).sqrt_()
@@ -118,7 +154,7 @@ class RetainMemory:
 
         That of a sharded parameter is a DTensor, and None that of one that no gradient has reached.
         """
-        return {"count": self._count} | {
+        return {"count": self._count, "floor": self._floor} | {
             key: dict(zip(names, kept.tensors or [None] * len(names), strict=True))
             for key, kept in self._vectors().items()
         }
@@ -129,17 +165,26 @@ class RetainMemory:
         Averages mean the same whatever weight and State they go on with, so both may be others.
         """
         vectors = self._vectors()
-        if state.keys() != {"count", *vectors}:
+        if state.keys() != (wanted := {"count": 0, "floor": 0, **vectors}).keys():
             raise ValueError(
-                f"`state` should hold {_listed(['count', *vectors])}. Found {_listed(state)}. "
+                f"`state` should hold {_listed(wanted)}. Found {_listed(state)}. "
                 "Make the rectifier with the retain sets, `select` and `correction` that the saved "
                 "one had."
             )
         for key in vectors:
             _check_saved(key, state[key], parameters)
-        self._count = int(state["count"])
+        self._count, self._floor = int(state["count"]), float(state["floor"])
         for key, kept in vectors.items():
             kept.load([(state[key][name], like) for name, like in parameters.items()])
+
+    def _problem(self, largest: float, *, agree: bool) -> str | None:
+        """Why a gradient with this largest coordinate is not taken in."""
+        if not largest < float("inf"):
+            return "not finite"
+        # What is left of it has no digits. Where others are not asked they may have more of it.
+        if agree and largest < torch.finfo(torch.float32).tiny:
+            return "zero"
+        return NOISE if 0.0 < largest < self._floor else None
 
     def _vectors(self) -> "dict[str, _Kept]":
         averages = {f"average.{name}": kept for name, kept in self._averages.items()}
@@ -192,6 +237,10 @@ class _Kept(Sequence[Tensor | None]):
             if exact is not kept:
                 kept.copy_(_rounded(exact, seed))
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.tensors, self._devices = [], []
+
     def load(self, saved: Sequence[tuple[Tensor | None, Tensor]]) -> None:
         """Keep copies of what was saved, each like the parameter that comes with it."""
         self._devices = [like.device for _, like in saved]
@@ -227,14 +276,9 @@ def _rounded(exact: Tensor, seed: int) -> Tensor:
     return bits.add_(exact.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
 
 
-def _problem(gradient: Vector, *, agree: bool) -> str | None:
-    """Why the gradient cannot be taken in."""
+def _peak(gradient: Vector, *, agree: bool) -> float:
     largest = peak(gradient)
-    if agree:
-        largest = distributed.max_over_ranks(largest)
-        if largest < torch.finfo(torch.float32).tiny:  # what is left of it has no digits
-            return "zero"
-    return None if largest < float("inf") else "not finite"
+    return distributed.max_over_ranks(largest) if agree else largest
 
 
 def _check_saved(

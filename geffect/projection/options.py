@@ -1,19 +1,15 @@
 """What a rectifier is asked to do, and what cannot be asked together."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from geffect.layers import Parameter
-from geffect.sources import is_risk
+from geffect.sources import RETAIN, is_risk
 
 from .elementwise import Elementwise, Halt
-from .rules import Rule, gru
+from .rules import Rule, Weights, check_one_retain, gru
 from .selection import SaliencyMask, Salient, Selection
 
 Scope = Literal["model", "group", "layer", "parameter", "coordinate"]
@@ -30,31 +26,29 @@ LABELS: Mapping[str, Callable[[Parameter], str]] = {
 }
 """The block that a parameter belongs to, in each scope."""
 
+ALWAYS_TOLD = frozenset({"rule", "protect", "scope", "space", "ema"})
+"""The options that a rectifier shows; others where they are not the default."""
+
 
 @dataclass(frozen=True)
 class Options:
     """The arguments of a `Rectifier`, which says what they mean."""
 
-    rule: Rule | Elementwise | None
-    protect: tuple[str, ...]
-    scope: Scope
-    space: SpaceName
-    part: Part
-    ema: float
-    select: float | Selection | None
-    correction: Correction
-    measure_update: bool
+    rule: Rule | Elementwise | None = gru
+    protect: tuple[str, ...] = (RETAIN,)
+    scope: Scope = "model"
+    space: SpaceName = "gradient"
+    part: Part = "total"
+    ema: float = 0.8
+    select: float | Selection | None = None
+    correction: Correction = "retain"
+    measure_update: bool = False
 
     def __post_init__(self) -> None:
         _one_of("scope", self.scope, get_args(Scope))
         _one_of("space", self.space, get_args(SpaceName))
         _one_of("part", self.part, get_args(Part))
         _one_of("correction", self.correction, get_args(Correction))
-        if not (self.rule is None or callable(self.rule)):
-            raise ValueError(
-                "`rule` should be a function from a Gram matrix to weights, an Elementwise, or "
-                f"None. Found {self.rule!r}. Pass one of geffect.projection, such as gru."
-            )
         _fraction("ema", self.ema)
         if self.select is not None and not isinstance(self.select, Selection):
             _fraction("select", self.select)
@@ -91,11 +85,11 @@ class Options:
         selects = self.selection is None or type(self.selection) in (Salient, SaliencyMask)
         return selects and not isinstance(self.rule, Elementwise)
 
-    @cached_property
+    @property
     def adds_retain(self) -> bool:
         """Whether the rule has a retain term of its own, which trains on the retain data."""
-        rule = self.elementwise or self.rule
-        return rule is not None and _depends_on_length(rule, len(self.protect))
+        asked = self._asked
+        return asked is not None and asked.adds_retain
 
     @property
     def needs_second_moment(self) -> bool:
@@ -118,6 +112,17 @@ class Options:
             "correction": self.correction,
         }
 
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {field.name for field in fields(self) if given[field.name] == field.default}
+        told = given.keys() - (plain - ALWAYS_TOLD)
+        return ", ".join(f"{n}={_unaddressed(v)}" for n, v in given.items() if n in told)
+
+    @property
+    def _asked(self) -> Rule | Elementwise | None:
+        """Who is asked about a step: in coordinate scope the closed form of the rule."""
+        return self.elementwise or self.rule
+
     def _check_scope(self) -> None:
         names = self.protect
         if not names or len(set(names)) < len(names) or not all(map(is_risk, names)):
@@ -135,6 +140,9 @@ class Options:
                 f'A rule for every coordinate should go with scope="model". Found {self.rule!r} '
                 f"with scope={self.scope!r}. Leave the scope out."
             )
+        asked = self._asked
+        if asked is not None and asked.one_retain:
+            check_one_retain(_unaddressed(asked), len(names))
 
     def _check_space(self) -> None:
         if self.space == "gradient" and self.correction != "retain":
@@ -152,8 +160,6 @@ class Options:
                 '`part` should be "total" in update space: a step of an optimizer has no parts. '
                 'Found "forget". Pass space="gradient", or part="total".'
             )
-        # Asked in either space: a rule for one retain gradient refuses several here, and not in
-        # the midst of a run.
         if self.adds_retain and self.space == "update":
             raise ValueError(
                 "A rule in update space should give the same for a retain gradient of any length: "
@@ -162,28 +168,25 @@ class Options:
             )
 
 
+def as_rule(rule: Rule | Elementwise | Weights | None) -> Rule | Elementwise | None:
+    """The rule; of a function one that declares nothing of itself."""
+    if rule is None or isinstance(rule, Rule | Elementwise):
+        return rule
+    if not callable(rule):
+        raise ValueError(
+            "`rule` should be a function from a Gram matrix to weights, an Elementwise, or None. "
+            f"Found {rule!r}. Pass one of geffect.projection, such as gru."
+        )
+    return Rule(rule)
+
+
 def _name(thing: object) -> str | None:
     """What a rule or selection is called, in this process and another."""
-    if thing is None:
-        return None
-    return getattr(thing, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+    return None if thing is None else _unaddressed(thing)
 
 
-def _depends_on_length(rule: Rule | Elementwise, count: int) -> bool:
-    """Whether a rule makes something else of retain gradients that are twice as long."""
-    harmful = torch.cat([-torch.ones(count), torch.ones(1)]).double()
-    retain = torch.eye(count, count + 1, dtype=torch.float64)
-
-    def made_of(u: Tensor, rs: Sequence[Tensor]) -> Tensor:
-        if isinstance(rule, Elementwise):
-            return rule(u, rs)
-        rows = torch.stack([u, *rs])
-        return (rule((rows @ rows.T)[None]).to(rows) @ rows)[0]
-
-    return not all(
-        torch.allclose(made_of(u, [*retain]), made_of(u, [*(2 * retain)]), equal_nan=True)
-        for u in (harmful, -harmful)
-    )
+def _unaddressed(thing: object) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ axes are blocks, each with a constraint of its own. A retain gradient that is ze
 """
 
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from itertools import chain, combinations
 
 import torch
@@ -13,7 +14,50 @@ from torch import Tensor
 
 from geffect.gram import in_conflict, inner, norm
 
-Rule = Callable[[Tensor], Tensor]
+Weights = Callable[[Tensor], Tensor]
+"""The weights of the new gradient, as a function of the Gram matrix."""
+
+
+class Rule:
+    """A rule: weights as a function of the Gram matrix, and what a rectifier has to know of it.
+
+    - `weights`: `Float64[..., k, k]` -> `Float64[..., k]`; the rule is called like it and has its
+      name.
+    - `adds_retain`: whether it adds the retain gradient as it is, so that the step trains on the
+      retain data too. Such a rule makes something else of a retain gradient that is twice as long:
+      a step of an optimizer has no length in common with it, so update space refuses the rule.
+    - `one_retain`: whether it takes one retain gradient and no more.
+
+    A function given as it is to a `Rectifier` counts as one that declares neither. Nothing tries it
+    out: declare what holds.
+
+    >>> @partial(Rule, adds_retain=True)
+    ... def total(K):
+    ...     return torch.ones_like(K[..., 0])
+    >>> total, total.adds_retain, total(torch.eye(2))
+    (total, True, tensor([1., 1.]))
+    """
+
+    __name__: str
+    __qualname__: str
+
+    def __init__(
+        self, weights: Weights, *, adds_retain: bool = False, one_retain: bool = False
+    ) -> None:
+        self.weights, self.adds_retain, self.one_retain = weights, adds_retain, one_retain
+        update_wrapper(self, weights)
+
+    def __call__(self, K: Tensor) -> Tensor:
+        if self.one_retain:
+            check_one_retain(repr(self), K.shape[-1] - 1)
+        return self.weights(K)
+
+    def __repr__(self) -> str:
+        return getattr(self, "__name__", None) or type(self.weights).__name__
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
 
 PARALLEL = 1e-6
 """Retain gradients at a smaller angle count as one.
@@ -22,6 +66,7 @@ To tell them apart takes weights so large that float32 gradients lose in their s
 """
 
 
+@partial(Rule, one_retain=True)
 def gru(K: Tensor) -> Tensor:
     """GRU: the point nearest to u among those that do not harm r (arXiv 2503.09117).
 
@@ -32,11 +77,11 @@ def gru(K: Tensor) -> Tensor:
     >>> gru(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
     tensor([1.0000, 0.5000])
     """
-    _check_one_retain(K, "gru")
     along_retain = torch.where(in_conflict(K, 0, 1), -_along(K, 0, 1), 0.0)
     return torch.stack([torch.ones_like(along_retain), along_retain], dim=-1)
 
 
+@partial(Rule, one_retain=True)
 def a_gem(K: Tensor) -> Tensor:
     """A-GEM: what GRU does, where r is of samples drawn from a memory (arXiv 1812.00420).
 
@@ -46,10 +91,10 @@ def a_gem(K: Tensor) -> Tensor:
     >>> a_gem(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
     tensor([1.0000, 0.5000])
     """
-    _check_one_retain(K, "a_gem")
     return gru(K)
 
 
+@partial(Rule, one_retain=True)
 def orthogonal(K: Tensor) -> Tensor:
     """The part of u that is orthogonal to r, in conflict or not: x = u - <u, r> / |r|^2 r.
 
@@ -58,11 +103,11 @@ def orthogonal(K: Tensor) -> Tensor:
     >>> orthogonal(torch.tensor([[4.0, 1.0], [1.0, 2.0]]))
     tensor([ 1.0000, -0.5000])
     """
-    _check_one_retain(K, "orthogonal")
     along_retain = -_along(K, 0, 1)
     return torch.stack([torch.ones_like(along_retain), along_retain], dim=-1)
 
 
+@partial(Rule, adds_retain=True, one_retain=True)
 def pcgrad(K: Tensor) -> Tensor:
     """PCGrad of two tasks: the sum of u and r, each without what conflicts (arXiv 2001.06782).
 
@@ -72,11 +117,11 @@ def pcgrad(K: Tensor) -> Tensor:
     >>> pcgrad(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
     tensor([1.2500, 1.5000])
     """
-    _check_one_retain(K, "pcgrad")
     lost = torch.stack([_along(K, 1, 0), _along(K, 0, 1)], dim=-1)
     return 1 - torch.where(in_conflict(K, 0, 1)[..., None], lost, 0.0)
 
 
+@partial(Rule, adds_retain=True, one_retain=True)
 def blur(K: Tensor) -> Tensor:
     """BLUR: forgetting comes first, and r is added without its part along u (arXiv 2506.08164).
 
@@ -87,11 +132,11 @@ def blur(K: Tensor) -> Tensor:
     >>> blur(torch.tensor([[4.0, -1.0], [-1.0, 2.0]]))
     tensor([1.2500, 1.0000])
     """
-    _check_one_retain(K, "blur")
     along_objective = 1 - _along(K, 1, 0)
     return torch.stack([along_objective, torch.ones_like(along_objective)], dim=-1)
 
 
+@Rule
 def off_span(K: Tensor) -> Tensor:
     """OGPSA: the part of u that is orthogonal to every retain gradient (arXiv 2602.07892).
 
@@ -107,6 +152,7 @@ def off_span(K: Tensor) -> Tensor:
     return _weights(-(inverse @ c[..., None])[..., 0], lengths)
 
 
+@Rule
 def nearest(K: Tensor) -> Tensor:
     """The point nearest to u among those that harm none of the retain gradients.
 
@@ -164,9 +210,10 @@ def _weights(retain: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([own, retain * lengths[..., :1] / lengths[..., 1:]], dim=-1)
 
 
-def _check_one_retain(K: Tensor, rule: str) -> None:
-    if K.shape[-1] != 2:
+def check_one_retain(rule: str, count: int) -> None:
+    """Refuse several retain gradients for a rule that takes one."""
+    if count != 1:
         raise ValueError(
-            f"`{rule}` should be given one retain gradient beside the objective's. Found a Gram "
-            f"matrix of {K.shape[-1]} gradients. Take `nearest` or `off_span` for several."
+            f"`{rule}` should be given one retain gradient beside the objective's. Found {count}. "
+            "Add their losses up, or take `nearest` or `off_span`, which are for several."
         )

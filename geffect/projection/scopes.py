@@ -5,7 +5,7 @@ matrix of its direction u and of the averages r_1 ... r_m of the retain gradient
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -60,9 +60,11 @@ class GramAccumulator:
         blocks: Blocks,
         parameters: Sequence[Tensor],
         size: int,
-        gram: Callable[[Vectors], Tensor] = dots.quick_gram,
+        *,
+        quick: bool = True,
     ) -> None:
-        self._blocks, self._parameters, self._gram = blocks, parameters, gram
+        self._blocks, self._parameters = blocks, parameters
+        self._gram = dots.quick_gram if quick else dots.gram
         self._matrices: list[Tensor | None] = [None for _ in parameters]
         self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
@@ -82,6 +84,29 @@ class GramAccumulator:
         return summed.index_add(0, torch.tensor(self._blocks.place), table)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a constraint is about: the averages, the coordinates that may move, and the metric."""
+
+    retain: Retain
+    mask: Mask | None
+    metric: Metric | None
+
+    def of(self, i: int) -> tuple[Vectors, Tensor | None, Tensor | None]:
+        """The averages of a parameter, its coordinates that may move, and its scale."""
+        kept = None if self.mask is None else self.mask(i)
+        return held(self.retain(i)), kept, None if self.metric is None else self.metric(i)
+
+    def places(self, k: int) -> tuple[slice, slice, slice]:
+        """Where u and the averages stand in a Gram matrix, seen in three ways.
+
+        As they are, as a rule is asked about them, and as its weights go to them.
+        """
+        seen = slice(0, k)
+        asked = slice(k, 2 * k) if self.mask is not None or self.metric is not None else seen
+        return seen, asked, slice(2 * k, 3 * k) if self.metric is not None else asked
+
+
 class Constraint:
     """One constraint for each block, kept by a rule on the Gram matrix of the block.
 
@@ -93,51 +118,19 @@ class Constraint:
     ) -> None:
         self._blocks, self._parameters, self._sets, self._rule = blocks, parameters, sets, rule
 
-    def keep(
-        self, space: Space, retain: Retain, mask: Mask | None, metric: Metric | None
-    ) -> Rectification | None:
+    def keep(self, space: Space, terms: Terms) -> Rectification | None:
         """Change the space, and tell what was done."""
-
-        def of(i: int) -> tuple[Vectors, Tensor | None, Tensor | None]:
-            kept, scale = None if mask is None else mask(i), None if metric is None else metric(i)
-            return held(retain(i)), kept, scale
-
-        # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
-        # products that cancel out once each is taken in another metric.
-        quick = len(self._sets) == 1 and metric is None
-        k = 1 + len(self._sets)
-        seen, asked, added = _places(k, masked=mask is not None, scaled=metric is not None)
-        gram = dots.quick_gram if quick else dots.gram
-        tally = GramAccumulator(self._blocks, self._parameters, added.stop, gram)
-        for i in range(len(self._parameters)):
-            averages, kept, scale = of(i)
-            for where in space.parts(i):
-                vectors = [space.direction(i, where), *parts(averages, where)]
-                asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
-                tally.add(i, [*vectors, *asked_about, *added_to][: added.stop])
-        K = tally.by_block()
+        seen, asked, added = terms.places(1 + len(self._sets))
+        K = self._gram(space, terms, size=added.stop)
         if not K[:, seen, seen].isfinite().all():
             return None
         # The rule is asked before anything is changed: it may refuse.
         weights = self._weights(K[:, asked, asked])
         changed = (weights != _alone(weights)).any(dim=1)
-        for i, block in enumerate(self._blocks.place):
-            if mask is None and not changed[block]:
-                continue
-            averages, kept, scale = of(i)
-            own, *others = weights[block].tolist()
-            for where in space.parts(i):
-                if kept is not None:
-                    stays = ~kept[where]
-                    u = space.direction(i, where)
-                    space.replace(i, where, u.masked_fill(stays, 0.0), stays.to(u.dtype))
-                vectors = [None, *parts(averages, where)]
-                _, added_to = _in_metric(vectors, *parts([kept, scale], where))
-                pairs = zip(others, added_to[1:], strict=True)
-                space.combine(i, where, own, [(w, r) for w, r in pairs if w and r is not None])
-        fired = changed | torch.tensor(mask is not None)
+        self._combine(space, terms, weights, changed)
+        fired = changed | torch.tensor(terms.mask is not None)
         if fired.any() and self._rounds:
-            after = self._measured(space, retain)
+            after = self._measured(space, terms.retain)
             inner_after, norm_after = after[:, 0, 1:], norm(after, 0)
         else:
             inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
@@ -151,6 +144,37 @@ class Constraint:
             coefficient=weights[:, 1:],
             fired=fired,
         )
+
+    def _gram(self, space: Space, terms: Terms, *, size: int) -> Tensor:
+        """The Gram matrices of u and the averages, in all the ways in which they are seen."""
+        # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
+        # products that cancel out once each is taken in another metric.
+        quick = len(self._sets) == 1 and terms.metric is None
+        tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
+        for i in range(len(self._parameters)):
+            averages, kept, scale = terms.of(i)
+            for where in space.parts(i):
+                vectors = [space.direction(i, where), *parts(averages, where)]
+                asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
+                tally.add(i, [*vectors, *asked_about, *added_to][:size])
+        return tally.by_block()
+
+    def _combine(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
+        """Make the direction what the weights say, within the coordinates that may move."""
+        for i, block in enumerate(self._blocks.place):
+            if terms.mask is None and not changed[block]:
+                continue
+            averages, kept, scale = terms.of(i)
+            own, *others = weights[block].tolist()
+            for where in space.parts(i):
+                if kept is not None:
+                    stays = ~kept[where]
+                    u = space.direction(i, where)
+                    space.replace(i, where, u.masked_fill(stays, 0.0), stays.to(u.dtype))
+                vectors = [None, *parts(averages, where)]
+                _, added_to = _in_metric(vectors, *parts([kept, scale], where))
+                pairs = zip(others, added_to[1:], strict=True)
+                space.combine(i, where, own, [(w, r) for w, r in pairs if w and r is not None])
 
     @property
     def _rounds(self) -> bool:
@@ -169,7 +193,16 @@ class Constraint:
         """The weights of u and the averages; (1, 0, ...) where there is no average."""
         untouched = _alone(K[:, 0])
         asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1)
-        weights = torch.where(asked[:, None], self._rule(K).to(K), untouched)
+        if not asked.any():
+            return untouched
+        given = self._rule(K).to(K)
+        if given.shape[-1] != untouched.shape[-1]:
+            raise ValueError(
+                "A rule should give as many weights as there are gradients, "
+                f"{untouched.shape[-1]}. Found {given.shape[-1]} from {self._rule!r}. Give a rule "
+                "of one retain gradient no more than one."
+            )
+        weights = torch.where(asked[:, None], given, untouched)
         if not weights.isfinite().all():
             raise ValueError(
                 f"A rule should give finite weights. Found {weights.tolist()} from {self._rule!r}. "
@@ -292,6 +325,12 @@ def skipped(blocks: tuple[str, ...]) -> Rectification:
     return Rectification(blocks, nothing, nothing, *[unknown] * 7)
 
 
+def without_retain(report: Rectification) -> Rectification:
+    """The report of a step that had no retain gradient: what was changed, and nothing beside it."""
+    unknown = (float("nan"),) * len(report.blocks)
+    return replace(report, inner_before=unknown, inner_after=unknown, retain_norm=unknown)
+
+
 def block_names(blocks: Blocks, sets: Sequence[str]) -> tuple[str, ...]:
     """What a report has a number for: the blocks, or each block and retain set.
 
@@ -301,12 +340,6 @@ def block_names(blocks: Blocks, sets: Sequence[str]) -> tuple[str, ...]:
     if len(sets) == 1:
         return blocks.names
     return tuple(f"{block}, {name}" for block in blocks.names for name in sets)
-
-
-def _places(k: int, *, masked: bool, scaled: bool) -> tuple[slice, slice, slice]:
-    """Where the vectors stand, those that a rule is asked about, and those its weights go to."""
-    asked = slice(k, 2 * k) if masked or scaled else slice(0, k)
-    return slice(0, k), asked, slice(2 * k, 3 * k) if scaled else asked
 
 
 def _alone(like: Tensor) -> Tensor:

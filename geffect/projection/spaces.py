@@ -4,20 +4,15 @@ Both spaces are vectors along which the parameters go down, one tensor a paramet
 where they stand. Of a sharded parameter a process sees, and changes, the part that it holds.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from geffect import distributed
 from geffect.steps import moved_by
-
-Kept = TypeVar("Kept")
-
-PORTION_BYTES = 2**24
-"""How much of the parameters is stepped at a time where no copy of all of them is to be made."""
 
 PART = 2**18
 """Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU
@@ -159,61 +154,3 @@ def _widened(tensor: Tensor) -> Tensor:
 def copied(parameter: Tensor) -> Tensor:
     """A copy of what this process holds of a parameter."""
     return distributed.local(parameter.detach()).clone()
-
-
-def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is one of each tensor by itself, as that of all optimizers of torch."""
-    return type(optimizer).__module__.startswith("torch.optim.")
-
-
-def step_in_portions(
-    optimizer: torch.optim.Optimizer,
-    before: Callable[[Tensor], Kept],
-    after: Callable[[Tensor, Kept], None],
-) -> Callable[[], None]:
-    """Take the optimizer's step a few tensors at a time, and call `before` and `after` around each.
-
-    To be called before the step itself, which then finds no gradient and moves nothing. Returns
-    what puts the gradients back. Bit for bit the step that it would have been.
-    """
-    grads = [(tensor, tensor.grad) for tensor in moved_by(optimizer)]
-
-    def put_back() -> None:
-        for tensor, grad in grads:
-            tensor.grad = grad
-
-    # Not `optimizer.step`: hooks and schedulers count that, and it comes to them as ever.
-    step: Any = type(optimizer).step
-    step = getattr(step, "__wrapped__", step)
-    try:
-        for tensor, _ in grads:
-            tensor.grad = None
-        for portion in _portions(grads):
-            states = []
-            for tensor, grad in portion:
-                tensor.grad = grad
-                states.append(before(tensor))
-            step(optimizer)
-            with torch.no_grad():
-                for (tensor, _), state in zip(portion, states, strict=True):
-                    after(tensor, state)
-                    tensor.grad = None
-    except BaseException:
-        put_back()
-        raise
-    return put_back
-
-
-def _portions(
-    grads: Sequence[tuple[Tensor, Tensor | None]],
-) -> Iterable[list[tuple[Tensor, Tensor | None]]]:
-    portion: list[tuple[Tensor, Tensor | None]] = []
-    size = 0
-    for tensor, grad in grads:
-        size += distributed.local(tensor.detach()).nbytes
-        if portion and size > PORTION_BYTES:
-            yield portion
-            portion, size = [], distributed.local(tensor.detach()).nbytes
-        portion.append((tensor, grad))
-    if portion:
-        yield portion

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from geffect.projection.memory import RetainMemory, State
+from geffect.projection.memory import NOISE, RetainMemory, State
 from tests.bench.memory import LiveBytes
 
 EXACT, HALF = State(), State(torch.bfloat16)
@@ -60,9 +60,9 @@ def naive_scale(steps: Sequence[Mapping[str, Vector]], i: int) -> Tensor:
 
 def kept(memory: Any) -> list[Tensor]:
     state = memory.state_dict(["a", "b", "c"])
-    vectors = [vector for key, vector in state.items() if key != "count"]
-    tensors = [tensor.clone() for v in vectors for tensor in v.values() if tensor is not None]
-    return [torch.tensor(state["count"]), *tensors]
+    count, floor = state.pop("count"), state.pop("floor")
+    tensors = [t.clone() for vector in state.values() for t in vector.values() if t is not None]
+    return [torch.tensor([count, floor]), *tensors]
 
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
@@ -207,8 +207,43 @@ def test_a_gradient_that_says_nothing_is_left_out_whole(wrong: str, state: State
 
 def kept_of_one(memory: Any) -> list[Tensor]:
     state = memory.state_dict(["a"])
-    tensors = [v["a"].clone() for key, v in state.items() if key != "count"]
-    return [torch.tensor(state["count"]), *tensors]
+    count, floor = state.pop("count"), state.pop("floor")
+    return [torch.tensor([count, floor]), *[vector["a"].clone() for vector in state.values()]]
+
+
+def test_noise_is_measured_by_the_objective_gradient_of_the_step_that_averages_began_in() -> None:
+    one = torch.ones(3)
+    found = memory()
+    for size in (1e-12, 1e-9):
+        assert found.update({"retain": [size * one]}) is None
+        assert found.compares and found.compare(0.1) == NOISE
+        assert not found.ready and found.retain(0) == [None] and found.scale(0) is None
+    found.update({"retain": [1e-6 * one]})
+    assert found.compare(0.1) is None and not found.compares
+    before = kept_of_one(found)
+    assert found.update({"retain": [1e-9 * one]}) == NOISE
+    assert same(kept_of_one(found), before)
+    assert found.update({"retain": [2e-8 * one]}) is None
+    assert same(found.retain(0), after([{"retain": [s * one]} for s in (1e-6, 2e-8)]).retain(0))
+
+
+@pytest.mark.parametrize("largest", [0.0, float("inf"), float("nan")])
+def test_an_objective_gradient_that_says_nothing_makes_no_noise(largest: float) -> None:
+    one = torch.ones(3)
+    found = after([{"retain": [1e-20 * one]}])
+    assert found.compare(largest) is None and found.ready and found.compares
+    found.update({"retain": [one]})
+    assert found.compare(1.0) is None and found.ready and not found.compares
+    assert found.update({"retain": [1e-20 * one]}) == NOISE
+
+
+def test_of_several_sets_one_that_is_noise_leaves_all_out() -> None:
+    found = after([{"retain": [torch.ones(3)], "world": [torch.full((3,), 1e-9)]}])
+    assert found.compare(1.0) == NOISE and not found.ready
+    found.update({"retain": [torch.ones(3)], "world": [torch.ones(3)]})
+    assert found.compare(1.0) is None
+    sizes = {"retain": [torch.ones(3)], "world": [torch.full((3,), 1e-9)]}
+    assert found.update(sizes) == f"{NOISE} for `world`"
 
 
 def test_a_gradient_of_nothing_is_zero() -> None:

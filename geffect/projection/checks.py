@@ -1,0 +1,107 @@
+"""What a rectified step has to be like, and what is said where it is not."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from geffect import distributed
+from geffect.layers import trainable
+from geffect.losses import Loss, Passes
+from geffect.sources import OBJECTIVE
+from geffect.steps import check_descends
+
+from .options import Options
+
+
+def same_parameters(
+    model: nn.Module, names: Sequence[str], known: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The parameters of the model; those of these names, and the known ones where there are."""
+    found = trainable(model)
+    if list(found) != names:
+        raise ValueError(
+            "The parameters that require a gradient should be those that the rectifier was "
+            f"made for, {len(names)}. Found {len(found)}, frozen or added since. Make it "
+            "when the model is as it will be trained."
+        )
+    if known is None:
+        distributed.check_layout(model)
+    elif any(p is not q for p, q in zip(known, found.values(), strict=True)):
+        raise ValueError(
+            "The parameters should stay the tensors that they were at the first step. Found "
+            "others of the same names. Make a new rectifier, and load the state of this one."
+        )
+    return list(found.values())
+
+
+def check_losses(losses: Mapping[str, Loss], options: Options) -> None:
+    """Refuse losses that a step cannot be rectified by."""
+    if OBJECTIVE not in losses:
+        raise ValueError(
+            f"The losses of a rectified step should have one named `{OBJECTIVE}`. Found "
+            f"{', '.join(losses) or 'none'}. Pass {OBJECTIVE}=loss."
+        )
+    check_retain(losses, options)
+    if options.part == "forget" and isinstance(losses[OBJECTIVE], Tensor):
+        raise ValueError(
+            f'`{OBJECTIVE}` should be declared as a combination of losses with part="forget", '
+            "which is rectified without the retain losses. Found a tensor. Pass weights such "
+            f'as {OBJECTIVE}={{"forget": -1.0, "retain": 1.0}}.'
+        )
+
+
+def check_retain(sources: Iterable[str], options: Options) -> None:
+    """Refuse a step without the retain losses."""
+    absent = [name for name in options.protect if name not in sources]
+    if absent:
+        raise ValueError(
+            f"The losses of a rectified step should have one named `{absent[0]}`. Found "
+            f"{', '.join(sources)}. Pass {absent[0]}=nll(model, {absent[0]}_batch)."
+        )
+
+
+def check_reached(objective: Passes, parameters: Sequence[Tensor]) -> None:
+    """Refuse the losses of another model."""
+    # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
+    sharded = any(map(distributed.is_sharded, parameters))
+    reached = sharded or objective.reach(parameters)
+    if not reached and objective.accumulates_once:
+        raise ValueError(
+            "The losses should be computed with the model that the rectifier was made for. "
+            f"Found none of its parameters in `{OBJECTIVE}`. Make the rectifier from that "
+            "model."
+        )
+
+
+def check_gradients_of(parameters: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Refuse the gradients of another model."""
+    if list(map(id, found)) != list(map(id, parameters)):
+        raise ValueError(
+            "The rectifier should be made for the model that is trained. Found gradients of "
+            "another one, or of parameters that were frozen or added since. Make it from the "
+            "same model."
+        )
+
+
+def check_nothing_left(parameters: Iterable[Tensor]) -> None:
+    """Refuse a step that does not begin with an empty `.grad`."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(bool(distributed.local(grad).any()) for grad in grads):
+        raise ValueError(
+            "`.grad` should be empty before a rectified step, which is rectified as a whole. "
+            "Found gradients of an earlier backward. Call model.zero_grad() before, or pass "
+            "the micro-batches with accumulate=True."
+        )
+
+
+def check_optimizer(options: Options, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a step of an optimizer that is needed and not known, or that climbs."""
+    if optimizer is not None:
+        check_descends(optimizer)
+    elif options.needs_optimizer:
+        raise ValueError(
+            '`optimizer` should be given before a step with space="update" or '
+            "measure_update=True. Found none. Pass Rectifier(..., optimizer=optimizer), or "
+            "call rectifier.attach(optimizer)."
+        )

@@ -1,0 +1,206 @@
+"""One step: from the retain gradients that it takes in to the update that was applied."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from geffect import distributed
+from geffect.gradients import Gradients, Rectification, Vector, peak
+from geffect.steps import check_owned, moved_by
+
+from .notices import Notices
+from .portions import steps_tensor_by_tensor
+from .projector import PendingReport, Projector
+from .scopes import GramAccumulator, Mask, block_names, held, parts, skipped, without_retain
+from .spaces import GradientSpace, UpdateSpace
+
+
+class Step:
+    """What is known of a step, as far as it has come.
+
+    Its order: `take_in` the retain gradients, `change` the gradient of the objective in `.grad`,
+    and `before` and `after` the optimizer steps, where it is `armed`. A step whose retain gradients
+    do not count is not rectified; a selection of coordinates holds all the same.
+    """
+
+    def __init__(self, projector: Projector, notices: Notices) -> None:
+        self._projector, self._notices = projector, notices
+        self.armed = False  # whether the optimizer's step is to be changed or looked at
+        self._scale = 1.0  # of a GradScaler
+        self._counts = False  # whether its retain gradients are in the averages
+        self._is_skipped = self._overflowed = False
+        self._fresh: list[Vector] = []
+        self._ahead: tuple[UpdateSpace, Mask | None] | None = None
+        self._put_back: Callable[[], None] | None = None
+        self._report: PendingReport | None = None
+        self._applied: GramAccumulator | None = None
+
+    def take_in(self, gradients: Gradients) -> None:
+        """Take the retain gradients into the averages, where they count."""
+        self._scale = gradients.scale
+        self._overflowed = self._scale != 1.0 and _overflows(gradients)
+        if self._overflowed:
+            return  # the GradScaler skips this step, as if it had not been
+        projector = self._projector
+        retain = {name: gradients.of(name) for name in projector.options.protect}
+        problem = projector.memory.update(retain, agree=not projector.alone)
+        self._counts = problem is None
+        if problem is not None:
+            self._skip(f"the retain gradient is {problem}")
+        elif projector.options.measure_update:
+            self._fresh = [*retain.values()]
+
+    def change(self, moved: Mapping[int, Tensor]) -> None:
+        """Rectify the gradient of the objective, which lies in `.grad`, or arm the step.
+
+        `moved` is what the optimizer steps, by the places of the parameters.
+        """
+        if self._overflowed:
+            _tell_scaler(moved.values())
+            return
+        options = self._projector.options
+        if self._counts and self._projector.memory.compares:
+            self._compare(moved)
+        acts = self._counts or options.selection is not None
+        if acts and options.by_coordinate and not self._peak(moved) < float("inf"):
+            # No Gram matrix tells.
+            self._counts = acts = False
+            self._skip("the gradient of the objective is not finite")
+        changes_update = acts and options.space == "update"
+        self.armed = changes_update or (self._counts and options.measure_update)
+        if acts and options.space == "gradient":
+            with torch.no_grad():
+                if options.adds_retain and self._counts:
+                    self._make_room(moved)
+                mask = self._projector.mask([*moved.values()])
+                space = GradientSpace(moved, self._scale)
+                self._done(self._projector.change(space, mask, counts=self._counts))
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare for the optimizer's step, or take it, a few tensors at a time."""
+        armed, self.armed = self.armed, False
+        if not armed:
+            return
+        projector, options = self._projector, self._projector.options
+        check_owned(optimizer, projector.parameters)
+        changes = options.space == "update"
+        # What is somebody else's may raise, and then all of the step is taken back.
+        ours = options.is_ours and steps_tensor_by_tensor(optimizer)
+        if changes and options.by_coordinate and ours and not options.measure_update:
+            self._put_back, report = projector.step(optimizer, counts=self._counts)
+            self._report = self._told(report)
+            return
+        mask = projector.mask(moved_by(optimizer)) if changes else None
+        # Now, as optimizers may use the memory of a gradient for their own ends.
+        masks = None if mask is None else [*map(mask, range(len(projector.parameters)))]
+        ahead = UpdateSpace.ahead_of(optimizer, projector.parameters, projector.room)
+        self._ahead = ahead, None if masks is None else masks.__getitem__
+
+    def after(self) -> None:
+        """Change what the optimizer has made of the step, and look at what is left of it."""
+        ahead = self._ahead
+        self.abandon()
+        if ahead is None:
+            return
+        update, mask = ahead
+        with torch.no_grad():
+            if self._projector.options.space == "update":
+                try:
+                    self._done(self._projector.change(update, mask, counts=self._counts))
+                except BaseException:
+                    update.undo()
+                    raise
+            if self._fresh:
+                self._measure(update)
+        self._fresh = []
+
+    def abandon(self) -> None:
+        """Leave the optimizer's step alone: it has ended, or raised, or will not be taken."""
+        self.armed, self._ahead = False, None
+        put_back, self._put_back = self._put_back, None
+        if put_back is not None:
+            put_back()
+
+    @property
+    def report(self) -> Rectification | None:
+        """What was done; None where there was nothing to do."""
+        if self._report is None:
+            return None
+        report = self._report()
+        if self._applied is not None:
+            products = self._applied.by_block()[:, 0, 1:]
+            count = len(self._projector.options.protect)
+            report = replace(
+                report,
+                applied_average=tuple(products[:, :count].flatten().tolist()),
+                applied_fresh=tuple(products[:, count:].flatten().tolist()),
+            )
+        self._report, self._applied = (lambda: report), None
+        return report
+
+    def _compare(self, moved: Mapping[int, Tensor]) -> None:
+        problem = self._projector.memory.compare(self._peak(moved) / self._scale)
+        if problem is not None:
+            self._counts, self._fresh = False, []
+            self._skip(f"the retain gradient is {problem}")
+
+    def _peak(self, moved: Mapping[int, Tensor]) -> float:
+        """The largest coordinate of the objective's gradient."""
+        largest = peak(parameter.grad for parameter in moved.values())
+        return largest if self._projector.alone else distributed.max_over_ranks(largest)
+
+    def _make_room(self, moved: Mapping[int, Tensor]) -> None:
+        """A gradient, of zero, where only the retain data have one to be added."""
+        for i, parameter in moved.items():
+            retain = self._projector.memory.retain(i)
+            if parameter.grad is None and any(r is not None for r in retain):
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _measure(self, update: UpdateSpace) -> None:
+        """Take the inner products of the step that was applied."""
+        projector = self._projector
+        size = 1 + 2 * len(projector.options.protect)
+        tally = GramAccumulator(projector.blocks, projector.parameters, size)
+        for i in range(len(projector.parameters)):
+            others = held([*projector.memory.retain(i), *(vector[i] for vector in self._fresh)])
+            for where in update.parts(i):
+                tally.add(i, [update.direction(i, where), *parts(others, where)])
+        self._applied = tally
+
+    def _done(self, report: PendingReport | None) -> None:
+        if report is None:
+            self._skip("the gradient or the step is not finite")
+            return
+        self._report = self._told(report)
+        options = self._projector.options
+        if options.space == "update" and not options.by_coordinate:
+            self._notices.look_at(self._report())
+
+    def _told(self, report: PendingReport) -> PendingReport:
+        return report if self._counts else lambda: without_retain(report())
+
+    def _skip(self, reason: str) -> None:
+        if self._is_skipped:
+            return
+        self._is_skipped = True
+        nothing = skipped(block_names(self._projector.blocks, self._projector.options.protect))
+        # Where each decides alone, the others add up what they did: nothing is this one's share.
+        self._report = self._projector.nothing if self._projector.alone else lambda: nothing
+        self._notices.skip(reason)
+
+
+def _tell_scaler(parameters: Iterable[Tensor]) -> None:
+    """Have the GradScaler skip a step, also where the objective alone would not overflow."""
+    for parameter in parameters:
+        if parameter.grad is not None and (own := distributed.local(parameter.grad)).numel():
+            own[(0,) * own.dim()] = torch.inf
+            return
+
+
+def _overflows(gradients: Gradients) -> bool:
+    """Whether a number of a step that was scaled up is not finite on any process."""
+    # What was not, and has weight 1, no smaller scale would help.
+    scaled = [v for n, v in gradients.vectors.items() if gradients.weights.get(n, {}).get(n) != 1.0]
+    return distributed.any_rank(not all(peak(vector) < float("inf") for vector in scaled))

@@ -1,0 +1,144 @@
+"""A step in portions: what the optimizer would have done, and seen by others as one step."""
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from geffect import Rectifier
+from geffect.projection import portions
+from geffect.projection.portions import step_in_portions
+from tests.utils import tiny
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    return (model(inputs) ** 2).mean()
+
+
+@pytest.fixture(autouse=True)
+def portion_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portions, "PORTION_BYTES", 1)
+
+
+def test_each_tensor_is_stepped_once_between_what_is_called_around_it() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, 0).backward()
+    grads = {id(p): p.grad for p in model.parameters()}
+    seen: list[int] = []
+
+    def after(tensor: Tensor, old: Tensor) -> None:
+        torch.testing.assert_close(tensor.detach(), old - 0.1 * grads[id(tensor)])
+        seen.append(id(tensor))
+
+    put_back = step_in_portions(optimizer, lambda tensor: tensor.detach().clone(), after)
+    assert seen == [id(p) for p in model.parameters()]
+    ends = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()  # finds nothing
+    assert all(map(torch.equal, ends, model.parameters()))
+    put_back()
+    assert all(p.grad is grads[id(p)] for p in model.parameters())
+
+
+def test_hooks_and_schedulers_see_one_step() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    calls: list[str] = []
+
+    def called(name: str) -> Any:
+        return lambda *_: calls.append(name)
+
+    # Of this optimizer and of all of them, before and after.
+    hooks = [
+        optimizer.register_step_pre_hook(called("pre")),
+        optimizer.register_step_post_hook(called("post")),
+        register_optimizer_step_pre_hook(called("any pre")),
+        register_optimizer_step_post_hook(called("any post")),
+    ]
+    rectifier = Rectifier(model, scope="coordinate", space="update", optimizer=optimizer)
+
+    def counted(self: torch.optim.Optimizer) -> None:
+        calls.append("step")
+        type(self).step(self)
+
+    optimizer.step = MethodType(counted, optimizer)  # type: ignore[method-assign]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    try:
+        for step in range(3):
+            calls.clear()
+            optimizer.zero_grad()
+            rectifier.backward(objective=-loss_of(model, 0), retain=loss_of(model, 1))
+            before = [p.detach().clone() for p in model.parameters()]
+            optimizer.step()
+            assert not all(map(torch.equal, before, model.parameters()))
+            scheduler.step()
+            assert calls == ["step", "any pre", "pre", "post", "any post"]
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5 ** (step + 1))
+            assert all(int(state["step"]) == step + 1 for state in optimizer.state.values())
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_portion_that_fails_leaves_hooks_and_gradients() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, 0).backward()
+    calls: list[int] = []
+    hook = register_optimizer_step_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(RuntimeError, match="inside"):
+            optimizer.param_groups[0]["lr"] = Failing()
+            step_in_portions(optimizer, id, lambda *_: None)
+        optimizer.param_groups[0]["lr"] = 0.1
+        assert not calls and all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        assert calls == [1]
+    finally:
+        hook.remove()
+
+
+class Failing(float):
+    """A learning rate that raises when it is used."""
+
+    def __neg__(self) -> Any:
+        raise RuntimeError("inside of the step")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_leaves_its_scale_to_the_optimizer(fused: bool) -> None:
+    ends = []
+    for whole in (False, True):
+        model = tiny.llama()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        rectifier = Rectifier(
+            model, scope="coordinate", space="update", optimizer=optimizer, measure_update=whole
+        )
+        for step in range(2):
+            optimizer.zero_grad()
+            losses = [tiny_loss(model, 2 * step + i) for i in range(2)]
+            rectifier.backward(objective=-losses[0], retain=losses[1], scaler=scaler)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+    assert not all(map(torch.equal, ends[0], tiny.llama().parameters()))
+
+
+def tiny_loss(model: nn.Module, seed: int) -> Tensor:
+    batch = tiny.batch(seed)
+    loss: Tensor = model(**batch).loss
+    return loss
