@@ -3,7 +3,8 @@
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; some forty minutes on two idle cores
 # make stress a writer killed more than two hundred times, some minutes
-# make bench  what recording costs, in ratios, into runs/bench.json; ten minutes on an idle machine
+# make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
+#             the figures of README; ten minutes on an idle machine
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +29,7 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.page
 
 stress: $(VENV)/installed-test
 	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/store/test_kill.py $(ARGS)

@@ -320,9 +320,30 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_pages_link_to_what_is_there_and_leave_nothing_open(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert [link for link in links if not (ROOT / link).exists()] == []
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_pages_link_to_what_is_there_and_leave_nothing_open(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+    for file, _, heading in (link.partition("#") for link in links):
+        target = page.parent / file if file else page
+        if target.name == "objectives.md" and not target.exists():
+            continue
+        assert target.exists(), file
+        read = target.read_text(encoding="utf-8") if heading else ""
+        titles = re.findall(r"^#+ (.*)$", read, re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+        assert not heading or heading in anchors
     assert "<!--" not in text
+
+
+def test_the_documents_are_in_a_source_distribution() -> None:
+    said = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"):
+        assert name in said and (ROOT / name).exists()
+    assert "graft docs" in said

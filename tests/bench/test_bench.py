@@ -12,7 +12,7 @@ from torch import nn
 
 from geffect import Rectifier, dots
 from tests.bench import __main__ as bench
-from tests.bench import rectification
+from tests.bench import page, rectification
 from tests.bench.bars import Bar, Row
 from tests.bench.memory import LiveBytes, gradient_bytes, peak_bytes, peak_gradients
 from tests.bench.products import heavy_tailed, relative_error
@@ -183,6 +183,7 @@ def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert row["holds"] is bar.holds(row["ratio"])
     assert [row["at_least"] for row in rows].count(True) == 1
     assert list(out.parent.iterdir()) == [out]  # what was recorded on the way is gone
+    assert set(page.SHORT) <= {row["quantity"] for row in rows}
 
 
 def test_a_row_says_what_it_measured() -> None:
