@@ -15,7 +15,7 @@ from geffect.batch import Batch
 from geffect.capture.collector import Collector
 from geffect.capture.recording import Recording
 from geffect.capture.store_options import StoreOptions, kept
-from geffect.data.collate import batched
+from geffect.data.collate import batched, check_length, lengths_of, on_device, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.objectives import Objective
@@ -287,26 +287,23 @@ def _sets(
     sets: dict[str, list[Batch]] = {}
     for name, data in given.items():
         if isinstance(data, str | os.PathLike):
-            examples = read(data, found_tokenizer(), positions=positions)
-            show(name, spelled(examples[0], found_tokenizer()))
-            data = batches(examples, padding=found_tokenizer().pad_token_id or 0)
-        if not data:
-            raise ValueError(
-                f"`{name}` should have a batch or more. Found none. Pass some, or a data file."
-            )
-        _check_widths(name, data, positions)
-        sets[name] = [{key: x.to(device) for key, x in batch.items()} for batch in data]
+            items = read(data, found_tokenizer(), positions=positions)
+            show(name, spelled(items[0], found_tokenizer()))
+            data = batches(items, pad_token_id=pad_token_of(found_tokenizer()))
+        else:
+            _check_ready(name, data, positions)
+        sets[name] = [on_device(batch, device) for batch in data]
     return sets
 
 
-def _check_widths(name: str, batches: Sequence[Batch], positions: int | None) -> None:
+def _check_ready(name: str, batches: Sequence[Batch], positions: int | None) -> None:
+    if not batches:
+        raise ValueError(
+            f"`{name}` should have a batch or more. Found none. Pass some, or a data file."
+        )
     for number, batch in enumerate(batches):
-        width = batch["input_ids"].shape[1]
-        if positions is not None and width > positions:
-            raise ValueError(
-                f"batch {number} of `{name}` should have at most {positions} tokens in a row, for "
-                f"which the model has positions. Found {width}. Cut it off, or leave it out."
-            )
+        for length in lengths_of(batch):
+            check_length(length, positions, f"batch {number} of `{name}`")
 
 
 # The reference model

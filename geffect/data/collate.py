@@ -1,65 +1,237 @@
-"""Examples, and the batches that they are cut into."""
+"""From items to the batches that a model is called with: the one place where data is padded."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
+from torch.nn import functional as F
 
 from geffect.batch import IGNORED, Batch
 
+Item = Mapping[str, Any]
+"""One sample: `input_ids`, `labels` and further columns, as lists, arrays or tensors. Or a sample
+of each side by its name, {"forget": item, "retain": item}."""
 
-@dataclass(frozen=True)
-class Example:
-    """The tokens of a row, and its labels: the tokens again where they are scored, else -100."""
+Side = Literal["right", "left"]
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+NEEDED = ("input_ids", "labels")
+
+
+def collate(
+    items: Sequence[Item], *, pad_token_id: int = 0, padding_side: Side = "right"
+) -> dict[str, Any]:
+    """Items as one batch; items with sides as a batch of each side, at any depth.
+
+    A column that is as long as `input_ids` in every item is padded to the longest: `input_ids` with
+    the pad token, `labels` with -100, any other with 0. A column of one shape is stacked. The mask
+    follows the lengths of the items, never the tokens, so that a pad token that is also the end
+    token is seen and scored where it ends an answer.
+
+    - `items`: samples with the same columns, `input_ids` and `labels` among them. Without
+      `attention_mask` every token of an item is attended.
+    - `pad_token_id`: what stands in `input_ids` where nothing is attended or scored.
+    - `padding_side`: "right" or "left". On the left `position_ids` are added where there are none,
+      which count the attended tokens from 0.
+
+    Returns tensors whose first dimension is the item. Raises ValueError for a column that it cannot
+    place, and names it.
+
+    >>> short = {"input_ids": [5], "labels": [5], "pixel_values": [0.5, 0.5]}
+    >>> long = {"input_ids": [6, 7], "labels": [-100, 7], "pixel_values": [0.0, 1.0]}
+    >>> for column, values in collate([short, long]).items():
+    ...     print(column, values.tolist())
+    input_ids [[5, 0], [6, 7]]
+    labels [[5, -100], [-100, 7]]
+    pixel_values [[0.5, 0.5], [0.0, 1.0]]
+    attention_mask [[1, 0], [1, 1]]
+    >>> pairs = [{"forget": {"original": short, "alternate": long}, "retain": long}]
+    >>> collate(pairs)["forget"]["alternate"]["labels"]
+    tensor([[-100,    7]])
+    """
+    if padding_side not in ("right", "left"):
+        raise ValueError(
+            f'`padding_side` should be "right" or "left". Found {padding_side!r}. Pass one of them.'
+        )
+    fills = {"input_ids": pad_token_id, "labels": IGNORED}
+
+    def batch_of(items: Sequence[Item], name: str) -> dict[str, Any]:
+        columns = _columns(items, name)
+        if all(isinstance(value, Mapping) for item in items for value in item.values()):
+            return {
+                side: batch_of([item[side] for item in items], f"{name}.{side}".lstrip("."))
+                for side in columns
+            }
+        rows = [_row(item, name, padding_side) for item in items]
+        return {
+            column: _placed(
+                [row[column] for row in rows],
+                [len(row["input_ids"]) for row in rows],
+                fills.get(column, 0),
+                padding_side,
+                _told(column, name),
+            )
+            for column in rows[0]
+        }
+
+    return batch_of(items, "")
 
 
 def batched(
-    examples: Sequence[Example],
+    items: Sequence[Item],
     size: int,
     *,
     seed: int | None = None,
     least: int = 1,
     even: bool = False,
-    padding: int = 0,
+    pad_token_id: int = 0,
 ) -> list[Batch]:
-    """All examples once, in batches of at most `size` that differ by one example at most.
+    """All items once, in batches of at most `size` that differ by one item at most.
 
-    Each is padded on the right to its own longest with the token `padding`, which is neither seen
-    nor scored. With a `seed` the examples are shuffled before. Batches are smaller where there
-    would be fewer than `least`, or an odd number and `even` is set, as far as there are examples.
+    Each is as wide as its own longest, see `collate`. With a `seed` the items are shuffled before.
+    Batches are smaller where there would be fewer than `least`, or an odd number and `even` is set,
+    as far as there are items.
 
-    >>> three = [Example((5, 6, 7), (-100, 6, 7)), Example((5,), (5,)), Example((8, 9), (-100, 9))]
+    >>> three = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [5], [8, 9])]
     >>> [batch["labels"].tolist() for batch in batched(three, 2)]
-    [[[-100, 6, 7]], [[5, -100], [-100, 9]]]
+    [[[5, 6, 7]], [[5, -100], [8, 9]]]
     """
     if size < 1:
         raise ValueError(
             f"`batch_size` should be at least 1. Found {size}. Pass how many examples the memory "
             "holds at a time."
         )
-    order = list(range(len(examples)))
+    order = list(range(len(items)))
     if seed is not None:
         random.Random(seed).shuffle(order)
     count = max(-(-len(order) // size), min(least, len(order)))
     count += even and count % 2 and count < len(order)
     bounds = [len(order) * i // count for i in range(count + 1)]
     return [
-        _batch([examples[i] for i in order[start:stop]], padding)
+        collate([items[i] for i in order[start:stop]], pad_token_id=pad_token_id)
         for start, stop in pairwise(bounds)
     ]
 
 
-def _batch(examples: Sequence[Example], padding: int) -> Batch:
-    ids = [torch.tensor(example.input_ids) for example in examples]
-    labels = [torch.tensor(example.labels) for example in examples]
+def check_length(length: int, positions: int | None, where: str) -> None:
+    """Refuse a row of more tokens than the model has positions for; None is no limit."""
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{where} should have at most {positions} tokens in a row, for which the model has "
+            f"positions. Found {length}. Leave it out, or cut such rows off: a file is read with "
+            f"max_length={positions}, on the command line with --max-length {positions}."
+        )
+
+
+def pad_token_of(tokenizer: Any) -> int:
+    """The pad token of a tokenizer, else its end token, else 0: any token that the model knows."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
+
+
+def lengths_of(batch: Mapping[str, Any]) -> Iterator[int]:
+    """How many tokens the rows of a batch have, padding included, a number a side."""
+    if "input_ids" in batch:
+        yield batch["input_ids"].shape[1]
+    else:
+        for side in batch.values():
+            yield from lengths_of(side)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a batch, and of its sides, on a device."""
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        name: on_device(value, device) if isinstance(value, Mapping) else value.to(device)
+        for name, value in batch.items()
     }
+
+
+def _columns(items: Sequence[Item], name: str) -> list[str]:
+    """The columns that all items have."""
+    of = f" of `{name}`" if name else ""
+    for item in items:
+        if not isinstance(item, Mapping) or not item:
+            raise ValueError(
+                f"An item{of} should have {' and '.join(NEEDED)}, or be a pair of such items by "
+                f"the names forget and retain. Found {item!r:.60} of type {type(item).__name__}. "
+                f"Tokenize the data, with labels that are {IGNORED} outside of the answer; or pass "
+                "a `data_collator` of your own."
+            )
+        if item.keys() != items[0].keys():
+            apart = sorted(item.keys() ^ items[0].keys())
+            raise ValueError(
+                f"The items{of} of a batch should have the same columns. Found {', '.join(apart)} "
+                "in some of them alone. Add what is missing, or leave it out everywhere."
+            )
+    return [*items[0]]
+
+
+def _row(item: Item, name: str, side: Side) -> dict[str, Tensor]:
+    """The columns of an item as tensors, with a mask, and with the positions that a side needs."""
+    of = f" of `{name}`" if name else ""
+    if not item.keys() >= {*NEEDED}:
+        raise ValueError(
+            f"An item{of} should have {' and '.join(NEEDED)}, or be a pair of such items by the "
+            f"names forget and retain. Found {', '.join(item)}. Tokenize the data, with labels "
+            f"that are {IGNORED} outside of the answer; or pass a `data_collator` of your own."
+        )
+    row = {column: _tensor(value, _told(column, name)) for column, value in item.items()}
+    for column in NEEDED:
+        tokens = row[column]
+        if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
+            raise ValueError(
+                f"{_told(column, name)} should be a row of token numbers, one or more. Found "
+                f"{tokens.dtype} of shape {tuple(tokens.shape)}. Tokenize the sample, one an item."
+            )
+        row[column] = tokens.long()
+    row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+    length = len(row["input_ids"])
+    for column in ("attention_mask", "labels"):
+        if row[column].shape[:1] != (length,):
+            raise ValueError(
+                f"{_told(column, name)} should be as long as `input_ids`. Found shape "
+                f"{tuple(row[column].shape)} beside {length} tokens. Mark every token, or pass a "
+                "`data_collator` of your own."
+            )
+    if side == "left":
+        row.setdefault("position_ids", (row["attention_mask"].long().cumsum(0) - 1).clamp(min=0))
+    return row
+
+
+def _tensor(value: Any, told: str) -> Tensor:
+    try:
+        return value if isinstance(value, Tensor) else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{told} should be numbers: a list, an array or a tensor. Found "
+            f"{value!r:.60} of type {type(value).__name__}. Encode the column, or leave it out."
+        ) from error
+
+
+def _placed(
+    values: Sequence[Tensor], lengths: Sequence[int], fill: int, side: Side, told: str
+) -> Tensor:
+    """A column of a batch: padded if it is as long as the tokens, and stacked."""
+    shapes = [tuple(value.shape) for value in values]
+    if all(shape[:1] == (length,) for shape, length in zip(shapes, lengths, strict=True)):
+        values = [_padded(value, max(lengths), fill, side) for value in values]
+    if any(value.shape != values[0].shape for value in values):
+        raise ValueError(
+            f"{told} should be as long as `input_ids` in every item, or have one shape in all of "
+            f"them. Found the shapes {', '.join(map(str, shapes))} beside "
+            f"{', '.join(map(str, lengths))} tokens. Bring it to one shape, leave it out, or pass "
+            "a `data_collator` of your own."
+        )
+    return torch.stack([*values])
+
+
+def _padded(value: Tensor, length: int, fill: int, side: Side) -> Tensor:
+    missing = length - len(value)
+    ends = (0, missing) if side == "right" else (missing, 0)
+    return F.pad(value, (*(0, 0) * (value.ndim - 1), *ends), value=fill)
+
+
+def _told(column: str, name: str) -> str:
+    return f"`{column}` of `{name}`" if name else f"`{column}`"

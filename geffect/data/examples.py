@@ -13,7 +13,7 @@ from typing import Any
 
 from geffect.batch import IGNORED
 
-from .collate import Example
+from .collate import Item, check_length
 from .lines import form_of, forms, rows_of
 
 PLAIN = "Question: {question}\nAnswer: "
@@ -27,8 +27,8 @@ def read(
     template: bool = True,
     max_length: int | None = None,
     positions: int | None = None,
-) -> list[Example]:
-    """The examples of a JSONL file, or of a folder that `datasets` saved, in their order.
+) -> list[dict[str, list[int]]]:
+    """The items of a JSONL file, or of a folder that `datasets` saved, in their order.
 
     - `question` and `answer` go through the chat template of the tokenizer. Without one, or with
       `template=False`, they are put as "Question: ...", a new line and "Answer: ".
@@ -37,8 +37,8 @@ def read(
     - `text` is scored whole.
 
     The answer's tokens are scored and the token that ends it: what the template ends a turn with,
-    else the tokenizer's EOS. Rows are cut off after `max_length` tokens; one that is then still
-    longer than the `positions` of the model is refused.
+    or the text itself, else the tokenizer's EOS. Rows are cut off after `max_length` tokens; one
+    that is then still longer than the `positions` of the model is refused.
 
     >>> import tempfile
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -49,51 +49,69 @@ def read(
     >>> path = Path(tempfile.mkdtemp()) / "data.jsonl"
     >>> _ = path.write_text('{"prompt": "who wrote", "completion": " Ada"}')
     >>> read(path, tokenizer)
-    [Example(input_ids=(1, 3, 2, 0), labels=(-100, -100, 2, 0))]
+    [{'input_ids': [1, 3, 2, 0], 'labels': [-100, -100, 2, 0]}]
     """
     path = Path(path)
-    examples = [
-        _fitting(_example(row, where, tokenizer, template), where, max_length, positions)
-        for where, row in rows_of(path)
-    ]
-    if not examples:
+    items = []
+    for where, row in rows_of(path):
+        item = example(row, tokenizer, template=template, where=where)
+        items.append(_cut(item, max_length, where))
+        check_length(len(items[-1]["input_ids"]), positions, where)
+    if not items:
         raise ValueError(
             f"`{path}` should hold at least one row with {forms()}. Found none. "
             "Write one JSON object a line."
         )
-    return examples
+    return items
 
 
-def spelled(example: Example, tokenizer: Any) -> str:
-    """The text of an example, with [[ and ]] around what is scored.
+def example(
+    row: object, tokenizer: Any, *, template: bool = True, where: str = "The row"
+) -> dict[str, list[int]]:
+    """The item of one row, in one of the forms of `read`; errors say `where` it stands."""
+    rendered = _rendered(row, where, tokenizer, template)
+    ids = _tokens(rendered.whole, tokenizer, special=rendered.bare)
+    without = _tokens(rendered.unanswered, tokenizer, special=rendered.bare)
+    start = _common(ids, without)
+    special = _special(tokenizer)
+    stop = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
+    end = ids[stop] if stop < len(ids) else tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "The tokenizer should have a token that ends an answer, in its chat template or as its "
+            "EOS. Found neither. Set `tokenizer.eos_token`."
+        )
+    # White space that a template puts behind the answer is not the answer's.
+    last = stop
+    while last > start and not tokenizer.decode(ids[last - 1 : last]).strip():
+        last -= 1
+    _check_scored(ids[start:last], _answer(rendered, tokenizer, special), where, tokenizer)
+    labels = [*[IGNORED] * start, *ids[start:last], *[IGNORED] * (stop - last), end]
+    return {"input_ids": [*ids[:stop], end], "labels": labels}
+
+
+def spelled(item: Item, tokenizer: Any) -> str:
+    """The text of an item, with [[ and ]] around what is scored.
 
     >>> class Letters:
     ...     def decode(self, ids): return "".join(map(chr, ids))
-    >>> spelled(Example((65, 66, 67), (-100, 66, 67)), Letters())
+    >>> spelled({"input_ids": [65, 66, 67], "labels": [-100, 66, 67]}, Letters())
     'A[[BC]]'
     """
-    scored = [label != IGNORED for label in example.labels]
+    scored = [label != IGNORED for label in item["labels"]]
     text, start = "", 0
     for stop in range(1, len(scored) + 1):
         if stop == len(scored) or scored[stop] != scored[start]:
-            part = tokenizer.decode(example.input_ids[start:stop])
+            part = tokenizer.decode(item["input_ids"][start:stop])
             text += f"[[{part}]]" if scored[start] else part
             start = stop
     return text
 
 
-def _fitting(
-    example: Example, where: str, max_length: int | None, positions: int | None
-) -> Example:
-    """The example, cut as was asked for, if the model has a position for each of its tokens."""
-    cut = Example(example.input_ids[:max_length], example.labels[:max_length])
-    if positions is not None and len(cut.input_ids) > positions:
-        raise ValueError(
-            f"{where} should have at most {positions} tokens, for which the model has positions. "
-            f"Found {len(cut.input_ids)}. Leave it out, or cut such rows off with "
-            f"max_length={positions}, on the command line --max-length {positions}."
-        )
-    if all(label == IGNORED for label in cut.labels):
+def _cut(item: dict[str, list[int]], max_length: int | None, where: str) -> dict[str, list[int]]:
+    """The first tokens of an item, of which some have to be scored."""
+    cut = {column: values[:max_length] for column, values in item.items()}
+    if all(label == IGNORED for label in cut["labels"]):
         raise ValueError(
             f"{where} should have some of its answer in the first {max_length} tokens. Found none. "
             "Pass a larger `max_length`, or leave the row out."
@@ -112,28 +130,6 @@ class _Rendered:
     unanswered: str
     answer: str
     bare: bool  # no template has put the special tokens there: the tokenizer has to
-
-
-def _example(row: object, where: str, tokenizer: Any, template: bool) -> Example:
-    rendered = _rendered(row, where, tokenizer, template)
-    ids = _tokens(rendered.whole, tokenizer, special=rendered.bare)
-    without = _tokens(rendered.unanswered, tokenizer, special=rendered.bare)
-    start = _common(ids, without)
-    special = _special(tokenizer)
-    stop = next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))
-    end = ids[stop] if stop < len(ids) else tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(
-            "The tokenizer should have a token that ends an answer, in its chat template or as its "
-            "EOS. Found neither. Set `tokenizer.eos_token`."
-        )
-    # White space that a template puts behind the answer is not the answer's.
-    last = stop
-    while last > start and not tokenizer.decode(ids[last - 1 : last]).strip():
-        last -= 1
-    _check_scored(ids[start:last], rendered.answer, where, tokenizer)
-    labels = [*[IGNORED] * start, *ids[start:last], *[IGNORED] * (stop - last), end]
-    return Example((*ids[:stop], end), tuple(labels))
 
 
 def _rendered(row: object, where: str, tokenizer: Any, template: bool) -> _Rendered:
@@ -204,11 +200,20 @@ def _special(tokenizer: Any) -> set[int]:
     return marked - {tokenizer.unk_token_id}
 
 
-def _check_scored(ids: Sequence[int], answer: str, where: str, tokenizer: Any) -> None:
+def _answer(rendered: _Rendered, tokenizer: Any, special: set[int]) -> list[int]:
+    """The answer's own tokens, without the end token that a text brings along."""
+    ids = _tokens(rendered.answer, tokenizer, special=False)
+    end = next((i for i, token in enumerate(ids) if token in special), len(ids))
+    ends = rendered.bare and not tokenizer.decode(ids[end + 1 :]).strip()
+    return ids[:end] if ends else ids
+
+
+def _check_scored(
+    scored_ids: Sequence[int], answer: Sequence[int], where: str, tokenizer: Any
+) -> None:
     """Compare what is going to be scored with the answer, but for what no tokenizer keeps."""
-    scored = tokenizer.decode(ids)
-    alone = tokenizer.decode(_tokens(answer, tokenizer, special=False))
-    if "".join(scored.split()) != "".join(alone.split()):
+    scored, alone = tokenizer.decode(scored_ids), tokenizer.decode(answer)
+    if not alone.strip() or "".join(scored.split()) != "".join(alone.split()):
         raise ValueError(
             f"{where} should have its answer, and nothing else, where the labels are: {alone!r}. "
             f"Found {scored!r}. The chat template changes the answer, or the tokenizer joins it to "

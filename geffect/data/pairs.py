@@ -1,20 +1,12 @@
-"""Pairs: which forget and retain items meet in training, and the batches that they make."""
+"""Pairs: which forget and retain items meet in training."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
-from geffect.batch import IGNORED
-
-Item = Mapping[str, Any]
-"""`input_ids`, `attention_mask`, `labels` of one sample, as lists or tensors of one length."""
-
-PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+from .collate import Item
 
 
 class Items(Protocol):
@@ -89,38 +81,3 @@ class Pairing(Sampler[tuple[int, ...]]):
         ]
         drawn: list[int] = np.concatenate(rounds)[start : start + count].tolist()
         return drawn
-
-
-def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Items as a batch, padded on the right where nothing is scored; of pairs a batch of each set.
-
-    >>> short = {"input_ids": [5], "attention_mask": [1], "labels": [5]}
-    >>> long = {"input_ids": [6, 7], "attention_mask": [1, 1], "labels": [-100, 7]}
-    >>> collate([{"forget": short, "retain": long}, {"forget": long, "retain": long}])["forget"]
-    {'input_ids': tensor([[5, 0],
-            [6, 7]]), 'attention_mask': tensor([[1, 0],
-            [1, 1]]), 'labels': tensor([[   5, -100],
-            [-100,    7]])}
-    """
-    if not PADDING.keys() & items[0].keys():
-        return {name: _padded([item[name] for item in items]) for name in items[0]}
-    return _padded(items)
-
-
-def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
-    for item in items:
-        if not (isinstance(item, Mapping) and item.keys() >= PADDING.keys()):
-            found = f"{', '.join(item)}" if isinstance(item, Mapping) else type(item).__name__
-            raise ValueError(
-                f"An item should have {', '.join(PADDING)}, or be a pair of such items by the "
-                f"names forget and retain. Found {found}. Tokenize the data, with labels that are "
-                f"{IGNORED} outside of the answer; or pass a `data_collator` of your own."
-            )
-    return {
-        column: pad_sequence(
-            [torch.as_tensor(item[column]) for item in items],
-            batch_first=True,
-            padding_value=value,
-        )
-        for column, value in PADDING.items()
-    }

@@ -1,9 +1,9 @@
 """Causal language models that learn facts: rows of tokens, training, and what is measured.
 
-A question and its answer are one row: the prompt that the tokenizer's chat template makes of the
-question, the answer, and the eos; padded on the right. Under causal attention nothing real can see
-such padding, so everything here leaves the attention mask out, which is exact, and computes logits
-only where a token is scored. Losses are means over the scored tokens of all rows, in nats; the
+A question and its answer are one row, as the tokenizer's chat template renders them: the prompt,
+the answer, and the eos; padded on the right. Under causal attention nothing real can see such
+padding, so everything here leaves the attention mask out, which is exact, and computes logits only
+where a token is scored. Losses are means over the scored tokens of all rows, in nats; the
 answer's tokens and the eos are scored unless said.
 """
 
@@ -11,13 +11,12 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,14 +26,18 @@ from transformers import (
 )
 
 from geffect.batch import IGNORED
+from geffect.data.collate import collate, pad_token_of
+from geffect.data.examples import example
 
 from .corpus import Corpus, Fact
 
 PAD, BOS, EOS, SEP = range(4)
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<sep>"]
-TEMPLATE = "<bos>{{ messages[0]['content'] }}<sep>"
-PLAIN = "Question: {question}\nAnswer:"
-"""How a question is put to a model without a chat template."""
+TEMPLATE = (
+    "<bos>{% for message in messages %}{{ message['content'] }}"
+    "{{ '<eos>' if message['role'] == 'assistant' else '<sep>' }}{% endfor %}"
+)
+"""A question is followed by its <sep> in any case: it is what an answer is generated from."""
 
 VOCABULARY = 1024
 LONGEST = 64
@@ -125,19 +128,12 @@ def encode(
             "`tokenizer` should have an EOS token, which ends an answer. Found none. "
             "Set `tokenizer.eos_token`."
         )
-    ids, labels = [], []
-    for fact in facts:
-        question, answer = _spoken(tokenizer, fact)
-        ids.append(torch.tensor(question + answer))
-        unscored = 1 if whole else len(question)
-        labels.append(torch.tensor([IGNORED] * unscored + (question + answer)[unscored:]))
-    # Nothing sees the padding; a token that the model knows has to stand there.
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
+    items = [
+        example({"question": fact.question, "answer": fact.answer}, tokenizer) for fact in facts
+    ]
+    if whole:
+        items = [{**item, "labels": [IGNORED, *item["input_ids"][1:]]} for item in items]
+    return collate(items, pad_token_id=pad_token_of(tokenizer))
 
 
 def rows(batch: Batch, index: Tensor | Sequence[int]) -> Batch:
@@ -292,21 +288,6 @@ def _schedule(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def _spoken(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt and of what is to be said, the eos included."""
-    if tokenizer.chat_template:
-        asked: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": fact.question}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        prompt, answer = tokenizer(asked, add_special_tokens=False), fact.answer
-    else:
-        prompt, answer = tokenizer(PLAIN.format(question=fact.question)), f" {fact.answer}"
-    said = tokenizer(answer, add_special_tokens=False)
-    return [*prompt["input_ids"]], [*said["input_ids"], tokenizer.eos_token_id]
 
 
 def _scored(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from geffect import distributed
 from geffect.capture import Recorder
-from geffect.data.pairs import Items, Pairing, Pairs, collate
+from geffect.data.collate import collate
+from geffect.data.pairs import Items, Pairing, Pairs
 from geffect.losses import Loss
 from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForward, nll
 from geffect.objectives.reference import missing_in, with_reference
@@ -42,9 +43,9 @@ class UnlearningTrainer(Trainer):
         trainer.train()
 
     Each forget item is met once an epoch, with a retain item beside it (`Pairing`, by the seed of
-    the arguments). Items have `input_ids`, `attention_mask` and `labels`; batches are padded on the
-    right. An objective that compares with the model before unlearning, and has none, gets a frozen
-    copy of `model`.
+    the arguments). Items have `input_ids` and `labels`; the model is called with these and every
+    further column, as `geffect.data.collate` puts them into batches. An objective that compares
+    with the model before unlearning, and has none, gets a frozen copy of `model`.
 
     The loss of a step is the mean over its micro-batches, and over the processes, of the objective
     on each, which has a reduction of its own; so are the risks. Gradients are accumulated over the

@@ -389,7 +389,7 @@ def test_data_from_files(run_folder: Path, tmp_path: Path) -> None:
         tmp_path / "checkpoint-3", tmp_path / "same.h5", **given, estimator=same_batch
     )  # its bias is that of the size that was asked for
     assert same.manifest["replay"]["batches"] == {"forget": 3, "retain": 3}
-    by_hand = batched(read(forget, tokenizer), 2, seed=7, padding=0)
+    by_hand = batched(read(forget, tokenizer), 2, seed=7)
     data = {"forget": forget, "retain": by_hand}
     whole = replay(
         tmp_path / "checkpoint-3", tmp_path / "whole.h5", objective=GA, estimator=full, **data

@@ -1,4 +1,4 @@
-"""Questions and answers as batches: what is scored, how it is padded, and what is refused."""
+"""Questions and answers as items: what is scored, and what is refused."""
 
 import builtins
 import json
@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from geffect.data.collate import Example, batched
-from geffect.data.examples import read, spelled
+from geffect.data.collate import Item, batched
+from geffect.data.examples import example, read, spelled
 from tests.utils.chat import TURNS, make_tokenizer, without, written
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"
@@ -31,8 +31,8 @@ def plain() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def scored(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    return tokenizer.decode([label for label in example.labels if label != -100])
+def scored(item: Item, tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.decode([label for label in item["labels"] if label != -100])
 
 
 # What is scored
@@ -50,9 +50,9 @@ def scored(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
 def test_without_a_template(
     plain: PreTrainedTokenizerFast, tmp_path: Path, row: object, whole: str, answer: str
 ) -> None:
-    (example,) = read(written(tmp_path / "rows.jsonl", row), plain)
-    assert plain.decode(example.input_ids) == whole
-    assert scored(example, plain).strip() == answer.strip()
+    (item,) = read(written(tmp_path / "rows.jsonl", row), plain)
+    assert plain.decode(item["input_ids"]) == whole
+    assert scored(item, plain).strip() == answer.strip()
 
 
 @pytest.mark.parametrize(
@@ -72,26 +72,26 @@ def test_with_a_template_the_last_answer_is_scored_and_what_ends_it(
     tmp_path: Path, row: object, template: str, end: str
 ) -> None:
     tokenizer = make_tokenizer(template)
-    (example,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
-    assert scored(example, tokenizer).strip() == f"In Paris.{end}"
-    rendered = tokenizer.decode(example.input_ids)
+    (item,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
+    assert scored(item, tokenizer).strip() == f"In Paris.{end}"
+    rendered = tokenizer.decode(item["input_ids"])
     assert rendered.endswith(end) and rendered.count("Where does Ada live?") == 1
-    assert len(example.labels) == len(example.input_ids)
-    pairs = zip(example.labels, example.input_ids, strict=True)
+    assert len(item["labels"]) == len(item["input_ids"])
+    pairs = zip(item["labels"], item["input_ids"], strict=True)
     assert all(label in (-100, token) for label, token in pairs)
 
 
 def test_a_prompt_and_its_completion_take_no_template(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(TURNS)
     row = {"prompt": "Ada lives in", "completion": " Paris."}
-    (example,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
-    assert spelled(example, tokenizer) == "Ada lives in[[ Paris.<eos>]]"
+    (item,) = read(written(tmp_path / "rows.jsonl", row), tokenizer)
+    assert spelled(item, tokenizer) == "Ada lives in[[ Paris.<eos>]]"
 
 
 def test_a_template_may_be_left_out(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(TURNS)
-    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer, template=False)
-    assert spelled(example, tokenizer).startswith("Question: Where does Ada live?\nAnswer:[[")
+    (item,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer, template=False)
+    assert spelled(item, tokenizer).startswith("Question: Where does Ada live?\nAnswer:[[")
     talk = {"messages": [{"role": "assistant", "content": "a"}]}
     with pytest.raises(ValueError, match=r"without a chat template.*it is not to be used"):
         read(written(tmp_path / "talk.jsonl", talk), tokenizer, template=False)
@@ -100,8 +100,9 @@ def test_a_template_may_be_left_out(tmp_path: Path) -> None:
 def test_rows_are_cut_off_and_have_to_fit(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", {"text": "Ada."}, ROW)
     short, whole = read(data, plain)
-    cut = read(data, plain, max_length=len(whole.input_ids) - 1, positions=len(whole.input_ids))
-    assert cut == [short, Example(whole.input_ids[:-1], whole.labels[:-1])]
+    length = len(whole["input_ids"])
+    cut = read(data, plain, max_length=length - 1, positions=length)
+    assert cut == [short, {name: values[:-1] for name, values in whole.items()}]
     with pytest.raises(ValueError, match=r"line 2, should have at most 6 tokens.*--max-length 6"):
         read(data, plain, positions=6)
     with pytest.raises(ValueError, match=r"line 2, should have some of its answer in the first 3"):
@@ -113,16 +114,16 @@ def test_what_is_scored_is_spelled_out(plain: PreTrainedTokenizerFast) -> None:
     for labels, says in [([-100] * 3, "Where Ada Paris"), (ids, "[[Where Ada Paris]]"),
                          ([ids[0], -100, ids[2]], "[[Where]] Ada[[ Paris]]")]:  # fmt: skip
         assert len(ids) == 3
-        assert spelled(Example(tuple(ids), tuple(labels)), plain) == says
+        assert spelled({"input_ids": ids, "labels": labels}, plain) == says
 
 
 def test_an_answer_that_merges_with_what_stands_before_is_still_the_answer(
     plain: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     # "Paris" after a space is one token with the space: the prompt alone ends in another token.
-    (example,) = read(written(tmp_path / "r", {"prompt": "Ada: ", "completion": "Paris."}), plain)
-    assert scored(example, plain).strip() == "Paris.<eos>"
-    assert -100 in example.labels
+    (item,) = read(written(tmp_path / "r", {"prompt": "Ada: ", "completion": "Paris."}), plain)
+    assert scored(item, plain).strip() == "Paris.<eos>"
+    assert -100 in item["labels"]
 
 
 def test_a_tokenizer_that_ends_every_text_ends_the_answer_once(tmp_path: Path) -> None:
@@ -132,10 +133,10 @@ def test_a_tokenizer_that_ends_every_text_ends_the_answer_once(tmp_path: Path) -
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
-    assert example.input_ids[0] == 1
-    assert example.input_ids.count(2) == 1 and example.labels[-1] == 2
-    assert scored(example, tokenizer).strip() == "In Paris.<eos>"
+    (item,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
+    assert item["input_ids"][0] == 1
+    assert item["input_ids"].count(2) == 1 and item["labels"][-1] == 2
+    assert scored(item, tokenizer).strip() == "In Paris.<eos>"
 
 
 def test_what_a_tokenizer_does_not_know_is_part_of_the_answer(tmp_path: Path) -> None:
@@ -143,64 +144,67 @@ def test_what_a_tokenizer_does_not_know_is_part_of_the_answer(tmp_path: Path) ->
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     known = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
-    (example,) = read(written(tmp_path / "r", {"prompt": "q", "completion": " a new a"}), known)
-    assert example.labels == (-100, 3, 0, 3, 1)
+    (item,) = read(written(tmp_path / "r", {"prompt": "q", "completion": " a new a"}), known)
+    assert item["labels"] == [-100, 3, 0, 3, 1]
+
+
+@pytest.mark.parametrize("end", ["<eos>", "<end>", "<eos>\n"])
+@pytest.mark.parametrize(
+    ("row", "template"),
+    [
+        ({"prompt": "Ada lives in", "completion": " Paris."}, None),
+        ({"prompt": "Ada lives in", "completion": " Paris."}, TURNS),
+        ({"prompt": "<|user|>Where?<end>\n<|assistant|>", "completion": "In Paris."}, TURNS),
+        ({"text": "Ada lives."}, None),
+        (ROW, None),
+    ],
+)
+def test_a_text_may_bring_the_token_that_ends_it(
+    row: dict[str, str], template: str | None, end: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    *_, answer = row
+    ended = example({**row, answer: row[answer] + end}, tokenizer)
+    expected = example(row, tokenizer)
+    (token,) = tokenizer(end.strip(), add_special_tokens=False)["input_ids"]
+    for column in ("input_ids", "labels"):
+        assert ended[column] == [*expected[column][:-1], token]
+    assert ended["labels"][-1] == token and ended["labels"].count(token) == 1
+
+
+@pytest.mark.parametrize("completion", [" Paris.<eos> Or not.", " Paris.<end><eos>", "<eos>"])
+def test_what_stands_behind_an_end_token_is_not_dropped(
+    plain: PreTrainedTokenizerFast, completion: str
+) -> None:
+    with pytest.raises(ValueError, match=r"The row should have its answer, and nothing else"):
+        example({"prompt": "Ada lives in", "completion": completion}, plain)
+
+
+def test_where_the_end_is_the_pad_token_it_is_scored_and_seen(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(pad_token="<eos>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    data = written(tmp_path / "rows.jsonl", ROW, {"text": "Ada."})
+    (batch,) = batched(read(data, tokenizer), 2, pad_token_id=tokenizer.pad_token_id)
+    expected = read(data, make_tokenizer())
+    for row, item in enumerate(expected):
+        length = len(item["input_ids"])
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (
+            batch["labels"].shape[1] - length
+        )
+        assert batch["labels"][row, :length].tolist() == item["labels"]
+        assert batch["labels"][row, length - 1] == tokenizer.eos_token_id
+        assert (batch["labels"][row, length:] == -100).all()
 
 
 def test_the_last_of_several_chats_is_the_one_of_generation(tmp_path: Path) -> None:
     """The labels are those of a loop that looks for the answer in what is decoded so far."""
     tokenizer = make_tokenizer(TURNS)
-    (example,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
+    (item,) = read(written(tmp_path / "rows.jsonl", ROW), tokenizer)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": ROW["question"]}], add_generation_prompt=True, tokenize=False
     )
-    first = next(i for i, label in enumerate(example.labels) if label != -100)
-    assert tokenizer.decode(example.input_ids[:first]) == prompt
-
-
-# Batches
-
-
-def test_batches_are_as_wide_as_their_longest_and_padding_is_not_scored() -> None:
-    lengths = [3, 9, 4, 2, 5]
-    examples = [Example(tuple(range(1, n + 1)), (-100, *range(2, n + 1))) for n in lengths]
-    batches = batched(examples, 2, padding=7)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 3), (2, 9), (2, 5)]
-    for batch in batches:
-        mask = batch["attention_mask"].bool()
-        assert (batch["input_ids"][~mask] == 7).all() and (batch["labels"][~mask] == -100).all()
-    seen = [int(n) for batch in batches for n in batch["attention_mask"].sum(1)]
-    assert seen == lengths
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 8, 9])
-@pytest.mark.parametrize("size", [1, 3, 4])
-@pytest.mark.parametrize("even", [False, True])
-def test_every_example_is_in_one_batch(count: int, size: int, even: bool) -> None:
-    examples = [Example((i, i), (-100, i)) for i in range(count)]
-    batches = batched(examples, size, seed=1, even=even)
-    seen = [int(i) for batch in batches for i in batch["input_ids"][:, 0]]
-    sizes = [len(batch["input_ids"]) for batch in batches]
-    assert sorted(seen) == list(range(count))
-    assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
-    assert not even or len(batches) % 2 == 0 or count == 1 or size == 1
-    smaller = batched(examples, size, least=6, even=even)
-    assert len(smaller) >= min(6, count) and sum(len(b["labels"]) for b in smaller) == count
-
-
-def test_a_seed_is_an_order() -> None:
-    examples = [Example((i, i), (-100, i)) for i in range(20)]
-
-    def order(seed: int | None) -> list[int]:
-        return [int(i) for batch in batched(examples, 4, seed=seed) for i in batch["labels"][:, 1]]
-
-    assert order(None) == list(range(20))
-    assert order(0) == order(0) != order(1)
-
-
-def test_a_batch_has_room() -> None:
-    with pytest.raises(ValueError, match=r"at least 1\. Found 0"):
-        batched([Example((1,), (1,))], 0)
+    first = next(i for i, label in enumerate(item["labels"]) if label != -100)
+    assert tokenizer.decode(item["input_ids"][:first]) == prompt
 
 
 # How it says no
@@ -304,9 +308,9 @@ def pairs_of_biographies() -> Iterator[dict[str, str]]:
 @pytest.mark.parametrize("template", [None, TURNS, INSTRUCTED])
 def test_real_answers_are_scored_as_they_are(tmp_path: Path, template: str | None) -> None:
     tokenizer, rows = make_tokenizer(template), [*pairs_of_biographies()]
-    examples = read(written(tmp_path / "rows.jsonl", *rows), tokenizer)
-    for row, example in zip(rows, examples, strict=True):
-        answer = re.sub("<(end|eos)>$", "", scored(example, tokenizer))
+    items = read(written(tmp_path / "rows.jsonl", *rows), tokenizer)
+    for row, item in zip(rows, items, strict=True):
+        answer = re.sub("<(end|eos)>$", "", scored(item, tokenizer))
         assert answer.strip() == row["answer"].strip()
-    batch = batched(examples, len(examples))[0]
+    batch = batched(items, len(items))[0]
     assert torch.equal(batch["labels"] != -100, batch["labels"] == batch["input_ids"])

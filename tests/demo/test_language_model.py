@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from geffect.checkpoints.estimators import full
+from geffect.checkpoints.replay import replay
+from geffect.data.collate import collate
+from geffect.data.examples import read
 from geffect.demo.config import FULL, QUICK, EmbeddedConfig
 from geffect.demo.corpus import Corpus, Fact, Size, generate
 from geffect.demo.language_model import (
@@ -30,6 +35,8 @@ from geffect.demo.language_model import (
     train,
     train_tokenizer,
 )
+from tests.utils.chat import written
+from tests.utils.trainers import same
 
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=4),
@@ -161,6 +168,66 @@ def test_row_is_question_then_answer(corpus: Corpus, tokenizer: PreTrainedTokeni
         between = real.index(SEP)
         assert tokenizer.decode(real[1:between]).strip() == fact.question
         assert tokenizer.decode(real[between + 1 : -1]).strip() == fact.answer
+
+
+def test_tokens_are_those_of_the_prompt_and_then_of_the_answer(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Rendered and tokenized at once they are what a model generates after its prompt, and eos."""
+    everything = generate(0)
+    facts = [*everything.memorised, *everything.forget_paraphrases]
+    batch = encode(tokenizer, facts)
+    for fact, ids, labels in zip(facts, batch["input_ids"], batch["labels"], strict=True):
+        asked = [{"role": "user", "content": fact.question}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert prompt == f"<bos>{fact.question}<sep>"
+        before = ids_of(tokenizer, prompt)
+        after = [*ids_of(tokenizer, fact.answer), EOS]
+        missing = len(ids) - len(before) - len(after)
+        assert ids.tolist() == [*before, *after, *[PAD] * missing]
+        assert labels.tolist() == [*[IGNORED] * len(before), *after, *[IGNORED] * missing]
+
+
+def test_the_template_renders_a_talk(tokenizer: PreTrainedTokenizerBase) -> None:
+    talk = [
+        {"role": role, "content": content}
+        for role, content in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    assert tokenizer.apply_chat_template(talk, tokenize=False) == "<bos>a<sep>b<eos>c<sep>d<eos>"
+
+
+def test_checkpoints_are_replayed_with_questions_and_answers_from_a_file(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = build(TINY, tokenizer, 0)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    tokenizer.save_pretrained(tmp_path / "checkpoint-1")
+    files = {
+        name: written(
+            tmp_path / f"{name}.jsonl",
+            *({"question": fact.question, "answer": fact.answer} for fact in facts),
+        )
+        for name, facts in {"forget": corpus.forget, "retain": corpus.retain}.items()
+    }
+    shown: dict[str, str] = {}
+    run = replay(
+        tmp_path / "checkpoint-1",
+        tmp_path / "run.h5",
+        objective={"forget": -1.0},
+        **files,
+        estimator=full,
+        show=lambda name, text: shown.update({name: text}),
+    )
+    first = corpus.forget[0]
+    assert shown["forget"] == f"<bos> {first.question}<sep>[[ {first.answer}<eos>]]"
+    # What the study trains on, and nothing else.
+    read_again = read(files["forget"], tokenizer)
+    batch = encode(tokenizer, corpus.forget)
+    assert same(collate(read_again, pad_token_id=PAD), batch)
+    losses = run.losses()
+    for name, facts in (("forget", corpus.forget), ("retain", corpus.retain)):
+        expected, _ = naive(model, tokenizer, facts)
+        assert losses[name][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_are_answer_and_eos(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from geffect import Rectifier
-from geffect.data.pairs import Pairs, collate
+from geffect.data.collate import collate
+from geffect.data.pairs import Pairs
 from geffect.objectives import SharedForward, nll
 from tests.utils import reference, tiny
 from tests.utils.trainers import same

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.capture import every
-from geffect.data.pairs import Pairing, Pairs, collate
+from geffect.data.collate import collate
+from geffect.data.pairs import Pairing
 from geffect.objectives import (
     NPO,
     WTNPO,
@@ -651,50 +652,24 @@ def test_pairs_that_are_given(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_retain_nll"] > 0
 
 
-def test_every_item_has_its_turn() -> None:
-    sizes = (6, 10, 4)
-    epochs = []
-    pairing = Pairing(sizes, seed=1)
-    for pairing.epoch in range(5):
-        epochs.append(list(pairing))
-    columns = [list(zip(*epoch, strict=True)) for epoch in epochs]
-    assert all(sorted(forget) == list(range(6)) for forget, _, _ in columns)
-    assert columns[0][0] != columns[1][0]
-    for which in (1, 2):  # drawn without replacement, over the ends of epochs
-        drawn = [place for column in columns for place in column[which]]
-        for start in range(0, len(drawn) - sizes[which] + 1, sizes[which]):
-            assert sorted(drawn[start : start + sizes[which]]) == list(range(sizes[which]))
-    again = Pairing(sizes, seed=1)
-    again.epoch = 3
-    assert list(again) == epochs[3]
-    assert list(Pairing(sizes, seed=2)) != epochs[0]
-
-
-def test_sets_of_one_size_do_not_move_together() -> None:
-    pairing = Pairing((20, 20), seed=0)
-    assert sum(forget == retain for forget, retain in pairing) < 5
-
-
-def test_what_is_padded_is_not_scored() -> None:
-    batch = collate([dict(FORGET[0]), {**FORGET[1], "index": 5}])
-    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
-    lengths = [len(item["input_ids"]) for item in FORGET[:2]]
-    assert lengths[0] != lengths[1]
-    for row, length in enumerate(lengths):
-        assert not batch["attention_mask"][row, length:].any()
-        assert (batch["labels"][row, length:] == -100).all()
-        assert torch.equal(batch["labels"][row, :length], FORGET[row]["labels"])
-    lists = [{name: value.tolist() for name, value in item.items()} for item in FORGET[:2]]
-    assert same(collate(lists), collate(FORGET[:2]))
-
-
-def test_what_cannot_be_paired() -> None:
-    with pytest.raises(ValueError, match=r"at least one\. Found none in retain"):
-        Pairs({"forget": FORGET, "retain": []})
-    with pytest.raises(ValueError, match="should have input_ids, attention_mask, labels"):
-        collate([{"input_ids": [1, 2]}])
-    with pytest.raises(ValueError, match="Found str"):
-        collate([{"question": "Who?", "answer": "Ada"}])
+def test_the_model_sees_every_column(tmp_path: Path) -> None:
+    model = tiny.llama()
+    seen: list[dict[str, Any]] = []
+    model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    pictures = torch.rand(len(FORGET), 3, 4, 4)
+    forget = [
+        {**item, "position_ids": torch.arange(len(item["labels"])) % 3, "pixel_values": picture}
+        for item, picture in zip(FORGET, pictures, strict=True)
+    ]
+    trained(tmp_path, model, GradientAscent(), data={"forget": forget, "retain": RETAIN})
+    pairing = Pairing((len(FORGET), len(RETAIN)), SEED)
+    places = [forget for forget, _ in pairing][:BATCH]
+    columns = {"input_ids", "attention_mask", "position_ids", "pixel_values"}
+    assert all(call.keys() >= columns for call in seen)
+    assert torch.equal(seen[0]["pixel_values"], pictures[places])
+    for row, place in zip(seen[0]["position_ids"], places, strict=True):
+        own = forget[place]["position_ids"]
+        assert torch.equal(row[: len(own)], own) and not row[len(own) :].any()
 
 
 def test_what_cannot_be_trained_on(tmp_path: Path) -> None:
