@@ -112,6 +112,8 @@ def command(
 
 def _study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
+    from rich.markup import escape
+
     from geffect.demo.page import write_page
     from geffect.demo.study import run_study
 
@@ -129,7 +131,8 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
     for finding in summary["findings"]:
         mark = "[green]holds[/]   " if finding["holds"] else "[yellow]does not[/]"
         exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
-        console.print(f"  {mark} {finding['claim']}{exceptions}", highlight=False, soft_wrap=True)
+        said = f"{finding['claim']}: {finding['measured']}{exceptions}"
+        console.print(f"  {mark}", escape(said), highlight=False, soft_wrap=True)
     seconds = summary["wall_seconds"]["total"]
     console.print(f"{seconds:.0f} s. Open {out / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -25,6 +25,10 @@ GAIN = 1.3
 APPRECIABLE = 1e-3
 """Of its peak: a model that has memorised its data starts with almost no gradient, of any sign."""
 
+MOST = 0.9
+"""The share of appreciable steps that has to have a sign for a run to have it: among the first of
+them are some whose sign is that of the batch."""
+
 INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
 
 THIN = ("gru-coordinate", "select", "select-coordinate")
@@ -121,16 +125,23 @@ def _reached(runs: Runs, further: Runs) -> dict[str, Any]:
             if not run["reached_level"]
         ],
     ]
-    numbers = {"runs": len(runs) + len(further)}
-    return _finding("Every run reached the gold level of forgetting", short, numbers)
+    planned = len(runs) + len(further)
+    return _finding(
+        "Every run reached the gold level of forgetting",
+        short,
+        [f"{planned - len(short)} of {planned}"],
+        {"runs": planned},
+    )
 
 
 def _negative_throughout(runs: Runs) -> dict[str, Any]:
     shares = _cells(runs, "ga", "plain", "share_appreciable_retaining_negative")
     return _finding(
-        "GA harms what should stay in every step: its retaining G-effect is negative wherever it "
-        "is above a thousandth of its peak",
-        [f"seed {seed}" for seed, share in shares.items() if share != 1.0],
+        "GA harms what should stay: its retaining G-effect is negative in more than nine of ten "
+        "steps, not counting those below a thousandth of its peak (a single step may have the sign "
+        f"of its batch), {_each(shares)}",
+        [f"seed {seed}" for seed, share in shares.items() if not share > MOST],
+        [f"{_seed(seed, shares)}{share:.0%} of steps" for seed, share in shares.items()],
         {
             "share_of_appreciable_steps": shares,
             "share_of_all_steps": _cells(runs, "ga", "plain", "share_retaining_negative"),
@@ -142,8 +153,9 @@ def _milder(runs: Runs) -> dict[str, Any]:
     # Only of WGA, whose loss is a token mean as GA's is: NPO's sums are larger by their length.
     wga, ga = (_cells(runs, method, "plain", "retaining_lowest") for method in ("wga", "ga"))
     return _finding(
-        "WGA is milder than GA: its retaining G-effect never falls as low",
+        f"WGA is milder than GA: its retaining G-effect never falls as low, {_each(wga)}",
         [f"seed {seed}" for seed, lowest in wga.items() if not lowest > ga[seed]],
+        [f"{_seed(seed, wga)}{_said(wga[seed])} against GA's {_said(ga[seed])}" for seed in wga],
         {"lowest": wga, "of_ga": ga},
     )
 
@@ -157,8 +169,12 @@ def _limits_itself(runs: Runs, method: str) -> dict[str, Any]:
     own, ga = last_over_peak(method), last_over_peak("ga")
     return _finding(
         f"{method.upper()} limits itself: its retaining G-effect has fallen back from its peak at "
-        "the end of the run, and further than GA's",
+        f"the end of the run, and further than GA's, {_each(own)}",
         [f"seed {seed}" for seed, share in own.items() if not share < min(1.0, ga[seed])],
+        [
+            f"{_seed(seed, own)}to {own[seed]:.0%} of its peak, GA's to {ga[seed]:.0%}"
+            for seed in own
+        ],
         {"last_over_peak": own, "of_ga": ga},
     )
 
@@ -174,12 +190,18 @@ def _gru_gains(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
     }
     return _finding(
         f"At equal forgetting GRU keeps a retain NLL at least {GAIN} times lower than plain, for "
-        f"{', '.join(method.upper() for method in methods)}, in every seed",
+        f"{', '.join(method.upper() for method in methods)}, {_each(ratios[methods[0]])}",
         [
             f"{method} seed {seed}"
             for method, by_seed in ratios.items()
             for seed, ratio in by_seed.items()
             if not ratio >= GAIN
+        ],
+        [
+            f"{method.upper()} {_seed(seed, by_seed)}{_nats(gru[method][seed])} against "
+            f"{_said(plain[method][seed])}, {_said(ratio)} times lower"
+            for method, by_seed in ratios.items()
+            for seed, ratio in by_seed.items()
         ],
         {"plain_over_gru": ratios},
     )
@@ -195,11 +217,15 @@ def _lower(
     }
     return _finding(
         f"At equal forgetting {variant} keeps a lower {AT_LEVEL[key]} than {' and '.join(others)}, "
-        "on the mean over seeds",
+        f"{_mean_over(runs)}",
         [
             method
             for method, mean in means.items()
             if not all(mean[variant] < mean[other] for other in others)
+        ],
+        [
+            f"{method.upper()} {_against(mean[variant], {name: mean[name] for name in others})}"
+            for method, mean in means.items()
         ],
         {"means": means},
     )
@@ -214,9 +240,13 @@ def _below_sago(runs: Runs, methods: Sequence[str], at: str) -> dict[str, Any]:
     level = "forgetting" if at == "at_level" else "extraction strength"
     return _finding(
         f"At equal {level}, with {runs[0]['retain_feed']} QA feeding the retain gradient, the best "
-        f"of coordinate and selective steps keeps a lower {AT_LEVEL[OUTSIDE]} than SAGO, on the "
-        "mean over seeds",
+        f"of coordinate and selective steps keeps a lower {AT_LEVEL[OUTSIDE]} than SAGO, "
+        f"{_mean_over(runs)}",
         [method for method, mean in means.items() if not _best(mean, THIN) < mean["sago"]],
+        [
+            f"{method.upper()} {_against(_best(mean, THIN), {'sago': mean['sago']})}"
+            for method, mean in means.items()
+        ],
         {"means": means},
     )
 
@@ -259,12 +289,18 @@ def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
     return [
         _finding(
             "At equal forgetting, with each variant at the best of its learning rates, the "
-            f"{AT_LEVEL[OUTSIDE]}, falls {', '.join(falls)}, on the mean over seeds",
+            f"{AT_LEVEL[OUTSIDE]} falls {', '.join(falls)}, {_mean_over(runs)}",
             [
                 f"{name}: {' or '.join(lower)}"
                 for name, pairs in compared.items()
                 for lower, higher, _ in pairs
                 if not _best(best[name], lower) < best[name][higher]
+            ],
+            [
+                f"{name}: {' or '.join(lower)} "
+                f"{_against(_best(best[name], lower), {higher: best[name][higher]})}"
+                for name, pairs in compared.items()
+                for lower, higher, _ in pairs
             ],
             {"lowest_means": best},
         )
@@ -296,12 +332,19 @@ def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
         _finding(
             "At equal forgetting `nearest`, against authors and world facts, keeps both: a lower "
             f"{AT_LEVEL[INSIDE]} than GRU against the world facts alone, a lower {AT_LEVEL[WORLD]} "
-            "than GRU against the authors alone, and both lower than plain, on the mean over seeds",
+            "than GRU against the authors alone, and both lower than plain, "
+            f"{_mean_over([*runs, *with_sets])}",
             [
                 f"{cell}: {AT_LEVEL[key]}"
                 for cell, means in cells.items()
                 for key, other in ((INSIDE, "world"), (WORLD, "authors"))
                 if not all(means["both"][key] < means[x][key] for x in (other, "plain"))
+            ],
+            [
+                f"{cell}, {AT_LEVEL[key]}: "
+                f"{_against(means['both'][key], {x: means[x][key] for x in (other, 'plain')})}"
+                for cell, means in cells.items()
+                for key, other in ((INSIDE, "world"), (WORLD, "authors"))
             ],
             {"means": cells},
         )
@@ -315,6 +358,8 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
     keeping = [variant for variant in KEEPING if variant in shares]
     if not keeping:
         return []
+    means = {variant: sum(of) / len(of) for variant, of in shares.items()}
+    told = [*keeping, *(["gru"] if "gru" in shares else [])]
     return [
         _finding(
             "In update space no applied update opposes a retain average; AdamW makes some do so "
@@ -323,18 +368,51 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
                 *[v for v in keeping if any(share != 0.0 for share in shares[v])],
                 *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
             ],
-            {"mean_share_of_violating_steps": {v: sum(x) / len(x) for v, x in shares.items()}},
+            [f"{variant} {means[variant]:.0%} of steps" for variant in told],
+            {"mean_share_of_violating_steps": means},
         )
     ]
 
 
-def _finding(claim: str, exceptions: list[str], numbers: Mapping[str, Any]) -> dict[str, Any]:
+def _finding(
+    claim: str, exceptions: list[str], measured: Sequence[str], numbers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A claim; where it fails; what was compared, in words; and all numbers, by name."""
     return {
         "claim": claim,
         "holds": not exceptions,
         "except": exceptions,
+        "measured": "; ".join(measured),
         "numbers": _without_nan(numbers),
     }
+
+
+def _against(value: float, others: Mapping[str, float]) -> str:
+    """Two losses or more side by side, in nats per token."""
+    beside = ", ".join(f"{_said(other)} ({name})" for name, other in others.items())
+    return f"{_nats(value)} against {beside}"
+
+
+def _nats(value: float) -> str:
+    return _said(value) if math.isnan(value) else f"{_said(value)} nats"
+
+
+def _said(value: float) -> str:
+    return "no value" if math.isnan(value) else f"{value:.3g}"
+
+
+def _seed(seed: int, by_seed: Mapping[int, object]) -> str:
+    """What tells one of several seeds apart."""
+    return f"seed {seed}: " if len(by_seed) > 1 else ""
+
+
+def _each(by_seed: Mapping[int, object]) -> str:
+    return "in every seed" if len(by_seed) > 1 else "in the one seed"
+
+
+def _mean_over(runs: Runs) -> str:
+    several = len({run["seed"] for run in runs}) > 1
+    return "on the mean over seeds" if several else "in the one seed"
 
 
 def _without_nan(numbers: Any) -> Any:

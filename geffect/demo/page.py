@@ -179,9 +179,8 @@ def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _finding(finding: Mapping[str, Any]) -> str:
     exceptions = f" Not for {', '.join(finding['except'])}." if finding["except"] else ""
-    return (
-        f"- **{'Holds' if finding['holds'] else 'Does not hold'}**: {finding['claim']}.{exceptions}"
-    )
+    verdict = "Holds" if finding["holds"] else "Does not hold"
+    return f"- **{verdict}**: {finding['claim']}: {finding['measured']}.{exceptions}"
 
 
 def _single(found: Iterable[Row]) -> str:

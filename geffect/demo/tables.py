@@ -12,7 +12,7 @@ from .methods import EQUAL, FEW, RATES, SETS
 AT_LEVEL = {
     "step": "step at the level",
     "retain_nll": "retain NLL",
-    "retain_heldout_authors_nll": "retain NLL, authors outside the retain gradient",
+    "retain_heldout_authors_nll": "retain NLL of authors outside the retain gradient",
     "world_nll": "world facts NLL",
     "forget_nll": "forget NLL",
     "forget_es": "forget extraction strength",

@@ -178,9 +178,9 @@ def test_what_falls_is_said_of_the_variants_that_were_run_at_several_rates() -> 
 
     assert claims("plain") == claims("gru-coordinate") == []
     (claim,) = claims("plain", "gru")
-    assert ", falls from plain to gru, on the mean" in claim
+    assert " falls from plain to gru, on the mean" in claim
     (claim,) = claims("sago", "select", "gru-update")
-    assert ", falls from SAGO to the best of coordinate and selective steps, on" in claim
+    assert " falls from SAGO to the best of coordinate and selective steps, on" in claim
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_falls_is_said_of_the_variants_that_were_run_at_several_rates() -> 
         ("at least 1.3 times", {"wga gru 1": {"retain": 0.8}}, ["wga seed 1"]),
         ("gru-update keeps a lower retain NLL than",
          {"npo gru-update 0": {"retain": 1.1}}, ["npo"]),
-        ("select keeps a lower retain NLL, authors outside",
+        ("select keeps a lower retain NLL of authors outside",
          {"ga select 0": {"retain": 3.0}}, ["ga"]),
         ("no applied update", {"ga gru-update 0": {"share_update_violating": 0.1}}, ["gru-update"]),
         ("equal forgetting, with 140 QA", {"npo select 0": {"retain": 0.9}}, ["npo"]),
@@ -410,3 +410,56 @@ def test_several_retain_sets_are_compared_with_what_ran_beside_them() -> None:
     means = claim["numbers"]["means"]["ga, gradient space"]
     assert means["plain"]["retain_nll"] == RETAIN["plain"]  # not that of another learning rate
     assert means["authors"]["retain_nll"] == RETAIN["gru"]
+
+
+def measured(words: str, **changed: dict[str, Any]) -> str:
+    said: str = finding(study(**changed), words, controls())["measured"]
+    return said
+
+
+def test_a_finding_shows_the_numbers_that_it_compares() -> None:
+    assert measured("reached the gold level") == "80 of 80"
+    assert measured(
+        "GA harms", **{"ga plain 1": {"share_appreciable_retaining_negative": 0.93}}
+    ) == ("seed 0: 100% of steps; seed 1: 93% of steps")
+    assert measured("WGA is milder").startswith("seed 0: -9 against GA's -300; seed 1: ")
+    assert measured("NPO limits itself").startswith("seed 0: to 11% of its peak, GA's to 100%; ")
+    assert measured("at least 1.3 times").startswith(
+        "GA seed 0: 0.5 nats against 1, 2 times lower; GA seed 1: "
+    )
+    assert measured(
+        "gru-coordinate keeps a lower retain NLL than", **{"wga gru 0": {"retain": 0.9}}
+    ) == (
+        "GA 0.05 nats against 0.5 (gru), 0.2 (gru-update); "
+        "WGA 0.05 nats against 0.7 (gru), 0.2 (gru-update); "
+        "NPO 0.05 nats against 0.5 (gru), 0.2 (gru-update)"
+    )
+    assert measured("forgetting, with 140 QA").startswith("GA 0.03 nats against 0.045 (sago); ")
+    assert measured("best of its learning rates").startswith(
+        "ga, 140 QA: gru 0.675 nats against 1.35 (plain); "
+    )
+    assert measured("`nearest`").startswith(
+        "ga, gradient space, retain NLL: 0.4 nats against 0.9 (world), 1 (plain); "
+    )
+    assert "gru-update 0% of steps; " in measured("no applied update")
+
+
+def test_what_has_no_value_is_said_to_have_none() -> None:
+    missed = {"ga gru 1": {"reached_level": False, "at_level": None}}
+    assert "GA seed 1: no value nats against 1" not in measured("at least 1.3 times", **missed)
+    assert "GA seed 1: no value against 1" in measured("at least 1.3 times", **missed)
+
+
+def test_one_seed_is_not_called_several() -> None:
+    one = [r for r in study() if r["seed"] == 0]
+    said = findings(one, [r for r in controls() if r["seed"] == 0])
+    assert [f["claim"] for f in said if not f["holds"]] == []
+    assert not [f for f in said if re.search(r"every seed|over seeds|seed 0", str(f["claim"]))]
+    assert sum("in the one seed" in f["claim"] for f in said) == len(said) - 2
+    assert not [f for f in said if "seed 0" in f["measured"]]
+
+
+@pytest.mark.parametrize(("share", "holds"), [(1.0, True), (14 / 15, True), (13 / 15, False)])
+def test_one_step_with_the_sign_of_its_batch_makes_no_exception(share: float, holds: bool) -> None:
+    runs = study(**{"ga plain 0": {"share_appreciable_retaining_negative": share}})
+    assert finding(runs, "GA harms")["holds"] is holds
