@@ -18,7 +18,7 @@ def test_the_page_of_a_study(quick_study: Any) -> None:
     assert page == study_page(summary)
     assert f"`{command(summary)}`" in page and "--quick" in command(summary)
     for finding in summary["findings"]:
-        assert finding["claim"] in page
+        assert f"{finding['claim']}: {finding['measured']}." in page
     for name, variant in summary["config"]["variants"].items():
         assert f"| {name} | {variant['summary']} | {variant['learning_rate']:g} |" in page
     for table in tables(summary):
