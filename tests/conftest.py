@@ -2,11 +2,17 @@
 
 import os
 
-os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib, in child processes too
+# Before anything imports torch or matplotlib; child processes inherit it.
+os.environ["MPLBACKEND"] = "Agg"
+# The suite is one of the CPU: what looks for a device of CUDA or of accelerate finds none.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ACCELERATE_USE_CPU"] = "true"
 # Tiny tensors gain nothing from threads, and lose much to them where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +32,19 @@ from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test is called the same in every process: no id holds an address."""
+    placed = [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]", item.nodeid)]
+    if placed:
+        raise pytest.UsageError(f"Ids should hold no address. Found {placed}. Give `ids=`.")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: `gc.collect()`, which each training calls, skips it."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs a function in two processes at once that talk to each other by gloo."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -20,7 +21,15 @@ import torch.distributed as dist
 
 RANKS = 2
 SECONDS = 60.0
-PRELOADED = ["torch.distributed.fsdp", "torch.nn.parallel", "tests.utils.tiny", "geffect.capture"]
+PRELOADED = [
+    "pytest",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "geffect.capture",
+    "geffect.projection",
+    "tests.utils.tiny",
+    "tests.utils.trainers",
+]
 GRACE = 3.0
 """How long the others have to say what they have, after one has failed."""
 
@@ -80,6 +89,7 @@ def _collected(pipes: list[Connection]) -> dict[int, tuple[str, Any]]:
 def _rank(
     pipe: Connection, rank: int, store: str, function: Callable[..., Any], arguments: tuple
 ) -> None:
+    gc.freeze()  # what was imported need not be searched for garbage
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(SECONDS - GRACE)  # where it hangs
     try:
