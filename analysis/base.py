@@ -29,7 +29,7 @@ def summed_gram(run: Run, by: By) -> tuple[list[str], Floats]:
     """The blocks in network order, and their Gram matrices (step, block, source, source).
 
     Inner products and squared norms of disjoint blocks add up; cosines do not, so they are taken
-    from the sums. A function groups parameters in a way of one's own.
+    from the sums. `by` may be a function from a parameter to the name of its block.
     """
     labels = list(map(label_of(by), run.layers))
     blocks = in_network_order(run.layers, labels)

@@ -13,8 +13,8 @@ def cosine(run: Run, a: str, b: str, by: By = "layer") -> pd.DataFrame:
     """<g_a, g_b> / (|g_a| |g_b|) of two sources, between -1 (opposed) and 1 (aligned).
 
     Columns: step, `by`, value. The cosine of a block comes from its summed inner products and
-    squared norms; it is no mean of the cosines inside. NaN where a gradient is zero, as that of an
-    adapter's factor is at the start: no direction, no angle.
+    squared norms. It is not the mean of the cosines of its tensors. NaN where a gradient is zero,
+    as that of an adapter's factor is at the start: it has no direction.
 
     >>> run = example_run()
     >>> cosine(run, "forget", "retain", by="model")

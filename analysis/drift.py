@@ -31,19 +31,20 @@ def drift(
 ) -> pd.DataFrame:
     """cos(g at step s, h at step t) = <g, h> / (|g| |h|) for every s and t.
 
-    g is the gradient of `source`, h that of `other_source`, or the same, in the run `other`, or in
-    the same. A gradient with itself shows how long its direction lasts; two runs show whether they
-    go the same way.
+    g is the gradient of `source` in `run`. h is the gradient of `other_source` in the run `other`;
+    both are those of g if left out. A gradient with itself shows how long its direction lasts. Two
+    runs show whether they go the same way.
 
     Columns: step, other_step, `by`, value, error. Where the runs have sketches, `error` is the
-    standard error of the estimate: (1 - value^2) / sqrt(width) for a layer, and for several what
-    theirs add up to. Otherwise gradients are taken that were stored whole, at the steps and of the
-    parameters of which they were, and `error` is that of their encoding: 0 for "full". NaN where a
-    gradient is zero or absent.
+    standard error of the estimate: (1 - value^2) / sqrt(width) for a layer, and for several layers
+    what their errors add up to. Otherwise the stored gradients are taken, at the steps and for the
+    parameters that were stored, and `error` is that of their encoding: 0 for "full". The value is
+    NaN where a gradient is zero or absent.
 
     Layers are the smallest blocks: `by` is "layer", "group", "model", or a function that keeps the
-    tensors of a layer together. Runs that have neither are refused, and so are sketches of two
-    kinds and runs of two models. The rows of one `other_step` are a table that any plot can draw.
+    tensors of a layer together. The rows of one `other_step` are a table that any plot can draw.
+    Raises a ValueError for runs without sketches and stored gradients, for sketches of two kinds,
+    and for runs of two models.
 
     >>> run = example_run(sketch=True)
     >>> drift(run, "forget", other_source="retain", by="model")

@@ -25,9 +25,9 @@ def g_effect(run: Run, by: By = "layer") -> pd.DataFrame:
     - retaining, D = retain: zero or positive is good; negative is collateral damage.
 
     Columns: step, `by`, effect ("unlearning" | "retaining"), value. Blocks add up to the model.
-    Where forget risk and objective are of one batch, the unlearning effect carries the variance of
-    that batch; magnitudes of objectives with different reductions do not compare: see `cosine`.
-    A run without the objective, or without both risks, is refused.
+    Where forget risk and objective come from one batch, the unlearning effect carries the variance
+    of that batch. Magnitudes of objectives with different reductions do not compare: see `cosine`.
+    Raises a ValueError for a run without the objective, or without both risks.
 
     >>> run = example_run()
     >>> g_effect(run, by="model")

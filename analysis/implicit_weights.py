@@ -14,10 +14,10 @@ def implicit_weights(run: Run) -> pd.DataFrame:
     "weight" is w of every answer token, or of every sample where the objective weighs whole
     answers: p^alpha for WGA, 2 p^beta / (p^beta + p_o^beta) for NPO and TNPO, where p_o is the
     probability before unlearning (arXiv 2502.19301). "inverse confidence" is 1/p of every answer
-    token, which a gradient of p would be multiplied by: it explodes on what is already forgotten.
+    token, the factor from a gradient of p to one of log p: it explodes on what is forgotten.
 
-    Columns: step, model, statistic ("mean" | "median" | "p95" | "max"), weight, value. A run whose
-    recorder was given no weights is refused.
+    Columns: step, model, statistic ("mean" | "median" | "p95" | "max"), weight, value. Raises
+    a ValueError for a run that was recorded without weights.
 
     >>> implicit_weights(example_run(weights=True))
        step  model statistic weight  value

@@ -32,12 +32,12 @@ def instances(
     `direction` is grad R(D), as `geffect.effects.direction` takes it at the same parameters; a
     mapping from names of risks to directions gives a column `risk`. Unlearning s by a small step of
     gradient ascent changes R(D) by -(learning rate) PG_D(s). A sample that is worth unlearning has
-    a very negative value for the forget risk and one near zero for the retain risk; negative there
-    is collateral damage. Not normalised: long answers weigh more.
+    a very negative value for the forget risk and one near zero for the retain risk. A negative one
+    for the retain risk is collateral damage. Values are not normalised: long answers weigh more.
 
     Columns: sample, `by`, (risk,) value. Samples are counted through all batches, blocks add up to
-    the model. In eval mode; costs one forward and backward a batch and one product with the input
-    of every matrix for each direction.
+    the model. The model runs in eval mode. The cost is one forward and backward pass a batch, and
+    one product with the input of every matrix for each direction.
 
     >>> import torch
     >>> from types import SimpleNamespace

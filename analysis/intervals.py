@@ -30,7 +30,7 @@ def intervals(
     """The table of `score(run, **how)` with `rows`, `low` and `high`: a bootstrap over batches.
 
     In every replicate the rows of each step are drawn anew with replacement, and the score is
-    computed from their mean. Of its values, `low` and `high` are percentiles. Means of n rows that
+    computed from their mean. `low` and `high` are percentiles of its values. Means of n rows that
     are drawn vary by less than those of new rows do, and the variance is itself an estimate: so the
     percentiles are those of the standard normal distribution at sqrt(n / (n - 1)) times the
     quantile of Student's t with n - 1 degrees of freedom (the expanded percentile interval,

@@ -15,10 +15,9 @@ SCORE = Score("predicted_change", "predicted fall of the risk (nats per token)",
 def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     """-<grad R(theta), theta_after - theta_before>, for every risk of the run.
 
-    To first order, by how much the risk falls in this step: positive means it falls, the same
-    orientation as the G-effect, of which this is learning rate times the value for plain gradient
-    descent. After Adam, clipping, momentum or a rectifier only this describes what happened: for
-    the retain risk, negative is harm that was done.
+    To first order, by how much the risk falls in this step: positive means that it falls. For plain
+    gradient descent this is the learning rate times the G-effect. After Adam, clipping, momentum or
+    a rectifier only this describes what happened. Negative for the retain risk is harm done.
 
     Columns: step, `by`, risk, value. Needs a run recorded with Recorder(..., update=True).
 

@@ -25,8 +25,8 @@ SCORE = Score("rectification", "what the rectifier did")
 def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     """How a step stood to what should stay: as it came, as it was rectified, and as it was applied.
 
-    u is what was rectified and x what was left of it: the gradient, or in update space the step,
-    theta before minus theta after. r is the running average of the retain gradient; the rule GRU
+    u is what was rectified: the gradient, or in update space the step, theta before minus theta
+    after. x is what was left of it. r is the running average of the retain gradient. The rule GRU
     makes x = u + kappa r with kappa = max(0, -<u, r>) / |r|^2 (arXiv 2503.09117). A product with r
     says by how much the retain risk falls, to first order: negative is harm. The quantities:
 
@@ -37,18 +37,17 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     - coefficient: kappa. NaN for several blocks together, and where no multiple of r was added.
     - removed: 1 - |x|^2 / |u|^2, the share of u's energy that is gone; negative where it grew.
     - retain_norm: |r|.
-    - applied_average, applied_fresh: <theta before - theta after, .> of the update that was applied
-      with r, and with the retain gradient of the step itself; in nats per token. The second is the
-      `predicted_change`.
+    - applied_average, applied_fresh: <theta before - theta after, .> with r, and with the retain
+      gradient of the step itself; in nats per token. The second is the `predicted_change`.
     - cosine_applied: applied_average over both lengths, from -1 to 1.
     - violated: 1 where the applied update opposes r beyond rounding, else 0, as in `violation`.
 
     Columns: step, `by`, against (the retain set), quantity, value. Blocks are those of the
-    rectifier, or larger ones, over which products and squares are summed; smaller ones are refused.
-    NaN where a gradient is zero or nothing moved; where a step was left alone, which then has not
-    fired, all but what the update did. That is known to a run of Recorder(..., update=True), and to
-    one of a rectifier with follow=True, but for `cosine_applied` in gradient space. A run without a
-    rectifier is refused.
+    rectifier or larger ones; products and squares are summed over them. Values are NaN where a
+    gradient is zero or nothing moved. A step that was left alone has not fired, and has only what
+    the update did. That needs Recorder(..., update=True) or a rectifier with measure_update=True;
+    the latter has no `cosine_applied` in gradient space. Raises a ValueError for smaller blocks and
+    for a run without a rectifier.
 
     >>> table = rectification(example_run(rectified=True))
     >>> table[table["quantity"].isin(["cosine_before", "cosine_after", "removed", "violated"])]

@@ -39,8 +39,8 @@ def tokens(
 
     Columns: sample, position, token, p, (risk,) value. `token` is the text, spaces included, or
     the id where there is no tokenizer, and `p` the probability that the model gives the token.
-    Tokens that are not scored are left out. In eval mode; costs one forward-mode pass a batch and
-    direction.
+    Tokens that are not scored are left out. The model runs in eval mode. The cost is one
+    forward-mode pass for each batch and direction.
 
     >>> import torch
     >>> from types import SimpleNamespace

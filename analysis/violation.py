@@ -1,4 +1,4 @@
-"""Whether the update that was applied breaks the constraint that a rectifier is there to keep."""
+"""Whether the applied update breaks the constraint that a rectifier keeps."""
 
 import numpy as np
 import pandas as pd

@@ -56,7 +56,7 @@ def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
     """The same to 1e-6 of |a||b|, and of float32 gradients on a CPU in a third of the time.
 
     Products, and sums of 1024 of them, are float32; the sums of those are float64. Measured errors
-    are below 2e-7. What float32 has no room for, and other types and devices, are left to `gram`.
+    are below 2e-7. `gram` takes what float32 has no room for, and other types and devices.
 
     >>> spiky = torch.ones(1_000_000); spiky[0] = 1e4
     >>> abs(quick_gram([spiky]).item() / 100999999 - 1) < 1e-6

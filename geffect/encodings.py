@@ -10,8 +10,9 @@ coordinates, in rows of different scale: normal ones, and cubes of normal ones, 
     int8            0.266        2e-5    5e-5          in blocks of 64, to the nearest
     int4            0.141        4e-4    2e-3          in blocks of 32, up or down at random
 
-These are errors with the norms of the true gradients, which the Gram matrix of a run has. Noise
-makes a rounded vector longer: cosines of int4 with its own norms are too small by a few percent.
+These errors are taken with the norms of the true gradients, which are in the Gram matrix of a run.
+Noise makes a rounded vector longer: cosines of int4 with its own norms are too small by a few
+percent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -26,8 +26,8 @@ def cosine(K: Any, i: int, j: int) -> Any:
     """<g_i, g_j> / (|g_i| |g_j|), NaN where a gradient is zero: no direction, no angle.
 
     Rounding may leave a quotient a hair outside of [-1, 1]; it is clipped. One that is further out
-    than 1e-6 is NaN: K is the Gram matrix of no vectors then, but an estimate of one, in which a
-    norm is lost in noise.
+    than 1e-6 is NaN: then K is no Gram matrix of vectors but an estimate of one, and a norm is lost
+    in noise.
 
     >>> cosine(np.array([[4.0, -2.0], [-2.0, 4.0]]), 0, 1)
     np.float64(-0.5)

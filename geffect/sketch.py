@@ -144,7 +144,7 @@ def inner(a: ArrayLike, b: ArrayLike) -> Any:
 def cosine(a: ArrayLike, b: ArrayLike) -> Any:
     """<a, b> / (|a| |b|) of every sketch of `a` with every one of `b`, NaN where one is zero.
 
-    With the norms of the sketches, whose errors cancel a part of that of the inner product: what
+    Norms are those of the sketches. Their errors cancel a part of that of the inner product: what
     is aligned is found aligned.
 
     >>> cosine([[1, 2], [0, 0]], [2, 4])

@@ -38,10 +38,10 @@ SPREAD = 100.0  # between the largest value and the smallest, from which on a sc
 def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Effect on the retain risk over effect on the forget risk: points, and lines of equal density.
 
-    A colour for each range of the column `weight`, the darker the larger the weight; one colour
-    without that column. A range of few samples has points alone. What an objective should weigh
-    most lies on the left, where forgetting is, and not below zero, where damage is. Rows of one
-    sample share a weight; steps, where there is a column `step`, are pooled.
+    Each range of the column `weight` has a colour, a darker one for larger weights; without that
+    column there is one colour. A range of few samples has points alone. Samples that an objective
+    should weigh most lie on the left (forgetting) and not below zero (damage). Rows of one sample
+    share a weight. Steps are pooled, if there is a column `step`.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def tradeoff(table: pd.DataFrame, *, level: float | None = None, ax: Axes | None = None) -> Axes:
     """A point a step, a line a variant, a marker a method; lower at equal forgetting is better.
 
-    `level` is the forget loss of a model retrained without the forget data: what lies beyond has
+    `level` is the forget loss of a model retrained without the forget data: runs beyond it have
     forgotten more than retraining would. Rows where a column `at_level` is true stand out.
 
     >>> from matplotlib.figure import Figure

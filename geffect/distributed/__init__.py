@@ -2,8 +2,8 @@
 
 A gradient is averaged over the processes before any inner product is taken, because
 `<mean u, mean r>` is not the mean of `<u, r>`. FSDP2 does that in its backward pass and leaves
-DTensors. What a process computes of its parts alone adds up over the processes that hold the
-others. In a program of one process nothing here does anything.
+DTensors. What a process computes of its own parts adds up over the processes that hold the others.
+In a program of one process nothing here does anything.
 """
 
 from .agreement import Ranks, raise_on_all_ranks

@@ -1,4 +1,4 @@
-"""Agreement: what fails on one process fails on all, and what they say has to be the same."""
+"""Agreement: a failure on one process raises on all, and what they say has to be the same."""
 
 import pickle
 import zlib
@@ -23,7 +23,7 @@ class Ranks:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[Ranks]:
-    """What fails inside on one process fails on all of them, so that none is left waiting.
+    """A failure inside on one process raises on all of them, so that none is left waiting.
 
     What they say to be alike is compared. One small reduction, however much is said.
 

@@ -44,8 +44,8 @@ def token_share(tokens: int) -> float:
     """The factor that turns the mean over a process's tokens into one whose average is over all.
 
     processes · tokens / (tokens of all processes). Where processes have different numbers of
-    labelled tokens, the mean of their means is not the mean over tokens. So multiply each loss by
-    its share, `nll(model, batch) * token_share(count)`, where the count is of what it is a mean of:
+    labelled tokens, the mean of their means is not the mean over tokens. Multiply each loss by
+    its share, `nll(model, batch) * token_share(count)`. `count` is how many tokens it is a mean of:
     `int((batch["labels"][:, 1:] != -100).sum())`, as no token is predicted first.
 
     >>> token_share(17)
@@ -72,7 +72,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def max_over_ranks(value: float) -> float:
-    """The max_over_ranks number of all processes; infinite where one of them is not a number.
+    """The largest number of all processes; infinite where one of them is not a number.
 
     >>> max_over_ranks(2.0), max_over_ranks(float("nan"))
     (2.0, inf)
@@ -85,7 +85,7 @@ def max_over_ranks(value: float) -> float:
 
 
 def broadcast(value: T) -> T:
-    """What the first process has, on all of them; it has to be something that can be pickled.
+    """What the first process has, on all of them. It has to be picklable.
 
     >>> broadcast({"next_step": 3})
     {'next_step': 3}
@@ -112,7 +112,7 @@ def all_reduce(table: Tensor) -> Tensor:
 
 
 def device_of(group: "ProcessGroup | None" = None) -> torch.device:
-    """Where a group exchanges numbers: on the CPU if it can, which no kernel has to wait for."""
+    """Where a group exchanges numbers: on the CPU if it can, so that no kernel waits for them."""
     if "cpu" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

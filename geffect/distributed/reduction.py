@@ -121,9 +121,9 @@ def check_unsynchronised(model: nn.Module) -> None:
 def gradient_sync(model: nn.Module) -> Iterator[None]:
     """Where every backward pass through FSDP2 modules leaves its reduced gradient in `.grad`.
 
-    Also in a micro-batch for which `set_requires_gradient_sync(False)` stands; it stands again
-    afterwards. Gradients that are still waiting for reduction are refused: they would be counted to
-    the first loss.
+    This holds in a micro-batch for which `set_requires_gradient_sync(False)` is set, too; that is
+    restored afterwards. Raises an error for gradients that still wait for reduction: they would
+    count as those of the first loss.
     """
     groups = fsdp_groups(model)
     waiting = [param for group in groups for param in group.fsdp_params if _waits(param)]

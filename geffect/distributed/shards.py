@@ -76,8 +76,8 @@ def at_rest(model: nn.Module) -> dict[Tensor, Tensor]:
 def shard_ranges(tensors: Sequence[Tensor]) -> tuple[tuple[Range, ...], ...]:
     """Who keeps which part: for each process and tensor a range of the flattened whole.
 
-    The ranges cover every tensor once. Of processes that hold the same, the first keeps it, and the
-    ranges of the others are empty.
+    The ranges cover every tensor once. Where several processes hold the same, the first keeps it
+    and the others have empty ranges.
 
     >>> shard_ranges([torch.ones(2, 3), torch.ones(4)])
     (((0, 6), (0, 4)),)

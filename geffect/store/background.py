@@ -33,8 +33,8 @@ class BackgroundWriter:
     """A writer whose rows are written by a thread of its own, in order.
 
     At most `bound_bytes` wait for the disk, or one row that is larger by itself; `append` waits
-    for room. The arrays of a row must not change once it was handed over. What goes wrong is raised
-    once, by the next call; rows that waited behind it are given up.
+    for room. The arrays of a row must not change after it was handed over. The next call raises
+    what went wrong, once; rows that waited behind it are given up.
     """
 
     def __init__(self, writer: Writer, bound_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""HDF5 files of which HDF5 writes the structure, in memory, and we the numbers, on the disk.
+"""HDF5 files: HDF5 writes their structure, in memory, and we write the numbers, on the disk.
 
 HDF5 does not survive a disk that is full; a write of our own does. Nor does it write large arrays
 as fast as the disk takes them, or leave room to spare without filling it twice.

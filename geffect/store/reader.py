@@ -161,7 +161,7 @@ class Run:
 
     @property
     def stored_steps(self) -> NDArray[np.int64]:
-        """The steps of which gradients are kept whole."""
+        """The steps whose gradients are kept whole."""
         if self.contents.gradients is None:
             return self.steps[:0]
         kept = (self.read("stored") >= 0).any(axis=1)
@@ -170,8 +170,8 @@ class Run:
     def gradient(self, source: str, step: int) -> list[NDArray[np.float32]]:
         """The gradient at a step, one vector a layer: its stored tensors, flat, one after another.
 
-        Layers are in order of first appearance among the stored parameters. Of a step with several
-        rows, the mean over those whose gradients were kept.
+        Layers are in order of first appearance among the stored parameters. For a step
+        with several rows it is the mean over those whose gradients were kept.
         """
         place = self.index(source)
         self._check(
@@ -214,14 +214,14 @@ class Run:
     def resampled(self, rng: np.random.Generator) -> "Run":
         """The run with as many rows a step, drawn from those of the step with replacement.
 
-        Over many draws, what a score varies by is its uncertainty for the choice of batches. A run
-        of one row a step comes back as it is.
+        The spread of a score over many draws is its uncertainty for the choice of batches. A run
+        with one row a step comes back as it is.
         """
         drawn = rng.integers(np.repeat(self.rows, self.rows))
         return replace(self, drawn=self.drawn[np.repeat(self._starts, self.rows) + drawn])
 
     def until(self, step: int) -> "Run":
-        """The run without the rows of its last request that are of later steps."""
+        """The run without the rows of later steps of its last request."""
         requests = self.column("request")
         kept = (requests != requests[-1:]) | (self.steps <= step)
         return replace(

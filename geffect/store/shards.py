@@ -22,7 +22,7 @@ _DRAFT = re.compile(r"\.\d{3,}\.rank(\d+)\.h5\.\d+\.draft")
 
 
 class Shard:
-    """The segments of one rank, of which one is being written.
+    """The segments of one rank. One of them is being written.
 
     Errors are OSErrors that name the segment. HDF5 keeps it open, which locks it; the numbers are
     written beside HDF5, to where it said that they belong.

@@ -33,7 +33,7 @@ class Health:
 def validate(path: str | os.PathLike[str]) -> Health:
     """Read every committed row and check what must hold of any Gram matrix.
 
-    Of gradients that are kept whole, only that they are there.
+    Gradients that are kept whole are only checked to be there.
 
     Raises what `open_run` raises where the file cannot be opened at all.
     """
