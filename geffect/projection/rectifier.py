@@ -200,15 +200,15 @@ class Rectifier:
 
     def rectify(self, gradients: Gradients, *, copy: bool = False) -> None:
         """Leave the objective's gradient in `.grad`, rectified, or arm the optimizer's step."""
-        copy = copy or self._options.measure_update
-        of_retain = [gradients.weights.get(name, {}) for name in self.protect]
-        behind = {name for terms in of_retain for name in terms} if self.part == "forget" else set()
-        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
         if self._step is None:
             raise ValueError(
                 "`observe` should be called before `rectify`, with the gradients of the same step. "
                 "Found no step that was observed. Call observe(gradients) first."
             )
+        copy = copy or self._options.measure_update
+        of_retain = [gradients.weights.get(name, {}) for name in self.protect]
+        behind = {name for terms in of_retain for name in terms} if self.part == "forget" else set()
+        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
         self._step.change(self._begun().moved(self._optimizer))
         if self._attachment is not None and self._step.armed:
             self._attachment.come_last()

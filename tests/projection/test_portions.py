@@ -15,6 +15,7 @@ from geffect import Rectifier
 from geffect.projection import portions
 from geffect.projection.portions import step_in_portions
 from tests.utils import tiny
+from tests.utils.rectified import OPTIMIZERS, losses_of
 
 
 def network() -> nn.Module:
@@ -142,3 +143,48 @@ def tiny_loss(model: nn.Module, seed: int) -> Tensor:
     batch = tiny.batch(seed)
     loss: Tensor = model(**batch).loss
     return loss
+
+
+@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": None, "select": 0.05}])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_in_portions_is_the_step_of_the_whole(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Following a step needs all of the old parameters, so that it is taken in one.
+    monkeypatch.setattr("geffect.projection.portions.PORTION_BYTES", 2000)
+    results = []
+    for measured in (False, True):
+        model = tiny.llama()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        rectifier = Rectifier(
+            model, space="update", optimizer=optimizer, measure_update=measured, **options
+        )
+        for pair in tiny.pairs(3):
+            optimizer.zero_grad()
+            rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+            grads = [p.grad for p in model.parameters()]
+            optimizer.step()
+            assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+        state = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        results.append([*model.parameters(), *[v for v in state if isinstance(v, Tensor)]])
+        rectifier.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_step_in_portions_that_raises_leaves_the_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model, space="update", scope="coordinate", optimizer=optimizer)
+    rectifier.backward(objective={"forget": -1.0}, **losses_of(model, tiny.pairs(1)[0]))
+
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_pre_hook(fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    hook.remove()
+    rectifier.detach()
+    assert all(p.grad is not None for p in model.parameters())

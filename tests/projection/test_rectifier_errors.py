@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from geffect import Rectifier
+from geffect.gradients import differentiate
 from geffect.projection import Elementwise, nearest, portions
 from tests.utils.trainers import same
 
@@ -265,6 +266,34 @@ def test_a_closure(place: str) -> None:
     assert same(before, model.state_dict())
     rectifier.detach()
     optimizer.step(lambda: risk(model, 0))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_optimizer_that_climbs(place: str) -> None:
+    """Its steps go up along a gradient, so that what is guarded would be the wrong side."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, maximize=True)
+    rectifier = made(place, model, None)
+    said = r"`maximize` of SGD should be False.* Found `maximize = True`.* Negate the loss"
+    with pytest.raises(ValueError, match=said):
+        rectifier.attach(optimizer)
+    with pytest.raises(ValueError, match=said):
+        Rectifier(model, **PLACES[place], optimizer=optimizer)
+    optimizer.param_groups[0]["maximize"] = False
+    rectifier.attach(optimizer)
+    optimizer.param_groups[0]["maximize"] = True  # found out before anything is taken in
+    with pytest.raises(ValueError, match=said):
+        backward(rectifier, model)
+    assert all(p.grad is None for p in model.parameters())
+    assert not rectifier._memory.ready
+
+
+def test_a_step_that_was_not_observed() -> None:
+    model = network()
+    gradients = differentiate([*model.parameters()], {"objective": risk(model, 0)})
+    with pytest.raises(ValueError, match=r"`observe` should be called before .* Found no step"):
+        Rectifier(model).rectify(gradients)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_two_rectifiers_on_one_optimizer() -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -239,6 +240,42 @@ def test_what_is_left_out_on_one_process_is_left_out_on_all(layout: str) -> None
     assert skipped == also_skipped == 2
     assert [math.isnan(x) for x in said] == [math.isnan(x) for x in also_said]
     assert all(tensor.isfinite().all() for tensor in together(layout, first, second))
+
+
+NOISY: list[dict[str, Any]] = [
+    {"space": "update"}, {"select": 0.3, "space": "update"}, {"select": 0.3, "scope": "layer"},
+    {"scope": "coordinate"},
+]  # fmt: skip
+
+
+def begun_with_noise(layout: str | None, options: dict[str, Any]) -> tuple[list[Tensor], int]:
+    """The parameters after steps of which the first have a retain gradient that is none."""
+    model = model_in(layout)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    rectifier = made(model, optimizer, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, size in enumerate([1e-12, 1e-10, 1.0, 1e-12, 1.0]):
+            losses = losses_of(model, step, "forget", "retain")
+            losses["retain"] = size * losses["retain"]
+            rectifier.backward(objective={"forget": -1.0}, **losses)
+            optimizer.step()
+            optimizer.zero_grad()
+    rectifier.detach()
+    return parts_of(model), rectifier.skipped
+
+
+def noise_on_a_rank(layout: str) -> list[Any]:
+    return [begun_with_noise(layout, options) for options in NOISY]
+
+
+@pytest.mark.parametrize("layout", SHARDINGS)
+def test_noise_is_noise_on_every_process(layout: str) -> None:
+    answers = two_ranks.run(noise_on_a_rank, layout)
+    for options, (first, skipped), (second, also) in zip(NOISY, *answers, strict=True):
+        expected, count = begun_with_noise(None, options)
+        assert skipped == also == count == 3
+        assert_close(together(layout, first, second), expected)
 
 
 def alone_on_a_rank(options: dict[str, Any]) -> tuple[int, list[float], bool]:
