@@ -15,26 +15,27 @@ Item = Mapping[str, Any]
 """One sample: `input_ids`, `labels` and further columns, as lists, arrays or tensors. Or a sample
 of each side by its name, {"forget": item, "retain": item}."""
 
-Side = Literal["right", "left"]
+PaddingSide = Literal["right", "left"]
 
 NEEDED = ("input_ids", "labels")
 
 
 def collate(
-    items: Sequence[Item], *, pad_token_id: int = 0, padding_side: Side = "right"
+    items: Sequence[Item], *, pad_token_id: int = 0, padding_side: PaddingSide = "right"
 ) -> dict[str, Any]:
     """Items as one batch; items with sides as a batch of each side, at any depth.
 
     A column that is as long as `input_ids` in every item is padded to the longest: `input_ids` with
-    the pad token, `labels` with -100, any other with 0. A column of one shape is stacked. The mask
-    follows the lengths of the items, never the tokens, so that a pad token that is also the end
-    token is seen and scored where it ends an answer.
+    the pad token, `labels` with -100, any other with 0. So is one as long as `labels`, where these
+    have a length of their own, as encoder-decoders take them. A column of one shape is stacked. The
+    mask follows the lengths of the items, never the tokens, so that a pad token that is also the
+    end token is seen and scored where it ends an answer.
 
     - `items`: samples with the same columns, `input_ids` and `labels` among them. Without
       `attention_mask` every token of an item is attended.
     - `pad_token_id`: what stands in `input_ids` where nothing is attended or scored.
     - `padding_side`: "right" or "left". On the left `position_ids` are added where there are none,
-      which count the attended tokens from 0.
+      which count the attended tokens from 0, and the first token of an item is not scored.
 
     Returns tensors whose first dimension is the item. Raises ValueError for a column that it cannot
     place, and names it.
@@ -66,13 +67,7 @@ def collate(
             }
         rows = [_row(item, name, padding_side) for item in items]
         return {
-            column: _placed(
-                [row[column] for row in rows],
-                [len(row["input_ids"]) for row in rows],
-                fills.get(column, 0),
-                padding_side,
-                _told(column, name),
-            )
+            column: _placed(rows, column, fills.get(column, 0), padding_side, _told(column, name))
             for column in rows[0]
         }
 
@@ -137,7 +132,8 @@ def lengths_of(batch: Mapping[str, Any]) -> Iterator[int]:
         yield batch["input_ids"].shape[1]
     else:
         for side in batch.values():
-            yield from lengths_of(side)
+            if isinstance(side, Mapping):
+                yield from lengths_of(side)
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -150,33 +146,23 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _columns(items: Sequence[Item], name: str) -> list[str]:
     """The columns that all items have."""
-    of = f" of `{name}`" if name else ""
     for item in items:
         if not isinstance(item, Mapping) or not item:
-            raise ValueError(
-                f"An item{of} should have {' and '.join(NEEDED)}, or be a pair of such items by "
-                f"the names forget and retain. Found {item!r:.60} of type {type(item).__name__}. "
-                f"Tokenize the data, with labels that are {IGNORED} outside of the answer; or pass "
-                "a `data_collator` of your own."
-            )
+            raise _no_item(f"{item!r:.60} of type {type(item).__name__}", name)
         if item.keys() != items[0].keys():
             apart = sorted(item.keys() ^ items[0].keys())
             raise ValueError(
-                f"The items{of} of a batch should have the same columns. Found {', '.join(apart)} "
-                "in some of them alone. Add what is missing, or leave it out everywhere."
+                f"The items{_of(name)} of a batch should have the same columns. Found "
+                f"{', '.join(apart)} in some of them alone. Add what is missing, or leave it out "
+                "everywhere."
             )
     return [*items[0]]
 
 
-def _row(item: Item, name: str, side: Side) -> dict[str, Tensor]:
+def _row(item: Item, name: str, side: PaddingSide) -> dict[str, Tensor]:
     """The columns of an item as tensors, with a mask, and with the positions that a side needs."""
-    of = f" of `{name}`" if name else ""
     if not item.keys() >= {*NEEDED}:
-        raise ValueError(
-            f"An item{of} should have {' and '.join(NEEDED)}, or be a pair of such items by the "
-            f"names forget and retain. Found {', '.join(item)}. Tokenize the data, with labels "
-            f"that are {IGNORED} outside of the answer; or pass a `data_collator` of your own."
-        )
+        raise _no_item(", ".join(item), name)
     row = {column: _tensor(value, _told(column, name)) for column, value in item.items()}
     for column in NEEDED:
         tokens = row[column]
@@ -186,17 +172,19 @@ def _row(item: Item, name: str, side: Side) -> dict[str, Tensor]:
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}. Tokenize the sample, one an item."
             )
         row[column] = tokens.long()
-    row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
-    length = len(row["input_ids"])
-    for column in ("attention_mask", "labels"):
-        if row[column].shape[:1] != (length,):
-            raise ValueError(
-                f"{_told(column, name)} should be as long as `input_ids`. Found shape "
-                f"{tuple(row[column].shape)} beside {length} tokens. Mark every token, or pass a "
-                "`data_collator` of your own."
-            )
+    mask = row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
+    if mask.shape[:1] != row["input_ids"].shape:
+        raise ValueError(
+            f"{_told('attention_mask', name)} should be as long as `input_ids`. Found shape "
+            f"{tuple(mask.shape)} beside {len(row['input_ids'])} tokens. Mark every token, or "
+            "leave the mask out."
+        )
     if side == "left":
-        row.setdefault("position_ids", (row["attention_mask"].long().cumsum(0) - 1).clamp(min=0))
+        row.setdefault("position_ids", (mask.long().cumsum(0) - 1).clamp(min=0))
+        if row["labels"].shape == row["input_ids"].shape:
+            # Nothing predicts the first token, least of all the padding that is put before it.
+            row["labels"] = row["labels"].clone()
+            row["labels"][0] = IGNORED
     return row
 
 
@@ -211,27 +199,42 @@ def _tensor(value: Any, told: str) -> Tensor:
 
 
 def _placed(
-    values: Sequence[Tensor], lengths: Sequence[int], fill: int, side: Side, told: str
+    rows: Sequence[Mapping[str, Tensor]], column: str, fill: int, side: PaddingSide, told: str
 ) -> Tensor:
-    """A column of a batch: padded if it is as long as the tokens, and stacked."""
+    """A column of a batch: padded if it is as long as the tokens or the labels, and stacked."""
+    values = [row[column] for row in rows]
     shapes = [tuple(value.shape) for value in values]
-    if all(shape[:1] == (length,) for shape, length in zip(shapes, lengths, strict=True)):
-        values = [_padded(value, max(lengths), fill, side) for value in values]
+    for lengths in ([row[needed].shape for row in rows] for needed in NEEDED):
+        if all(shape[:1] == length for shape, length in zip(shapes, lengths, strict=True)):
+            values = [_padded(value, max(lengths)[0], fill, side) for value in values]
+            break
     if any(value.shape != values[0].shape for value in values):
+        tokens = ", ".join(str(len(row["input_ids"])) for row in rows)
         raise ValueError(
-            f"{told} should be as long as `input_ids` in every item, or have one shape in all of "
-            f"them. Found the shapes {', '.join(map(str, shapes))} beside "
-            f"{', '.join(map(str, lengths))} tokens. Bring it to one shape, leave it out, or pass "
-            "a `data_collator` of your own."
+            f"{told} should be as long as `input_ids` or `labels` in every item, or have one shape "
+            f"in all of them. Found the shapes {', '.join(map(str, shapes))} beside {tokens} "
+            "tokens. Bring it to one shape, leave it out, or pass a `data_collator` of your own."
         )
-    return torch.stack([*values])
+    return torch.stack(values)
 
 
-def _padded(value: Tensor, length: int, fill: int, side: Side) -> Tensor:
+def _padded(value: Tensor, length: int, fill: int, side: PaddingSide) -> Tensor:
     missing = length - len(value)
     ends = (0, missing) if side == "right" else (missing, 0)
     return F.pad(value, (*(0, 0) * (value.ndim - 1), *ends), value=fill)
 
 
+def _no_item(found: str, name: str) -> ValueError:
+    return ValueError(
+        f"An item{_of(name)} should have {' and '.join(NEEDED)}, or be a pair of such items by the "
+        f"names forget and retain. Found {found}. Tokenize the data, with labels that are "
+        f"{IGNORED} outside of the answer; or pass a `data_collator` of your own."
+    )
+
+
 def _told(column: str, name: str) -> str:
-    return f"`{column}` of `{name}`" if name else f"`{column}`"
+    return f"`{column}`{_of(name)}"
+
+
+def _of(name: str) -> str:
+    return f" of `{name}`" if name else ""

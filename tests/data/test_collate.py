@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.data.collate import Side, batched, check_length, collate, lengths_of, on_device
+from geffect.data.collate import PaddingSide, batched, check_length, collate, lengths_of, on_device
 from geffect.risk import nll
 from tests.utils import reference, tiny
 from tests.utils.trainers import same
@@ -34,7 +34,7 @@ def samples(seed: int = 0) -> list[Item]:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_columns_as_long_as_the_tokens_are_padded(side: Side) -> None:
+def test_columns_as_long_as_the_tokens_are_padded(side: PaddingSide) -> None:
     items = [
         {
             **sample,
@@ -95,11 +95,12 @@ def test_positions_that_are_given_stand() -> None:
 @pytest.mark.parametrize("model", [tiny.gpt2(), tiny.llama().double()], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("pad_token_id", [0, 11])
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_causal_model_does_not_see_the_padding(
-    model: nn.Module, side: Side, pad_token_id: int
+    model: nn.Module, side: PaddingSide, pad_token_id: int, whole: bool
 ) -> None:
-    """The risk and its gradient are those of the items one by one."""
-    items = samples()
+    """The risk and its gradient are those of the items one by one, also of texts scored whole."""
+    items = [{**one, "labels": one["input_ids"]} if whole else one for one in samples()]
     alone = [token for one in items for row in token_log_p(model, one) for token in row]
     expected = -torch.stack(alone).mean()
     found = nll(model, collate(items, pad_token_id=pad_token_id, padding_side=side))
@@ -111,6 +112,24 @@ def test_a_causal_model_does_not_see_the_padding(
 def token_log_p(model: nn.Module, one: Item) -> list[list[Tensor]]:
     row = {name: column[None] for name, column in one.items()}
     return reference.token_log_p(model, {**row, "attention_mask": torch.ones_like(row["labels"])})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_may_have_a_length_of_their_own(side: PaddingSide) -> None:
+    """As an encoder-decoder has them, with columns beside them."""
+    answers = ([4, 5, 6], [7], [8, 9])
+    items = [
+        item(sample["input_ids"], answer, decoder_attention_mask=[1] * len(answer))
+        for sample, answer in zip(samples(), answers, strict=True)
+    ]
+    batch = collate(items, padding_side=side)
+    assert batch["attention_mask"].sum(1).tolist() == LENGTHS
+    for row, answer in enumerate(answers):
+        missing = 3 - len(answer)
+        for column, own, fill in [("labels", answer, -100),
+                                  ("decoder_attention_mask", [1] * len(answer), 0)]:  # fmt: skip
+            parts = [own, [fill] * missing] if side == "right" else [[fill] * missing, own]
+            assert batch[column][row].tolist() == [*parts[0], *parts[1]]
 
 
 # Stacked
@@ -180,15 +199,14 @@ PICTURES = [item([5], [5], pixel_values=torch.rand(3, size)) for size in (8, 9)]
          "`text` should be numbers: a list, an array or a tensor. Found 'Ada' of type str"),
         ([item([1], [1], text=None)], "`text` should be numbers.*Found None"),
         ([item([1], [1], text={"a": 1})], "`text` should be numbers.*of type dict"),
-        (PICTURES, r"`pixel_values` should be as long as `input_ids` in every item, or have one "
-                   r"shape in all of them. Found the shapes \(3, 8\), \(3, 9\) beside 1, 1 tokens"),
-        ([item([1, 2], [2])], "`labels` should be as long as `input_ids`. Found shape .1,. beside"),
+        (PICTURES, r"`pixel_values` should be as long as `input_ids` or `labels` in every item, or "
+                   r"have one shape in all of them. Found the shapes \(3, 8\), \(3, 9\) beside"),
         ([item([1, 2], [1, 2], attention_mask=[1])], "`attention_mask` should be as long as"),
         ([item([[1, 2]], [[1, 2]])], "`input_ids` should be a row of token numbers"),
         ([item([], [])], r"`input_ids` should be a row of token numbers, one or more. Found"),
         ([item([1.5], [1])], "`input_ids` should be a row of token numbers.*float32"),
-        ([{"forget": {"original": item([1], [1]), "alternate": item([1, 2], [1])}}],
-         "`labels` of `forget.alternate` should be as long as"),
+        ([{"forget": {"original": item([1], [1]), "alternate": item([1, 2], [[1]])}}],
+         "`labels` of `forget.alternate` should be a row of token numbers"),
         ([{"forget": item([1], [1]), "retain": item([1], [1], text="Ada")}],
          "`text` of `retain` should be numbers"),
         ([{"forget": item([1], [1]), "index": 3}], "Found forget, index. Tokenize the data"),
