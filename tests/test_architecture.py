@@ -265,6 +265,28 @@ def test_the_files_speak_of_no_machine() -> None:
             assert not re.findall(rf"(?<![\w.~])/(?:{places})/\S*", text), path
 
 
+@pytest.mark.parametrize("name", [name for name in COMPONENTS if component(name) != "objectives"])
+def test_nobody_asks_which_objective_it_is(name: str) -> None:
+    """An objective says by itself what it needs: no isinstance of one outside of their package."""
+    from geffect import objectives
+    from geffect.objectives import Objective
+
+    kinds = {
+        kind
+        for kind, value in vars(objectives).items()
+        if isinstance(value, type) and issubclass(value, Objective)
+    }
+    assert {"Objective", "NPO", "GradDiff", "Combination", "SimNPO"} <= kinds
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    asked = {
+        word
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+        for word in re.findall(r"\w+", ast.unparse(node.args[1]))
+    }
+    assert not asked & kinds
+
+
 @cache
 def imports(name: str) -> tuple[Import, ...]:
     """All that the module imports, anywhere in it, by dotted name."""

@@ -19,6 +19,7 @@ class RunHeader:
     sources: tuple[str, ...] = ()
     declared: Declared = field(default_factory=dict)
     rectifier: Mapping[str, Any] | None = None
+    objective: Mapping[str, Any] | None = None
     blocks: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     last_step: int = -1

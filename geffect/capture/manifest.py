@@ -66,13 +66,13 @@ def _is_adapted(model: nn.Module) -> bool:
     return any(map(is_adapter, trainable(model)))
 
 
-def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(metadata: Mapping[str, Any], argument: str = "metadata") -> dict[str, Any]:
     """The metadata as JSON gives it back."""
     try:
         found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            "`metadata` should hold what JSON can: text, finite numbers, lists, mappings. "
+            f"`{argument}` should hold what JSON can: text, finite numbers, lists, mappings. "
             f"Found: {error}. Turn other values into text first."
         ) from error
     return found

@@ -27,7 +27,7 @@ from geffect.losses import (
     of_objective,
     plan,
 )
-from geffect.objectives import statistics
+from geffect.objectives import Objective, as_objective, provenance, statistics
 from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
 
 from .collector import Measurement
@@ -76,6 +76,8 @@ class Recorder:
     happens to the process.
 
     - `metadata`: anything that JSON can hold, kept with the run.
+    - `objective`: what is minimised, for the file to keep its name, options and reduction: an
+      `Objective`, a name of the catalogue, or weights of risks.
     - `update`: also record what the optimizer did, theta after minus theta before, as the source
       `update`. Costs a copy of the parameters, and the gradients stay until then. Without it, and
       without a rectifier, inner products are taken inside of the last backward pass: two losses
@@ -109,6 +111,7 @@ class Recorder:
         path: str | os.PathLike[str],
         *,
         metadata: Mapping[str, Any] | None = None,
+        objective: Objective | Mapping[str, float] | str | None = None,
         update: bool = False,
         when: Schedule = EACH,
         store: str | StoreOptions = "gram",
@@ -149,6 +152,8 @@ class Recorder:
         self._expected: set[int] = set()  # what they stepped the time before
         try:
             self._check_continued(resume)
+            if objective is not None:
+                self.note_objective(objective)
         except BaseException:
             self._recording.close(complete=False)
             raise
@@ -266,6 +271,15 @@ class Recorder:
         else:
             rectifier.observe(gradients)
         self._finish(window)
+
+    def note_objective(
+        self, objective: Objective | Mapping[str, float] | str, *, reference: str | None = None
+    ) -> None:
+        """Keep name, options and reduction of the objective with the run, before its first step.
+
+        `reference` tells in words where the model is from that it compares with.
+        """
+        self._recording.note_objective(provenance(as_objective(objective), reference))
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as the effects of samples or tokens.

@@ -138,6 +138,19 @@ class Recording:
             collector.take(place, {name: vector[place] for name, vector in vectors.items()})
         return collector.measured(losses)
 
+    def note_objective(self, objective: Mapping[str, Any]) -> None:
+        """Keep what is said of the objective with the run, before its first row.
+
+        A run that is continued is held to what its file says.
+        """
+        told, known = as_json(objective, "objective"), self.header.objective
+        if known is not None and {**known, "reference": None} != {**told, "reference": None}:
+            raise ValueError(
+                f"`objective` should be that of the run in `{self.path}`: {dict(known)}. Found "
+                f"{told}. Pass the same, or record into another file."
+            )
+        self.header.objective = self._provenance["objective"] = told
+
     def announce(self, sources: Sequence[str]) -> None:
         """Tell how large the file will be, and refuse a run that would not fit the disk; once."""
         if self._announced:
@@ -274,6 +287,7 @@ class Recording:
             sources=run.sources,
             declared=run.manifest["losses"],
             rectifier=run.manifest["rectifier"],
+            objective=run.manifest.get("objective"),
             blocks=run.contents.blocks,
             weights=run.contents.weights,
             last_step=int(run.steps[-1]) if len(run.steps) else -1,

@@ -46,7 +46,8 @@ from geffect.gradients import (
 )
 from geffect.layers import trainable
 from geffect.losses import Loss
-from geffect.objectives import Mean, Objective, SharedForward, nll
+from geffect.objectives import Objective, Reduction, Reference, SharedForward, step_losses
+from geffect.risk import nll
 from geffect.sources import OBJECTIVE, UPDATE
 
 EMA_WEIGHT = 0.4
@@ -78,16 +79,19 @@ class Group:
 class Sources:
     """The objective and the risks at one checkpoint, with their gradients on batches of named sets.
 
-    `objective` is an `Objective` of the sets `forget` and `retain`, or weights that declare it a
-    combination of the risks, which costs no backward pass. `update` is the way of the parameters to
-    the next checkpoint. `report(done, total)` counts batches.
+    - `objective`: one of those sets; a combination of their risks costs no backward pass.
+    - `reference`: what it compares with, if it does.
+    - `update`: the way of the parameters to the next checkpoint.
+    - `report(done, total)` counts batches.
 
     >>> class Table(nn.Embedding):
     ...     def forward(self, input_ids):
     ...         return type("Output", (), {"logits": super().forward(input_ids)})
     >>> batches = [{"input_ids": torch.tensor([[0, i]]), "labels": torch.tensor([[0, i]])}
     ...            for i in range(4)]
-    >>> sources = Sources(Table(4, 4), {"forget": -1.0}, {"forget": batches, "retain": batches})
+    >>> from geffect.objectives import GradientAscent
+    >>> sets = {"forget": batches, "retain": batches}
+    >>> sources = Sources(Table(4, 4), GradientAscent(), sets)
     >>> [len(list(estimator(sources))) for estimator in (same_batch, split_batch, full)]
     [4, 2, 1]
     """
@@ -95,9 +99,10 @@ class Sources:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | Mapping[str, float],
+        objective: Objective,
         sets: Mapping[str, Sequence[Batch]],
         *,
+        reference: Reference | None = None,
         update: Vector | None = None,
         collector: NewCollector = lambda weights, row, gradients: None,
         report: Callable[[int, int], None] = lambda done, total: None,
@@ -107,6 +112,7 @@ class Sources:
         self._parameters = list(trainable(model).values())
         self._model = model
         self._objective = objective
+        self._reference = reference
         self._collector = collector
         self._report = report
         self._done = self._total = self._rows = 0
@@ -156,21 +162,22 @@ class Sources:
     ) -> tuple[Gradients, dict[str, float]]:
         """The gradients of all losses on one batch of a set, and their shares among some of them.
 
-        The objective comes in its components, each with the set that it is a mean over. With these
-        shares, the gradients on the batches add up to those on all of their data.
+        The objective comes in its components, those that are no risks, each with the set that it
+        is reduced over. With these shares, the gradients on the batches add up to those on all of
+        their data.
         """
-        # What is a mean over this set asks nothing of the others.
+        # What is reduced over this set asks nothing of the others.
         others = {other: batches[0] for other, batches in self.sets.items()}
         batches = {**others, name: self.sets[name][place]}
         model = SharedForward(self._model)
-        means = {name: Mean(name, "tokens")}
+        reductions = {name: Reduction(name, "token_mean")}
         losses: dict[str, Loss] = {name: nll(model, batches[name])}
-        own = {c: mean for c, mean in self._means.items() if mean.side == name}
-        if own and isinstance(self._objective, Objective):
-            components = self._objective.components(model, batches)
-            losses |= {_source(component): components[component][0] for component in own}
-            means |= {_source(component): mean for component, mean in own.items()}
-        shares = {loss: self._share(mean, place, among) for loss, mean in means.items()}
+        own = {c: how for c, how in self._reductions.items() if how.side == name}
+        if own:
+            components = self._objective.components(model, batches, self._reference)
+            losses |= {_source(component): components[component].loss for component in own}
+            reductions |= {_source(component): how for component, how in own.items()}
+        shares = {loss: self._share(how, place, among) for loss, how in reductions.items()}
         return self._differentiated(losses), shares
 
     def row(
@@ -202,68 +209,71 @@ class Sources:
         return replace(measured, gram=combined(products, list(basis), every))
 
     @property
+    def declared(self) -> dict[str, Mapping[str, float] | str]:
+        """The objective where it is a combination of risks; "loss" for what is not declared."""
+        objective = self.weights[OBJECTIVE]
+        of_risks = objective.keys() <= self.sets.keys()
+        return {OBJECTIVE: objective if of_risks else "loss", **dict.fromkeys(self.sets, "loss")}
+
+    @property
     def weights(self) -> Weights:
         """The sources in terms of the losses of `part`."""
-        objective = (
-            {_source(component): weight for component, weight in self._components.items()}
-            if isinstance(self._objective, Objective)
-            else self._objective
-        )
+        objective: dict[str, float] = {}
+        for component, (weight, risk) in self._components.items():
+            name = risk or _source(component)
+            objective[name] = objective.get(name, 0.0) + weight
         return {OBJECTIVE: objective, **{name: {name: 1.0} for name in self.sets}}
 
     @cached_property
-    def _components(self) -> dict[str, float]:
-        """The weights of the components of the objective."""
-        if not isinstance(self._objective, Objective):
-            return {}
+    def _components(self) -> dict[str, tuple[float, str | None]]:
+        """The weight of each component of the objective, and the risk that it is, if any."""
         first = {name: batches[0] for name, batches in self.sets.items()}
         with torch.no_grad():
-            components = self._objective.components(self._model, first)
-        return {name: weight for name, (_, weight) in components.items()}
+            components = self._objective.components(self._model, first, self._reference)
+        return {name: (part.weight, part.risk) for name, part in components.items()}
 
     @cached_property
-    def _means(self) -> dict[str, Mean]:
-        """What the components of the objective are means over, all of them declared."""
-        if not isinstance(self._objective, Objective):
-            return {}
-        declared = self._objective.means
+    def _reductions(self) -> dict[str, Reduction]:
+        """Those of the components that are no risks, all of them declared."""
+        declared = self._objective.reductions
+        found = [name for name, (_, risk) in self._components.items() if risk is None]
         unknown = [
-            name
-            for name in self._components
-            if name not in declared or declared[name].side not in self.sets
+            name for name in found if name not in declared or declared[name].side not in self.sets
         ]
         if unknown:
             raise ValueError(
-                "`means` of the objective should say of each component over which set it is a "
-                "mean, and whether over tokens or sequences, so that batches can be put together. "
+                "`reductions` of the objective should say of each component over which set it is "
+                "reduced, and how, so that batches can be put together. "
                 f"Found nothing of {', '.join(f'`{name}`' for name in unknown)} in "
-                f"{self._objective!r}. Define it, say as {{'forget': Mean('forget', 'tokens')}}; "
-                "or pass as many batches of each set, an even number, and no estimator that "
-                "takes all data at once."
+                f"{self._objective!r}. Define it, say as {{'forget': Reduction('forget', "
+                "'token_mean')}; or pass as many batches of each set, an even number, and no "
+                "estimator that takes all data at once."
             )
-        return {name: declared[name] for name in self._components}
+        return {name: declared[name] for name in found}
 
-    def _share(self, mean: Mean, place: int, among: Sequence[int]) -> float:
-        """What part of the tokens, or of the sequences, of some batches one of them has."""
-        counts = self._counts.setdefault(mean, [*map(mean.count, self.sets[mean.side])])
+    def _share(self, how: Reduction, place: int, among: Sequence[int]) -> float:
+        """What part of the tokens, or of the samples, of some batches one of them has."""
+        counts = self._counts.setdefault(how, [*map(how.count, self.sets[how.side])])
         total = sum(counts[i] for i in among)
         return counts[place] / total if total else math.nan
 
     @cached_property
-    def _counts(self) -> dict[Mean, list[int]]:
+    def _counts(self) -> dict[Reduction, list[int]]:
         return {}
 
     def _joint(self, places: Mapping[str, int]) -> Gradients:
         """The gradients on one batch of every set."""
         model = SharedForward(self._model)
         batches = {name: self.sets[name][place] for name, place in places.items()}
-        objective: Loss = (
-            self._objective(model, batches)
-            if isinstance(self._objective, Objective)
-            else self._objective
-        )
-        risks = {name: nll(model, batch) for name, batch in batches.items()}
-        return self._differentiated({OBJECTIVE: objective, **risks})
+        parts = self._objective.components(model, batches, self._reference)
+        # A combination of risks is declared as that, and anything else is one tensor.
+        of_risks = all(part.risk is not None for part in parts.values())
+        losses = step_losses(parts, apart=of_risks)
+        for name, batch in batches.items():
+            if name not in losses:
+                losses[name] = nll(model, batch)
+        order = [OBJECTIVE, *self.sets]
+        return self._differentiated({name: losses[name] for name in order})
 
     def _add_part(
         self,

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from geffect.gradients import Vector
 from geffect.layers import trainable
+from geffect.objectives.reference import base_changed_by
 
 Folder = str | os.PathLike[str]
 
@@ -92,11 +92,13 @@ class Loader:
         loaded: nn.Module = self._model
         return loaded
 
-    @contextmanager
-    def original(self) -> Iterator[nn.Module]:
-        """The model that the loaded adapter is for: with the adapter disabled, for the time."""
-        with self._model.disable_adapter():
-            yield self._model
+    @property
+    def adapted(self) -> nn.Module | None:
+        """The loaded model where disabling its adapter gives the base back, as it was."""
+        if self._adapter is None or base_changed_by(self._adapter) is not None:
+            return None
+        loaded: nn.Module = self._model
+        return loaded
 
     def change(self, folder: Folder) -> Vector:
         """The weights of a checkpoint minus those that are loaded, in the order of `trainable`."""

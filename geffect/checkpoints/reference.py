@@ -1,38 +1,76 @@
-"""What is kept of the reference model of an objective: what it says of some batches."""
+"""The model before unlearning in a replay: which it is, and what is kept of it."""
 
-from collections.abc import Iterable
-from types import SimpleNamespace
-from typing import Any
-
-import torch
-from torch import Tensor
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from geffect.batch import Batch
-from geffect.risk import token_log_probabilities
+from geffect.objectives import AdapterBase, FrozenModel, Likelihoods, Objective, Reference
+
+from .loading import Folder, Loader, model_of, number_of
+
+log = logging.getLogger(__name__)
+
+GIVEN, BASE, FIRST = "given", "the model that the adapters are for", "the first checkpoint"
 
 
-class Likelihoods:
-    """A model that is no longer there: what it said of the answer tokens of some batches.
+@dataclass(frozen=True)
+class Before:
+    """The model before unlearning, and how it came to be that."""
 
-    Called as a model with one of those batches, it returns logits that give each of its answer
-    tokens the likelihood it had, and share what is left among all other tokens.
+    folder: Folder
+    what: str
+
+    @property
+    def described(self) -> str:
+        """What a run file says of it: its name, no path."""
+        name = Path(self.folder).name
+        return name if self.what == GIVEN else f"{name}, {self.what}"
+
+
+def model_before(
+    objective: Objective, given: Folder | None, first: Path, base: Folder | None
+) -> Before | None:
+    """The model that an objective asks for, if it does; `base` is the model of adapters."""
+    if objective.reference == "none":
+        return None
+    if given is not None:
+        return Before(given, GIVEN)
+    if base is not None:
+        return Before(base, BASE)
+    if number_of(first):
+        log.warning(
+            "`reference` should be the model before unlearning. Found none, and `%s` is taken, "
+            "which may have unlearned already. Pass it, on the command line with --reference.",
+            first.name,
+        )
+    return Before(first, FIRST)
+
+
+def reference_of(
+    before: Before | None,
+    objective: Objective,
+    forget: Sequence[Batch],
+    loader: Loader,
+    new_loader: Callable[[], Loader],
+) -> Reference | None:
+    """What is kept of that model: what it said of the forget answers where that is enough.
+
+    The loader holds the first checkpoint, an adapter where the model is the base of adapters.
     """
-
-    def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
-        # By the identity of the tokens, which are kept so that it stays theirs.
-        self._header: dict[int, tuple[Batch, Tensor]] = {}
-        for batch in batches:
-            with torch.no_grad():
-                log_p, _ = token_log_probabilities(model, batch)
-            self._header[id(batch["input_ids"])] = batch, log_p.float()
-
-    def __call__(self, input_ids: Tensor, **_: Tensor) -> SimpleNamespace:
-        """The logits `Float[sample, position, token]`, up to the largest token of the answers."""
-        batch, log_p = self._header[id(input_ids)]
-        answers = batch["labels"][:, 1:].clamp(min=0)
-        tokens = int(answers.max()) + 2
-        left = torch.log(-torch.expm1(log_p) / (tokens - 1))
-        logits = left.unsqueeze(-1).repeat(1, 1, tokens)
-        logits.scatter_(-1, answers.unsqueeze(-1), log_p.unsqueeze(-1))
-        # The last position predicts nothing that is there.
-        return SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 0, 0, 1)))
+    if before is None:
+        return None
+    adapted = loader.adapted if before.what == BASE else None
+    model: Reference
+    if objective.reference == "likelihoods" and before.what == FIRST:
+        model = FrozenModel(loader.load(before.folder))
+    elif objective.reference == "likelihoods" and adapted is not None:
+        model = AdapterBase(adapted)
+    elif before.what == BASE:
+        device = next(iter(forget[0].values())).device
+        model = FrozenModel(model_of(before.folder).to(device))
+    else:
+        model = FrozenModel(new_loader().load(before.folder).requires_grad_(False))
+    # Kept alone, likelihoods let another model than that of the checkpoints go at once.
+    return Likelihoods(model, forget) if objective.reference == "likelihoods" else model

@@ -1,9 +1,7 @@
 """Replay: the G-effects of checkpoints that already exist."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,8 +16,7 @@ from geffect.capture.store_options import StoreOptions, kept
 from geffect.data.collate import batched, check_length, lengths_of, on_device, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
-from geffect.objectives import Objective
-from geffect.objectives.reference import missing_in, with_reference
+from geffect.objectives import Objective, as_objective, provenance
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_risk
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
@@ -31,14 +28,10 @@ from .loading import (
     base_of,
     by_step,
     check_folder,
-    model_of,
-    number_of,
     positions_of,
     tokenizer_of,
 )
-from .reference import Likelihoods
-
-log = logging.getLogger(__name__)
+from .reference import model_before, reference_of
 
 Data = str | os.PathLike[str] | Sequence[Batch]
 """A file or folder that `geffect.data.examples.read` reads, or batches that are ready."""
@@ -55,7 +48,7 @@ def replay(
     checkpoints: Folder | Sequence[Folder],
     path: str | os.PathLike[str],
     *,
-    objective: Objective | Mapping[str, float],
+    objective: Objective | Mapping[str, float] | str,
     forget: Data,
     retain: Data,
     risks: Mapping[str, Data] | None = None,
@@ -81,10 +74,11 @@ def replay(
     are numbered as they are named, `checkpoint-500`, else in their order. One model holds the
     weights of each in turn, in eval mode; neither they nor the folders are changed.
 
-    - `objective`: an `Objective`, or weights such as `{"forget": -1.0}`, which is GA and costs no
-      backward pass. One that compares with a reference model and has none gets `reference`, by
-      default the model that adapters are for, else the first checkpoint. Where likelihoods of the
-      forget answers are all it asks for, nothing else is kept of that model.
+    - `objective`: an `Objective`, a name of the catalogue such as "npo", or weights of risks such
+      as `{"forget": -1.0}`, which is GA and costs no backward pass.
+    - `reference`: the model before unlearning, for an objective that compares with it; by default
+      the model that adapters are for, else the first checkpoint. Where likelihoods of the forget
+      answers are all it asks for, nothing else is kept of that model.
     - `forget`, `retain` and further `risks` by name: JSONL files, folders of `datasets`, batches.
       Rows of files are shuffled by `seed` into batches of at most `batch_size`, smaller ones where
       the estimator would have too few of them; None keeps their order. `template=False` takes no
@@ -117,7 +111,8 @@ def replay(
     folders = by_step([checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints)
     given = {FORGET: forget, RETAIN: retain, **(risks or {})}
     traits, keep = traits_of(estimator), kept(store)
-    _check(objective, given, risks or {}, update, len(folders))
+    minimised = as_objective(objective)
+    _check(minimised, given, risks or {}, update, len(folders))
     _check_kept(keep, traits, estimator)
     for folder in [*folders.values(), *([] if reference is None else [reference])]:
         check_folder(folder)
@@ -137,7 +132,7 @@ def replay(
         show,
     )
     counts = {name: len(batches) for name, batches in sets.items()}
-    compared_with = _reference(objective, reference, first, base if own_base else None)
+    before = model_before(minimised, reference, first, base if own_base else None)
     new_loader = partial(Loader, base=base, device=device)
     loader = new_loader()
     recording = Recording(
@@ -152,10 +147,8 @@ def replay(
         overwrite=overwrite,
         provenance={
             "rows": "matrices" if traits.matrices else ESTIMATES,
+            "objective": provenance(minimised, before.described if before else None),
             "replay": {
-                "objective": repr(objective),
-                "reference": compared_with.name if compared_with else None,
-                "reference_is": compared_with.what if compared_with else None,
                 "estimator": _name_of(estimator),
                 "biased": traits.biased,
                 "batch_size": batch_size,
@@ -165,26 +158,23 @@ def replay(
             },
         },
     )
-    declared = {
-        OBJECTIVE: "loss" if isinstance(objective, Objective) else objective,
-        **dict.fromkeys(sets, "loss"),
-    }
     following = [*folders.values()][1:]
     complete = False
     try:
-        recording.announce([*declared, *([UPDATE] if update else [])])
-        compared = _compared(objective, compared_with, sets[FORGET], loader, new_loader)
+        recording.announce([OBJECTIVE, *sets, *([UPDATE] if update else [])])
+        compared = reference_of(before, minimised, sets[FORGET], loader, new_loader)
         for (step, folder), after in zip_longest(folders.items(), following):
             sources = Sources(
                 loader.load(folder),
-                compared,
+                minimised,
                 sets,
+                reference=compared,
                 update=loader.change(after) if update and after is not None else None,
                 collector=partial(_collector, recording, keep, step),
                 report=partial(report, folder.name),
             )
             for row, measured in enumerate(estimator(sources)):
-                recording.write(step, measured, declared=declared, batch=row)
+                recording.write(step, measured, declared=sources.declared, batch=row)
         complete = True
     finally:
         recording.close(complete=complete)
@@ -192,7 +182,7 @@ def replay(
 
 
 def _check(
-    objective: Objective | Mapping[str, float],
+    objective: Objective,
     given: Mapping[str, Data],
     risks: Mapping[str, Data],
     update: bool,
@@ -205,13 +195,11 @@ def _check(
             f"`{RETAIN_EMA}`, nor one that begins with `{OBJECTIVE}` or has a slash. Found "
             f"{', '.join(wrong)}. Choose another name."
         )
-    if not isinstance(objective, Objective) and not (
-        isinstance(objective, Mapping) and objective and objective.keys() <= given.keys()
-    ):
+    missing = [side for side in objective.sides if side not in given]
+    if missing:
         raise ValueError(
-            "`objective` should be an `Objective`, or weights of the risks "
-            f"{', '.join(given)}. Found {objective!r}. Pass, say, NPO(beta=0.1), or "
-            '{"forget": -1.0}.'
+            f"`objective` should be of the sets {', '.join(given)}. Found {objective!r}, which "
+            f'takes {", ".join(missing)} as well. Pass risks={{"{missing[0]}": ...}}.'
         )
     if update and count < 2:
         raise ValueError(
@@ -304,72 +292,3 @@ def _check_ready(name: str, batches: Sequence[Batch], positions: int | None) -> 
     for number, batch in enumerate(batches):
         for length in lengths_of(batch):
             check_length(length, positions, f"batch {number} of `{name}`")
-
-
-# The reference model
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The model that an objective is compared with, and how it came to be that."""
-
-    source: Folder
-    what: str
-    missing: list[Objective]
-
-    @property
-    def name(self) -> str:
-        return Path(self.source).name
-
-
-GIVEN, BASE, FIRST = "given", "the model that the adapters are for", "the first checkpoint"
-
-
-def _reference(
-    objective: Objective | Mapping[str, float],
-    reference: Folder | None,
-    first: Path,
-    base: Folder | None,
-) -> _Reference | None:
-    """The reference of an objective that lacks one; `base` is the model of adapters."""
-    missing = missing_in(objective) if isinstance(objective, Objective) else []
-    if not missing:
-        return None
-    if reference is not None:
-        return _Reference(reference, GIVEN, missing)
-    if base is not None:
-        return _Reference(base, BASE, missing)
-    if number_of(first):
-        log.warning(
-            "`reference` should be the model before unlearning. Found none, and `%s` is taken, "
-            "which may have unlearned already. Pass it, on the command line with --reference.",
-            first.name,
-        )
-    return _Reference(first, FIRST, missing)
-
-
-def _compared(
-    objective: Objective | Mapping[str, float],
-    reference: _Reference | None,
-    forget: Sequence[Batch],
-    loader: Loader,
-    new_loader: Callable[[], Loader],
-) -> Objective | Mapping[str, float]:
-    """The objective with its reference: what it said of the forget answers, or a model to keep.
-
-    The loader holds the first checkpoint.
-    """
-    if reference is None or not isinstance(objective, Objective):
-        return objective
-    if not all(part.likelihoods_suffice for part in reference.missing):
-        device = next(iter(forget[0].values())).device
-        whole = model_of(reference.source).to(device) if reference.what == BASE else (
-            new_loader().load(reference.source).requires_grad_(False)
-        )  # fmt: skip
-        return with_reference(objective, whole)
-    if reference.what == BASE:
-        with loader.original() as model:
-            return with_reference(objective, Likelihoods(model, forget))
-    # Another model than that of the first checkpoint is let go at once.
-    of_its_own = new_loader() if reference.what == GIVEN else loader
-    return with_reference(objective, Likelihoods(of_its_own.load(reference.source), forget))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .objectives import CATALOGUED, CommandOfObjectives, values_for
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,11 @@ PRETRAINED_METHODS = ("ga",)
 """A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
 
 
+COMMAND = CommandOfObjectives
+
+
 def command(
+    ctx: typer.Context,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for runs, figures and report.")
     ] = Path("runs/demo"),
@@ -24,8 +30,8 @@ def command(
     methods: Annotated[
         str,
         typer.Option(
-            help="Some of ga,wga,npo,graddiff,npo+gd, with commas between them; "
-            "all if left out, ga of a quick study or a pretrained model."
+            help=f"Some of {CATALOGUED}, with commas between them; ga,wga,npo,graddiff,npo+gd if "
+            "left out, ga of a quick study or a pretrained model."
         ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
@@ -72,17 +78,19 @@ def command(
     """
     from rich.console import Console
 
-    from geffect.demo.methods import RETAIN_SETS, VARIANTS
-    from geffect.demo.study import Plan, whole
+    from geffect.demo.methods import METHODS, RETAIN_SETS, VARIANTS
+    from geffect.demo.study import QUICK_METHODS, Plan, whole
 
     console = Console()
     named = tuple(methods.split(",")) if methods else ()
     try:
         subject = _subject(model, layers, lora, quick=quick)
+        chosen = named or (PRETRAINED_METHODS if subject else QUICK_METHODS if quick else METHODS)
         processes = workers or (1 if subject else 2)
         plan = Plan(
             seeds=_whole_numbers(seeds),
-            methods=named or (PRETRAINED_METHODS if subject else ()),
+            methods=chosen,
+            options=values_for(ctx, chosen),
             quick=quick,
             all_variants=all_variants,
             controls=controls,

@@ -15,7 +15,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for subcommand in (demo, info, scores, plot, report, replay, validate):
-    app.command(subcommand.__name__.rpartition(".")[2])(subcommand.command)
+    name, kind = subcommand.__name__.rpartition(".")[2], getattr(subcommand, "COMMAND", None)
+    app.command(name, cls=kind)(subcommand.command)
 
 
 def _show_version(asked: bool) -> None:

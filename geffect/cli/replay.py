@@ -1,31 +1,21 @@
 """`geffect replay`: the G-effects of checkpoints that already exist."""
 
-import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .objectives import CATALOGUED, CommandOfObjectives, objective_of
 from .selection import JsonOption, written_as
 
 if TYPE_CHECKING:
     from geffect import Run
-    from geffect.objectives import Objective
 
 
-class ObjectiveName(StrEnum):
-    """The objectives by their name on the command line."""
-
-    GA = "ga"
-    WGA = "wga"
-    NPO = "npo"
-    TNPO = "tnpo"
-    WTNPO = "wtnpo"
-    GRADDIFF = "graddiff"
-    NPO_GD = "npo+gd"
+COMMAND = CommandOfObjectives
 
 
 class EstimatorName(StrEnum):
@@ -48,6 +38,7 @@ class StoreName(StrEnum):
 
 
 def command(
+    ctx: typer.Context,
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
@@ -58,7 +49,12 @@ def command(
         ),
     ],
     objective: Annotated[
-        ObjectiveName, typer.Option(help="What unlearning minimised.", show_default=False)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"What unlearning minimised: one of {CATALOGUED}.",
+            show_default=False,
+        ),
     ],
     forget: Annotated[
         Path,
@@ -85,11 +81,6 @@ def command(
         typer.Option(
             metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False
         ),
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="Of npo, tnpo, wtnpo, npo+gd.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of wga, wtnpo.")] = None,
-    weight: Annotated[
-        float | None, typer.Option(help="Of the retain loss in graddiff, npo+gd.")
     ] = None,
     reference: Annotated[
         Path | None,
@@ -165,7 +156,7 @@ def command(
             "it with --overwrite."
         )
     name = estimator or EstimatorName.SPLIT_BATCH
-    minimised = _objective(objective, beta=beta, alpha=alpha, weight=weight)
+    minimised = objective_of(ctx, objective)
     named_risks = _risks(risk or [])
     # What a script reads is all that stands on the standard output.
     console = Console(stderr=as_json)
@@ -214,34 +205,6 @@ def command(
         _summarise(_facts(run, output), console)
 
 
-def _objective(name: ObjectiveName, **given: float | None) -> "Objective | Mapping[str, float]":
-    """The objective of a name, with the numbers that were given for it."""
-    from geffect.objectives import NPO, TNPO, WTNPO, GradDiff, WeightedGradientAscent
-
-    # Combinations of the risks are declared as such: they cost no backward pass.
-    made: dict[ObjectiveName, Callable[..., Any]] = {
-        ObjectiveName.GA: lambda: {"forget": -1.0},
-        ObjectiveName.WGA: WeightedGradientAscent,
-        ObjectiveName.NPO: NPO,
-        ObjectiveName.TNPO: TNPO,
-        ObjectiveName.WTNPO: WTNPO,
-        ObjectiveName.GRADDIFF: lambda weight=1.0: {"forget": -1.0, "retain": weight},
-        ObjectiveName.NPO_GD: lambda weight=1.0, beta=NPO.beta: GradDiff(NPO(beta), weight),
-    }
-    options = {option: value for option, value in given.items() if value is not None}
-    foreign = options.keys() - inspect.signature(made[name]).parameters.keys()
-    if foreign:
-        raise typer.BadParameter(
-            f"`--objective {name}` should be with numbers of its own. Found "
-            f"{', '.join(f'`--{option}`' for option in sorted(foreign))}. Leave that out."
-        )
-    try:
-        objective: Objective | Mapping[str, float] = made[name](**options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    return objective
-
-
 def _risks(given: list[str]) -> dict[str, Path]:
     risks = {}
     for text in given:
@@ -259,7 +222,7 @@ def _facts(run: "Run", output: Path) -> dict[str, Any]:
     """What the summary says, for a script to read."""
     from geffect.analysis import g_effect, intervals
 
-    how = run.manifest["replay"]
+    how = {**run.manifest["replay"], "objective": run.manifest["objective"]}
     table = intervals(g_effect, run, by="model").astype(object)
     table = table.where(table.notna(), None)
     named = run.metadata["checkpoints"]
@@ -310,9 +273,8 @@ def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
         yield "Biased by the variance of a batch; no interval tells of that."
     if not certain:
         yield "No intervals: fewer than 8 rows. More examples, or smaller batches, make more rows."
-    if how["reference"] is not None:
-        which = "" if how["reference_is"] == "given" else f", {how['reference_is']}"
-        yield f"Reference model: {how['reference']}{which}."
+    if how["objective"]["reference"] is not None:
+        yield f"Reference model: {how['objective']['reference']['is']}."
 
 
 def _with_interval(effect: Mapping[str, Any]) -> str:

@@ -10,9 +10,6 @@ from typing import Any, Protocol
 
 from .corpus import Corpus, Fact, Size
 
-BETA, ALPHA = 0.1, 1.0
-"""Of NPO and of WGA."""
-
 LEVELS = {"forget_nll": "at_level", "forget_es": "at_es"}
 """Where runs are compared, at the gold model's value of it, and the name of what is measured there.
 

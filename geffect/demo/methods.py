@@ -7,68 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .config import ALPHA, BETA
-
 if TYPE_CHECKING:
     import torch
 
     from geffect import Rectifier
-    from geffect.batch import Pair
-    from geffect.objectives import SharedForward
 
-Step = Callable[["SharedForward", "Pair", Any], dict[str, Any]]
-"""From (model, batch, model before unlearning) to what `Recorder.backward` is told of a step.
-
-That is the loss `objective`, its parts if any, and its implicit weights. The losses `forget` and
-`retain` are there already: what is a combination of them costs no pass.
-"""
-
-
-def _ga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    from geffect.objectives import GradientAscent
-
-    return {
-        "objective": {"forget": -1.0},
-        "weights": GradientAscent().implicit_weights(model, batch),
-    }
-
-
-def _wga(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    from geffect.objectives import WeightedGradientAscent
-
-    wga = WeightedGradientAscent(ALPHA)
-    return {"objective": wga(model, batch), "weights": wga.implicit_weights(model, batch)}
-
-
-def _npo(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    from geffect.objectives import NPO, SharedForward
-
-    npo = NPO(BETA, SharedForward(reference))
-    return {"objective": npo(model, batch), "weights": npo.implicit_weights(model, batch)}
-
-
-def _graddiff(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    return _ga(model, batch, reference) | {"objective": {"forget": -1.0, "retain": 1.0}}
-
-
-def _npo_gd(model: "SharedForward", batch: "Pair", reference: Any) -> dict[str, Any]:
-    npo = _npo(model, batch, reference)
-    return npo | {
-        "objective": {"objective.forget": 1.0, "retain": 1.0},
-        "objective.forget": npo["objective"],
-    }
-
-
-METHODS: dict[str, Step] = {
-    "ga": _ga,
-    "wga": _wga,
-    "npo": _npo,
-    "graddiff": _graddiff,
-    "npo+gd": _npo_gd,
-}
-
-WITH_REFERENCE = ("npo", "npo+gd")
-"""The methods that look at the model before unlearning; the others need no copy of it."""
+METHODS = ("ga", "wga", "npo", "graddiff", "npo+gd")
+"""The objectives of a study that names none, by their names in `geffect.objectives.CATALOGUE`."""
 
 
 def _no_rule() -> None:
@@ -208,7 +153,8 @@ EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rate
 class RunSpec:
     """One run of a study in every seed: a method in a variant, at a learning rate, with a feed.
 
-    `heldout` is how many retain authors never feed the retain gradient.
+    `method` is a name of the catalogue of objectives, and `options` are those that are set apart
+    from its defaults. `heldout` is how many retain authors never feed the retain gradient.
     """
 
     part: str
@@ -216,6 +162,7 @@ class RunSpec:
     variant: str
     learning_rate: float
     heldout: int
+    options: tuple[tuple[str, float], ...] = ()
 
     @property
     def name(self) -> str:

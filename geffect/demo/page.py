@@ -90,8 +90,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         f"{config['subject']} Authors to be forgotten: {config['recipe']['corpus']['forget']}. "
         f"Every step takes {config['batch']['forget']} forget and {config['batch']['retain']} "
         f"retain questions and {config['optimizer']}. The running average of the retain gradients "
-        f"weighs the new one by {config['ema']}. NPO has beta {config['npo_beta']}, WGA has alpha "
-        f"{config['wga_alpha']}.",
+        f"weighs the new one by {config['ema']}. {_objectives(runs)}".rstrip(),
         HOW,
         _variants(config["variants"]),
         "## What is found",
@@ -118,8 +117,8 @@ def command(summary: Mapping[str, Any]) -> str:
     """The command line of a study, from its summary.
 
     >>> run = {"method": "ga", "variant": "plain"}
-    >>> command({"seeds": [0], "config": {"quick": True, "recipe": {}}, "runs": [run],
-    ...          "further_runs": []})
+    >>> config = {"quick": True, "recipe": {}, "options": {}}
+    >>> command({"seeds": [0], "config": config, "runs": [run], "further_runs": []})
     'geffect demo --seeds 0 --quick'
     """
     config, recipe = summary["config"], summary["config"]["recipe"]
@@ -134,11 +133,21 @@ def command(summary: Mapping[str, Any]) -> str:
         f"--lora {rank}": rank,
         f"--seeds {','.join(map(str, summary['seeds']))}": True,
         f"--methods {','.join(methods)}": methods != list(QUICK_METHODS if small else METHODS),
+        **{f"--objective-option {o}={value}": True for o, value in config["options"].items()},
         "--quick": config["quick"],
         "--all-variants": every,
         "--controls": summary["further_runs"],
     }
     return " ".join(["geffect demo", *(option for option, given in options.items() if given)])
+
+
+def _objectives(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The options of the methods that have some."""
+    having = {run["method"]: run["options"] for run in runs if run["options"]}
+    return " ".join(
+        f"{method.upper()} has {', '.join(f'{o} {value}' for o, value in options.items())}."
+        for method, options in having.items()
+    )
 
 
 def best(runs: pd.DataFrame) -> str:

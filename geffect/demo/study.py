@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .config import ALPHA, BETA, FULL, LEVELS, QUICK, SubjectConfig
+from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
 from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, RunSpec, Variant
@@ -35,7 +35,8 @@ class Plan:
     """
 
     seeds: Sequence[int] = (0,)
-    methods: Sequence[str] = ()  # none named: all, or QUICK_METHODS of a quick study
+    methods: Sequence[str] = ()  # none named: METHODS, or QUICK_METHODS of a quick study
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the objectives, all of them
     all_variants: bool = False
     controls: bool = False
     quick: bool = False
@@ -49,18 +50,14 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            object.__setattr__(self, "methods", QUICK_METHODS if self.quick else tuple(METHODS))
+            object.__setattr__(self, "methods", QUICK_METHODS if self.quick else METHODS)
         if self.resume and self.overwrite:
             raise ValueError(
                 "`resume` and `overwrite` should not both be True. Found both. Choose `resume` to "
                 "go on with a study, `overwrite` to begin it anew."
             )
-        unknown = [method for method in self.methods if method not in METHODS]
-        if unknown:
-            raise ValueError(
-                f"`methods` should be some of {', '.join(METHODS)}. "
-                f"Found {', '.join(unknown)}. Choose from those."
-            )
+        if self.options or not {*self.methods} <= {*METHODS}:
+            _check_methods(self.methods, self.options)
         repeated = len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(
             self.methods
         )
@@ -99,7 +96,7 @@ class Plan:
         def cells(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
             variants = self.retain_sets if part == SETS else self.variants
             return [
-                RunSpec(part, method, name, rate, heldout)
+                RunSpec(part, method, name, rate, heldout, tuple(self.options.items()))
                 for method in methods
                 for name, variant in variants.items()
                 for rate in (
@@ -117,6 +114,19 @@ class Plan:
                 if cell.variant in (IN_A_LOOK if cell.method in LOOKED_AT else EVERYWHERE)
             ]
         return planned + (cells(SETS, first, many) if self.controls else [])
+
+
+def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
+    from geffect.objectives import CATALOGUE, named
+
+    unknown = [method for method in methods if method not in CATALOGUE]
+    if unknown:
+        raise ValueError(
+            f"`methods` should be some of {', '.join(CATALOGUE)}. "
+            f"Found {', '.join(unknown)}. Choose from those."
+        )
+    for method in methods:
+        named(method, options)
 
 
 def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
@@ -230,8 +240,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         "subject": subject.described,
         "recipe": asdict(subject),  # type: ignore[call-overload]
         "ema": procedure.ema,
-        "npo_beta": BETA,
-        "wga_alpha": ALPHA,
+        "options": dict(plan.options),
         "optimizer": "AdamW, betas (0.9, 0.999), no weight decay",
         "batch": {"forget": procedure.forget_batch, "retain": procedure.retain_batch},
         "most_steps": procedure.most_steps,

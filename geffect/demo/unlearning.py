@@ -1,6 +1,5 @@
 """One unlearning run of the study: a method in a variant, recorded, up to equal forgetting."""
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geffect import Recorder
-from geffect.objectives import SharedForward, nll
+from geffect.objectives import FrozenModel, SharedForward, named, options_of, step_losses
+from geffect.risk import nll
 
 from . import language_model as lm
 from .config import LEVELS, UnlearningConfig
 from .corpus import Corpus
 from .effects import keep_effects
-from .methods import METHODS, WITH_REFERENCE, RunSpec, Variant
+from .methods import RunSpec, Variant
 
 Metrics = dict[str, Any]
 
@@ -74,11 +74,11 @@ def unlearn(
     is interpolated linearly between the two steps around the first crossing; relearning starts from
     the step after it.
     """
-    reference = copy.deepcopy(model) if cell.method in WITH_REFERENCE else None
+    objective = named(cell.method, dict(cell.options))
+    original = None if objective.reference == "none" else FrozenModel.copied(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cell.learning_rate, weight_decay=0.0, fused=True)
     rectifier = variant.rectifier(model, optimizer, procedure.ema)
-    step_of = METHODS[cell.method]
     batches = data.draws(procedure.sizes(variant.protect), seed)
     forget = _looked_at(model, data)
     curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
@@ -87,12 +87,25 @@ def unlearn(
     least = procedure.plain_steps if cell.shown else 0
     metadata = {**asdict(cell), "seed": seed, "levels": dict(levels)}
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
+        recorder.note_objective(
+            objective, reference="a frozen copy of the model" if original else None
+        )
         for step in range(1, procedure.most_steps + 1):
             batch = next(batches)
             shared = SharedForward(model)
-            risks: dict[str, Any] = {name: nll(shared, rows) for name, rows in batch.items()}
-            losses = variant.objective(step_of(shared, batch, reference))
-            recorder.backward(**losses, **risks, rectifier=rectifier)
+            reference = original and FrozenModel(SharedForward(original.model))
+            parts = objective.components(shared, batch, reference)
+            losses: dict[str, Any] = variant.objective(step_losses(parts, apart=len(parts) > 1))
+            # In the order of the sets, so that all runs have their sources in one order.
+            risks: dict[str, Any] = {
+                n: losses.pop(n) if n in losses else nll(shared, b) for n, b in batch.items()
+            }
+            recorder.backward(
+                **losses,
+                **risks,
+                rectifier=rectifier,
+                weights=objective.implicit_weights(shared, batch, reference),
+            )
             optimizer.step()
             optimizer.zero_grad()
             before, forget = forget, _looked_at(model, data)
@@ -122,6 +135,7 @@ def unlearn(
         "steps": step,
         "reached_level": "at_level" in crossings,
         **{key: crossings.get(key) for key in LEVELS.values()},
+        "options": options_of(objective),
         "curve": {name: [point[name] for point in curve] for name in curve[0]},
     }
 

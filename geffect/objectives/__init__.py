@@ -2,22 +2,43 @@
 
 from geffect.risk import nll
 
-from .base import Mean, Objective, SharedForward
+from .base import Component, Objective, Reduction, SharedForward, step_losses
+from .catalogue import CATALOGUE, as_objective, named
+from .combination import Combination
 from .likelihood import GradientAscent, WeightedGradientAscent
+from .options import options_of, provenance, with_options
 from .preference import NPO, TNPO, WTNPO
-from .retain import GradDiff
+from .reference import AdapterBase, FrozenModel, Likelihoods, Reference
+from .retain import GradDiff, GradientDescent, Regularised
+from .simnpo import SimNPO
 from .weights import statistics
 
 __all__ = [
+    "CATALOGUE",
     "NPO",
     "TNPO",
     "WTNPO",
+    "AdapterBase",
+    "Combination",
+    "Component",
+    "FrozenModel",
     "GradDiff",
     "GradientAscent",
-    "Mean",
+    "GradientDescent",
+    "Likelihoods",
     "Objective",
+    "Reduction",
+    "Reference",
+    "Regularised",
     "SharedForward",
+    "SimNPO",
     "WeightedGradientAscent",
+    "as_objective",
+    "named",
     "nll",
+    "options_of",
+    "provenance",
     "statistics",
+    "step_losses",
+    "with_options",
 ]

@@ -1,71 +1,125 @@
-"""What an objective is, and the quantities that all of them are made of."""
+"""What an objective is: the parts of its loss, what it asks for, and how it is evaluated."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from geffect.batch import Batch, Pair, labels_of, scored_tokens
+from geffect.losses import Loss
 from geffect.risk import token_log_probabilities
+from geffect.sources import FORGET, OBJECTIVE
 
+from .reference import Need, Reference
 from .weights import inverse_confidence
 
 
 @dataclass(frozen=True)
-class Mean:
-    """What a part of a loss is a mean over: the scored tokens, or the sequences, of one side.
+class Reduction:
+    """How a part of a loss is taken from many tokens: the side that it is of, and its kind.
 
-    So the losses of batches add up to that of all their data, each with its share of the count.
+    - "token_mean": the mean over all scored tokens; a long answer weighs more.
+    - "sample_mean": the mean over samples of something of their token means.
+    - "sequence_sum": the mean over samples of something of their sums over tokens.
 
-    >>> Mean("forget", "tokens").count({"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])})
-    3
+    The losses of batches add up to that of all their data, each with its share of the count.
+
+    >>> batch = {"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])}
+    >>> [Reduction("forget", kind).count(batch) for kind in ("token_mean", "sequence_sum")]
+    [3, 2]
     """
 
     side: str
-    over: Literal["tokens", "sequences"]
+    kind: Literal["token_mean", "sample_mean", "sequence_sum"]
 
     def count(self, batch: Batch) -> int:
-        """How many tokens or sequences of a batch there are to take the mean over."""
-        return int(scored_tokens(batch).sum()) if self.over == "tokens" else len(labels_of(batch))
+        """How many tokens or samples of a batch the mean is over."""
+        if self.kind == "sequence_sum":
+            return len(labels_of(batch))
+        scored = scored_tokens(batch)
+        return int((scored if self.kind == "token_mean" else scored.any(dim=1)).sum())
 
 
-class Objective(ABC):
-    """A scalar that unlearning minimises: `objective(model, {"forget": ..., "retain": ...})`.
+@dataclass(frozen=True)
+class Component:
+    """One part of an objective: a loss with its weight.
 
-    `model` is whatever returns `.logits` of shape (sample, position, token) for the keys of a batch
-    without its labels. An objective with a field `reference` compares with the model before
-    unlearning; `likelihoods_suffice` says that it asks that model for nothing but the likelihoods
-    of the scored forget tokens.
+    `risk` names the side whose NLL the loss is, where it is one: then it is declared as a multiple
+    of that risk, and no pass is made twice.
     """
 
-    likelihoods_suffice: ClassVar[bool] = False
+    loss: Tensor
+    weight: float = 1.0
+    risk: str | None = None
 
-    @abstractmethod
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        """The parts of the loss by name, each with its weight."""
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A scalar that unlearning minimises: `objective(model, batch, reference)`.
+
+    A frozen dataclass, whose fields are its options and nothing else. `model` is whatever returns
+    `.logits` of shape (sample, position, token) for what a batch has beside its labels; `batch` has
+    a batch of each of the `sides`. What an objective asks for it says by attributes of its class:
+
+    - `reference`: what it compares with of the model before unlearning, nothing by default.
+    - `sides`: whose batches it takes.
+    - `source`: where its formula is from.
+
+    An objective of one's own:
+
+    >>> @dataclass(frozen=True)
+    ... class SquaredRisk(Objective):
+    ...     scale: float = 1.0
+    ...     def components(self, model, batch, reference=None):
+    ...         log_p, scored = token_log_probabilities(model, batch["forget"])
+    ...         return {"forget": Component(-self.scale * log_p.sum(dim=1).square().mean())}
+    ...     @property
+    ...     def reductions(self):
+    ...         return {"forget": Reduction("forget", "sequence_sum")}
+    >>> SquaredRisk().reference, SquaredRisk().sides
+    ('none', ('forget',))
+    """
 
     @property
-    def means(self) -> Mapping[str, Mean]:
-        """What each component is a mean over, by its name.
+    def reference(self) -> Need:
+        """What is asked of the model before unlearning."""
+        return "none"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides of a batch that are taken."""
+        return (FORGET,)
+
+    @property
+    def source(self) -> str:
+        """Where the formula is from."""
+        return ""
+
+    @abstractmethod
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        """The parts of the loss by name."""
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        """How each component is reduced, by its name.
 
         None are declared here: the loss is then known on a pair of batches, and not on more data
         than is run at once.
         """
         return {}
 
-    def __call__(self, model: Any, batch: Pair) -> Tensor:
+    def __call__(self, model: Any, batch: Pair, reference: Reference | None = None) -> Tensor:
         """The loss: the weighted sum of the components."""
-        total: Tensor | None = None
-        for loss, weight in self.components(model, batch).values():
-            part = loss if weight == 1.0 else weight * loss
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        return total(self.components(model, batch, reference))
 
-    def implicit_weights(self, model: Any, batch: Pair) -> dict[str, Tensor]:
+    def implicit_weights(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Tensor]:
         """How the gradient is spread over the forget data: weights by name, without a graph.
 
         "inverse confidence" is 1/p of every answer token, the weight of a log-likelihood's gradient
@@ -74,10 +128,59 @@ class Objective(ABC):
         the step, after the loss, they cost no forward.
         """
         with torch.no_grad():
-            return self._weights_of(batch, *token_log_probabilities(model, batch["forget"]))
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            weights = self._weights_of(batch, log_p, scored, reference)
+        further = {} if weights is None else {"weight": weights}
+        return {**further, "inverse confidence": inverse_confidence(log_p, scored)}
 
-    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
-        return {"inverse confidence": inverse_confidence(log_p, scored)}
+    def compared(self, reference: Reference | None) -> Reference:
+        """The reference; a ValueError where there is none."""
+        if not isinstance(reference, Reference):
+            found = "None" if reference is None else f"`{type(reference).__name__}`"
+            raise ValueError(
+                f"`reference` of {type(self).__name__} should be the model as it was before "
+                f"unlearning. Found {found}. Pass FrozenModel.copied(model), of "
+                "geffect.objectives, made before the first step."
+            )
+        return reference
+
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor | None:
+        """The weights on grad log p; None where all are 1."""
+        return None
+
+
+def total(parts: Mapping[str, Component]) -> Tensor:
+    """The weighted sum of components."""
+    terms = [c.loss if c.weight == 1.0 else c.weight * c.loss for c in parts.values()]
+    return sum(terms[1:], terms[0])
+
+
+def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Loss]:
+    """The losses of a step as `Recorder.backward` and `Rectifier.backward` take them.
+
+    With `apart` every component is differentiated by itself, and the objective is declared as their
+    combination: one that is a risk goes by the name of the risk, any other by `objective.<name>`.
+    Without, the objective is one tensor, whose gradient is that of a single pass bit for bit; a
+    multiple of a risk is declared as that either way.
+
+    >>> loss = torch.ones(())
+    >>> step_losses({"forget": Component(loss, -1.0, risk="forget")}, apart=False)
+    {'objective': {'forget': -1.0}, 'forget': tensor(1.)}
+    >>> parts = {"forget": Component(loss), "retain": Component(loss, 0.5, risk="retain")}
+    >>> step_losses(parts, apart=True)["objective"]
+    {'objective.forget': 1.0, 'retain': 0.5}
+    """
+    if not apart and (len(parts) > 1 or next(iter(parts.values())).risk is None):
+        return {OBJECTIVE: total(parts)}
+    weights: dict[str, float] = {}
+    losses: dict[str, Loss] = {}
+    for part, component in parts.items():
+        name = component.risk or f"{OBJECTIVE}.{part}"
+        weights[name] = weights.get(name, 0.0) + component.weight
+        losses.setdefault(name, component.loss)
+    return {OBJECTIVE: weights, **losses}
 
 
 class SharedForward:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from geffect.batch import Pair
 from geffect.risk import nll, token_log_probabilities, token_mean
+from geffect.sources import FORGET
 
-from .base import Mean, Objective, positive
+from .base import Component, Objective, Reduction, positive
+from .reference import Reference
 
 
 @dataclass(frozen=True)
 class GradientAscent(Objective):
-    """GA: the mean log-likelihood of the forget tokens, minimised: (1/N) sum_i log p_i.
+    """GA: the mean log-likelihood of the forget tokens, (1/N) sum_i log p_i.
 
     Token mean, in nats per token. Its gradient is minus that of the forget risk, and it is not
     bounded below.
@@ -27,12 +29,16 @@ class GradientAscent(Objective):
     GradientAscent()
     """
 
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        return {"forget": (nll(model, batch["forget"]), -1.0)}
+    source = "arXiv 2502.19301"
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        return {FORGET: Component(nll(model, batch[FORGET]), -1.0, risk=FORGET)}
 
     @property
-    def means(self) -> Mapping[str, Mean]:
-        return {"forget": Mean("forget", "tokens")}
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "token_mean")}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class WeightedGradientAscent(Objective):
     WeightedGradientAscent(alpha=2.0)
     """
 
+    source = "arXiv 2502.19301"
+
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
@@ -55,14 +63,17 @@ class WeightedGradientAscent(Objective):
         """w_i = p_i^alpha, detached."""
         return (self.alpha * log_p.detach()).exp()
 
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        log_p, scored = token_log_probabilities(model, batch["forget"])
-        return {"forget": (token_mean(self.weights(log_p) * log_p, scored), 1.0)}
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        log_p, scored = token_log_probabilities(model, batch[FORGET])
+        return {FORGET: Component(token_mean(self.weights(log_p) * log_p, scored))}
 
     @property
-    def means(self) -> Mapping[str, Mean]:
-        return {"forget": Mean("forget", "tokens")}
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "token_mean")}
 
-    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
-        further = super()._weights_of(batch, log_p, scored)
-        return {"weight": self.weights(log_p)[scored], **further}
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor:
+        return self.weights(log_p)[scored]

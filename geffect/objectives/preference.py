@@ -6,7 +6,7 @@ under the reference model is left. Formulas and weights: arXiv 2502.19301.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,18 @@ from torch.nn import functional as F
 
 from geffect.batch import Pair
 from geffect.risk import sequence_sum, token_log_probabilities, token_mean
+from geffect.sources import FORGET
 
-from .base import Mean, Objective, positive
+from .base import Component, Objective, Reduction, positive
+from .reference import Reference
 
 
 @dataclass(frozen=True)
 class NPO(Objective):
-    """Negative preference optimisation: -(2/beta) mean_s log sigmoid(beta (l_s - l_{o,s})).
+    """NPO, negative preference optimisation: -(2/beta) mean_s log sigmoid(beta (l_s - l_{o,s})).
 
     l_s is the summed NLL of the answer of sample s (a sum, not a mean, over its tokens) and l_{o,s}
-    the same under `reference`, the model before unlearning. In nats per sequence. Its gradient is
+    the same under the reference, the model before unlearning. In nats per sequence. Its gradient is
     that of GA on sequence sums, each sample weighted by `weights`, which falls from 1 to 0 as the
     sample is forgotten. Default beta: arXiv 2503.09117.
 
@@ -31,10 +33,10 @@ class NPO(Objective):
     NPO(beta=0.5)
     """
 
-    likelihoods_suffice: ClassVar[bool] = True
+    source = "arXiv 2404.05868"
+    reference = "likelihoods"
 
     beta: float = 0.1
-    reference: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         positive("NPO", "beta", self.beta)
@@ -43,43 +45,45 @@ class NPO(Objective):
         """w_s = 2 p_s^beta / (p_s^beta + p_{o,s}^beta), from the summed NLLs, detached."""
         return 2 * torch.sigmoid(-self.beta * (loss - reference_loss).detach())
 
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        loss = -sequence_sum(*token_log_probabilities(model, batch["forget"]))
-        preference = F.logsigmoid(self.beta * (loss - self._reference_loss(batch))).mean()
-        return {"forget": (preference, -2 / self.beta)}
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        loss = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
+        preference = F.logsigmoid(self.beta * (loss - self._before(batch, reference))).mean()
+        return {FORGET: Component(-2 / self.beta * preference)}
 
     @property
-    def means(self) -> Mapping[str, Mean]:
-        return {"forget": Mean("forget", "sequences")}
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "sequence_sum")}
 
-    def _reference_loss(self, batch: Pair) -> Tensor:
-        return -_reference_log_p(self, batch).sum(dim=1)
+    def _before(self, batch: Pair, reference: Reference | None) -> Tensor:
+        return -self.compared(reference).log_probabilities(batch[FORGET]).sum(dim=1)
 
-    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
-        further = super()._weights_of(batch, log_p, scored)
-        weights = self.weights(-sequence_sum(log_p, scored), self._reference_loss(batch))
-        return {"weight": weights, **further}
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor:
+        return self.weights(-sequence_sum(log_p, scored), self._before(batch, reference))
 
 
 @dataclass(frozen=True)
 class TNPO(Objective):
     """Token-wise NPO: (1/N) sum_i w_i log p_i, w_i = 2 p_i^beta / (p_i^beta + p_{o,i}^beta).
 
-    Token mean. p_o is under `reference`, the model before unlearning; the weights are held constant
-    in the gradient, which is that of (2/beta)(1/N) sum_i log(1 + (p_i / p_{o,i})^beta). A token
-    counts less the more it is forgotten, whatever the rest of its answer does. `legacy_eps` is
-    added to the denominator, where the released code has 1e-5: it stops tokens that are unlikely
+    Token mean. p_o is under the reference, the model before unlearning; the weights are held
+    constant in the gradient, which is that of (2/beta)(1/N) sum_i log(1 + (p_i / p_{o,i})^beta). A
+    token counts less the more it is forgotten, whatever the rest of its answer does. `legacy_eps`
+    is added to the denominator, where the released code has 1e-5: it stops tokens that are unlikely
     under both models.
 
     >>> TNPO()
     TNPO(beta=4.0, legacy_eps=0.0)
     """
 
-    likelihoods_suffice: ClassVar[bool] = True
+    source = "arXiv 2502.19301"
+    reference = "likelihoods"
 
     beta: float = 4.0
     legacy_eps: float = 0.0
-    reference: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         positive(type(self).__name__, "beta", self.beta)
@@ -91,19 +95,22 @@ class TNPO(Objective):
         denominator = torch.logaddexp(self.beta * reference_log_p, eps)
         return 2 * torch.sigmoid((self.beta * log_p - denominator).detach())
 
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        log_p, scored = token_log_probabilities(model, batch["forget"])
-        weights = self.weights(log_p, _reference_log_p(self, batch))
-        return {"forget": (token_mean(weights * log_p, scored), 1.0)}
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        log_p, scored = token_log_probabilities(model, batch[FORGET])
+        before = self.compared(reference).log_probabilities(batch[FORGET])
+        return {FORGET: Component(token_mean(self.weights(log_p, before) * log_p, scored))}
 
     @property
-    def means(self) -> Mapping[str, Mean]:
-        return {"forget": Mean("forget", "tokens")}
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "token_mean")}
 
-    def _weights_of(self, batch: Pair, log_p: Tensor, scored: Tensor) -> dict[str, Tensor]:
-        further = super()._weights_of(batch, log_p, scored)
-        weights = self.weights(log_p, _reference_log_p(self, batch))
-        return {"weight": weights[scored], **further}
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor:
+        before = self.compared(reference).log_probabilities(batch[FORGET])
+        return self.weights(log_p, before)[scored]
 
 
 @dataclass(frozen=True)
@@ -125,15 +132,3 @@ class WTNPO(TNPO):
     def weights(self, log_p: Tensor, reference_log_p: Tensor) -> Tensor:
         """w_i from the log-likelihoods of the tokens under both models, detached."""
         return super().weights(log_p, reference_log_p) * (self.alpha * log_p.detach()).exp()
-
-
-def _reference_log_p(objective: NPO | TNPO, batch: Pair) -> Tensor:
-    """log p_o of every scored token of the forget batch; 0 where a position is not scored."""
-    if objective.reference is None:
-        name = type(objective).__name__
-        raise ValueError(
-            f"`reference` of {name} should be the model as it was before unlearning. Found None. "
-            f"Pass {name}(reference=copy.deepcopy(model).eval())."
-        )
-    with torch.no_grad():
-        return token_log_probabilities(objective.reference, batch["forget"])[0]

@@ -1,36 +1,198 @@
-"""The reference model of an objective: where it is missing, and how it gets there."""
+"""The reference of an objective: what the model before unlearning says of a batch."""
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
 
-from .base import Objective
+import torch
+from torch import Tensor, nn
+
+from geffect.batch import Batch
+from geffect.risk import token_log_probabilities
+
+Need = Literal["none", "likelihoods", "logits", "hidden states"]
+"""What an objective asks of its reference: nothing, the likelihoods of the scored forget tokens, or
+more, for which the model has to be kept."""
+
+NEEDS = get_args(Need)
+"""From the least to the most."""
 
 
-def missing_in(objective: Objective) -> list[Objective]:
-    """The objectives, among it and those it is made of, that have no reference yet."""
-    return [part for part in _parts(objective) if getattr(part, "reference", part) is None]
+@runtime_checkable
+class Reference(Protocol):
+    """The outputs of a frozen model for a batch, without a graph."""
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """`Float[sample, position, token]`."""
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
 
 
-def with_reference(objective: Objective, reference: Any) -> Objective:
-    """The objective with a reference wherever one is missing.
+class FrozenModel:
+    """The reference as a model that is there: all of its outputs, a forward each.
 
-    >>> from geffect.objectives import NPO, GradDiff
-    >>> with_reference(GradDiff(forget=NPO()), "a model").forget.reference
-    'a model'
+    `model` returns what a model of transformers does, in eval mode. A `SharedForward` of it gives
+    all that is asked of one step by a single forward for each batch.
+
+    >>> reference = FrozenModel(nn.Identity().eval())
+    >>> FrozenModel(nn.Identity())
+    Traceback (most recent call last):
+    ValueError: `model` of FrozenModel should be in eval mode, without dropout. Found ...
     """
-    completed = copy.copy(objective)
-    for name, value in vars(objective).items():
-        if isinstance(value, Objective):
-            # Past the lock of a frozen dataclass: the copy is ours.
-            object.__setattr__(completed, name, with_reference(value, reference))
-        elif name == "reference" and value is None:
-            object.__setattr__(completed, name, reference)
-    return completed
+
+    def __init__(self, model: Any) -> None:
+        if getattr(model, "training", False):
+            raise ValueError(
+                "`model` of FrozenModel should be in eval mode, without dropout. Found a model in "
+                "training mode. Pass FrozenModel(copy.deepcopy(model).eval())."
+            )
+        self.model = model
+
+    @classmethod
+    def copied(cls, model: nn.Module) -> "FrozenModel":
+        """A copy of a model as it is now."""
+        return cls(copy.deepcopy(model).eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
+        return token_log_probabilities(self.model, batch)[0]
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """`Float[sample, position, token]`."""
+        logits: Tensor = self.model(**_inputs(batch)).logits
+        return logits
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
+        states = self.model(**_inputs(batch), output_hidden_states=True).hidden_states
+        return tuple(states)
 
 
-def _parts(objective: Objective) -> Iterator[Objective]:
-    yield objective
-    for part in vars(objective).values():
-        if isinstance(part, Objective):
-            yield from _parts(part)
+class Likelihoods:
+    """The reference as what it said of the answer tokens of some batches: the model can go.
+
+    >>> from types import SimpleNamespace
+    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+    >>> ids = torch.tensor([[0, 1, 2]])
+    >>> batch = {"input_ids": ids, "labels": ids}
+    >>> Likelihoods(FrozenModel(uniform), [batch]).log_probabilities(batch)  # - log 4
+    tensor([[-1.3863, -1.3863]])
+    """
+
+    def __init__(self, reference: Reference, batches: Iterable[Batch]) -> None:
+        # By the identity of the tokens, which are kept so that it stays theirs.
+        self._kept = {
+            id(batch["input_ids"]): (batch, reference.log_probabilities(batch)) for batch in batches
+        }
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
+        try:
+            return self._kept[id(batch["input_ids"])][1]
+        except KeyError:
+            raise ValueError(
+                "`batch` should be one of those whose likelihoods are kept. Found another one. "
+                "Keep those of all batches, or pass the model as a FrozenModel."
+            ) from None
+
+    def logits(self, batch: Batch) -> NoReturn:
+        """Refused."""
+        self._refuse("logits")
+
+    def hidden_states(self, batch: Batch) -> NoReturn:
+        """Refused."""
+        self._refuse("hidden states")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"`reference` should give {what}. Found Likelihoods, which keeps those of the answer "
+            "tokens alone. Pass the model as a FrozenModel."
+        )
+
+
+class AdapterBase:
+    """The reference as the base of a model of peft: itself with its adapters disabled.
+
+    That is the model before unlearning only where the adapters leave their base as it was; an
+    adapter that trains biases or whole modules, or splits the base at the start, is refused.
+    """
+
+    def __init__(self, model: Any) -> None:
+        for config in model.peft_config.values():
+            changed = base_changed_by(config)
+            if changed is not None:
+                raise ValueError(
+                    "The adapter of an AdapterBase should leave its base as it was. Found "
+                    f"{changed}. Load the base once more, and pass it as a FrozenModel."
+                )
+        self._model = model
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
+        with self._base() as base:
+            return base.log_probabilities(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """`Float[sample, position, token]`."""
+        with self._base() as base:
+            return base.logits(batch)
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
+        with self._base() as base:
+            return base.hidden_states(batch)
+
+    @contextmanager
+    def _base(self) -> Iterator[FrozenModel]:
+        modes = [(module, module.training) for module in self._model.modules()]
+        # Enabled again, all factors would require a gradient, also those that somebody froze.
+        trained = [(p, p.requires_grad) for p in self._model.parameters()]
+        try:
+            with self._model.disable_adapter():
+                yield FrozenModel(self._model.eval())
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
+
+
+LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""The initialisations of LoRA that take nothing out of the weights they are for."""
+
+
+def base_changed_by(config: Any) -> str | None:
+    """What the adapter of a configuration of peft changes in its base; None if nothing.
+
+    >>> from types import SimpleNamespace
+    >>> base_changed_by(SimpleNamespace(peft_type="LORA", bias="all"))
+    "`bias = 'all'`"
+    >>> base_changed_by(SimpleNamespace(peft_type="LORA", bias="none"))
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        return f"`peft_type = {kind!r}`, of which it is not known"
+    left: dict[str, tuple[object, ...]] = {
+        "bias": ("none",),
+        "init_lora_weights": LEAVE_THE_BASE,
+        "modules_to_save": (None, []),
+        "trainable_token_indices": (None,),
+        "layer_replication": (None,),
+    }
+    for option, harmless in left.items():
+        value = getattr(config, option, harmless[0])
+        if value not in harmless:
+            return f"`{option} = {value!r}`"
+    return None
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -1,20 +1,96 @@
-"""Objectives with a second term that keeps what should stay."""
+"""Regularisers, which keep what should stay, and objectives with one beside their forget loss."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from geffect.batch import Pair
 from geffect.risk import nll
+from geffect.sources import RETAIN
 
-from .base import Mean, Objective, positive
+from .base import Component, Objective, Reduction, positive
 from .likelihood import GradientAscent
+from .reference import NEEDS, Need, Reference
 
 
 @dataclass(frozen=True)
-class GradDiff(Objective):
+class GradientDescent(Objective):
+    """GD: the risk on the retain batch, its NLL, which training goes on to lower.
+
+    >>> GradientDescent().sides
+    ('retain',)
+    """
+
+    sides = (RETAIN,)
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        return {RETAIN: Component(nll(model, batch[RETAIN]), risk=RETAIN)}
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {RETAIN: Reduction(RETAIN, "token_mean")}
+
+
+@dataclass(frozen=True)
+class Regularised(Objective):
+    """`forget` plus `weight` times `regulariser`, each an objective of its own.
+
+    >>> Regularised(GradientAscent(), GradientDescent(), weight=0.5).sides
+    ('forget', 'retain')
+    """
+
+    forget: Objective
+    regulariser: Objective
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(type(self).__name__, "weight", self.weight)
+
+    @property
+    def reference(self) -> Need:
+        return max(self.forget.reference, self.regulariser.reference, key=NEEDS.index)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.forget.sides, *self.regulariser.sides)))
+
+    @property
+    def source(self) -> str:
+        return self.forget.source
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        parts = self.forget.components(model, batch, reference)
+        added = self.regulariser.components(model, batch, reference)
+        both = [name for name in parts if name in added]
+        if both:
+            raise ValueError(
+                f"The parts of {type(self).__name__} should have names of their own. Found "
+                f"{', '.join(f'`{name}`' for name in both)} in `forget` and in `regulariser`. "
+                "Leave one of them out."
+            )
+        return parts | {
+            name: replace(part, weight=self.weight * part.weight) for name, part in added.items()
+        }
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {**self.forget.reductions, **self.regulariser.reductions}
+
+    def implicit_weights(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Tensor]:
+        """Those of `forget`."""
+        return self.forget.implicit_weights(model, batch, reference)
+
+
+@dataclass(frozen=True)
+class GradDiff(Regularised):
     """Gradient difference: `forget` plus `weight` times the NLL of the retain batch.
 
     With the default GA this is -R(forget) + weight R(retain), token means; with NPO it is NPO+GD.
@@ -24,21 +100,4 @@ class GradDiff(Objective):
     """
 
     forget: Objective = field(default_factory=GradientAscent)
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive("GradDiff", "weight", self.weight)
-
-    def components(self, model: Any, batch: Pair) -> dict[str, tuple[Tensor, float]]:
-        return {
-            **self.forget.components(model, batch),
-            "retain": (nll(model, batch["retain"]), self.weight),
-        }
-
-    @property
-    def means(self) -> Mapping[str, Mean]:
-        return {**self.forget.means, "retain": Mean("retain", "tokens")}
-
-    def implicit_weights(self, model: Any, batch: Pair) -> dict[str, Tensor]:
-        """Those of `forget`."""
-        return self.forget.implicit_weights(model, batch)
+    regulariser: Objective = field(default_factory=GradientDescent, init=False, repr=False)

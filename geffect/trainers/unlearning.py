@@ -1,9 +1,7 @@
 """A Trainer for unlearning: an objective on forget and retain batches, rectified and recorded."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import reduce
 from itertools import count
 from typing import Any
 
@@ -18,11 +16,16 @@ from geffect.capture import Recorder
 from geffect.data.collate import collate
 from geffect.data.pairs import Items, Pairing, Pairs
 from geffect.losses import Loss
-from geffect.objectives import GradDiff, GradientAscent, Objective, SharedForward, nll
-from geffect.objectives.reference import missing_in, with_reference
+from geffect.objectives import (
+    FrozenModel,
+    Objective,
+    Reference,
+    SharedForward,
+    as_objective,
+    step_losses,
+)
 from geffect.projection import Rectifier
-from geffect.projection.options import Part
-from geffect.risk import sequence_sum, token_log_probabilities
+from geffect.risk import nll, sequence_sum, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import rectifier_state
@@ -44,13 +47,16 @@ class UnlearningTrainer(Trainer):
 
     Each forget item is met once an epoch, with a retain item beside it (`Pairing`, by the seed of
     the arguments). Items have `input_ids` and `labels`; the model is called with these and every
-    further column, as `geffect.data.collate` puts them into batches. An objective that compares
-    with the model before unlearning, and has none, gets a frozen copy of `model`.
+    further column, as `geffect.data.collate` puts them into batches.
 
     The loss of a step is the mean over its micro-batches, and over the processes, of the objective
     on each, which has a reduction of its own; so are the risks. Gradients are accumulated over the
     step, averaged, rectified, clipped and applied, in this order.
 
+    - `objective`: an `Objective`, a name of the catalogue such as "npo", or weights of risks such
+      as {"forget": -1.0}. It stands in the file of the recorder.
+    - `reference`: what an objective compares with that asks for the model before unlearning; a
+      frozen copy of `model` where none is given.
     - `retain`: a set of items, or several by their names, of which one is "retain"; a rectifier
       protects those that it is `protect`.
     - `train_dataset`: ready pairs {"forget": item, "retain": item}, which the Trainer draws as it
@@ -77,7 +83,8 @@ class UnlearningTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments | None = None,
         *,
-        objective: Objective,
+        objective: Objective | Mapping[str, float] | str,
+        reference: Reference | None = None,
         forget: Items | None = None,
         retain: Items | Mapping[str, Items] | None = None,
         train_dataset: Dataset[Any] | None = None,
@@ -87,7 +94,9 @@ class UnlearningTrainer(Trainer):
         data_collator: Callable[..., dict[str, Any]] = collate,
         **options: Any,
     ) -> None:
+        minimised = as_objective(objective)
         sets = _training_sets(forget, retain, given=train_dataset is not None)
+        _check_sides(minimised, sets, given=train_dataset is not None)
         if not isinstance(eval_dataset, Mapping | None):
             raise TypeError(
                 "`eval_dataset` should be sets of items by their names. Found "
@@ -112,11 +121,14 @@ class UnlearningTrainer(Trainer):
         # Losses are means of their own, to be divided by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
         self.rectifier, self.recorder = rectifier, recorder
-        self.objective: Objective = objective
-        self._reference: nn.Module | None = None
-        if missing_in(objective):
-            self._reference = copy.deepcopy(model).eval().requires_grad_(False)
-            self.objective = with_reference(objective, self._reference)
+        self.objective: Objective = minimised
+        self.reference = reference
+        self._reference_is = "given"
+        self._copied: nn.Module | None = None
+        if minimised.reference != "none" and reference is None:
+            copied = FrozenModel.copied(model)
+            self.reference, self._copied = copied, copied.model
+            self._reference_is = "a frozen copy of the model"
         self._pairing = Pairing(
             tuple(map(len, sets.values())),
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -141,7 +153,7 @@ class UnlearningTrainer(Trainer):
     ) -> Any:
         """The objective, and what the model returns for the forget batch where that is asked."""
         shared = SharedForward(model)
-        loss = self.objective(shared, inputs)
+        loss = self.objective(shared, inputs, self.reference)
         if not return_outputs:
             return loss
         forget = {name: value for name, value in inputs[FORGET].items() if name != "labels"}
@@ -206,9 +218,10 @@ class UnlearningTrainer(Trainer):
     def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
         """The losses of a micro-batch: the objective, what it is made of, and risks beside it."""
         shared = SharedForward(model)
-        parts = self.objective.components(shared, batch)
-        known = _risks_among(self.objective)
-        losses = _declared(parts, known, None if self.rectifier is None else self.rectifier.part)
+        parts = self.objective.components(shared, batch, self.reference)
+        # A rectifier looks at every part of a sum, and at a single one where it is to find that.
+        apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
+        losses = step_losses(parts, apart=apart)
         # Their dropout is not to be missed by the training, which draws the same as without them.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for name in self._wanted(batch):
@@ -233,12 +246,12 @@ class UnlearningTrainer(Trainer):
 
     def _begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Once model and optimizer are as they will be: bring what works on them to them."""
-        if self._reference is not None:
+        if self._copied is not None:
             # For the precision that the model is trained in.
             self.accelerator.prepare_model(
-                self._reference, device_placement=True, evaluation_mode=True
+                self._copied, device_placement=True, evaluation_mode=True
             )
-            self._reference = None
+            self._copied = None
         if self.rectifier is not None or self.recorder is not None:
             check_gradients_can_be_had(self, self.model_wrapped, optimizer)
         if self.rectifier is not None:
@@ -251,9 +264,13 @@ class UnlearningTrainer(Trainer):
             return None
         if isinstance(self.recorder, Recorder):
             check_continued(self.recorder, step)
-            return self.recorder
-        resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
-        return self._until_trained.enter_context(self.recorder(self.model_wrapped, **resumed))
+            recorder = self.recorder
+        else:
+            resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
+            made = self.recorder(self.model_wrapped, **resumed)
+            recorder = self._until_trained.enter_context(made)
+        recorder.note_objective(self.objective, reference=self._reference_is)
+        return recorder
 
     def _get_train_sampler(self, *args: Any) -> Any:
         if isinstance(self.train_dataset, Pairs):
@@ -317,30 +334,14 @@ def _training_sets(
     return found
 
 
-def _risks_among(objective: Objective) -> frozenset[str]:
-    """The components of an objective that are risks themselves: the NLL of the set they name."""
-    if isinstance(objective, GradDiff):
-        return _risks_among(objective.forget) | {RETAIN}
-    return frozenset({FORGET} if isinstance(objective, GradientAscent) else ())
-
-
-def _declared(
-    parts: Mapping[str, tuple[Tensor, float]], risks: frozenset[str], rectified: Part | None
-) -> dict[str, Loss]:
-    """The objective and those of its parts that are differentiated by themselves.
-
-    One multiple of a risk is declared as that, and of another loss where the forget part is
-    `rectified`, which a rectifier finds in a combination alone. A sum is declared as a combination
-    where any part of it is rectified, each by a pass of its own; it is a tensor where its gradient
-    has to be bit for bit that of one pass.
-    """
-    single = rectified == "forget" or parts.keys() <= risks
-    declared = single if len(parts) == 1 else rectified is not None
-    if not declared:
-        return {OBJECTIVE: reduce(torch.add, [weight * loss for loss, weight in parts.values()])}
-    names = {part: part if part in risks else f"{OBJECTIVE}.{part}" for part in parts}
-    weights = {names[part]: weight for part, (_, weight) in parts.items()}
-    return {OBJECTIVE: weights, **{names[part]: loss for part, (loss, _) in parts.items()}}
+def _check_sides(objective: Objective, sets: Mapping[str, Items], *, given: bool) -> None:
+    missing = [side for side in objective.sides if side not in sets]
+    if missing and not given:
+        raise ValueError(
+            f"`objective` should be of the sets that are given, {', '.join(sets)}. Found "
+            f"{objective!r}, which takes {', '.join(missing)} as well. Pass "
+            f"retain={{'{RETAIN}': ..., '{missing[0]}': ...}}."
+        )
 
 
 def _value(losses: Mapping[str, Any]) -> Tensor:

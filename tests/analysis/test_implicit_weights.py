@@ -1,6 +1,5 @@
 """Implicit weights on their way from an objective through a run file to a table."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 
 from geffect import Recorder, open_run
 from geffect.analysis import implicit_weights
-from geffect.objectives import NPO, SharedForward, WeightedGradientAscent
+from geffect.objectives import NPO, FrozenModel, SharedForward, WeightedGradientAscent
 from geffect.plots import trajectory
 from tests.utils import reference, tiny
 
@@ -40,9 +39,11 @@ def test_the_weights_of_wga_are_those_of_the_answer_tokens(tmp_path: Path) -> No
 
 def test_the_weights_of_npo_begin_at_one(tmp_path: Path) -> None:
     model, pair = tiny.llama(), tiny.pairs(1)[0]
-    npo = NPO(0.1, copy.deepcopy(model))
+    npo, before = NPO(0.1), FrozenModel.copied(model)
     with Recorder(model, tmp_path / "run.h5") as recorder:
-        recorder.backward(objective=npo(model, pair), weights=npo.implicit_weights(model, pair))
+        recorder.backward(
+            objective=npo(model, pair, before), weights=npo.implicit_weights(model, pair, before)
+        )
     rows = implicit_weights(open_run(tmp_path / "run.h5")).query("weight == 'weight'")
     assert rows["value"].tolist() == pytest.approx([1.0] * 4)
 

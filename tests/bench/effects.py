@@ -1,12 +1,12 @@
 """What the effects of samples and of tokens cost, beside the passes that training takes anyway."""
 
-import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from geffect.effects import InstanceEffects, direction, token_effects
 from geffect.gradients import differentiate
-from geffect.objectives import NPO, nll
+from geffect.objectives import NPO, FrozenModel, nll
 
 from .bars import Bar, Row
 from .memory import peak_bytes
@@ -26,7 +26,7 @@ def samples(workload: Workload) -> Iterator[Row]:
     Either takes the passes of retain and forget data, and the forward of NPO's reference model.
     """
     model, pair = workload.model, workload.pair
-    objective = NPO(reference=copy.deepcopy(model).eval())
+    objective = partial(NPO(), reference=FrozenModel.copied(model))
     optimizer = workload.optimizer()
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """Recording: training ends as it would have ended, and the file says what happened."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import predicted_change
-from geffect.objectives import NPO, SharedForward, WeightedGradientAscent, nll
+from geffect.objectives import NPO, FrozenModel, SharedForward, WeightedGradientAscent, nll
 from tests.utils import reference, tiny
 
 
@@ -40,7 +41,7 @@ def test_ten_watched_steps_end_bitwise_as_unwatched(
     objectives: dict[str, Any] = {
         "ga": lambda model, pair: -nll(model, pair["forget"]),
         "wga": WeightedGradientAscent(1.0),
-        "npo": NPO(0.1, copy.deepcopy(start)),
+        "npo": partial(NPO(0.1), reference=FrozenModel.copied(start)),
     }
     batches = tiny.pairs(10)
     plain = reference.trained(start, batches, objectives[method], OPTIMIZERS[optimizer])

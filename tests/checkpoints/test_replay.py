@@ -14,21 +14,30 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from geffect import open_run
 from geffect.analysis import cosine, drift, g_effect, predicted_change
 from geffect.capture.recorder import Recorder
 from geffect.checkpoints import loading as folders
-from geffect.checkpoints import reference as references
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
-from geffect.checkpoints.reference import Likelihoods
 from geffect.checkpoints.replay import replay
 from geffect.data.collate import batched
 from geffect.data.examples import read
-from geffect.objectives import NPO, TNPO, GradDiff, Objective, WeightedGradientAscent
-from geffect.objectives.reference import with_reference
+from geffect.objectives import (
+    NPO,
+    TNPO,
+    Component,
+    FrozenModel,
+    GradDiff,
+    Likelihoods,
+    Objective,
+    Reference,
+    WeightedGradientAscent,
+    as_objective,
+)
+from geffect.objectives import reference as references
 from geffect.risk import token_log_probabilities
 from geffect.store import validate
 from tests.utils import reference, tiny
@@ -84,14 +93,14 @@ def loaded(folder: Path) -> nn.Module:
     return model
 
 
-def naive(model: nn.Module, objective: Any, forget: Any, retain: Any) -> dict[str, Any]:
+def naive(
+    model: nn.Module, objective: Any, forget: Any, retain: Any, before: nn.Module | None = None
+) -> dict[str, Any]:
     """The gradient of every source on one batch, by autograd."""
     risks = {"forget": reference.nll(model, forget), "retain": reference.nll(model, retain)}
-    loss = (
-        objective(model, {"forget": forget, "retain": retain})
-        if isinstance(objective, Objective)
-        else sum(weight * risks[name] for name, weight in objective.items())
-    )
+    compared = None if before is None else FrozenModel(before)
+    pair = {"forget": forget, "retain": retain}
+    loss = as_objective(objective)(model, pair, compared)
     every = {"objective": loss, **risks}
     return {name: reference.gradient(model, value) for name, value in every.items()}
 
@@ -124,11 +133,11 @@ def test_each_step_is_a_checkpoint(run_folder: Path, tmp_path: Path, objective: 
     assert run.metadata["method"] == "mine"
     assert run.metadata["checkpoints"] == {str(s): f"checkpoint-{s}" for s in (5, 10, 15)}
     assert told[3] == ("checkpoint-5", 4, 4) and len(told) == 12
-    if isinstance(objective, GradDiff):
-        objective = with_reference(objective, loaded(run_folder / "checkpoint-5"))
+    original = loaded(run_folder / "checkpoint-5")
     for step in (5, 10, 15):
         model = loaded(run_folder / f"checkpoint-{step}")
-        rows = [naive(model, objective, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+        rows = [naive(model, objective, f, r, original)
+                for f, r in zip(FORGET, RETAIN, strict=True)]  # fmt: skip
         for effect, risk in {"unlearning": "forget", "retaining": "retain"}.items():
             expected = np.mean([reference.inner(g["objective"], g[risk]) for g in rows])
             assert effects(run)[step, effect] == pytest.approx(expected, rel=1e-4)
@@ -143,10 +152,13 @@ def test_how_it_was_made_stands_in_the_file(run_folder: Path, tmp_path: Path) ->
     run = open_run(tmp_path / "run.h5")
     assert run.sources == ("objective", "forget", "retain", "facts")
     how = run.manifest["replay"]
-    assert how["objective"] == "NPO(beta=0.5)" and how["reference"] == "checkpoint-5"
+    assert run.manifest["objective"] == {
+        "name": "NPO", "options": {"beta": 0.5}, "reduction": {"forget": "sequence_sum of forget"},
+        "reference": {"needs": "likelihoods", "is": "checkpoint-5, the first checkpoint"},
+    }  # fmt: skip
     assert how["estimator"] == "split_batch" and how["seed"] == 0
     assert how["batches"] == how["batches_used"] == {"forget": 4, "retain": 4, "facts": 2}
-    assert how["reference_is"] == "the first checkpoint" and how["biased"] is False
+    assert how["biased"] is False and run.manifest["versions"]["geffect"]
     assert run.manifest["losses"]["objective"] == "loss"
     assert str(tmp_path) not in json.dumps(dict(run.manifest))
 
@@ -236,10 +248,10 @@ def test_remembered_likelihoods_are_those_of_the_model(objective: Objective) -> 
     model, original = tiny.gpt2(0), tiny.gpt2(1)
     forget = FORGET[2]
     batch = {"forget": forget, "retain": RETAIN[1]}
-    remembered = Likelihoods(original, FORGET)
-    now, then = (token_log_probabilities(m, forget)[0] for m in (remembered, original))
-    assert torch.allclose(now.double(), then, atol=1e-6)
-    losses = [with_reference(objective, m)(model, batch) for m in (remembered, original)]
+    there = FrozenModel(original.eval())
+    remembered = Likelihoods(there, FORGET)
+    assert torch.equal(remembered.log_probabilities(forget), there.log_probabilities(forget))
+    losses = [objective(model, batch, before) for before in (remembered, there)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     grads = [reference.flat(reference.gradient(model, loss)) for loss in losses]
     assert torch.allclose(grads[0], grads[1], rtol=1e-5, atol=1e-7)
@@ -252,8 +264,7 @@ def test_a_certain_token_is_remembered_as_certain() -> None:
             return type("Output", (), {"logits": logits})
 
     batch = FORGET[0]
-    log_p, _ = token_log_probabilities(Likelihoods(Certain(), [batch]), batch)
-    assert (log_p == 0).all()
+    assert (Likelihoods(FrozenModel(Certain()), [batch]).log_probabilities(batch) == 0).all()
 
 
 def test_the_reference_is_asked_once_for_each_batch_and_let_go(
@@ -280,11 +291,11 @@ def test_another_reference(run_folder: Path, tmp_path: Path) -> None:
         estimator=same_batch,
     )  # fmt: skip
     model = loaded(run_folder / "checkpoint-10")
-    npo = NPO(beta=0.5, reference=loaded(run_folder / "checkpoint-15"))
-    rows = [naive(model, npo, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+    before, npo = loaded(run_folder / "checkpoint-15"), NPO(beta=0.5)
+    rows = [naive(model, npo, f, r, before) for f, r in zip(FORGET, RETAIN, strict=True)]
     expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
     assert effects(run)[10, "unlearning"] == pytest.approx(expected, rel=1e-4)
-    assert run.manifest["replay"]["reference"] == "checkpoint-15"
+    assert run.manifest["objective"]["reference"]["is"] == "checkpoint-15"
 
 
 def test_an_objective_that_needs_all_of_the_reference_keeps_it(
@@ -293,23 +304,21 @@ def test_an_objective_that_needs_all_of_the_reference_keeps_it(
     class Distance(Objective):
         """Minus the squared distance of the logits from those of the reference."""
 
-        def __init__(self) -> None:
-            self.reference: Any = None
+        reference = "logits"
 
-        def components(self, model: Any, batch: Any) -> dict[str, tuple[Tensor, float]]:
-            ids = batch["forget"]["input_ids"]
-            with torch.no_grad():
-                origin = self.reference(input_ids=ids).logits
-            return {"forget": ((model(input_ids=ids).logits - origin).square().mean(), -1.0)}
+        def components(
+            self, model: Any, batch: Any, reference: Reference | None = None
+        ) -> dict[str, Component]:
+            logits = model(input_ids=batch["forget"]["input_ids"]).logits
+            before = self.compared(reference).logits(batch["forget"])
+            return {"forget": Component((logits - before).square().mean(), -1.0)}
 
-    objective = Distance()
     run = replay(
         [run_folder / f"checkpoint-{step}" for step in (5, 10)], tmp_path / "run.h5",
-        objective=objective, forget=FORGET, retain=RETAIN,
+        objective=Distance(), forget=FORGET, retain=RETAIN,
     )  # fmt: skip
     norms = run.gram()[:, :, 0, 0].sum(axis=1)
     assert norms[0] == pytest.approx(0.0, abs=1e-12) and norms[1] > 1e-6
-    assert objective.reference is None
 
 
 # LoRA
@@ -444,8 +453,10 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
         ({"checkpoints": []}, "Found none"),
         ({"checkpoints": ["nowhere"]}, "Found nothing at"),
         ({"reference": "nowhere"}, "Found nothing at"),
-        ({"objective": {"sun": 1.0}}, "`objective` should be"),
-        ({"objective": "npo"}, "`objective` should be"),
+        ({"objective": {"sun": 1.0}}, "`objective` should be of the sets forget, retain. .*sun"),
+        ({"objective": {}}, "not all zero"),
+        ({"objective": "magic"}, "`objective` should be one of ga, wga.* Found `magic`"),
+        ({"objective": 3}, "`objective` should be an Objective"),
         ({"risks": {"update": RETAIN}}, "names of their own"),
         ({"risks": {"forget": RETAIN}}, "names of their own"),
         ({"risks": {"objective.x": RETAIN}}, "names of their own"),
@@ -459,7 +470,7 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
 def test_refusals(run_folder: Path, tmp_path: Path, given: dict[str, Any], says: str) -> None:
     fine: dict[str, Any] = {"checkpoints": [run_folder / "checkpoint-5"], "objective": GA,
                             "forget": FORGET, "retain": RETAIN}  # fmt: skip
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=says):
         replay(path=tmp_path / "run.h5", **fine | given)
     assert not (tmp_path / "run.h5").exists()
 
@@ -657,12 +668,12 @@ def test_a_first_checkpoint_that_has_unlearned_is_no_reference_in_silence(
     )
 
 
-@pytest.mark.parametrize("suffices", [True, False])
+@pytest.mark.parametrize("needs", ["likelihoods", "logits"])
 def test_the_reference_of_adapters_is_the_model_they_are_for(
-    adapters: Path, tmp_path: Path, suffices: bool, monkeypatch: pytest.MonkeyPatch,
+    adapters: Path, tmp_path: Path, needs: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(NPO, "likelihoods_suffice", suffices)
+    monkeypatch.setattr(NPO, "reference", needs)
     before = digests(adapters)
     run = replay(
         adapters / "checkpoint-8", tmp_path / "run.h5", objective=NPO(beta=0.5),
@@ -673,16 +684,52 @@ def test_the_reference_of_adapters_is_the_model_they_are_for(
     model = peft.PeftModel.from_pretrained(
         loaded(adapters / "base"), adapters / "checkpoint-8", is_trainable=True
     ).eval()
-    npo = NPO(beta=0.5, reference=loaded(adapters / "base"))
-    rows = [naive(model, npo, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+    original, npo = loaded(adapters / "base"), NPO(beta=0.5)
+    rows = [naive(model, npo, f, r, original) for f, r in zip(FORGET, RETAIN, strict=True)]
     expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
     assert effects(run)[8, "unlearning"] == pytest.approx(expected, rel=1e-4)
-    how = run.manifest["replay"]
-    assert (how["reference"], how["reference_is"]) == (
-        "base",
-        "the model that the adapters are for",
-    )
+    said = run.manifest["objective"]["reference"]
+    assert said == {"needs": needs, "is": "base, the model that the adapters are for"}
     assert caplog.text == "" and digests(adapters) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
+    ids=str,
+)
+def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    how = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **options)
+    trained = peft.get_peft_model(loaded(tmp_path / "base"), how)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    trained.save_pretrained(tmp_path / "checkpoint-2")
+    run = replay(
+        tmp_path / "checkpoint-2", tmp_path / "run.h5", objective=NPO(beta=0.5),
+        forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch, base=tmp_path / "base",
+    )  # fmt: skip
+    model = peft.PeftModel.from_pretrained(
+        loaded(tmp_path / "base"), tmp_path / "checkpoint-2", is_trainable=True
+    ).eval()
+    original = loaded(tmp_path / "base")
+    rows = [
+        naive(model, NPO(beta=0.5), f, r, original)
+        for f, r in zip(FORGET[:2], RETAIN[:2], strict=True)
+    ]
+    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
+    assert effects(run)[2, "unlearning"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_tokenizer_of_the_base_of_an_adapter(adapters: Path, tmp_path: Path) -> None:

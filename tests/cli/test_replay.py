@@ -15,6 +15,7 @@ from geffect.analysis import g_effect, intervals
 from geffect.capture.store_options import STORES
 from geffect.cli.main import main
 from geffect.cli.replay import StoreName
+from geffect.objectives import NPO, WTNPO, GradDiff, Objective, WeightedGradientAscent, provenance
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 
@@ -100,7 +101,9 @@ def test_the_summary_as_json(ask: Ask, tmp_path: Path) -> None:
     said = json.loads(out)
     assert code == 0 and said["output"] == str(tmp_path / "run.h5")
     assert said["unit"] == "nats per unit learning rate"
-    assert said["how"]["reference"] == "checkpoint-5" and said["how"]["biased"] is False
+    of_reference = said["how"]["objective"]["reference"]
+    assert of_reference["is"] == "checkpoint-5, the first checkpoint"
+    assert said["how"]["biased"] is False
     assert [(e["step"], e["checkpoint"], e["effect"], e["rows"]) for e in said["effects"]] == [
         (step, f"checkpoint-{step}", effect, 8)
         for effect in ("unlearning", "retaining") for step in (5, 10)
@@ -126,22 +129,25 @@ def test_what_may_be_kept_has_a_name_on_the_command_line(name: StoreName) -> Non
 @pytest.mark.parametrize(
     ("objective", "options", "said", "compared"),
     [
-        ("wga", ["--alpha", "2"], "WeightedGradientAscent(alpha=2.0)", False),
-        ("npo", ["--beta", "0.5"], "NPO(beta=0.5)", True),
-        ("tnpo", [], "TNPO(beta=4.0", True),
-        ("wtnpo", ["--alpha", "1"], "alpha=1.0)", True),
-        ("graddiff", ["--weight", "0.5"], "{'forget': -1.0, 'retain': 0.5}", False),
-        ("npo+gd", ["--beta", "2", "--weight", "3"],
-         "GradDiff(forget=NPO(beta=2.0), weight=3.0)", True),
+        ("wga", ["--alpha", "2"], WeightedGradientAscent(alpha=2.0), False),
+        ("npo", ["--objective-option", "beta=0.5"], NPO(beta=0.5), True),
+        ("wtnpo", ["--alpha", "1", "--legacy-eps", "1e-5"],
+         WTNPO(alpha=1.0, legacy_eps=1e-5), True),
+        ("graddiff", ["--weight", "0.5"], GradDiff(weight=0.5), False),
+        ("npo+gd", ["--beta", "2", "--weight", "3"], GradDiff(NPO(2.0), weight=3.0), True),
     ],
+    ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
 def test_objectives(
-    ask: Ask, tmp_path: Path, objective: str, options: list[str], said: str, compared: bool
+    ask: Ask, tmp_path: Path, objective: str, options: list[str], said: Objective, compared: bool
 ) -> None:
     path = tmp_path / "run.h5"
     code, out, _ = ask("-o", path, *options, objective=objective)
-    how = open_run(path).manifest["replay"]
-    assert code == 0 and said in how["objective"]
+    kept = open_run(path).manifest["objective"]
+    is_first = "checkpoint-5, the first checkpoint" if compared else None
+    assert code == 0 and kept == provenance(said, is_first)
+    losses = open_run(path).manifest["losses"]["objective"]
+    assert losses == ({"forget": -1.0, "retain": 0.5} if objective == "graddiff" else "loss")
     assert ("Reference model: checkpoint-5, the first checkpoint." in out) is compared
 
 
@@ -187,14 +193,21 @@ def test_further_risks_the_update_and_a_reference(ask: Ask, folder: Path, tmp_pa
         ([], {"forget": "{folder}/bad.jsonl"}, 1, "bad.jsonl`, line 1, should have `question`"),
         ([], {"retain": "{folder}/none.jsonl"}, 1, "A data file should exist"),
         ([], {"tokenizer": "{folder}"}, 1, "no `tokenizer_config.json`"),
-        ([], {"batch_size": 8, "beta": 1.0}, 2, "with numbers of its own. Found `--beta`"),
+        ([], {"batch_size": 8, "beta": 1.0}, 2, "among those it has: none. Found `beta`"),
+        ([], {"objective": "npo", "beta": "much"}, 2, "`beta` should be a number such as 0.1"),
+        ([], {"objective_option": "beta"}, 2, "should be a name and its value"),
         ([], {"objective": "npo", "beta": -1.0}, 2, "positive number"),
-        ([], {"objective": "npo+gd", "alpha": 1.0, "beta": 0.5}, 2, "Found `--alpha`"),
+        (
+            [],
+            {"objective": "npo+gd", "alpha": 1.0, "beta": 0.5},
+            2,
+            "it has: `beta`, `weight`. Found `alpha`",
+        ),
         ([], {"device": "cuda:99"}, 1, "`device` should be one of this machine"),
         ([], {"max_length": 2}, 1, "line 1, should have some of its answer in the first 2"),
         ([], {"forget": "{folder}/latin.jsonl"}, 1, "latin.jsonl`, line 2, should be text in UTF"),
         ([], {"forget": "{folder}/long.jsonl"}, 1, "long.jsonl`, line 1, should have at most 32"),
-        ([], {"objective": "magic"}, 2, "magic"),
+        ([], {"objective": "magic"}, 2, "should be one of ga, wga,"),
         ([], {"risk": "facts.jsonl"}, 2, "a name and its data"),
         (["--reference-ema"], {"estimator": "full"}, 2, "Choose one of them"),
         ([], {"output": "run.csv"}, 2, ".h5"),

@@ -91,7 +91,7 @@ def test_the_best_variants_are_those_of_a_loop() -> None:
 )  # fmt: skip
 def test_the_command_of_a_study(recipe: Any, variants: Any, more: Any, said: str) -> None:
     runs = [{"method": "ga", "variant": variant} for variant in variants]
-    config = {"quick": False, "recipe": recipe}
+    config = {"quick": False, "recipe": recipe, "options": {}}
     assert (
         command({"seeds": [0, 1], "config": config, "runs": runs, "further_runs": [], **more})
         == said

@@ -1,7 +1,7 @@
 """Objectives against naive loops, and the identities that define them."""
 
 import copy
-from dataclasses import replace
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +12,12 @@ from geffect.objectives import (
     NPO,
     TNPO,
     WTNPO,
+    FrozenModel,
     GradDiff,
     GradientAscent,
     Objective,
     SharedForward,
+    SimNPO,
     WeightedGradientAscent,
     nll,
     statistics,
@@ -30,7 +32,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def other() -> nn.Module:
-    return tiny.gpt2(seed=1)
+    return tiny.gpt2(seed=1).eval()
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -62,13 +64,13 @@ def test_npo_equals_its_formula_and_its_weights(
     model: nn.Module, other: nn.Module, beta: float
 ) -> None:
     pair = tiny.pairs(1)[0]
-    npo = NPO(beta, reference=other)
+    npo = NPO(beta)
     sums = [torch.stack(s).sum() for s in reference.token_log_p(model, pair["forget"])]
     with torch.no_grad():
         before = [torch.stack(s).sum() for s in reference.token_log_p(other, pair["forget"])]
     ratios = [beta * (s - o) for s, o in zip(sums, before, strict=True)]
     formula = 2 / beta * torch.stack([torch.log1p(x.exp()) for x in ratios]).mean()
-    loss = npo(model, pair)
+    loss = npo(model, pair, FrozenModel(other))
     assert loss.item() == pytest.approx(formula.item(), rel=1e-10)
     weights = [2 / (1 + (beta * (o - s.detach())).exp()) for s, o in zip(sums, before, strict=True)]
     torch.testing.assert_close(
@@ -81,7 +83,7 @@ def test_npo_equals_its_formula_and_its_weights(
 def test_npo_starts_as_gradient_ascent_on_sequence_sums(model: nn.Module) -> None:
     pair = tiny.pairs(1)[0]
     sums = [torch.stack(s).sum() for s in reference.token_log_p(model, pair["forget"])]
-    found = reference.gradient(model, NPO(0.3, copy.deepcopy(model))(model, pair))
+    found = reference.gradient(model, NPO(0.3)(model, pair, FrozenModel.copied(model)))
     assert difference(found, reference.gradient(model, torch.stack(sums).mean())) < 1e-8
 
 
@@ -101,27 +103,27 @@ def test_tnpo_has_the_gradient_of_its_closed_form(
 ) -> None:
     log_p, before = both_log_p(model, other)
     closed = 2 / beta * torch.log1p((beta * (log_p - before)).exp()).mean()
-    loss = TNPO(beta, reference=other)(model, tiny.pairs(1)[0])
+    loss = TNPO(beta)(model, tiny.pairs(1)[0], FrozenModel(other))
     assert difference(reference.gradient(model, loss), reference.gradient(model, closed)) < 1e-8
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
 def test_wtnpo_weighs_tokens_by_its_formula(model: nn.Module, other: nn.Module, eps: float) -> None:
-    log_p, before = both_log_p(model, other)
-    p, p_o = log_p.exp().detach(), before.exp()
+    log_p, log_p_o = both_log_p(model, other)
+    p, p_o = log_p.exp().detach(), log_p_o.exp()
     weights = 2 * p ** (2.0 + 0.5) / (p**2.0 + p_o**2.0 + eps)
-    objective = WTNPO(2.0, eps, other, alpha=0.5)
+    objective, before = WTNPO(2.0, eps, alpha=0.5), FrozenModel(other)
     pair = tiny.pairs(1)[0]
-    found = reference.gradient(model, objective(model, pair))
+    found = reference.gradient(model, objective(model, pair, before))
     assert difference(found, reference.gradient(model, (weights * log_p).mean())) < 1e-8
-    torch.testing.assert_close(objective.implicit_weights(model, pair)["weight"], weights)
+    torch.testing.assert_close(objective.implicit_weights(model, pair, before)["weight"], weights)
 
 
 def test_wtnpo_tends_to_tnpo_and_tnpo_starts_as_gradient_ascent(model: nn.Module) -> None:
-    pair, still = tiny.pairs(1)[0], copy.deepcopy(model)
+    pair, still = tiny.pairs(1)[0], FrozenModel.copied(model)
     ascent = reference.gradient(model, GradientAscent()(model, pair))
-    tnpo = reference.gradient(model, TNPO(reference=still)(model, pair))
-    wtnpo = reference.gradient(model, WTNPO(reference=still, alpha=1e-12)(model, pair))
+    tnpo = reference.gradient(model, TNPO()(model, pair, still))
+    wtnpo = reference.gradient(model, WTNPO(alpha=1e-12)(model, pair, still))
     assert difference(tnpo, ascent) < 1e-12
     assert difference(wtnpo, tnpo) < 1e-10
 
@@ -138,9 +140,9 @@ def test_a_preference_without_a_reference_is_refused(
 def test_graddiff_adds_the_weighted_retain_risk(model: nn.Module) -> None:
     pair = tiny.pairs(1)[0]
     parts = GradDiff(WeightedGradientAscent(2.0), weight=0.7).components(model, pair)
-    assert {name: weight for name, (_, weight) in parts.items()} == {"forget": 1.0, "retain": 0.7}
+    assert {name: c.weight for name, c in parts.items()} == {"forget": 1.0, "retain": 0.7}
     total = GradDiff(WeightedGradientAscent(2.0), weight=0.7)(model, pair)
-    expected = parts["forget"][0] + 0.7 * parts["retain"][0]
+    expected = parts["forget"].loss + 0.7 * parts["retain"].loss
     assert total.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -152,27 +154,22 @@ OBJECTIVES = [
     NPO(0.5),
     GradDiff(),
     GradDiff(NPO(0.5)),
+    SimNPO(0.5),
+    SimNPO(4.5, 0.3),
 ]
-
-
-def given(objective: Objective, other: nn.Module) -> Objective:
-    """The objective with the reference model, where it takes one."""
-    if isinstance(objective, GradDiff):
-        return replace(objective, forget=given(objective.forget, other))
-    return replace(objective, reference=other) if hasattr(objective, "reference") else objective
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_padding_and_row_order_change_nothing(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective = given(objective, other)
+    before = FrozenModel(other)
     plain = {"forget": tiny.batch(0), "retain": tiny.batch(1)}
     padded = {"forget": tiny.batch(0, padding=5), "retain": tiny.batch(1, padding=2)}
     shuffled = {side: {k: v[[2, 0, 1]] for k, v in b.items()} for side, b in plain.items()}
     for changed in (padded, shuffled):
-        assert objective(model, changed).item() == pytest.approx(
-            objective(model, plain).item(), rel=1e-10
+        assert objective(model, changed, before).item() == pytest.approx(
+            objective(model, plain, before).item(), rel=1e-10
         )
 
 
@@ -180,10 +177,10 @@ def test_padding_and_row_order_change_nothing(
 def test_descent_on_the_objective_raises_the_forget_risk(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective = given(objective, other)
+    before = FrozenModel(other)
     pair = tiny.pairs(1)[0]
     moved = copy.deepcopy(model)
-    grads = reference.gradient(moved, objective(moved, pair))
+    grads = reference.gradient(moved, objective(moved, pair, before))
     with torch.no_grad():
         for name, parameter in moved.named_parameters():
             parameter -= 1e-4 * grads[name]
@@ -191,17 +188,17 @@ def test_descent_on_the_objective_raises_the_forget_risk(
 
 
 @pytest.mark.parametrize(
-    "objective", [WeightedGradientAscent(1.0), NPO(1.0), TNPO(), WTNPO()], ids=repr
+    "objective", [WeightedGradientAscent(1.0), NPO(1.0), TNPO(), WTNPO(), SimNPO()], ids=repr
 )
 def test_finite_where_every_probability_underflows(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective = given(objective, other)
+    before = FrozenModel(other)
     sharp = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in sharp.parameters():
             parameter *= 60
-    loss = objective(sharp, tiny.pairs(1)[0])
+    loss = objective(sharp, tiny.pairs(1)[0], before)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in reference.gradient(sharp, loss).values())
 
@@ -209,7 +206,7 @@ def test_finite_where_every_probability_underflows(
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "1.0"])
 @pytest.mark.parametrize("make", [lambda x: NPO(beta=x), lambda x: WeightedGradientAscent(alpha=x),
                                   lambda x: GradDiff(weight=x), lambda x: TNPO(beta=x),
-                                  lambda x: WTNPO(alpha=x)])  # fmt: skip
+                                  lambda x: WTNPO(alpha=x), lambda x: SimNPO(beta=x)])  # fmt: skip
 def test_settings_out_of_range_are_refused(make: object, value: object) -> None:
     with pytest.raises(ValueError, match=r"should be a positive number. Found .* Pass"):
         make(value)  # type: ignore[operator]
@@ -229,28 +226,30 @@ def test_a_batch_without_labels_is_refused(model: nn.Module) -> None:
 def test_implicit_weights_are_those_of_the_gradient(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective, pair = given(objective, other), tiny.pairs(1)[0]
+    before, pair = FrozenModel(other), tiny.pairs(1)[0]
     forget = objective.forget if isinstance(objective, GradDiff) else objective
-    found = objective.implicit_weights(model, pair)
+    found = objective.implicit_weights(model, pair, before)
     samples = reference.token_log_p(model, pair["forget"])
     log_p = torch.cat([torch.stack(sample) for sample in samples])
     torch.testing.assert_close(found["inverse confidence"], 1 / log_p.exp().detach())
-    weighed = torch.stack([torch.stack(s).sum() for s in samples])
-    if not isinstance(forget, NPO):
-        weighed = log_p
+    weighed = log_p
+    if isinstance(forget, NPO):
+        weighed = torch.stack([torch.stack(s).sum() for s in samples])
+    elif isinstance(forget, SimNPO):
+        weighed = torch.stack([torch.stack(s).mean() for s in samples])
     weights = found.get("weight", torch.ones_like(weighed))
     assert weights.shape == weighed.shape and not weights.requires_grad
     expected = reference.gradient(model, (weights * weighed).mean())
-    assert difference(reference.gradient(model, forget(model, pair)), expected) < 1e-8
+    assert difference(reference.gradient(model, forget(model, pair, before)), expected) < 1e-8
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 def test_implicit_weights_do_not_know_padding(
     objective: Objective, model: nn.Module, other: nn.Module
 ) -> None:
-    objective = given(objective, other)
+    before = FrozenModel(other)
     short, long = (
-        objective.implicit_weights(model, {"forget": tiny.batch(0, padding=padding)})
+        objective.implicit_weights(model, {"forget": tiny.batch(0, padding=padding)}, before)
         for padding in (0, 7)
     )
     assert short.keys() == long.keys() >= {"inverse confidence"}
@@ -296,3 +295,79 @@ def test_statistics_of_weights() -> None:
         (values[10], values[19], values[20])
     )
     assert all(value != value for value in statistics(torch.zeros(0)))
+
+
+# --- SimNPO
+
+
+def predicting(p: list[list[float]], vocabulary: int = 6) -> tuple[object, dict[str, torch.Tensor]]:
+    """A model that gives the answer tokens of each sample these probabilities, and its batch."""
+    width = max(map(len, p)) + 1
+    ids = torch.zeros(len(p), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    likely = torch.full((len(p), width), 0.5, dtype=torch.float64)
+    for row, answer in enumerate(p):
+        labels[row, 1 : len(answer) + 1] = 0
+        likely[row, : len(answer)] = torch.tensor(answer)
+    logits = ((1 - likely) / (vocabulary - 1)).log()[..., None].repeat(1, 1, vocabulary)
+    logits[..., 0] = likely.log()
+    logits.requires_grad_()
+    return lambda input_ids: SimpleNamespace(logits=logits), {"input_ids": ids, "labels": labels}
+
+
+def test_the_numbers_of_open_unlearning() -> None:
+    """On p = (.9, .5, .2), against a reference of (.8, .7, .6)."""
+    model, batch = predicting([[0.9, 0.5, 0.2]])
+    before = FrozenModel(predicting([[0.8, 0.7, 0.6]])[0])
+    expected = {
+        SimNPO(beta=4.5): 0.011841,
+        NPO(beta=0.1): 12.588993,
+        WeightedGradientAscent(alpha=1.0): -0.254429,
+    }
+    for objective, value in expected.items():
+        assert objective(model, {"forget": batch}, before).item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(("delta", "gamma", "value"), [(0.5, 4.5 * 0.5, 0.101363)])
+def test_the_margin_of_simnpo_stands_inside_of_the_product(
+    delta: float, gamma: float, value: float
+) -> None:
+    model, batch = predicting([[0.9, 0.5, 0.2]])
+    found = SimNPO(beta=4.5, delta=delta)(model, {"forget": batch}).item()
+    loss = -sum(math.log(p) for p in (0.9, 0.5, 0.2)) / 3
+    outside = 2 / 4.5 * math.log1p(math.exp(gamma - 4.5 * loss))
+    assert found == pytest.approx(value, abs=1e-6) == pytest.approx(outside, abs=1e-6)
+
+
+def test_simnpo_tends_to_gradient_ascent_by_samples(model: nn.Module) -> None:
+    pair = tiny.pairs(1)[0]
+    means = [torch.stack(s).mean() for s in reference.token_log_p(model, pair["forget"])]
+    found = reference.gradient(model, SimNPO(beta=1e-9)(model, pair))
+    assert difference(found, reference.gradient(model, torch.stack(means).mean())) < 1e-6
+
+
+def test_a_sample_without_answer_takes_no_part_in_simnpo() -> None:
+    model, batch = predicting([[0.9, 0.5, 0.2], []])
+    assert SimNPO()(model, {"forget": batch}).item() == pytest.approx(0.011841, abs=1e-6)
+    assert len(SimNPO().implicit_weights(model, {"forget": batch})["weight"]) == 1
+    assert SimNPO().reductions["forget"].count(batch) == 1
+    assert NPO().reductions["forget"].count(batch) == 2
+    assert GradientAscent().reductions["forget"].count(batch) == 3
+
+
+def test_a_margin_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`delta` of SimNPO should be a finite number. Found"):
+        SimNPO(delta=float("nan"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_labels_of_the_question_change_nothing(
+    objective: Objective, model: nn.Module, other: nn.Module
+) -> None:
+    pair = {"forget": tiny.batch(0), "retain": tiny.batch(1)}
+    masked = {side: {**b, "labels": b["labels"].clone()} for side, b in pair.items()}
+    for batch in masked.values():
+        assert (batch["labels"][:, 0] == -100).all()  # predicted from nothing
+        batch["labels"][:, 0] = 5
+    before = FrozenModel(other)
+    assert torch.equal(objective(model, masked, before), objective(model, pair, before))

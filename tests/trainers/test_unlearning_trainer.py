@@ -20,6 +20,7 @@ from geffect.data.pairs import Pairing
 from geffect.objectives import (
     NPO,
     WTNPO,
+    FrozenModel,
     GradDiff,
     GradientAscent,
     Objective,
@@ -562,11 +563,11 @@ def test_checkpointed_activations(tmp_path: Path) -> None:
 def test_no_reference_is_made_where_none_is_used(
     objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unlearning, "copy", None)
+    monkeypatch.setattr(unlearning, "FrozenModel", None)
     trainer = UnlearningTrainer(
         tiny.llama(), arguments(tmp_path), objective=objective, forget=FORGET, retain=RETAIN
     )
-    assert trainer.objective is objective
+    assert trainer.objective is objective and trainer.reference is None
 
 
 @pytest.mark.parametrize("objective", [NPO(), WTNPO(), GradDiff(forget=NPO())])
@@ -574,22 +575,21 @@ def test_the_reference_is_the_model_before_unlearning(objective: Objective, tmp_
     model = tiny.llama(dropout=0.2)
     before = states(model)
     trainer = trained(tmp_path, model, objective)
-    completed = trainer.objective.forget if isinstance(objective, GradDiff) else trainer.objective
-    assert same(states(completed.reference), before)
+    kept = trainer.reference.model
+    assert same(states(kept), before)
     assert not same(states(model), before)
-    assert not completed.reference.training
-    assert not any(p.requires_grad for p in completed.reference.parameters())
-    of_caller = objective.forget if isinstance(objective, GradDiff) else objective
-    assert of_caller.reference is None
+    assert not kept.training
+    assert not any(p.requires_grad for p in kept.parameters())
+    assert trainer.objective is objective
 
 
 def test_a_reference_that_is_given_is_used(tmp_path: Path) -> None:
-    given = tiny.llama(seed=1)
+    given = FrozenModel(tiny.llama(seed=1).eval())
     options = {"forget": FORGET, "retain": RETAIN}
     trainer = UnlearningTrainer(
-        tiny.llama(), arguments(tmp_path), objective=NPO(reference=given), **options
+        tiny.llama(), arguments(tmp_path), objective=NPO(), reference=given, **options
     )
-    assert trainer.objective.reference is given
+    assert trainer.reference is given
 
 
 def test_the_reference_runs_in_the_precision_of_the_model(tmp_path: Path) -> None:

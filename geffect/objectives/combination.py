@@ -1,0 +1,50 @@
+"""An objective that is nothing but a weighted sum of risks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from geffect.batch import Pair
+from geffect.risk import nll
+
+from .base import Component, Objective, Reduction
+from .reference import Reference
+
+
+@dataclass(frozen=True)
+class Combination(Objective):
+    """A weighted sum of the NLLs of sides: sum_k w_k R(k), each a token mean.
+
+    {"forget": -1.0} is GA, {"forget": -1.0, "retain": 1.0} is GradDiff; weights may be of further
+    sets. Where the risks are differentiated anyway, it costs no backward pass.
+
+    >>> Combination({"forget": -1.0, "world": 0.5}).sides
+    ('forget', 'world')
+    """
+
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        numbers = [w for w in self.weights.values() if isinstance(w, int | float) and isfinite(w)]
+        if len(numbers) < len(self.weights) or not any(numbers):
+            raise ValueError(
+                "`weights` of Combination should be finite numbers by the names of sides, not all "
+                f'zero. Found {dict(self.weights)!r}. Pass, say, {{"forget": -1.0}}.'
+            )
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return tuple(self.weights)
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        return {
+            side: Component(nll(model, batch[side]), float(weight), risk=side)
+            for side, weight in self.weights.items()
+        }
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {side: Reduction(side, "token_mean") for side in self.weights}

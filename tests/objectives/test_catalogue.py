@@ -1,0 +1,184 @@
+"""Every objective of the catalogue, wherever it can be named."""
+
+import copy
+import json
+import sys
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from geffect import Recorder, open_run
+from geffect.checkpoints.replay import replay
+from geffect.cli.main import main
+from geffect.demo.config import EmbeddedConfig, UnlearningConfig
+from geffect.demo.corpus import Size, generate
+from geffect.demo.methods import FEW, METHODS, VARIANTS, RunSpec
+from geffect.demo.study import Plan
+from geffect.demo.unlearning import Data, unlearn
+from geffect.objectives import (
+    CATALOGUE,
+    NPO,
+    FrozenModel,
+    GradDiff,
+    Objective,
+    Regularised,
+    SimNPO,
+    as_objective,
+    named,
+    options_of,
+    provenance,
+)
+from geffect.objectives.table import page
+from geffect.trainers.unlearning import UnlearningTrainer
+from tests.utils import tiny
+from tests.utils.unlearning_runs import arguments
+
+FORGET, RETAIN = ([tiny.batch(seed + i, rows=2) for i in range(2)] for seed in (0, 20))
+TINY = EmbeddedConfig(
+    corpus=Size(authors=3, forget=1, heldout=1, world=4),
+    procedure=UnlearningConfig(forget_batch=2, retain_batch=2, most_steps=1, relearning_steps=1),
+    layers=1, hidden=16, heads=2, epochs=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("catalogue") / "checkpoint-0"
+    tiny.llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Data]:
+    folder, corpus = tmp_path_factory.mktemp("subject"), generate(0, TINY.corpus)
+    TINY.learn(folder, corpus, corpus.memorised, 0, lambda done, total: None)
+    model, tokenizer = TINY.load(folder)
+    return model, Data.of(corpus, tokenizer)
+
+
+def items(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return [
+        dict(zip(batch, row, strict=True))
+        for batch in batches
+        for row in zip(*batch.values(), strict=True)
+    ]
+
+
+def kept(path: Path) -> dict[str, Any]:
+    return dict(open_run(path).manifest["objective"])
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_replayed(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    run = replay(checkpoint, tmp_path / "run.h5", objective=name, forget=FORGET, retain=RETAIN)
+    needed = named(name).reference != "none"
+    assert kept(run.path) == provenance(
+        named(name), "checkpoint-0, the first checkpoint" if needed else None
+    )
+    assert torch.as_tensor(run.gram()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    trainer = UnlearningTrainer(
+        tiny.llama(), arguments(tmp_path, max_steps=1), objective=name, forget=items(FORGET),
+        retain=items(RETAIN), recorder=partial(Recorder, path=path),
+    )  # fmt: skip
+    trainer.train()
+    needed = named(name).reference != "none"
+    assert kept(path) == provenance(named(name), "a frozen copy of the model" if needed else None)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_studied(name: str, subject: tuple[nn.Module, Data], tmp_path: Path) -> None:
+    path, (model, data) = tmp_path / "run.h5", subject
+    assert name in {cell.method for cell in Plan(methods=(name,)).cells()}
+    options = tuple(options_of(named(name)).items())
+    result = unlearn(
+        copy.deepcopy(model), data, RunSpec(FEW, name, "plain", 1e-3, 1, options),
+        VARIANTS["plain"], TINY.procedure, {"forget_nll": 1e3}, 0, path, lambda step, nll: None,
+    )  # fmt: skip
+    needed = named(name).reference != "none"
+    assert kept(path) == provenance(named(name), "a frozen copy of the model" if needed else None)
+    assert result["steps"] == 1 and result["options"] == dict(options)
+    assert "inverse confidence" in open_run(path).weights()
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_documented(name: str) -> None:
+    row = next(line for line in page().splitlines() if line.startswith(f"| `{name}` |"))
+    for option, default in options_of(CATALOGUE[name]).items():
+        assert f"`{option}` {default}" in row
+    assert f"`{CATALOGUE[name]!r}`" in row
+
+
+def test_the_page_on_disk_is_the_one_that_is_generated() -> None:
+    on_disk = Path(__file__).parents[2] / "docs" / "objectives.md"
+    assert on_disk.read_text(encoding="utf-8") == page(), "python -m geffect.objectives.table"
+
+
+@pytest.mark.parametrize("objective", CATALOGUE.values(), ids=CATALOGUE)
+def test_its_fields_are_its_options(objective: Objective) -> None:
+    assert is_dataclass(objective) and vars(objective).keys() == {
+        field.name for field in fields(objective)
+    }
+    assert (
+        objective.reductions.keys()
+        == objective.components(
+            tiny.gpt2(), tiny.pairs(1)[0], FrozenModel(tiny.gpt2(1).eval())
+        ).keys()
+    )
+    assert json.loads(json.dumps(provenance(objective))) == provenance(objective)
+    with pytest.raises(ValueError, match=r"among those it has: .* Found `colour`"):
+        named("ga", {"colour": 1})
+
+
+def test_the_study_names_objectives_of_the_catalogue() -> None:
+    assert set(METHODS) <= set(CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--methods", "simnpo,ga", "--beta", "1"], "it has: none. Found `beta`"),
+        (["--methods", "simnpo,magic"], "should be some of ga, wga"),
+        (["--methods", "simnpo", "--delta", "x"], "`delta` should be a number such as 0.0"),
+    ],
+)
+def test_a_study_refuses_what_an_objective_has_not(
+    options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["geffect", "demo", "--out", str(tmp_path), *options])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_the_options_of_a_study_reach_its_runs() -> None:
+    cells = Plan(methods=("simnpo",), options={"beta": 2.0}).cells()
+    assert {cell.options for cell in cells} == {(("beta", 2.0),)}
+
+
+def test_what_stands_for_an_objective() -> None:
+    assert as_objective("npo+gd") == GradDiff(NPO())
+    assert as_objective(SimNPO()) == SimNPO()
+    pair, model = tiny.pairs(1)[0], tiny.gpt2()
+    declared = as_objective({"forget": -1.0, "retain": 1.0})
+    assert torch.equal(declared(model, pair), GradDiff()(model, pair))
+    assert declared.sides == GradDiff().sides == ("forget", "retain")
+
+
+def test_parts_of_one_name_are_refused() -> None:
+    twice = Regularised(GradDiff(), GradDiff())
+    with pytest.raises(ValueError, match=r"should have names of their own. Found `forget`"):
+        twice(tiny.gpt2(), tiny.pairs(1)[0])
+    with pytest.raises(ValueError, match="Found `weight` twice"):
+        options_of(twice)
