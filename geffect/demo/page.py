@@ -1,11 +1,14 @@
 """The page of a study: settings, findings and every table, as Markdown."""
 
+import argparse
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from .findings import findings
 from .methods import EQUAL, FEW, METHODS
 from .study import IN_A_LOOK, QUICK_METHODS
 from .tables import COLUMNS, KEYS, Row, as_markdown, compared, rows, tables
@@ -73,6 +76,16 @@ takes is said first. For averages and batch sizes other than those of the study,
 def write_page(summary: Mapping[str, Any], out: Path) -> None:
     """Write the page of a study into its folder."""
     (out / NAME).write_text(study_page(summary), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page of a study again, with the findings that its numbers give today."""
+    parser = argparse.ArgumentParser(prog="python -m geffect.demo.page", description=main.__doc__)
+    parser.add_argument("study", type=Path, help="the folder of the study")
+    out = parser.parse_args(arguments).study
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    said = findings(summary["runs"], summary["further_runs"])
+    write_page({**summary, "findings": said}, out)
 
 
 def study_page(summary: Mapping[str, Any]) -> str:
@@ -213,3 +226,7 @@ def _folded(title: str, text: str) -> str:
 def _markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     shown = [headings, ["---"] * len(headings), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"
+
+
+if __name__ == "__main__":
+    main()

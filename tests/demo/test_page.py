@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from geffect.demo.page import best, command, study_page, write_page
+from geffect.demo.page import best, command, main, study_page, write_page
 from geffect.demo.study import IN_A_LOOK
 from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
 
@@ -26,6 +26,12 @@ def test_the_page_of_a_study(quick_study: Any) -> None:
         for _, part in table.runs.groupby("retain_feed"):
             for line in as_markdown(part).splitlines()[2:]:
                 assert re.sub(r" +", " ", line) in re.sub(r" +", " ", page)
+
+
+def test_a_page_is_written_again(quick_study: Any, tmp_path: Any) -> None:
+    (tmp_path / "summary.json").write_text((quick_study.out / "summary.json").read_text())
+    main([str(tmp_path)])
+    assert (tmp_path / "study.md").read_text() == (quick_study.out / "study.md").read_text()
 
 
 def test_further_tables_and_single_seeds(quick_study: Any, tmp_path: Any) -> None:
