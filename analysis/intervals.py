@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 
 from geffect.store import Run
 
@@ -71,16 +71,9 @@ def intervals(
 
 def _share_below(level: float, rows: int) -> float:
     """What share of the replicates lies below an interval of means of so many rows."""
-    normal, freedom = NormalDist(), rows - 1
-    z = normal.inv_cdf((1 + level) / 2)
-    # Student's t from z, to third order in 1 / freedom: Abramowitz and Stegun, 26.7.5.
-    t = (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
-    return normal.cdf(-t * (rows / freedom) ** 0.5)
+    freedom = rows - 1
+    t = stdtrit(freedom, (1 + level) / 2)  # the quantile of Student's t
+    return float(ndtr(-t * np.sqrt(rows / freedom)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.contour import ContourSet
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ RANGE = 0.2  # of the weights that share a colour
 FEWEST = 5  # points that a density is drawn of
 SHARES = (0.9, 0.6, 0.3)  # of the density that the lines enclose
 GRID = 120
+MOST_ALIKE = 0.999  # the correlation from which on points count as a line
 SPREAD = 100.0  # between the largest value and the smallest, from which on a scale is symmetric-log
 
 
@@ -113,28 +115,28 @@ def _lines_of_density(
 ) -> list[NDArray[np.float64]]:
     """Lines around the given shares of a Gaussian density, and where they run.
 
-    The density is estimated on the scales of the axes, with a kernel of the width of Scott's rule
-    on either. A few points, or points of one value, have none.
+    The density is estimated on the scales of the axes, with the kernel of Scott's rule. A few
+    points, or points that lie on a line there, have none.
     """
-    if len(points) < FEWEST:
-        return []
     across, up = ax.xaxis.get_transform(), ax.yaxis.get_transform()
     x = across.transform(points[FORGET].to_numpy(dtype=float))
     y = up.transform(points[RETAIN].to_numpy(dtype=float))
-    width, height = (np.std(of, ddof=1) * len(points) ** (-1 / 6) for of in (x, y))
-    # Of equal values rounding may leave a width that is not quite zero.
-    if width <= 1e-9 * np.abs(x).max() or height <= 1e-9 * np.abs(y).max():
+    if len(points) < FEWEST or _on_a_line(x, y):
         return []
-    (columns, along_x), (rows, along_y) = _kernels(x, width), _kernels(y, height)
-    density = along_y @ along_x.T
-    falling = np.sort(density, axis=None)[::-1]
-    enclosed = np.cumsum(falling) / falling.sum()
-    lines = ax.contour(
-        across.inverted().transform(columns), up.inverted().transform(rows), density,
-        levels=np.unique(falling[np.searchsorted(enclosed, SHARES)]), colors=[colour],
-        linewidths=1.0, zorder=2,
+    seaborn.kdeplot(
+        x=points[FORGET], y=points[RETAIN], ax=ax, levels=[1 - share for share in SHARES],
+        gridsize=GRID, color=colour, linewidths=1.0, zorder=2,
     )  # fmt: skip
+    (lines,) = (artist for artist in ax.collections[-1:] if isinstance(artist, ContourSet))
     return [np.asarray(path.vertices, dtype=float) for path in lines.get_paths()]
+
+
+def _on_a_line(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
+    """Whether points have so little of a width that a grid over them would not see it."""
+    # Of equal values rounding may leave a spread that is not quite zero.
+    if any(np.std(of) <= 1e-9 * np.abs(of).max() for of in (x, y)):
+        return True
+    return bool(abs(np.corrcoef(x, y)[0, 1]) > MOST_ALIKE)
 
 
 def _limit(ax: Axes, reached: NDArray[np.float64]) -> None:
@@ -148,14 +150,6 @@ def _limit(ax: Axes, reached: NDArray[np.float64]) -> None:
         margin = 0.05 * (high - low) or 1.0
         low, high = scale.inverted().transform(np.array([low - margin, high + margin]))
         limit(low, high)
-
-
-def _kernels(
-    values: NDArray[np.float64], width: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A grid over the values, and the kernel of each value on it, (grid, value)."""
-    grid = np.linspace(values.min() - 2.5 * width, values.max() + 2.5 * width, GRID)
-    return grid, np.exp(-(((grid[:, None] - values) / width) ** 2) / 2)
 
 
 def _scale(ax: Axes, axis: Literal["x", "y"], table: pd.DataFrame) -> None:

@@ -58,6 +58,7 @@ THIRD_PARTY = {
     "h5py": ["store"],
     "pandas": ["scores", "analysis", "plots", "demo", "cli"],
     "matplotlib": ["plots", "demo.figures", "cli"],
+    "scipy": ["analysis", "plots"],
     "seaborn": ["plots", "demo.figures", "cli"],
     "transformers": ["demo", "trainers", "checkpoints", "cli"],
     "tokenizers": ["demo"],
