@@ -5,6 +5,7 @@ from .heatmap import heatmap
 from .lines import profile, trajectory
 from .rectification import rectification
 from .sheet import facets, sheet
+from .spans import spans
 from .text import text
 from .tradeoff import tradeoff
 
@@ -15,6 +16,7 @@ __all__ = [
     "profile",
     "rectification",
     "sheet",
+    "spans",
     "text",
     "tradeoff",
     "trajectory",

@@ -51,16 +51,13 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     >>> ax.get_title(loc="left"), [drawn.get_text() for drawn in ax.texts]
     ('sample 3', [' red', ' fox'])
     """
-    require(table, ["sample", "position", "token", "value"])
-    sample = _single_sample(table)
-    once_only(table, ["position"])
-    table = table.sort_values("position")
+    name, table = answer(table)
     tokens = [_shown(token) for token in table["token"]]
     if ax is None:
         tall = lines(tokens, WIDTH) * LEADING * SIZES[0] / 72
         ax = new_axes(WIDTH * ADVANCE * SIZES[0] / 72 + 0.2, tall + 0.9)
     ax.set_axis_off()
-    heading(ax, ", ".join(name for name in (f"sample {sample}", _names(table)) if name))
+    heading(ax, name)
     colours = _scale(ax, table)
     values = np.ma.masked_invalid(table["value"].to_numpy(dtype=float))
     backgrounds = colours.to_rgba(values)
@@ -75,13 +72,28 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         )  # fmt: skip
         drawn = ax.text(
             x, y + 0.55 * size, placed.text, transform=points, fontsize=size, family=FONTS,
-            color=_readable_on(background), parse_math=False,
+            color=readable_on(background), parse_math=False,
         )  # fmt: skip
         for artist in (ax.add_artist(cell), drawn):
             # They follow a layout that is settled, and would otherwise be part of the next one.
             artist.set_in_layout(False)
             artist.set_clip_on(False)
     return ax
+
+
+def answer(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """What one text is of, and its tokens in order; a table of several texts is refused.
+
+    >>> table = pd.DataFrame({"sample": 3, "position": [8, 7], "token": ["b", "a"], "value": 0.0})
+    >>> name, tokens = answer(table)
+    >>> name, list(tokens["token"])
+    ('sample 3', ['a', 'b'])
+    """
+    require(table, ["sample", "position", "token", "value"])
+    sample = _single_sample(table)
+    once_only(table, ["position"])
+    table = table.sort_values("position")
+    return ", ".join(name for name in (f"sample {sample}", _names(table)) if name), table
 
 
 def flow(tokens: Sequence[str], columns: int) -> Iterator[Placed]:
@@ -174,11 +186,7 @@ def _scale(ax: Axes, table: pd.DataFrame) -> ScalarMappable:
     undefined = " (grey: undefined)" if table["value"].isna().any() else ""
     bar.ax.set_xlabel(score.label + undefined, fontsize="small", loc="left")
     if score.scale == "symlog":
-        ticks = decades(frame)
-        zero = len(ticks) // 2
-        # The innermost powers would touch the zero of a narrow bar.
-        wide_apart = ticks if zero < 2 else [*ticks[: zero - 1], 0.0, *ticks[zero + 2 :]]
-        bar.ax.xaxis.set_major_locator(FixedLocator(wide_apart))
+        bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
         bar.ax.xaxis.set_major_formatter(decade_format(frame))
     bar.ax.minorticks_off()
     bar.ax.tick_params(width=0.6, length=2.5, labelsize="x-small")
@@ -205,6 +213,18 @@ def _from_upper_left(ax: Axes) -> Transform:
     return Affine2D().scale(1 / 72) + ax.figure.dpi_scale_trans + corner
 
 
-def _readable_on(background: Sequence[float]) -> str:
+def apart(frame: Frame) -> list[float]:
+    """The ticks of a narrow bar, in which the innermost powers would touch zero.
+
+    >>> apart(Frame(300.0, 1e-3, []))
+    [-10.0, -0.1, 0.0, 0.1, 10.0]
+    """
+    ticks = decades(frame)
+    zero = len(ticks) // 2
+    return ticks if zero < 2 else [*ticks[: zero - 1], 0.0, *ticks[zero + 2 :]]
+
+
+def readable_on(background: Sequence[float]) -> str:
+    """Dark or white, whichever can be read on a colour."""
     red, green, blue = background[:3]
     return "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

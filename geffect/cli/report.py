@@ -123,7 +123,7 @@ def _weights(run: "Run") -> dict[str, Any]:
 
 
 def _effects(run: "Run") -> dict[str, Any]:
-    """Pictures of the effects of samples and tokens, where they were kept with the run."""
+    """The effects of samples as a picture, of tokens as text, where a run keeps them."""
     from geffect import plots
     from geffect.analysis import SAMPLES, TOKENS, kept
 
@@ -134,7 +134,7 @@ def _effects(run: "Run") -> dict[str, Any]:
         told_apart = kept(run, TOKENS).groupby(["sample", "risk"], observed=True)
         for (sample, risk), part in told_apart:
             caption = f"sample {sample}, effect on the {risk} risk"
-            texts.append((caption, _panel(plots.text(part))))
+            texts.append((caption, plots.spans(part)))
     return {"samples": samples, "texts": texts}
 
 

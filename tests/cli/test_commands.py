@@ -192,7 +192,9 @@ def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
     assert_self_contained(text)
     for word in ("Implicit weights", "Samples", "Tokens", "Sample 2, effect on the retain risk"):
         assert word in text
-    assert text.count("data:image/png;base64,") == 2 + 1 + 2 + 3 * 2
+    assert text.count("data:image/png;base64,") == 2 + 1 + 2
+    assert text.count('<div class="tokens">') == 3 * 2
+    assert text.count("linear-gradient(to right") == 3 * 2
 
 
 def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None:

@@ -1,0 +1,82 @@
+"""The tokens of a sample as HTML: text that can be selected, each token on its colour."""
+
+from html import escape
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_hex
+
+from geffect.scores import score_of
+
+from .style import UNDEFINED, Frame, colours_of
+from .text import BREAK, answer, apart, readable_on
+
+LEGEND = 41  # colours in the bar below the text
+
+
+def spans(table: pd.DataFrame) -> str:
+    """The answer of one sample as a block of HTML that stands alone, with a legend of its colours.
+
+    As `text`, of the same tables and in the same colours; a token that is pointed at says its value
+    and its probability. Tokens are escaped: what a model writes is text and no markup. What is
+    selected and copied is the answer as it is.
+
+    >>> table = pd.DataFrame({"sample": 3, "position": [7, 8], "token": [" <b>", " fox"],
+    ...                       "p": [0.9, 0.2], "value": [-2.0, 0.5]})
+    >>> page = spans(table)
+    >>> "&lt;b&gt;</span>" in page, "<b>" in page
+    (True, False)
+    """
+    name, table = answer(table)
+    as_model = table.assign(model="model")
+    cmap, norm = colours_of(as_model)
+    values = table["value"].to_numpy(dtype=float)
+    colours = cmap(norm(np.ma.masked_invalid(values)))
+    likely = table["p"].tolist() if "p" in table else [np.nan] * len(table)
+    marked = "".join(map(_span, table["token"], values, likely, colours))
+    return (
+        f'<div class="tokens"><p style="white-space: pre-wrap; line-height: 1.7">{marked}</p>'
+        f"{_legend(as_model)}<p><small>{escape(name)}</small></p></div>"
+    )
+
+
+def _span(token: object, value: float, likely: float, colour: tuple[float, ...]) -> str:
+    says = "undefined" if np.isnan(value) else f"{value:.3g}"
+    if not np.isnan(likely):
+        says += f", probability {likely:.3g}"
+    style = f"background: {to_hex(colour)}; color: {readable_on(colour)}"
+    return f'<span style="{style}" title="{says}">{_shown(token)}</span>'
+
+
+def _shown(token: object) -> str:
+    if not isinstance(token, str):
+        return f" {token}"  # an id
+    # What is empty or breaks a line is seen, and not copied.
+    mark = '<span style="user-select: none">{}</span>'
+    if not token:
+        return mark.format("∅")
+    return escape(token).replace("\r\n", "\n").replace("\n", f"{mark.format(BREAK)}\n")
+
+
+def _legend(table: pd.DataFrame) -> str:
+    """A bar from the lowest colour to the highest, with its ends, zero and unit in words."""
+    score, (cmap, norm) = score_of(table), colours_of(table)
+    bar = ", ".join(to_hex(cmap(share)) for share in np.linspace(0, 1, LEGEND))
+    ticks = apart(Frame.of(table)) if score.scale == "symlog" else [norm.vmin, 0.0, norm.vmax]
+    marks = "".join(
+        f'<span style="position: absolute; left: {100 * float(norm(tick)):.1f}%; '
+        f'transform: translateX(-50%)">{tick:g}</span>'
+        for tick in ticks
+        if tick is not None
+    )
+    undefined = (
+        f' <span style="background: {UNDEFINED}">undefined</span>'
+        if table["value"].isna().any()
+        else ""
+    )
+    return (
+        '<div style="width: 24em; max-width: 90%; font-size: .8em; user-select: none">'
+        f'<div style="height: .7em; background: linear-gradient(to right, {bar})"></div>'
+        f'<div style="position: relative; height: 1.5em">{marks}</div>'
+        f"{escape(score.label)}{undefined}</div>"
+    )
