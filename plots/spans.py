@@ -40,7 +40,9 @@ def spans(table: pd.DataFrame) -> str:
     )
 
 
-def _span(token: object, value: float, likely: float, colour: tuple[float, ...]) -> str:
+def _span(
+    token: object, value: float, likely: float, colour: tuple[float, float, float, float]
+) -> str:
     says = "undefined" if np.isnan(value) else f"{value:.3g}"
     if not np.isnan(likely):
         says += f", probability {likely:.3g}"
