@@ -15,7 +15,7 @@ from geffect.data.collate import Item, batched
 from geffect.data.examples import example, read, spelled
 from tests.utils.chat import TURNS, make_tokenizer, without, written
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "edu_relat"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "edu_relat"
 
 # As Llama 2 has it: the answer stands between spaces, and the tokenizer's EOS ends it.
 INSTRUCTED = (
