@@ -1,6 +1,7 @@
 """What a rectified step has to be like, and what is said where it is not."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,4 +105,18 @@ def check_optimizer(options: Options, optimizer: torch.optim.Optimizer | None) -
             '`optimizer` should be given before a step with space="update" or '
             "measure_update=True. Found none. Pass Rectifier(..., optimizer=optimizer), or "
             "call rectifier.attach(optimizer)."
+        )
+
+
+def check_state(state: Mapping[str, Any], format: int, options: Mapping[str, object]) -> None:
+    """Refuse the state of something else, or of a rectifier that was set up otherwise."""
+    if state.get("format") != format:
+        raise ValueError(
+            f"The state of a rectifier should have format {format}. Found "
+            f"{state.get('format')!r}. Pass what `state_dict()` of a rectifier gave."
+        )
+    if state["options"] != options:
+        raise ValueError(
+            "The rectifier should be set up as the one whose state it takes: "
+            f"{state['options']}. Found {options}. Make it with the same arguments."
         )

@@ -38,30 +38,25 @@ class Rectifier:
     removed.
 
     - `rule`: from a Gram matrix to weights, such as `geffect.projection.gru`, or a rule for every
-      coordinate such as `SAGO()`; None for none. One of your own that adds the retain gradient says
-      so: see `geffect.projection.Rule`.
+      coordinate such as `SAGO()`; None for none. One of your own declares what it adds: see `Rule`.
     - `protect`: the losses whose gradients are not to be harmed. Each has its own average;
       `nearest` and `off_span` know what to do with several.
     - `scope`: what one constraint covers: the whole "model", each "group" of layers, "layer" or
       "parameter", or each "coordinate" (those that would harm r stay where they are).
     - `space`: "gradient" changes `.grad` before the optimizer steps, as in the paper. "update"
-      changes the step that `optimizer` takes: adaptive optimizers rescale a rectified gradient and
-      break the constraint.
+      changes the step that `optimizer` takes: adaptive ones break the constraint on a gradient.
     - `part`: "total" rectifies the whole objective. "forget" rectifies it without its share of the
-      losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself: of
-      an objective that is declared as a combination.
-    - `optimizer`: needed in update space, here or by `attach`. It is not wrapped. In gradient space
+      losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself.
+    - `optimizer`: needed in update space, here or by `attach`; it is not wrapped. In gradient space
       it is needed where it does not step all parameters: the others then take no part.
-    - `ema`: the weight of the new gradient in the average, 1 - momentum; the average starts at the
-      first gradient.
+    - `ema`: the weight of the new gradient in the average, which starts at the first one.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses; before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
       "retain_adam" of r / sqrt(v), v the running mean square of the retain gradients.
     - `state`: how the averages are kept, see `State`.
-    - `measure_update`: also measure what the optimizer makes of the step,
-      `report.applied_average` and `report.applied_fresh`. Costs a copy of the parameters and of the
-      retain gradient.
+    - `measure_update`: also measure what the optimizer makes of the step, `report.applied_average`
+      and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
 
     A retain gradient that is zero, not finite or rounding noise (no coordinate reaches 2^-23 times
     the objective's largest) rectifies nothing and stays out of the average: `skipped` counts such
@@ -192,6 +187,7 @@ class Rectifier:
         projector = self._begun()
         checks.check_retain(gradients.sources, self._options)
         self._abandon()  # a step whose optimizer raised, or never stepped
+        self._step = None
         checks.check_gradients_of(projector.parameters, gradients.parameters)
         checks.check_nothing_left(projector.moved(self._optimizer).values())
         checks.check_optimizer(self._options, self._optimizer)
@@ -205,15 +201,9 @@ class Rectifier:
                 "`observe` should be called before `rectify`, with the gradients of the same step. "
                 "Found no step that was observed. Call observe(gradients) first."
             )
-        copy = copy or self._options.measure_update
-        of_retain = [gradients.weights.get(name, {}) for name in self.protect]
-        behind = {name for terms in of_retain for name in terms} if self.part == "forget" else set()
-        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
-        self._step.change(self._begun().moved(self._optimizer))
+        self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
         if self._attachment is not None and self._step.armed:
             self._attachment.come_last()
-        if behind and not self._options.adds_retain:
-            gradients.deposit(among=behind, copy=copy)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.
@@ -250,16 +240,7 @@ class Rectifier:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where a rectifier that was set up alike had come to, on the same model."""
-        if state.get("format") != FORMAT:
-            raise ValueError(
-                f"The state of a rectifier should have format {FORMAT}. Found "
-                f"{state.get('format')!r}. Pass what `state_dict()` of a rectifier gave."
-            )
-        if state["options"] != self.options:
-            raise ValueError(
-                "The rectifier should be set up as the one whose state it takes: "
-                f"{state['options']}. Found {self.options}. Make it with the same arguments."
-            )
+        checks.check_state(state, FORMAT, self.options)
         self._memory.load_state_dict(state["memory"], trainable(self._model))
         self._abandon()
         self._window = self._step = None

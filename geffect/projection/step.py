@@ -52,31 +52,20 @@ class Step:
         elif projector.options.measure_update:
             self._fresh = [*retain.values()]
 
-    def change(self, moved: Mapping[int, Tensor]) -> None:
-        """Rectify the gradient of the objective, which lies in `.grad`, or arm the step.
+    def change(self, gradients: Gradients, moved: Mapping[int, Tensor], *, copy: bool) -> None:
+        """Leave the objective's gradient in `.grad`, and rectify it there, or arm the step.
 
-        `moved` is what the optimizer steps, by the places of the parameters.
+        `moved` is what the optimizer steps, by the places of the parameters. What is not to be
+        rectified of the objective is added behind.
         """
-        if self._overflowed:
-            _tell_scaler(moved.values())
-            return
         options = self._projector.options
-        if self._counts and self._projector.memory.compares:
-            self._compare(moved)
-        acts = self._counts or options.selection is not None
-        if acts and options.by_coordinate and not self._peak(moved) < float("inf"):
-            # No Gram matrix tells.
-            self._counts = acts = False
-            self._skip("the gradient of the objective is not finite")
-        changes_update = acts and options.space == "update"
-        self.armed = changes_update or (self._counts and options.measure_update)
-        if acts and options.space == "gradient":
-            with torch.no_grad():
-                if options.adds_retain and self._counts:
-                    self._make_room(moved)
-                mask = self._projector.mask([*moved.values()])
-                space = GradientSpace(moved, self._scale)
-                self._done(self._projector.change(space, mask, counts=self._counts))
+        copy = copy or options.measure_update
+        of_retain = [gradients.weights.get(name, {}) for name in options.protect]
+        behind = {n for terms in of_retain for n in terms} if options.part == "forget" else set()
+        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
+        self._rectify(moved)
+        if behind and not options.adds_retain:
+            gradients.deposit(among=behind, copy=copy)
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """Prepare for the optimizer's step, or take it, a few tensors at a time."""
@@ -139,6 +128,28 @@ class Step:
             )
         self._report, self._applied = (lambda: report), None
         return report
+
+    def _rectify(self, moved: Mapping[int, Tensor]) -> None:
+        if self._overflowed:
+            _tell_scaler(moved.values())
+            return
+        options = self._projector.options
+        if self._counts and self._projector.memory.compares:
+            self._compare(moved)
+        acts = self._counts or options.selection is not None
+        if acts and options.by_coordinate and not self._peak(moved) < float("inf"):
+            # No Gram matrix tells.
+            self._counts = acts = False
+            self._skip("the gradient of the objective is not finite")
+        changes_update = acts and options.space == "update"
+        self.armed = changes_update or (self._counts and options.measure_update)
+        if acts and options.space == "gradient":
+            with torch.no_grad():
+                if options.adds_retain and self._counts:
+                    self._make_room(moved)
+                mask = self._projector.mask([*moved.values()])
+                space = GradientSpace(moved, self._scale)
+                self._done(self._projector.change(space, mask, counts=self._counts))
 
     def _compare(self, moved: Mapping[int, Tensor]) -> None:
         problem = self._projector.memory.compare(self._peak(moved) / self._scale)

@@ -1,4 +1,12 @@
-"""Rectification in a `transformers.Trainer` that was written without a thought of it."""
+"""Rectification in a `transformers.Trainer` that was written without a thought of it.
+
+transformers has one seam for it, which is to subclass a Trainer: `RectifyMixin`. The events of its
+callbacks do not suffice. None comes between the last backward pass and clipping
+(`on_pre_optimizer_step` comes after it), none tells which checkpoint a training goes on from, and
+`on_log` comes to those that write the log in the order in which they were added. For a Trainer that
+exists already, as a script of TRL makes it, there is no seam: `rectify` gives it the subclass
+as its `__class__`, and `detach` gives back its own.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
