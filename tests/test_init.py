@@ -1,17 +1,16 @@
 """The face of the package: what `import geffect` gives."""
 
 import importlib
-import pkgutil
+import inspect
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 
 import geffect
 from tests.utils.subprocesses import in_another_process
 
-MODULES = sorted(
-    {"geffect", *(m.name for m in pkgutil.walk_packages(geffect.__path__, "geffect."))}
-)
 ROOMS = ("analysis", "capture", "effects", "objectives", "plots", "projection", "trainers")
 
 
@@ -33,3 +32,29 @@ def test_only_public_names_are_listed() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert geffect.__version__ == version("geffect")
+
+
+def public() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every function and class that a room or the package names, and the methods of the classes."""
+    doors = ("", *ROOMS, "store", "checkpoints.estimators", "checkpoints.replay")
+    for module in (importlib.import_module(f"geffect.{door}".rstrip(".")) for door in doors):
+        listed = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
+        for name, found in ((name, getattr(module, name)) for name in listed):
+            ours = getattr(found, "__module__", "").startswith("geffect") and callable(found)
+            if not ours or found is geffect.RunFileError:  # as any error, which has no signature
+                continue
+            yield f"{module.__name__}.{name}", found
+            for method, function in inspect.getmembers(found, inspect.isroutine):
+                own = getattr(function, "__module__", None) or ""
+                if inspect.isclass(found) and own.startswith("geffect"):
+                    yield f"{module.__name__}.{name}.{method}", function
+
+
+def test_no_signature_shows_an_address() -> None:
+    shown = {name: inspect.signature(of).parameters.values() for name, of in public()}
+    assert {"geffect.Recorder", "geffect.replay", "geffect.projection.Rectifier"} <= shown.keys()
+    assert {"geffect.trainers.UnlearningTrainer", "geffect.open_run"} <= shown.keys()
+    for name, parameters in shown.items():
+        for parameter in parameters:
+            said = repr(parameter.default)
+            assert " at 0x" not in said, f"{name}: {parameter.name}={said}"

@@ -28,7 +28,7 @@ where batches stand together.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial, update_wrapper
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +104,8 @@ class Sources:
         *,
         reference: Reference | None = None,
         update: Vector | None = None,
-        collector: NewCollector = lambda weights, row, gradients: None,
-        report: Callable[[int, int], None] = lambda done, total: None,
+        collector: NewCollector | None = None,
+        report: Callable[[int, int], None] | None = None,
     ) -> None:
         self.sets = sets
         self.constants: Basis = {} if update is None else {UPDATE: update}
@@ -196,7 +196,7 @@ class Sources:
         itself. What else is kept is taken from `at(place)`, by default from the basis.
         """
         every = {**weights, **{name: {name: 1.0} for name in self.constants}}
-        collector = self._collector(every, self._rows, gradients)
+        collector = self._collector and self._collector(every, self._rows, gradients)
         self._rows += 1
         if collector is None:
             known = _gram(basis) if products is None else products
@@ -292,7 +292,8 @@ class Sources:
     def _differentiated(self, losses: Mapping[str, Loss]) -> Gradients:
         gradients = differentiate(self._parameters, losses)
         self._done += 1
-        self._report(self._done, self._total)
+        if self._report is not None:
+            self._report(self._done, self._total)
         return gradients
 
 
@@ -332,19 +333,31 @@ def traits_of(estimator: Estimator) -> Traits:
     return traits
 
 
-def _with(traits: Traits) -> Callable[[Estimator], Estimator]:
-    def mark(estimator: Estimator) -> Estimator:
-        vars(estimator)["traits"] = traits
-        return estimator
+class Declared:
+    """An estimator with what is known of it; it is called like its function and has its name.
 
-    return mark
+    >>> split_batch, split_batch.traits.biased
+    (split_batch, False)
+    """
+
+    __name__: str
+
+    def __init__(self, estimator: Estimator, *, traits: Traits) -> None:
+        self.estimator, self.traits = estimator, traits
+        update_wrapper(self, estimator)
+
+    def __call__(self, sources: Sources) -> Iterator[Measurement]:
+        return self.estimator(sources)
+
+    def __repr__(self) -> str:
+        return self.__name__
 
 
 def _least(counts: Counts) -> int:
     return min(counts.values())
 
 
-@_with(Traits(rows=_least, biased=True, matrices=True))
+@partial(Declared, traits=Traits(rows=_least, biased=True, matrices=True))
 def same_batch(sources: Sources) -> Iterator[Measurement]:
     """Both factors on one batch: K_b is the Gram matrix of batch b. Biased by tr Cov(g_b, h_b).
 
@@ -356,13 +369,14 @@ def same_batch(sources: Sources) -> Iterator[Measurement]:
         yield _on_one_batch(sources, group)
 
 
-@_with(
-    Traits(
+@partial(
+    Declared,
+    traits=Traits(
         rows=lambda counts: _least(counts) // 2,
         vectors=False,
         batches=2 * ENOUGH_ROWS,
         even=True,
-    )
+    ),
 )
 def split_batch(sources: Sources) -> Iterator[Measurement]:
     """The two factors on disjoint batches A and B: K_ij = (<g_i^A, g_j^B> + <g_i^B, g_j^A>) / 2.
@@ -387,7 +401,7 @@ def _rows_of_full(counts: Counts) -> int:
     return sum(counts.values()) if _least(counts) >= ENOUGH_ROWS else 1
 
 
-@_with(Traits(rows=_rows_of_full, shared=True, batches=ENOUGH_ROWS))
+@partial(Declared, traits=Traits(rows=_rows_of_full, shared=True, batches=ENOUGH_ROWS))
 def full(sources: Sources) -> Iterator[Measurement]:
     """The gradients on all of the data, each a mean over its whole set: K = G G^T.
 
@@ -421,13 +435,14 @@ def full(sources: Sources) -> Iterator[Measurement]:
             kept = None  # they are the same in all rows
 
 
-@_with(
-    Traits(
+@partial(
+    Declared,
+    traits=Traits(
         rows=lambda counts: _least(counts) // READ_OUT,
         used=lambda counts: dict.fromkeys(counts, _least(counts) // READ_OUT * READ_OUT),
         biased=True,
         matrices=True,
-    )
+    ),
 )
 def reference_ema(sources: Sources) -> Iterator[Measurement]:
     """The running averages of the public code: G <- 0.6 G + 0.4 g, read out every 4th micro-batch.

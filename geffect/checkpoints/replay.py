@@ -65,8 +65,8 @@ def replay(
     device: str | torch.device | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    report: OnBatch = lambda checkpoint, done, total: None,
-    show: Shown = lambda name, text: None,
+    report: OnBatch | None = None,
+    show: Shown | None = None,
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
 
@@ -171,7 +171,7 @@ def replay(
                 reference=compared,
                 update=loader.change(after) if update and after is not None else None,
                 collector=partial(_collector, recording, keep, step),
-                report=partial(report, folder.name),
+                report=partial(report, folder.name) if report else None,
             )
             for row, measured in enumerate(estimator(sources)):
                 recording.write(step, measured, declared=sources.declared, batch=row)
@@ -262,7 +262,7 @@ def _sets(
     batches: Callable[..., list[Batch]],
     device: torch.device,
     positions: int | None,
-    show: Shown,
+    show: Shown | None,
 ) -> dict[str, list[Batch]]:
     """The batches of each set, on the device."""
 
@@ -276,7 +276,8 @@ def _sets(
     for name, data in given.items():
         if isinstance(data, str | os.PathLike):
             items = read(data, found_tokenizer(), positions=positions)
-            show(name, spelled(items[0], found_tokenizer()))
+            if show is not None:
+                show(name, spelled(items[0], found_tokenizer()))
             data = batches(items, pad_token_id=pad_token_of(found_tokenizer()))
         else:
             _check_ready(name, data, positions)

@@ -91,7 +91,7 @@ class UnlearningTrainer(Trainer):
         eval_dataset: Mapping[str, Items] | None = None,
         rectifier: Rectifier | None = None,
         recorder: Recorder | Callable[..., Recorder] | None = None,
-        data_collator: Callable[..., dict[str, Any]] = collate,
+        data_collator: Callable[..., dict[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         minimised = as_objective(objective)
@@ -112,7 +112,7 @@ class UnlearningTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=data_collator,
+            data_collator=data_collator or collate,
             train_dataset=Pairs(sets) if train_dataset is None else train_dataset,
             eval_dataset={**sets, **(eval_dataset or {})},
             compute_metrics=_mean_nll,
