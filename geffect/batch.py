@@ -14,18 +14,18 @@ IGNORED = -100
 
 
 def scored_tokens(batch: Batch) -> Tensor:
-    """Which tokens are scored, `Bool[sample, position - 1]`.
+    """Which tokens a causal model is scored on, `Bool[sample, position - 1]`.
 
     The token at position i is predicted from the positions before it, hence one position less.
     """
-    return labels_of(batch) != IGNORED
+    return labels_of(batch)[:, 1:] != IGNORED
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The labels of what is predicted, `Int[sample, position - 1]`; an error if there are none."""
+    """The labels `Int[sample, position]`; an error if there are none."""
     if "labels" not in batch:
         raise ValueError(
             "`batch` should have the key `labels`, with -100 where a token is not scored. "
             f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
         )
-    return batch["labels"][:, 1:]
+    return batch["labels"]

@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,6 +27,7 @@ from transformers import (
 from geffect.batch import IGNORED
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.examples import example
+from geffect.risk import log_likelihood, mean_nll
 
 from .corpus import Corpus, Fact
 
@@ -230,7 +230,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
     loss, scored, strength, count = 0.0, 0, 0.0, 0
     for batch in batches:
         logits, targets = _scored(model, batch)
-        loss += float(cross_entropy(logits, targets, reduction="sum"))
+        loss -= float(log_likelihood(logits, targets).sum())
         scored += len(targets)
         strength += float(_suffix_share(logits.argmax(-1) == targets, batch).sum())
         count += len(batch["labels"])
@@ -239,7 +239,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
 
 def nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     """Mean negative log-likelihood of the scored tokens, in nats."""
-    return evaluate(model, batches).nll
+    return mean_nll(model, list(batches))
 
 
 def relearn_nll(
@@ -305,7 +305,7 @@ def _scored(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return cross_entropy(*_scored(model, batch))
+    return -log_likelihood(*_scored(model, batch)).mean()
 
 
 def _suffix_share(right: Tensor, batch: Batch) -> Tensor:

@@ -18,7 +18,16 @@ from .processes import (
     world_size,
 )
 from .reduction import average, averages, check_layout, check_unsynchronised, gradient_sync
-from .shards import at_rest, holders, is_sharded, local, local_range, shard_ranges, summed
+from .shards import (
+    at_rest,
+    holders,
+    is_sharded,
+    local,
+    local_range,
+    reshard,
+    shard_ranges,
+    summed,
+)
 
 __all__ = [
     "Ranks",
@@ -39,6 +48,7 @@ __all__ = [
     "mean",
     "raise_on_all_ranks",
     "rank",
+    "reshard",
     "shard_ranges",
     "summed",
     "token_share",

@@ -73,6 +73,12 @@ def at_rest(model: nn.Module) -> dict[Tensor, Tensor]:
     return pairs
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the parameters of FSDP2 to rest, which a forward without a backward leaves whole."""
+    for group in fsdp_groups(model):
+        group.reshard()
+
+
 def shard_ranges(tensors: Sequence[Tensor]) -> tuple[tuple[Range, ...], ...]:
     """Who keeps which part: for each process and tensor a range of the flattened whole.
 

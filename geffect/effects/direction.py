@@ -2,25 +2,22 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from geffect.batch import Batch, scored_tokens
-from geffect.gradients import Vector, differentiate
-from geffect.layers import trainable
-from geffect.risk import sequence_sum, token_log_probabilities
-
-from .evaluation import evaluating
+from geffect.batch import Batch
+from geffect.gradients import Vector
+from geffect.risk import risk_gradient
 
 
 def direction(model: nn.Module, batches: Iterable[Batch]) -> Vector:
     """grad R(D), one tensor a parameter in the order of `geffect.layers.trainable`.
 
     R is the negative log-likelihood of all scored tokens of the batches, token mean over all of
-    them together, in nats per token. In eval mode; the model and its `.grad` stay as they were. A
-    parameter that the risk does not reach has None. Sums are kept in float32, or the parameters'
-    own type if that is finer.
+    them together, in nats per token. It is the vector of `geffect.risk.risk_gradient`: in eval
+    mode, and the model and its `.grad` stay as they were. A parameter that the risk does not reach
+    has None.
 
+    >>> import torch
     >>> from types import SimpleNamespace
     >>> class Unigram(nn.Module):
     ...     def __init__(self):
@@ -32,21 +29,7 @@ def direction(model: nn.Module, batches: Iterable[Batch]) -> Vector:
     >>> direction(Unigram(), [{"input_ids": ids, "labels": ids}])  # p - (share of each token)
     [tensor([ 0.5000, -0.5000])]
     """
-    parameters = list(trainable(model).values())
-    batches = list(batches)
-    count = sum(int(scored_tokens(batch).sum()) for batch in batches)
-    if count == 0:
-        raise ValueError(
-            "`batches` should have tokens that are scored. Found none in "
-            f"{len(batches)} batches. Pass batches whose labels are not all -100."
-        )
-    total: list[Tensor | None] = [None] * len(parameters)
-    with evaluating(model):
-        for batch in batches:
-            risk = -sequence_sum(*token_log_probabilities(model, batch)).sum() / count
-            gradient = differentiate(parameters, {"risk": risk}).of("risk")
-            total = [_added(a, b) for a, b in zip(total, gradient, strict=True)]
-    return total
+    return risk_gradient(model, list(batches)).vector
 
 
 def check_direction(parameters: Sequence[Tensor], along: Vector) -> None:
@@ -62,11 +45,3 @@ def check_direction(parameters: Sequence[Tensor], along: Vector) -> None:
             f"None. Found {len(shapes)} tensors for {len(expected)} parameters: {shapes} for "
             f"{expected}. Take it from geffect.effects.direction with this model."
         )
-
-
-def _added(total: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return total
-    if total is None:
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    return total.add_(tensor)

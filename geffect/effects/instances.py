@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from geffect.batch import Batch
 from geffect.gradients import Vector, differentiate
 from geffect.layers import describe, in_network_order, trainable
-from geffect.risk import sequence_sum, token_log_probabilities
+from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
 
 from .direction import check_direction
-from .evaluation import evaluating
 from .leaves import Call, products
 
 
@@ -207,7 +206,7 @@ def sample_effects(
             f"{len(batches)} batches and {len(directions)} directions. Pass one of each at least."
         )
     found: dict[str, list[Tensor]] = {name: [] for name in directions}
-    with evaluating(model):
+    with undisturbed(model, recompute=False):
         for place, batch in enumerate(batches):
             with ExitStack() as stack:
                 effects = {

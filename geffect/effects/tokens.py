@@ -4,20 +4,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from geffect.batch import Batch, scored_tokens
+from geffect.batch import IGNORED, Batch
 from geffect.gradients import Vector
 from geffect.layers import trainable
-from geffect.risk import token_log_probabilities
+from geffect.risk import predicts_next, token_log_probabilities, undisturbed
 
 from .differential import Parameters, differential
 from .direction import check_direction
-from .evaluation import evaluating
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,34 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     check_direction(tensors, direction)
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     moving = [(p, v) for p, v in zip(tensors, direction, strict=True) if v is not None]
-    with evaluating(model), _padding_stands_still(model):
+    with undisturbed(model, recompute=False), _padding_stands_still(model):
 
         def log_probabilities(parameters: Parameters) -> Tensor:
-            return token_log_probabilities(
-                lambda **inputs: functional_call(model, dict(parameters), (), inputs), batch
-            )[0]
+            return token_log_probabilities(_At(model, parameters), batch)[0]
 
         log_p, slopes = differential(
             log_probabilities,
             at={names[p]: p for p, _ in moving},
             along={names[p]: v for p, v in moving},
         )
-    scored = scored_tokens(batch)
-    return TokenEffects(_at_labels(slopes, scored), _at_labels(log_p, scored))
+    if predicts_next(model):  # the first position predicts, but is not predicted
+        log_p, slopes = (F.pad(values, (1, 0), value=torch.nan) for values in (log_p, slopes))
+    ignored = batch["labels"] == IGNORED
+    return TokenEffects(
+        slopes.double().masked_fill(ignored, torch.nan),
+        log_p.double().masked_fill(ignored, torch.nan),
+    )
 
 
-def _at_labels(values: Tensor, scored: Tensor) -> Tensor:
-    """The values at the positions of their tokens: the first position predicts, but is not."""
-    defined = values.double().masked_fill(~scored, torch.nan)
-    return F.pad(defined, (1, 0), value=torch.nan)
+@dataclass(frozen=True)
+class _At:
+    """The model at other parameters."""
+
+    module: nn.Module
+    parameters: Parameters
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        return functional_call(self.module, dict(self.parameters), (), inputs)
 
 
 @contextmanager

@@ -197,7 +197,7 @@ class SharedForward:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.module = model
         self._outputs: dict[tuple[tuple[str, int], ...], tuple[Any, Any, bool]] = {}
 
     def __call__(self, **inputs: Tensor) -> Any:
@@ -205,7 +205,7 @@ class SharedForward:
         key = tuple((name, id(value)) for name, value in inputs.items())
         _, output, with_graph = self._outputs.get(key, (None, None, False))
         if output is None or (torch.is_grad_enabled() and not with_graph):
-            output = self._model(**inputs)
+            output = self.module(**inputs)
             # The inputs are kept too: an id is only their own while they live.
             self._outputs[key] = inputs, output, torch.is_grad_enabled()
         return output

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.batch import Batch
-from geffect.risk import token_log_probabilities
+from geffect.risk import inputs_of, token_log_probabilities
 
 Need = Literal["none", "likelihoods", "logits", "hidden states"]
 """What an objective asks of its reference: nothing, the likelihoods of the scored forget tokens, or
@@ -66,13 +66,13 @@ class FrozenModel:
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
         """`Float[sample, position, token]`."""
-        logits: Tensor = self.model(**_inputs(batch)).logits
+        logits: Tensor = self.model(**inputs_of(self.model, batch)).logits
         return logits
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
         """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
-        states = self.model(**_inputs(batch), output_hidden_states=True).hidden_states
+        states = self.model(**inputs_of(self.model, batch), output_hidden_states=True).hidden_states
         return tuple(states)
 
 
@@ -192,7 +192,3 @@ def base_changed_by(config: Any) -> str | None:
         if value not in harmless:
             return f"`{option} = {value!r}`"
     return None
-
-
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}

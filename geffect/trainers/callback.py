@@ -20,12 +20,12 @@ from transformers import (
 from geffect import distributed, gram
 from geffect.capture.collector import Measurement
 from geffect.capture.manifest import described
-from geffect.capture.probes import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.capture.recording import OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
+from geffect.risk import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
 from geffect.steps import unwrapped
 
@@ -180,6 +180,9 @@ class GEffectCallback(TrainerCallback):
         if not self._due(state.global_step) or self._opened().failed:
             return
         autocast = firing_loop().trainer.compute_loss_context_manager
+        optimizer = kwargs["optimizer"]
+        if hasattr(optimizer, "train"):  # as the Trainer does next: an evaluation leaves averages
+            optimizer.train()
         probes = {}
         with self._let_go_if_it_fails():
             for name, batches in self._probes.items():

@@ -24,10 +24,10 @@ from transformers import (
 
 from geffect import distributed
 from geffect.capture import Recorder
-from geffect.capture.probes import RiskGradient, RiskSet, risk_gradient
 from geffect.gradients import Gradients
 from geffect.layers import trainable
 from geffect.projection import Rectifier
+from geffect.risk import RiskGradient, RiskSet, risk_gradient
 from geffect.sources import OBJECTIVE, RETAIN
 
 from . import rectifier_state

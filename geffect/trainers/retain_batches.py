@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 
 from geffect.batch import Batch
-from geffect.capture.probes import RiskSet, as_batches, check_data, named
+from geffect.risk import RiskSet, as_batches, check_data, named
 from geffect.sources import RETAIN
 
 

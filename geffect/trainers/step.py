@@ -9,9 +9,9 @@ from torch import Tensor
 
 from geffect import gram
 from geffect.capture.collector import Measurement
-from geffect.capture.probes import RiskGradient
 from geffect.capture.recording import Recording
 from geffect.gradients import Vector
+from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, UPDATE
 
 from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left

@@ -25,7 +25,14 @@ from geffect.objectives import (
     step_losses,
 )
 from geffect.projection import Rectifier
-from geffect.risk import nll, sequence_sum, token_log_probabilities
+from geffect.risk import (
+    beside,
+    check_answers,
+    inputs_of,
+    nll,
+    sequence_sum,
+    token_log_probabilities,
+)
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import rectifier_state
@@ -152,12 +159,12 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective, and what the model returns for the forget batch where that is asked."""
+        check_answers(model, inputs)
         shared = SharedForward(model)
         loss = self.objective(shared, inputs, self.reference)
         if not return_outputs:
             return loss
-        forget = {name: value for name, value in inputs[FORGET].items() if name != "labels"}
-        return loss, shared(**forget)
+        return loss, shared(**inputs_of(model, inputs[FORGET]))
 
     def training_step(
         self,
@@ -200,7 +207,7 @@ class UnlearningTrainer(Trainer):
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             log_p, scored = token_log_probabilities(model, batch)
-        return None, -sequence_sum(log_p.float(), scored), scored.sum(dim=1)
+        return None, -sequence_sum(log_p, scored), scored.sum(dim=1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; with the loss go the means since the last time of what it was made of.
@@ -217,13 +224,13 @@ class UnlearningTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
         """The losses of a micro-batch: the objective, what it is made of, and risks beside it."""
+        check_answers(model, batch)
         shared = SharedForward(model)
         parts = self.objective.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
         apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
         losses = step_losses(parts, apart=apart)
-        # Their dropout is not to be missed by the training, which draws the same as without them.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with beside(model):
             for name in self._wanted(batch):
                 if name not in losses:
                     losses[name] = nll(shared, batch[name])
@@ -359,4 +366,9 @@ def _unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
 
 def _mean_nll(prediction: EvalPrediction) -> dict[str, float]:
     summed, tokens = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if not tokens.sum():
+        raise ValueError(
+            "`eval_dataset` should have an answer token in each set: a label that is not -100. "
+            f"Found none in one of {len(tokens)} items. Mark the answers in the labels."
+        )
     return {"nll": float(summed.sum(dtype=np.float64) / tokens.sum())}

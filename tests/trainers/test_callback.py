@@ -13,6 +13,7 @@ import trl
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import IntervalStrategy
 
 from geffect import gram, open_run
 from geffect.capture import at
@@ -71,6 +72,51 @@ def test_training_ends_bitwise_as_it_would_have_ended_unwatched(kind: str, tmp_p
     assert run.steps.tolist() == [0, 1, 2, 3, 4, 5]
     assert run.column("n_micro").tolist() == [3, 3, 1, 3, 3, 1]
     assert run.state == "complete"
+
+
+class Averaging(torch.optim.SGD):
+    """An optimizer that shows an average of the parameters in evaluation, as schedule-free ones."""
+
+    shown: list[Tensor] | None = None
+
+    def eval(self) -> None:
+        if self.shown is None:
+            self.shown = self._swapped(lambda p: 0.5 * p)
+
+    def train(self) -> None:
+        if self.shown is not None:
+            own = iter(self.shown)
+            self.shown = None
+            self._swapped(lambda p: next(own))
+
+    @torch.no_grad()
+    def _swapped(self, other: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in parameters]
+        for p in parameters:
+            p.copy_(other(p))
+        return before
+
+
+def test_probes_are_taken_at_the_parameters_that_are_trained(tmp_path: Path) -> None:
+    """And not at the average that an evaluation before the step has left in their place."""
+    ends = []
+    for evaluated in ("no", "steps"):
+        probes = {"forget": PROBES["forget"], "retain": PROBES["retain"]}
+        recorder = GEffectCallback(tmp_path / f"{evaluated}.h5", probes=probes)
+        model = tiny.llama()
+        training = trainer(tmp_path, model, recorder, eval_steps=1)
+        training.args.eval_strategy = IntervalStrategy(evaluated)
+        training.eval_dataset = trainers.samples(2, 90)
+        training.optimizer = Averaging(model.parameters(), lr=1e-2)
+        training.train()
+        training.optimizer.train()
+        ends.append((open_run(tmp_path / f"{evaluated}.h5"), model.state_dict()))
+    (plain, a), (between, b) = ends
+    assert same(a, b)
+    for name, losses in plain.losses().items():
+        assert losses.tolist() == between.losses()[name].tolist()
+    assert np.array_equal(plain.gram()[:, :, :3, :3], between.gram()[:, :, :3, :3])
 
 
 def vectors_of(training: Noting, step: int) -> dict[str, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from geffect import open_run
-from geffect.capture.probes import check_data
+from geffect.risk import check_data
 from geffect.trainers import GEffectCallback
 from geffect.trainers.loop import firing_loop
 from tests.utils import tiny, trainers
@@ -135,7 +135,7 @@ def without(name: str) -> dict[str, Any]:
 
 
 DATA: dict[str, tuple[Any, str]] = {
-    "path": ("facts.jsonl", r"Found `str`.*geffect\.checkpoints\.data\.read"),
+    "path": ("facts.jsonl", r"Found `str`.*geffect\.data\.examples\.read"),
     "path object": (Path("facts.jsonl"), r"Found `PosixPath`.*read"),
     "empty": ([], "should have a batch each time"),
     "no mappings": ([torch.ones(3)], "should map names to tensors.*Found `Tensor`"),

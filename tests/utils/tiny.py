@@ -2,7 +2,16 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 VOCABULARY = 23
 
@@ -26,6 +35,39 @@ def llama(seed: int = 0, *, tied: bool = False, dropout: float = 0.0) -> nn.Modu
         attention_dropout=dropout,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def t5(seed: int = 0) -> nn.Module:
+    """An encoder-decoder in float64."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).double()
+
+
+def bart(seed: int = 0) -> nn.Module:
+    """Another one, whose head has a bias."""
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=16, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, max_position_embeddings=32, dropout=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).double()
+
+
+def translation(seed: int, rows: int = 3, length: int = 9, answer: int = 6) -> dict[str, Tensor]:
+    """Inputs and answers of an encoder-decoder, of unequal lengths; the first label is scored."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=draw)
+    labels = torch.randint(3, VOCABULARY, (rows, answer), generator=draw)
+    for row, words in enumerate(labels):
+        words[answer - row % answer :] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def batch(seed: int, rows: int = 3, length: int = 9, padding: int = 0) -> dict[str, Tensor]:

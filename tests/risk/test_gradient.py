@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from geffect import distributed
-from geffect.capture.probes import Batch, risk_gradient, undisturbed
+from geffect.batch import Batch
+from geffect.risk import mean_nll, risk_gradient, undisturbed
 from tests.utils import reference, tiny, two_ranks
 
 
@@ -49,6 +50,23 @@ def test_every_answer_token_of_the_set_weighs_the_same() -> None:
     wrong = reference.flat({n: sum(m[n] for m in means) / 5 for n in gradient})
     right = reference.flat(gradient)
     assert float((wrong - right).norm() / right.norm()) > 0.05  # what the mean of means is off by
+
+
+def test_the_value_alone_is_that_of_the_gradient() -> None:
+    model = tiny.gpt2()
+    _, loss, _ = naive(model, unequal())
+    assert mean_nll(model, unequal()) == pytest.approx(loss, rel=1e-12)
+    assert mean_nll(model, unequal()) == risk_gradient(model, unequal()).loss
+
+
+def test_the_gradient_of_an_encoder_decoder_is_that_of_its_own_loss() -> None:
+    model, batch = tiny.t5().eval(), tiny.translation(1)
+    own = model(**batch).loss
+    risk = risk_gradient(model, batch)
+    assert risk.loss == pytest.approx(own.item(), rel=1e-12)
+    assert risk.tokens == int((batch["labels"] != -100).sum())
+    # Its attention is in float32, where gradients of a mean and of a sum round differently.
+    assert_close(risk.vector, reference.gradient(model, own), rtol=1e-6, atol=1e-8)
 
 
 def test_one_batch_a_list_and_a_loader_are_the_same_risk() -> None:
@@ -232,6 +250,7 @@ def of_two(kind: str) -> list[dict[str, Any]]:
             {
                 "vector": [whole(v) for v in risk.vector],
                 "loss": risk.loss,
+                "value": mean_nll(model, unequal(count)),
                 "tokens": risk.tokens,
                 "training": [whole(p.grad) for p in model.parameters()],
             }
@@ -253,6 +272,7 @@ def test_two_processes_share_the_batches_of_a_risk(kind: str) -> None:
         for count, said in zip(COUNTS, of_rank, strict=True):
             gradient, loss, tokens = naive(model, unequal(count))
             assert said["loss"] == pytest.approx(loss, rel=1e-5)
+            assert said["value"] == pytest.approx(loss, rel=1e-5)
             assert said["tokens"] == tokens
             assert_close(said["vector"], gradient, rtol=1e-4, atol=1e-6)
             assert_close(said["training"], training, rtol=1e-4, atol=1e-6)

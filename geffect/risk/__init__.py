@@ -1,0 +1,40 @@
+"""The risk R on data: the negative log-likelihood of the tokens that are scored, and its gradient.
+
+One place says which label a position predicts, takes likelihoods in float32, runs a model without a
+trace, and takes the gradient of a risk. Recorder, callback, replay, effects, the trainers'
+evaluation and the demo use it.
+"""
+
+from .alignment import predicts_next
+from .data import RiskSet, as_batches, check_data, named
+from .gradient import RiskGradient, mean_nll, risk_gradient
+from .likelihood import (
+    check_answers,
+    inputs_of,
+    log_likelihood,
+    nll,
+    sequence_sum,
+    token_log_probabilities,
+    token_mean,
+)
+from .undisturbed import beside, undisturbed
+
+__all__ = [
+    "RiskGradient",
+    "RiskSet",
+    "as_batches",
+    "beside",
+    "check_answers",
+    "check_data",
+    "inputs_of",
+    "log_likelihood",
+    "mean_nll",
+    "named",
+    "nll",
+    "predicts_next",
+    "risk_gradient",
+    "sequence_sum",
+    "token_log_probabilities",
+    "token_mean",
+    "undisturbed",
+]

@@ -1,0 +1,107 @@
+"""The data of a risk: what it may be, and which of it is this process's share."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geffect import distributed
+from geffect.batch import IGNORED, Batch
+
+from .undisturbed import random_numbers_kept
+
+RiskSet = Batch | Iterable[Batch]
+"""The data of a risk: one batch, or what gives its batches each time it is gone through."""
+
+
+def as_batches(batches: RiskSet) -> Iterable[Batch]:
+    """The batches of a risk, one after the other, as often as they are asked for."""
+    if isinstance(batches, Mapping):
+        return [batches]
+    should = (
+        "The data of a risk should be a batch, a list of batches or a loader, to be gone through "
+        f"at each captured step. Found `{type(batches).__name__}`."
+    )
+    if isinstance(batches, str | os.PathLike | bytes):
+        raise TypeError(
+            f"{should} Read a file by `geffect.data.examples.read(path, tokenizer)`, and make "
+            "batches of that by `geffect.data.collate.batched`."
+        )
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise TypeError(f"{should} Pass a list of it.")
+    return batches
+
+
+@contextmanager
+def named(risk: str) -> Iterator[None]:
+    """A block whose errors are about the data of one risk, and say of which in a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"It was found in the data of risk `{risk}`.")
+        raise
+
+
+def check_data(batches: RiskSet) -> None:
+    """Refuse data whose first batch is none: not named tensors, or without labels.
+
+    Leaves the random numbers alone, of which a loader that shuffles draws some.
+
+    >>> check_data([{"input_ids": [[5, 6]], "labels": [[5, 6]]}])
+    Traceback (most recent call last):
+    TypeError: A batch should map names to tensors. Found `list` as its `input_ids`. ...
+    """
+    with random_numbers_kept():
+        first = next(iter(as_batches(batches)), None)
+    if first is None:
+        raise _without_batches()
+    if not isinstance(first, Mapping):
+        raise TypeError(
+            "A batch should map names to tensors: `input_ids`, `attention_mask`, `labels`. Found "
+            f"`{type(first).__name__}`. Pass such mappings, or a loader that collates its samples."
+        )
+    for name, value in first.items():
+        if isinstance(value, list | tuple | np.ndarray):
+            raise TypeError(
+                f"A batch should map names to tensors. Found `{type(value).__name__}` as its "
+                f"`{name}`. Make tensors of equal length of it, as a collator does that pads."
+            )
+    labels = first.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        found = (
+            f"them with shape {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else f"the keys {', '.join(map(str, first))}"
+        )
+        raise ValueError(
+            "A batch should have `labels`, a token for each position of each sample, with -100 "
+            f"where it is not scored. Found {found}. Mark the answer tokens in labels, and put "
+            "samples into batches."
+        )
+
+
+def share(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of this process: every one there is, or of n processes every n-th.
+
+    Each process gets as many as the others, since passes through FSDP2 are taken together: where
+    its last is missing it gets one in which nothing is scored.
+    """
+    processes, rank = distributed.world_size(), distributed.rank()
+    place = -1
+    for place, batch in enumerate(batches):
+        if place % processes == rank:
+            yield batch
+    if place < 0:
+        raise _without_batches()
+    if place % processes < rank:
+        yield {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+
+
+def _without_batches() -> ValueError:
+    return ValueError(
+        "The data of a risk should have a batch each time it is gone through. Found none. See "
+        "whether the loader drops its last batch, or the list was filtered to nothing."
+    )

@@ -1,0 +1,131 @@
+"""The likelihood of the tokens that are scored, and the risk that is a mean of it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from geffect.batch import IGNORED, Batch, Pair, labels_of
+
+from .alignment import predicts_next
+
+
+def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p of every label, `Float[sample, position]`, and the mask of what is scored.
+
+    Positions are those of the labels that the model predicts: all but the first for a causal model,
+    which is not told what comes before it, and all for an encoder-decoder. In float32, or float64
+    where the logits are, from the logits on; 0 where nothing is scored.
+
+    - `model`: returns `.logits` of shape (sample, position, token) for `inputs_of` the batch.
+    - `batch`: labels are -100 where a token is not scored.
+    """
+    is_next = predicts_next(model)
+    labels = _predicted(labels_of(batch), is_next)
+    logits = model(**inputs_of(model, batch)).logits
+    if is_next:
+        logits = logits[:, :-1]
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            "`model` should return logits for each position of `labels`. Found them for "
+            f"{tuple(logits.shape[:-1])} positions of {tuple(labels.shape)} that are predicted. "
+            "Pass labels as long as the inputs, and a language model."
+        )
+    return log_likelihood(logits, labels), labels != IGNORED
+
+
+def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with: the batch without labels.
+
+    An encoder-decoder makes the inputs of its decoder from the labels, where they are not given.
+    """
+    keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
+    return {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p of each label under the logits at its place, in float32 or finer; 0 for -100.
+
+    >>> log_likelihood(torch.zeros(2, 4).bfloat16(), torch.tensor([3, -100]))
+    tensor([-1.3863, -0.0000])
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).to(at_least_float32(logits)),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    return -losses.view_as(labels)
+
+
+def token_mean(values: Tensor, scored: Tensor) -> Tensor:
+    """The mean over all scored tokens of the batch: a long answer weighs more than a short one."""
+    if not scored.any():
+        raise _without_answer("batch", len(scored))
+    return values.where(scored, torch.zeros_like(values)).sum() / scored.sum()
+
+
+def sequence_sum(values: Tensor, scored: Tensor) -> Tensor:
+    """The sum over the scored tokens of every sample, `Float[sample]`."""
+    return values.where(scored, torch.zeros_like(values)).sum(dim=1)
+
+
+def nll(model: Any, batch: Batch) -> Tensor:
+    """The risk R: negative log-likelihood of the scored tokens, token mean, in nats per token.
+
+    R = -(1/N) sum_i log p_i over the N labels that are not -100, in float32 or finer. For an
+    encoder-decoder that is the model's own loss. Raises a ValueError for a model that is neither
+    causal nor an encoder-decoder, and for a batch in which nothing is scored.
+
+    >>> from types import SimpleNamespace
+    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+    >>> ids = torch.tensor([[0, 1, 2]])
+    >>> nll(uniform, {"input_ids": ids, "labels": ids})  # log 4
+    tensor(1.3863)
+    """
+    log_p, scored = token_log_probabilities(model, batch)
+    return -token_mean(log_p, scored)
+
+
+def check_answers(model: Any, pair: Pair) -> None:
+    """Refuse a pair that has nothing to score on one of its sides, by the name of the side.
+
+    >>> ids = torch.tensor([[1, 2]])
+    >>> batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    >>> check_answers(lambda input_ids: None, {"forget": batch})
+    Traceback (most recent call last):
+    ValueError: `forget` should have an answer token: a label that is not -100, beyond the first ...
+    """
+    is_next = predicts_next(model)
+    for side, batch in _sides(pair):
+        labels = _predicted(labels_of(batch), is_next)
+        if not (labels != IGNORED).any():
+            raise _without_answer(side, len(labels))
+
+
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The type of a tensor, or float32 if that is finer."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _sides(pair: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Batch]]:
+    """The batches of a pair by name; one inside of a side is named `forget.alternate`."""
+    for name, value in pair.items():
+        if any(isinstance(inside, Mapping) for inside in value.values()):
+            yield from _sides(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", value
+
+
+def _predicted(labels: Tensor, is_next: bool) -> Tensor:
+    return labels[:, 1:] if is_next else labels
+
+
+def _without_answer(name: str, samples: int) -> ValueError:
+    return ValueError(
+        f"`{name}` should have an answer token: a label that is not -100, beyond the first "
+        f"position where a causal model is asked. Found none in {samples} samples. Mark the "
+        "answers in the labels; see whether they were cut off."
+    )

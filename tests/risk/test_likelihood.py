@@ -1,0 +1,194 @@
+"""Likelihoods and risks against a loop over tokens in float64."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geffect import Rectifier
+from geffect.objectives import NPO, FrozenModel, GradDiff, SharedForward, WeightedGradientAscent
+from geffect.risk import (
+    check_answers,
+    log_likelihood,
+    nll,
+    sequence_sum,
+    token_log_probabilities,
+)
+from tests.utils import reference, tiny
+
+SIZES = {"labels alone": False, "decoder inputs too": True}
+
+
+def answered(model: nn.Module, seed: int, *, decoder_inputs: bool = False) -> dict[str, Tensor]:
+    batch = tiny.translation(seed)
+    if decoder_inputs:
+        of = model.prepare_decoder_input_ids_from_labels
+        return {**batch, "decoder_input_ids": of(batch["labels"])}
+    return batch
+
+
+def naive_unshifted(model: Any, batch: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """log p of the labels of an encoder-decoder, each at its own position, one at a time."""
+    logits = model(**batch).logits
+    return [
+        [
+            torch.log_softmax(logits[row, position].double(), dim=-1)[label]
+            for position, label in enumerate(labels)
+            if label != -100
+        ]
+        for row, labels in enumerate(batch["labels"])
+    ]
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_causal_model_is_scored_on_the_next_token(make: Any, padding: int) -> None:
+    model, batch = make().double().eval(), tiny.batch(1, padding=padding)
+    naive = reference.token_log_p(model, batch)
+    log_p, scored = token_log_probabilities(model, batch)
+    assert scored.sum() == sum(map(len, naive))
+    for row, mask, expected in zip(log_p, scored, naive, strict=True):
+        torch.testing.assert_close(row[mask], torch.stack(expected), rtol=1e-12, atol=1e-12)
+        assert not row[~mask].any()
+    torch.testing.assert_close(
+        sequence_sum(log_p, scored), torch.stack([sum(row) for row in naive])
+    )
+    torch.testing.assert_close(nll(model, batch), reference.nll(model, batch))
+    own = model(**batch).loss  # which it takes in float32
+    torch.testing.assert_close(nll(model, batch), own.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("make", [tiny.t5, tiny.bart])
+@pytest.mark.parametrize("decoder_inputs", SIZES)
+def test_an_encoder_decoder_is_scored_where_its_labels_are(make: Any, decoder_inputs: str) -> None:
+    model = make().eval()
+    batch = answered(model, 1, decoder_inputs=SIZES[decoder_inputs])
+    naive = naive_unshifted(model, batch)
+    log_p, scored = token_log_probabilities(model, batch)
+    assert scored.tolist() == (batch["labels"] != -100).tolist()
+    for row, mask, expected in zip(log_p, scored, naive, strict=True):
+        torch.testing.assert_close(row[mask], torch.stack(expected), rtol=1e-12, atol=1e-12)
+    own = model(**batch).loss
+    torch.testing.assert_close(nll(model, batch), own, rtol=1e-12, atol=0)
+    found = reference.gradient(model, nll(model, batch))
+    for name, expected in reference.gradient(model, own).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [tiny.t5, tiny.bart])
+def test_an_objective_on_an_encoder_decoder_is_made_of_its_own_sums(make: Any) -> None:
+    model, before = make(0).eval(), make(1).eval()
+    pair = {"forget": answered(model, 1), "retain": answered(model, 2)}
+    shared = SharedForward(model)
+    value = GradDiff(NPO(beta=0.5))(shared, pair, FrozenModel(before))
+    now, then = (
+        torch.stack([-sum(row) for row in naive_unshifted(m, pair["forget"])])
+        for m in (model, before)
+    )
+    expected = -4 * F.logsigmoid(0.5 * (now - then)).mean() + model(**pair["retain"]).loss
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+
+
+def test_likelihoods_are_float32_from_the_logits_of_half_precision_on() -> None:
+    model, batch = tiny.llama().bfloat16(), tiny.batch(3, rows=4, length=24)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # unlikely tokens, whose sums bfloat16 rounds by 0.5
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    exact = torch.log_softmax(logits[:, :-1].double(), dim=-1)
+    targets = batch["labels"][:, 1:]
+    exact = exact.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    exact = exact * (targets != -100)
+    log_p, scored = token_log_probabilities(model, batch)
+    assert logits.dtype == torch.bfloat16 and log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), exact, rtol=1e-5, atol=1e-5)
+    sums = sequence_sum(log_p, scored)
+    torch.testing.assert_close(sums.double(), exact.sum(dim=1), rtol=1e-6, atol=0)
+    assert (sums.bfloat16().double() - exact.sum(dim=1)).abs().max() > 1e-2  # what was lost
+    loss = nll(model, batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_a_preference_in_half_precision_is_the_one_of_its_float32_sums() -> None:
+    before = tiny.llama(0).bfloat16()
+    model = tiny.llama(0).bfloat16()
+    pair = {"forget": tiny.batch(3, rows=4, length=24)}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+
+    def sums(m: nn.Module) -> Tensor:
+        logits = m(input_ids=pair["forget"]["input_ids"]).logits[:, :-1].double()
+        labels = pair["forget"]["labels"][:, 1:]
+        return F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100).sum(dim=1)
+
+    with torch.no_grad():
+        risen = sums(model) - sums(before)
+        objective, then = NPO(beta=0.5), FrozenModel(before.eval())
+        weights = objective.implicit_weights(model, pair, then)["weight"].double()
+        value = objective(model, pair, then).double()
+    torch.testing.assert_close(weights, 2 * torch.sigmoid(-0.5 * risen), rtol=1e-4, atol=0)
+    torch.testing.assert_close(value, -4 * F.logsigmoid(0.5 * risen).mean(), rtol=1e-4, atol=0)
+
+
+def test_float64_stays_and_half_precision_of_the_caller_is_not_asked() -> None:
+    labels = torch.tensor([3, -100, 0])
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    exact = log_likelihood(logits, labels)
+    assert exact.dtype == torch.float64 and exact[1] == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = log_likelihood(logits.float(), labels)
+    torch.testing.assert_close(cast.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def empty(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+
+def test_a_batch_without_answers_is_refused_before_a_gradient_is_taken() -> None:
+    model = tiny.llama()
+    forget, retain = empty(tiny.batch(1)), tiny.batch(2)
+    says = r"`batch` should have an answer token.*Found none in 3 samples. Mark the answers"
+    with pytest.raises(ValueError, match=says):
+        Rectifier(model).backward(
+            objective={"forget": -1.0}, forget=nll(model, forget), retain=nll(model, retain)
+        )
+    with pytest.raises(ValueError, match=says):
+        WeightedGradientAscent()(model, {"forget": forget})
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_the_side_of_a_pair_that_has_no_answer_is_named(side: str) -> None:
+    pair = {"forget": tiny.batch(1), "retain": tiny.batch(2)}
+    check_answers(tiny.llama(), pair)
+    pair[side] = empty(pair[side])
+    with pytest.raises(ValueError, match=f"`{side}` should have an answer token"):
+        check_answers(tiny.llama(), pair)
+
+
+def test_the_side_inside_of_a_side_is_named() -> None:
+    forget = {"original": tiny.batch(1), "alternate": empty(tiny.batch(2))}
+    with pytest.raises(ValueError, match=r"`forget\.alternate` should have an answer token"):
+        check_answers(tiny.llama(), {"forget": forget, "retain": tiny.batch(3)})
+
+
+def test_a_first_label_counts_where_the_decoder_is_asked_for_it() -> None:
+    model = tiny.t5()
+    batch = answered(model, 1)
+    batch["labels"][:, 1:] = -100
+    check_answers(model, {"forget": batch})
+    torch.testing.assert_close(nll(model, batch), model(**batch).loss, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="should have an answer token"):
+        check_answers(tiny.llama(), {"forget": batch})
+
+
+def test_logits_of_other_positions_are_refused() -> None:
+    batch = tiny.batch(1)
+    batch["labels"] = batch["labels"][:, :-2]
+    with pytest.raises(ValueError, match="should return logits for each position of `labels`"):
+        nll(tiny.llama(), batch)

@@ -1,0 +1,189 @@
+"""A look at a model in training: what is left of it is nothing."""
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from geffect.risk import beside, mean_nll, nll, risk_gradient, undisturbed
+from tests.utils import tiny
+
+
+class Norm(nn.Module):
+    """Batch statistics where a Llama has its last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(16)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.bn(states.mT).mT
+
+
+class Counted(nn.Module):
+    """A head whose graph saves a buffer that each forward then moves, and that two names share."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("scale", torch.ones(tiny.VOCABULARY))
+        self.register_buffer("same", self.scale)
+        self.calls = 0
+        self.last: Tensor | None = None
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.no_grad():
+            self.same.mul_(1.5)
+        self.last = states.detach()
+        self.lazily = states.shape
+        self.further = float(self.calls)
+        return self.head(states) * self.scale
+
+
+def made(kind: str) -> nn.Module:
+    model = tiny.llama(dropout=0.2).train()
+    if kind == "batch norm":
+        model.model.norm = Norm()
+    elif kind == "power iterations":
+        nn.utils.parametrizations.spectral_norm(model.lm_head)
+    elif kind == "power iterations in hooks":
+        nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
+    elif kind == "a buffer in the graph":
+        model.lm_head = Counted(model.lm_head)
+    elif kind == "growing positions":
+        torch.manual_seed(0)
+        config = copy.deepcopy(model.config)
+        config.max_position_embeddings, config.attention_dropout = 8, 0.0
+        config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        model = LlamaForCausalLM(config).train()
+    return model
+
+
+KINDS = [
+    "dropout",
+    "batch norm",
+    "power iterations",
+    "power iterations in hooks",
+    "a buffer in the graph",
+    "growing positions",
+]
+
+
+def trained(kind: str, look: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Steps of which each has a look before its forward and one before its backward."""
+    model = made(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(5)
+    for step in range(3):
+        look(model)
+        loss = nll(model, tiny.batch(step, length=9 + step))
+        look(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def glance(model: nn.Module) -> None:
+    with beside(model):
+        random.random()
+        np.random.random()
+        nll(model, tiny.batch(7, length=20))
+
+
+LOOKS = {
+    "gradient": lambda model: risk_gradient(model, [tiny.batch(7, length=20), tiny.batch(8)]),
+    "value": lambda model: mean_nll(model, [tiny.batch(7, length=20), tiny.batch(8)]),
+    "beside": glance,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_ends_bit_for_bit_as_without_a_look(kind: str, look: str) -> None:
+    plain, _ = trained(kind, lambda model: None)
+    drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    watched, _ = trained(kind, LOOKS[look])
+    assert random.getstate() == drawn[0]
+    assert np.random.get_state()[1].tolist() == drawn[1]
+    assert torch.equal(torch.get_rng_state(), drawn[2])
+    assert [*plain.state_dict()] == [*watched.state_dict()]
+    for (name, a), b in zip(plain.named_parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for (name, a), b in zip(plain.named_buffers(), watched.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_look_would_have_been_noticed(kind: str) -> None:
+    """The models of the test above are disturbed by what is not kept from them."""
+    plain, _ = trained(kind, lambda model: None)
+
+    def look(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(input_ids=tiny.batch(7, length=20)["input_ids"])
+
+    try:
+        disturbed, _ = trained(kind, look)
+    except RuntimeError as error:  # of autograd, where the graph has saved what was moved
+        assert "modified by an inplace operation" in str(error)
+        return
+    a, b = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (plain, disturbed))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_loss_from_beside_has_the_gradient_of_its_own_forward() -> None:
+    model = made("a buffer in the graph")
+    twin = copy.deepcopy(model)
+    torch.manual_seed(3)
+    with beside(model):
+        loss = nll(model, tiny.batch(1))
+    torch.manual_seed(3)
+    expected = nll(twin, tiny.batch(1))
+    nll(model, tiny.batch(2))  # moves the buffers again, before the first graph is gone through
+    loss.backward()
+    expected.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_attributes_and_shared_buffers_are_those_from_before() -> None:
+    model = made("a buffer in the graph")
+    head = model.lm_head
+    scale = head.scale
+    with beside(model):
+        assert head.scale is head.same is not scale
+        nll(model, tiny.batch(1))
+        assert head.calls == 1 and head.scale[0] == 1.5
+    assert head.scale is head.same is scale
+    assert head.calls == 0 and head.last is None and not hasattr(head, "further")
+    assert scale.eq(1).all()
+
+
+def test_a_trained_tensor_that_is_no_parameter_is_worked_on_itself() -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt = torch.zeros(3, requires_grad=True)
+
+    model = Prompted()
+    prompt = model.prompt
+    with beside(model):
+        model.prompt.sum().backward()
+    assert model.prompt is prompt and prompt.grad is not None
+
+
+def test_layers_go_on_checkpointing_only_where_they_may() -> None:
+    model = tiny.llama()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for recompute in (True, False):
+        with undisturbed(model.train(), recompute=recompute):
+            modes = {layer.training for layer in model.model.layers}
+            assert modes == {recompute}
+            assert not model.lm_head.training
