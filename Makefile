@@ -1,5 +1,5 @@
 # make demo   set everything up and run the embedded study into runs/demo
-# make test   set everything up and run ruff, mypy and pytest
+# make test   set everything up and run ruff, mypy and pytest on all cores; some four minutes on two
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; some forty minutes on two idle cores
 # make stress a writer killed more than two hundred times, some minutes
@@ -25,7 +25,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)

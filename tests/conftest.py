@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from geffect import Recorder, Rectifier, Run, open_run
@@ -35,10 +36,11 @@ from tests.utils import tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test is called the same in every process: no id holds an address."""
+    """No id holds an address, which every process has its own; who waits for the study is first."""
     placed = [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]", item.nodeid)]
     if placed:
         raise pytest.UsageError(f"Ids should hold no address. Found {placed}. Give `ids=`.")
+    items.sort(key=lambda item: "quick_study" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish() -> None:
@@ -63,14 +65,19 @@ class Study:
 
 
 @pytest.fixture(scope="session")
-def quick_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The quick study of GA, run once."""
-    out = tmp_path_factory.mktemp("quick") / "study"
-    script = Path(sys.executable).with_name("geffect")
-    told = [script, "demo", "--quick", "--methods", "ga", "--out", out]
-    ended = subprocess.run(told, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return Study(out, ended.stdout, ended.stderr)
+def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Study:
+    """The quick study of GA, run once: whoever needs it first runs it for all processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    out, said = folder / "quick study", folder / "quick study.json"
+    with FileLock(f"{said}.lock"):
+        if not said.exists():
+            script = Path(sys.executable).with_name("geffect")
+            told = [script, "demo", "--quick", "--methods", "ga", "--out", out]
+            ended = subprocess.run(told, capture_output=True, text=True, check=False)
+            assert ended.returncode == 0, ended.stderr
+            said.write_text(json.dumps([ended.stdout, ended.stderr]), encoding="utf-8")
+    return Study(out, *json.loads(said.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

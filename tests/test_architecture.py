@@ -75,6 +75,10 @@ FORBIDDEN = {
     "analysis": ["capture", "projection"],
 }
 
+# Longer, and wider, than `test_no_class_is_long` and the test after it allow: to be cut down.
+LONG = {"Recorder", "Recording", "RunWriter"}
+WIDE = {"Recording.__init__", "Recording.write", "replay", "unlearn"}
+
 HEAVY = ["torch", "matplotlib", "pandas", "transformers", "h5py"]
 
 
@@ -254,6 +258,30 @@ def test_package_code_neither_prints_nor_postpones(name: str) -> None:
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", source)
 
 
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_class_is_long(name: str) -> None:
+    classes = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.ClassDef)]
+    long = {node.name for node in classes if lines_of(node) >= 300}
+    assert long <= LONG
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_function_takes_many_parameters(name: str) -> None:
+    """But constructors of public classes, and commands, whose parameters are a user's words."""
+    wide = {called for called, count in parameters(parsed(name)) if count > 8}
+    wide -= {f"{public}.__init__" for public in PUBLIC}
+    assert wide <= WIDE | ({"command"} if within(name, "geffect.cli") else set())
+
+
+def test_a_test_module_imports_no_other() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                words = re.split(r"\W+", ast.unparse(node))
+                named = [word for word in words if re.match(r"test_|conftest$", word)]
+                assert not named, path
+
+
 def test_the_files_speak_of_no_machine() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout")
@@ -286,6 +314,40 @@ def test_nobody_asks_which_objective_it_is(name: str) -> None:
         for word in re.findall(r"\w+", ast.unparse(node.args[1]))
     }
     assert not asked & kinds
+
+
+PUBLIC = {
+    entry
+    for name, path in modules().items()
+    if path.name == "__init__.py"
+    for entry in getattr(importlib.import_module(name), "__all__", [])
+}
+"""What a package shows."""
+
+
+@cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(modules()[name].read_text(encoding="utf-8"))
+
+
+def lines_of(node: ast.ClassDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def parameters(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every function by name, with its class in front, and how many parameters it has."""
+    for node in ast.iter_child_nodes(tree):
+        inner = prefix
+        if isinstance(node, ast.ClassDef):
+            inner = f"{node.name}."
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            args = node.args
+            given = [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+            taken = [name for name in given if name not in ("self", "cls")]
+            further = [args.vararg, args.kwarg]
+            yield prefix + node.name, len(taken) + len(further) - further.count(None)
+        yield from parameters(node, inner)
 
 
 @cache
