@@ -25,18 +25,24 @@ _LABELS: dict[str, Callable[[Parameter], str]] = {
 assert tuple(_LABELS) == BLOCKS
 
 
-def summed_gram(run: Run, by: By) -> tuple[list[str], Floats]:
+def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[str], Floats]:
     """The blocks in network order, and their Gram matrices (step, block, source, source).
 
     Inner products and squared norms of disjoint blocks add up; cosines do not, so they are taken
-    from the sums. `by` may be a function from a parameter to the name of its block.
+    from the sums. `by` may be a function from a parameter to the name of its block. With
+    `stepped_only` the sum is over the parameters that the step moves, and NaN where it moves none
+    of a block.
     """
     labels = list(map(label_of(by), run.layers))
     blocks = in_network_order(run.layers, labels)
     belongs = np.array([[label == block for label in labels] for block in blocks])
     gram = run.gram()
-    summed = [gram[:, members].sum(axis=1) for members in belongs]
-    return blocks, np.stack(summed, axis=1)
+    stepped = run.stepped() if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
+    gram[~stepped] = 0.0
+    summed = np.stack([gram[:, members].sum(axis=1) for members in belongs], axis=1)
+    moved = np.stack([stepped[:, members].any(axis=1) for members in belongs], axis=1)
+    summed[~moved] = np.nan
+    return blocks, summed
 
 
 def column_of(by: By) -> str:

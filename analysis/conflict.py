@@ -11,17 +11,26 @@ from geffect.store import Run
 from .base import By, column_of, in_space, summed_gram
 
 
-def conflict(run: Run, a: str = OBJECTIVE, b: str = RETAIN, by: By = "layer") -> pd.DataFrame:
+def conflict(
+    run: Run,
+    a: str = OBJECTIVE,
+    b: str = RETAIN,
+    by: By = "layer",
+    *,
+    stepped_only: bool = True,
+) -> pd.DataFrame:
     """1 where <g_a, g_b> < 0, 0 where not, NaN where a gradient is zero or absent.
 
     Columns: step, `by`, value. The mean of `value` over steps, blocks or both is the conflict rate.
+    Over the parameters that the step moves, NaN for a block of which it moves nothing, or over all
+    with `stepped_only=False`.
 
     >>> run = example_run()
     >>> conflict(run, by="model")
        step  model  value
     0     0  model    1.0
     """
-    blocks, K = summed_gram(run, by)
+    blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     i, j = run.index(a), run.index(b)
     comparable = (norm(K, i) > 0) & (norm(K, j) > 0)
     values = np.where(comparable, in_conflict(K, i, j), np.nan)

@@ -9,19 +9,23 @@ from geffect.store import Run
 from .base import By, column_of, in_space, summed_gram
 
 
-def cosine(run: Run, a: str, b: str, by: By = "layer") -> pd.DataFrame:
+def cosine(
+    run: Run, a: str, b: str, by: By = "layer", *, stepped_only: bool = True
+) -> pd.DataFrame:
     """<g_a, g_b> / (|g_a| |g_b|) of two sources, between -1 (opposed) and 1 (aligned).
 
     Columns: step, `by`, value. The cosine of a block comes from its summed inner products and
     squared norms. It is not the mean of the cosines of its tensors. NaN where a gradient is zero,
-    as that of an adapter's factor is at the start: it has no direction.
+    as that of an adapter's factor is at the start: it has no direction. The sums are over the
+    parameters that the step moves, and NaN for a block of which it moves nothing; with
+    `stepped_only=False` over all.
 
     >>> run = example_run()
     >>> cosine(run, "forget", "retain", by="model")
        step  model  value
     0     0  model    0.5
     """
-    blocks, K = summed_gram(run, by)
+    blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     score = Score("cosine", f"cosine of {a} and {b}", limits=(-1.0, 1.0))
     values = cosine_of(K, run.index(a), run.index(b))
     return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))

@@ -15,7 +15,7 @@ EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
 SCORE = Score("g_effect", "G-effect (nats per unit learning rate)", scale="symlog")
 
 
-def g_effect(run: Run, by: By = "layer") -> pd.DataFrame:
+def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.DataFrame:
     """e(D) = <grad R(D), grad L_u>, not normalised, no learning rate inside (arXiv 2502.19301).
 
     R is the risk (NLL) on the data D, L_u the objective as it is minimised, both gradients at the
@@ -29,13 +29,16 @@ def g_effect(run: Run, by: By = "layer") -> pd.DataFrame:
     of that batch. Magnitudes of objectives with different reductions do not compare: see `cosine`.
     Raises a ValueError for a run without the objective, or without both risks.
 
+    - `stepped_only`: sum over the parameters that the step moves, as the sentence on a step of
+      gradient descent needs; a block of which it moves nothing is NaN. False: over all.
+
     >>> run = example_run()
     >>> g_effect(run, by="model")
        step  model      effect  value
     0     0  model  unlearning   -4.0
     1     0  model   retaining   -1.0
     """
-    blocks, K = summed_gram(run, by)
+    blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     objective = run.index(OBJECTIVE)
     tables = {
         effect: tidy(

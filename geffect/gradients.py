@@ -5,7 +5,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -258,15 +258,11 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
         for name in passes.tensors:
             if name != last:
                 resident[name] = _run(passes, name)
-        hooks = [
-            leaf.register_post_accumulate_grad_hook(partial(take_grad, place=place))
-            for place, leaf in enumerate(parameters)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for place, leaf in enumerate(parameters):
+                hook = leaf.register_post_accumulate_grad_hook(partial(take_grad, place=place))
+                hooks.callback(hook.remove)
             _run(passes, last)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for place in sorted(waiting):  # what the last loss does not reach
             take(place, leaves[place].grad)
     for leaf, tensor in zip(leaves, left, strict=True):

@@ -1,11 +1,31 @@
-"""Who steps what: the shared facts about optimizers."""
+"""Who steps what, and what a step moved."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_descends", "check_owned", "moved_by", "tensors_of", "unwrapped"]
+from geffect import distributed
+
+__all__ = [
+    "Differences",
+    "Move",
+    "StepFollower",
+    "check_descends",
+    "check_owned",
+    "described",
+    "moved_by",
+    "tensors_of",
+    "unwrapped",
+]
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers as long as others, by their bytes."""
+
+_PART = 2**18
+"""Numbers whose bits are added up at a time."""
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -42,6 +62,17 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             "Pass optimizer=optimizer, the one that steps the model."
         )
     return optimizer
+
+
+def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer and the options of its parameter groups."""
+    return {
+        "class": type(optimizer).__name__,
+        "groups": [
+            {key: v for key, v in group.items() if isinstance(v, int | float | tuple)}
+            for group in optimizer.param_groups
+        ],
+    }
 
 
 def check_descends(optimizer: torch.optim.Optimizer) -> None:
@@ -81,3 +112,202 @@ def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]
             "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
             "or make the rectifier when the model is as it will be trained."
         )
+
+
+class Differences(Sequence[Tensor | None]):
+    """Theta as it is now minus theta as it was, a tensor at a time; None for what is not moved.
+
+    Each is computed when it is asked for, so that there is no further copy of the parameters.
+    """
+
+    def __init__(
+        self, before: Sequence[Tensor], parameters: Sequence[Tensor], moved: Sequence[bool]
+    ) -> None:
+        self._before, self._parameters, self._moved = before, parameters, moved
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not self._moved[place]:
+            return None
+        return self._parameters[place].detach() - self._before[place]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What has moved the parameters since a gradient.
+
+    - `stepped`: Bool[parameter], whether an optimizer stepped it or its values changed; None where
+      nothing was seen to move.
+    - `update`: theta now minus theta at the gradient, to be read before anything else moves; None
+      where it is not followed, or where training ended before anything moved.
+    - `lr`, `optimizer`: the learning rate and the description of the first optimizer that stepped.
+    """
+
+    stepped: tuple[bool, ...] | None
+    update: Differences | None
+    lr: float
+    optimizer: Mapping[str, Any] | None
+
+
+class StepFollower:
+    """Follows what moves parameters from one gradient to the next, whoever moves them.
+
+    A step is what lies between two gradients, and its update is the difference of the parameters
+    between the two. So a closure, a second optimizer, a wrapper, a step by hand and an average that
+    is swapped in count like any optimizer. `begin` says that a gradient has been taken, `news`
+    tells what has moved since, and `end` forgets it. `enter` and `leave` stand around the step of
+    an optimizer, of which one may step inside of another. They tell what is stepped, also where a
+    learning rate of zero moves nothing, and when to ask: `ready`.
+
+    With `updates`, a copy of the parameters is kept from `begin` to `end`.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> follower = StepFollower([weight], updates=True)
+    >>> follower.begin()
+    >>> _ = weight.data.sub_(0.5)
+    >>> [*follower.news(at_gradient=True).update]
+    [tensor([-0.5000, -0.5000])]
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, updates: bool) -> None:
+        self._parameters, self._updates = parameters, updates
+        self._own = frozenset(map(id, parameters))
+        self._step: _Step | None = None
+        self._inside: list[torch.optim.Optimizer] = []  # the last one is the innermost
+        self._known: frozenset[int] = frozenset()  # what optimizers stepped the time before
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer steps any of the parameters."""
+        return not self._own.isdisjoint(map(id, tensors_of(optimizer)))
+
+    def begin(self) -> None:
+        """A gradient has been taken and lies in `.grad`."""
+        # The optimizer whose closure this is steps what is its own.
+        within = {id(tensor) for optimizer in self._inside for tensor in tensors_of(optimizer)}
+        parameters = self._parameters
+        # What an optimizer stepped the time before is expected to be stepped by one again.
+        printed = [i for i, p in enumerate(parameters) if self._updates or id(p) not in self._known]
+        self._step = _Step(
+            parameters=parameters,
+            reached=frozenset(id(p) for p in parameters if p.grad is not None),
+            stepped=within & self._own,
+            before=[p.detach().clone() for p in parameters] if self._updates else None,
+            versions=[p._version for p in parameters],
+            printed=printed,
+            prints=_prints([parameters[i] for i in printed]),
+        )
+
+    def enter(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step of an optimizer begins."""
+        self._forget(optimizer)  # if its last step raised
+        self._inside.append(optimizer)
+
+    def leave(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step of an optimizer has ended."""
+        self._forget(optimizer)
+        if self._step is not None and self.owns(optimizer):
+            self._step.take(optimizer)
+
+    @property
+    def ready(self) -> bool:
+        """Whether optimizers have stepped all that has a gradient, or what they did last time."""
+        step = self._step
+        if step is None or self._inside:
+            return False
+        return self._complete or (bool(self._known) and self._known <= step.stepped)
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing that moves from now on, before the next gradient, could be news."""
+        return self._step is not None and self._complete and not self._updates
+
+    def news(self, *, at_gradient: bool) -> Move | None:
+        """What has moved since `begin`; None where that is what the last call told.
+
+        To be asked on all processes. `at_gradient`: the next gradient is about to be taken.
+        """
+        assert self._step is not None
+        return self._step.news(at_gradient=at_gradient)
+
+    def end(self) -> None:
+        """Forget the step."""
+        if self._step is not None:
+            self._known = frozenset(self._step.stepped & self._own)
+        self._step = None
+
+    @property
+    def _complete(self) -> bool:
+        return self._step is not None and self._step.reached <= self._step.stepped
+
+    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer in self._inside:
+            del self._inside[self._inside.index(optimizer) :]
+
+
+@dataclass
+class _Step:
+    """What is known of the parameters at one gradient, and what has stepped them since."""
+
+    parameters: Sequence[Tensor]
+    reached: frozenset[int]  # what has a gradient
+    stepped: set[int]  # by optimizers
+    before: Sequence[Tensor] | None  # copies, where the update is followed
+    versions: Sequence[int]
+    printed: Sequence[int]  # places of those whose bits are looked at
+    prints: Tensor
+    lr: float = float("nan")
+    optimizer: Mapping[str, Any] | None = None
+    told: tuple[Tensor, tuple[bool, ...]] | None = None  # prints and stepped of the last news
+
+    def take(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count a step of the optimizer."""
+        if self.optimizer is None:
+            self.lr = float(optimizer.param_groups[0]["lr"])
+            self.optimizer = described(optimizer)
+        self.stepped.update(map(id, tensors_of(optimizer)))
+
+    def news(self, *, at_gradient: bool) -> Move | None:
+        """What has moved, if that is something else than was told."""
+        now = _prints([self.parameters[place] for place in self.printed])
+        stepped = self._moved(now)
+        if self.told is not None:
+            prints, flags = self.told
+            moved = self.before is not None and not torch.equal(prints, now)
+            if not distributed.any_rank(moved) and flags == stepped:
+                return None
+        self.told = now, stepped
+        seen = any(stepped)
+        update = None
+        if self.before is not None and (seen or at_gradient):
+            update = Differences(self.before, self.parameters, stepped)
+        return Move(stepped if seen else None, update, self.lr, self.optimizer)
+
+    def _moved(self, now: Tensor) -> tuple[bool, ...]:
+        """Whether an optimizer stepped it, or its values changed, on any process."""
+        flags = [id(parameter) in self.stepped for parameter in self.parameters]
+        if all(flags):
+            return tuple(flags)
+        versions = zip(self.parameters, self.versions, strict=True)
+        changed = [parameter._version != version for parameter, version in versions]
+        for place, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
+            changed[place] = not same
+        anywhere = distributed.mean([float(flag) for flag in changed])
+        return tuple(a or b > 0 for a, b in zip(flags, anywhere, strict=True))
+
+
+def _prints(tensors: Sequence[Tensor]) -> Tensor:
+    """Int64[tensor], the sum of the bits that this process holds: another where one has changed."""
+    words = [_print(tensor).cpu() for tensor in tensors]
+    return torch.stack(words) if words else torch.empty(0, dtype=torch.int64)
+
+
+def _print(tensor: Tensor) -> Tensor:
+    values = distributed.local(tensor.detach())
+    whole = torch.view_as_real(values) if values.is_complex() else values
+    bits = whole.reshape(-1).view(_WORDS[whole.element_size()])
+    # A part at a time: each is widened to 64 bits.
+    return torch.stack([part.sum() for part in bits.split(_PART)]).sum()

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from geffect.gradients import GradientTransform
+from geffect.store.reader import Run
 
 from .manifest import as_json
 
@@ -25,6 +26,34 @@ class RunHeader:
     last_step: int = -1
     stored: int = 0  # rows with gradients
     wall_seconds: float = 0.0
+
+    def fix(
+        self,
+        sources: Iterable[str],
+        declared: Declared,
+        rectifier: GradientTransform | None,
+        weights: Iterable[str],
+    ) -> None:
+        """Take over what the first row of the run has."""
+        self.sources, self.declared, self.weights = tuple(sources), declared, tuple(weights)
+        if rectifier is not None:
+            self.rectifier = as_json(rectifier.options)
+            self.blocks = rectifier.blocks
+
+    @classmethod
+    def of(cls, run: Run, stored: int) -> Self:
+        """That of a run that is continued, of which so many rows have gradients."""
+        return cls(
+            sources=run.sources,
+            declared=run.manifest["losses"],
+            rectifier=run.manifest["rectifier"],
+            objective=run.manifest.get("objective"),
+            blocks=run.contents.blocks,
+            weights=run.contents.weights,
+            last_step=int(run.steps[-1]) if len(run.steps) else -1,
+            stored=stored,
+            wall_seconds=float(run.column("wall_seconds")[-1]) if len(run.steps) else 0.0,
+        )
 
     def check_sources(self, names: Iterable[str]) -> None:
         """Refuse gradients that the first step did not have: they have no place in the file."""

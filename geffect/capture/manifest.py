@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 
 from geffect.distributed import world_size
@@ -48,17 +47,6 @@ def manifest(
         "optimizer": optimizer,
         "metadata": metadata,
         **further,
-    }
-
-
-def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer and the options of its parameter groups."""
-    return {
-        "class": type(optimizer).__name__,
-        "groups": [
-            {key: v for key, v in group.items() if isinstance(v, int | float | tuple)}
-            for group in optimizer.param_groups
-        ],
     }
 
 

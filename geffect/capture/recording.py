@@ -6,7 +6,6 @@ their own; what a run file is told of them, and what happens when it cannot be w
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,15 +20,15 @@ from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.layers import describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.reader import Run
-from geffect.store.schema import Contents, Row, RunFileError, StoredGradients
+from geffect.store.schema import Row
 from geffect.store.shards import ShardWriter
-from geffect.store.size import projected_bytes, remaining_bytes
 from geffect.store.writer import RunWriter
 
 from .collector import Collector, Measurement
-from .header import Declared, RunHeader
+from .header import RunHeader
 from .manifest import as_json, manifest
-from .rows import row
+from .rows import Entry, row
+from .storage import Storage
 from .store_options import StoreOptions, kept
 
 log = logging.getLogger(__name__)
@@ -81,9 +80,7 @@ class Recording:
         self._model = model
         self._metadata = as_json(metadata or {})
         self._provenance = as_json(provenance or {})
-        self._keep = kept(store)
-        self._places = self._keep.places(self.table) if self._keep.gradients else ()
-        self._steps = steps
+        self._storage = Storage(kept(store), self.table, self.parameters, steps)
         self._on_error = on_error
         self._begun = self._closed = False
         # Rounding that is the same in two runs would look like a likeness of their gradients.
@@ -91,7 +88,6 @@ class Recording:
         self._failure: OSError | None = None
         self._announced = False
         self._writer: Writer
-        self._ranges = self._shard_ranges()
         known = RunHeader()
         with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
@@ -109,17 +105,7 @@ class Recording:
 
     def collector(self, step: int, weights: Weights, batch: int = 0) -> Collector:
         """What takes the gradients of a step, so that what is to be kept of them is kept."""
-        stored = self._keep.gradients if self._keep.when(step) else None
-        return Collector(
-            self.table,
-            self.parameters,
-            weights,
-            sketch=self._keep.sketch,
-            encoding=stored,
-            places=self._places,
-            ranges=self._ranges[distributed.rank() if len(self._ranges) > 1 else 0],
-            seed=f"{self._salt}/{step}/{batch}",
-        )
+        return self._storage.collector(step, weights, seed=f"{self._salt}/{step}/{batch}")
 
     def measure(
         self,
@@ -158,66 +144,36 @@ class Recording:
         self._announced = True
         if not distributed.is_main_process():
             return
-        steps = [0] if self._steps is None else list(self._steps)
-        stored = sum(map(self._keep.when, steps)) if self._keep.gradients else 0
-        contents = self._contents(sources=tuple(sources), blocks=(), weights=(), manifest={})
-        size = projected_bytes(self.table, contents, len(steps), stored)
-        room = shutil.disk_usage(self.path.parent).free
-        rows = "a step" if self._steps is None else f"{len(steps)} steps"
-        told = self._steps is not None or self._keep.gradients is not None
-        level = logging.WARNING if told else logging.INFO
-        log.log(level, "%s will take %s for %s", self.path, _bytes(size), rows)
-        if self.header.stored or self.header.last_step >= 0:  # a run that is continued
-            size = remaining_bytes(self.path, self.table, contents, len(steps), stored)
-        if size > room:
-            raise RunFileError(
-                f"The disk of `{self.path}` should have room for the run: {_bytes(size)} for "
-                f"{rows}. Found {_bytes(room)} free. Record fewer steps, keep less of them "
-                '(store="sketch", or StoreOptions with `match` and `when`), or record on another '
-                "disk."
-            )
+        begun = self.header.stored or self.header.last_step >= 0
+        told = self._storage.check_room(self.path, sources, continued=bool(begun))
+        log.log(logging.WARNING if self._storage.is_planned else logging.INFO, told)
 
-    def write(
-        self,
-        step: int,
-        measured: Measurement,
-        *,
-        declared: Declared,
-        batch: int = 0,
-        epoch: float = float("nan"),
-        lr: float = float("nan"),
-        n_micro: int = 1,
-        clip_scale: float = 1.0,
-        skipped: bool = False,
-        rectifier: GradientTransform | None = None,
-        optimizer: Mapping[str, Any] | None = None,
-        weights: Mapping[str, Sequence[float]] | None = None,
-        sources: Sequence[str] | None = None,
-    ) -> None:
-        """Write one row. The first one fixes the sources: `sources`, or those that it has."""
+    def write(self, entry: Entry) -> None:
+        """Write one row. The first one fixes the sources."""
         if self.failed:
             return
         if not self.header.sources:
-            self._fix(sources or measured.names, declared, rectifier, weights or {})
+            sources = entry.sources or entry.measured.names
+            self.header.fix(sources, entry.declared, entry.rectifier, entry.weights)
         with distributed.raise_on_all_ranks() if not self._announced else nullcontext():
             self.announce(self.header.sources)
-        entry = row(
-            self.header,
-            measured,
-            rectifier,
-            weights or {},
-            step=step,
-            batch=batch,
-            epoch=epoch,
-            lr=lr,
-            wall_seconds=time.perf_counter() - self._started,
-            n_micro=n_micro,
-            clip_scale=clip_scale,
-            skipped=skipped,
-        )
-        self._guarded(lambda: self._append(entry, rectifier, optimizer))
+        written = self._row(entry)
+
+        def append() -> None:
+            if not self._begun:
+                self._begin(entry.rectifier, entry.optimizer)
+            self._writer.append(written)
+
+        self._guarded(append)
         self._agree()
-        self.header.last_step = step
+        self.header.last_step = entry.step
+
+    def amend(self, entry: Entry) -> None:
+        """Write a row again, of the step that was written last."""
+        if not self.failed:
+            written = self._row(entry)
+            self._guarded(lambda: self._writer.amend(written))
+            self._agree()
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
@@ -243,6 +199,9 @@ class Recording:
         if self._failure is not None:
             raise self._failure
 
+    def _row(self, entry: Entry) -> Row:
+        return row(self.header, entry, wall_seconds=time.perf_counter() - self._started)
+
     def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> RunHeader:
         writer = RunWriter(
             self.path,
@@ -250,23 +209,17 @@ class Recording:
             overwrite=overwrite,
             resume=resume,
             drop_after=drop_after,
-            rows=None if self._steps is None else len(self._steps),
+            rows=self._storage.rows,
         )
         self._writer = self._behind(writer)
         run = writer.resumed
         if run is None:
             return RunHeader()
         try:
-            known = self._continued(run, writer.gradient_rows)
+            self._check_metadata(run)
+            known = RunHeader.of(run, writer.gradient_rows)
             # What is to be kept has to be what the file keeps: refused now, not after a step.
-            self._writer.begin(
-                self._contents(
-                    sources=known.sources,
-                    blocks=known.blocks,
-                    weights=known.weights,
-                    manifest=run.manifest,
-                )
-            )
+            self._writer.begin(self._storage.contents(known, run.manifest))
             return known
         except BaseException:
             writer.close(complete=False)
@@ -274,104 +227,29 @@ class Recording:
 
     def _behind(self, writer: Writer) -> Writer:
         """What writes behind the training where there is much to write."""
-        return BackgroundWriter(writer, WAITING_BYTES) if self._keep.gradients else writer
+        return BackgroundWriter(writer, WAITING_BYTES) if self._storage.keeps_gradients else writer
 
-    def _continued(self, run: Run, stored: int) -> RunHeader:
+    def _check_metadata(self, run: Run) -> None:
         if run.metadata != self._metadata:
             raise ValueError(
                 f"`metadata` should be that of the run in `{run.path}` to continue it: "
                 f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
                 "another file."
             )
-        return RunHeader(
-            sources=run.sources,
-            declared=run.manifest["losses"],
-            rectifier=run.manifest["rectifier"],
-            objective=run.manifest.get("objective"),
-            blocks=run.contents.blocks,
-            weights=run.contents.weights,
-            last_step=int(run.steps[-1]) if len(run.steps) else -1,
-            stored=stored,
-            wall_seconds=float(run.column("wall_seconds")[-1]) if len(run.steps) else 0.0,
-        )
-
-    def _shard_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """What each rank writes of the stored gradients; one rank all where nothing is sharded."""
-        stored = [self.parameters[place] for place in self._places]
-        if not any(map(distributed.is_sharded, stored)):
-            return (tuple((0, tensor.numel()) for tensor in stored),)
-        if self._keep.gradients not in ("full", "bf16"):
-            raise ValueError(
-                '`store` should be "full" or "bf16" to keep the gradients of a sharded model: '
-                "the blocks of the other encodings would straddle its shards. Found "
-                f"`{self._keep.gradients}`. Choose one of those, or a sketch."
-            )
-        return distributed.shard_ranges(stored)
-
-    def _fix(
-        self,
-        sources: Sequence[str],
-        declared: Declared,
-        rectifier: GradientTransform | None,
-        weights: Mapping[str, Sequence[float]],
-    ) -> None:
-        self.header.sources = tuple(sources)
-        self.header.declared = declared
-        self.header.weights = tuple(weights)
-        if rectifier is not None:
-            self.header.rectifier = as_json(rectifier.options)
-            self.header.blocks = rectifier.blocks
-
-    def _append(
-        self,
-        row: Row,
-        rectifier: GradientTransform | None,
-        optimizer: Mapping[str, Any] | None,
-    ) -> None:
-        if not self._begun:
-            self._begin(rectifier, optimizer)
-        self._writer.append(row)
 
     def _begin(
         self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
     ) -> None:
-        contents = self._contents(
-            sources=self.header.sources,
-            blocks=self.header.blocks,
-            weights=self.header.weights,
-            manifest=manifest(
-                self._model,
-                losses=self.header.declared,
-                rectifier=None if rectifier is None else rectifier.options,
-                optimizer=optimizer,
-                metadata=self._metadata,
-                **self._provenance,
-            ),
+        of_run = manifest(
+            self._model,
+            losses=self.header.declared,
+            rectifier=None if rectifier is None else rectifier.options,
+            optimizer=optimizer,
+            metadata=self._metadata,
+            **self._provenance,
         )
         self._begun = True
-        self._writer.begin(contents)
-
-    def _contents(
-        self,
-        *,
-        sources: tuple[str, ...],
-        blocks: tuple[str, ...],
-        weights: tuple[str, ...],
-        manifest: Mapping[str, object],
-    ) -> Contents:
-        gradients = (
-            StoredGradients(self._keep.gradients, self._places, self._ranges)
-            if self._keep.gradients
-            else None
-        )
-        return Contents(
-            sources=sources,
-            manifest=manifest,
-            blocks=blocks,
-            weights=weights,
-            sketch=self._keep.sketch,
-            gradients=gradients,
-        )
+        self._writer.begin(self._storage.contents(self.header, of_run))
 
     def _agree(self) -> None:
         """All processes leave off together: captured steps have passes that the others have not."""
@@ -391,12 +269,3 @@ class Recording:
                 return
             self.failed = True
             log.warning("%s Training goes on, and nothing more is recorded.", error)
-
-
-def _bytes(count: int) -> str:
-    size, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"

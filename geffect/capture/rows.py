@@ -1,6 +1,7 @@
 """From what was measured of the gradients of a step to the row of a run file."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,26 +10,56 @@ from geffect.gradients import GradientTransform
 from geffect.store.schema import RECTIFICATION_COLUMNS, Row
 
 from .collector import Measurement
-from .header import RunHeader
+from .header import Declared, RunHeader
 
 
-def row(
-    known: RunHeader,
-    measured: Measurement,
-    rectifier: GradientTransform | None,
-    weights: Mapping[str, Sequence[float]],
-    **columns: Any,
-) -> Row:
+@dataclass(frozen=True)
+class Entry:
+    """One step, or one batch of it, as whoever recorded it tells of it.
+
+    - `sources`: all that the run is going to have, which its first row fixes; those that it has
+      itself, unless said.
+    - `stepped`: Bool[parameter], what the step moves; None where that is not known.
+    - `weights`: mean, median, 95th percentile and maximum of implicit weights, by name.
+    - `optimizer`: its description, for the manifest.
+    """
+
+    step: int
+    measured: Measurement
+    declared: Declared
+    batch: int = 0
+    epoch: float = float("nan")
+    lr: float = float("nan")
+    n_micro: int = 1
+    clip_scale: float = 1.0
+    skipped: bool = False
+    stepped: Sequence[bool] | None = None
+    rectifier: GradientTransform | None = None
+    optimizer: Mapping[str, Any] | None = None
+    weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    sources: Sequence[str] | None = None
+
+
+def row(known: RunHeader, entry: Entry, *, wall_seconds: float) -> Row:
     """The row: every number at the place that the first row of the run gave to its source."""
+    measured = entry.measured
     sketches = measured.sketches
     return Row(
+        step=entry.step,
+        batch=entry.batch,
+        epoch=entry.epoch,
+        lr=entry.lr,
+        wall_seconds=wall_seconds,
+        n_micro=entry.n_micro,
+        clip_scale=entry.clip_scale,
+        skipped=entry.skipped,
+        stepped=None if entry.stepped is None else np.array(entry.stepped),
         losses=_spread(known, np.array([*measured.losses.values()]), [*measured.losses]),
         gram=_spread_gram(known, measured),
-        rectification=_report(known, rectifier),
-        weights=_statistics(known, weights),
+        rectification=_report(known, entry.rectifier),
+        weights=_statistics(known, entry.weights),
         sketches=None if sketches is None else _spread(known, sketches.numpy(), measured.names),
         gradients=measured.gradients,
-        **columns,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from geffect.batch import Batch
 from geffect.capture.collector import Collector
 from geffect.capture.recording import Recording
+from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.data.collate import batched, check_length, lengths_of, on_device, pad_token_of
 from geffect.data.examples import read, spelled
@@ -174,7 +175,7 @@ def replay(
                 report=partial(report, folder.name) if report else None,
             )
             for row, measured in enumerate(estimator(sources)):
-                recording.write(step, measured, declared=sources.declared, batch=row)
+                recording.write(Entry(step, measured, sources.declared, batch=row))
         complete = True
     finally:
         recording.close(complete=complete)

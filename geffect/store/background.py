@@ -19,6 +19,9 @@ class Writer(Protocol):
     def append(self, row: Row) -> None:
         """Take one row."""
 
+    def amend(self, row: Row) -> None:
+        """Take a row in the place of the last one."""
+
     def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, in the place of one of the same name."""
 
@@ -63,6 +66,12 @@ class BackgroundWriter:
             self._rows.append(row)
             self._bytes += size
             self._changed.notify_all()
+
+    def amend(self, row: Row) -> None:
+        """Put a row in the place of the last one, once that is written."""
+        self._drain()
+        self.check_open()
+        self._writer.amend(row)
 
     def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, once the rows before it are written."""

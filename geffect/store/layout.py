@@ -33,7 +33,7 @@ def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[st
     """The datasets of `ROWS` that such a run has, and the shape that one row has in each."""
     k = len(contents.sources)
     shapes: dict[str, tuple[int, ...]] = {f"steps/{name}": () for name in STEP_COLUMNS}
-    shapes |= {"losses": (k,), "gram": (len(parameters), k, k)}
+    shapes |= {"losses": (k,), "gram": (len(parameters), k, k), "stepped": (len(parameters),)}
     if contents.blocks:
         shapes["rectification"] = (len(contents.blocks), len(RECTIFICATION_COLUMNS))
     if contents.weights:

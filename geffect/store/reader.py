@@ -92,6 +92,18 @@ class Run:
         """Float64[step, parameter, source, source]; NaN for a source absent at a step."""
         return self._means("gram")
 
+    def stepped(self) -> NDArray[np.bool_]:
+        """Bool[step, parameter], whether the step moves the parameter; True where nobody knows.
+
+        So in all of a file that was written before geffect told the two apart.
+        """
+        with opened(self.path) as file:
+            known = "stepped" in file
+        if not known:
+            return np.ones((len(self.steps), len(self.layers)), dtype=np.bool_)
+        moved: NDArray[np.bool_] = self.read("stepped")[self._starts] != 0
+        return moved
+
     def losses(self) -> dict[str, Floats]:
         """The value of every loss over the steps."""
         values = self._means("losses")

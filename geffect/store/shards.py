@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -135,18 +135,18 @@ class ShardWriter:
         self.check_open()
         if self._shard is None or row.gradients is None:
             return
-        try:
+        with self._failing(row.step):
             if not self._written:
                 remove_segments(self._shard.folder, self._rank.__eq__)
             self._shard.write(self._written, row)
-        except OSError as error:
-            self.close(complete=False)
-            raise RunFileError(
-                f"The gradients of rank {self._rank} should be writable at step {row.step}. Found: "
-                f"{error}. Mend the cause, such as a full disk, and continue the run with "
-                "resume=True."
-            ) from error
         self._written += 1
+
+    def amend(self, row: Row) -> None:
+        """Write them in the place of those of the last row."""
+        self.check_open()
+        if self._shard is not None and row.gradients is not None:
+            with self._failing(row.step):
+                self._shard.write(self._written - 1, row)
 
     def keep(self, name: str, columns: Columns) -> None:
         """Leave a table to rank 0, which has the run file."""
@@ -166,6 +166,18 @@ class ShardWriter:
         self._ended = True
         if self._shard is not None:
             self._shard.close()
+
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close(complete=False)
+            raise RunFileError(
+                f"The gradients of rank {self._rank} should be writable at step {step}. Found: "
+                f"{error}. Mend the cause, such as a full disk, and continue the run with "
+                "resume=True."
+            ) from error
 
 
 def has_segments(folder: Path) -> bool:

@@ -26,8 +26,8 @@ def projected_bytes(
     >>> weight = Parameter("w", "layer 0", "deep", 0, "w", (4096, 4096), "float32", ())
     >>> gram = Contents(("objective", "forget", "retain"), manifest={})
     >>> size = projected_bytes([weight], gram, rows=1000, gradient_rows=0)
-    >>> size // 1000  # bytes a row: 9 inner products, 3 losses, 9 columns
-    183
+    >>> size // 1000  # bytes a row: 9 inner products, 3 losses, 9 columns, one mark
+    184
     """
     return _of_file(parameters, contents, rows) + _of_segments(parameters, contents, gradient_rows)
 

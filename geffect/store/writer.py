@@ -127,6 +127,15 @@ class RunWriter:
         self.last_step = row.step
         self._unchanged = False
 
+    def amend(self, row: Row) -> None:
+        """Write a row in the place of the last one, of which more has become known."""
+        self.check_open()
+        assert self._file is not None
+        with self._failing(row.step):
+            self._count(self.count - 1)  # a kill may cost the row, and tears none
+            self._put(row, self.count - 1, self.gradient_rows - 1)
+            self._count(self.count)
+
     def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, in the place of one of the same name.
 
@@ -290,22 +299,29 @@ class RunWriter:
         return self.count + min(twice, gently)
 
     def _add(self, row: Row) -> None:
+        self._put(row, self.count, self.gradient_rows)
+        self._count(self.count + 1)
+
+    def _put(self, row: Row, place: int, gradients: int) -> None:
+        """Write a row; it has to be in the file before the number that makes it count."""
         assert self._file is not None
         check_identity(self.path, self._identity)
         entries = row.datasets()
         if self._segments is not None:
             present = row.gradients or {}
             entries["stored"] = [
-                self.gradient_rows if source in present else -1 for source in self._segments.sources
+                gradients if source in present else -1 for source in self._segments.sources
             ]
         if row.gradients is not None:
             assert self._shard is not None
-            self._shard.write(self.gradient_rows, row)
+            self._shard.write(gradients, row)
         for name, entry in entries.items():
-            self._file[name][self.count] = entry
-        # The row has to be in the file before the number that makes it count.
+            self._file[name][place] = entry
         self._file.flush()
-        self._file["committed"][()] = self.count + 1
+
+    def _count(self, rows: int) -> None:
+        assert self._file is not None
+        self._file["committed"][()] = rows
         self._file.flush()
 
     def _settle(self, state: str) -> None:

@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -19,7 +20,6 @@ from transformers import (
 
 from geffect import distributed, gram
 from geffect.capture.collector import Measurement
-from geffect.capture.manifest import described
 from geffect.capture.recording import OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
@@ -27,9 +27,9 @@ from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
 from geffect.risk import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
-from geffect.steps import unwrapped
+from geffect.steps import StepFollower, check_descends, described, unwrapped
 
-from .loop import check_gradients_can_be_had, firing_loop, is_running
+from .loop import check_gradients_can_be_had, check_unrectified, firing_loop, is_running
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,16 @@ class GEffectCallback(TrainerCallback):
 
     A Trainer that resumes from a checkpoint continues the file: rows of steps after the checkpoint
     are dropped, since they come again. After training the file is complete; where training raised
-    it stays marked as open, is readable, and can be continued. Refused, when training begins, are
-    training in which gradients cannot be had, such as DeepSpeed, a schedule that finds no step in
-    it, probes without labels, and other sources than those of the file that is continued.
+    it stays marked as open, is readable, and can be continued.
+
+    A row marks the parameters that the optimizer steps; G-effects sum over these. What moves
+    before the next step begins, such as an average that another callback swaps in, is added to
+    `update` then; with `update` the gradients stay until then.
+
+    When training begins, the callback refuses training in which gradients cannot be had, such as
+    DeepSpeed, a Trainer whose steps are rectified, an optimizer with `maximize=True`, a schedule
+    that finds no step in it, probes without labels, and other sources than those of the file that
+    is continued.
     """
 
     def __init__(
@@ -129,6 +136,9 @@ class GEffectCallback(TrainerCallback):
         self._take_over()
         model, trainer = kwargs["model"], firing_loop().trainer
         check_gradients_can_be_had(trainer, model, kwargs["optimizer"])
+        check_unrectified(trainer)
+        if kwargs["optimizer"] is not None:
+            check_descends(unwrapped(kwargs["optimizer"]))
         with distributed.raise_on_all_ranks():
             for name, batches in self._probes.items():
                 with named(name):
@@ -148,6 +158,7 @@ class GEffectCallback(TrainerCallback):
             on_error=self._on_error,
             provenance={"trainer": _provenance(trainer, args)},
         )
+        self._follower = StepFollower(self._recording.parameters, updates=self._update)
         _open_callbacks.add(self)
         self._trainer = weakref.ref(trainer)
         with self._let_go_if_it_fails():
@@ -176,7 +187,7 @@ class GEffectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the gradients of the risks: no gradient of the step is there yet."""
-        self._step = None
+        self._amend(self._opened())
         if not self._due(state.global_step) or self._opened().failed:
             return
         autocast = firing_loop().trainer.compute_loss_context_manager
@@ -222,6 +233,7 @@ class GEffectCallback(TrainerCallback):
                 firing_loop(),
                 args.max_grad_norm,
                 kwargs["optimizer"],
+                self._follower,
                 update=self._update,
             )
             if not self._update:
@@ -239,21 +251,14 @@ class GEffectCallback(TrainerCallback):
         if step is None:
             return
         with self._let_go_if_it_fails():
-            step.move(recording.parameters, firing_loop())
-            measured = step.measured or step.measure(recording)
+            optimizer = kwargs["optimizer"]
+            step.move(self._follower, optimizer, firing_loop().trainer.accelerator.scaler)
+            if self._update:
+                step.measure(recording)
+            step.lr = float(optimizer.param_groups[0]["lr"])
+            step.optimizer = described(unwrapped(optimizer))
             with distributed.raise_on_all_ranks():
-                recording.write(
-                    step.number,
-                    measured,
-                    declared={name: "loss" for name in self._sources if name != UPDATE},
-                    epoch=step.epoch,
-                    lr=float(kwargs["optimizer"].param_groups[0]["lr"]),
-                    n_micro=step.n_micro,
-                    clip_scale=step.clip_scale,
-                    skipped=step.skipped,
-                    optimizer=described(unwrapped(kwargs["optimizer"])),
-                    sources=self._sources,
-                )
+                recording.write(step.entry(self._sources))
                 recording.check_open()
 
     def on_step_end(
@@ -264,7 +269,7 @@ class GEffectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Hand the scores of the step to what the Trainer reports to."""
-        step, self._step = self._step, None
+        step = self._step
         if not self._log or step is None or step.measured is None:
             return
         if OBJECTIVE not in step.measured.names:
@@ -274,7 +279,7 @@ class GEffectCallback(TrainerCallback):
         # Not `trainer.log`: those of TRL would take their own averages for logged, and begin anew.
         Trainer.log(
             firing_loop().trainer,
-            _scores(step.measured, "geffect/adapter" if adapted else "geffect"),
+            _scores(step.measured, step.stepped, "geffect/adapter" if adapted else "geffect"),
         )
         control.should_log = asked  # which every log answers with "done"
 
@@ -295,6 +300,20 @@ class GEffectCallback(TrainerCallback):
                 "Add it to the Trainer before `train()`."
             )
         return self._recording
+
+    def _amend(self, recording: Recording) -> None:
+        """The next gradient is about to be taken: add to the last row what has moved since."""
+        step, self._step = self._step, None
+        if step is None or step.measured is None:
+            return
+        with self._let_go_if_it_fails():
+            if self._update and not step.skipped and not recording.failed:
+                move = self._follower.news(at_gradient=True)
+                if move is not None:
+                    step.take(move)
+                    step.measure(recording)
+                    recording.amend(step.entry(self._sources))
+            self._follower.end()
 
     def _let_go(self, *, complete: bool = False) -> None:
         recording, self._recording, self._step = self._recording, None, None
@@ -339,9 +358,10 @@ def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _scores(measured: Measurement, prefix: str) -> dict[str, float]:
-    """G-effects and cosines of the whole model, by the names under which they are logged."""
-    K = measured.gram.sum(dim=0)
+def _scores(measured: Measurement, stepped: Sequence[bool] | None, prefix: str) -> dict[str, float]:
+    """G-effects and cosines of all that is stepped, by the names under which they are logged."""
+    own = measured.gram if stepped is None else measured.gram[torch.tensor(stepped)]
+    K = own.sum(dim=0)
     objective = measured.names.index(OBJECTIVE)
     scores = {}
     for place, risk in enumerate(measured.names):

@@ -8,7 +8,7 @@ exists already, as a script of TRL makes it, there is no seam: `rectify` gives i
 as its `__class__`, and `detach` gives back its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,8 +27,8 @@ from geffect.capture import Recorder
 from geffect.gradients import Gradients
 from geffect.layers import trainable
 from geffect.projection import Rectifier
-from geffect.risk import RiskGradient, RiskSet, risk_gradient
-from geffect.sources import OBJECTIVE, RETAIN
+from geffect.risk import RiskGradient, RiskSet, named, risk_gradient
+from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
 from . import rectifier_state
 from .leaf_cut import LeafCut, RetainTerm
@@ -43,8 +43,8 @@ UNWEIGHTED = "retain.unweighted"
 class RectifyMixin(Trainer):
     """A Trainer whose steps are rectified: `class RectifiedNPO(RectifyMixin, NPO): ...`.
 
-    What `rectify` makes of a Trainer, for those who write a class: `rectifier`, `retain` and
-    `recorder` are given by name, beside what the other class takes.
+    What `rectify` makes of a Trainer, for those who write a class: `rectifier`, `retain`,
+    `recorder` and `probes` are given by name, beside what the other class takes.
     """
 
     def __init__(
@@ -53,10 +53,11 @@ class RectifyMixin(Trainer):
         rectifier: Rectifier,
         retain: RiskSet | None = None,
         recorder: Recorder | None = None,
+        probes: Mapping[str, RiskSet] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._rectified = _Steps(self, rectifier, retain, recorder)
+        self._rectified = _Steps(self, rectifier, retain, recorder, probes)
         self.add_callback(self._rectified)
 
     def compute_retain_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,12 +110,20 @@ class _Steps(TrainerCallback):
         rectifier: Rectifier,
         retain: RiskSet | None,
         recorder: Recorder | None,
+        probes: Mapping[str, RiskSet] | None,
     ) -> None:
+        check_risks("probes", probes or {}, taken=[RETAIN])
+        if probes and recorder is None:
+            raise ValueError(
+                "`recorder` should be given with `probes`, whose gradients it records. Found none. "
+                "Pass recorder=Recorder(model, path), or leave `probes` out."
+            )
         model: Any = trainer.model
         optimizer: Any = trainer.optimizer  # which there may not be yet
         check_gradients_can_be_had(trainer, model, optimizer)
         _check_retain_gradient(trainer, rectifier, given=retain is not None)
         self.trainer, self.rectifier, self.recorder = trainer, rectifier, recorder
+        self.probes = probes or {}
         self.batches = None if retain is None else RetainBatches(retain)
         self.log = RectificationLog()
         self.cut: LeafCut | None = None  # while a loss is computed whose retain term is to be cut
@@ -215,6 +224,12 @@ class _Steps(TrainerCallback):
             vectors[RETAIN], loss = list(risk.vector), risk.loss
             weights[RETAIN] = {RETAIN: 1.0}
         losses = {OBJECTIVE: float(self.loss), RETAIN: loss}
+        if self.recorder is not None and self.recorder.due:
+            for name, data in self.probes.items():
+                with named(name):
+                    risk = self._risk_on(data)
+                vectors[name], losses[name] = list(risk.vector), risk.loss
+                weights[name] = {name: 1.0}
         return Gradients(parameters, [], vectors, weights, losses, scale)
 
     def _risk(self) -> RiskGradient:
@@ -224,7 +239,11 @@ class _Steps(TrainerCallback):
         # As many at the end of an epoch, where a window is shorter: none is passed over for good.
         count = trainer.args.gradient_accumulation_steps * distributed.world_size()
         window = self.batches.window(trainer.state.global_step * count, count=count)
-        return risk_gradient(self._model, window, autocast=trainer.compute_loss_context_manager)
+        return self._risk_on(window)
+
+    def _risk_on(self, data: RiskSet) -> RiskGradient:
+        autocast = self.trainer.compute_loss_context_manager
+        return risk_gradient(self._model, data, autocast=autocast)
 
 
 class Rectified:
@@ -250,6 +269,7 @@ def rectify(
     *,
     retain: RiskSet | None = None,
     recorder: Recorder | None = None,
+    probes: Mapping[str, RiskSet] | None = None,
 ) -> Rectified:
     """Rectify the steps of any `transformers.Trainer`, as those of TRL and of open-unlearning.
 
@@ -277,6 +297,8 @@ def rectify(
       training that is resumed meets those it would have met; all processes need the same, in one
       order.
     - `recorder`: also write every step into its run file; the caller closes it.
+    - `probes`: with a recorder, further data by name, such as {"forget": batches}: the gradient of
+      the risk on each is recorded too. G-effects need that on the forget data.
 
     What was done is logged with the loss, as means since the last log: see `RectificationLog`. The
     state of the rectifier is saved and restored with the Trainer's checkpoints.
@@ -291,7 +313,7 @@ def rectify(
     rectified: Any = trainer
     rectified.__class__ = type(kind.__name__, (RectifyMixin, kind), told)
     try:
-        steps = _Steps(rectified, rectifier, retain, recorder)
+        steps = _Steps(rectified, rectifier, retain, recorder, probes)
     except BaseException:
         rectified.__class__ = kind
         raise

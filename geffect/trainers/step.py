@@ -3,16 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from geffect import gram
 from geffect.capture.collector import Measurement
 from geffect.capture.recording import Recording
+from geffect.capture.rows import Entry
 from geffect.gradients import Vector
 from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, UPDATE
+from geffect.steps import Move, StepFollower, unwrapped
 
 from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left
 
@@ -35,10 +39,12 @@ class Step:
     n_micro: int = 1
     clip_scale: float = math.nan
     skipped: bool = False
+    stepped: Sequence[bool] | None = None
+    lr: float = math.nan
+    optimizer: Mapping[str, Any] | None = None
     measured: Measurement | None = None
     _grad_norm: float = math.nan  # before clipping; NaN where the Trainer has not taken it
     _loss_scale: float = 1.0  # before the optimizer's step
-    _before: Sequence[Tensor] | None = None  # the parameters, where the update is to be recorded
     _vectors: dict[str, Vector] = field(default_factory=dict)
     _weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -48,6 +54,7 @@ class Step:
         loop: Loop,
         max_grad_norm: float | None,
         optimizer: torch.optim.Optimizer,
+        follower: StepFollower,
         *,
         update: bool,
     ) -> None:
@@ -60,8 +67,7 @@ class Step:
             )
         self._vectors = {name: probe.vector for name, probe in self.probes.items()}
         self._weights = {name: {name: 1.0} for name in self.probes}
-        if update:
-            self._before = [parameter.detach().clone() for parameter in parameters]
+        follower.begin()
         scaler = loop.trainer.accelerator.scaler
         self._loss_scale = current_scale(scaler)
         if loop.grad_norm is not None:
@@ -74,18 +80,26 @@ class Step:
         self._vectors[SEEN] = [None if g is None else g.clone() for g in grads] if update else grads
         self._weights = {OBJECTIVE: {SEEN: 1 / (self.clip_scale * left)}, **self._weights}
 
-    def move(self, parameters: Sequence[Tensor], loop: Loop) -> None:
+    def move(
+        self, follower: StepFollower, optimizer: torch.optim.Optimizer, scaler: GradScaler | None
+    ) -> None:
         """Take what the optimizer made of it."""
         # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
-        self.skipped = current_scale(loop.trainer.accelerator.scaler) < self._loss_scale
+        self.skipped = current_scale(scaler) < self._loss_scale
+        if not self.skipped:
+            follower.leave(unwrapped(optimizer))
+        move = follower.news(at_gradient=False)
+        assert move is not None  # the first that is told
         if self.skipped:
             self._weights.pop(OBJECTIVE, None)
-        elif self._before is not None:
-            with torch.no_grad():
-                # In place: what was the copy of the old parameters becomes the update.
-                for before, parameter in zip(self._before, parameters, strict=True):
-                    before.neg_().add_(parameter)
-            self._vectors[UPDATE] = self._before
+        else:
+            self.take(move)
+
+    def take(self, move: Move) -> None:
+        """Take what has moved since the gradient was seen."""
+        self.stepped = move.stepped
+        if move.update is not None:
+            self._vectors[UPDATE] = move.update
             self._weights[UPDATE] = {UPDATE: 1.0}
 
     def measure(self, recording: Recording) -> Measurement:
@@ -95,6 +109,23 @@ class Step:
         if OBJECTIVE in self.measured.names:
             self._check_norm(self.measured)
         return self.measured
+
+    def entry(self, sources: Sequence[str]) -> Entry:
+        """What the file is told of the step."""
+        assert self.measured is not None
+        return Entry(
+            self.number,
+            self.measured,
+            {name: "loss" for name in sources if name != UPDATE},
+            epoch=self.epoch,
+            lr=self.lr,
+            n_micro=self.n_micro,
+            clip_scale=self.clip_scale,
+            skipped=self.skipped,
+            stepped=self.stepped,
+            optimizer=self.optimizer,
+            sources=sources,
+        )
 
     def _check_norm(self, measured: Measurement) -> None:
         """Refuse a gradient whose length is not the one that the Trainer found before clipping."""

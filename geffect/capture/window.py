@@ -1,0 +1,168 @@
+"""The micro-batches of one step: their gradients, into `.grad` and into what is measured."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from geffect import distributed
+from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
+from geffect.losses import Passes
+from geffect.objectives import statistics
+from geffect.sources import UPDATE
+from geffect.steps import Move
+
+from .collector import Measurement
+from .header import Declared
+from .recording import Recording
+from .rows import Entry
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is recorded of every step: of which model, into which file, and whether its update."""
+
+    model: nn.Module
+    recording: Recording
+    update: bool
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """Those of the model that are trained."""
+        return self.recording.parameters
+
+    def sources(
+        self, losses: Collection[str], rectifier: GradientTransform | None
+    ) -> tuple[str, ...]:
+        """The sources that a step of these losses has."""
+        own = () if rectifier is None else rectifier.watched
+        return (*losses, *own, *([UPDATE] if self.update else []))
+
+
+@dataclass
+class Window:
+    """The micro-batches of one step, as far as they have come; then the step, until it is written.
+
+    `captured` says whether it gets a row. Gradients are kept, summed over the micro-batches, for as
+    long as a rectifier or the row needs them.
+    """
+
+    of: Watched
+    number: int
+    captured: bool
+    declared: Declared
+    rectifier: GradientTransform | None
+    micro: int = 0
+    scaled: bool = False
+    gradients: Gradients | None = None
+    measured: Measurement | None = None
+    written: bool = False
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, passes: Passes, weights: Mapping[str, Tensor], *, last: bool) -> None:
+        """Run the passes of a micro-batch, into `.grad` unless a rectifier comes first."""
+        self.micro += 1
+        self.scaled = passes.scale != 1.0
+        for name, values in weights.items():
+            self.weights.setdefault(name, []).append(values.detach().flatten())
+        if self._streams(passes, last=last):
+            self._stream(passes)
+            return
+        model, parameters = self.of.model, self.of.parameters
+        gradients = reduced(model, parameters, passes)
+        if self.rectifier is None:
+            # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
+            needed = self.of.update or not last or self.micro > 1
+            gradients.deposit(copy=self.captured and needed)
+            if not self.captured:
+                return
+        if self.gradients is None:
+            self.gradients = gradients
+        else:
+            self.gradients.add_(gradients)
+        if self.rectifier is not None and last:
+            self.rectifier.observe(self.gradients)
+
+    def take(self, gradients: Gradients, n_micro: int) -> None:
+        """Take gradients that are there already, of so many micro-batches."""
+        self.micro, self.gradients, self.scaled = n_micro, gradients, gradients.scale != 1.0
+        if self.rectifier is None:
+            gradients.deposit(copy=self.captured and self.of.update)
+        else:
+            self.rectifier.observe(gradients)
+
+    def finish(self) -> None:
+        """The window is a step: measure what can be measured now, and rectify it."""
+        if self.captured and self.measured is None and not self.of.update:
+            self._measure(None)
+        if self.rectifier is not None:
+            assert self.gradients is not None
+            self.rectifier.rectify(self.gradients, copy=self.of.update)
+            if not self.of.update:
+                self.gradients = None
+
+    def write(self, move: Move) -> None:
+        """Write the row of the step, with what it has moved so far; or write it again."""
+        if self.of.update:
+            self._measure(move.update)
+        measured = self.measured
+        assert measured is not None
+        put = self.of.recording.amend if self.written else self.of.recording.write
+        self.written = True
+        put(
+            Entry(
+                self.number,
+                measured,
+                self.declared,
+                lr=move.lr,
+                n_micro=self.micro,
+                clip_scale=float("nan"),  # whether the loop clips is not seen
+                skipped=self.scaled and not bool(measured.gram.isfinite().all()),
+                stepped=move.stepped,
+                rectifier=self.rectifier,
+                optimizer=move.optimizer,
+                weights={name: statistics(torch.cat(v)) for name, v in self.weights.items()},
+                sources=self.of.sources(self.declared, self.rectifier),
+            )
+        )
+
+    def _streams(self, passes: Passes, *, last: bool) -> bool:
+        """Whether inner products can be taken inside of the last pass, and gradients let go."""
+        needed_later = self.of.update or not last or self.micro > 1
+        return (
+            self.captured
+            and self.rectifier is None
+            and not needed_later
+            and passes.accumulates_once
+            and not distributed.averages(self.of.model)
+        )
+
+    def _stream(self, passes: Passes) -> None:
+        collector = self.of.recording.collector(self.number, passes.weights)
+        with distributed.gradient_sync(self.of.model):
+            stream(self.of.parameters, passes, collector.take)
+        self.measured = collector.measured(_over_processes(passes.losses))
+
+    def _measure(self, update: Vector | None) -> None:
+        gradients = self.gradients
+        assert gradients is not None
+        count = len(self.of.parameters)
+        vectors = {name: vector[:count] for name, vector in gradients.vectors.items()}
+        own = {} if self.rectifier is None else self.rectifier.watched
+        # An average of nothing yet is absent, not zero.
+        further = {name: v for name, v in own.items() if any(x is not None for x in v)}
+        if update is not None:
+            further[UPDATE] = update
+        self.measured = self.of.recording.measure(
+            self.number,
+            {**vectors, **further},
+            _over_processes(gradients.losses),
+            {**gradients.weights, **{name: {name: 1.0} for name in further}},
+        )
+        if self.rectifier is None and not self.of.update:
+            self.gradients = None
+
+
+def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:
+    return dict(zip(losses, distributed.mean([*losses.values()]), strict=True))
