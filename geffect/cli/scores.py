@@ -38,12 +38,20 @@ def command(
             help="With 95 % bootstrap intervals over the batches of each step of a replay.",
         ),
     ] = False,
+    all_parameters: Annotated[
+        bool,
+        typer.Option(
+            "--all-parameters", help="Sum over all parameters, also those that a step leaves alone."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute a score for every step: print a summary, or give the table as CSV or JSON."""
     from geffect import open_run
 
-    table = table_of(open_run(run), score, by, between, intervals=intervals)
+    table = table_of(
+        open_run(run), score, by, between, intervals=intervals, stepped_only=not all_parameters
+    )
     if csv is not None:
         table.to_csv(csv, index=False)
         typer.echo(f"{len(table)} rows in {csv}")

@@ -49,15 +49,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a scri
 
 
 def table_of(
-    run: "Run", score: ScoreName, by: By | None, between: str, *, intervals: bool = False
+    run: "Run",
+    score: ScoreName,
+    by: By | None,
+    between: str,
+    *,
+    intervals: bool = False,
+    stepped_only: bool = True,
 ) -> "pd.DataFrame":
     """The table of a score of a run, with the columns `low` and `high` where `intervals` is set."""
     from geffect import analysis
 
     first, second = _pair(between)
-    pair = {"a": first, "b": second}
+    over = {"stepped_only": stepped_only}
+    pair = {"a": first, "b": second, **over}
     scores: dict[ScoreName, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-        ScoreName.G_EFFECT: (analysis.g_effect, {}),
+        ScoreName.G_EFFECT: (analysis.g_effect, over),
         ScoreName.COSINE: (analysis.cosine, pair),
         ScoreName.CONFLICT: (analysis.conflict, pair),
         ScoreName.PREDICTED_CHANGE: (analysis.predicted_change, {}),
@@ -65,6 +72,11 @@ def table_of(
         ScoreName.RECTIFICATION: (analysis.rectification, {}),
     }
     function, how = scores[score]
+    if not stepped_only and "stepped_only" not in how:
+        raise typer.BadParameter(
+            f"should be left out for {score.value}, which is the same either way. Found it set. "
+            "Leave out --all-parameters."
+        )
     # Most rectifiers have one constraint for the model, which has no numbers of the layers.
     by = by or (By.MODEL if score is ScoreName.RECTIFICATION else By.LAYER)
     if intervals:

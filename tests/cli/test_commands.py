@@ -17,8 +17,9 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from torch import nn
 
-from geffect import open_run
+from geffect import Recorder, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.cli.main import main
 from geffect.demo import figures
@@ -221,6 +222,19 @@ def test_scores_with_intervals_of_many_steps(
     assert re.search(r"unlearning │ 0 \[-0.5, 2.5\] │ +0.95 │ 1.9 \[-0.5, 2.5\]", said)
 
 
+def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with Recorder(model, tmp_path / "part.h5") as recorder:
+        loss = model(torch.ones(2)).sum()
+        recorder.backward(objective={"forget": -1.0}, forget=loss, retain=2.0 * loss)
+        optimizer.step()
+    for told, stepped_only in (([], True), (["--all-parameters"], False)):
+        said = ask("scores", tmp_path / "part.h5", "--by", "model", "--json", *told).out
+        table = g_effect(open_run(tmp_path / "part.h5"), by="model", stepped_only=stepped_only)
+        assert [row["value"] for row in json.loads(said)] == table["value"].tolist()
+
+
 # How it says no
 
 
@@ -236,6 +250,11 @@ def test_scores_with_intervals_of_many_steps(
         (["demo", "--out", "{text}"], 1, "Found the file"),
         (["demo", "--resume", "--overwrite", "--out", "{page}"], 2, "should not both be True"),
         (["scores", "{recorded}", "--between", "forget"], 2, "with a comma"),
+        (
+            ["scores", "{recorded}", "--score", "violation", "--all-parameters"],
+            2,
+            "the same either way",
+        ),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
         (["plot", "{recorded}"], 2, "--output"),

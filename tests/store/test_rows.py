@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -583,3 +584,55 @@ def keyed(request: int, step: int, batch: int, value: float = 1.0) -> Row:
         losses=np.full(k, value),
         gram=np.full((len(PARAMETERS), k, k), value),
     )
+
+
+# What a step moves.
+
+
+def moving(step: int, *moved: bool) -> Row:
+    return replace(row_of(step), stepped=np.array(moved))
+
+
+def test_what_is_stepped_is_read_as_it_was_written(tmp_path: Path) -> None:
+    marks = [[step % (i + 1) == 0 for i in range(len(PARAMETERS))] for step in range(70)]
+    run = open_run(recorded(tmp_path / "a.h5", [moving(s, *m) for s, m in enumerate(marks)]))
+    assert run.stepped().tolist() == marks
+    assert run.stepped().dtype == np.bool_
+
+
+def test_where_it_is_not_known_everything_is_stepped(tmp_path: Path) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", plain_rows(3)))
+    assert run.stepped().shape == (3, len(PARAMETERS))
+    assert run.stepped().all()
+
+
+def test_a_file_that_does_not_tell_is_read_and_continued(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(3))
+    with h5py.File(path, "r+") as file:
+        del file["stepped"]
+    assert open_run(path).stepped().all()
+    assert validate(path).whole
+    none = [False] * len(PARAMETERS)
+    resumed = RunWriter(path, PARAMETERS, resume=True)
+    append(resumed, moving(3, *none))
+    resumed.close(complete=True)
+    assert open_run(path).stepped().tolist() == [[True] * len(PARAMETERS)] * 3 + [none]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_row_that_is_amended_takes_the_place_of_the_last(
+    tmp_path: Path, background: bool
+) -> None:
+    own = RunWriter(tmp_path / "a.h5", PARAMETERS)
+    writer = BackgroundWriter(own, 1 << 20) if background else own
+    writer.begin(PLAIN)
+    for step in range(3):
+        writer.append(row_of(step))
+        writer.amend(row_of(step, value=-2.0 - step))
+        if not background:
+            assert len(open_run(tmp_path / "a.h5").steps) == step + 1
+    writer.close(complete=True)
+    run = open_run(tmp_path / "a.h5")
+    assert run.steps.tolist() == [0, 1, 2]
+    assert run.gram()[:, 0, 0, 0].tolist() == [-2.0, -3.0, -4.0]
+    assert validate(run.path).steps == 3

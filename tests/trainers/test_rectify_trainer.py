@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from geffect import Recorder, Rectifier, open_run
+from geffect.analysis import g_effect
 from geffect.gradients import Rectification
+from geffect.objectives import nll
 from geffect.projection import State
 from geffect.trainers import GEffectCallback, RectifyMixin, rectify
 from geffect.trainers.rectification_log import RectificationLog
 from geffect.trainers.retain_batches import RetainBatches
-from tests.utils import tiny, trainers
+from tests.utils import reference, tiny, trainers
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.trainers import At, Scaled, same, stop
 from tests.utils.unlearning_trainers import (
@@ -590,13 +592,38 @@ def test_a_rectified_training_is_recorded_as_it_is(retain: bool, tmp_path: Path)
     assert run.losses()["objective"][:2].mean() == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_callback_sees_the_rectified_gradient(tmp_path: Path) -> None:
+def test_a_callback_beside_a_rectifier_is_refused(tmp_path: Path) -> None:
     trainer = rectified(tmp_path, data=opposed_pairs(), made={"alpha": 0.4})
     trainer.add_callback(GEffectCallback(tmp_path / "run.h5", probes={"retain": RETAIN}))
-    trainer.train()
+    with pytest.raises(ValueError, match=r"not rectified.* Found a rectifier. Record with rectify"):
+        trainer.train()
+    assert not (tmp_path / "run.h5").exists()
+
+
+def test_probes_are_recorded_beside_what_is_rectified_and_change_nothing(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"data": opposed_pairs(), **SGD}
+    plain = rectified(tmp_path, **told)
+    plain.train()
+    trainer = unlearner(tmp_path, **told)
+    start = copy.deepcopy(trainer.model)
+    with Recorder(trainer.model, tmp_path / "run.h5") as recorder:
+        rectify(trainer, Rectifier(trainer.model), recorder=recorder, probes={"forget": RETAIN[:1]})
+        trainer.train()
+    assert same(plain.model.state_dict(), trainer.model.state_dict())
     run = open_run(tmp_path / "run.h5")
-    norms = run.gram().sum(axis=1)[:, 0, 0] ** 0.5
-    assert norms == pytest.approx([r.norm_after[0] for r in trainer.reports.all], rel=1e-5)
+    exact = reference.gradient(start, nll(start, RETAIN[0]))
+    f = run.index("forget")
+    assert run.gram()[0, :, f, f].sum() == pytest.approx(reference.inner(exact, exact), rel=1e-5)
+    assert set(g_effect(run, by="model")["effect"]) == {"unlearning", "retaining"}
+
+
+def test_probes_need_a_recorder_and_names_of_their_own(tmp_path: Path) -> None:
+    trainer = unlearner(tmp_path, data=opposed_pairs())
+    with pytest.raises(ValueError, match=r"`recorder` should be given with `probes`.* Found none"):
+        rectify(trainer, Rectifier(trainer.model), probes={"forget": RETAIN})
+    with pytest.raises(ValueError, match=r"`probes` should have names of their own.*retain"):
+        rectify(trainer, Rectifier(trainer.model), probes={"retain": RETAIN})
+    rectify(trainer, Rectifier(trainer.model)).detach()  # what was refused left nothing behind
 
 
 class RectifiedNPO(RectifyMixin, kinds.NPO):
