@@ -27,13 +27,12 @@ from geffect.losses import (
     plan,
 )
 from geffect.objectives import Objective, as_objective, provenance
-from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
 from geffect.steps import StepFollower, check_descends
 
 from .recording import OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
-from .window import Watched, Window
+from .window import Watched, Window, check_names
 
 
 class Recorder:
@@ -105,7 +104,6 @@ class Recorder:
                 "captured: the file does not tell which one training goes on with. Found None. "
                 "Pass the number of steps that the checkpoint has behind it."
             )
-        self._trainable = trainable(model)
         self._when = when
         self._recording = Recording(
             model,
@@ -118,14 +116,15 @@ class Recorder:
             drop_after=None if next_step is None or not resume else next_step - 1,
             on_error=on_error,
         )
-        self._watched = Watched(model, self._recording, update)
+        self._watched = Watched(model, self._recording, update, trainable(model))
         self._next = self._recording.next_step if next_step is None else next_step
         self._window: Window | None = None  # whose last micro-batch has not come yet
         self._step: Window | None = None  # whose row is not written yet
         self._follower = StepFollower(self._recording.parameters, updates=update)
         with ExitStack() as undone:
             undone.callback(self._recording.close, complete=False)
-            self._check_continued(resume)
+            if resume:
+                self._watched.check_continued()
             if objective is not None:
                 self.note_objective(objective)
             # Hooks that all optimizers share: the user's one is neither wrapped nor asked for.
@@ -284,32 +283,9 @@ class Recorder:
             )
         self._finish(window)
 
-    def _check_continued(self, resume: bool) -> None:
-        sources = self._recording.header.sources
-        update = self._watched.update
-        if resume and sources and update != (UPDATE in sources):
-            raise ValueError(
-                f"`update` should be {not update} to continue the run in "
-                f"`{self._recording.path}`, as it was recorded. Found `update = {update}`. "
-                "Pass the same, or record into another file."
-            )
-
     def _check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:
-        reserved = [name for name in losses if is_reserved(name) or "/" in name]
-        if OBJECTIVE not in losses or reserved:
-            raise ValueError(
-                f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or ending "
-                f"in `{AVERAGE}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
-                'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
-            )
-        then, now = self._trainable, trainable(self._watched.model)
-        changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
-        if changed:
-            raise ValueError(
-                "The parameters that require a gradient should stay those of the first step. Found "
-                f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
-                "Record what follows into another file, with a new Recorder."
-            )
+        check_names(losses)
+        self._watched.check_trainable()
         check_no_step_inside(self._watched.parameters)
         known = self._recording.header
         known.check_sources([*losses, *([] if rectifier is None else rectifier.watched)])

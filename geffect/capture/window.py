@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
+from geffect.layers import trainable
 from geffect.losses import Passes
 from geffect.objectives import statistics
-from geffect.sources import UPDATE
+from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
 from geffect.steps import Move
 
 from .collector import Measurement
@@ -26,6 +27,7 @@ class Watched:
     model: nn.Module
     recording: Recording
     update: bool
+    trainable: Mapping[str, Tensor]
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -38,6 +40,27 @@ class Watched:
         """The sources that a step of these losses has."""
         own = () if rectifier is None else rectifier.watched
         return (*losses, *own, *([UPDATE] if self.update else []))
+
+    def check_trainable(self) -> None:
+        """Refuse a model that trains other parameters than at first."""
+        then, now = self.trainable, trainable(self.model)
+        changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
+        if changed:
+            raise ValueError(
+                "The parameters that require a gradient should stay those of the first step. Found "
+                f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
+                "Record what follows into another file, with a new Recorder."
+            )
+
+    def check_continued(self) -> None:
+        """Refuse to continue a run whose rows have an update, or none, where ours do not."""
+        sources = self.recording.header.sources
+        if sources and self.update != (UPDATE in sources):
+            raise ValueError(
+                f"`update` should be {not self.update} to continue the run in "
+                f"`{self.recording.path}`, as it was recorded. Found `update = {self.update}`. "
+                "Pass the same, or record into another file."
+            )
 
 
 @dataclass
@@ -166,3 +189,14 @@ class Window:
 
 def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(losses, distributed.mean([*losses.values()]), strict=True))
+
+
+def check_names(losses: Collection[str]) -> None:
+    """Refuse losses without an objective, or with names that others have in a run."""
+    reserved = [name for name in losses if is_reserved(name) or "/" in name]
+    if OBJECTIVE not in losses or reserved:
+        raise ValueError(
+            f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or ending "
+            f"in `{AVERAGE}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
+            'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
+        )

@@ -27,7 +27,7 @@ from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
 from geffect.risk import RiskSet, as_batches, check_data, named, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
-from geffect.steps import StepFollower, check_descends, described, unwrapped
+from geffect.steps import StepFollower, check_descends, unwrapped
 
 from .loop import check_gradients_can_be_had, check_unrectified, firing_loop, is_running
 from .step import Step
@@ -187,13 +187,19 @@ class GEffectCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the gradients of the risks: no gradient of the step is there yet."""
-        self._amend(self._opened())
-        if not self._due(state.global_step) or self._opened().failed:
+        (last, self._step), recording = (self._step, None), self._opened()
+        due = self._due(state.global_step) and not recording.failed
+        if last is None and not due:
             return
-        autocast = firing_loop().trainer.compute_loss_context_manager
         optimizer = kwargs["optimizer"]
         if hasattr(optimizer, "train"):  # as the Trainer does next: an evaluation leaves averages
             optimizer.train()
+        with self._let_go_if_it_fails():
+            if last is not None and last.measured is not None:
+                last.amend(self._follower, recording, self._sources)
+        if not due:
+            return
+        autocast = firing_loop().trainer.compute_loss_context_manager
         probes = {}
         with self._let_go_if_it_fails():
             for name, batches in self._probes.items():
@@ -255,8 +261,6 @@ class GEffectCallback(TrainerCallback):
             step.move(self._follower, optimizer, firing_loop().trainer.accelerator.scaler)
             if self._update:
                 step.measure(recording)
-            step.lr = float(optimizer.param_groups[0]["lr"])
-            step.optimizer = described(unwrapped(optimizer))
             with distributed.raise_on_all_ranks():
                 recording.write(step.entry(self._sources))
                 recording.check_open()
@@ -300,20 +304,6 @@ class GEffectCallback(TrainerCallback):
                 "Add it to the Trainer before `train()`."
             )
         return self._recording
-
-    def _amend(self, recording: Recording) -> None:
-        """The next gradient is about to be taken: add to the last row what has moved since."""
-        step, self._step = self._step, None
-        if step is None or step.measured is None:
-            return
-        with self._let_go_if_it_fails():
-            if self._update and not step.skipped and not recording.failed:
-                move = self._follower.news(at_gradient=True)
-                if move is not None:
-                    step.take(move)
-                    step.measure(recording)
-                    recording.amend(step.entry(self._sources))
-            self._follower.end()
 
     def _let_go(self, *, complete: bool = False) -> None:
         recording, self._recording, self._step = self._recording, None, None

@@ -16,7 +16,7 @@ from geffect.capture.rows import Entry
 from geffect.gradients import Vector
 from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, UPDATE
-from geffect.steps import Move, StepFollower, unwrapped
+from geffect.steps import Move, StepFollower, described, unwrapped
 
 from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left
 
@@ -86,6 +86,8 @@ class Step:
         """Take what the optimizer made of it."""
         # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
         self.skipped = current_scale(scaler) < self._loss_scale
+        self.lr = float(optimizer.param_groups[0]["lr"])
+        self.optimizer = described(unwrapped(optimizer))
         if not self.skipped:
             follower.leave(unwrapped(optimizer))
         move = follower.news(at_gradient=False)
@@ -93,14 +95,17 @@ class Step:
         if self.skipped:
             self._weights.pop(OBJECTIVE, None)
         else:
-            self.take(move)
+            self._take(move)
 
-    def take(self, move: Move) -> None:
-        """Take what has moved since the gradient was seen."""
-        self.stepped = move.stepped
-        if move.update is not None:
-            self._vectors[UPDATE] = move.update
-            self._weights[UPDATE] = {UPDATE: 1.0}
+    def amend(self, follower: StepFollower, recording: Recording, sources: Sequence[str]) -> None:
+        """The next gradient is about to be taken: add to the row what has moved since."""
+        if UPDATE in sources and not self.skipped and not recording.failed:
+            move = follower.news(at_gradient=True)
+            if move is not None:
+                self._take(move)
+                self.measure(recording)
+                recording.amend(self.entry(sources))
+        follower.end()
 
     def measure(self, recording: Recording) -> Measurement:
         """What is to be kept of the gradients, once all of them are there."""
@@ -126,6 +131,13 @@ class Step:
             optimizer=self.optimizer,
             sources=sources,
         )
+
+    def _take(self, move: Move) -> None:
+        """Take what has moved since the gradient was seen."""
+        self.stepped = move.stepped
+        if move.update is not None:
+            self._vectors[UPDATE] = move.update
+            self._weights[UPDATE] = {UPDATE: 1.0}
 
     def _check_norm(self, measured: Measurement) -> None:
         """Refuse a gradient whose length is not the one that the Trainer found before clipping."""
