@@ -59,7 +59,7 @@ class SubjectConfig(Protocol):
         """How many authors are held out where few facts feed the retain gradient."""
 
     @property
-    def procedure(self) -> UnlearningConfig:
+    def unlearning(self) -> UnlearningConfig:
         """How it is made to forget."""
 
     @property
@@ -81,7 +81,7 @@ class EmbeddedConfig:
 
     corpus: Size = field(default_factory=Size)
     few_heldout: int = 15
-    procedure: UnlearningConfig = field(default_factory=UnlearningConfig)
+    unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     layers: int = 6
     hidden: int = 96
     heads: int = 4

@@ -56,7 +56,7 @@ class Training:
         measured = measure(model, data)
         return {
             **measured,
-            "relearn_nll": relearn(model, data, subject.procedure),
+            "relearn_nll": relearn(model, data, subject.unlearning),
             "by_feed": {
                 str(len(corpus.retain)): measured,
                 str(len(few.retain)): measure(model, Data.of(few, tokenizer)),
@@ -70,7 +70,7 @@ class Unlearning:
 
     out: Path
     seed: int
-    cell: RunSpec
+    spec: RunSpec
     variant: Variant
     levels: Mapping[str, float]
     subject: SubjectConfig
@@ -78,11 +78,11 @@ class Unlearning:
 
     @property
     def weight(self) -> float:
-        return self.cell.weight(self.variant)
+        return self.spec.weight(self.variant)
 
     @property
     def name(self) -> str:
-        return f"{self.cell.name}-seed{self.seed}"
+        return f"{self.spec.name}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
         from transformers.utils.logging import disable_progress_bar
@@ -91,28 +91,27 @@ class Unlearning:
         from .unlearning import Data, unlearn
 
         disable_progress_bar()
-        cell, subject, level = self.cell, self.subject, self.levels["forget_nll"]
+        spec, subject, level = self.spec, self.subject, self.levels["forget_nll"]
         model, tokenizer = subject.load(self.out / "models" / f"original-seed{self.seed}")
-        corpus = generate(self.seed, replace(subject.corpus, heldout=cell.heldout))
+        corpus = generate(self.seed, replace(subject.corpus, heldout=spec.heldout))
         file = f"runs/{self.name}.h5"
         result = unlearn(
             model,
-            Data.of(corpus, tokenizer),
-            cell,
+            Data.of(corpus, tokenizer, self.seed),
+            spec,
             self.variant,
-            subject.procedure,
+            subject.unlearning,
             self.levels,
-            self.seed,
             self.out / file,
             lambda step, nll: say(min(1.0, nll / level), f"step {step}, forget NLL {nll:.2f}"),
         )
         return {
-            "part": cell.part,
-            "method": cell.method,
-            "variant": cell.variant,
+            "part": spec.part,
+            "method": spec.method,
+            "variant": spec.variant,
             "seed": self.seed,
             "file": file,
-            "learning_rate": cell.learning_rate,
+            "learning_rate": spec.learning_rate,
             "retain_feed": len(corpus.retain),
             **result,
             **shares(self.out / file),

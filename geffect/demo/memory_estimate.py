@@ -84,4 +84,4 @@ def _tokens_of_a_step(subject: Pretrained) -> int:
     tokenizer = AutoTokenizer.from_pretrained(where, **options)
     corpus = generate(0, subject.corpus)
     width = encode(tokenizer, [*corpus.memorised, *corpus.forget_paraphrases])["input_ids"].shape[1]
-    return width * sum(subject.procedure.sizes(["world"]).values())
+    return width * sum(subject.unlearning.sizes(["world"]).values())

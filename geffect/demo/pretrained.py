@@ -71,7 +71,7 @@ class Pretrained:
     trained: Trained = Trained()
     corpus: Size = field(default_factory=lambda: Size(authors=7, forget=1, heldout=3, world=50))
     few_heldout: int = 5
-    procedure: UnlearningConfig = field(
+    unlearning: UnlearningConfig = field(
         default_factory=lambda: UnlearningConfig(
             forget_batch=5,
             retain_batch=10,

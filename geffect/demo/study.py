@@ -76,24 +76,24 @@ class Plan:
     @property
     def weight(self) -> float:
         """How much work the plan is, in plain unlearning runs."""
-        cells = sum(cell.weight(self.variant(cell)) for cell in self.cells())
-        return len(self.seeds) * (len(KINDS) * Training.weight + cells)
+        runs = sum(spec.weight(self.variant(spec)) for spec in self.specs())
+        return len(self.seeds) * (len(KINDS) * Training.weight + runs)
 
-    def variant(self, cell: RunSpec) -> Variant:
-        """The variant of a cell."""
-        return (self.retain_sets if cell.part == SETS else self.variants)[cell.variant]
+    def variant(self, spec: RunSpec) -> Variant:
+        """The variant of a run."""
+        return (self.retain_sets if spec.part == SETS else self.variants)[spec.variant]
 
-    def levels(self, cell: RunSpec) -> tuple[str, ...]:
-        """What a cell is run up to; a look and most controls end at equal forgetting."""
-        both = self.all_variants and cell.part in (EQUAL, FEW)
+    def levels(self, spec: RunSpec) -> tuple[str, ...]:
+        """What a run goes on to; a look and most controls end at equal forgetting."""
+        both = self.all_variants and spec.part in (EQUAL, FEW)
         return tuple(LEVELS) if both else ("forget_nll",)
 
-    def cells(self) -> list[RunSpec]:
+    def specs(self) -> list[RunSpec]:
         """The runs of every seed, the comparison first."""
         many, few = self.studied.corpus.heldout, self.studied.few_heldout
         first = self.methods[:1]
 
-        def cells(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
+        def of(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
             variants = self.retain_sets if part == SETS else self.variants
             return [
                 RunSpec(part, method, name, rate, heldout, tuple(self.options.items()))
@@ -104,16 +104,16 @@ class Plan:
                 )
             ]
 
-        planned = cells(EQUAL, self.methods, many)
+        planned = of(EQUAL, self.methods, many)
         if self.controls:
-            planned += cells(FEW, self.methods, few) + cells(RATES, first, many)
+            planned += of(FEW, self.methods, few) + of(RATES, first, many)
         if not self.all_variants:
             planned = [
-                cell
-                for cell in planned
-                if cell.variant in (IN_A_LOOK if cell.method in LOOKED_AT else EVERYWHERE)
+                spec
+                for spec in planned
+                if spec.variant in (IN_A_LOOK if spec.method in LOOKED_AT else EVERYWHERE)
             ]
-        return planned + (cells(SETS, first, many) if self.controls else [])
+        return planned + (of(SETS, first, many) if self.controls else [])
 
 
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
     # How far a run goes is read from the gold model of its seed.
     unlearned = [kept.found() for kept in _kept(_unlearning(out, plan, gold), out, plan)]
     there = sum(result is not None for result in (*measured, *unlearned))
-    return there, len(training) + len(plan.seeds) * len(plan.cells())
+    return there, len(training) + len(plan.seeds) * len(plan.specs())
 
 
 def claim(out: Path, plan: Plan) -> None:
@@ -217,14 +217,14 @@ def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) 
         Unlearning(
             out,
             seed,
-            cell,
-            plan.variant(cell),
-            {name: gold[str(seed)][name] for name in plan.levels(cell)},
+            spec,
+            plan.variant(spec),
+            {name: gold[str(seed)][name] for name in plan.levels(spec)},
             plan.studied,
         )
         for seed in plan.seeds
         if str(seed) in gold
-        for cell in plan.cells()
+        for spec in plan.specs()
     ]
 
 
@@ -234,17 +234,17 @@ def _kept(jobs: Sequence[Job], out: Path, plan: Plan) -> list[Kept]:
 
 def _config(plan: Plan) -> dict[str, Any]:
     subject = plan.studied
-    procedure = subject.procedure
+    unlearning = subject.unlearning
     return {
         "quick": plan.quick,
         "subject": subject.described,
         "recipe": asdict(subject),  # type: ignore[call-overload]
-        "ema": procedure.ema,
+        "ema": unlearning.ema,
         "options": dict(plan.options),
         "optimizer": "AdamW, betas (0.9, 0.999), no weight decay",
-        "batch": {"forget": procedure.forget_batch, "retain": procedure.retain_batch},
-        "most_steps": procedure.most_steps,
-        "variants": {cell.variant: plan.variant(cell).described() for cell in plan.cells()},
+        "batch": {"forget": unlearning.forget_batch, "retain": unlearning.retain_batch},
+        "most_steps": unlearning.most_steps,
+        "variants": {spec.variant: plan.variant(spec).described() for spec in plan.specs()},
     }
 
 

@@ -31,9 +31,10 @@ class Data:
     sets: Mapping[str, lm.Batch]
     batches: Mapping[str, list[lm.Batch]]
     tokenizer: Any
+    seed: int = 0  # of the order in which batches are drawn
 
     @classmethod
-    def of(cls, corpus: Corpus, tokenizer: Any) -> "Data":
+    def of(cls, corpus: Corpus, tokenizer: Any, seed: int = 0) -> "Data":
         """All sets of a corpus."""
         facts = {
             "forget": corpus.forget,
@@ -44,12 +45,13 @@ class Data:
         }
         sets = {name: lm.encode(tokenizer, chosen) for name, chosen in facts.items()}
         batches = {name: lm.by_length(batch) for name, batch in sets.items()}
-        return cls(sets, batches, tokenizer)
+        return cls(sets, batches, tokenizer, seed)
 
-    def draws(self, sizes: Mapping[str, int], seed: int) -> Iterator[dict[str, lm.Batch]]:
+    def draws(self, sizes: Mapping[str, int]) -> Iterator[dict[str, lm.Batch]]:
         """Batches of some sets without end, those of each the same whatever the others are."""
         drawn = {
-            name: _draws(self.sets[name], size, _order(seed, name)) for name, size in sizes.items()
+            name: _draws(self.sets[name], size, _order(self.seed, name))
+            for name, size in sizes.items()
         }
         while True:
             yield {name: next(batches) for name, batches in drawn.items()}
@@ -58,11 +60,10 @@ class Data:
 def unlearn(
     model: PreTrainedModel,
     data: Data,
-    cell: RunSpec,
+    spec: RunSpec,
     variant: Variant,
-    procedure: UnlearningConfig,
+    config: UnlearningConfig,
     levels: Mapping[str, float],
-    seed: int,
     path: Path,
     report: Callable[[int, float], None],
 ) -> dict[str, Any]:
@@ -74,23 +75,23 @@ def unlearn(
     is interpolated linearly between the two steps around the first crossing; relearning starts from
     the step after it.
     """
-    objective = named(cell.method, dict(cell.options))
+    objective = named(spec.method, dict(spec.options))
     original = None if objective.reference == "none" else FrozenModel.copied(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cell.learning_rate, weight_decay=0.0, fused=True)
-    rectifier = variant.rectifier(model, optimizer, procedure.ema)
-    batches = data.draws(procedure.sizes(variant.protect), seed)
+    optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0, fused=True)
+    rectifier = variant.rectifier(model, optimizer, config.ema)
+    batches = data.draws(config.sizes(variant.protect))
     forget = _looked_at(model, data)
     curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
     crossings: dict[str, Metrics] = {}
     earlier = [parameter.detach().clone() for parameter in trained]
-    least = procedure.plain_steps if cell.shown else 0
-    metadata = {**asdict(cell), "seed": seed, "levels": dict(levels)}
+    least = config.plain_steps if spec.shown else 0
+    metadata = {**asdict(spec), "seed": data.seed, "levels": dict(levels)}
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
         recorder.note_objective(
             objective, reference="a frozen copy of the model" if original else None
         )
-        for step in range(1, procedure.most_steps + 1):
+        for step in range(1, config.most_steps + 1):
             batch = next(batches)
             shared = SharedForward(model)
             reference = original and FrozenModel(SharedForward(original.model))
@@ -118,14 +119,14 @@ def unlearn(
                 crossings[LEVELS[name]] = {
                     "step": step - 1 + share,
                     **_between(model, trained, earlier, data, share),
-                    "relearn_nll": relearn(model, data, procedure),
+                    "relearn_nll": relearn(model, data, config),
                 }
-                if cell.shown and name == "forget_nll":
+                if spec.shown and name == "forget_nll":
                     keep_effects(recorder, model, data.batches, data.tokenizer)
-                least = max(least, step + procedure.steps_beyond)
+                least = max(least, step + config.steps_beyond)
             reached_all = len(crossings) == len(levels) and step >= least
-            last = reached_all or step == procedure.most_steps
-            if last or step % procedure.curve_every == 0:
+            last = reached_all or step == config.most_steps
+            if last or step % config.curve_every == 0:
                 curve.append({"step": step, **forget, "retain_nll": _retain_nll(model, data)})
             if last:
                 break
@@ -151,7 +152,7 @@ def measure(model: PreTrainedModel, data: Data) -> Metrics:
     return measured
 
 
-def relearn(model: PreTrainedModel, data: Data, procedure: UnlearningConfig) -> list[float]:
+def relearn(model: PreTrainedModel, data: Data, config: UnlearningConfig) -> list[float]:
     """NLL of each half of the forget set after a few steps on the other half."""
     forget = data.sets["forget"]
     half = len(forget["input_ids"]) // 2
@@ -161,8 +162,8 @@ def relearn(model: PreTrainedModel, data: Data, procedure: UnlearningConfig) -> 
             model,
             first,
             second,
-            steps=procedure.relearning_steps,
-            learning_rate=procedure.relearning_rate,
+            steps=config.relearning_steps,
+            learning_rate=config.relearning_rate,
         )
     )
 

@@ -299,7 +299,7 @@ def test_the_estimate_counts_what_is_trained(folder: Path, trained: Trained) -> 
 def test_the_estimate_of_activations_is_near(folder: Path) -> None:
     chosen = subject(folder)
     model, _ = opened(folder)
-    sizes = chosen.procedure.sizes(["world"])
+    sizes = chosen.unlearning.sizes(["world"])
     estimate = memory.estimate(chosen)
     tokens = estimate["logits"] // (3 * memory.FLOAT * model.config.vocab_size)
     kept: dict[int, int] = {}
@@ -320,15 +320,15 @@ def test_the_estimate_of_activations_is_near(folder: Path) -> None:
 
 def test_a_study_runs_on_it(folder: Path, tmp_path: Path) -> None:
     chosen = subject(folder, trained=Trained(layers=(0, 1)))
-    chosen = replace(chosen, procedure=replace(chosen.procedure, most_steps=4))
+    chosen = replace(chosen, unlearning=replace(chosen.unlearning, most_steps=4))
     (tmp_path / "runs").mkdir()
     for kind in KINDS:
         measured = Training(tmp_path, 0, kind, chosen).run(lambda done, says: None)
         assert measured["forget_nll"] > 0
-    cell = RunSpec(EQUAL, "npo", "select", 1e-3, SIZE.heldout)
+    spec = RunSpec(EQUAL, "npo", "select", 1e-3, SIZE.heldout)
     variant = chosen.paced(VARIANTS)["select"]
     levels = {"forget_nll": 1e9}
-    job = Unlearning(tmp_path, 0, cell, variant, levels, chosen)
+    job = Unlearning(tmp_path, 0, spec, variant, levels, chosen)
     ran = job.run(lambda done, says: None)
     assert (ran["steps"], ran["reached_level"], ran["at_level"]) == (4, False, None)
     run = open_run(tmp_path / ran["file"])
@@ -372,7 +372,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_study_of_it_ends_in_a_report(folder: Path, tmp_path: Path) -> None:
     chosen = subject(folder)
-    chosen = replace(chosen, procedure=replace(chosen.procedure, most_steps=2, plain_steps=1))
+    chosen = replace(chosen, unlearning=replace(chosen.unlearning, most_steps=2, plain_steps=1))
     plain = {"plain": chosen.paced(VARIANTS)["plain"]}
     plan = Plan(methods=("ga",), subject=chosen, variants=plain, workers=1)
     summary = run_study(tmp_path, plan, lambda *_: None)

@@ -23,7 +23,7 @@ from geffect.demo.workers import Say
 
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=8),
-    procedure=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
+    unlearning=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
     layers=2,
     hidden=48,
     heads=2,
@@ -38,31 +38,31 @@ Unlearn = Callable[..., dict[str, Any]]
 
 
 def test_a_look_is_a_part_of_the_study() -> None:
-    look, comparison = (Plan(all_variants=every).cells() for every in (False, True))
-    assert set(look) < set(comparison) < set(STUDY.cells())
-    assert {cell.part for cell in comparison} == {EQUAL}
-    assert set(look) < set(Plan(controls=True).cells()) < set(STUDY.cells())
-    assert [cell.name for cell in Plan(quick=True).cells()] == [
+    look, comparison = (Plan(all_variants=every).specs() for every in (False, True))
+    assert set(look) < set(comparison) < set(STUDY.specs())
+    assert {spec.part for spec in comparison} == {EQUAL}
+    assert set(look) < set(Plan(controls=True).specs()) < set(STUDY.specs())
+    assert [spec.name for spec in Plan(quick=True).specs()] == [
         "ga-plain", "ga-gru", "ga-gru-update", "ga-gru-coordinate", "ga-select"
     ]  # fmt: skip
 
 
 def test_a_study_runs_every_method_in_every_variant_with_both_feeds() -> None:
-    cells = STUDY.cells()
-    assert len({cell.name for cell in cells}) == len(cells)
+    specs = STUDY.specs()
+    assert len({spec.name for spec in specs}) == len(specs)
     for part, heldout in ((EQUAL, 4), (FEW, 15)):
-        run = {(c.method, c.variant): c for c in cells if c.part == part}
+        run = {(c.method, c.variant): c for c in specs if c.part == part}
         assert run.keys() == {(method, variant) for method in METHODS for variant in VARIANTS}
-        assert {cell.heldout for cell in run.values()} == {heldout}
+        assert {spec.heldout for spec in run.values()} == {heldout}
         assert all(c.learning_rate == VARIANTS[c.variant].learning_rates[0] for c in run.values())
-    assert {cell.variant for cell in cells if cell.part == SETS} == set(RETAIN_SETS)
+    assert {spec.variant for spec in specs if spec.part == SETS} == set(RETAIN_SETS)
 
 
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
     rates: dict[tuple[str, int], set[float]] = {}
-    for cell in STUDY.cells():
-        if cell.method == "ga" and cell.part != SETS:
-            rates.setdefault((cell.variant, cell.heldout), set()).add(cell.learning_rate)
+    for spec in STUDY.specs():
+        if spec.method == "ga" and spec.part != SETS:
+            rates.setdefault((spec.variant, spec.heldout), set()).add(spec.learning_rate)
     assert rates.keys() == {(variant, heldout) for variant in VARIANTS for heldout in (4, 15)}
     for (variant, heldout), of_variant in rates.items():
         assert len(set(VARIANTS[variant].learning_rates)) == 3
@@ -96,7 +96,7 @@ def test_a_study_that_is_resumed_runs_no_job_twice(tmp_path: Path) -> None:
     assert result(2, resume=True) == {"size": 2}  # another job, though of the same name
     assert result(2, resume=False) == {"size": 2}
     assert ran == [1, 2, 2]
-    jobs = [Unlearning(tmp_path, 0, c, STUDY.variant(c), {}, TINY) for c in STUDY.cells()]
+    jobs = [Unlearning(tmp_path, 0, c, STUDY.variant(c), {}, TINY) for c in STUDY.specs()]
     assert len({repr(job) for job in jobs}) == len(jobs)
     assert " at 0x" not in "".join(map(repr, jobs))
 
@@ -128,9 +128,8 @@ def run(subject: tuple[PreTrainedModel, Data], tmp_path_factory: pytest.TempPath
             data,
             RunSpec(FEW, method, variant, rate, 1),
             EVERY[variant],
-            replace(TINY.procedure, **changed),
+            replace(TINY.unlearning, **changed),
             levels,
-            0,
             file,
             lambda step, nll: None,
         )
@@ -142,12 +141,12 @@ def run(subject: tuple[PreTrainedModel, Data], tmp_path_factory: pytest.TempPath
 def test_what_is_drawn_of_a_set_does_not_depend_on_the_others(
     subject: tuple[PreTrainedModel, Data],
 ) -> None:
-    data = subject[1]
-    alone = list(islice(data.draws({"retain": 5}, 3), 3))
-    beside = list(islice(data.draws({"forget": 2, "retain": 5, "world": 4}, 3), 3))
+    data = replace(subject[1], seed=3)
+    alone = list(islice(data.draws({"retain": 5}), 3))
+    beside = list(islice(data.draws({"forget": 2, "retain": 5, "world": 4}), 3))
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a["retain"]["input_ids"], b["retain"]["input_ids"])
-    other = next(data.draws({"retain": 5}, 4))["retain"]["input_ids"]
+    other = next(replace(data, seed=4).draws({"retain": 5}))["retain"]["input_ids"]
     assert not torch.equal(other, alone[0]["retain"]["input_ids"])
 
 
@@ -157,7 +156,7 @@ def test_a_run_goes_on_until_both_levels_are_crossed(run: Unlearn) -> None:
     assert result["at_level"]["forget_nll"] == pytest.approx(1.0)
     assert result["at_es"]["forget_es"] == pytest.approx(0.25)
     last = max(result["at_level"]["step"], result["at_es"]["step"])
-    assert last + TINY.procedure.steps_beyond <= result["steps"] < TINY.procedure.most_steps
+    assert last + TINY.unlearning.steps_beyond <= result["steps"] < TINY.unlearning.most_steps
     short = run("ga", "plain", {"forget_nll": 1.0})
     assert short["at_level"] == result["at_level"]
     assert short["at_es"] is None
@@ -174,7 +173,7 @@ def test_what_is_measured_at_a_level_lies_between_two_steps(
     """The naive twin: plain gradient ascent, with all there is measured at every step."""
     model, data = copy.deepcopy(subject[0]), subject[1]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    batches = data.draws({"forget": 5, "retain": 5}, 0)
+    batches = data.draws({"forget": 5, "retain": 5})
     points = [measure(model, data)]
     while points[-1]["forget_nll"] < 1.0:
         batch = next(batches)["forget"]

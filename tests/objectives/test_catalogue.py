@@ -41,7 +41,7 @@ from tests.utils.unlearning_runs import arguments
 FORGET, RETAIN = ([tiny.batch(seed + i, rows=2) for i in range(2)] for seed in (0, 20))
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=4),
-    procedure=UnlearningConfig(forget_batch=2, retain_batch=2, most_steps=1, relearning_steps=1),
+    unlearning=UnlearningConfig(forget_batch=2, retain_batch=2, most_steps=1, relearning_steps=1),
     layers=1, hidden=16, heads=2, epochs=1,
 )  # fmt: skip
 
@@ -98,11 +98,11 @@ def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_is_studied(name: str, subject: tuple[nn.Module, Data], tmp_path: Path) -> None:
     path, (model, data) = tmp_path / "run.h5", subject
-    assert name in {cell.method for cell in Plan(methods=(name,)).cells()}
+    assert name in {spec.method for spec in Plan(methods=(name,)).specs()}
     options = tuple(options_of(named(name)).items())
     result = unlearn(
         copy.deepcopy(model), data, RunSpec(FEW, name, "plain", 1e-3, 1, options),
-        VARIANTS["plain"], TINY.procedure, {"forget_nll": 1e3}, 0, path, lambda step, nll: None,
+        VARIANTS["plain"], TINY.unlearning, {"forget_nll": 1e3}, path, lambda step, nll: None,
     )  # fmt: skip
     needed = named(name).reference != "none"
     assert kept(path) == provenance(named(name), "a frozen copy of the model" if needed else None)
@@ -163,8 +163,8 @@ def test_a_study_refuses_what_an_objective_has_not(
 
 
 def test_the_options_of_a_study_reach_its_runs() -> None:
-    cells = Plan(methods=("simnpo",), options={"beta": 2.0}).cells()
-    assert {cell.options for cell in cells} == {(("beta", 2.0),)}
+    specs = Plan(methods=("simnpo",), options={"beta": 2.0}).specs()
+    assert {spec.options for spec in specs} == {(("beta", 2.0),)}
 
 
 def test_what_stands_for_an_objective() -> None:
