@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as long as others, by their bytes."""
 
 _PART = 2**18
-"""Numbers whose bits are added up at a time."""
+"""Numbers whose bits are looked at together."""
+
+_MULTIPLIER = 6364136223846793005
+"""Knuth's, of the next part of a fingerprint."""
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -300,7 +304,7 @@ class _Step:
 
 
 def _prints(tensors: Sequence[Tensor]) -> Tensor:
-    """Int64[tensor], the sum of the bits that this process holds: another where one has changed."""
+    """Int64[tensor], a fingerprint of what this process holds: another where one has changed."""
     words = [_print(tensor).cpu() for tensor in tensors]
     return torch.stack(words) if words else torch.empty(0, dtype=torch.int64)
 
@@ -309,5 +313,17 @@ def _print(tensor: Tensor) -> Tensor:
     values = distributed.local(tensor.detach())
     whole = torch.view_as_real(values) if values.is_complex() else values
     bits = whole.reshape(-1).view(_WORDS[whole.element_size()])
-    # A part at a time: each is widened to 64 bits.
-    return torch.stack([part.sum() for part in bits.split(_PART)]).sum()
+    # Each place has a factor of its own, so that changes do not cancel: a plain sum would miss a
+    # bit up here and one down there, and numbers that change places.
+    factors = _factors(bits.device)
+    mixed = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_PART):
+        mixed = mixed * _MULTIPLIER + (part * factors[: len(part)]).sum()
+    return mixed
+
+
+@cache
+def _factors(device: torch.device) -> Tensor:
+    """Int64[_PART], odd and at random, the same everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(2**62, (_PART,), generator=generator, device="cpu") * 2 + 1).to(device)

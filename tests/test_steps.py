@@ -124,3 +124,23 @@ def test_values_that_came_back_have_not_moved() -> None:
             p.copy_(old)
     assert follower.news(at_gradient=True) is None
     assert b.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_changes_whose_bits_cancel_are_seen(updates: bool) -> None:
+    a = nn.Parameter(torch.tensor([1.5, 1.25, 1.75]))
+    follower = StepFollower([a], updates=updates)
+    for change in (torch.tensor([1.0, -2.0, 1.0]) / 2**10, a.detach().flip(0) - a.detach()):
+        follower.begin()
+        a.data.add_(change)  # by hand, which moves no version
+        move = follower.news(at_gradient=True)
+        assert move is not None and move.stepped == (True,)
+
+
+def test_parts_that_change_places_are_seen() -> None:
+    a = nn.Parameter(torch.arange(2**19, dtype=torch.float32))
+    follower = StepFollower([a], updates=False)
+    follower.begin()
+    a.data = a.data.roll(2**18)
+    move = follower.news(at_gradient=True)
+    assert move is not None and move.stepped == (True,)
