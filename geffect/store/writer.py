@@ -1,9 +1,7 @@
 """The one writer of a run file. What it has counted survives a kill at any moment."""
 
 import contextlib
-import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,14 +13,15 @@ from numpy.typing import NDArray
 
 from geffect.layers import Parameter
 
-from .contiguous import OPTIONS, Identity, Image, check_identity, identity
+from .contiguous import OPTIONS, Image, Room
 from .layout import Columns, fill, keep_tables, lay_out, row_bytes
+from .open_file import OpenFile
+from .place import check_free, check_place, refuse_to_replace, sweep
 from .reader import Run, open_run
-from .schema import KEY, ROWS, Contents, Row, RunFileError
-from .segments import Segments, folder_of
-from .shards import Shard, has_segments, remove_segments
-
-log = logging.getLogger(__name__)
+from .schema import Contents, Row, RunFileError
+from .segments import folder_of
+from .shards import has_segments, remove_segments
+from .stored_rows import StoredRows
 
 FIRST_CAPACITY, SPARE_BYTES = 64, 1 << 23
 """A file whose number of rows is not known has room for so many, and then for twice as many, as
@@ -65,25 +64,32 @@ class RunWriter:
         self.last_step = -1
         self.resumed: Run | None = None
         self._overwrite = overwrite
-        self.gradient_rows = 0
         self._contents: Contents | None = None
         self._begun = False
-        self._segments: Segments | None = None
-        self._shard: Shard | None = None
-        self._announced = 0  # segments that the file shows
+        self._stored: StoredRows | None = None
         self._tables: dict[str, Columns] = {}
-        self._file: h5py.File | None = None
-        self._identity: Identity = None
+        self._file: OpenFile | None = None
         self._planned = rows or 0
         self._capacity = 0
         self._mended: dict[str, NDArray[np.int64]] = {}  # what the next file has in place of ours
         self._unchanged = True
         self._dropping = False
         self._ended = False
-        self._check_place(overwrite, resume)
+        if self.path in _being_written:
+            raise RunFileError(
+                f"A run file should have one writer. Found that `{self.path}` is being written by "
+                "another recorder or callback of this process, perhaps of a training that raised. "
+                "Call its close() first, or choose another name."
+            )
+        check_place(self.path, overwrite=overwrite, resume=resume)
         if resume and self.path.exists():
             self._continue(open_run(self.path), drop_after)
         _being_written[self.path] = self
+
+    @property
+    def gradient_rows(self) -> int:
+        """How many rows have gradients."""
+        return 0 if self._stored is None else self._stored.count
 
     def begin(self, contents: Contents) -> None:
         """Say what the rows hold, once, before the first of them.
@@ -118,12 +124,13 @@ class RunWriter:
                 "the rows hold."
             )
         if self._file is None and self._overwrite:
-            self._check_free()
+            check_free(self.path)
         with self._failing(row.step):
             self._make_room(row)
-            self._add(row)
+            self._put(row, self.count, self.gradient_rows)
         self.count += 1
-        self.gradient_rows += row.gradients is not None
+        if self._stored is not None:
+            self._stored.count += row.gradients is not None
         self.last_step = row.step
         self._unchanged = False
 
@@ -132,9 +139,9 @@ class RunWriter:
         self.check_open()
         assert self._file is not None
         with self._failing(row.step):
-            self._count(self.count - 1)  # a kill may cost the row, and tears none
+            self._file.check()
+            self._file.count(self.count - 1)  # a kill may cost the row, and tears none
             self._put(row, self.count - 1, self.gradient_rows - 1)
-            self._count(self.count)
 
     def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, in the place of one of the same name.
@@ -167,56 +174,6 @@ class RunWriter:
                 self._settle("complete" if complete else "open")
         self._let_go()
 
-    def _check_place(self, overwrite: bool, resume: bool) -> None:
-        if overwrite and resume:
-            raise ValueError(
-                "`overwrite` and `resume` should not both be True. Found both. "
-                "Choose whether the file is replaced or continued."
-            )
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"The folder of a run file should exist. Found no folder `{folder}`. Create it."
-            )
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(
-                f"The folder of a run file should be writable. Found `{folder}`, which is not. "
-                "Choose another folder."
-            )
-        if self.path in _being_written:
-            raise RunFileError(
-                f"A run file should have one writer. Found that `{self.path}` is being written by "
-                "another recorder or callback of this process, perhaps of a training that raised. "
-                "Call its close() first, or choose another name."
-            )
-        if self.path.exists() and not (overwrite or resume):
-            raise FileExistsError(
-                f"A new run file should not exist yet. Found `{self.path}`. Choose another name, "
-                "continue it with resume=True, or replace it with overwrite=True."
-            )
-        if has_segments(folder_of(self.path)) and not (overwrite or resume):
-            raise FileExistsError(
-                "A new run should not find gradients of another one beside it. Found segments in "
-                f"`{folder_of(self.path)}`. Choose another name, remove that folder, or pass "
-                "overwrite=True."
-            )
-        self._check_free()
-
-    def _check_free(self) -> None:
-        """Refuse a file that another process is writing: it holds the lock of HDF5."""
-        try:
-            h5py.File(self.path, "r").close()
-        except BlockingIOError as error:
-            raise self._in_use() from error
-        except OSError:
-            pass  # There is no file, or one that no recorder is writing.
-
-    def _in_use(self) -> RunFileError:
-        return RunFileError(
-            f"A run file should have one writer. Found that `{self.path}` is being written, or "
-            "kept open, by another process. End that one first, or choose another name."
-        )
-
     def _continue(self, run: Run, drop_after: int | None) -> None:
         here = [(p.name, p.shape) for p in self.parameters]
         there = [(p.name, p.shape) for p in run.layers]
@@ -237,113 +194,64 @@ class RunWriter:
         # was.
         self._capacity = self.count
         self._hold(run.contents)
-        if self._segments is not None:
-            self._count_gradients(run, self._segments)
+        if self._stored is not None and (mended := self._stored.resume(run)) is not None:
+            self._mended["stored"] = mended
         with self._failing(self.last_step):
-            self._file = self._open()
-        self._sweep()
-
-    def _count_gradients(self, run: Run, segments: Segments) -> None:
-        """Count the gradients up to the last row that every rank wrote whole."""
-        stored, keys = run.read("stored"), run.keys()
-        numbers = stored.max(axis=1)
-        (rows,) = np.nonzero(numbers >= 0)
-        if len(rows) and not has_segments(folder_of(self.path)):
-            raise RunFileError(
-                f"The gradients of `{self.path}` should be in `{folder_of(self.path)}`. Found none "
-                "there. Move file and folder together, under one name."
-            )
-        whole = rows[segments.whole(self.path, numbers[rows], keys[rows])]
-        self.gradient_rows = int(numbers[whole].max(initial=-1)) + 1
-        self._announced = segments.count(self.gradient_rows)
-        torn = rows[rows > whole.max(initial=-1)]
-        if len(torn):
-            stored[torn] = -1
-            self._mended["stored"] = stored
-            log.warning(
-                "The gradients of %d rows of %s, from step %d on, were not written by every "
-                "process. Of these rows only the rest is continued.",
-                len(torn), self.path, keys[torn[0], KEY.index("step")],
-            )  # fmt: skip
+            self._file = OpenFile(self.path)
+        sweep(self.path)
 
     def _hold(self, contents: Contents) -> None:
         self._contents = contents
         if contents.gradients is not None:
-            self._segments = Segments(contents, self.parameters)
-            self._shard = Shard(self.path, self._segments, rank=0)
+            self._stored = StoredRows(self.path, contents, self.parameters)
 
     def _make_room(self, row: Row) -> None:
         """Have a file with room for the row, which shows the segment of its gradients."""
+        assert self._contents is not None
         full, first = self.count == self._capacity, self._file is None
-        capacity = self._larger() if full else self._capacity
-        announced = self._announced
+        capacity = self._capacity
+        if full:
+            row_size = row_bytes(self._contents, self.parameters)
+            planned = self._planned > self.count
+            capacity = self._planned if planned else _larger(self.count, row_size)
         if row.gradients is not None:
-            assert self._segments is not None
-            if (count := self._segments.count(self.gradient_rows + 1)) > announced:
-                self._announced = max(count, 2 * announced)
-        if full or self._announced > announced:
+            assert self._stored is not None
+            full |= self._stored.show_next()
+        if full:
             self._replace(capacity)
         if first:
-            self._sweep()
+            sweep(self.path)
             # Of a run that was there before, or of a first row that was never counted.
-            ranks = len(self._segments.ranks) if self._segments else 1
+            ranks = len(self._stored.segments.ranks) if self._stored else 1
             remove_segments(folder_of(self.path), lambda rank: not 0 < rank < ranks)
 
-    def _larger(self) -> int:
-        """The capacity of a file with room for more rows than there are."""
-        if self._planned > self.count:
-            return self._planned
-        assert self._contents is not None
-        cheap = SPARE_BYTES // row_bytes(self._contents, self.parameters)
-        twice, gently = max(FIRST_CAPACITY, self.count), max(cheap, self.count // 4, 1)
-        return self.count + min(twice, gently)
-
-    def _add(self, row: Row) -> None:
-        self._put(row, self.count, self.gradient_rows)
-        self._count(self.count + 1)
-
-    def _put(self, row: Row, place: int, gradients: int) -> None:
-        """Write a row; it has to be in the file before the number that makes it count."""
+    def _put(self, row: Row, place: int, number: int) -> None:
+        """Write a row, as the one with gradients of that number if it has some, and count it."""
         assert self._file is not None
-        check_identity(self.path, self._identity)
+        self._file.check()
         entries = row.datasets()
-        if self._segments is not None:
-            present = row.gradients or {}
-            entries["stored"] = [
-                gradients if source in present else -1 for source in self._segments.sources
-            ]
-        if row.gradients is not None:
-            assert self._shard is not None
-            self._shard.write(gradients, row)
-        for name, entry in entries.items():
-            self._file[name][place] = entry
-        self._file.flush()
-
-    def _count(self, rows: int) -> None:
-        assert self._file is not None
-        self._file["committed"][()] = rows
-        self._file.flush()
+        if self._stored is not None:
+            entries["stored"] = self._stored.write(row, number)
+        # The row has to be in the file before the number that makes it count.
+        self._file.put(place, entries)
+        self._file.count(place + 1)
 
     def _settle(self, state: str) -> None:
         # No copy where the file is as it should stay: it would take the room of two.
         assert self._file is not None
-        announced = self._segments.count(self.gradient_rows) if self._segments else 0
-        spare = len(self._file["steps/step"]) > self.count or announced < self._announced
+        spare = len(self._file.rows["steps/step"]) > self.count
+        spare |= self._stored is not None and self._stored.show_own()
         if spare or self._tables or self._mended:
-            self._announced = announced
             self._replace(self.count, state)
         else:
-            check_identity(self.path, self._identity)
-            self._file.attrs.modify("state", np.bytes_(state))
-            self._file.flush()
+            self._file.mark(state)
 
     def _replace(self, capacity: int, state: str = "open") -> None:
         """Put a file with room for `capacity` rows, and with those there are, in its place."""
         assert self._contents is not None
         held: Mapping[str, h5py.Dataset | NDArray[np.int64]] = {}
         if self._file is not None:
-            check_identity(self.path, self._identity)
-            held = {name: self._file[name] for name in ROWS if name in self._file} | self._mended
+            held = self._file.rows | self._mended
         image = Image()
         with h5py.File(image, "w", **OPTIONS) as file:
             rooms = lay_out(
@@ -354,43 +262,25 @@ class RunWriter:
                 capacity=capacity,
                 state=state,
             )
-            keep_tables(file, self._file, self._tables)
-            if self._segments is not None:
-                self._segments.announce(file, self.path, self._announced)
+            keep_tables(file, self._file and self._file.file, self._tables)
+            if self._stored is not None:
+                self._stored.segments.announce(file, self.path, self._stored.shown)
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.draft")
         try:
-            with draft.open("wb") as stream:
-                image.save(stream)
-                for name, room in rooms.items():
-                    fill(room, stream, held.get(name), self.count)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _save(draft, image, rooms, held, self.count)
             if self._file is not None:
                 self._file.close()
             elif not self._overwrite:
-                _refuse_to_replace(draft, self.path)
+                refuse_to_replace(draft, self.path)
             draft.replace(self.path)
         finally:
             draft.unlink(missing_ok=True)
-        self._file = self._open()
+        self._file = None
+        self._file = OpenFile(self.path)
         self._capacity = capacity
         self._tables.clear()
         self._mended.clear()
         self._dropping = False
-
-    def _open(self) -> h5py.File:
-        self._identity = identity(self.path)
-        try:
-            return h5py.File(self.path, "r+", **OPTIONS)
-        except BlockingIOError as error:
-            raise self._in_use() from error
-
-    def _sweep(self) -> None:
-        """Remove what killed writers of this file, which is ours now, left half made."""
-        own = re.compile(re.escape(f".{self.path.name}.") + r"\d+\.draft")
-        for draft in self.path.parent.iterdir():
-            if own.fullmatch(draft.name):
-                draft.unlink(missing_ok=True)
 
     def _undo(self) -> None:
         """Remove the file that was made for a first row which could not be written."""
@@ -401,9 +291,8 @@ class RunWriter:
     @property
     def _there(self) -> bool:
         # Both the file that is ours, and the gradients that it counts.
-        return identity(self.path) == self._identity and (
-            not self.gradient_rows or has_segments(folder_of(self.path))
-        )
+        ours = self.path.exists() if self._file is None else self._file.is_there
+        return ours and (not self.gradient_rows or has_segments(folder_of(self.path)))
 
     def _let_go(self) -> None:
         """Leave the file to others, for good."""
@@ -412,8 +301,8 @@ class RunWriter:
         self._ended = True
         if _being_written.get(self.path) is self:
             del _being_written[self.path]
-        if self._shard is not None:
-            self._shard.close()
+        if self._stored is not None:
+            self._stored.close()
         if self._file is not None:
             self._file.close()
 
@@ -435,21 +324,7 @@ class RunWriter:
             with contextlib.suppress(Exception):
                 self._let_go()
             began = self.count or self.resumed is not None
-            if not began:
-                safe = (
-                    "Nothing of this run was written. Mend the cause, such as a full disk, and "
-                    "record again."
-                )
-            elif self._there:
-                safe = (
-                    f"The rows before it are whole, {self.count} of them. Mend the cause, such as "
-                    "a full disk, and continue the file with resume=True."
-                )
-            else:
-                safe = (
-                    f"Of the {self.count} rows before it something was moved or removed. Put file "
-                    "and folder back and continue with resume=True, or record again."
-                )
+            safe = _safe(self.count, began=bool(began), there=self._there)
             if self._file is not None and not began and self._there:
                 self._undo()
             raise RunFileError(
@@ -479,12 +354,41 @@ def _check_table(name: str, columns: Columns) -> None:
             )
 
 
-def _refuse_to_replace(draft: Path, path: Path) -> None:
-    """Take the place of a file that is not there, or raise a FileExistsError."""
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        raise
-    except OSError:  # A file system without links: a look instead.
-        if path.exists():
-            raise FileExistsError(path) from None
+def _safe(count: int, *, began: bool, there: bool) -> str:
+    """What a writer that failed leaves, and what to do."""
+    if not began:
+        return (
+            "Nothing of this run was written. Mend the cause, such as a full disk, and "
+            "record again."
+        )
+    if there:
+        return (
+            f"The rows before it are whole, {count} of them. Mend the cause, such as "
+            "a full disk, and continue the file with resume=True."
+        )
+    return (
+        f"Of the {count} rows before it something was moved or removed. Put file "
+        "and folder back and continue with resume=True, or record again."
+    )
+
+
+def _larger(count: int, row_size: int) -> int:
+    """The capacity of a file with room for more rows than there are."""
+    twice, gently = max(FIRST_CAPACITY, count), max(SPARE_BYTES // row_size, count // 4, 1)
+    return count + min(twice, gently)
+
+
+def _save(
+    draft: Path,
+    image: Image,
+    rooms: Mapping[str, Room],
+    held: Mapping[str, h5py.Dataset | NDArray[np.int64]],
+    count: int,
+) -> None:
+    """Write the structure, and the first `count` rows of what is held; safe from a power cut."""
+    with draft.open("wb") as stream:
+        image.save(stream)
+        for name, room in rooms.items():
+            fill(room, stream, held.get(name), count)
+        stream.flush()
+        os.fsync(stream.fileno())

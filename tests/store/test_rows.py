@@ -424,7 +424,7 @@ def test_what_goes_wrong_behind_the_caller_is_raised_once(
     to.begin(PLAIN)
     to.append(row_of(0))
     to.keep("first", {"x": np.zeros(1)})  # waits for the row
-    monkeypatch.setattr(RunWriter, "_add", full)
+    monkeypatch.setattr(RunWriter, "_put", full)
     to.append(row_of(1))
     to._drain()
     message = r"Run file `.*a\.h5` should be writable at step 1\. Found: .*No space left"
