@@ -1,6 +1,7 @@
-"""What a batch is, what a pair of batches is, and which of its tokens are scored."""
+"""What a batch is, what a pair of batches is, and where its answers are."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -8,24 +9,58 @@ Batch = Mapping[str, Tensor]
 """`input_ids`, `attention_mask`, `labels`, each (sample, position); label -100 is not scored."""
 
 Pair = Mapping[str, Batch]
-"""A batch of each side: {"forget": Batch, "retain": Batch}."""
+"""A batch of each side: {"forget": Batch, "retain": Batch}. A side may hold a batch of each of
+several answers, {"original": Batch, "alternate": Batch}: its risk is that of the original."""
 
 IGNORED = -100
 
+ORIGINAL = "original"
+"""Of several answers in a side the one whose risk is that of the side."""
 
-def scored_tokens(batch: Batch) -> Tensor:
-    """Which tokens a causal model is scored on, `Bool[sample, position - 1]`.
 
-    The token at position i is predicted from the positions before it, hence one position less.
+def original_of(batch: Mapping[str, Any]) -> Batch:
+    """The batch that the risk of a side is of: itself, or the original of several answers.
+
+    >>> original_of({"original": {"labels": 1}, "alternate": {"labels": 2}})
+    {'labels': 1}
     """
-    return labels_of(batch)[:, 1:] != IGNORED
+    found: Batch = batch.get(ORIGINAL, batch)
+    return found
+
+
+def batches_in(side: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Batch]]:
+    """The batches of a side or a pair by their names; one inside of a side is `forget.alternate`.
+
+    >>> pair = {"forget": {"original": {"labels": 1}, "alternate": {"labels": 2}}}
+    >>> dict(batches_in(pair))
+    {'forget.original': {'labels': 1}, 'forget.alternate': {'labels': 2}}
+    """
+    if not any(isinstance(inside, Mapping) for inside in side.values()):
+        yield name, side
+        return
+    for inner, inside in side.items():
+        yield from batches_in(inside, f"{name}.{inner}" if name else inner)
+
+
+def side_of(pair: Mapping[str, Any], name: str) -> Batch:
+    """The batch of a side, or of one inside of a side, `forget.alternate`.
+
+    >>> pair = {"forget": {"original": {"labels": 1}, "alternate": {"labels": 2}}}
+    >>> side_of(pair, "forget.alternate")
+    {'labels': 2}
+    """
+    outer, _, inner = name.partition(".")
+    found: Batch = pair[name] if name in pair else pair[outer][inner]
+    return found
 
 
 def labels_of(batch: Batch) -> Tensor:
     """The labels `Int[sample, position]`; an error if there are none."""
+    batch = original_of(batch)
     if "labels" not in batch:
         raise ValueError(
-            "`batch` should have the key `labels`, with -100 where a token is not scored. "
-            f"Found the keys {', '.join(batch)}. Add labels that mark the answer tokens."
+            "`batch` should have the key `labels`, with -100 where a token is not scored, or "
+            f"several answers, one of them the `{ORIGINAL}`. Found the keys {', '.join(batch)}. "
+            "Add labels that mark the answer tokens."
         )
     return batch["labels"]

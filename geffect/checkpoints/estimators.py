@@ -29,12 +29,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, update_wrapper
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geffect import dots
-from geffect.batch import Batch
+from geffect.batch import Batch, side_of
 from geffect.capture.collector import Collector, Measurement
 from geffect.gradients import (
     Gradients,
@@ -46,7 +47,14 @@ from geffect.gradients import (
 )
 from geffect.layers import trainable
 from geffect.losses import Loss
-from geffect.objectives import Objective, Reduction, Reference, SharedForward, step_losses
+from geffect.objectives import (
+    Component,
+    Objective,
+    Reduction,
+    Reference,
+    SharedForward,
+    step_losses,
+)
 from geffect.risk import nll
 from geffect.sources import OBJECTIVE, UPDATE
 
@@ -172,9 +180,9 @@ class Sources:
         model = SharedForward(self._model)
         reductions = {name: Reduction(name, "token_mean")}
         losses: dict[str, Loss] = {name: nll(model, batches[name])}
-        own = {c: how for c, how in self._reductions.items() if how.side == name}
+        own = {c: how for c, how in self._reductions.items() if self._set_of(how.side) == name}
         if own:
-            components = self._objective.components(model, batches, self._reference)
+            components = self._parts(model, batches)
             losses |= {_source(component): components[component].loss for component in own}
             reductions |= {_source(component): how for component, how in own.items()}
         shares = {loss: self._share(how, place, among) for loss, how in reductions.items()}
@@ -229,7 +237,7 @@ class Sources:
         """The weight of each component of the objective, and the risk that it is, if any."""
         first = {name: batches[0] for name, batches in self.sets.items()}
         with torch.no_grad():
-            components = self._objective.components(self._model, first, self._reference)
+            components = self._parts(self._model, first)
         return {name: (part.weight, part.risk) for name, part in components.items()}
 
     @cached_property
@@ -238,7 +246,9 @@ class Sources:
         declared = self._objective.reductions
         found = [name for name, (_, risk) in self._components.items() if risk is None]
         unknown = [
-            name for name in found if name not in declared or declared[name].side not in self.sets
+            name
+            for name in found
+            if name not in declared or self._set_of(declared[name].side) not in self.sets
         ]
         if unknown:
             raise ValueError(
@@ -253,9 +263,26 @@ class Sources:
 
     def _share(self, how: Reduction, place: int, among: Sequence[int]) -> float:
         """What part of the tokens, or of the samples, of some batches one of them has."""
-        counts = self._counts.setdefault(how, [*map(how.count, self.sets[how.side])])
+        counts = self._counts.get(how)
+        if counts is None:
+            name = self._set_of(how.side)
+            sides = (side_of({name: batch}, how.side) for batch in self.sets[name])
+            counts = [how.count(self._model, side) for side in sides]
+            self._counts[how] = counts
         total = sum(counts[i] for i in among)
         return counts[place] / total if total else math.nan
+
+    def _set_of(self, side: str) -> str:
+        """The set that a side is of: itself, or the one that it is inside of."""
+        return side if side in self.sets else side.partition(".")[0]
+
+    def _parts(self, model: Any, batches: Mapping[str, Batch]) -> dict[str, Component]:
+        """The components of the objective; only the risk of a whole set goes as a risk."""
+        parts = self._objective.components(model, batches, self._reference)
+        return {
+            name: part if part.risk in self.sets else replace(part, risk=None)
+            for name, part in parts.items()
+        }
 
     @cached_property
     def _counts(self) -> dict[Reduction, list[int]]:
@@ -265,7 +292,7 @@ class Sources:
         """The gradients on one batch of every set."""
         model = SharedForward(self._model)
         batches = {name: self.sets[name][place] for name, place in places.items()}
-        parts = self._objective.components(model, batches, self._reference)
+        parts = self._parts(model, batches)
         # A combination of risks is declared as that, and anything else is one tensor.
         of_risks = all(part.risk is not None for part in parts.values())
         losses = step_losses(parts, apart=of_risks)

@@ -175,10 +175,13 @@ def model_of(source: Folder) -> Any:
 
 def positions_of(source: Folder) -> int | None:
     """For how many tokens a model has positions; None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source).get_text_config()
+    config = _config_of(source).get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def encodes_apart(source: Folder) -> bool:
+    """Whether a model is an encoder-decoder, which reads the question and the answer apart."""
+    return bool(_config_of(source).is_encoder_decoder)
 
 
 def check_folder(folder: Folder) -> None:
@@ -225,10 +228,17 @@ def _once_each(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _model_of(source: Folder) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    kind = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
-    return AutoModelForCausalLM.from_pretrained(source, torch_dtype="auto")
+    return kind.from_pretrained(source, torch_dtype="auto")
+
+
+def _config_of(source: Folder) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source)
 
 
 def _adapter_config(path: Path) -> Any:

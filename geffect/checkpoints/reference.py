@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from geffect.batch import Batch
+from geffect.batch import Batch, labels_of
 from geffect.objectives import AdapterBase, FrozenModel, Likelihoods, Objective, Reference
 
 from .loading import Folder, Loader, model_of, number_of
@@ -68,7 +68,7 @@ def reference_of(
     elif objective.reference == "likelihoods" and adapted is not None:
         model = AdapterBase(adapted)
     elif before.what == BASE:
-        device = next(iter(forget[0].values())).device
+        device = labels_of(forget[0]).device
         model = FrozenModel(model_of(before.folder).to(device))
     else:
         model = FrozenModel(new_loader().load(before.folder).requires_grad_(False))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from geffect.batch import Batch
+from geffect.batch import Batch, batches_in
 from geffect.capture.collector import Collector
 from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
@@ -29,6 +29,7 @@ from .loading import (
     base_of,
     by_step,
     check_folder,
+    encodes_apart,
     positions_of,
     tokenizer_of,
 )
@@ -120,6 +121,8 @@ def replay(
     first = next(iter(folders.values()))
     own_base = base_of(first)
     base = base or own_base
+    configured = first if own_base is None or base is None else base
+    _check_files(given, configured)
     device = _there(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
     sets = _sets(
@@ -129,7 +132,7 @@ def replay(
         around,
         partial(batched, size=batch_size, seed=seed, least=traits.batches, even=traits.even),
         device,
-        positions_of(first if own_base is None or base is None else base),
+        positions_of(configured),
         show,
     )
     counts = {name: len(batches) for name, batches in sets.items()}
@@ -196,7 +199,13 @@ def _check(
             f"`{RETAIN_EMA}`, nor one that begins with `{OBJECTIVE}` or has a slash. Found "
             f"{', '.join(wrong)}. Choose another name."
         )
-    missing = [side for side in objective.sides if side not in given]
+    ready = {
+        name: data[0]
+        for name, data in given.items()
+        if not isinstance(data, str | os.PathLike) and len(data)
+    }
+    known = {*given, *(side for side, _ in batches_in(ready))}
+    missing = [side for side in objective.sides if side not in known]
     if missing:
         raise ValueError(
             f"`objective` should be of the sets {', '.join(given)}. Found {objective!r}, which "
@@ -206,6 +215,17 @@ def _check(
         raise ValueError(
             "`checkpoints` should be two or more for `update`, the way from one to the next. Found "
             "one. Name more, or leave `update` out."
+        )
+
+
+def _check_files(given: Mapping[str, Data], model: Folder) -> None:
+    files = [name for name, data in given.items() if isinstance(data, str | os.PathLike)]
+    if files and encodes_apart(model):
+        raise ValueError(
+            f"`{files[0]}` should be batches for an encoder-decoder such as `{Path(model).name}`: "
+            "rows of a file are read for a causal model, with the answer behind its question. "
+            "Found a file. Tokenize question and answer apart, and pass "
+            "geffect.data.collate.batched(items, batch_size)."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch
+from geffect.batch import IGNORED, Batch, batches_in
 
 Item = Mapping[str, Any]
 """One sample: `input_ids`, `labels` and further columns, as lists, arrays or tensors. Or a sample
@@ -35,7 +35,8 @@ def collate(
       `attention_mask` every token of an item is attended.
     - `pad_token_id`: what stands in `input_ids` where nothing is attended or scored.
     - `padding_side`: "right" or "left". On the left `position_ids` are added where there are none,
-      which count the attended tokens from 0, and the first token of an item is not scored.
+      which count the attended tokens from 0, and the first token of an item is not scored. The left
+      is for causal models: a decoder with labels of their own begins with the first of them.
 
     Returns tensors whose first dimension is the item. Raises ValueError for a column that it cannot
     place, and names it.
@@ -128,12 +129,9 @@ def pad_token_of(tokenizer: Any) -> int:
 
 def lengths_of(batch: Mapping[str, Any]) -> Iterator[int]:
     """How many tokens the rows of a batch have, padding included, a number a side."""
-    if "input_ids" in batch:
-        yield batch["input_ids"].shape[1]
-    else:
-        for side in batch.values():
-            if isinstance(side, Mapping):
-                yield from lengths_of(side)
+    for _, side in batches_in(batch):
+        if "input_ids" in side:
+            yield side["input_ids"].shape[1]
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -181,10 +179,16 @@ def _row(item: Item, name: str, side: PaddingSide) -> dict[str, Tensor]:
         )
     if side == "left":
         row.setdefault("position_ids", (mask.long().cumsum(0) - 1).clamp(min=0))
-        if row["labels"].shape == row["input_ids"].shape:
-            # Nothing predicts the first token, least of all the padding that is put before it.
-            row["labels"] = row["labels"].clone()
-            row["labels"][0] = IGNORED
+        if row["labels"].shape != row["input_ids"].shape:
+            raise ValueError(
+                f'`padding_side` should be "right" where `labels`{_of(name)} have a length of '
+                "their own, as those of an encoder-decoder, whose decoder begins with the first "
+                f'of them. Found "left", and {len(row["labels"])} labels beside '
+                f"{len(row['input_ids'])} tokens. Leave `padding_side` out."
+            )
+        # Nothing predicts the first token, least of all the padding that is put before it.
+        row["labels"] = row["labels"].clone()
+        row["labels"][0] = IGNORED
     return row
 
 

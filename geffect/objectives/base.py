@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geffect.batch import Batch, Pair, labels_of, scored_tokens
+from geffect.batch import Batch, Pair, labels_of
 from geffect.losses import Loss
-from geffect.risk import token_log_probabilities
+from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
 
 from .reference import Need, Reference
@@ -27,19 +27,19 @@ class Reduction:
 
     The losses of batches add up to that of all their data, each with its share of the count.
 
-    >>> batch = {"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])}
-    >>> [Reduction("forget", kind).count(batch) for kind in ("token_mean", "sequence_sum")]
+    >>> batch, model = {"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])}, lambda input_ids: None
+    >>> [Reduction("forget", kind).count(model, batch) for kind in ("token_mean", "sequence_sum")]
     [3, 2]
     """
 
     side: str
     kind: Literal["token_mean", "sample_mean", "sequence_sum"]
 
-    def count(self, batch: Batch) -> int:
+    def count(self, model: Any, batch: Batch) -> int:
         """How many tokens or samples of a batch the mean is over."""
         if self.kind == "sequence_sum":
             return len(labels_of(batch))
-        scored = scored_tokens(batch)
+        scored = scored_tokens(model, batch)
         return int((scored if self.kind == "token_mean" else scored.any(dim=1)).sum())
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from geffect.batch import Pair
+from geffect.batch import Pair, side_of
 from geffect.risk import nll
 
 from .base import Component, Objective, Reduction
@@ -17,7 +17,8 @@ class Combination(Objective):
     """A weighted sum of the NLLs of sides: sum_k w_k R(k), each a token mean.
 
     {"forget": -1.0} is GA, {"forget": -1.0, "retain": 1.0} is GradDiff; weights may be of further
-    sets. Where the risks are differentiated anyway, it costs no backward pass.
+    sets, and of answers inside of a side, `forget.alternate`. Where the risks are differentiated
+    anyway, it costs no backward pass.
 
     >>> Combination({"forget": -1.0, "world": 0.5}).sides
     ('forget', 'world')
@@ -41,7 +42,7 @@ class Combination(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         return {
-            side: Component(nll(model, batch[side]), float(weight), risk=side)
+            side: Component(nll(model, side_of(batch, side)), float(weight), risk=side)
             for side, weight in self.weights.items()
         }
 

@@ -87,6 +87,8 @@ class TNPO(Objective):
 
     def __post_init__(self) -> None:
         positive(type(self).__name__, "beta", self.beta)
+        if self.legacy_eps != 0.0:
+            positive(type(self).__name__, "legacy_eps", self.legacy_eps)
 
     def weights(self, log_p: Tensor, reference_log_p: Tensor) -> Tensor:
         """w_i from the log-likelihoods of the tokens under both models, detached."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from geffect.batch import Batch
+from geffect.batch import Batch, batches_in, labels_of
 from geffect.risk import inputs_of, token_log_probabilities
 
 Need = Literal["none", "likelihoods", "logits", "hidden states"]
@@ -88,15 +88,17 @@ class Likelihoods:
     """
 
     def __init__(self, reference: Reference, batches: Iterable[Batch]) -> None:
-        # By the identity of the tokens, which are kept so that it stays theirs.
+        # By the identity of the labels, which are kept so that it stays theirs.
         self._kept = {
-            id(batch["input_ids"]): (batch, reference.log_probabilities(batch)) for batch in batches
+            id(labels_of(batch)): (labels_of(batch), reference.log_probabilities(batch))
+            for side in batches
+            for _, batch in batches_in(side)
         }
 
     def log_probabilities(self, batch: Batch) -> Tensor:
         """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
         try:
-            return self._kept[id(batch["input_ids"])][1]
+            return self._kept[id(labels_of(batch))][1]
         except KeyError:
             raise ValueError(
                 "`batch` should be one of those whose likelihoods are kept. Found another one. "

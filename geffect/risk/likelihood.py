@@ -1,13 +1,12 @@
 """The likelihood of the tokens that are scored, and the risk that is a mean of it."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch, Pair, labels_of
+from geffect.batch import IGNORED, Batch, Pair, batches_in, labels_of, original_of
 
 from .alignment import predicts_next
 
@@ -20,7 +19,7 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     where the logits are, from the logits on; 0 where nothing is scored.
 
     - `model`: returns `.logits` of shape (sample, position, token) for `inputs_of` the batch.
-    - `batch`: labels are -100 where a token is not scored.
+    - `batch`: labels are -100 where a token is not scored. Of several answers it is the original.
     """
     is_next = predicts_next(model)
     labels = _predicted(labels_of(batch), is_next)
@@ -36,11 +35,22 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return log_likelihood(logits, labels), labels != IGNORED
 
 
+def scored_tokens(model: Any, batch: Batch) -> Tensor:
+    """Which tokens the model is scored on, the mask of `token_log_probabilities`, not run for it.
+
+    >>> batch = {"labels": torch.tensor([[3, 5, -100]])}
+    >>> scored_tokens(lambda input_ids: None, batch)  # nothing predicts the first
+    tensor([[ True, False]])
+    """
+    return _predicted(labels_of(batch), predicts_next(model)) != IGNORED
+
+
 def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
     """What a model is called with: the batch without labels.
 
     An encoder-decoder makes the inputs of its decoder from the labels, where they are not given.
     """
+    batch = original_of(batch)
     keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
     return {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
 
@@ -98,25 +108,15 @@ def check_answers(model: Any, pair: Pair) -> None:
     Traceback (most recent call last):
     ValueError: `forget` should have an answer token: a label that is not -100, beyond the first ...
     """
-    is_next = predicts_next(model)
-    for side, batch in _sides(pair):
-        labels = _predicted(labels_of(batch), is_next)
-        if not (labels != IGNORED).any():
-            raise _without_answer(side, len(labels))
+    for side, batch in batches_in(pair):
+        scored = scored_tokens(model, batch)
+        if not scored.any():
+            raise _without_answer(side, len(scored))
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
     """The type of a tensor, or float32 if that is finer."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _sides(pair: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Batch]]:
-    """The batches of a pair by name; one inside of a side is named `forget.alternate`."""
-    for name, value in pair.items():
-        if any(isinstance(inside, Mapping) for inside in value.values()):
-            yield from _sides(value, f"{within}{name}.")
-        else:
-            yield f"{within}{name}", value
 
 
 def _predicted(labels: Tensor, is_next: bool) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from geffect import distributed
+from geffect.batch import ORIGINAL, batches_in
 from geffect.capture import Recorder
 from geffect.data.collate import collate
 from geffect.data.pairs import Items, Pairing, Pairs
@@ -54,7 +55,8 @@ class UnlearningTrainer(Trainer):
 
     Each forget item is met once an epoch, with a retain item beside it (`Pairing`, by the seed of
     the arguments). Items have `input_ids` and `labels`; the model is called with these and every
-    further column, as `geffect.data.collate` puts them into batches.
+    further column, as `geffect.data.collate` puts them into batches. An item may hold several
+    answers, {"original": item, "alternate": item}: its risk is that of the original.
 
     The loss of a step is the mean over its micro-batches, and over the processes, of the objective
     on each, which has a reduction of its own; so are the risks. Gradients are accumulated over the
@@ -103,7 +105,8 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         minimised = as_objective(objective)
         sets = _training_sets(forget, retain, given=train_dataset is not None)
-        _check_sides(minimised, sets, given=train_dataset is not None)
+        if train_dataset is None:
+            _check_sides(minimised, sets)
         if not isinstance(eval_dataset, Mapping | None):
             raise TypeError(
                 "`eval_dataset` should be sets of items by their names. Found "
@@ -132,7 +135,9 @@ class UnlearningTrainer(Trainer):
         self.reference = reference
         self._reference_is = "given"
         self._copied: nn.Module | None = None
-        if minimised.reference != "none" and reference is None:
+        if reference is not None and minimised.reference != "none":
+            minimised.compared(reference)
+        elif minimised.reference != "none":
             copied = FrozenModel.copied(model)
             self.reference, self._copied = copied, copied.model
             self._reference_is = "a frozen copy of the model"
@@ -341,9 +346,26 @@ def _training_sets(
     return found
 
 
-def _check_sides(objective: Objective, sets: Mapping[str, Items], *, given: bool) -> None:
-    missing = [side for side in objective.sides if side not in sets]
-    if missing and not given:
+def _check_sides(objective: Objective, sets: Mapping[str, Items]) -> None:
+    first = {name: items[0] for name, items in sets.items() if len(items)}
+    inside = {side for side, _ in batches_in(first)}
+    for name in sets:
+        answers = [side for side in inside if side.startswith(f"{name}.")]
+        if answers and f"{name}.{ORIGINAL}" not in answers:
+            raise ValueError(
+                f"Items of `{name}` with several answers should have the `{ORIGINAL}` among them, "
+                f"whose risk is recorded, protected and evaluated. Found {', '.join(answers)}. "
+                f'Name that answer "{ORIGINAL}".'
+            )
+    missing = [side for side in objective.sides if side not in {*sets, *inside}]
+    outer, _, inner = missing[0].partition(".") if missing else ("", "", "")
+    if outer in sets:
+        raise ValueError(
+            f"Items of `{outer}` should have the answers that the objective takes. Found "
+            f"{objective!r}, which takes {missing[0]}, and items without. Pass items such as "
+            f'{{"{ORIGINAL}": ..., "{inner}": ...}}.'
+        )
+    if missing:
         raise ValueError(
             f"`objective` should be of the sets that are given, {', '.join(sets)}. Found "
             f"{objective!r}, which takes {', '.join(missing)} as well. Pass "

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ from geffect.objectives import (
     GradDiff,
     Likelihoods,
     Objective,
+    Reduction,
     Reference,
     WeightedGradientAscent,
     as_objective,
 )
 from geffect.objectives import reference as references
-from geffect.risk import token_log_probabilities
+from geffect.risk import sequence_sum, token_log_probabilities
 from geffect.store import validate
 from tests.utils import reference, tiny
 from tests.utils.chat import TURNS, make_tokenizer, without, written
@@ -238,6 +240,94 @@ def test_it_is_what_a_recorder_writes(run_folder: Path, tmp_path: Path) -> None:
     live = open_run(tmp_path / "live.h5")
     assert [p.name for p in run.layers] == [p.name for p in live.layers]
     assert run.gram() == pytest.approx(live.gram(), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [tiny.t5, tiny.bart], ids=["t5", "bart"])
+def test_an_encoder_decoder_is_replayed_by_its_own_loss(make: Any, tmp_path: Path) -> None:
+    for step in (0, 1):
+        make(step).save_pretrained(tmp_path / f"checkpoint-{step}")
+    forget, retain = ([tiny.translation(s + i, rows=1 + i) for i in range(3)] for s in (0, 9))
+    given: dict[str, Any] = {"objective": GA, "retain": retain}
+    checkpoints = [tmp_path / f"checkpoint-{step}" for step in (0, 1)]
+    run = replay(checkpoints, tmp_path / "run.h5", forget=forget, estimator=full, **given)
+    for row in (0, 1):
+        model = make(row).eval()
+        counts = [int((batch["labels"] != -100).sum()) for batch in forget]
+        losses = [n * model(**batch).loss for n, batch in zip(counts, forget, strict=True)]
+        g = reference.flat(reference.gradient(model, sum(losses) / sum(counts)))
+        assert run.gram()[row, :, 1, 1].sum() == pytest.approx(float(g @ g), rel=1e-7)
+    data = written(tmp_path / "rows.jsonl", {"question": "Who?", "answer": "Ada."})
+    with pytest.raises(ValueError, match="`forget` should be batches for an encoder-decoder such"):
+        replay(checkpoints, tmp_path / "other.h5", forget=data, **given)
+
+
+# Several answers inside of a side
+
+
+def answers(seed: int, rows: int = 2) -> dict[str, Any]:
+    return {"original": tiny.batch(seed, rows), "alternate": tiny.batch(seed + 50, rows)}
+
+
+@pytest.mark.parametrize("estimator", [same_batch, full])
+def test_sides_with_several_answers_are_replayed(tmp_path: Path, estimator: Any) -> None:
+    """On one batch of a set both estimators are exact; the risk is that of the original."""
+    tiny.llama(3).save_pretrained(tmp_path / "checkpoint-0")
+    model = loaded(tmp_path / "checkpoint-0")
+    forget, retain = answers(0), RETAIN[0]
+    for objective in (PrefersTheAlternate(), as_objective({"forget.alternate": 2.0})):
+        run = replay(
+            tmp_path / "checkpoint-0", tmp_path / "run.h5", objective=objective, forget=[forget],
+            retain=[retain], estimator=estimator, overwrite=True,
+        )  # fmt: skip
+        pair = {"forget": forget, "retain": retain}
+        before = FrozenModel(copy.deepcopy(model))
+        losses = {
+            "objective": objective(model, pair, before),
+            "forget": reference.nll(model, forget["original"]),
+            "retain": reference.nll(model, retain),
+        }
+        assert run.sources == tuple(losses)
+        g = torch.stack(
+            [reference.flat(reference.gradient(model, loss)).double() for loss in losses.values()]
+        )
+        assert run.gram()[0].sum(0) == pytest.approx((g @ g.T).numpy(), rel=1e-4, abs=1e-6)
+
+
+def test_shares_of_an_answer_inside_of_a_side_are_its_own(tmp_path: Path) -> None:
+    tiny.llama(3).save_pretrained(tmp_path / "checkpoint-0")
+    model = loaded(tmp_path / "checkpoint-0")
+    forget = [answers(seed, rows=1 + seed) for seed in range(3)]
+    run = replay(
+        tmp_path / "checkpoint-0", tmp_path / "run.h5", objective={"forget.alternate": 1.0},
+        forget=forget, retain=RETAIN, estimator=full,
+    )  # fmt: skip
+    alternates = [side["alternate"] for side in forget]
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in alternates]
+    losses = [n * reference.nll(model, b) for n, b in zip(counts, alternates, strict=True)]
+    g = reference.flat(reference.gradient(model, sum(losses) / sum(counts))).double()
+    assert run.gram()[0, :, 0, 0].sum() == pytest.approx(float(g @ g), rel=1e-4)
+
+
+@dataclass(frozen=True)
+class PrefersTheAlternate(Objective):
+    """DPO: the alternate answer is preferred to the original."""
+
+    reference = "likelihoods"
+    sides = ("forget", "forget.alternate")
+
+    def components(
+        self, model: Any, batch: Any, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        gain = 0.0
+        for sign, answer in ((1, "alternate"), (-1, "original")):
+            log_p, scored = token_log_probabilities(model, batch["forget"][answer])
+            before = self.compared(reference).log_probabilities(batch["forget"][answer])
+            gain = gain + sign * sequence_sum(log_p - 0.5 * before, scored)
+        return {"forget": Component(-nn.functional.logsigmoid(gain).mean())}
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        return {"forget": Reduction("forget", "sequence_sum")}
 
 
 # The reference model

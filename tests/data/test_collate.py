@@ -114,22 +114,32 @@ def token_log_p(model: nn.Module, one: Item) -> list[list[Tensor]]:
     return reference.token_log_p(model, {**row, "attention_mask": torch.ones_like(row["labels"])})
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_labels_may_have_a_length_of_their_own(side: PaddingSide) -> None:
+def test_labels_may_have_a_length_of_their_own() -> None:
     """As an encoder-decoder has them, with columns beside them."""
     answers = ([4, 5, 6], [7], [8, 9])
     items = [
         item(sample["input_ids"], answer, decoder_attention_mask=[1] * len(answer))
         for sample, answer in zip(samples(), answers, strict=True)
     ]
-    batch = collate(items, padding_side=side)
+    batch = collate(items)
     assert batch["attention_mask"].sum(1).tolist() == LENGTHS
     for row, answer in enumerate(answers):
         missing = 3 - len(answer)
-        for column, own, fill in [("labels", answer, -100),
-                                  ("decoder_attention_mask", [1] * len(answer), 0)]:  # fmt: skip
-            parts = [own, [fill] * missing] if side == "right" else [[fill] * missing, own]
-            assert batch[column][row].tolist() == [*parts[0], *parts[1]]
+        assert batch["labels"][row].tolist() == [*answer, *[-100] * missing]
+        seen = [*[1] * len(answer), *[0] * missing]
+        assert batch["decoder_attention_mask"][row].tolist() == seen
+    says = r'`padding_side` should be "right" .* Found "left", and 3 labels beside'
+    with pytest.raises(ValueError, match=says):
+        collate(items, padding_side="left")
+
+
+@pytest.mark.parametrize("model", [tiny.t5().eval(), tiny.bart().eval()], ids=["t5", "bart"])
+def test_an_encoder_decoder_does_not_see_the_padding(model: nn.Module) -> None:
+    rows = [tiny.translation(0, rows=1, length=5, answer=5), tiny.translation(1, rows=1, answer=3)]
+    items = [{column: value[0] for column, value in row.items()} for row in rows]
+    counts = [int((row["labels"] != -100).sum()) for row in rows]
+    alone = sum(n * model(**row).loss for n, row in zip(counts, rows, strict=True)) / sum(counts)
+    torch.testing.assert_close(nll(model, collate(items)), alone, rtol=1e-6, atol=0)
 
 
 # Stacked

@@ -350,9 +350,15 @@ def test_a_sample_without_answer_takes_no_part_in_simnpo() -> None:
     model, batch = predicting([[0.9, 0.5, 0.2], []])
     assert SimNPO()(model, {"forget": batch}).item() == pytest.approx(0.011841, abs=1e-6)
     assert len(SimNPO().implicit_weights(model, {"forget": batch})["weight"]) == 1
-    assert SimNPO().reductions["forget"].count(batch) == 1
-    assert NPO().reductions["forget"].count(batch) == 2
-    assert GradientAscent().reductions["forget"].count(batch) == 3
+    assert SimNPO().reductions["forget"].count(tiny.gpt2(), batch) == 1
+    assert NPO().reductions["forget"].count(tiny.gpt2(), batch) == 2
+    assert GradientAscent().reductions["forget"].count(tiny.gpt2(), batch) == 3
+
+
+@pytest.mark.parametrize("epsilon", [-1e-5, float("nan")])
+def test_an_epsilon_that_is_none_is_refused(epsilon: float) -> None:
+    with pytest.raises(ValueError, match="`legacy_eps` of WTNPO should be a positive number"):
+        WTNPO(legacy_eps=epsilon)
 
 
 def test_a_margin_that_is_no_number_is_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect import Recorder, open_run
-from geffect.objectives import NPO, GradientAscent, Objective
+from geffect import Recorder, Rectifier, open_run
+from geffect.objectives import NPO, GradientAscent, Objective, WeightedGradientAscent
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
 from tests.utils.trainers import same
@@ -115,3 +115,77 @@ def test_the_risks_of_an_encoder_decoder_are_its_own_losses(tmp_path: Path) -> N
     metrics = trainer.evaluate()
     for name, loss in own.items():
         assert metrics[f"eval_{name}_nll"] == pytest.approx(loss, rel=1e-6)
+
+
+# Several answers inside of a side
+
+NESTED = [{"original": f, "alternate": a} for f, a in zip(FORGET, items(4, 300), strict=True)]
+
+
+@pytest.mark.parametrize("objective", [NPO(), WeightedGradientAscent()])
+def test_the_risk_of_several_answers_is_that_of_the_original(
+    objective: Objective, tmp_path: Path
+) -> None:
+    """Training, rows, rectification and evaluation are those of the originals alone."""
+    found = []
+    for forget in (FORGET, NESTED):
+        model = tiny.llama()
+        trainer = UnlearningTrainer(
+            model, arguments(tmp_path), objective=objective, forget=forget, retain=RETAIN,
+            rectifier=Rectifier(model),
+            recorder=partial(Recorder, path=tmp_path / "run.h5", overwrite=True),
+        )  # fmt: skip
+        trainer.train()
+        run = open_run(tmp_path / "run.h5")
+        nlls = {k: v for k, v in trainer.evaluate().items() if k.endswith("nll")}
+        found.append((dict(model.named_parameters()), run.sources, run.gram(), nlls))
+    (flat, *of_flat), (nested, *of_nested) = found
+    assert same([flat], [nested]) and of_flat[0] == of_nested[0] and of_flat[2] == of_nested[2]
+    assert (of_flat[1] == of_nested[1]).all()
+
+
+def test_an_answer_inside_of_a_side_may_be_weighed(tmp_path: Path) -> None:
+    """The alternate in place of the answer is the risk on it, and is recorded as that."""
+    ends = []
+    for forget, objective in [
+        (NESTED, {"forget.alternate": 1.0}),
+        ([item["alternate"] for item in NESTED], {"forget": 1.0}),
+    ]:
+        model = tiny.llama()
+        path = tmp_path / "run.h5"
+        UnlearningTrainer(
+            model, arguments(tmp_path), objective=objective, forget=forget, retain=RETAIN,
+            recorder=partial(Recorder, path=path, overwrite=True),
+        ).train()  # fmt: skip
+        run = open_run(path)
+        ends.append((dict(model.named_parameters()), run))
+    (nested, run), (flat, other) = ends
+    assert same([nested], [flat])
+    assert run.sources == ("objective", "forget.alternate", "forget", "retain")
+    assert (run.gram()[:, :, 1, 1] == other.gram()[:, :, 1, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("forget", "objective", "says"),
+    [
+        (FORGET, {"forget.alternate": 1.0}, r"Items of `forget` should have the answers.*"
+         r"takes forget\.alternate, and items without\. Pass items such as"),
+        (NESTED, {"forget.third": 1.0}, r"takes forget\.third, and items without"),
+        ([{"rejected": FORGET[0]}], NPO(), r"should have the `original` among them.*"
+         r"Found forget\.rejected\. Name that answer"),
+        (NESTED, {"world": 1.0}, "takes world as well"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_not_there_are_refused_at_once(
+    forget: Any, objective: Any, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        UnlearningTrainer(
+            tiny.llama(), arguments(tmp_path), objective=objective, forget=forget, retain=RETAIN
+        )
+
+
+def test_a_reference_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    says = "`reference` of NPO should be the model as it was .* Found `LlamaForCausalLM`. Pass"
+    with pytest.raises(ValueError, match=says):
+        trained(tmp_path, tiny.llama(), NPO(), False, reference=tiny.llama())
