@@ -61,7 +61,8 @@ def command(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes: 2 of one thread each if left out; with --model 1 of all."
+            min=1,
+            help="Processes. If left out: 2 of one thread each; with --model 1 of all threads.",
         ),
     ] = None,
     resume: Annotated[

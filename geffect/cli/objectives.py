@@ -102,7 +102,7 @@ def _options() -> list[Any]:
             having.setdefault(option, []).append(f"{name} ({default})")
     named = typer.Option(
         metavar="NAME=VALUE",
-        help="The same by name; may be repeated.",
+        help="An option of the objective by its name, such as beta=0.1; may be repeated.",
         callback=_keep_named,
         expose_value=False,
     )

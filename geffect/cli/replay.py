@@ -65,7 +65,10 @@ def command(
             show_default=False,
         ),
     ],
-    retain: Annotated[Path, typer.Option(metavar="DATA", help="Likewise.", show_default=False)],
+    retain: Annotated[
+        Path,
+        typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False),
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -102,8 +105,8 @@ def command(
         bool,
         typer.Option(
             "--reference-ema",
-            help="The running averages of the paper's public code instead, in the order of the "
-            "files.",
+            help="Mix batches by running averages, as the paper's public code does, in the order "
+            "of the files.",
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch, at most.")] = 4,

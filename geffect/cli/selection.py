@@ -37,7 +37,9 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (.h
 ScoreOption = Annotated[ScoreName, typer.Option("--score", help="Which score.")]
 ByOption = Annotated[
     By | None,
-    typer.Option("--by", help="One value for each layer, unless said; for a rectification, model."),
+    typer.Option(
+        "--by", help="One value for each of these. If left out: layer; model for a rectification."
+    ),
 ]
 BetweenOption = Annotated[
     str,
@@ -74,8 +76,8 @@ def table_of(
     function, how = scores[score]
     if not stepped_only and "stepped_only" not in how:
         raise typer.BadParameter(
-            f"should be left out for {score.value}, which is the same either way. Found it set. "
-            "Leave out --all-parameters."
+            f"`--all-parameters` should be left out for {score.value}, which is the same either "
+            "way. Found it set. Leave out --all-parameters."
         )
     # Most rectifiers have one constraint for the model, which has no numbers of the layers.
     by = by or (By.MODEL if score is ScoreName.RECTIFICATION else By.LAYER)
@@ -107,7 +109,7 @@ def _pair(between: str) -> tuple[str, str]:
     names = between.split(",")
     if len(names) != 2:
         raise typer.BadParameter(
-            f"should be two gradients with a comma between them. Found `{between}`. "
+            f"`--between` should be two gradients with a comma between them. Found `{between}`. "
             "Pass, say, --between objective,retain."
         )
     return names[0].strip(), names[1].strip()

@@ -197,8 +197,8 @@ def claim(out: Path, plan: Plan) -> None:
     results = list((out / "results").glob("*.json"))
     if (results or (out / "summary.json").exists()) and not (plan.resume or plan.overwrite):
         raise FileExistsError(
-            f"The folder of a study should hold none yet. Found one in `{out}`. Choose another "
-            "folder, go on with it with --resume, or replace it with --overwrite."
+            f"The folder of a study should hold none yet. Found one in `{out}`. Pass "
+            "--resume to go on with it, --overwrite to replace it, or choose another folder."
         )
     if plan.overwrite:
         for file in (*results, out / "summary.json"):
