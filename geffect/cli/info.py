@@ -1,6 +1,7 @@
 """`geffect info`: what a run file holds and where it comes from."""
 
 import json
+from textwrap import indent
 
 import typer
 
@@ -42,7 +43,12 @@ def command(run: RunArgument, as_json: JsonOption = False) -> None:
 
 def _said(value: object) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {_said(inner)}" for name, inner in value.items())
+        return "\n".join(_line(name, inner) for name, inner in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:,}" if type(value) is int else str(value)  # True is an int too
+
+
+def _line(name: str, value: object) -> str:
+    inside = isinstance(value, dict) and value
+    return f"{name}:\n{indent(_said(value), '  ')}" if inside else f"{name}: {_said(value)}"

@@ -76,7 +76,7 @@ def _value(option: str, text: str, default: Any) -> Any:
 def _keep(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> None:
     """Keep the text of an option of its own."""
     if value is not None and param.name is not None:
-        ctx.meta.setdefault(GIVEN, {})[param.name] = value
+        _keep_once(ctx, param.name, value)
 
 
 def _keep_named(ctx: typer.Context, value: list[str] | None) -> None:
@@ -88,7 +88,15 @@ def _keep_named(ctx: typer.Context, value: list[str] | None) -> None:
                 f"`--objective-option` should be a name and its value. Found `{text}`. Pass, say, "
                 "--objective-option beta=0.1."
             )
-        ctx.meta.setdefault(GIVEN, {})[name.replace("-", "_")] = given
+        _keep_once(ctx, name.replace("-", "_"), given)
+
+
+def _keep_once(ctx: typer.Context, option: str, text: str) -> None:
+    known = ctx.meta.setdefault(GIVEN, {}).setdefault(option, text)
+    if known != text:
+        raise typer.BadParameter(
+            f"`{option}` should be given once. Found `{known}` and `{text}`. Leave one of them out."
+        )
 
 
 @cache

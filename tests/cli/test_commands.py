@@ -27,7 +27,9 @@ from geffect.demo.config import QUICK
 from geffect.demo.jobs import Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.study import IN_A_LOOK
+from geffect.objectives import SimNPO
 from geffect.store import validate
+from tests.utils import tiny
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -92,6 +94,18 @@ def test_info_as_json(ask: Ask, recorded: Path) -> None:
     assert facts["losses"] == {"objective": {"forget": -1.0}, "forget": "loss", "retain": "loss"}
     assert facts["rectifier"]["rule"] == "gru"
     assert facts["optimizer"]["class"] == "AdamW"
+
+
+def test_info_tells_the_objective_with_its_options(ask: Ask, tmp_path: Path) -> None:
+    model, path = tiny.llama(), tmp_path / "run.h5"
+    with Recorder(model, path, objective=SimNPO(beta=2.5)) as recorder:
+        recorder.backward(objective=SimNPO(beta=2.5)(model, {"forget": tiny.batch(0)}))
+    said = ask("info", path).out.splitlines()
+    start = next(i for i, line in enumerate(said) if line.startswith("objective "))
+    assert [line[12:].rstrip() for line in said[start : start + 7]] == [
+        "    name: SimNPO", "    options:", "      beta: 2.5", "      delta: 0.0",
+        "    reduction:", "      forget: sample_mean of forget", "    reference: None",
+    ]  # fmt: skip
 
 
 TABLES = {

@@ -199,6 +199,12 @@ def test_further_risks_the_update_and_a_reference(ask: Ask, folder: Path, tmp_pa
         ([], {"objective": "npo", "beta": -1.0}, 2, "positive number"),
         (
             [],
+            {"objective": "npo", "beta": 1, "objective_option": "beta=2"},
+            2,
+            "`beta` should be given once. Found `1` and `2`",
+        ),
+        (
+            [],
             {"objective": "npo+gd", "alpha": 1.0, "beta": 0.5},
             2,
             "it has: `beta`, `weight`. Found `alpha`",
