@@ -281,7 +281,7 @@ class _Step:
         if self.told is not None:
             prints, flags = self.told
             moved = self.before is not None and not torch.equal(prints, now)
-            if not distributed.any_rank(moved) and flags == stepped:
+            if not any(self._anywhere([moved])) and flags == stepped:
                 return None
         self.told = now, stepped
         seen = any(stepped)
@@ -299,8 +299,13 @@ class _Step:
         changed = [parameter._version != version for parameter, version in versions]
         for place, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
             changed[place] = not same
-        anywhere = distributed.mean([float(flag) for flag in changed])
-        return tuple(a or b > 0 for a, b in zip(flags, anywhere, strict=True))
+        return tuple(a or b for a, b in zip(flags, self._anywhere(changed), strict=True))
+
+    def _anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
+        """Whether it is so in the part of any process, where parameters are sharded."""
+        if not any(map(distributed.is_sharded, self.parameters)):
+            return flags
+        return [share > 0 for share in distributed.mean([*map(float, flags)])]
 
 
 def _prints(tensors: Sequence[Tensor]) -> Tensor:

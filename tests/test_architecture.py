@@ -77,7 +77,7 @@ FORBIDDEN = {
 
 # Longer, and wider, than `test_no_class_is_long` and the test after it allow: to be cut down.
 LONG: set[str] = set()
-WIDE = {"Recording.__init__", "replay"}
+WIDE = {"replay"}
 
 HEAVY = ["torch", "matplotlib", "pandas", "transformers", "h5py"]
 

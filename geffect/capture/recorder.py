@@ -29,7 +29,7 @@ from geffect.losses import (
 from geffect.objectives import Objective, as_objective, provenance
 from geffect.steps import StepFollower, check_descends
 
-from .recording import OnError, Recording
+from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
 from .window import Watched, Window, check_names
@@ -111,9 +111,9 @@ class Recorder:
             metadata=metadata,
             store=store,
             steps=None if steps is None else list(filter(when, range(steps))),
-            overwrite=overwrite,
-            resume=resume,
-            drop_after=None if next_step is None or not resume else next_step - 1,
+            existing=IfExists(
+                overwrite, resume, next_step - 1 if resume and next_step is not None else None
+            ),
             on_error=on_error,
         )
         self._watched = Watched(model, self._recording, update, trainable(model))

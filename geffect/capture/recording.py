@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,13 +40,28 @@ WAITING_BYTES = 2**30
 """How many bytes of gradients may wait for the disk before training does."""
 
 
+@dataclass(frozen=True)
+class IfExists:
+    """What becomes of a run file that exists already: it is refused, replaced or continued.
+
+    With `resume`, steps of the file after `drop_after` are given up; they will come again.
+    """
+
+    overwrite: bool = False
+    resume: bool = False
+    drop_after: int | None = None
+
+
+REFUSED = IfExists()
+
+
 class Recording:
     """Writes what was measured at each step into a run file.
 
     - `store`: what is kept beside the Gram matrices, a word or a `StoreOptions`.
     - `steps`: those that are going to be recorded, where that is known. The size of the file is
       then told at the start, and a run that would not fit the disk is refused.
-    - `drop_after`: with `resume`, later steps of the file are given up; they will come again.
+    - `existing`: what becomes of a file that is there already.
     - `on_error`: whether a file that cannot be written ends training with the error, or is warned
       of once; what was recorded until then stays readable either way.
     - `provenance`: more for the manifest, from whoever came by the gradients.
@@ -61,9 +77,7 @@ class Recording:
         metadata: Mapping[str, Any] | None = None,
         store: str | StoreOptions = "gram",
         steps: Collection[int] | None = None,
-        overwrite: bool = False,
-        resume: bool = False,
-        drop_after: int | None = None,
+        existing: IfExists = REFUSED,
         on_error: OnError = "raise",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
@@ -91,7 +105,7 @@ class Recording:
         known = RunHeader()
         with distributed.raise_on_all_ranks():
             if distributed.is_main_process():
-                known = self._open(overwrite=overwrite, resume=resume, drop_after=drop_after)
+                known = self._open(existing)
         self.header = distributed.broadcast(known)
         if not distributed.is_main_process():
             shard = ShardWriter(self.path, self.table, distributed.rank(), first=self.header.stored)
@@ -202,13 +216,13 @@ class Recording:
     def _row(self, entry: Entry) -> Row:
         return row(self.header, entry, wall_seconds=time.perf_counter() - self._started)
 
-    def _open(self, *, overwrite: bool, resume: bool, drop_after: int | None) -> RunHeader:
+    def _open(self, existing: IfExists) -> RunHeader:
         writer = RunWriter(
             self.path,
             self.table,
-            overwrite=overwrite,
-            resume=resume,
-            drop_after=drop_after,
+            overwrite=existing.overwrite,
+            resume=existing.resume,
+            drop_after=existing.drop_after,
             rows=self._storage.rows,
         )
         self._writer = self._behind(writer)

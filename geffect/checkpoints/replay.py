@@ -11,7 +11,7 @@ import torch
 
 from geffect.batch import Batch, batches_in
 from geffect.capture.collector import Collector
-from geffect.capture.recording import Recording
+from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.data.collate import batched, check_length, lengths_of, on_device, pad_token_of
@@ -148,7 +148,7 @@ def replay(
         },
         store=keep,
         steps=_rows(folders, traits, keep, counts),
-        overwrite=overwrite,
+        existing=IfExists(overwrite=overwrite),
         provenance={
             "rows": "matrices" if traits.matrices else ESTIMATES,
             "objective": provenance(minimised, before.described if before else None),

@@ -20,7 +20,7 @@ from transformers import (
 
 from geffect import distributed, gram
 from geffect.capture.collector import Measurement
-from geffect.capture.recording import OnError, Recording
+from geffect.capture.recording import IfExists, OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
@@ -152,9 +152,11 @@ class GEffectCallback(TrainerCallback):
             metadata=self._metadata,
             store=self._store,
             steps=due,
-            overwrite=(self._overwrite or self._ours) and not resumed,
-            resume=resumed,
-            drop_after=state.global_step - 1 if resumed else None,
+            existing=IfExists(
+                overwrite=(self._overwrite or self._ours) and not resumed,
+                resume=resumed,
+                drop_after=state.global_step - 1 if resumed else None,
+            ),
             on_error=self._on_error,
             provenance={"trainer": _provenance(trainer, args)},
         )

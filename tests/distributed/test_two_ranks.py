@@ -575,7 +575,7 @@ def test_losses_that_differ_between_processes_are_told_apart(tmp_path: Path) -> 
     assert "0 * loss" in said[0]
 
 
-def collectives_on_a_rank(layout: str, path: Path) -> list[int]:
+def collectives_on_a_rank(layout: str, path: Path, stepped: bool) -> list[int]:
     """How many reductions each of a few recorded steps makes."""
     count, reduce = [0], dist.all_reduce
 
@@ -584,6 +584,7 @@ def collectives_on_a_rank(layout: str, path: Path) -> list[int]:
         return reduce(*arguments, **options)
 
     model = LAYOUTS[layout](trained_in(layout))
+    optimizer = optimizer_of(model)
     steps = []
     with Recorder(model, path) as recorder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted)
@@ -591,14 +592,23 @@ def collectives_on_a_rank(layout: str, path: Path) -> list[int]:
             losses = losses_of_a_rank(model)
             count[0] = 0
             recorder.backward(objective={"forget": -1.0}, **losses)
+            if stepped:
+                optimizer.step()
             steps.append(count[0])
     return steps
 
 
-def test_a_step_of_a_sharded_model_makes_few_small_reductions(tmp_path: Path) -> None:
-    """Whether all go on, the inner products of all parameters at once, and the losses."""
-    first, *others = two_ranks.run(collectives_on_a_rank, "fsdp", tmp_path / "run.h5")[0]
-    assert others == [3, 3]
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_step_of_a_sharded_model_makes_few_small_reductions(
+    stepped: bool, tmp_path: Path
+) -> None:
+    """Whether all go on, the inner products of all parameters at once, and the losses.
+
+    Where no optimizer steps, also what has moved in the part of any rank.
+    """
+    path = tmp_path / "run.h5"
+    first, *others = two_ranks.run(collectives_on_a_rank, "fsdp", path, stepped)[0]
+    assert others == ([3, 3] if stepped else [4, 4])
     assert first <= 4
 
 
