@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from geffect.layers import Parameter
@@ -116,3 +117,9 @@ def assert_same_bits(found: np.ndarray, expected: Any) -> None:
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert found.tobytes() == expected.tobytes()
+
+
+def damage(path: Path, name: str, where: Any, value: float) -> None:
+    """Change one number of a file."""
+    with h5py.File(path, "r+") as file:
+        file[name][where] = value

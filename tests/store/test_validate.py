@@ -1,0 +1,75 @@
+"""What `validate` says of a run file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geffect.store import open_run, validate
+from tests.utils.runs import (
+    damage,
+    plain_rows,
+    recorded,
+    row_of,
+)
+
+
+def test_a_whole_run_has_no_problems(tmp_path: Path) -> None:
+    health = validate(recorded(tmp_path / "a.h5", plain_rows(3)))
+    assert (health.steps, health.complete, health.whole) == (3, True, True)
+    assert (health.problems, health.remarks) == ((), ())
+
+
+def test_an_open_run_is_whole_and_remarked_on(tmp_path: Path) -> None:
+    health = validate(recorded(tmp_path / "a.h5", plain_rows(3), complete=None))
+    assert (health.steps, health.complete, health.whole) == (3, False, True)
+    assert health.remarks == ("the recorder was not closed: being recorded, or killed",)
+
+
+def test_a_half_written_row_is_not_shown_and_remarked_on(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(3), complete=None)
+    damage(path, "gram", (3, 0), 1e9)
+    health = validate(path)
+    assert (health.steps, health.whole) == (3, True)
+    assert "one step was written but not committed, and is not shown" in health.remarks
+    assert len(open_run(path).gram()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "value", "problem"),
+    [
+        ("gram", (1, 0, 0, 1), -1.0, "a Gram matrix is not symmetric"),
+        ("gram", (1, 0, 0, 1), np.nan, "a Gram matrix is not symmetric"),
+        ("gram", (0, 1, 1, 1), -4.0, "a squared norm of `forget` is negative"),
+        ("gram", (2, 1, 2, 2), 1e-9, "`retain` and `objective` are beyond |a||b|"),
+        ("steps/step", 1, 2, "the steps are not in increasing order"),
+        ("steps/step", 2, 0, "the steps are not in increasing order"),
+    ],
+)
+def test_damage_is_named(
+    tmp_path: Path, name: str, where: object, value: float, problem: str
+) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(3))
+    damage(path, name, where, value)
+    health = validate(path)
+    assert not health.whole
+    assert problem in health.problems
+
+
+def test_two_entries_beyond_their_norms_are_named(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(3))
+    for i, j in ((0, 1), (1, 0)):
+        damage(path, "gram", (2, 0, i, j), -1e4)
+    assert validate(path).problems == ("`forget` and `objective` are beyond |a||b|",)
+
+
+def test_absent_sources_and_rounding_are_no_damage(tmp_path: Path) -> None:
+    a, b = np.float64(1.0), np.float64(1.0 + 1e-9)
+    vectors = np.array([b - a, a, b])
+    K = np.tile(np.outer(vectors, vectors), (2, 1, 1))
+    K[:, 0, 0] = -1e-17  # a difference of long gradients, of which rounding left less than nothing
+    K[:, 0, 2] *= 1 + 1e-15
+    absent = np.full_like(K, np.nan)
+    absent[:, 1, 1] = 1.0
+    rows = [row_of(0, gram=K), row_of(1, gram=absent)]
+    assert validate(recorded(tmp_path / "a.h5", rows)).problems == ()
