@@ -1,8 +1,6 @@
-"""Replay of checkpoints: what is recorded of them, and that they stay as they are."""
+"""A replay of checkpoints, against plain autograd on each of them."""
 
-import builtins
 import copy
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from geffect import open_run
-from geffect.analysis import cosine, drift, g_effect, predicted_change
+from geffect.analysis import cosine, drift, predicted_change
 from geffect.capture.recorder import Recorder
-from geffect.checkpoints import loading as folders
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
 from geffect.checkpoints.replay import replay
@@ -28,11 +25,9 @@ from geffect.data.collate import batched
 from geffect.data.examples import read
 from geffect.objectives import (
     NPO,
-    TNPO,
     Component,
     FrozenModel,
     GradDiff,
-    Likelihoods,
     Objective,
     Reduction,
     Reference,
@@ -43,74 +38,8 @@ from geffect.objectives import reference as references
 from geffect.risk import sequence_sum, token_log_probabilities
 from geffect.store import validate
 from tests.utils import reference, tiny
-from tests.utils.chat import TURNS, make_tokenizer, without, written
-
-GA = {"forget": -1.0}
-FORGET = [tiny.batch(i, rows=2) for i in range(4)]
-RETAIN = [tiny.batch(20 + i, rows=3, padding=i) for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints of a tiny tied Llama with dropout."""
-    folder = tmp_path_factory.mktemp("run")
-    for step in (5, 10, 15):
-        tiny.llama(seed=step, tied=True, dropout=0.5).save_pretrained(folder / f"checkpoint-{step}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, an adapter as it is at the start, and one that has been trained."""
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("adapters")
-    base = tiny.llama(seed=1)
-    base.save_pretrained(folder / "base")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    model.base_model.model.config._name_or_path = str(folder / "base")
-    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    model.save_pretrained(folder / "checkpoint-0")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder / "checkpoint-8")
-    return folder
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def loaded(folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model
-
-
-def naive(
-    model: nn.Module, objective: Any, forget: Any, retain: Any, before: nn.Module | None = None
-) -> dict[str, Any]:
-    """The gradient of every source on one batch, by autograd."""
-    risks = {"forget": reference.nll(model, forget), "retain": reference.nll(model, retain)}
-    compared = None if before is None else FrozenModel(before)
-    pair = {"forget": forget, "retain": retain}
-    loss = as_objective(objective)(model, pair, compared)
-    every = {"objective": loss, **risks}
-    return {name: reference.gradient(model, value) for name, value in every.items()}
-
-
-def effects(run: Any) -> dict[tuple[int, str], float]:
-    table = g_effect(run, by="model")
-    return {(row.step, row.effect): row.value for row in table.itertuples()}
-
+from tests.utils.chat import TURNS, make_tokenizer, written
+from tests.utils.checkpoints import FORGET, GA, RETAIN, digests, effects, loaded, naive
 
 # What is recorded
 
@@ -163,47 +92,6 @@ def test_how_it_was_made_stands_in_the_file(run_folder: Path, tmp_path: Path) ->
     assert how["biased"] is False and run.manifest["versions"]["geffect"]
     assert run.manifest["losses"]["objective"] == "loss"
     assert str(tmp_path) not in json.dumps(dict(run.manifest))
-
-
-def test_one_model_is_made_and_the_weights_of_each_are_read(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = []
-    monkeypatch.setattr(folders, "_model_of", lambda path: made.append(path) or loaded(path))
-    replay(
-        [run_folder / f"checkpoint-{step}" for step in (5, 10, 15)], tmp_path / "run.h5",
-        objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full, update=True,
-    )  # fmt: skip
-    assert made == [run_folder / "checkpoint-5"]
-
-
-def test_the_model_holds_exactly_the_weights_of_the_checkpoint(run_folder: Path) -> None:
-    loader = Loader()
-    for step in (5, 15, 10):
-        model = loader.load(run_folder / f"checkpoint-{step}")
-        there = loaded(run_folder / f"checkpoint-{step}").state_dict()
-        assert all(torch.equal(there[name], here) for name, here in model.state_dict().items())
-        assert not model.training and all(p.requires_grad for p in model.parameters())
-        assert all(p.grad is None for p in model.parameters())
-
-
-def test_weights_in_several_files_and_under_other_names(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        tiny.gpt2(seed).save_pretrained(tmp_path / str(seed), max_shard_size="5KB")
-    assert (tmp_path / "1" / "model.safetensors.index.json").is_file()
-    # The base alone, whose names lack a prefix that those of the whole model have.
-    tiny.gpt2(2).transformer.save_pretrained(tmp_path / "2")
-    loader = Loader()
-    for seed in (0, 1, 2):
-        model, expected = loader.load(tmp_path / str(seed)), tiny.gpt2(seed)
-        for name, parameter in expected.named_parameters():
-            assert torch.equal(model.get_parameter(name), parameter), (seed, name)
-
-
-def test_half_precision_stays_as_it_was_saved(tmp_path: Path) -> None:
-    tiny.llama().bfloat16().save_pretrained(tmp_path / "half")
-    model = Loader().load(tmp_path / "half")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_the_update_is_the_way_to_the_next_checkpoint(run_folder: Path, tmp_path: Path) -> None:
@@ -328,144 +216,6 @@ class PrefersTheAlternate(Objective):
     @property
     def reductions(self) -> dict[str, Reduction]:
         return {"forget": Reduction("forget", "sequence_sum")}
-
-
-# The reference model
-
-
-@pytest.mark.parametrize("objective", [NPO(beta=0.5), TNPO(beta=2.0), GradDiff(forget=NPO())])
-def test_remembered_likelihoods_are_those_of_the_model(objective: Objective) -> None:
-    model, original = tiny.gpt2(0), tiny.gpt2(1)
-    forget = FORGET[2]
-    batch = {"forget": forget, "retain": RETAIN[1]}
-    there = FrozenModel(original.eval())
-    remembered = Likelihoods(there, FORGET)
-    assert torch.equal(remembered.log_probabilities(forget), there.log_probabilities(forget))
-    losses = [objective(model, batch, before) for before in (remembered, there)]
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    grads = [reference.flat(reference.gradient(model, loss)) for loss in losses]
-    assert torch.allclose(grads[0], grads[1], rtol=1e-5, atol=1e-7)
-
-
-def test_a_certain_token_is_remembered_as_certain() -> None:
-    class Certain:
-        def __call__(self, input_ids: Tensor, **_: Tensor) -> Any:
-            logits = 1e4 * nn.functional.one_hot(input_ids.roll(-1, dims=1), 23).float()
-            return type("Output", (), {"logits": logits})
-
-    batch = FORGET[0]
-    assert (Likelihoods(FrozenModel(Certain()), [batch]).log_probabilities(batch) == 0).all()
-
-
-def test_the_reference_is_asked_once_for_each_batch_and_let_go(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def count(model: nn.Module, batch: Any) -> Any:
-        asked.append(batch)
-        return token_log_probabilities(model, batch)
-
-    monkeypatch.setattr(references, "token_log_probabilities", count)
-    replay(
-        [run_folder / "checkpoint-10", run_folder / "checkpoint-15"], tmp_path / "run.h5",
-        objective=NPO(), forget=FORGET, retain=RETAIN, reference=run_folder / "checkpoint-5",
-    )  # fmt: skip
-    assert len(asked) == len(FORGET)
-
-
-def test_another_reference(run_folder: Path, tmp_path: Path) -> None:
-    run = replay(
-        run_folder / "checkpoint-10", tmp_path / "run.h5", objective=NPO(beta=0.5),
-        forget=FORGET, retain=RETAIN, reference=run_folder / "checkpoint-15",
-        estimator=same_batch,
-    )  # fmt: skip
-    model = loaded(run_folder / "checkpoint-10")
-    before, npo = loaded(run_folder / "checkpoint-15"), NPO(beta=0.5)
-    rows = [naive(model, npo, f, r, before) for f, r in zip(FORGET, RETAIN, strict=True)]
-    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
-    assert effects(run)[10, "unlearning"] == pytest.approx(expected, rel=1e-4)
-    assert run.manifest["objective"]["reference"]["is"] == "checkpoint-15"
-
-
-def test_an_objective_that_needs_all_of_the_reference_keeps_it(
-    run_folder: Path, tmp_path: Path
-) -> None:
-    class Distance(Objective):
-        """Minus the squared distance of the logits from those of the reference."""
-
-        reference = "logits"
-
-        def components(
-            self, model: Any, batch: Any, reference: Reference | None = None
-        ) -> dict[str, Component]:
-            logits = model(input_ids=batch["forget"]["input_ids"]).logits
-            before = self.compared(reference).logits(batch["forget"])
-            return {"forget": Component((logits - before).square().mean(), -1.0)}
-
-    run = replay(
-        [run_folder / f"checkpoint-{step}" for step in (5, 10)], tmp_path / "run.h5",
-        objective=Distance(), forget=FORGET, retain=RETAIN,
-    )  # fmt: skip
-    norms = run.gram()[:, :, 0, 0].sum(axis=1)
-    assert norms[0] == pytest.approx(0.0, abs=1e-12) and norms[1] > 1e-6
-
-
-# LoRA
-
-
-def test_adapters(adapters: Path, tmp_path: Path) -> None:
-    before = digests(adapters)
-    run = replay(
-        [adapters / "checkpoint-0", adapters / "checkpoint-8"], tmp_path / "run.h5",
-        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch, update=True,
-    )  # fmt: skip
-    assert run.steps.tolist() == [0, 8]
-    assert all(p.module.endswith(("lora_A", "lora_B")) for p in run.layers)
-    import peft
-
-    for step in (0, 8):
-        model = peft.PeftModel.from_pretrained(
-            loaded(adapters / "base"), adapters / f"checkpoint-{step}", is_trainable=True
-        ).eval()
-        rows = [naive(model, GA, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
-        expected = np.mean([reference.inner(g["objective"], g["retain"]) for g in rows])
-        assert effects(run)[step, "retaining"] == pytest.approx(expected, rel=1e-4)
-    # With B at zero nothing reaches A: no length, no angle.
-    norm = run.gram()[0, :, 1, 1]
-    angle = cosine(run, "forget", "retain", by="parameter").query("step == 0")
-    for parameter, squared, row in zip(run.layers, norm, angle["value"], strict=True):
-        at_start = parameter.module.endswith("lora_A")
-        assert (squared == 0) == at_start == np.isnan(row)
-    assert predicted_change(run, by="model").query("step == 0")["value"].notna().all()
-    assert digests(adapters) == before
-
-
-def test_a_base_that_has_moved(adapters: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapters / "base", tmp_path / "elsewhere")
-    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")
-    config = tmp_path / "checkpoint-8" / "adapter_config.json"
-    said = json.loads(config.read_text())
-    config.write_text(json.dumps({**said, "base_model_name_or_path": "gone/away"}))
-    model = Loader(base=tmp_path / "elsewhere").load(tmp_path / "checkpoint-8")
-    assert sum(parameter.requires_grad for parameter in model.parameters()) == 16
-
-
-def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-9")
-    config = tmp_path / "checkpoint-9" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 99}))
-    loader = Loader()
-    loader.load(adapters / "checkpoint-8")
-    for other in (tmp_path / "checkpoint-9", adapters / "base"):
-        with pytest.raises(ValueError, match="set up in another way"):
-            loader.load(other)
-
-
-def test_peft_is_named_where_it_is_missing(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builtins, "__import__", without("peft"))
-    with pytest.raises(ImportError, match="pip install peft"):
-        Loader().load(adapters / "checkpoint-0")
 
 
 # Data
@@ -736,90 +486,6 @@ def test_the_output_is_looked_at_before_any_model_is_run(
             objective=NPO(), forget=FORGET, retain=RETAIN,
         )  # fmt: skip
     assert (tmp_path / "run.h5").read_text() == "mine"
-
-
-def test_a_first_checkpoint_that_has_unlearned_is_no_reference_in_silence(
-    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def told(**given: Any) -> str:
-        caplog.clear()
-        fine: dict[str, Any] = {"objective": NPO(), "forget": FORGET, "retain": RETAIN}
-        checkpoint = given.pop("checkpoint", run_folder / "checkpoint-5")
-        replay(checkpoint, tmp_path / "run.h5", overwrite=True, **fine | given)
-        return caplog.text
-
-    assert "`checkpoint-5` is taken" in told() and "--reference" in caplog.text
-    assert told(reference=run_folder / "checkpoint-10") == ""
-    assert told(objective=GA) == ""
-    shutil.copytree(run_folder / "checkpoint-5", tmp_path / "checkpoint-0")
-    shutil.copytree(run_folder / "checkpoint-5", tmp_path / "original")
-    assert (
-        told(checkpoint=tmp_path / "checkpoint-0") == told(checkpoint=tmp_path / "original") == ""
-    )
-
-
-@pytest.mark.parametrize("needs", ["likelihoods", "logits"])
-def test_the_reference_of_adapters_is_the_model_they_are_for(
-    adapters: Path, tmp_path: Path, needs: str, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(NPO, "reference", needs)
-    before = digests(adapters)
-    run = replay(
-        adapters / "checkpoint-8", tmp_path / "run.h5", objective=NPO(beta=0.5),
-        forget=FORGET, retain=RETAIN, estimator=same_batch,
-    )  # fmt: skip
-    import peft
-
-    model = peft.PeftModel.from_pretrained(
-        loaded(adapters / "base"), adapters / "checkpoint-8", is_trainable=True
-    ).eval()
-    original, npo = loaded(adapters / "base"), NPO(beta=0.5)
-    rows = [naive(model, npo, f, r, original) for f, r in zip(FORGET, RETAIN, strict=True)]
-    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
-    assert effects(run)[8, "unlearning"] == pytest.approx(expected, rel=1e-4)
-    said = run.manifest["objective"]["reference"]
-    assert said == {"needs": needs, "is": "base, the model that the adapters are for"}
-    assert caplog.text == "" and digests(adapters) == before
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
-    ids=str,
-)
-def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
-    how = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **options)
-    trained = peft.get_peft_model(loaded(tmp_path / "base"), how)
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    trained.save_pretrained(tmp_path / "checkpoint-2")
-    run = replay(
-        tmp_path / "checkpoint-2", tmp_path / "run.h5", objective=NPO(beta=0.5),
-        forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch, base=tmp_path / "base",
-    )  # fmt: skip
-    model = peft.PeftModel.from_pretrained(
-        loaded(tmp_path / "base"), tmp_path / "checkpoint-2", is_trainable=True
-    ).eval()
-    original = loaded(tmp_path / "base")
-    rows = [
-        naive(model, NPO(beta=0.5), f, r, original)
-        for f, r in zip(FORGET[:2], RETAIN[:2], strict=True)
-    ]
-    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
-    assert effects(run)[2, "unlearning"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_tokenizer_of_the_base_of_an_adapter(adapters: Path, tmp_path: Path) -> None:

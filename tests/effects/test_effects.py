@@ -2,24 +2,16 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geffect import Recorder, open_run
-from geffect.analysis import SAMPLES, TOKENS, as_columns, instances, kept, tokens
-from geffect.analysis.base import By, column_of
 from geffect.effects import InstanceEffects, direction, sample_effects, token_effects
-from geffect.gradients import Vector
 from geffect.layers import describe, trainable
 from geffect.objectives import (
     NPO,
@@ -31,79 +23,14 @@ from geffect.objectives import (
     WeightedGradientAscent,
     nll,
 )
-from geffect.scores import score_of
 from tests.utils import reference, tiny
+from tests.utils.effects import MODELS, gradients, inner, made, sums_of_log_p, uneven
 
-SHAPE = {
-    "vocab_size": tiny.VOCABULARY, "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
-}  # fmt: skip
-GROUPED = {**SHAPE, "num_key_value_heads": 1, "head_dim": 4}
-
-MODELS: Mapping[str, Callable[[], nn.Module]] = {
-    "gpt2": tiny.gpt2,
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
-    "llama, tied": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True)
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True)
-    ),
-    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED)),
-    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SHAPE)),
-    "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SHAPE)),
-}
 IN_FLOAT64 = ["gpt2", "phi", "neox"]  # the others take norms in float32 whatever they are
-
-
-def made(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model of the family, away from the zeros and ones that it starts with."""
-    torch.manual_seed(0)
-    model = MODELS[name]().to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def uneven(seed: int, rows: int = 3) -> dict[str, Tensor]:
-    """Questions and answers of several lengths, padded on the right with a token that occurs."""
-    batch = tiny.batch(seed, rows=rows, length=8, padding=1)
-    batch["input_ids"][0, 3] = SHAPE["pad_token_id"]
-    for row in range(1, rows):
-        end = 8 - row
-        batch["input_ids"][row, end:] = SHAPE["pad_token_id"]
-        batch["attention_mask"][row, end:] = 0
-        batch["labels"][row, end:] = -100
-    return batch
-
-
-Flat = Sequence[Tensor]
-
-
-def gradients(model: nn.Module, value: Tensor) -> Flat:
-    """One backward pass, by parameter, zero where it does not reach."""
-    tensors = list(trainable(model).values())
-    found = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
-
-
-def inner(a: Flat, b: Sequence[Tensor | None]) -> Tensor:
-    """<a, b> of every parameter, in float64."""
-    pairs = zip(a, b, strict=True)
-    return torch.stack([(x.double() * (0.0 if y is None else y.double())).sum() for x, y in pairs])
 
 
 def length(a: Sequence[Tensor | None]) -> float:
     return sum(float(x.double().square().sum()) for x in a if x is not None) ** 0.5
-
-
-def sums_of_log_p(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """log p(s) of every sample."""
-    return [torch.stack(tokens).sum() for tokens in reference.token_log_p(model, batch)]
 
 
 CASES = [(name, torch.float32, 1e-6) for name in MODELS] + [
@@ -502,114 +429,3 @@ def test_a_parameter_that_the_risk_does_not_reach_stands_still() -> None:
     assert (samples[:, names.index("body.gain")] == 0).all()
     by_sample = token_effects(model, batch, along).by_sample
     torch.testing.assert_close(samples.sum(dim=1), by_sample, rtol=1e-9, atol=1e-14)
-
-
-# --- tables
-
-
-RISKS = ("retain", "forget")
-
-
-@pytest.fixture(scope="module")
-def measured() -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Vector]]:
-    """A model, batches, and the directions of two risks."""
-    model = made("gpt2", torch.float64)
-    along = {risk: direction(model, [uneven(i)]) for i, risk in enumerate(RISKS, start=1)}
-    return model, [uneven(3), uneven(4, rows=2)], along
-
-
-@pytest.mark.parametrize("by", ["parameter", "layer", "group", "model", lambda p: p.module])
-def test_instances_are_a_tidy_table(measured: Any, by: By) -> None:
-    model, batches, along = measured
-    table = instances(model, batches, along, by)
-    assert list(table.columns) == ["sample", column_of(by), "risk", "value"]
-    assert list(table["risk"].cat.categories) == list(RISKS)
-    one = instances(model, batches, along["forget"], by)
-    assert list(one.columns) == ["sample", column_of(by), "value"]
-    pd.testing.assert_series_equal(
-        one["value"], table.query("risk == 'forget'")["value"].reset_index(drop=True)
-    )
-    found = table.groupby(["risk", "sample"], observed=True)["value"].sum().to_numpy()
-    naive = [
-        float(inner(gradients(model, s), along[risk]).sum())
-        for risk in RISKS
-        for batch in batches
-        for s in sums_of_log_p(model, batch)
-    ]
-    np.testing.assert_allclose(found, naive, rtol=1e-9)
-
-
-def test_layers_of_instances_stand_in_network_order(measured: Any) -> None:
-    model, batches, along = measured
-    table = instances(model, batches, along["forget"])
-    assert list(table["layer"].cat.categories) == [
-        "embedding+head", "embedding", "layer 0", "layer 1", "layer 2", "final norm"
-    ]  # fmt: skip
-    with InstanceEffects(model, along["forget"]) as effects:
-        torch.stack(sums_of_log_p(model, batches[0])).sum().backward()
-    model.zero_grad()
-    assert effects.layers == list(table["layer"].cat.categories)
-    np.testing.assert_allclose(
-        table["value"].to_numpy().reshape(5, 6)[:3], effects.by_layer.numpy(), rtol=1e-9
-    )
-
-
-def test_tokens_add_up_to_instances(measured: Any) -> None:
-    model, batches, along = measured
-    table = tokens(model, batches, along)
-    assert list(table.columns) == ["sample", "position", "token", "p", "risk", "value"]
-    assert score_of(table) == score_of(instances(model, batches, along))
-    sums = table.groupby(["risk", "sample"], observed=True)["value"].sum()
-    whole = instances(model, batches, along, "model")
-    whole = whole.set_index(["risk", "sample"])["value"]
-    np.testing.assert_allclose(sums, whole.loc[sums.index], rtol=1e-9)
-    first = table.query("sample == 0 and risk == 'forget'")
-    labels = batches[0]["labels"][0]
-    assert first["position"].tolist() == torch.nonzero(labels[1:] != -100).flatten().add(1).tolist()
-    assert first["token"].tolist() == labels[first["position"].tolist()].tolist()
-    log_p = torch.stack(reference.token_log_p(model, batches[0])[0]).detach()
-    np.testing.assert_allclose(first["p"], log_p.exp(), rtol=1e-12)
-    one = tokens(model, batches, along["forget"])
-    assert list(one.columns) == ["sample", "position", "token", "p", "value"]
-
-
-class Words:
-    """A tokenizer that, as sentence pieces do, drops the space in front of what stands alone."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert not skip_special_tokens
-        return "".join("s" if i % 3 == 0 else f" w{i}" for i in ids).strip()
-
-
-def test_tokens_have_the_text_that_they_add(measured: Any) -> None:
-    model, batches, along = measured
-    ids = tokens(model, batches, along["forget"])
-    texts = tokens(model, batches, along["forget"], tokenizer=Words())
-    expected = ["s" if i % 3 == 0 else f" w{i}" for i in ids["token"]]
-    assert texts["token"].tolist() == expected
-    pd.testing.assert_frame_equal(texts.drop(columns="token"), ids.drop(columns="token"))
-
-
-def test_no_samples_are_refused(measured: Any) -> None:
-    model, _, along = measured
-    for table in (instances, tokens):
-        with pytest.raises(ValueError, match=r"`batches` .*should .* Found .* Pass one"):
-            table(model, [], along)
-
-
-def test_tables_are_kept_with_a_run_and_come_back(measured: Any, tmp_path: Path) -> None:
-    model, batches, along = measured
-    made_here = {
-        SAMPLES: instances(model, batches, along, "group"),
-        TOKENS: tokens(model, batches, along, tokenizer=Words()),
-    }
-    plain = nn.Linear(2, 1)
-    with Recorder(plain, tmp_path / "run.h5") as recorder:
-        recorder.backward(objective=plain(torch.ones(2)).sum())
-        for name, table in made_here.items():
-            recorder.keep_table(name, as_columns(table))
-    run = open_run(tmp_path / "run.h5")
-    for name, table in made_here.items():
-        back = kept(run, name)
-        assert score_of(back) == score_of(table)
-        pd.testing.assert_frame_equal(back[table.columns], table, check_dtype=False)

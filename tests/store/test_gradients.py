@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 
 from geffect.encodings import ENCODINGS
-from geffect.store import (
-    RunFileError,
-    open_run,
-    validate,
-)
+from geffect.store import RunFileError, open_run, validate
 from geffect.store.writer import RunWriter
 from tests.utils.stored_gradients import (
     LAYERS,

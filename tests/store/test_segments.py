@@ -10,15 +10,7 @@ import torch
 
 from geffect.encodings import ENCODINGS
 from geffect.layers import Parameter
-from geffect.store import (
-    Contents,
-    Row,
-    RunFileError,
-    StoredGradients,
-    open_run,
-    segments,
-    validate,
-)
+from geffect.store import Contents, Row, RunFileError, StoredGradients, open_run, segments, validate
 from geffect.store.background import Writer
 from geffect.store.shards import ShardWriter
 from geffect.store.size import projected_bytes, remaining_bytes

@@ -6,12 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from geffect.store import (
-    Contents,
-    RunFileError,
-    open_run,
-    validate,
-)
+from geffect.store import Contents, RunFileError, open_run, validate
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter

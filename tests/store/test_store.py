@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from geffect.store import RunFileError, open_run
-from geffect.store.schema import (
-    RECTIFICATION_COLUMNS,
-    STEP_COLUMNS,
-    VERSION,
-    WEIGHT_STATISTICS,
-)
+from geffect.store.schema import RECTIFICATION_COLUMNS, STEP_COLUMNS, VERSION, WEIGHT_STATISTICS
 from geffect.store.writer import FIRST_CAPACITY, RunWriter
 from tests.utils.runs import (
     BLOCKS,

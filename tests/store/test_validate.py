@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from geffect.store import open_run, validate
-from tests.utils.runs import (
-    damage,
-    plain_rows,
-    recorded,
-    row_of,
-)
+from tests.utils.runs import damage, plain_rows, recorded, row_of
 
 
 def test_a_whole_run_has_no_problems(tmp_path: Path) -> None:

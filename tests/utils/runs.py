@@ -8,12 +8,7 @@ import numpy as np
 
 from geffect.layers import Parameter
 from geffect.sketch import Sketch
-from geffect.store.schema import (
-    RECTIFICATION_COLUMNS,
-    WEIGHT_STATISTICS,
-    Contents,
-    Row,
-)
+from geffect.store.schema import RECTIFICATION_COLUMNS, WEIGHT_STATISTICS, Contents, Row
 from geffect.store.writer import RunWriter
 
 SOURCES = ("objective", "forget", "retain")

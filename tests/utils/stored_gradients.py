@@ -11,13 +11,7 @@ import torch
 
 from geffect.encodings import ENCODINGS
 from geffect.layers import Parameter
-from geffect.store import (
-    Contents,
-    Row,
-    Run,
-    StoredGradients,
-    open_run,
-)
+from geffect.store import Contents, Row, Run, StoredGradients, open_run
 from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter
 

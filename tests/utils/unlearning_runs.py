@@ -1,9 +1,18 @@
-"""The arguments of an unlearning that a plain loop can follow."""
+"""Unlearnings that a plain loop can follow: their arguments, data, and the loop's losses."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import TrainingArguments
+
+from geffect import Rectifier
+from geffect.data.pairs import Pairing
+from geffect.objectives import NPO, GradDiff, GradientAscent, Objective, WeightedGradientAscent
+from geffect.trainers.unlearning import UnlearningTrainer
+from tests.utils import reference, tiny
 
 LR, BATCH, WINDOW, EPOCHS, SEED = 1e-2, 2, 3, 2, 3
 
@@ -27,3 +36,111 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "seed": SEED,
     }
     return TrainingArguments(**usual | options)
+
+
+Item = dict[str, Tensor]
+
+WEIGHT = 0.01  # of the retain term: conflicts are left
+
+
+def items(count: int, seed: int) -> list[Item]:
+    """Samples of unequal length."""
+    rows = [tiny.batch(seed + i, rows=1, length=5 + (3 * i) % 4) for i in range(count)]
+    return [{name: value[0] for name, value in row.items()} for row in rows]
+
+
+FORGET, RETAIN, WORLD = items(9, 0), items(14, 100), items(5, 200)
+"""Two epochs of 5 micro-batches of a pair or two: windows of 3 and 2, and no retain item twice."""
+
+
+def trained(
+    folder: Path,
+    model: nn.Module,
+    objective: Objective,
+    *,
+    rectifier: Rectifier | None = None,
+    recorder: Any = None,
+    data: dict[str, Any] | None = None,
+    resume: Any = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> UnlearningTrainer:
+    """A trainer that has trained the model."""
+    trainer = UnlearningTrainer(
+        model,
+        arguments(folder, **options),
+        objective=objective,
+        **({"forget": FORGET, "retain": RETAIN} if data is None else data),
+        rectifier=rectifier,
+        recorder=recorder,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def states(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def windows(**sets: Sequence[Item]) -> Iterator[list[dict[str, Item]]]:
+    """The micro-batches of each step, padded by hand."""
+    pairing = Pairing([len(of_set) for of_set in sets.values()], SEED)
+    for pairing.epoch in range(EPOCHS):
+        places = list(pairing)
+        batches = []
+        for start in range(0, len(places), BATCH):
+            chosen = places[start : start + BATCH]
+            columns = zip(sets.items(), zip(*chosen, strict=True), strict=True)
+            batches.append({name: padded([s[i] for i in which]) for (name, s), which in columns})
+        for start in range(0, len(batches), WINDOW):
+            yield batches[start : start + WINDOW]
+
+
+def padded(chosen: Sequence[Item]) -> Item:
+    length = max(len(item["input_ids"]) for item in chosen)
+    fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    return {
+        name: torch.tensor(
+            [[*item[name].tolist(), *[value] * (length - len(item[name]))] for item in chosen]
+        )
+        for name, value in fill.items()
+    }
+
+
+def ga(model: Any, origin: Any, batch: Any) -> Tensor:
+    return -reference.nll(model, batch["forget"])
+
+
+def wga(model: Any, origin: Any, batch: Any) -> Tensor:
+    log_p = [p for row in reference.token_log_p(model, batch["forget"]) for p in row]
+    return torch.stack([p.exp().detach() * p for p in log_p]).mean()
+
+
+def npo(model: Any, origin: Any, batch: Any) -> Tensor:
+    now, then = (reference.token_log_p(m, batch["forget"]) for m in (model, origin))
+    losses = [
+        -20 * torch.nn.functional.logsigmoid(0.1 * (sum(b).detach() - sum(a)))
+        for a, b in zip(now, then, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def plus_retain(forget: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def objective(model: Any, origin: Any, batch: Any) -> Tensor:
+        return forget(model, origin, batch) + WEIGHT * reference.nll(model, batch["retain"])
+
+    return objective
+
+
+OBJECTIVES = {
+    "ga": (GradientAscent(), ga),
+    "wga": (WeightedGradientAscent(), wga),
+    "npo": (NPO(beta=0.1), npo),
+    "graddiff": (GradDiff(weight=WEIGHT), plus_retain(ga)),
+    "npo+gd": (GradDiff(forget=NPO(beta=0.1), weight=WEIGHT), plus_retain(npo)),
+}
+
+
+def flat_gradient(model: nn.Module, losses: list[Tensor]) -> Tensor:
+    return reference.flat(reference.gradient(model, torch.stack(losses).mean()))

@@ -1,0 +1,159 @@
+"""The models of checkpoints: weights, half precision, and adapters of peft."""
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from geffect.analysis import cosine, predicted_change
+from geffect.checkpoints import loading as folders
+from geffect.checkpoints.estimators import full, same_batch
+from geffect.checkpoints.loading import Loader
+from geffect.checkpoints.replay import replay
+from geffect.objectives import NPO
+from tests.utils import reference, tiny
+from tests.utils.chat import without
+from tests.utils.checkpoints import FORGET, GA, RETAIN, digests, effects, loaded, naive
+
+
+def test_one_model_is_made_and_the_weights_of_each_are_read(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(folders, "_model_of", lambda path: made.append(path) or loaded(path))
+    replay(
+        [run_folder / f"checkpoint-{step}" for step in (5, 10, 15)], tmp_path / "run.h5",
+        objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full, update=True,
+    )  # fmt: skip
+    assert made == [run_folder / "checkpoint-5"]
+
+
+def test_the_model_holds_exactly_the_weights_of_the_checkpoint(run_folder: Path) -> None:
+    loader = Loader()
+    for step in (5, 15, 10):
+        model = loader.load(run_folder / f"checkpoint-{step}")
+        there = loaded(run_folder / f"checkpoint-{step}").state_dict()
+        assert all(torch.equal(there[name], here) for name, here in model.state_dict().items())
+        assert not model.training and all(p.requires_grad for p in model.parameters())
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_weights_in_several_files_and_under_other_names(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny.gpt2(seed).save_pretrained(tmp_path / str(seed), max_shard_size="5KB")
+    assert (tmp_path / "1" / "model.safetensors.index.json").is_file()
+    # The base alone, whose names lack a prefix that those of the whole model have.
+    tiny.gpt2(2).transformer.save_pretrained(tmp_path / "2")
+    loader = Loader()
+    for seed in (0, 1, 2):
+        model, expected = loader.load(tmp_path / str(seed)), tiny.gpt2(seed)
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), (seed, name)
+
+
+def test_half_precision_stays_as_it_was_saved(tmp_path: Path) -> None:
+    tiny.llama().bfloat16().save_pretrained(tmp_path / "half")
+    model = Loader().load(tmp_path / "half")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+# LoRA
+
+
+def test_adapters(adapters: Path, tmp_path: Path) -> None:
+    before = digests(adapters)
+    run = replay(
+        [adapters / "checkpoint-0", adapters / "checkpoint-8"], tmp_path / "run.h5",
+        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch, update=True,
+    )  # fmt: skip
+    assert run.steps.tolist() == [0, 8]
+    assert all(p.module.endswith(("lora_A", "lora_B")) for p in run.layers)
+    import peft
+
+    for step in (0, 8):
+        model = peft.PeftModel.from_pretrained(
+            loaded(adapters / "base"), adapters / f"checkpoint-{step}", is_trainable=True
+        ).eval()
+        rows = [naive(model, GA, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+        expected = np.mean([reference.inner(g["objective"], g["retain"]) for g in rows])
+        assert effects(run)[step, "retaining"] == pytest.approx(expected, rel=1e-4)
+    # With B at zero nothing reaches A: no length, no angle.
+    norm = run.gram()[0, :, 1, 1]
+    angle = cosine(run, "forget", "retain", by="parameter").query("step == 0")
+    for parameter, squared, row in zip(run.layers, norm, angle["value"], strict=True):
+        at_start = parameter.module.endswith("lora_A")
+        assert (squared == 0) == at_start == np.isnan(row)
+    assert predicted_change(run, by="model").query("step == 0")["value"].notna().all()
+    assert digests(adapters) == before
+
+
+def test_a_base_that_has_moved(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "base", tmp_path / "elsewhere")
+    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")
+    config = tmp_path / "checkpoint-8" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "base_model_name_or_path": "gone/away"}))
+    model = Loader(base=tmp_path / "elsewhere").load(tmp_path / "checkpoint-8")
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 16
+
+
+def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-9")
+    config = tmp_path / "checkpoint-9" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 99}))
+    loader = Loader()
+    loader.load(adapters / "checkpoint-8")
+    for other in (tmp_path / "checkpoint-9", adapters / "base"):
+        with pytest.raises(ValueError, match="set up in another way"):
+            loader.load(other)
+
+
+def test_peft_is_named_where_it_is_missing(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtins, "__import__", without("peft"))
+    with pytest.raises(ImportError, match="pip install peft"):
+        Loader().load(adapters / "checkpoint-0")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}],
+    ids=str,
+)
+def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    how = peft.LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM", **options)
+    trained = peft.get_peft_model(loaded(tmp_path / "base"), how)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    trained.save_pretrained(tmp_path / "checkpoint-2")
+    run = replay(
+        tmp_path / "checkpoint-2", tmp_path / "run.h5", objective=NPO(beta=0.5),
+        forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch, base=tmp_path / "base",
+    )  # fmt: skip
+    model = peft.PeftModel.from_pretrained(
+        loaded(tmp_path / "base"), tmp_path / "checkpoint-2", is_trainable=True
+    ).eval()
+    original = loaded(tmp_path / "base")
+    rows = [
+        naive(model, NPO(beta=0.5), f, r, original)
+        for f, r in zip(FORGET[:2], RETAIN[:2], strict=True)
+    ]
+    expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
+    assert effects(run)[2, "unlearning"] == pytest.approx(expected, rel=1e-3)
