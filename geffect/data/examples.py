@@ -1,4 +1,4 @@
-"""Questions and answers as tokens, of which only the answer is scored, and the token that ends it.
+"""Questions and answers as tokens: only the answer is scored, and the token that ends it.
 
 Where the answer stands is not computed from lengths of the parts of a row, which tokenizers do not
 keep, but found by rendering the row with and without its answer, and then checked by decoding what
@@ -32,7 +32,7 @@ def read(
 
     - `question` and `answer` go through the chat template of the tokenizer. Without one, or with
       `template=False`, they are put as "Question: ...", a new line and "Answer: ".
-    - `messages`, of which the last is the answer, go through the template, and need one.
+    - `messages` go through the template, and need one; the last is the answer.
     - `prompt` and `completion` are plain text, one after the other as they are.
     - `text` is scored whole.
 
@@ -109,7 +109,7 @@ def spelled(item: Item, tokenizer: Any) -> str:
 
 
 def _cut(item: dict[str, list[int]], max_length: int | None, where: str) -> dict[str, list[int]]:
-    """The first tokens of an item, of which some have to be scored."""
+    """The first tokens of an item; some of them have to be scored."""
     cut = {column: values[:max_length] for column, values in item.items()}
     if all(label == IGNORED for label in cut["labels"]):
         raise ValueError(

@@ -187,7 +187,7 @@ class SharedForward:
     """A model that runs each batch once, for objectives and risks on the same data.
 
     It remembers what it returned for a batch as long as it lives; make one a step. What was run
-    without a graph is run again for who needs one.
+    without a graph is run again where a graph is needed.
 
     >>> calls = []
     >>> def model(input_ids): calls.append(1); return input_ids.sum()

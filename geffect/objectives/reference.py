@@ -181,7 +181,7 @@ def base_changed_by(config: Any) -> str | None:
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        return f"`peft_type = {kind!r}`, of which it is not known"
+        return f"`peft_type = {kind!r}`, whose base may change"
     left: dict[str, tuple[object, ...]] = {
         "bias": ("none",),
         "init_lora_weights": LEAVE_THE_BASE,

@@ -6,7 +6,7 @@ evaluation and the demo use it.
 """
 
 from .alignment import predicts_next
-from .data import RiskSet, as_batches, check_data, named
+from .data import RiskSet, as_batches, check_data, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
 from .likelihood import (
     check_answers,
@@ -30,8 +30,8 @@ __all__ = [
     "inputs_of",
     "log_likelihood",
     "mean_nll",
-    "named",
     "nll",
+    "noting_risk",
     "predicts_next",
     "risk_gradient",
     "scored_tokens",

@@ -36,8 +36,8 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
 
 
 @contextmanager
-def named(risk: str) -> Iterator[None]:
-    """A block whose errors are about the data of one risk, and say of which in a note."""
+def noting_risk(risk: str) -> Iterator[None]:
+    """A block whose errors say in a note which risk its data are of."""
     try:
         yield
     except Exception as error:
@@ -48,7 +48,7 @@ def named(risk: str) -> Iterator[None]:
 def check_data(batches: RiskSet) -> None:
     """Refuse data whose first batch is none: not named tensors, or without labels.
 
-    Leaves the random numbers alone, of which a loader that shuffles draws some.
+    Leaves the random numbers as they were, also where a loader draws some to shuffle.
 
     >>> check_data([{"input_ids": [[5, 6]], "labels": [[5, 6]]}])
     Traceback (most recent call last):

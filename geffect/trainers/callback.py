@@ -25,7 +25,7 @@ from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
 from geffect.layers import is_adapter
-from geffect.risk import RiskSet, as_batches, check_data, named, risk_gradient
+from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
 from geffect.steps import StepFollower, check_descends, unwrapped
 
@@ -106,7 +106,7 @@ class GEffectCallback(TrainerCallback):
                 'probes={"forget": ..., "retain": ...}.'
             )
         for name, batches in probes.items():
-            with named(name):
+            with noting_risk(name):
                 as_batches(batches)
         self._path = Path(path).resolve()
         self._probes = dict(probes)
@@ -141,7 +141,7 @@ class GEffectCallback(TrainerCallback):
             check_descends(unwrapped(kwargs["optimizer"]))
         with distributed.raise_on_all_ranks():
             for name, batches in self._probes.items():
-                with named(name):
+                with noting_risk(name):
                     check_data(batches)
         resumed = state.global_step > 0
         steps = range(state.global_step, state.max_steps)
@@ -205,7 +205,7 @@ class GEffectCallback(TrainerCallback):
         probes = {}
         with self._let_go_if_it_fails():
             for name, batches in self._probes.items():
-                with named(name):
+                with noting_risk(name):
                     probes[name] = risk_gradient(kwargs["model"], batches, autocast=autocast)
         self._step = Step(
             number=state.global_step,

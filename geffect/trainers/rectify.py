@@ -27,7 +27,7 @@ from geffect.capture import Recorder
 from geffect.gradients import Gradients
 from geffect.layers import trainable
 from geffect.projection import Rectifier
-from geffect.risk import RiskGradient, RiskSet, named, risk_gradient
+from geffect.risk import RiskGradient, RiskSet, noting_risk, risk_gradient
 from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
 from . import rectifier_state
@@ -226,7 +226,7 @@ class _Steps(TrainerCallback):
         losses = {OBJECTIVE: float(self.loss), RETAIN: loss}
         if self.recorder is not None and self.recorder.due:
             for name, data in self.probes.items():
-                with named(name):
+                with noting_risk(name):
                     risk = self._risk_on(data)
                 vectors[name], losses[name] = list(risk.vector), risk.loss
                 weights[name] = {name: 1.0}

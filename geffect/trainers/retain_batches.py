@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 
 from geffect.batch import Batch
-from geffect.risk import RiskSet, as_batches, check_data, named
+from geffect.risk import RiskSet, as_batches, check_data, noting_risk
 from geffect.sources import RETAIN
 
 
@@ -24,7 +24,7 @@ class RetainBatches:
     """
 
     def __init__(self, batches: RiskSet) -> None:
-        with named(RETAIN):
+        with noting_risk(RETAIN):
             self._batches = as_batches(batches)
             check_data(batches)
         self._row: Iterator[Batch] = iter(())

@@ -66,7 +66,7 @@ class UnlearningTrainer(Trainer):
       as {"forget": -1.0}. It stands in the file of the recorder.
     - `reference`: what an objective compares with that asks for the model before unlearning; a
       frozen copy of `model` where none is given.
-    - `retain`: a set of items, or several by their names, of which one is "retain"; a rectifier
+    - `retain`: a set of items, or several by their names, one of them "retain"; a rectifier
       protects those that it is `protect`.
     - `train_dataset`: ready pairs {"forget": item, "retain": item}, which the Trainer draws as it
       does its samples; `forget` and `retain` are only evaluated then.
@@ -81,8 +81,8 @@ class UnlearningTrainer(Trainer):
       ends. Resumed from a checkpoint such a recorder continues its file at that step.
 
     Recorded training ends with the parameters that it would have ended with, bit for bit. Where
-    nothing is rectified, that costs a backward pass for each risk of which the objective is no
-    multiple, as that of GA is one, and a forward pass over retain data that the objective does not
+    nothing is rectified, that costs a backward pass for each risk, unless the objective is a
+    multiple of it as in GA, and a forward pass over retain data that the objective does not
     use. A rectified step takes the objective's parts one by one, so that recording it costs one
     pass, for the forget risk, or none if that is among the parts.
     """
