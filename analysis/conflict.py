@@ -22,7 +22,7 @@ def conflict(
     """1 where <g_a, g_b> < 0, 0 where not, NaN where a gradient is zero or absent.
 
     Columns: step, `by`, value. The mean of `value` over steps, blocks or both is the conflict rate.
-    Over the parameters that the step moves, NaN for a block of which it moves nothing, or over all
+    Over the parameters that the step moves, NaN for a block that it does not move, or over all
     with `stepped_only=False`.
 
     >>> run = example_run()

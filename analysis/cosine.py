@@ -17,7 +17,7 @@ def cosine(
     Columns: step, `by`, value. The cosine of a block comes from its summed inner products and
     squared norms. It is not the mean of the cosines of its tensors. NaN where a gradient is zero,
     as that of an adapter's factor is at the start: it has no direction. The sums are over the
-    parameters that the step moves, and NaN for a block of which it moves nothing; with
+    parameters that the step moves, and NaN for a block that it does not move; with
     `stepped_only=False` over all.
 
     >>> run = example_run()

@@ -30,7 +30,7 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
     Raises a ValueError for a run without the objective, or without both risks.
 
     - `stepped_only`: sum over the parameters that the step moves, as the sentence on a step of
-      gradient descent needs; a block of which it moves nothing is NaN. False: over all.
+      gradient descent needs; a block that it does not move is NaN. False: over all.
 
     >>> run = example_run()
     >>> g_effect(run, by="model")

@@ -1,8 +1,7 @@
 """Where a parameter tensor stands in the network: its layer, its depth group, its ties.
 
-Everything is read off the parameter's name, after the prefixes that wrappers put in front of it
-are taken away, so that the plain, compiled, data-parallel and adapter-carrying forms of one model
-give one table.
+Everything is read off the parameter's name, without the prefixes of wrappers. So the plain,
+compiled, data-parallel and adapter-carrying forms of one model give one table.
 """
 
 import re
@@ -77,7 +76,7 @@ def is_adapter(name: str) -> bool:
 
 
 def layer_of(name: str) -> tuple[str, int]:
-    """Layer and index in the stack of a canonical name; ("other", -1) where it is unknown.
+    """The layer of a canonical name, and its index in the stack; ("other", -1) if unknown.
 
     >>> layer_of("transformer.h.11.attn.c_attn.weight")
     ('layer 11', 11)
@@ -104,7 +103,7 @@ def trainable(model: "nn.Module") -> "dict[str, Tensor]":
 
 
 def describe(model: "nn.Module") -> tuple[Parameter, ...]:
-    """One row a trainable tensor, in the order of `trainable`.
+    """One row for each trainable tensor, in the order of `trainable`.
 
     Layers that share a tensor share a row: tied input and output embeddings are one tensor of the
     layer "embedding+head", so that sums over layers count it once.

@@ -164,7 +164,7 @@ class StepFollower:
     between the two. So a closure, a second optimizer, a wrapper, a step by hand and an average that
     is swapped in count like any optimizer. `begin` says that a gradient has been taken, `news`
     tells what has moved since, and `end` forgets it. `enter` and `leave` stand around the step of
-    an optimizer, of which one may step inside of another. They tell what is stepped, also where a
+    an optimizer, and one may step inside of another. They tell what is stepped, also where a
     learning rate of zero moves nothing, and when to ask: `ready`.
 
     With `updates`, a copy of the parameters is kept from `begin` to `end`.

@@ -40,10 +40,16 @@ SPREAD = 100.0  # between the largest value and the smallest, from which on a sc
 def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Effect on the retain risk over effect on the forget risk: points, and lines of equal density.
 
-    Each range of the column `weight` has a colour, a darker one for larger weights; without that
-    column there is one colour. A range of few samples has points alone. Samples that an objective
-    should weigh most lie on the left (forgetting) and not below zero (damage). Rows of one sample
-    share a weight. Steps are pooled, if there is a column `step`.
+    - `table`: `sample`, `risk` ("forget" and "retain") and `value`, as
+      `geffect.analysis.instances` gives them. Optional: `weight`, one for each sample, and `step`.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table without one of the
+    risks, or with two rows in one place.
+
+    Each range of weights has a colour, a darker one for larger weights; without the column
+    `weight` there is one colour. A range of few samples has points alone. Samples that an objective
+    should weigh most lie on the left (forgetting) and not below zero (damage). Steps are pooled.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
@@ -84,7 +90,7 @@ def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a sample, and a step, with both effects as columns."""
+    """A row for each sample and step, with both effects as columns."""
     place = [column for column in ("step", "sample") if column in table]
     once_only(table, [*place, "risk"])
     given = [*place, *(["weight"] if "weight" in table else [])]
@@ -132,7 +138,7 @@ def _lines_of_density(
 
 
 def _on_a_line(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
-    """Whether points have so little of a width that a grid over them would not see it."""
+    """Whether points lie so close to a line that a grid over them would not see their width."""
     # Of equal values rounding may leave a spread that is not quite zero.
     if any(np.std(of) <= 1e-9 * np.abs(of).max() for of in (x, y)):
         return True

@@ -26,6 +26,12 @@ from .style import (
 def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """A cell a block and step: input on top, zero white, grey where the score is undefined.
 
+    - `table`: `step`, one column of blocks and `value`, one row for each step and block.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table of more than
+    one panel.
+
     A column reaches half way to the captured steps beside it, so that x is time.
 
     >>> from matplotlib.figure import Figure

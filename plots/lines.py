@@ -27,7 +27,14 @@ from .style import (
 def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Median over the steps at each block, input on the left; the band holds the middle half.
 
-    A line for each effect or run: the first column that tells rows apart colours, the last dashes.
+    - `table`: `step`, one column of blocks, `value`, and at most two columns that tell rows apart.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table of more than
+    one panel.
+
+    Each effect or run has a line: the first column that tells rows apart gives the colour, the last
+    the dashes.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
@@ -78,6 +85,13 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The value over the steps: a line for each block, or of one block for each effect or run.
+
+    - `table`: `step`, one column of blocks and `value`; of one block also columns that tell rows
+      apart.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table of more than
+    one panel.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure

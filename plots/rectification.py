@@ -42,8 +42,12 @@ UNMARKED = "#f2f2f2"
 def rectification(table: pd.DataFrame) -> Figure:
     """The cosine with the retain average before and after; where it fired; where updates violate.
 
-    Of one block: lines over two rows of marks with the share of the steps that have them, side by
-    side for every retain set. Of several: a map each, and a row for every retain set. Grey is
+    - `table`: what `geffect.analysis.rectification` gives.
+
+    Returns the figure. Raises ValueError for another table.
+
+    One block has lines over two rows of marks, with the share of the steps that have them, side by
+    side for every retain set. Several blocks have maps, one row for every retain set. Grey is
     undefined.
 
     >>> from geffect.scores import stack, tidy

@@ -17,9 +17,12 @@ LEGEND = 41  # colours in the bar below the text
 def spans(table: pd.DataFrame) -> str:
     """The answer of one sample as a block of HTML that stands alone, with a legend of its colours.
 
-    As `text`, of the same tables and in the same colours; a token that is pointed at says its value
-    and its probability. Tokens are escaped: what a model writes is text and no markup. What is
-    selected and copied is the answer as it is.
+    - `table`: as for `text`, which has the same colours.
+
+    Returns the HTML. Raises ValueError for a table of several samples or risks.
+
+    A token under the pointer shows its value and its probability. Tokens are escaped: what a model
+    writes is text and no markup. A copy of the text is the answer as it is.
 
     >>> table = pd.DataFrame({"sample": 3, "position": [7, 8], "token": [" <b>", " fox"],
     ...                       "p": [0.9, 0.2], "value": [-2.0, 0.5]})

@@ -42,8 +42,15 @@ class Placed:
 def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The answer of one sample, every token on the colour of its value, white where that is zero.
 
+    - `table`: `position`, `token` and `value` of one sample, as `geffect.analysis.tokens` gives
+      them.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table of several
+    samples or risks.
+
     Lines break between words, and after the line breaks of the text, which are shown. The scale is
-    symmetric about zero. A table of several samples or risks is refused: choose one.
+    symmetric about zero.
 
     >>> table = pd.DataFrame({"sample": 3, "position": [7, 8], "token": [" red", " fox"],
     ...                       "p": [0.9, 0.2], "value": [-2.0, 0.5]})
@@ -82,7 +89,7 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def answer(table: pd.DataFrame) -> tuple[str, pd.DataFrame]:
-    """What one text is of, and its tokens in order; a table of several texts is refused.
+    """The name of one text, and its tokens in order. Raises ValueError for several texts.
 
     >>> table = pd.DataFrame({"sample": 3, "position": [8, 7], "token": ["b", "a"], "value": 0.0})
     >>> name, tokens = answer(table)

@@ -17,8 +17,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 def tradeoff(table: pd.DataFrame, *, level: float | None = None, ax: Axes | None = None) -> Axes:
     """A point a step, a line a variant, a marker a method; lower at equal forgetting is better.
 
-    `level` is the forget loss of a model retrained without the forget data: runs beyond it have
-    forgotten more than retraining would. Rows where a column `at_level` is true stand out.
+    - `table`: the losses of each run over its steps; rows with a true `at_level` stand out.
+    - `level`: the forget loss of a model that was retrained without the forget data, in nats per
+      token. Runs beyond it have forgotten more than retraining would.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"method": "npo", "variant": ["plain", "plain", "gru", "gru"],

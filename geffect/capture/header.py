@@ -42,7 +42,7 @@ class RunHeader:
 
     @classmethod
     def of(cls, run: Run, stored: int) -> Self:
-        """That of a run that is continued, of which so many rows have gradients."""
+        """That of a run that is continued, where so many rows have gradients."""
         return cls(
             sources=run.sources,
             declared=run.manifest["losses"],

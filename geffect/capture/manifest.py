@@ -1,4 +1,4 @@
-"""The manifest: what was recorded, of which model, with what, in a form that JSON can hold."""
+"""The manifest: model, losses, optimizer and versions of a run, in a form that JSON can hold."""
 
 import json
 import platform

@@ -49,7 +49,7 @@ class Recorder:
     is written as soon as optimizers have stepped everything that has a gradient, or what they
     stepped the time before, and else at the next `backward` or at `close`; from then on it is safe
     from whatever happens to the process. What moves later, before the next `backward` or `close`,
-    is added to the row then. An optimizer with `maximize=True` is refused.
+    is added to the row then. A step of an optimizer with `maximize=True` raises a ValueError.
 
     - `metadata`: anything that JSON can hold, kept with the run.
     - `objective`: what is minimised, for the file to keep its name, options and reduction: an
@@ -62,11 +62,13 @@ class Recorder:
     - `when`: the steps to capture, such as `geffect.capture.every(5)`; at the others only the
       objective is differentiated. `due` tells whether the losses of the next step are needed.
     - `store`: what is kept beside the Gram matrices: "sketch", "int8", "int4", "bf16", "full", or a
-      `geffect.capture.StoreOptions`. `steps`: how many steps training has, if known; the size of
-      the file is then told at the start, and a run that would not fit the disk is refused.
-    - `overwrite` replaces an existing file with the first step, `resume` continues it. `next_step`
-      is the number of the step that comes first, where training goes on from a checkpoint: steps of
-      the file from there on are given up, since they come again.
+      `geffect.capture.StoreOptions`.
+    - `steps`: how many steps training has, if known. The size of the file is then told at the
+      start, and a run that would not fit the disk is refused.
+    - `overwrite`: replaces an existing file with the first step.
+    - `resume`: continues an existing file.
+    - `next_step`: the number of the step that comes first, where training goes on from a
+      checkpoint. Steps of the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
@@ -100,8 +102,8 @@ class Recorder:
     ) -> None:
         if resume and next_step is None and when is not EACH:
             raise ValueError(
-                "`next_step` should be given to continue a run of which not every step is "
-                "captured: the file does not tell which one training goes on with. Found None. "
+                "`next_step` should be given to continue a run that captures some "
+                "steps only: the file does not tell which one training goes on with. Found None. "
                 "Pass the number of steps that the checkpoint has behind it."
             )
         self._when = when
@@ -271,7 +273,7 @@ class Recorder:
             self._follower.begin()
 
     def _end_window(self) -> None:
-        """End a window of which nobody said that its last micro-batch was the last."""
+        """End a window whose last micro-batch was not said to be the last."""
         window, self._window = self._window, None
         if window is None:
             return

@@ -56,7 +56,7 @@ def at(*steps: int) -> Schedule:
 
 
 def logspaced(n: int, last: int) -> Schedule:
-    """Step 0 and up to n steps more at equal ratios from 1 to `last`, rounded: dense at the start.
+    """Step 0 and up to `n` more steps, at equal ratios from 1 to `last`: dense at the start.
 
     An unlearning run changes most in its first steps.
 

@@ -22,7 +22,7 @@ from .rows import Entry
 
 @dataclass(frozen=True)
 class Watched:
-    """What is recorded of every step: of which model, into which file, and whether its update."""
+    """What is recorded of every step: the model, the file, and whether the update is."""
 
     model: nn.Module
     recording: Recording

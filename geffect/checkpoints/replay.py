@@ -92,7 +92,7 @@ def replay(
     - `update`: also record the way to the next checkpoint, theta_{c+1} - theta_c, as the source
       `update`, so that `predicted_change` says what it does to each risk to first order. The last
       checkpoint has none.
-    - `base`: the model that adapters are for, where it is not at the place they name.
+    - `base`: the model that adapters are for, where it is not at the place that they name.
     - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
 
     >>> import tempfile, geffect

@@ -86,9 +86,11 @@ def batched(
 ) -> list[Batch]:
     """All items once, in batches of at most `size` that differ by one item at most.
 
-    Each is as wide as its own longest, see `collate`. With a `seed` the items are shuffled before.
-    Batches are smaller where there would be fewer than `least`, or an odd number and `even` is set,
-    as far as there are items.
+    - `items`, `pad_token_id`: as for `collate`; a batch is as wide as its own longest item.
+    - `size`: the items of a batch, at most.
+    - `seed`: shuffles the items before; None keeps their order.
+    - `least`: how many batches there are, at least, as far as there are items.
+    - `even`: whether their number is even, as far as there are items.
 
     >>> three = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [5], [8, 9])]
     >>> [batch["labels"].tolist() for batch in batched(three, 2)]

@@ -1,8 +1,7 @@
-"""Questions and answers as tokens: only the answer is scored, and the token that ends it.
+"""Questions and answers as tokens. Only the answer is scored, with the token that ends it.
 
-Where the answer stands is not computed from lengths of the parts of a row, which tokenizers do not
-keep, but found by rendering the row with and without its answer, and then checked by decoding what
-is going to be scored.
+Tokenizers do not keep the lengths of the parts of a row. So the row is rendered with and without
+its answer, which tells where that stands, and what is going to be scored is decoded and checked.
 """
 
 import os
@@ -30,15 +29,26 @@ def read(
 ) -> list[dict[str, list[int]]]:
     """The items of a JSONL file, or of a folder that `datasets` saved, in their order.
 
+    - `path`: the file or folder.
+    - `tokenizer`: of transformers, with a token that ends an answer.
+    - `template`: whether rows go through its chat template, where it has one.
+    - `max_length`: rows are cut off after so many tokens.
+    - `positions`: how many tokens the model takes.
+
+    Returns mappings of `input_ids` and `labels`, -100 where nothing is scored. Raises ValueError
+    for a row in another form, without an answer to score, or longer than `positions`, and says
+    where it stands.
+
+    A row has one of these forms:
+
     - `question` and `answer` go through the chat template of the tokenizer. Without one, or with
       `template=False`, they are put as "Question: ...", a new line and "Answer: ".
-    - `messages` go through the template, and need one; the last is the answer.
+    - `messages` go through the template, and need one. The last is the answer.
     - `prompt` and `completion` are plain text, one after the other as they are.
     - `text` is scored whole.
 
     The answer's tokens are scored and the token that ends it: what the template ends a turn with,
-    or the text itself, else the tokenizer's EOS. Rows are cut off after `max_length` tokens; one
-    that is then still longer than the `positions` of the model is refused.
+    or the text itself, else the tokenizer's EOS.
 
     >>> import tempfile
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -109,7 +119,7 @@ def spelled(item: Item, tokenizer: Any) -> str:
 
 
 def _cut(item: dict[str, list[int]], max_length: int | None, where: str) -> dict[str, list[int]]:
-    """The first tokens of an item; some of them have to be scored."""
+    """The first tokens of an item. Raises ValueError where none of them is scored."""
     cut = {column: values[:max_length] for column, values in item.items()}
     if all(label == IGNORED for label in cut["labels"]):
         raise ValueError(

@@ -52,9 +52,12 @@ class Pairs(Dataset[dict[str, Item]]):
 class Pairing(Sampler[tuple[int, ...]]):
     """Which items meet in an epoch: the leading set once, shuffled, and the others drawn beside it.
 
-    A set is drawn without replacement, and anew once it is used up: one that is k times as large as
-    the leading set is gone through once in k epochs. A function of `seed` and `epoch` alone, so
-    that a resumed training meets the pairs that it would have met, on every process.
+    - `sizes`: how many items each set has; the first leads.
+    - `seed`, and the attribute `epoch`: these alone say which pairs there are. So a resumed
+      training meets the pairs that it would have met, on every process.
+
+    A set is drawn without replacement, and anew once it is used up. One that is k times as large as
+    the leading set is gone through once in k epochs.
 
     >>> pairing = Pairing((2, 4), seed=0)
     >>> first = list(pairing)

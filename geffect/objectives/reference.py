@@ -106,11 +106,11 @@ class Likelihoods:
             ) from None
 
     def logits(self, batch: Batch) -> NoReturn:
-        """Refused."""
+        """Raises ValueError: only likelihoods are kept."""
         self._refuse("logits")
 
     def hidden_states(self, batch: Batch) -> NoReturn:
-        """Refused."""
+        """Raises ValueError: only likelihoods are kept."""
         self._refuse("hidden states")
 
     def _refuse(self, what: str) -> NoReturn:

@@ -56,10 +56,10 @@ class RetainMemory:
     v <- 0.999 v + 0.001 (sum of r^2 over the sets), one for all, started at zero. A parameter that
     no retain loss has reached yet has None.
 
-    What counts as a gradient: not zero, which a float32 below its normal numbers is too; not what
-    is not finite; and not rounding noise, as a distance to the model's own outputs leaves it at the
-    start. Noise is what has no coordinate as large as 2^-23 times the largest one of the objective
-    gradient of the step that the averages began in, in any type of parameters.
+    A gradient does not count if it is zero (float32 below its normal numbers is zero too), not
+    finite, or rounding noise, as a distance to the model's own outputs leaves it at the start. It
+    is noise if no coordinate reaches 2^-23 times the largest one of the objective gradient of the
+    step that the averages began in, in any type of parameters.
 
     >>> memory = RetainMemory(["retain"], 0.25, second_moment=False, state=State())
     >>> for value in (1.0, 3.0):

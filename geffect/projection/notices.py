@@ -9,7 +9,7 @@ LOST = 1e-3
 
 
 class Notices:
-    """How many steps were skipped, and what has been said.
+    """How many steps were skipped, and which warnings have been given.
 
     >>> notices = Notices()
     >>> with warnings.catch_warnings(record=True) as said:

@@ -49,9 +49,10 @@ class Rectifier:
       losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself.
     - `optimizer`: needed in update space, here or by `attach`; it is not wrapped. In gradient space
       it is needed where it does not step all parameters: the others then take no part.
-    - `ema`: the weight of the new gradient in the average, which starts at the first one.
+    - `ema`: the weight of the new gradient in the average, between 0 and 1; the average starts at
+      the first gradient.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
-      the retain data least, or what another `Selection` chooses; before the rule.
+      the retain data least, or what another `Selection` chooses. That comes before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
       "retain_adam" of r / sqrt(v), v the running mean square of the retain gradients.
     - `state`: how the averages are kept, see `State`.

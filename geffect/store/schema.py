@@ -132,7 +132,7 @@ class Contents:
     sources: tuple[str, ...]
     manifest: Mapping[str, Any] = field(repr=False, compare=False)
     blocks: tuple[str, ...] = ()  # of a rectifier
-    weights: tuple[str, ...] = ()  # implicit weights of which there are statistics
+    weights: tuple[str, ...] = ()  # implicit weights that have statistics
     sketch: Sketch | OtherSketch | None = None
     gradients: StoredGradients | None = None
 

@@ -135,7 +135,7 @@ class RunWriter:
         self._unchanged = False
 
     def amend(self, row: Row) -> None:
-        """Write a row in the place of the last one, of which more has become known."""
+        """Write a row in the place of the last one, about which more is known now."""
         self.check_open()
         assert self._file is not None
         with self._failing(row.step):

@@ -57,12 +57,13 @@ class GEffectCallback(TrainerCallback):
 
     - `probes`: named data: a batch with `labels`, a list of batches, or a loader that is gone
       through anew each time.
-    - `every`: each k-th optimizer step; or `when`, a schedule from `geffect.capture.schedule`.
+    - `every`: captures each k-th optimizer step.
+    - `when`: a schedule from `geffect.capture.schedule` in its place.
     - `update`: also record theta after minus theta before.
     - `log`: also hand G-effects and cosines of the whole model to what the Trainer reports to, as
       `geffect/unlearning_g_effect`, `geffect/retaining_g_effect`, `geffect/cosine_objective_retain`
-      and so on; those of adapters, which are effects in the space of their factors and do not
-      compare with others, as `geffect/adapter/unlearning_g_effect`.
+      and so on. Those of adapters are effects in the space of their factors, and do not compare
+      with others: they are `geffect/adapter/unlearning_g_effect` and so on.
     - `store`, `metadata`, `overwrite`, `on_error`: as those of `Recording`.
 
     Step s of the file is the one that begins at `state.global_step == s`, from 0; the Trainer logs
@@ -79,10 +80,10 @@ class GEffectCallback(TrainerCallback):
     before the next step begins, such as an average that another callback swaps in, is added to
     `update` then; with `update` the gradients stay until then.
 
-    When training begins, the callback refuses training in which gradients cannot be had, such as
-    DeepSpeed, a Trainer whose steps are rectified, an optimizer with `maximize=True`, a schedule
-    that finds no step in it, probes without labels, and other sources than those of the file that
-    is continued.
+    When training begins, the callback raises an error for training without gradients to see, such
+    as DeepSpeed, for a Trainer whose steps are rectified, an optimizer with `maximize=True`, a
+    schedule that finds no step in it, probes without labels, and other sources than those of the
+    file that it continues.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class GEffectCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Count the micro-batches, of which the last has no event of its own."""
+        """Count the micro-batches; the last one has no event of its own."""
         if self._step is not None:
             self._step.n_micro += 1
 

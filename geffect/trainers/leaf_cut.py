@@ -45,7 +45,7 @@ class LeafCut:
         return leaf.clone()  # which may be changed in place, as a loss may
 
     def check_apart(self, loss: Tensor) -> None:
-        """Refuse a loss of which the rest is computed by what a retain loss is computed by.
+        """Refuse a loss whose rest shares operations with a retain loss.
 
         The Trainer's backward pass would free what the second one needs. What keeps nothing for the
         way back, as the casts of parameters that autocast remembers, may be shared.

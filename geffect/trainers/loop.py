@@ -35,8 +35,8 @@ class Loop:
 def firing_loop() -> Loop:
     """The loop that fires the event which is being handled.
 
-    Events come with model, optimizer and state, but without the Trainer, who has the log and the
-    precision, and without the gradient norm, of which clipping leaves no trace in the gradients.
+    Events come with model, optimizer and state. They lack the Trainer, who has the log and the
+    precision, and the gradient norm before clipping, which the gradients do not show afterwards.
     Both stand in the frame that the event was fired from: `self` is a Trainer there, and its local
     variable `grad_norm`, which it logs later, is set when `on_pre_optimizer_step` fires.
     """

@@ -271,34 +271,36 @@ def rectify(
     recorder: Recorder | None = None,
     probes: Mapping[str, RiskSet] | None = None,
 ) -> Rectified:
-    """Rectify the steps of any `transformers.Trainer`, as those of TRL and of open-unlearning.
+    """Rectify the steps of any `transformers.Trainer`, those of TRL and open-unlearning among them.
 
         rectify(trainer, Rectifier(trainer.model))
         trainer.train()
 
-    At the last micro-batch of a step, by the Trainer's own word, what has been accumulated is
-    averaged over the processes and rectified; then the Trainer clips and steps. It may use DDP or
-    FSDP2, half precision with or without a GradScaler, checkpointed activations and torch.compile.
-    Returned is what puts everything back, by `detach()`.
+    - `trainer`, `rectifier`: the rectifier was made for the model of the Trainer.
+    - `retain`: batches with `labels`, for a Trainer without a retain loss, as in TRL, or against
+      other data than those of its loss, which stays as it is. The gradient is that of the NLL per
+      answer token, without dropout, over as many batches as a full step has micro-batches on all
+      processes. A resumed training meets the batches that it would have met; all processes need
+      the same ones, in one order.
+    - `recorder`: also writes every step into its run file; the caller closes it.
+    - `probes`: with a recorder, further data by name, such as {"forget": batches}: the gradient of
+      the risk on each is recorded too. G-effects need that on the forget data.
+
+    Returns an object whose `detach()` puts everything back. Raises an error for a Trainer that has
+    a rectifier already, or no retain gradient; in training, for a loss that shares a forward pass
+    with its retain loss or does not ask for one.
+
+    At the last micro-batch of a step the accumulated gradient is averaged over the processes and
+    rectified; then the Trainer clips and steps. It may use DDP or FSDP2, half precision with or
+    without a GradScaler, checkpointed activations and torch.compile.
 
     The retain gradient comes from the retain loss that the Trainer has behind a method
     `compute_retain_loss(model, retain_inputs, ...)`, on batches {"forget": ..., "retain": ...}: the
-    mean over the micro-batches, each by its weight in the loss. It is taken apart by `leaf_cut`,
-    at no further forward pass. That costs the memory of one gradient, and at the end of a step that
-    of another, for the sum, where the loss is rectified as a whole. Whether that is so, or it is
-    rectified without its retain term, is the rectifier's `part`. A retain loss of weight 0 is no
-    part of the objective and still says what should stay. Refused are a loss that shares a forward
-    pass with its retain loss, and one that does not ask for it.
-
-    - `retain`: instead, batches with input_ids, attention_mask and labels: for Trainers without
-      such a method, as in TRL, or against other data than those of the loss, which stays as it is.
-      The gradient is that of the NLL per answer token, without dropout, over as many batches as a
-      full step has micro-batches on all processes. They are counted by the steps, so that a
-      training that is resumed meets those it would have met; all processes need the same, in one
-      order.
-    - `recorder`: also write every step into its run file; the caller closes it.
-    - `probes`: with a recorder, further data by name, such as {"forget": batches}: the gradient of
-      the risk on each is recorded too. G-effects need that on the forget data.
+    mean over the micro-batches, each by its weight in the loss. `leaf_cut` takes it apart without a
+    further forward pass, for the memory of one gradient. `part` of the rectifier says whether the
+    loss is rectified as a whole, which costs the memory of another at the end of a step, or without
+    its retain term. A retain loss of weight 0 is no part of the objective and still says what
+    should stay.
 
     What was done is logged with the loss, as means since the last log: see `RectificationLog`. The
     state of the rectifier is saved and restored with the Trainer's checkpoints.

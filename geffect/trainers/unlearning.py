@@ -64,10 +64,11 @@ class UnlearningTrainer(Trainer):
 
     - `objective`: an `Objective`, a name of the catalogue such as "npo", or weights of risks such
       as {"forget": -1.0}. It stands in the file of the recorder.
-    - `reference`: what an objective compares with that asks for the model before unlearning; a
-      frozen copy of `model` where none is given.
-    - `retain`: a set of items, or several by their names, one of them "retain"; a rectifier
-      protects those that it is `protect`.
+    - `reference`: the model before unlearning, for an objective that compares with it; a frozen
+      copy of `model` if left out.
+    - `forget`: a set of items.
+    - `retain`: a set of items, or several by their names, one of them "retain". A rectifier
+      protects those that its `protect` names.
     - `train_dataset`: ready pairs {"forget": item, "retain": item}, which the Trainer draws as it
       does its samples; `forget` and `retain` are only evaluated then.
     - `eval_dataset`: further sets by their names, or others in place of those. `evaluate` gives the
@@ -80,11 +81,11 @@ class UnlearningTrainer(Trainer):
       `partial(Recorder, path=...)`, called with the model when training begins and closed when it
       ends. Resumed from a checkpoint such a recorder continues its file at that step.
 
-    Recorded training ends with the parameters that it would have ended with, bit for bit. Where
-    nothing is rectified, that costs a backward pass for each risk, unless the objective is a
-    multiple of it as in GA, and a forward pass over retain data that the objective does not
-    use. A rectified step takes the objective's parts one by one, so that recording it costs one
-    pass, for the forget risk, or none if that is among the parts.
+    Recorded training ends with the parameters that it would have ended with, bit for bit. Without a
+    rectifier a recorded step costs one backward pass for each risk, but for one that the objective
+    is a multiple of, as GA is of the forget risk, and a forward pass over retain data that the
+    objective does not use. A rectified step takes the objective's parts one by one: to record it
+    costs one pass, for the forget risk, or none if that is among the parts.
     """
 
     def __init__(
