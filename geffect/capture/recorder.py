@@ -40,25 +40,15 @@ class Recorder:
 
     In place of `objective.backward()`, call `recorder.backward(objective=..., forget=...,
     retain=...)`; `.grad` holds the same afterwards, bit for bit, and training ends as it would have
-    ended unwatched. (An objective declared as a sum of several losses is the same up to rounding:
-    their gradients are taken apart and added.)
-
-    A step lasts from one gradient to the next. What it moves is followed whoever moves it: an
-    optimizer, also by `optimizer.step(closure)`, a second optimizer, a wrapper, or the loop by
-    hand. The row says which parameters that were; where nothing is seen to move, all count. A row
-    is written as soon as optimizers have stepped everything that has a gradient, or what they
-    stepped the time before, and else at the next `backward` or at `close`; from then on it is safe
-    from whatever happens to the process. What moves later, before the next `backward` or `close`,
-    is added to the row then. A step of an optimizer with `maximize=True` raises a ValueError.
+    ended unwatched. An objective declared as a sum of losses is the same up to rounding.
 
     - `metadata`: anything that JSON can hold, kept with the run.
     - `objective`: what is minimised, for the file to keep its name, options and reduction: an
       `Objective`, a name of the catalogue, or weights of risks.
     - `update`: also record theta at the next gradient, or at `close`, minus theta at this one, as
       the source `update`. Costs a copy of the parameters; that and the gradients stay until the
-      next `backward`. Without it, and without a rectifier, inner products are taken inside of the
-      last backward pass: two losses need no more memory than one, and each further loss that of
-      one gradient.
+      next `backward`. Without it, and without a rectifier, two losses need no more memory than one,
+      and each further loss that of one gradient.
     - `when`: the steps to capture, such as `geffect.capture.every(5)`; at the others only the
       objective is differentiated. `due` tells whether the losses of the next step are needed.
     - `store`: what is kept beside the Gram matrices: "sketch", "int8", "int4", "bf16", "full", or a
@@ -70,6 +60,13 @@ class Recorder:
     - `next_step`: the number of the step that comes first, where training goes on from a
       checkpoint. Steps of the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
+
+    A step lasts from one gradient to the next. What it moves is followed whoever moves it: an
+    optimizer, with or without a closure, a second one, a wrapper, or the loop by hand. The row says
+    which parameters that were; where nothing is seen to move, all count. A row is written as soon
+    as optimizers have stepped everything that has a gradient, or what they stepped the time before,
+    and else at the next `backward` or at `close`; from then on it is safe from whatever happens to
+    the process. What moves after that is added to the row. `maximize=True` raises a ValueError.
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
     `DistributedDataParallel` are computed inside of `with model.no_sync():`; their gradients are
