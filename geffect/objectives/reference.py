@@ -128,6 +128,11 @@ class AdapterBase:
     """
 
     def __init__(self, model: Any) -> None:
+        if not hasattr(model, "disable_adapter"):
+            raise TypeError(
+                "`model` of AdapterBase should be a model of peft, with adapters to disable. Found "
+                f"`{type(model).__name__}`. Pass FrozenModel.copied(model) in its place."
+            )
         for config in model.peft_config.values():
             changed = base_changed_by(config)
             if changed is not None:

@@ -49,6 +49,12 @@ class Regularised(Objective):
 
     def __post_init__(self) -> None:
         positive(type(self).__name__, "weight", self.weight)
+        for name, part in (("forget", self.forget), ("regulariser", self.regulariser)):
+            if not isinstance(part, Objective):
+                raise TypeError(
+                    f"`{name}` of {type(self).__name__} should be an Objective. Found {part!r}. "
+                    "Pass one of geffect.objectives, such as NPO(beta=0.1)."
+                )
 
     @property
     def reference(self) -> Need:

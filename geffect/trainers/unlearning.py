@@ -165,7 +165,7 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective, and what the model returns for the forget batch where that is asked."""
-        check_answers(model, inputs)
+        self._check(model, inputs)
         shared = SharedForward(model)
         loss = self.objective(shared, inputs, self.reference)
         if not return_outputs:
@@ -230,7 +230,7 @@ class UnlearningTrainer(Trainer):
 
     def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
         """The losses of a micro-batch: the objective, what it is made of, and risks beside it."""
-        check_answers(model, batch)
+        self._check(model, batch)
         shared = SharedForward(model)
         parts = self.objective.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
@@ -241,6 +241,18 @@ class UnlearningTrainer(Trainer):
                 if name not in losses:
                     losses[name] = nll(shared, batch[name])
         return losses
+
+    def _check(self, model: nn.Module, batch: Batches) -> None:
+        """Refuse a micro-batch without a side that the objective takes, or without answers."""
+        found = {*batch, *(side for side, _ in batches_in(batch))}
+        missing = [side for side in self.objective.sides if side not in found]
+        if missing:
+            raise ValueError(
+                "`train_dataset` should give the sides that the objective takes, "
+                f"{', '.join(self.objective.sides)}. Found {', '.join(batch)}. Add "
+                f"{', '.join(missing)} to its items."
+            )
+        check_answers(model, batch)
 
     def _wanted(self, sets: Iterable[str]) -> list[str]:
         """The sets whose risks have to be known of this micro-batch."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from geffect.objectives import (
     GradDiff,
     GradientAscent,
     Objective,
+    Regularised,
     SharedForward,
     SimNPO,
     WeightedGradientAscent,
@@ -359,6 +361,12 @@ def test_a_sample_without_answer_takes_no_part_in_simnpo() -> None:
 def test_an_epsilon_that_is_none_is_refused(epsilon: float) -> None:
     with pytest.raises(ValueError, match="`legacy_eps` of WTNPO should be a positive number"):
         WTNPO(legacy_eps=epsilon)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("forget", ("npo",)), ("regulariser", (NPO(), None))])
+def test_a_part_that_is_no_objective_is_refused(name: str, parts: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` of Regularised should be an Objective. Found"):
+        Regularised(*parts, *[NPO()] * (2 - len(parts)))
 
 
 def test_a_margin_that_is_no_number_is_refused() -> None:

@@ -107,3 +107,8 @@ def test_what_is_no_reference_is_one_clear_error(given: Any) -> None:
 def test_a_model_with_dropout_is_no_reference() -> None:
     with pytest.raises(ValueError, match="in eval mode"):
         FrozenModel(tiny.llama(dropout=0.5).train())
+
+
+def test_a_model_without_adapters_has_no_base() -> None:
+    with pytest.raises(TypeError, match=r"should be a model of peft.* Found `GPT2LMHeadModel`"):
+        AdapterBase(tiny.gpt2())

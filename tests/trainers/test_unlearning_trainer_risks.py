@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
-from geffect.objectives import NPO, GradientAscent, Objective, WeightedGradientAscent
+from geffect.objectives import NPO, GradDiff, GradientAscent, Objective, WeightedGradientAscent
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
 from tests.utils.trainers import same
@@ -189,3 +189,11 @@ def test_a_reference_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
     says = "`reference` of NPO should be the model as it was .* Found `LlamaForCausalLM`. Pass"
     with pytest.raises(ValueError, match=says):
         trained(tmp_path, tiny.llama(), NPO(), False, reference=tiny.llama())
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_pairs_without_a_side_that_is_taken_are_refused(recorded: bool, tmp_path: Path) -> None:
+    pairs = [{"forget": item} for item in FORGET]
+    data = {"train_dataset": pairs, "forget": None, "retain": None}
+    with pytest.raises(ValueError, match=r"sides .* forget, retain\. Found forget\. Add retain to"):
+        trained(tmp_path, tiny.llama(), GradDiff(), recorded, **data)
