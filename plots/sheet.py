@@ -18,6 +18,12 @@ from .style import framed, heading, new_figure
 def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
     """A panel for each name in the column `by`, all on the scales of the whole table.
 
+    - `table`: a score table that names its panels in the column `by`.
+    - `plot`: draws one panel, such as `heatmap` or `trajectory`.
+    - `columns`: panels side by side, at most.
+
+    Returns the figure. Raises ValueError for a table without the column or without rows.
+
     >>> import numpy as np
     >>> from geffect.scores import Score, stack, tidy
     >>> one = tidy(np.array([[-3.0], [2.0]]), Score("g_effect", "G-effect (nats)"),
@@ -60,6 +66,10 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
 
 def sheet(table: pd.DataFrame) -> Figure:
     """A row for each effect: every block and step, the profile over depth, the course in time.
+
+    - `table`: a score table by step and block, with no more than one column of effects or runs.
+
+    Returns the figure. Raises ValueError for a table that does not fit.
 
     >>> import numpy as np
     >>> from geffect.scores import Score, tidy

@@ -61,10 +61,12 @@ def number_of(folder: Folder) -> int | None:
 class Loader:
     """One model, into which checkpoint after checkpoint is loaded, in eval mode.
 
-    A checkpoint is a folder as `save_pretrained` leaves it: of a model, or of an adapter, whose
-    base model is `base` or else the one that it names. The first is instantiated; of those that
-    follow only the weights are read, and their names and shapes have to be the same. Nothing is
-    written.
+    - `base`: the model that adapters are for; the one that they name if left out.
+    - `device`: where the model is.
+
+    A checkpoint is a folder as `save_pretrained` leaves it, of a model or of an adapter. The first
+    one is instantiated. Of the others only the weights are read, and their names and shapes have to
+    be the same. Nothing is written.
     """
 
     def __init__(self, *, base: Folder | None = None, device: str | torch.device = "cpu") -> None:

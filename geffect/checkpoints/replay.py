@@ -72,20 +72,20 @@ def replay(
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
 
-    Checkpoints are folders as `save_pretrained` leaves them, of models or of LoRA adapters. They
-    are numbered as they are named, `checkpoint-500`, else in their order. One model holds the
-    weights of each in turn, in eval mode; neither they nor the folders are changed.
-
+    - `checkpoints`: folders as `save_pretrained` leaves them, of models or of LoRA adapters. They
+      are numbered as they are named, `checkpoint-500`, else in their order.
+    - `path`: the run file to write.
     - `objective`: an `Objective`, a name of the catalogue such as "npo", or weights of risks such
       as `{"forget": -1.0}`, which is GA and costs no backward pass.
     - `reference`: the model before unlearning, for an objective that compares with it; by default
       the model that adapters are for, else the first checkpoint. Where likelihoods of the forget
       answers are all it asks for, nothing else is kept of that model.
     - `forget`, `retain` and further `risks` by name: JSONL files, folders of `datasets`, batches.
-      Rows of files are shuffled by `seed` into batches of at most `batch_size`, smaller ones where
-      the estimator would have too few of them; None keeps their order. `template=False` takes no
-      chat template, and rows are cut off after `max_length` tokens. Every batch is used; where a
-      set has more of them, several stand together.
+      Every batch is used; where a set has more of them than another, several stand together.
+    - `batch_size`: rows of a file in a batch, at most; fewer for more batches, if the estimator
+      needs these.
+    - `seed`: shuffles the rows of a file; None keeps their order.
+    - `template`, `max_length`: as for `geffect.data.examples.read`.
     - `estimator`: one of `geffect.checkpoints.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
     - `store`: what is kept beside the Gram matrices, as by a `Recorder`.
@@ -94,6 +94,13 @@ def replay(
       checkpoint has none.
     - `base`: the model that adapters are for, where it is not at the place that they name.
     - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
+    - `overwrite`: replaces an existing file.
+
+    Returns the run, as `geffect.open_run` does. Raises ValueError for an objective, data or
+    checkpoints that do not go together.
+
+    One model holds the weights of each checkpoint in turn, in eval mode. The folders stay as they
+    are.
 
     >>> import tempfile, geffect
     >>> from pathlib import Path

@@ -59,6 +59,9 @@ class Rectifier:
     - `measure_update`: also measure what the optimizer makes of the step, `report.applied_average`
       and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
 
+    Raises ValueError for options that do not go together, and for an optimizer that climbs
+    (`maximize=True`) or steps other tensors than the model's.
+
     A retain gradient that is zero, not finite or rounding noise (no coordinate reaches 2^-23 times
     the objective's largest) rectifies nothing and stays out of the average: `skipped` counts such
     steps and the first one warns. A selection holds in them too, by the mean square so far; where
@@ -142,12 +145,14 @@ class Rectifier:
     def backward(
         self, *, accumulate: bool = False, scaler: GradScaler | None = None, **losses: Loss
     ) -> None:
-        """The gradient of `objective` into `.grad`, rectified against those of the retain losses.
+        """Leave in `.grad` the gradient of `objective`, rectified against the retain gradients.
 
-        Losses are as for `geffect.Recorder.backward`; use that one to record the step too. With
-        `accumulate`, True for all but the last micro-batch of a step, nothing is left in `.grad`
-        until the last, and what is rectified is the sum. A `scaler` multiplies what goes into
-        `.grad`: pass losses as they are, then call `scaler.unscale_` and `scaler.step` as always.
+        - `accumulate`: True for all but the last micro-batch of a step. Nothing is left in `.grad`
+          until the last, and the sum is rectified.
+        - `scaler`: multiplies what goes into `.grad`. Pass losses as they are, then call
+          `scaler.unscale_` and `scaler.step` as always.
+        - `losses`: as for `geffect.Recorder.backward`; use that one to record the step too.
+
         Under DDP, compute the losses inside of `with model.no_sync():`.
         """
         # A window that fails is over: what follows begins another one.
