@@ -145,7 +145,7 @@ class Move:
     """What has moved the parameters since a gradient.
 
     - `stepped`: Bool[parameter], whether an optimizer stepped it or its values changed; None where
-      nothing was seen to move.
+      nothing was seen to move. An optimizer does not step what has no gradient.
     - `update`: theta now minus theta at the gradient, to be read before anything else moves; None
       where it is not followed, or where training ended before anything moved.
     - `lr`, `optimizer`: the learning rate and the description of the first optimizer that stepped.
@@ -181,7 +181,8 @@ class StepFollower:
         self._parameters, self._updates = parameters, updates
         self._own = frozenset(map(id, parameters))
         self._step: _Step | None = None
-        self._inside: list[torch.optim.Optimizer] = []  # the last one is the innermost
+        # The last one is the innermost; each with what had a gradient when it began.
+        self._inside: dict[torch.optim.Optimizer, frozenset[int]] = {}
         self._known: frozenset[int] = frozenset()  # what optimizers stepped the time before
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -199,6 +200,7 @@ class StepFollower:
             parameters=parameters,
             reached=frozenset(id(p) for p in parameters if p.grad is not None),
             stepped=within & self._own,
+            driven=within & self._own,
             before=[p.detach().clone() for p in parameters] if self._updates else None,
             versions=[p._version for p in parameters],
             printed=printed,
@@ -208,13 +210,15 @@ class StepFollower:
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
         """The step of an optimizer begins."""
         self._forget(optimizer)  # if its last step raised
-        self._inside.append(optimizer)
+        self._inside[optimizer] = frozenset(map(id, moved_by(optimizer)))
 
     def leave(self, optimizer: torch.optim.Optimizer) -> None:
         """The step of an optimizer has ended."""
+        # Gradients may be taken away when a step ends, and come during a step with a closure.
+        driven = self._inside.get(optimizer, frozenset()).union(map(id, moved_by(optimizer)))
         self._forget(optimizer)
         if self._step is not None and self.owns(optimizer):
-            self._step.take(optimizer)
+            self._step.take(optimizer, driven)
 
     @property
     def ready(self) -> bool:
@@ -249,7 +253,8 @@ class StepFollower:
 
     def _forget(self, optimizer: torch.optim.Optimizer) -> None:
         if optimizer in self._inside:
-            del self._inside[self._inside.index(optimizer) :]
+            while self._inside.popitem()[0] is not optimizer:
+                pass
 
 
 @dataclass
@@ -258,7 +263,8 @@ class _Step:
 
     parameters: Sequence[Tensor]
     reached: frozenset[int]  # what has a gradient
-    stepped: set[int]  # by optimizers
+    stepped: set[int]  # held by optimizers that stepped
+    driven: set[int]  # of these, what had a gradient then
     before: Sequence[Tensor] | None  # copies, where the update is followed
     versions: Sequence[int]
     printed: Sequence[int]  # places of those whose bits are looked at
@@ -267,12 +273,13 @@ class _Step:
     optimizer: Mapping[str, Any] | None = None
     told: tuple[Tensor, tuple[bool, ...]] | None = None  # prints and stepped of the last news
 
-    def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step of the optimizer."""
+    def take(self, optimizer: torch.optim.Optimizer, driven: Collection[int]) -> None:
+        """Count a step of the optimizer, which moves what is `driven`."""
         if self.optimizer is None:
             self.lr = float(optimizer.param_groups[0]["lr"])
             self.optimizer = described(optimizer)
         self.stepped.update(map(id, tensors_of(optimizer)))
+        self.driven.update(driven)
 
     def news(self, *, at_gradient: bool) -> Move | None:
         """What has moved, if that is something else than was told."""
@@ -292,7 +299,7 @@ class _Step:
 
     def _moved(self, now: Tensor) -> tuple[bool, ...]:
         """Whether an optimizer stepped it, or its values changed, on any process."""
-        flags = [id(parameter) in self.stepped for parameter in self.parameters]
+        flags = [id(parameter) in self.driven for parameter in self.parameters]
         if all(flags):
             return tuple(flags)
         versions = zip(self.parameters, self.versions, strict=True)

@@ -144,3 +144,21 @@ def test_parts_that_change_places_are_seen() -> None:
     a.data = a.data.roll(2**18)
     move = follower.news(at_gradient=True)
     assert move is not None and move.stepped == (True,)
+
+
+def test_an_optimizer_does_not_step_what_has_no_gradient() -> None:
+    _, b = parameters = pair()
+    follower = StepFollower(parameters, updates=False)
+    optimizer = torch.optim.AdamW(parameters, lr=0.5)
+    for _ in range(2):
+        reached(parameters)
+        follower.begin()
+        b.grad = None  # as who trains a few layers does
+        follower.enter(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()  # as a hook of the step does
+        follower.leave(optimizer)
+        assert follower.ready
+        move = follower.news(at_gradient=False)
+        assert move is not None and move.stepped == (True, False)
+        follower.end()

@@ -392,3 +392,30 @@ def test_a_step_that_raises_is_not_taken_for_one_that_goes_on(tmp_path: Path) ->
         optimizer.param_groups[0]["lr"] = 0.1
         optimizer.step()
         assert len(open_run(tmp_path / "run.h5").steps) == 1
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_what_has_no_gradient_left_is_not_stepped(update: bool, tmp_path: Path) -> None:
+    model, rate = network(), 0.05
+    optimizer = SGD(model.parameters(), lr=rate)
+    expected = []
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        for step in range(3):
+            retain = torch.autograd.grad(risk(model, batch(step + 9)), [*model.parameters()])
+            before = [p.detach().clone() for p in model.parameters()]
+            recorder.backward(
+                objective={"forget": -1.0},
+                forget=risk(model, batch(step)),
+                retain=risk(model, batch(step + 9)),
+            )
+            for parameter in model[0].parameters():  # one layer is trained
+                parameter.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+            expected.append(-sum(float((g * d).sum()) for g, d in zip(retain, moved, strict=True)))
+    run = open_run(tmp_path / "run.h5")
+    assert run.stepped().tolist() == [[False, False, True, True]] * 3
+    table = g_effect(run, by="model")
+    effects = table[table["effect"] == "retaining"]["value"]
+    np.testing.assert_allclose(rate * effects, expected, rtol=1e-4)
