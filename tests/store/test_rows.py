@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +11,24 @@ import h5py
 import numpy as np
 import pytest
 
-from geffect.layers import Parameter
 from geffect.sketch import Sketch
 from geffect.store import Contents, Row, Run, RunFileError, StoredGradients, open_run, validate
 from geffect.store import writer as writing
 from geffect.store.background import BackgroundWriter
-from geffect.store.size import projected_bytes
 from geffect.store.writer import RunWriter
 from tests.utils.runs import (
     MANIFEST,
     PARAMETERS,
+    PLAIN,
     SOURCES,
     append,
     assert_same_bits,
+    full,
     odd_row,
     plain_rows,
     recorded,
     row_of,
 )
-
-PLAIN = Contents(SOURCES, MANIFEST)
-
 
 # Several rows of a step.
 
@@ -373,196 +369,6 @@ def put_pickle(path: Path, place: str, kind: str) -> None:
             del file[place]
         opaque = np.array([payload], dtype=h5py.opaque_dtype(np.dtype(f"V{len(payload)}")))
         file[place] = opaque if kind == "opaque" else np.frombuffer(payload, dtype="u1")
-
-
-# Written in the background.
-
-
-def test_rows_are_written_in_order_behind_the_caller(tmp_path: Path) -> None:
-    path = tmp_path / "a.h5"
-    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=2000)
-    to.begin(PLAIN)
-    for row in plain_rows(50):
-        to.append(row)
-    to.keep("done", {"rows": np.array([50])})
-    assert len(open_run(path).steps) == 50
-    to.close(complete=True)
-    to.close(complete=True)
-    run = open_run(path)
-    assert (run.state, run.steps.tolist(), run.tables) == ("complete", list(range(50)), ("done",))
-
-
-@pytest.mark.parametrize("bound", [0, 3 * 144])
-def test_no_more_bytes_wait_than_allowed(
-    tmp_path: Path, bound: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow, gate = RunWriter(tmp_path / "a.h5", PARAMETERS), threading.Event()
-    written = slow.append
-    monkeypatch.setattr(slow, "append", lambda row: (gate.wait(), written(row)))
-    to = BackgroundWriter(slow, bound)
-    to.begin(PLAIN)
-    assert row_of(0).nbytes == 144
-    room = max(1, bound // 144)
-    for row in plain_rows(room):
-        to.append(row)
-    late = threading.Thread(target=to.append, args=[row_of(room)])
-    late.start()
-    late.join(0.05)
-    assert late.is_alive()
-    gate.set()
-    late.join()
-    to.close(complete=True)
-    assert len(open_run(slow.path).steps) == room + 1
-
-
-@pytest.mark.parametrize("then", ["append", "close", "keep"])
-def test_what_goes_wrong_behind_the_caller_is_raised_once(
-    tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.h5"
-    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=10**6)
-    to.begin(PLAIN)
-    to.append(row_of(0))
-    to.keep("first", {"x": np.zeros(1)})  # waits for the row
-    monkeypatch.setattr(RunWriter, "_put", full)
-    to.append(row_of(1))
-    to._drain()
-    message = r"Run file `.*a\.h5` should be writable at step 1\. Found: .*No space left"
-    with pytest.raises(RunFileError, match=message):
-        {
-            "append": lambda: to.append(row_of(2)),
-            "keep": lambda: to.keep("second", {"x": np.zeros(1)}),
-            "close": lambda: to.close(complete=True),
-        }[then]()
-    with pytest.raises(RunFileError, match=r"should be open\. Found it closed, or failed"):
-        to.append(row_of(3))
-    to.close(complete=True)
-    run = open_run(path)
-    assert (run.state, run.steps.tolist(), run.tables) == ("open", [0], ("first",))
-
-
-def test_an_error_on_its_way_is_not_mistaken_for_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing, closed, gate = (
-        RunWriter(tmp_path / "a.h5", PARAMETERS),
-        threading.Event(),
-        threading.Event(),
-    )
-
-    def fail(_: Row) -> None:
-        failing.close(complete=False)
-        closed.set()
-        gate.wait()
-        raise RunFileError("the cause")
-
-    monkeypatch.setattr(failing, "append", fail)
-    to = BackgroundWriter(failing, bound_bytes=10**6)
-    to.begin(PLAIN)
-    to.append(row_of(0))
-    closed.wait()
-    to.append(row_of(1))
-    gate.set()
-    with pytest.raises(RunFileError, match="the cause"):
-        to.close(complete=True)
-    with pytest.raises(RunFileError, match="should be open"):
-        to.check_open()
-
-
-def test_a_program_that_ends_without_closing_loses_no_row(tmp_path: Path) -> None:
-    from tests.utils.subprocesses import in_another_process
-
-    code = """
-        import sys
-        sys.path.insert(0, sys.argv[2])
-        from tests.utils.runs import *
-        from geffect.store.background import BackgroundWriter
-        to = BackgroundWriter(RunWriter(sys.argv[1], PARAMETERS), 10**6)
-        to.begin(Contents(SOURCES, MANIFEST))
-        for row in plain_rows(40):
-            to.append(row)
-    """
-    path = tmp_path / "a.h5"
-    assert in_another_process(code, path, Path(__file__).parents[2]) == ""
-    assert len(open_run(path).steps) == 40
-
-
-# How large it will be.
-
-
-@pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("sketch", [None, Sketch(width=1000)])
-def test_the_size_is_known_before(tmp_path: Path, rows: int, sketch: Sketch | None) -> None:
-    parameters = [
-        Parameter(f"layers.{i}.weight", f"layer {i}", "deep", i, "weight", (9,), "float32", ())
-        for i in range(30)
-    ]
-    contents = Contents(SOURCES, MANIFEST, sketch=sketch)
-    recording = RunWriter(tmp_path / "a.h5", parameters)
-    recording.begin(contents)
-    for step in range(rows):
-        recording.append(
-            Row(
-                step,
-                losses=np.zeros(3),
-                gram=np.zeros((30, 3, 3)),
-                sketches=sketch and np.zeros((3, 30, sketch.width), dtype="<f4"),
-            )
-        )
-    recording.close(complete=True)
-    size = recording.path.stat().st_size
-    assert projected_bytes(parameters, contents, rows, 0) == pytest.approx(size, rel=0.05)
-
-
-@pytest.mark.parametrize("capacity", [40, None])
-def test_no_more_is_taken_meanwhile_than_was_told(
-    tmp_path: Path, capacity: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writing, "SPARE_BYTES", 100_000)
-    contents = Contents(SOURCES, MANIFEST, sketch=Sketch(width=1000))
-    told = projected_bytes(PARAMETERS, contents, 40, 0)
-    taken = []
-    synchronise = os.fsync
-
-    def watching(file: int) -> None:  # the moment at which a draft is whole, beside what is there
-        synchronise(file)
-        taken.append(sum(found.stat().st_size for found in tmp_path.iterdir()))
-
-    monkeypatch.setattr(os, "fsync", watching)
-    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=capacity)
-    to.begin(contents)
-    sketches = np.zeros((3, 2, 1000), dtype="<f4")
-    for step in range(40):
-        to.append(Row(step, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
-    to.close(complete=True)
-    assert max(taken) < told * (1.05 if capacity else 2.3)
-    assert len(taken) == 1 if capacity else len(taken) < 14
-    assert open_run(to.path).state == "complete"
-    assert to.path.stat().st_size == pytest.approx(told, rel=0.05)
-    if capacity:  # one more than there were to be
-        resumed = RunWriter(to.path, PARAMETERS, resume=True, rows=capacity)
-        resumed.begin(contents)
-        resumed.append(Row(40, losses=np.zeros(3), gram=np.zeros((2, 3, 3)), sketches=sketches))
-        assert open_run(to.path).state == "open"
-        resumed.close(complete=True)
-        assert len(open_run(to.path).steps) == 41
-        assert open_run(to.path).state == "complete"
-
-
-def test_a_plan_that_is_too_large_is_given_back(tmp_path: Path) -> None:
-    to = RunWriter(tmp_path / "a.h5", PARAMETERS, rows=1000)
-    append(to, row_of(0))
-    large = to.path.stat().st_size
-    assert large > 1000 * 144
-    to.close(complete=True)
-    assert to.path.stat().st_size < large - 900 * 144
-
-
-# What the tests above are made of.
-
-
-def full(*_: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def batches(counts: list[int]) -> list[Row]:

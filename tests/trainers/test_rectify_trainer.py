@@ -1,7 +1,6 @@
 """Rectified Trainers against loops that are written out, and what may happen on the way."""
 
 import copy
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,19 +17,17 @@ from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import g_effect
 from geffect.gradients import Rectification
 from geffect.objectives import nll
-from geffect.projection import State
-from geffect.trainers import GEffectCallback, RectifyMixin, rectify
+from geffect.trainers import RectifyMixin, rectify
 from geffect.trainers.rectification_log import RectificationLog
-from geffect.trainers.retain_batches import RetainBatches
-from tests.utils import reference, tiny, trainers
+from tests.utils import reference, tiny
 from tests.utils import unlearning_trainers as kinds
-from tests.utils.trainers import At, Scaled, same, stop
+from tests.utils.rectified_trainers import gradient, gru, rectified, stepped, windows
+from tests.utils.trainers import At, Scaled, same
 from tests.utils.unlearning_trainers import (
     RETAIN,
     SGD,
     GradAscent,
     GradDiff,
-    Reports,
     apart,
     opposed_pairs,
     unlearner,
@@ -40,58 +37,6 @@ KINDS = [
     kinds.GradDiff, kinds.KL, kinds.NPO, kinds.SimNPO, kinds.DPO, kinds.RMU, kinds.WGA,
     kinds.SatImp, kinds.UNDIAL, kinds.PDU, kinds.Older, kinds.Twice,
 ]  # fmt: skip
-
-
-def ends(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def windows(batches: Sequence[Any], *, epochs: int, each: int) -> list[list[Any]]:
-    """The micro-batches of each step: the last of an epoch may have fewer."""
-    an_epoch = len(batches) // epochs
-    return [
-        list(batches[first : min(first + each, start + an_epoch)])
-        for start in range(0, len(batches), an_epoch)
-        for first in range(start, start + an_epoch, each)
-    ]
-
-
-def rectified(folder: Path, *, rectifier: Any = None, retain: Any = None, **told: Any) -> Any:
-    """A rectified trainer with its reports; `rectifier` are the options of one."""
-    trainer = unlearner(folder, **told)
-    made = Rectifier(trainer.model, **(rectifier or {}))
-    rectify(trainer, made, retain=retain)
-    trainer.reports = Reports(made)
-    trainer.add_callback(trainer.reports)
-    return trainer
-
-
-# Naively.
-
-
-def gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """All of it in one vector."""
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return torch.cat(
-        [
-            torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
-            for g, p in zip(grads, parameters, strict=True)
-        ]
-    )
-
-
-def gru(u: Tensor, r: Tensor) -> Tensor:
-    return u - min(0.0, float(u @ r)) / (r @ r) * r
-
-
-def stepped(model: nn.Module, x: Tensor, *, rate: float, limit: float) -> None:
-    """A step of gradient descent along x, clipped."""
-    x = x * min(1.0, limit / (float(x.norm()) + 1e-6))
-    with torch.no_grad():
-        for p, part in zip(
-            model.parameters(), x.split([p.numel() for p in model.parameters()]), strict=True
-        ):
-            p -= rate * part.view_as(p)
 
 
 def weight_of_retain(trainer: Any, forget: Tensor, retain: Tensor) -> float:
@@ -283,163 +228,6 @@ def test_several_retain_sets_are_logged_by_their_names() -> None:
     assert not any("applied" in name for name in means)
 
 
-# Retain batches.
-
-
-def risk(model: nn.Module, batches: Sequence[Any], parameters: Sequence[Tensor]) -> Tensor:
-    """The gradient of the mean over all tokens of all batches."""
-    sums = [
-        kinds.cross_entropy(model(input_ids=b["input_ids"]).logits, b)
-        * (b["labels"][:, 1:] != -100).sum()
-        for b in batches
-    ]
-    count = sum((b["labels"][:, 1:] != -100).sum() for b in batches)
-    return gradient(sum(sums) / count, parameters)
-
-
-@pytest.mark.parametrize("kind", [GradAscent, kinds.CEU, GradDiff])
-def test_retain_batches_say_what_should_stay(kind: Any, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"kind": kind, "data": opposed_pairs(kind), **SGD}
-    trainer = rectified(tmp_path, retain=RETAIN, **told)
-    trainer.train()
-    hand = unlearner(tmp_path, **told)
-    model, parameters = hand.model, [*hand.model.parameters()]
-    average, fired = None, 0
-    for step, window in enumerate(windows(trainer.data_collator.batches, epochs=2, each=3)):
-        u = sum(gradient(hand.compute_loss(model, b), parameters) for b in window) / len(window)
-        own = [RETAIN[(3 * step + micro) % 5] for micro in range(3)]  # also in a shorter window
-        r = risk(model, own, parameters)
-        average = r if average is None else 0.8 * r + 0.2 * average
-        fired += bool(u @ average < 0)
-        stepped(model, gru(u, average), rate=0.05, limit=0.1)
-    assert sum(trainer.reports.fired) == fired > 0
-    assert apart(trainer, model) < 1e-8
-
-
-def shuffled() -> Any:
-    return torch.utils.data.DataLoader(trainers.samples(5, seed=70), batch_size=2, shuffle=True)
-
-
-def test_retain_batches_leave_no_trace_in_the_training(tmp_path: Path) -> None:
-    told: dict[str, Any] = {"kind": GradAscent}
-    plain = unlearner(tmp_path, tiny.llama(dropout=0.3), **told)
-    plain.train()
-    watched = rectified(
-        tmp_path, model=tiny.llama(dropout=0.3), rectifier={"rule": None}, retain=shuffled(), **told
-    )
-    watched.train()
-    assert same(plain.model.state_dict(), watched.model.state_dict())
-    assert same(plain.optimizer.state_dict(), watched.optimizer.state_dict())
-
-
-def test_a_row_of_batches_is_the_same_wherever_one_begins() -> None:
-    def read(first: int, count: int, row: RetainBatches) -> list[list[int]]:
-        return [b["input_ids"].flatten().tolist() for b in row.window(first, count=count)]
-
-    straight = read(0, 11, RetainBatches(shuffled()))
-    assert len({str(batch) for batch in straight}) > 6  # each pass has an order of its own
-    row = RetainBatches(shuffled())
-    assert read(0, 4, row) + read(4, 5, row) + read(9, 2, row) == straight
-    assert read(5, 3, row) == read(5, 3, RetainBatches(shuffled())) == straight[5:8]
-
-
-def test_a_window_that_was_left_in_the_midst_is_begun_anew() -> None:
-    batches = [{"labels": torch.full((1, 2), i)} for i in range(5)]
-    row = RetainBatches(batches)
-    list(row.window(0, count=3))
-    next(iter(row.window(3, count=2)))  # and then a pass raised
-    again = [int(batch["labels"][0, 0]) for batch in row.window(3, count=2)]
-    assert again == [3, 4]
-
-
-# A training that stops.
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "gru": {},
-    "select": {"select": 0.3, "state": State(torch.bfloat16)},
-    "update": {"space": "update", "scope": "layer", "correction": "retain_adam"},
-}
-SAVING = {"save_strategy": "steps", "save_steps": 2}
-
-
-@pytest.mark.parametrize("retain", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_a_resumed_training_ends_as_if_it_had_not_been_stopped(
-    options: str, retain: bool, tmp_path: Path
-) -> None:
-    def made(name: str, *callbacks: TrainerCallback, **told: Any) -> Any:
-        model = tiny.llama(dropout=0.3)
-        kind: Any = GradAscent if retain else GradDiff
-        told |= {"kind": kind, "data": kinds.pairs(4)}
-        trainer = unlearner(tmp_path / name, model, *callbacks, **told)
-        rectify(
-            trainer, Rectifier(model, **OPTIONS[options]), retain=shuffled() if retain else None
-        )
-        return trainer
-
-    whole = made("whole")
-    whole.train()
-    made("broken", At("on_step_end", 3, stop), **SAVING).train()
-    resumed = made("broken", **SAVING)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "out" / "checkpoint-2"))
-    assert whole.state.global_step == resumed.state.global_step == 4
-    assert same(whole.model.state_dict(), resumed.model.state_dict())
-    assert same(whole.optimizer.state_dict(), resumed.optimizer.state_dict())
-
-
-def test_a_checkpoint_without_a_rectifier_begins_anew_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    unlearner(tmp_path, None, At("on_step_end", 3, stop), **SAVING).train()
-    resumed = rectified(tmp_path, **SAVING)
-    with caplog.at_level(logging.WARNING, logger="geffect"):
-        resumed.train(resume_from_checkpoint=True)
-    assert "has no state of a rectifier" in caplog.text
-    assert len(resumed.reports.all) == 4
-
-
-def test_a_checkpoint_of_another_rectifier_is_refused(tmp_path: Path) -> None:
-    rectified(tmp_path, **SAVING).train()
-    other = rectified(tmp_path, rectifier={"ema": 0.5}, **SAVING)
-    with pytest.raises(ValueError, match="set up as"):
-        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-
-
-def test_a_recorder_that_goes_on_elsewhere_is_refused(tmp_path: Path) -> None:
-    trainer = unlearner(tmp_path, **SAVING)
-    path, resume = tmp_path / "run.h5", str(tmp_path / "out" / "checkpoint-2")
-    with Recorder(trainer.model, path) as recorder:
-        rectify(trainer, Rectifier(trainer.model), recorder=recorder)
-        trainer.train()
-    steps = open_run(path).steps.tolist()
-    for told in ({}, {"next_step": 2}):
-        trainer = unlearner(tmp_path, **SAVING)
-        with Recorder(trainer.model, path, resume=True, **told) as recorder:
-            rectify(trainer, Rectifier(trainer.model), recorder=recorder)
-            if told:
-                trainer.train(resume_from_checkpoint=resume)
-                continue
-            with pytest.raises(ValueError, match=r"go on with step 2, as .* Found 6\. Pass"):
-                trainer.train(resume_from_checkpoint=resume)
-    assert open_run(path).steps.tolist() == steps == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_training_that_raised_leaves_nothing_to_the_next(tmp_path: Path) -> None:
-    def fail(**_: Any) -> None:
-        raise KeyError("out of luck")
-
-    accident = At("on_substep_end", 0, fail)
-    trainer = rectified(tmp_path)
-    trainer.add_callback(accident)
-    with pytest.raises(KeyError):
-        trainer.train()
-    trainer.remove_callback(accident)
-    trainer.train()
-    straight = rectified(tmp_path)
-    straight.train()
-    assert same(straight.model.state_dict(), trainer.model.state_dict())
-
-
 # Precision, and how the graph is made.
 
 
@@ -592,14 +380,6 @@ def test_a_rectified_training_is_recorded_as_it_is(retain: bool, tmp_path: Path)
     assert run.losses()["objective"][:2].mean() == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_callback_beside_a_rectifier_is_refused(tmp_path: Path) -> None:
-    trainer = rectified(tmp_path, data=opposed_pairs(), made={"alpha": 0.4})
-    trainer.add_callback(GEffectCallback(tmp_path / "run.h5", probes={"retain": RETAIN}))
-    with pytest.raises(ValueError, match=r"not rectified.* Found a rectifier. Record with rectify"):
-        trainer.train()
-    assert not (tmp_path / "run.h5").exists()
-
-
 def test_probes_are_recorded_beside_what_is_rectified_and_change_nothing(tmp_path: Path) -> None:
     told: dict[str, Any] = {"data": opposed_pairs(), **SGD}
     plain = rectified(tmp_path, **told)
@@ -685,69 +465,6 @@ def test_detached_from_its_optimizer_too(tmp_path: Path) -> None:
     optimizer = trainer.optimizer.optimizer
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
-
-
-# Refusals.
-
-
-def refused(trainer: Any, match: str, error: Any = ValueError, **told: Any) -> None:
-    kind, keys = type(trainer), vars(trainer).keys()
-    with pytest.raises(error, match=match):
-        rectify(trainer, told.pop("rectifier", Rectifier(trainer.model)), **told)
-    assert type(trainer) is kind
-    assert vars(trainer).keys() == keys
-
-
-def test_what_cannot_be_rectified_is_refused_before_training(tmp_path: Path) -> None:
-    refused(unlearner(tmp_path, kind=GradAscent), r"`retain` should be given .* Found none in Grad")
-    refused(unlearner(tmp_path, remove_unused_columns=True), "remove_unused_columns=False")
-    sharded = unlearner(tmp_path)
-    sharded.is_deepspeed_enabled = True
-    refused(sharded, "Found DeepSpeed.*What works: DDP or FSDP2.*replay", RuntimeError)
-    trainer = unlearner(tmp_path)
-    forget = Rectifier(trainer.model, part="forget")
-    refused(trainer, r'left out with part="forget": GradDiff has', rectifier=forget, retain=RETAIN)
-    refused(trainer, "should have `labels`", retain=[{"input_ids": torch.ones(1, 2)}])
-    refused(trainer, "a list of batches or a loader", TypeError, retain=iter(RETAIN))
-    rectify(trainer, Rectifier(trainer.model))
-    refused(trainer, r"should have one rectifier.*detach\(\)")
-
-
-def test_two_rectifiers_of_one_optimizer_are_refused(tmp_path: Path) -> None:
-    trainer = unlearner(tmp_path)
-    trainer.create_optimizer()
-    first = Rectifier(trainer.model, space="update", optimizer=trainer.optimizer)
-    rectify(trainer, Rectifier(trainer.model, space="update"))
-    with pytest.raises(ValueError, match="should have one rectifier"):
-        trainer.train()
-    first.detach()
-    trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("kind", "match"),
-    [
-        (kinds.Sharing, r"forward pass of its own.* Found \d+ operations.*retain= batches"),
-        (kinds.Silent, r"The loss of Silent should call.*Found no call.*retain=\s+batches"),
-        (kinds.Detached, r"should return a tensor with a graph.*retain= batches"),
-    ],
-)
-def test_a_retain_term_that_cannot_be_cut_is_refused(kind: Any, match: str, tmp_path: Path) -> None:
-    trainer = rectified(tmp_path, kind=kind)
-    before = ends(trainer.model)
-    with pytest.raises((ValueError, RuntimeError), match=match):
-        trainer.train()
-    assert all(map(torch.equal, before, trainer.model.parameters()))
-    instead = rectified(tmp_path, kind=kind, retain=RETAIN)
-    instead.train()
-    assert len(instead.reports.all) == 6
-
-
-def test_the_rectifier_of_another_model_is_refused(tmp_path: Path) -> None:
-    trainer = unlearner(tmp_path)
-    rectify(trainer, Rectifier(tiny.gpt2()))
-    with pytest.raises(ValueError, match="should step the parameters of `model`"):
-        trainer.train()
 
 
 def test_a_retain_gradient_of_zero_is_counted_and_rectifies_nothing(tmp_path: Path) -> None:

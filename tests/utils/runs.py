@@ -118,3 +118,11 @@ def damage(path: Path, name: str, where: Any, value: float) -> None:
     """Change one number of a file."""
     with h5py.File(path, "r+") as file:
         file[name][where] = value
+
+
+PLAIN = Contents(SOURCES, MANIFEST)
+
+
+def full(*_: object) -> None:
+    """In the place of what writes: there is no room."""
+    raise OSError(28, "No space left on device")

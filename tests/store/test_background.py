@@ -1,0 +1,121 @@
+"""Rows that are written behind the caller."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from geffect.store import Row, RunFileError, open_run
+from geffect.store.background import BackgroundWriter
+from geffect.store.writer import RunWriter
+from tests.utils.runs import PARAMETERS, PLAIN, full, plain_rows, row_of
+
+
+def test_rows_are_written_in_order_behind_the_caller(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=2000)
+    to.begin(PLAIN)
+    for row in plain_rows(50):
+        to.append(row)
+    to.keep("done", {"rows": np.array([50])})
+    assert len(open_run(path).steps) == 50
+    to.close(complete=True)
+    to.close(complete=True)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist(), run.tables) == ("complete", list(range(50)), ("done",))
+
+
+@pytest.mark.parametrize("bound", [0, 3 * 144])
+def test_no_more_bytes_wait_than_allowed(
+    tmp_path: Path, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, gate = RunWriter(tmp_path / "a.h5", PARAMETERS), threading.Event()
+    written = slow.append
+    monkeypatch.setattr(slow, "append", lambda row: (gate.wait(), written(row)))
+    to = BackgroundWriter(slow, bound)
+    to.begin(PLAIN)
+    assert row_of(0).nbytes == 144
+    room = max(1, bound // 144)
+    for row in plain_rows(room):
+        to.append(row)
+    late = threading.Thread(target=to.append, args=[row_of(room)])
+    late.start()
+    late.join(0.05)
+    assert late.is_alive()
+    gate.set()
+    late.join()
+    to.close(complete=True)
+    assert len(open_run(slow.path).steps) == room + 1
+
+
+@pytest.mark.parametrize("then", ["append", "close", "keep"])
+def test_what_goes_wrong_behind_the_caller_is_raised_once(
+    tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.h5"
+    to = BackgroundWriter(RunWriter(path, PARAMETERS), bound_bytes=10**6)
+    to.begin(PLAIN)
+    to.append(row_of(0))
+    to.keep("first", {"x": np.zeros(1)})  # waits for the row
+    monkeypatch.setattr(RunWriter, "_put", full)
+    to.append(row_of(1))
+    to._drain()
+    message = r"Run file `.*a\.h5` should be writable at step 1\. Found: .*No space left"
+    with pytest.raises(RunFileError, match=message):
+        {
+            "append": lambda: to.append(row_of(2)),
+            "keep": lambda: to.keep("second", {"x": np.zeros(1)}),
+            "close": lambda: to.close(complete=True),
+        }[then]()
+    with pytest.raises(RunFileError, match=r"should be open\. Found it closed, or failed"):
+        to.append(row_of(3))
+    to.close(complete=True)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist(), run.tables) == ("open", [0], ("first",))
+
+
+def test_an_error_on_its_way_is_not_mistaken_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing, closed, gate = (
+        RunWriter(tmp_path / "a.h5", PARAMETERS),
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def fail(_: Row) -> None:
+        failing.close(complete=False)
+        closed.set()
+        gate.wait()
+        raise RunFileError("the cause")
+
+    monkeypatch.setattr(failing, "append", fail)
+    to = BackgroundWriter(failing, bound_bytes=10**6)
+    to.begin(PLAIN)
+    to.append(row_of(0))
+    closed.wait()
+    to.append(row_of(1))
+    gate.set()
+    with pytest.raises(RunFileError, match="the cause"):
+        to.close(complete=True)
+    with pytest.raises(RunFileError, match="should be open"):
+        to.check_open()
+
+
+def test_a_program_that_ends_without_closing_loses_no_row(tmp_path: Path) -> None:
+    from tests.utils.subprocesses import in_another_process
+
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        from tests.utils.runs import *
+        from geffect.store.background import BackgroundWriter
+        to = BackgroundWriter(RunWriter(sys.argv[1], PARAMETERS), 10**6)
+        to.begin(Contents(SOURCES, MANIFEST))
+        for row in plain_rows(40):
+            to.append(row)
+    """
+    path = tmp_path / "a.h5"
+    assert in_another_process(code, path, Path(__file__).parents[2]) == ""
+    assert len(open_run(path).steps) == 40
