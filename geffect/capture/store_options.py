@@ -32,7 +32,7 @@ class StoreOptions:
     def __post_init__(self) -> None:
         if self.gradients is None and self.match:
             raise ValueError(
-                "`match` should choose the parameters of which `gradients` are kept. Found "
+                "`match` should choose the parameters whose `gradients` are kept. Found "
                 f"`match = {self.match!r}` and no `gradients`. Name an encoding, or leave it out."
             )
         if self.gradients is not None and self.gradients not in ENCODINGS:

@@ -149,7 +149,7 @@ def _check(size: Size) -> None:
         )
 
 
-# Of each attribute three ways to ask, of which every fact draws one to be trained with and one as
+# Three ways to ask for each attribute: every fact draws one to be trained with and one as
 # its paraphrase, and the one way to answer.
 TEMPLATES: dict[str, tuple[tuple[str, str, str], str]] = {
     "birthplace": (
