@@ -4,14 +4,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geffect import distributed
 
 __all__ = [
     "Differences",
+    "DirectionWatch",
     "Move",
     "StepFollower",
     "check_descends",
@@ -93,6 +96,30 @@ def check_descends(optimizer: torch.optim.Optimizer) -> None:
             "what the step goes down. Found `maximize = True`, with which every sign would be "
             "wrong. Negate the loss instead."
         )
+
+
+class DirectionWatch:
+    """Refuses an optimizer that climbs at the step that it takes with an expected gradient.
+
+    For those who leave a gradient and do not know the optimizer that steps it. It looks at the
+    steps of all optimizers for as long as it lives.
+    """
+
+    def __init__(self, parameters: Collection[Tensor]) -> None:
+        self.expects = False  # whether a gradient lies there that no optimizer has stepped yet
+        self._own = set(map(id, parameters))
+        look = WeakMethod(self._look)
+
+        def pre(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            if (method := look()) is not None:
+                method(optimizer)
+
+        finalize(self, register_optimizer_step_pre_hook(pre).remove)
+
+    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.expects and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
+            check_descends(optimizer)
+            self.expects = False
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:

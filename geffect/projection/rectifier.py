@@ -12,7 +12,7 @@ from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
-from geffect.steps import check_descends, check_owned, unwrapped
+from geffect.steps import DirectionWatch, check_descends, check_owned, unwrapped
 
 from . import checks
 from .attachment import Attachment, check_free
@@ -113,6 +113,7 @@ class Rectifier:
         self._window: Gradients | None = None
         self._step: Step | None = None
         self._attachment: Attachment | None = None
+        self._watch: DirectionWatch | None = None  # of optimizers that nobody has attached
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -208,7 +209,10 @@ class Rectifier:
                 "Found no step that was observed. Call observe(gradients) first."
             )
         self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
-        if self._attachment is not None and self._step.armed:
+        if self._attachment is None:
+            self._watch = self._watch or DirectionWatch(self._begun().parameters)
+            self._watch.expects = True
+        elif self._step.armed:
             self._attachment.come_last()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:

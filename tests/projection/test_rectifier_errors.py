@@ -288,6 +288,25 @@ def test_an_optimizer_that_climbs(place: str) -> None:
     assert not rectifier._memory.ready
 
 
+def test_an_optimizer_that_climbs_and_was_never_attached() -> None:
+    """It takes the rectified gradient all the same, so it is found out before it moves anything."""
+    model, other = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, maximize=True)
+    rectifier = Rectifier(model)
+    backward(rectifier, model)
+    before = copy.deepcopy(model.state_dict())
+    risk(other, 0).backward()  # somebody else's step is none of its business
+    torch.optim.SGD(other.parameters(), lr=LR, maximize=True).step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"`maximize` of SGD should be False.* Negate the"):
+            optimizer.step()
+    assert same(before, model.state_dict())
+    optimizer.param_groups[0]["maximize"] = False
+    optimizer.step()
+    optimizer.param_groups[0]["maximize"] = True
+    optimizer.step()  # no rectified gradient is waiting: a step of the user's own
+
+
 def test_a_step_that_was_not_observed() -> None:
     model = network()
     gradients = differentiate([*model.parameters()], {"objective": risk(model, 0)})
