@@ -97,10 +97,6 @@ class Run:
 
         So in all of a file that was written before geffect told the two apart.
         """
-        with opened(self.path) as file:
-            known = "stepped" in file
-        if not known:
-            return np.ones((len(self.steps), len(self.layers)), dtype=np.bool_)
         moved: NDArray[np.bool_] = self.read("stepped")[self._starts] != 0
         return moved
 
@@ -363,6 +359,8 @@ def _check_format(file: h5py.File, should: str) -> None:
 
 def _rows(file: h5py.File, name: str, count: int, *entry: int) -> NDArray[Any]:
     """The first rows of a dataset, if it holds what the schema says: numbers, never an object."""
+    if name == "stepped" and name not in file:  # which came later than the format
+        return np.full((count, len(file["parameters/name"])), -1, dtype=ROWS[name])
     dataset = file[name]
     if dataset.dtype != ROWS[name]:
         raise TypeError(f"{dataset.dtype} in `{name}`")
