@@ -379,7 +379,7 @@ def test_a_second_demo_is_refused(ask: Ask, quick_study: Any) -> None:
     before = (quick_study.out / "summary.json").read_bytes()
     said = ask("demo", "--quick", "--out", quick_study.out)
     assert (said.code, said.out) == (1, "")
-    assert re.fullmatch(r"geffect: [^\n]*--resume, [^\n]*--overwrite\.\n", said.err)
+    assert re.fullmatch(r"geffect: [^\n]* --resume [^\n]* --overwrite [^\n]*\.\n", said.err)
     assert (quick_study.out / "summary.json").read_bytes() == before
 
 
