@@ -101,7 +101,7 @@ def planned(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Two seeds of every cell of a plan: those that it compares, and their controls."""
     size = plan.studied.corpus
     runs = []
-    for cell, seed in product(plan.cells(), (0, 1)):
+    for cell, seed in product(plan.specs(), (0, 1)):
         retain, world = TWO_SETS.get(cell.variant, (RETAIN.get(cell.variant, 0.04), 0.01))
         made = run(
             cell.method,
@@ -157,7 +157,7 @@ def test_every_plan_has_its_claims(every: bool, controlled: bool) -> None:
     runs, further = planned(plan)
     said = findings(runs, further)
     assert [f["claim"] for f in said if not f["holds"]] == []
-    assert said[0]["numbers"] == {"runs": 2 * len(plan.cells())}
+    assert said[0]["numbers"] == {"runs": 2 * len(plan.specs())}
     # With few retain facts and many, at two levels, and in the comparison at the best rates.
     sago = (5 if controlled else 2) if every else 0
     assert sum("SAGO" in f["claim"] for f in said) == sago
