@@ -221,8 +221,11 @@ class StepFollower:
         # The optimizer whose closure this is steps what is its own.
         within = {id(tensor) for optimizer in self._inside for tensor in tensors_of(optimizer)}
         parameters = self._parameters
-        # What an optimizer stepped the time before is expected to be stepped by one again.
-        printed = [i for i, p in enumerate(parameters) if self._updates or id(p) not in self._known]
+        # With copies nothing has to be printed yet. What an optimizer stepped the time before is
+        # expected to be stepped by one again.
+        printed = [
+            i for i, p in enumerate(parameters) if not self._updates and id(p) not in self._known
+        ]
         self._step = _Step(
             parameters=parameters,
             reached=frozenset(id(p) for p in parameters if p.grad is not None),
@@ -294,11 +297,12 @@ class _Step:
     driven: set[int]  # of these, what had a gradient then
     before: Sequence[Tensor] | None  # copies, where the update is followed
     versions: Sequence[int]
-    printed: Sequence[int]  # places of those whose bits are looked at
+    printed: Sequence[int]  # places of those whose bits are looked at, without copies
     prints: Tensor
     lr: float = float("nan")
     optimizer: Mapping[str, Any] | None = None
-    told: tuple[Tensor, tuple[bool, ...]] | None = None  # prints and stepped of the last news
+    # Of the last news: what was stepped, and prints of all parameters where the update is followed.
+    told: tuple[Tensor, tuple[bool, ...]] | None = None
 
     def take(self, optimizer: torch.optim.Optimizer, driven: Collection[int]) -> None:
         """Count a step of the optimizer, which moves what is `driven`."""
@@ -310,12 +314,11 @@ class _Step:
 
     def news(self, *, at_gradient: bool) -> Move | None:
         """What has moved, if that is something else than was told."""
-        now = _prints([self.parameters[place] for place in self.printed])
-        stepped = self._moved(now)
+        stepped = self._moved()
+        now = _prints(self.parameters if self.before is not None else [])
         if self.told is not None:
             prints, flags = self.told
-            moved = self.before is not None and not torch.equal(prints, now)
-            if not any(self._anywhere([moved])) and flags == stepped:
+            if not any(self._anywhere([not torch.equal(prints, now)])) and flags == stepped:
                 return None
         self.told = now, stepped
         seen = any(stepped)
@@ -324,16 +327,25 @@ class _Step:
             update = Differences(self.before, self.parameters, stepped)
         return Move(stepped if seen else None, update, self.lr, self.optimizer)
 
-    def _moved(self, now: Tensor) -> tuple[bool, ...]:
+    def _moved(self) -> tuple[bool, ...]:
         """Whether an optimizer stepped it, or its values changed, on any process."""
         flags = [id(parameter) in self.driven for parameter in self.parameters]
         if all(flags):
             return tuple(flags)
+        changed = self._changed()
+        return tuple(a or b for a, b in zip(flags, self._anywhere(changed), strict=True))
+
+    def _changed(self) -> Sequence[bool]:
+        """Whether the values that this process holds are others, by place."""
+        if self.before is not None:
+            pairs = zip(self.parameters, self.before, strict=True)
+            return [not torch.equal(_bits(parameter), _bits(before)) for parameter, before in pairs]
         versions = zip(self.parameters, self.versions, strict=True)
         changed = [parameter._version != version for parameter, version in versions]
+        now = _prints([self.parameters[place] for place in self.printed])
         for place, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
             changed[place] = not same
-        return tuple(a or b for a, b in zip(flags, self._anywhere(changed), strict=True))
+        return changed
 
     def _anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:
         """Whether it is so in the part of any process, where parameters are sharded."""
@@ -348,10 +360,18 @@ def _prints(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(words) if words else torch.empty(0, dtype=torch.int64)
 
 
-def _print(tensor: Tensor) -> Tensor:
+def _bits(tensor: Tensor) -> Tensor:
+    """What this process holds, as whole numbers: NaN equals itself there, and 0 is not -0."""
     values = distributed.local(tensor.detach())
     whole = torch.view_as_real(values) if values.is_complex() else values
-    bits = whole.reshape(-1).view(_WORDS[whole.element_size()])
+    return whole.reshape(-1).view(_WORDS[whole.element_size()])
+
+
+def _print(tensor: Tensor) -> Tensor:
+    bits = _bits(tensor)
+    size = bits.element_size()
+    if bits.numel() * size % 8 == 0 and bits.storage_offset() * size % 8 == 0:
+        bits = bits.view(torch.int64)  # several numbers at once
     # Each place has a factor of its own, so that changes do not cancel: a plain sum would miss a
     # bit up here and one down there, and numbers that change places.
     factors = _factors(bits.device)
