@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
@@ -52,6 +53,17 @@ def side_of(pair: Mapping[str, Any], name: str) -> Batch:
     outer, _, inner = name.partition(".")
     found: Batch = pair[name] if name in pair else pair[outer][inner]
     return found
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch, or pair, with its tensors on a device; what is no tensor stays as it is."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return on_device(value, device)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def labels_of(batch: Batch) -> Tensor:

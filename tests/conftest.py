@@ -33,6 +33,7 @@ from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
+from tests.utils.command_line import Ask, answering
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -170,6 +171,12 @@ def _write_example(
         )
     )
     writer.close(complete=True)
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """The command line, run here."""
+    return answering(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from geffect.batch import Batch, batches_in
+from geffect.batch import Batch, batches_in, on_device
 from geffect.capture.collector import Collector
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
-from geffect.data.collate import batched, check_length, lengths_of, on_device, pad_token_of
+from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.objectives import Objective, as_objective, provenance

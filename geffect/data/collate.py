@@ -136,14 +136,6 @@ def lengths_of(batch: Mapping[str, Any]) -> Iterator[int]:
             yield side["input_ids"].shape[1]
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of a batch, and of its sides, on a device."""
-    return {
-        name: on_device(value, device) if isinstance(value, Mapping) else value.to(device)
-        for name, value in batch.items()
-    }
-
-
 def _columns(items: Sequence[Item], name: str) -> list[str]:
     """The columns that all items have."""
     for item in items:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed
-from geffect.batch import Batch
+from geffect.batch import on_device
 from geffect.gradients import Vector
 from geffect.layers import trainable
 
@@ -106,7 +106,7 @@ def _risks(model: nn.Module, batches: RiskSet, autocast: Autocast) -> Iterator[t
     device = next(model.parameters(), torch.empty(0)).device
     for batch in share(as_batches(batches)):
         with autocast():
-            log_p, scored = token_log_probabilities(model, _on(device, batch))
+            log_p, scored = token_log_probabilities(model, on_device(batch, device))
         yield -log_p.sum(), int(scored.sum())
 
 
@@ -132,13 +132,6 @@ def _averaged(parameters: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Ve
         for total, p in zip(sums, parameters, strict=True)
     ]
     return distributed.average(parameters, {"risk": present})["risk"]
-
-
-def _on(device: torch.device, batch: Batch) -> dict[str, Any]:
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def _plus(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -1,7 +1,6 @@
 """What a rectifier did, against loops over raw vectors; runs of old, and what the pages show."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from matplotlib.image import imread
 
 from geffect import Recorder, Rectifier, Run, open_run
 from geffect.analysis import intervals, predicted_change, rectification, violation
-from geffect.cli.main import main
 from geffect.cli.report import runs_report
 from geffect.layers import describe
 from geffect.objectives import nll
@@ -23,6 +21,7 @@ from geffect.store import layout
 from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
+from tests.utils.command_line import Ask
 
 PARAMETERS = describe(tiny.llama())[::3]
 LABELS: dict[str, Callable[[int], str]] = {
@@ -432,13 +431,6 @@ def test_a_file_of_old_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # Pages and pictures
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["geffect", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-
-
 def test_the_report_shows_it_where_there_was_a_rectifier(
     recorded: Path, unwatched: Path, tmp_path: Path
 ) -> None:
@@ -457,23 +449,20 @@ def test_the_report_shows_it_where_there_was_a_rectifier(
     assert f"Fired in {fired:.0f} % of the steps" in pages[-1]
 
 
-def test_the_command_line_has_it_of_the_model(
-    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_the_command_line_has_it_of_the_model(recorded: Path, ask: Ask) -> None:
     table = rectification(open_run(recorded))
-    ask(monkeypatch, "scores", recorded, "--score", "rectification", "--json")
-    said = json.loads(capsys.readouterr().out)
+    code, out, _ = ask("scores", recorded, "--score", "rectification", "--json")
+    assert code == 0
+    said = json.loads(out)
     assert [row["quantity"] for row in said] == table["quantity"].tolist()
     assert [row["value"] for row in said] == table["value"].tolist()
 
 
 @pytest.mark.parametrize("how", [("--kind", "rectification"), ("--score", "rectification")])
 def test_the_command_line_draws_it(
-    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], how: tuple[str, str],
-) -> None:  # fmt: skip
+    recorded: Path, tmp_path: Path, ask: Ask, how: tuple[str, str]
+) -> None:
     picture = tmp_path / "picture.png"
-    ask(monkeypatch, "plot", recorded, "-o", picture, *how)
-    assert capsys.readouterr().out == f"rectification in {picture}\n"
+    code, out, _ = ask("plot", recorded, "-o", picture, *how)
+    assert (code, out) == (0, f"rectification in {picture}\n")
     assert imread(picture)[..., :3].std() > 0.02

@@ -1,6 +1,5 @@
 """What a run file says of the objective, whoever records it."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from torch import nn
 
 from geffect import Recorder, open_run
 from geffect.capture.recorder import provenance
-from geffect.cli.main import main
 from geffect.objectives import NPO, GradDiff, Objective
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
+from tests.utils.command_line import Ask
 from tests.utils.unlearning_runs import arguments
 
 SAID = {
@@ -81,15 +80,10 @@ def test_what_a_file_cannot_keep_is_refused(tmp_path: Path) -> None:
         recorded(tmp_path / "run.h5", Hidden())
 
 
-def test_info_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_shows_it(tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recorded(tmp_path / "run.h5", GradDiff(NPO(0.5), weight=2.0))
-    monkeypatch.setattr(sys, "argv", ["geffect", "info", str(path)])
     monkeypatch.setenv("COLUMNS", "160")
-    with pytest.raises(SystemExit):
-        main()
-    said = capsys.readouterr().out
+    said = ask("info", path).out
     for words in ("name: GradDiff", "beta: 0.5", "weight: 2.0", "sequence_sum of forget",
                   "needs: likelihoods"):  # fmt: skip
         assert words in said

@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from torch import nn
 
 from geffect import Recorder, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
-from geffect.cli.main import main
 from geffect.demo import figures
 from geffect.demo.config import QUICK
 from geffect.demo.jobs import Unlearning
@@ -30,38 +27,7 @@ from geffect.demo.study import IN_A_LOOK
 from geffect.objectives import SimNPO
 from geffect.store import validate
 from tests.utils import tiny
-
-ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Exit code and what was printed, without colours."""
-
-    code: int
-    out: str
-    err: str
-
-
-Ask = Callable[..., Answer]
-
-
-@pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """The command line, run here."""
-
-    def ask(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["geffect", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return Answer(code, ESCAPE.sub("", said.out), ESCAPE.sub("", said.err))
-
-    return ask
+from tests.utils.command_line import Ask
 
 
 def strict(text: str) -> Any:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,11 @@ from transformers import LlamaForCausalLM
 from geffect import open_run
 from geffect.analysis import g_effect, intervals
 from geffect.capture.store_options import STORES
-from geffect.cli.main import main
 from geffect.cli.replay import StoreName
 from geffect.objectives import NPO, WTNPO, GradDiff, Objective, WeightedGradientAscent, provenance
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
-
-Ask = Callable[..., tuple[int, str, str]]
+from tests.utils.command_line import Answer, Ask
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """The command line, run here, with what every replay needs."""
+def replayed(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """The command, with what every replay needs."""
+    monkeypatch.setenv("COLUMNS", "160")
 
-    def ask(*options: object, only: int = 2, **given: object) -> tuple[int, str, str]:
+    def replayed(*options: object, only: int = 2, **given: object) -> Answer:
         defaults = {
             "objective": "ga",
             "forget": folder / "forget.jsonl",
@@ -55,23 +52,13 @@ def ask(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         words = [word for name, value in {**defaults, **given}.items()
                  for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
         checkpoints = [folder / f"checkpoint-{step}" for step in (5, 10)][:only]
-        arguments = ["geffect", "replay", *checkpoints, "--device", "cpu", *words, *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        return ask("replay", *checkpoints, "--device", "cpu", *words, *options)
 
-    return ask
+    return replayed
 
 
-def test_replay(ask: Ask, tmp_path: Path) -> None:
-    code, out, err = ask("-o", tmp_path / "run.h5", batch_size=2)
+def test_replay(replayed: Ask, tmp_path: Path) -> None:
+    code, out, err = replayed("-o", tmp_path / "run.h5", batch_size=2)
     assert (code, err) == (0, "")
     run = open_run(tmp_path / "run.h5")
     assert run.steps.tolist() == [5, 10] and run.rows.tolist() == [8, 8]
@@ -86,18 +73,18 @@ def test_replay(ask: Ask, tmp_path: Path) -> None:
     assert out.index(first) < out.index("checkpoint-5: batch")
 
 
-def test_a_summary_without_intervals(ask: Ask, folder: Path, tmp_path: Path) -> None:
+def test_a_summary_without_intervals(replayed: Ask, folder: Path, tmp_path: Path) -> None:
     """Of one checkpoint, with rows that are biased and few."""
     given = {"estimator": "same_batch", "batch_size": 4, "forget": folder / "facts.jsonl"}
-    code, out, _ = ask("-o", tmp_path / "run.h5", only=1, **given)
+    code, out, _ = replayed("-o", tmp_path / "run.h5", only=1, **given)
     assert code == 0 and "1 checkpoint in" in out
     assert "same_batch (biased), in nats per unit learning rate" in out
     assert "Biased by the variance of a batch" in out and "No intervals: fewer than 8 rows." in out
     assert "95 %" not in out and re.search(r"5 │ checkpoint-5 │ +4 │ +\S+ │ +\S+ │", out)
 
 
-def test_the_summary_as_json(ask: Ask, tmp_path: Path) -> None:
-    code, out, err = ask("-o", tmp_path / "run.h5", "--json", objective="npo")
+def test_the_summary_as_json(replayed: Ask, tmp_path: Path) -> None:
+    code, out, err = replayed("-o", tmp_path / "run.h5", "--json", objective="npo")
     said = json.loads(out)
     assert code == 0 and said["output"] == str(tmp_path / "run.h5")
     assert said["unit"] == "nats per unit learning rate"
@@ -112,13 +99,13 @@ def test_the_summary_as_json(ask: Ask, tmp_path: Path) -> None:
     assert "First row of forget" in err
 
 
-def test_no_template_sketches_and_a_length(ask: Ask, tmp_path: Path) -> None:
+def test_no_template_sketches_and_a_length(replayed: Ask, tmp_path: Path) -> None:
     path = tmp_path / "run.h5"
     told = ["--no-template", "--store", "sketch", "--max-length", 30]
-    code, out, _ = ask("-o", path, *told)
+    code, out, _ = replayed("-o", path, *told)
     assert code == 0 and "Question: Where does forget live?\nAnswer:" in out
     assert open_run(path).contents.sketch is not None
-    assert ask("-o", path, "--overwrite", "--no-template", "--store", "int4")[0] == 1
+    assert replayed("-o", path, "--overwrite", "--no-template", "--store", "int4")[0] == 1
 
 
 @pytest.mark.parametrize("name", StoreName)
@@ -139,10 +126,15 @@ def test_what_may_be_kept_has_a_name_on_the_command_line(name: StoreName) -> Non
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip
 def test_objectives(
-    ask: Ask, tmp_path: Path, objective: str, options: list[str], said: Objective, compared: bool
+    replayed: Ask,
+    tmp_path: Path,
+    objective: str,
+    options: list[str],
+    said: Objective,
+    compared: bool,
 ) -> None:
     path = tmp_path / "run.h5"
-    code, out, _ = ask("-o", path, *options, objective=objective)
+    code, out, _ = replayed("-o", path, *options, objective=objective)
     kept = open_run(path).manifest["objective"]
     is_first = "checkpoint-5, the first checkpoint" if compared else None
     assert code == 0 and kept == provenance(said, is_first)
@@ -160,10 +152,10 @@ def test_objectives(
     ],
 )
 def test_estimators(
-    ask: Ask, tmp_path: Path, options: list[str], estimator: str, rows: int, seed: int | None
+    replayed: Ask, tmp_path: Path, options: list[str], estimator: str, rows: int, seed: int | None
 ) -> None:
     path = tmp_path / "run.h5"
-    code, out, _ = ask("-o", path, *options, batch_size=2)
+    code, out, _ = replayed("-o", path, *options, batch_size=2)
     run = open_run(path)
     assert code == 0 and estimator in out
     assert run.rows.tolist() == [rows, rows]
@@ -172,17 +164,19 @@ def test_estimators(
     assert ("[" in out.split("checkpoint-10")[-1]) is (rows >= 8)
 
 
-def test_further_risks_the_update_and_a_reference(ask: Ask, folder: Path, tmp_path: Path) -> None:
+def test_further_risks_the_update_and_a_reference(
+    replayed: Ask, folder: Path, tmp_path: Path
+) -> None:
     path, facts = tmp_path / "run.h5", folder / "facts.jsonl"
     told = ["--risk", f"facts={facts}", "--risk", f"more={facts}", "--update"]
-    code, out, _ = ask("-o", path, *told, objective="npo", reference=folder / "checkpoint-10")
+    code, out, _ = replayed("-o", path, *told, objective="npo", reference=folder / "checkpoint-10")
     assert code == 0
     assert open_run(path).sources == ("objective", "forget", "retain", "facts", "more", "update")
     assert "Reference model: checkpoint-10.\n" in out
-    again = ask("-o", path)
+    again = replayed("-o", path)
     assert again[0] == 1 and "should not exist yet" in again[2] and "--overwrite" in again[2]
     assert "First row" not in again[1], "nothing has been read"
-    assert ask("-o", path, "--overwrite")[0] == 0
+    assert replayed("-o", path, "--overwrite")[0] == 0
     assert open_run(path).sources == ("objective", "forget", "retain")
 
 
@@ -220,11 +214,11 @@ def test_further_risks_the_update_and_a_reference(ask: Ask, folder: Path, tmp_pa
     ],
 )
 def test_how_it_says_no(
-    ask: Ask, folder: Path, tmp_path: Path, options: list[str], given: dict[str, Any], code: int,
-    says: str,
+    replayed: Ask, folder: Path, tmp_path: Path, options: list[str], given: dict[str, Any],
+    code: int, says: str,
 ) -> None:  # fmt: skip
     named = {name: str(value).format(folder=folder) for name, value in given.items()}
-    ended, out, err = ask(*options, **{"output": tmp_path / "run.h5", **named})
+    ended, out, err = replayed(*options, **{"output": tmp_path / "run.h5", **named})
     assert ended == code and "batch 1" not in out
     words = re.sub(r"[\s│]+", " ", err)
     assert says in words
@@ -232,19 +226,13 @@ def test_how_it_says_no(
     assert not (tmp_path / "run.h5").exists()
 
 
-def test_the_file_is_read_by_the_other_subcommands(
-    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ask("-o", tmp_path / "run.h5")
+def test_the_file_is_read_by_the_other_subcommands(replayed: Ask, ask: Ask, tmp_path: Path) -> None:
+    replayed("-o", tmp_path / "run.h5")
 
     def scores(*options: object) -> str:
-        told = ["geffect", "scores", tmp_path / "run.h5", *options]
-        monkeypatch.setattr(sys, "argv", list(map(str, told)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-        return capsys.readouterr().out
+        said = ask("scores", tmp_path / "run.h5", *options)
+        assert said.code == 0
+        return said.out
 
     rows = json.loads(scores("--json"))
     assert {row["effect"] for row in rows} == {"unlearning", "retaining"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.data.collate import PaddingSide, batched, check_length, collate, lengths_of, on_device
+from geffect.batch import on_device
+from geffect.data.collate import PaddingSide, batched, check_length, collate, lengths_of
 from geffect.risk import nll
 from tests.utils import reference, tiny
 from tests.utils.trainers import same

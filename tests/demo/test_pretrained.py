@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from geffect import open_run
 from geffect.batch import IGNORED
-from geffect.cli.main import main
 from geffect.cli.report import study_report
 from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
@@ -23,6 +22,7 @@ from geffect.demo.jobs import KINDS, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import Plan, run_study
+from tests.utils.command_line import Ask
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)
 CHATML = (
@@ -343,15 +343,12 @@ def test_every_variant_has_its_pace(folder: Path) -> None:
 
 
 def test_the_command_line_says_what_it_needs_and_refuses(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def asked(*options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["geffect", "demo", *options])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code in (1, 2)
-        said = capsys.readouterr()
-        return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│\n]", " ", said.out + said.err).split())
+        said = ask("demo", *options)
+        assert said.code in (1, 2)
+        return " ".join(re.sub(r"[│\n]", " ", said.out + said.err).split())
 
     assert "should go with `--model`" in asked("--layers", "0..1")
     assert "Leave one of `--quick` and `--model` out" in asked("--model", str(folder), "--quick")

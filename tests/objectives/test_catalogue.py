@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import nn
 
 from geffect import Recorder, open_run
 from geffect.checkpoints.replay import replay
-from geffect.cli.main import main
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
 from geffect.demo.methods import FEW, METHODS, VARIANTS, RunSpec
@@ -36,6 +34,7 @@ from geffect.objectives import (
 from geffect.objectives.table import page
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
+from tests.utils.command_line import Ask
 from tests.utils.unlearning_runs import arguments
 
 FORGET, RETAIN = ([tiny.batch(seed + i, rows=2) for i in range(2)] for seed in (0, 20))
@@ -152,14 +151,11 @@ def test_the_study_names_objectives_of_the_catalogue() -> None:
     ],
 )
 def test_a_study_refuses_what_an_objective_has_not(
-    options: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["geffect", "demo", "--out", str(tmp_path), *options])
+    options: list[str], says: str, tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2 and says in capsys.readouterr().err
+    said = ask("demo", "--out", tmp_path, *options)
+    assert said.code == 2 and says in said.err
 
 
 def test_the_options_of_a_study_reach_its_runs() -> None:
