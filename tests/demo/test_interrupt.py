@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,11 +18,12 @@ DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
 
 def still_running(group: int) -> list[str]:
     """What runs in a process group, but for what has ended and was not fetched yet."""
-    return [
-        " ".join(process.cmdline())
-        for process in psutil.process_iter(["status"])
-        if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group
-    ]
+    found = []
+    for process in psutil.process_iter(["status", "cmdline"]):
+        with suppress(ProcessLookupError):  # it has ended since
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == group:
+                found.append(" ".join(process.info["cmdline"] or []))
+    return found
 
 
 @pytest.mark.parametrize("whom", ["one process", "all of them"])
@@ -45,6 +47,10 @@ def test_an_interrupt_ends_the_study_and_its_workers(tmp_path: Path, whom: str) 
         f"geffect: The study was interrupted. {there} of {jobs} runs are whole in `{out}`. The "
         "same command with --resume goes on from there.\n"
     )
+    # The process that tidies up behind multiprocessing ends once it has seen the study end.
+    until = time.monotonic() + 10
+    while still_running(study.pid) and time.monotonic() < until:
+        time.sleep(0.05)
     assert still_running(study.pid) == []
 
 
