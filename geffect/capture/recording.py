@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from geffect import distributed
+from geffect import distributed, dots
 from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.layers import describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
@@ -214,7 +214,13 @@ class Recording:
             raise self._failure
 
     def _row(self, entry: Entry) -> Row:
-        return row(self.header, entry, wall_seconds=time.perf_counter() - self._started)
+        return row(
+            self.header,
+            entry,
+            # What a rectifier promises is kept up to the rounding of the parameters.
+            lengths=_lengths(self.parameters) if self.header.blocks else None,
+            wall_seconds=time.perf_counter() - self._started,
+        )
 
     def _open(self, existing: IfExists) -> RunHeader:
         writer = RunWriter(
@@ -283,3 +289,10 @@ class Recording:
                 return
             self.failed = True
             log.warning("%s Training goes on, and nothing more is recorded.", error)
+
+
+def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:
+    """|theta| of each parameter, as it is now; on all processes at once."""
+    squares = [dots.quick_gram([p]) for p in parameters]
+    whole = dots.gathered(squares, [*map(distributed.holders, parameters)])
+    return whole[:, 0, 0].sqrt().numpy()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geffect.gradients import GradientTransform
 from geffect.store.schema import RECTIFICATION_COLUMNS, Row
@@ -40,8 +41,17 @@ class Entry:
     sources: Sequence[str] | None = None
 
 
-def row(known: RunHeader, entry: Entry, *, wall_seconds: float) -> Row:
-    """The row: every number at the place that the first row of the run gave to its source."""
+def row(
+    known: RunHeader,
+    entry: Entry,
+    *,
+    lengths: NDArray[np.float64] | None,
+    wall_seconds: float,
+) -> Row:
+    """The row: every number at the place that the first row of the run gave to its source.
+
+    `lengths` are those of the parameters after the step.
+    """
     measured = entry.measured
     sketches = measured.sketches
     return Row(
@@ -54,6 +64,7 @@ def row(known: RunHeader, entry: Entry, *, wall_seconds: float) -> Row:
         clip_scale=entry.clip_scale,
         skipped=entry.skipped,
         stepped=None if entry.stepped is None else np.array(entry.stepped),
+        lengths=lengths,
         losses=_spread(known, np.array([*measured.losses.values()]), [*measured.losses]),
         gram=_spread_gram(known, measured),
         rectification=_report(known, entry.rectifier),

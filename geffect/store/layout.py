@@ -35,6 +35,7 @@ def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[st
     shapes: dict[str, tuple[int, ...]] = {f"steps/{name}": () for name in STEP_COLUMNS}
     shapes |= {"losses": (k,), "gram": (len(parameters), k, k), "stepped": (len(parameters),)}
     if contents.blocks:
+        shapes["lengths"] = (len(parameters),)
         shapes["rectification"] = (len(contents.blocks), len(RECTIFICATION_COLUMNS))
     if contents.weights:
         shapes["weights"] = (len(contents.weights), len(WEIGHT_STATISTICS))

@@ -100,6 +100,13 @@ class Run:
         moved: NDArray[np.bool_] = self.read("stepped")[self._starts] != 0
         return moved
 
+    def lengths(self) -> Floats:
+        """Float64[step, parameter], |theta| after the step; NaN where it is not known.
+
+        A run has it where a rectifier ran, for what rounding does to a step.
+        """
+        return self._means("lengths")
+
     def losses(self) -> dict[str, Floats]:
         """The value of every loss over the steps."""
         values = self._means("losses")
@@ -359,8 +366,9 @@ def _check_format(file: h5py.File, should: str) -> None:
 
 def _rows(file: h5py.File, name: str, count: int, *entry: int) -> NDArray[Any]:
     """The first rows of a dataset, if it holds what the schema says: numbers, never an object."""
-    if name == "stepped" and name not in file:  # which came later than the format
-        return np.full((count, len(file["parameters/name"])), -1, dtype=ROWS[name])
+    if name in ("stepped", "lengths") and name not in file:  # which came later than the format
+        unknown = np.nan if ROWS[name].kind == "f" else -1
+        return np.full((count, len(file["parameters/name"])), unknown, dtype=ROWS[name])
     dataset = file[name]
     if dataset.dtype != ROWS[name]:
         raise TypeError(f"{dataset.dtype} in `{name}`")

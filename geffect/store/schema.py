@@ -10,6 +10,8 @@
     /gram          (row, parameter, source, source) float64; NaN for a source absent at a step
     /stepped       (row, parameter) int8: 1 where the step moves the parameter, 0 where it does not,
                    -1 where that is not known; a file without it is one of an earlier geffect
+    /lengths       (row, parameter) float64: the length of the parameter after the step, in the rows
+                   of a rectifier; NaN where not known, and not in files of an earlier geffect
     /rectification (row, block, column) float64, with /rectification_blocks; if a rectifier ran
     /weights       (row, weight, statistic) float64, with /weight_names; of implicit weights
     /sketches      (row, source, layer, width) float32, with the JSON of /sketch
@@ -83,6 +85,7 @@ ROWS: Mapping[str, np.dtype[Any]] = {
     "losses": np.dtype("<f8"),
     "gram": np.dtype("<f8"),
     "stepped": np.dtype("i1"),
+    "lengths": np.dtype("<f8"),
     "rectification": np.dtype("<f8"),
     "weights": np.dtype("<f8"),
     "sketches": np.dtype("<f4"),
@@ -94,6 +97,7 @@ AXES = {
     "gram": ("steps/step", "parameters/name", "sources", "sources"),
     "losses": ("steps/step", "sources"),
     "stepped": ("steps/step", "parameters/name"),
+    "lengths": ("steps/step", "parameters/name"),
     "rectification": ("steps/step", "rectification_blocks"),
     "weights": ("steps/step", "weight_names"),
     "sketches": ("steps/step", "sources", "layers"),
@@ -146,8 +150,9 @@ class Row:
     """What is stored of one step, or of one batch of it.
 
     `losses` and `gram` are NaN for a source that is absent. `stepped` is Bool[parameter], None
-    where it is not known. `weights` is an array (weight, statistic), `sketches` one (source, layer,
-    width). `gradients`, which few rows have, are given by source and layer.
+    where it is not known, and so `lengths`, Float64[parameter]. `weights` is an array (weight,
+    statistic), `sketches` one (source, layer, width). `gradients`, which few rows have, are given
+    by source and layer.
     """
 
     step: int
@@ -162,6 +167,7 @@ class Row:
     clip_scale: float = 1.0
     skipped: bool = False
     stepped: NDArray[np.bool_] | None = None
+    lengths: NDArray[np.float64] | None = None
     rectification: NDArray[np.float64] | None = None
     weights: NDArray[np.float64] | None = None
     sketches: NDArray[np.float32] | None = None
@@ -187,7 +193,7 @@ class Row:
     def datasets(self) -> dict[str, Any]:
         """The entries of the datasets of `ROWS` that are the row's own."""
         entries = {f"steps/{name}": getattr(self, name) for name in STEP_COLUMNS}
-        own = ("losses", "gram", "stepped", "rectification", "weights", "sketches")
+        own = ("losses", "gram", "stepped", "lengths", "rectification", "weights", "sketches")
         present = {name: getattr(self, name) for name in own}
         return entries | {name: entry for name, entry in present.items() if entry is not None}
 

@@ -173,7 +173,7 @@ def test_the_update_is_what_the_optimizer_did_after_rectification(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     stepped = {"optimizer": optimizer} if space == "update" else {}
     rectifier = Rectifier(model, space=space, ema=0.5, **stepped)
-    moved = []
+    moved, lengths = [], []
     with Recorder(model, tmp_path / "run.h5", update=True) as recorder:
         for pair in tiny.pairs(4):
             before = [p.clone() for p in parameters(model)]
@@ -191,8 +191,10 @@ def test_the_update_is_what_the_optimizer_did_after_rectification(
                     for p, old in zip(parameters(model), before, strict=True)
                 )
             )
+            lengths.append([float(p.double().norm()) for p in parameters(model)])
     run = open_run(tmp_path / "run.h5")
     k = run.index("update")
+    np.testing.assert_allclose(run.lengths(), lengths, rtol=1e-6)
     np.testing.assert_allclose(run.gram()[:, :, k, k].sum(axis=1), moved, rtol=1e-9)
     _, did = run.rectification()
     if space == "update":

@@ -15,8 +15,10 @@ from geffect.sketch import Sketch
 from geffect.store import Contents, Row, Run, RunFileError, StoredGradients, open_run, validate
 from geffect.store import writer as writing
 from geffect.store.background import BackgroundWriter
+from geffect.store.schema import RECTIFICATION_COLUMNS
 from geffect.store.writer import RunWriter
 from tests.utils.runs import (
+    BLOCKS,
     MANIFEST,
     PARAMETERS,
     PLAIN,
@@ -423,6 +425,21 @@ def test_a_file_that_does_not_tell_is_read_and_continued(tmp_path: Path) -> None
     append(resumed, moving(3, *none))
     resumed.close(complete=True)
     assert open_run(path).stepped().tolist() == [[True] * len(PARAMETERS)] * 3 + [none]
+
+
+def test_lengths_are_read_as_they_were_written_and_unknown_where_nobody_wrote_any(
+    tmp_path: Path,
+) -> None:
+    numbers = np.zeros((len(BLOCKS), len(RECTIFICATION_COLUMNS)))
+    known, unknown = (row_of(step, rectification=numbers) for step in (0, 1))
+    lengths = np.array([1.5, np.nan])
+    path = recorded(tmp_path / "a.h5", [replace(known, lengths=lengths), unknown])
+    assert_same_bits(open_run(path).lengths(), [lengths, [np.nan, np.nan]])
+    with h5py.File(path, "r+") as file:
+        del file["lengths"]
+    assert np.isnan(open_run(path).lengths()).all()
+    assert open_run(path).lengths().shape == (2, len(PARAMETERS))
+    assert np.isnan(open_run(recorded(tmp_path / "b.h5", plain_rows(3))).lengths()).all()
 
 
 @pytest.mark.parametrize("background", [False, True])
