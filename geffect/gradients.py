@@ -60,9 +60,16 @@ class Gradients:
             for source, terms in self.weights.items()
         }
 
-    def of(self, source: str) -> Vector:
-        """The gradient of one source. The tensors are those of `vectors` where no sum is needed."""
-        return self._summed(source)[: len(self.parameters)]
+    def of(self, source: str, *, copy: bool = False) -> Vector:
+        """The gradient of one source. The tensors are those of `vectors` where no sum is needed.
+
+        With `copy` they are others.
+        """
+        summed = self._summed(source)[: len(self.parameters)]
+        if not copy:
+            return summed
+        own = {id(tensor) for vector in self.vectors.values() for tensor in vector}
+        return [t.clone() if t is not None and id(t) in own else t for t in summed]
 
     def deposit(self, *, among: Collection[str] | None = None, copy: bool = False) -> None:
         """Leave in `.grad` what a backward pass of the objective would have left there.
@@ -133,6 +140,10 @@ class GradientTransform(Protocol):
     @property
     def watched(self) -> Mapping[str, Vector]:
         """Gradients of its own that belong into the record, such as a running average."""
+
+    @property
+    def changes_gradient(self) -> bool:
+        """Whether it changes `.grad`, and not the optimizer's own step, or nothing."""
 
     @property
     def report(self) -> "Rectification | None":

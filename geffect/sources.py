@@ -14,6 +14,9 @@ RETAIN_EMA = "retain_ema"
 AVERAGE = "_ema"
 """How the name of a running average ends."""
 
+RECTIFIED = "rectified"
+"""The gradient that a rectifier made of the objective's, as it is handed to the optimizer."""
+
 UPDATE = "update"
 """Not a gradient: theta after minus theta before, as the optimizer did it."""
 
@@ -30,7 +33,7 @@ def average_of(source: str) -> str:
 def is_risk(source: str) -> bool:
     """Whether a source is the gradient of a risk.
 
-    >>> [name for name in ("objective.forget", "retain", "world_ema", "update") if is_risk(name)]
+    >>> [name for name in ("objective", "retain", "rectified", "update") if is_risk(name)]
     ['retain']
     """
     return source.partition(".")[0] != OBJECTIVE and not is_reserved(source)
@@ -39,10 +42,10 @@ def is_risk(source: str) -> bool:
 def is_reserved(source: str) -> bool:
     """Whether the name is one that no loss can have.
 
-    >>> is_reserved("retain_ema"), is_reserved("retain")
-    (True, False)
+    >>> is_reserved("retain_ema"), is_reserved("rectified"), is_reserved("retain")
+    (True, True, False)
     """
-    return source == UPDATE or source.endswith(AVERAGE)
+    return source in (RECTIFIED, UPDATE) or source.endswith(AVERAGE)
 
 
 def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] = ()) -> None:
@@ -63,7 +66,7 @@ def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] =
         or not is_risk(name)
     ]
     if wrong:
-        others = ", ".join(f"`{name}`" for name in (*taken, UPDATE))
+        others = ", ".join(f"`{name}`" for name in (*taken, RECTIFIED, UPDATE))
         raise ValueError(
             f"`{argument}` should have names of their own: words without a slash, none of "
             f"{others}, nor one that begins with `{OBJECTIVE}` or ends in `{AVERAGE}`. Found "

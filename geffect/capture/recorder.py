@@ -32,7 +32,7 @@ from geffect.steps import StepFollower, check_descends
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
-from .window import Watched, Window, check_names
+from .window import Watched, Window, check_names, sources_of
 
 
 class Recorder:
@@ -168,7 +168,8 @@ class Recorder:
         Every loss is a scalar tensor, which costs one backward pass, or a mapping that declares a
         linear combination of others, which costs none: `objective={"forget": -1.0}` is GA,
         `{"forget": -1.0, "retain": 1.0}` is GradDiff. Losses may share a forward. With a rectifier
-        `.grad` is the rectified gradient; it has to be empty before then.
+        `.grad` is the rectified gradient, recorded as `rectified` where it is another than the
+        objective's; it has to be empty before then.
 
         - `weights`: the implicit weights of an objective by name, of answer tokens or samples;
           mean, median, 95th percentile and maximum are recorded.
@@ -287,7 +288,7 @@ class Recorder:
         self._watched.check_trainable()
         check_no_step_inside(self._watched.parameters)
         known = self._recording.header
-        known.check_sources([*losses, *([] if rectifier is None else rectifier.watched)])
+        known.check_sources([*losses, *sources_of(rectifier)])
         if rectifier is not None:
             known.check_rectifier(rectifier)
 

@@ -11,7 +11,7 @@ from geffect.gradients import Gradients, GradientTransform, Vector, reduced, str
 from geffect.layers import trainable
 from geffect.losses import Passes
 from geffect.objectives import statistics
-from geffect.sources import AVERAGE, OBJECTIVE, UPDATE, is_reserved
+from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, is_reserved
 from geffect.steps import Move
 
 from .collector import Measurement
@@ -38,8 +38,7 @@ class Watched:
         self, losses: Collection[str], rectifier: GradientTransform | None
     ) -> tuple[str, ...]:
         """The sources that a step of these losses has."""
-        own = () if rectifier is None else rectifier.watched
-        return (*losses, *own, *([UPDATE] if self.update else []))
+        return (*losses, *sources_of(rectifier), *([UPDATE] if self.update else []))
 
     def check_trainable(self) -> None:
         """Refuse a model that trains other parameters than at first."""
@@ -79,6 +78,7 @@ class Window:
     micro: int = 0
     scaled: bool = False
     gradients: Gradients | None = None
+    rectified: Vector | None = None
     measured: Measurement | None = None
     written: bool = False
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -117,13 +117,23 @@ class Window:
 
     def finish(self) -> None:
         """The window is a step: measure what can be measured now, and rectify it."""
-        if self.captured and self.measured is None and not self.of.update:
+        measures = self.captured and self.measured is None and not self.of.update
+        rectifier = self.rectifier
+        sees = self.captured and rectifier is not None and rectifier.changes_gradient
+        if measures and not sees:
             self._measure(None)
-        if self.rectifier is not None:
-            assert self.gradients is not None
-            self.rectifier.rectify(self.gradients, copy=self.of.update)
-            if not self.of.update:
-                self.gradients = None
+        if rectifier is None:
+            return
+        assert self.gradients is not None
+        rectifier.rectify(self.gradients, copy=sees or (self.captured and self.of.update))
+        if sees:
+            grads = [parameter.grad for parameter in self.of.parameters]
+            # Where the row comes later, a copy: what follows may clip them in place.
+            self.rectified = [g.clone() if g is not None and self.of.update else g for g in grads]
+            if measures:
+                self._measure(None)
+        if not self.of.update:
+            self.gradients = self.rectified = None
 
     def write(self, move: Move) -> None:
         """Write the row of the step, with what it has moved so far; or write it again."""
@@ -175,13 +185,18 @@ class Window:
         own = {} if self.rectifier is None else self.rectifier.watched
         # An average of nothing yet is absent, not zero.
         further = {name: v for name, v in own.items() if any(x is not None for x in v)}
+        weights = {**gradients.weights, **{name: {name: 1.0} for name in further}}
+        if self.rectified is not None:
+            further[RECTIFIED] = self.rectified
+            weights[RECTIFIED] = {RECTIFIED: 1 / gradients.scale}
         if update is not None:
             further[UPDATE] = update
+            weights[UPDATE] = {UPDATE: 1.0}
         self.measured = self.of.recording.measure(
             self.number,
             {**vectors, **further},
             _over_processes(gradients.losses),
-            {**gradients.weights, **{name: {name: 1.0} for name in further}},
+            weights,
         )
         if self.rectifier is None and not self.of.update:
             self.gradients = None
@@ -191,12 +206,20 @@ def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(losses, distributed.mean([*losses.values()]), strict=True))
 
 
+def sources_of(rectifier: GradientTransform | None) -> tuple[str, ...]:
+    """The sources that a step has by its rectifier."""
+    if rectifier is None:
+        return ()
+    return (*rectifier.watched, *([RECTIFIED] if rectifier.changes_gradient else []))
+
+
 def check_names(losses: Collection[str]) -> None:
     """Refuse losses without an objective, or with names that others have in a run."""
     reserved = [name for name in losses if is_reserved(name) or "/" in name]
     if OBJECTIVE not in losses or reserved:
         raise ValueError(
-            f"The losses should have one named `{OBJECTIVE}`, none named `{UPDATE}` or ending "
-            f"in `{AVERAGE}`, and no name with a slash. Found {', '.join(losses) or 'none'}. "
+            f"The losses should have one named `{OBJECTIVE}`, none named `{RECTIFIED}` or "
+            f"`{UPDATE}` or ending in `{AVERAGE}`, and no name with a slash. Found "
+            f"{', '.join(losses) or 'none'}. "
             'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
         )

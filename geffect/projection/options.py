@@ -61,6 +61,11 @@ class Options:
         return self.space == "update" or self.measure_update
 
     @property
+    def changes_gradient(self) -> bool:
+        """Whether `.grad` is changed."""
+        return self.space == "gradient" and not (self.rule is None and self.select is None)
+
+    @property
     def selection(self) -> Selection | None:
         """What chooses the coordinates to step on."""
         if self.select is None or isinstance(self.select, Selection):

@@ -17,6 +17,7 @@ from geffect.steps import DirectionWatch, check_descends, check_owned, unwrapped
 from . import checks
 from .attachment import Attachment, check_free
 from .elementwise import Elementwise
+from .listeners import tell
 from .memory import RetainMemory, State
 from .notices import Notices
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName, as_rule
@@ -131,6 +132,11 @@ class Rectifier:
         }
 
     @property
+    def changes_gradient(self) -> bool:
+        """Whether `.grad` is changed: in gradient space, by a rule or a selection."""
+        return self._options.changes_gradient
+
+    @property
     def skipped(self) -> int:
         """How many steps were not rectified, because a gradient was none."""
         return self._notices.skipped
@@ -208,6 +214,7 @@ class Rectifier:
                 "`observe` should be called before `rectify`, with the gradients of the same step. "
                 "Found no step that was observed. Call observe(gradients) first."
             )
+        tell(self, gradients)
         self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
         if self._attachment is None:
             self._watch = self._watch or DirectionWatch(self._begun().parameters)

@@ -24,12 +24,23 @@ from geffect.capture.recording import IfExists, OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
+from geffect.gradients import Gradients, GradientTransform
 from geffect.layers import is_adapter
+from geffect.projection.listeners import listeners
 from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
-from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks, is_risk
+from geffect.sources import (
+    AVERAGE,
+    FORGET,
+    OBJECTIVE,
+    RECTIFIED,
+    RETAIN,
+    UPDATE,
+    check_risks,
+    is_risk,
+)
 from geffect.steps import StepFollower, check_descends, unwrapped
 
-from .loop import check_gradients_can_be_had, check_unrectified, firing_loop, is_running
+from .loop import check_gradients_can_be_had, firing_loop, is_running
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -80,10 +91,14 @@ class GEffectCallback(TrainerCallback):
     before the next step begins, such as an average that another callback swaps in, is added to
     `update` then; with `update` the gradients stay until then.
 
+    Where a `Rectifier` changes the gradients of the model, `objective` is the gradient before that,
+    which costs a copy of it, and what it became, before clipping, is the source `rectified`. The
+    averages that the rectifier protects are sources too, as `retain_ema`, and the row tells what it
+    did. In update space no gradient is rectified: what it did is seen in `update`.
+
     When training begins, the callback raises an error for training without gradients to see, such
-    as DeepSpeed, for a Trainer whose steps are rectified, an optimizer with `maximize=True`, a
-    schedule that finds no step in it, probes without labels, and other sources than those of the
-    file that it continues.
+    as DeepSpeed, for an optimizer with `maximize=True`, a schedule that finds no step in it, probes
+    without labels, and other sources than those of the file that it continues.
     """
 
     def __init__(
@@ -114,7 +129,6 @@ class GEffectCallback(TrainerCallback):
         self._due = every_kth(every) if when is None else when
         self._update, self._log, self._store = update, log, store
         self._metadata, self._overwrite, self._on_error = metadata, overwrite, on_error
-        self._sources = (OBJECTIVE, *self._probes, *([UPDATE] if update else []))
         self._recording: Recording | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._step: Step | None = None
@@ -126,18 +140,13 @@ class GEffectCallback(TrainerCallback):
         self._let_go(complete=complete)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot be recorded, and open the file."""
         self._let_go()
         self._take_over()
         model, trainer = kwargs["model"], firing_loop().trainer
         check_gradients_can_be_had(trainer, model, kwargs["optimizer"])
-        check_unrectified(trainer)
         if kwargs["optimizer"] is not None:
             check_descends(unwrapped(kwargs["optimizer"]))
         with distributed.raise_on_all_ranks():
@@ -163,10 +172,14 @@ class GEffectCallback(TrainerCallback):
         )
         self._follower = StepFollower(self._recording.parameters, updates=self._update)
         _open_callbacks.add(self)
+        listeners.add(self)
         self._trainer = weakref.ref(trainer)
         with self._let_go_if_it_fails():
             if continued := self._recording.header.sources:
-                self._check_continued(continued)
+                # What a rectifier adds is known when it acts.
+                own = [s for s in continued if s != RECTIFIED and not s.endswith(AVERAGE)]
+                ours = [OBJECTIVE, *self._probes, *([UPDATE] if self._update else [])]
+                _check_sources(self._path, own, ours)
             elif steps and not due:
                 raise ValueError(
                     "A step of this training should be one that `every` or `when` captures. Found "
@@ -183,11 +196,7 @@ class GEffectCallback(TrainerCallback):
         self._ours = self._ours or not continued
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the gradients of the risks: no gradient of the step is there yet."""
         (last, self._step), recording = (self._step, None), self._opened()
@@ -199,7 +208,7 @@ class GEffectCallback(TrainerCallback):
             optimizer.train()
         with self._let_go_if_it_fails():
             if last is not None and last.measured is not None:
-                last.amend(self._follower, recording, self._sources)
+                last.amend(self._follower, recording, update=self._update)
         if not due:
             return
         autocast = firing_loop().trainer.compute_loss_context_manager
@@ -215,22 +224,14 @@ class GEffectCallback(TrainerCallback):
         )
 
     def on_substep_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the micro-batches; the last one has no event of its own."""
         if self._step is not None:
             self._step.n_micro += 1
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the gradient of the objective, which has been accumulated, unscaled and clipped."""
         step, recording = self._step, self._opened()
@@ -249,11 +250,7 @@ class GEffectCallback(TrainerCallback):
                 step.measure(recording)  # while the gradient is there
 
     def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the update, and write the row."""
         step, recording = self._step, self._opened()
@@ -265,15 +262,15 @@ class GEffectCallback(TrainerCallback):
             if self._update:
                 step.measure(recording)
             with distributed.raise_on_all_ranks():
-                recording.write(step.entry(self._sources))
+                entry = step.entry(update=self._update)
+                _check_sources(self._path, recording.header.sources, entry.sources or ())
+                if step.rectifier is not None:
+                    recording.header.check_rectifier(step.rectifier)
+                recording.write(entry)
                 recording.check_open()
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hand the scores of the step to what the Trainer reports to."""
         step = self._step
@@ -291,14 +288,19 @@ class GEffectCallback(TrainerCallback):
         control.should_log = asked  # which every log answers with "done"
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the file as complete."""
         self.close(complete=True)
+
+    def hear(self, rectifier: GradientTransform, gradients: Gradients) -> None:
+        """Take the gradient of the objective, which a rectifier is about to change."""
+        step, recording = self._step, self._recording
+        if step is None or recording is None:
+            return
+        known = set(map(id, gradients.parameters))
+        if not known.isdisjoint(map(id, recording.parameters)):
+            step.meet(rectifier, gradients, recording.parameters)
 
     def _opened(self) -> Recording:
         if self._recording is None:
@@ -311,6 +313,7 @@ class GEffectCallback(TrainerCallback):
     def _let_go(self, *, complete: bool = False) -> None:
         recording, self._recording, self._step = self._recording, None, None
         _open_callbacks.discard(self)
+        listeners.discard(self)
         if recording is not None:
             recording.close(complete=complete)
 
@@ -331,13 +334,14 @@ class GEffectCallback(TrainerCallback):
             if other._path == self._path and not (trainer and is_running(trainer)):
                 other._let_go()
 
-    def _check_continued(self, recorded: tuple[str, ...]) -> None:
-        if set(recorded) == set(self._sources):
-            return
+
+def _check_sources(path: Path, recorded: Sequence[str], found: Sequence[str]) -> None:
+    """Refuse a step with other sources than the run that it continues, if there is one."""
+    if recorded and set(recorded) != set(found):
         raise ValueError(
-            f"`probes` and `update` should be those of the run in `{self._path}` to continue it, "
-            f"which has the sources {', '.join(recorded)}. Found {', '.join(self._sources)}. Pass "
-            "the same, or record into another file."
+            "`probes`, `update` and the rectifier should stay those of the run in "
+            f"`{path}`, which has the sources {', '.join(recorded)}. Found {', '.join(found)}. "
+            "Pass the same, or record into another file."
         )
 
 
@@ -353,13 +357,16 @@ def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
 
 def _scores(measured: Measurement, stepped: Sequence[bool] | None, prefix: str) -> dict[str, float]:
     """G-effects and cosines of all that is stepped, by the names under which they are logged."""
-    own = measured.gram if stepped is None else measured.gram[torch.tensor(stepped)]
-    K = own.sum(dim=0)
-    objective = measured.names.index(OBJECTIVE)
+    moved = measured.gram if stepped is None else measured.gram[torch.tensor(stepped)]
+    K = moved.sum(dim=0)
     scores = {}
-    for place, risk in enumerate(measured.names):
-        if is_risk(risk):
-            effect = EFFECTS.get(risk, risk)
-            scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, place, objective))
-            scores[f"{prefix}/cosine_objective_{risk}"] = float(gram.cosine(K, objective, place))
+    for source, named in ((OBJECTIVE, ""), (RECTIFIED, "rectified_")):
+        if source not in measured.names:
+            continue
+        own = measured.names.index(source)
+        for place, risk in enumerate(measured.names):
+            if is_risk(risk):
+                effect = named + EFFECTS.get(risk, risk)
+                scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, place, own))
+                scores[f"{prefix}/cosine_{source}_{risk}"] = float(gram.cosine(K, own, place))
     return scores

@@ -118,17 +118,6 @@ def check_gradients_can_be_had(
     distributed.check_layout(model)
 
 
-def check_unrectified(trainer: Trainer) -> None:
-    """Refuse a Trainer that leaves a rectified gradient where the objective's own is looked for."""
-    if hasattr(trainer, "_rectified") or getattr(trainer, "rectifier", None) is not None:
-        raise ValueError(
-            "`GEffectCallback` should be told of a Trainer whose steps are not rectified: it would "
-            "take the rectified gradient for that of the objective. Found a rectifier. Record with "
-            "rectify(..., recorder=recorder, probes=probes), or with UnlearningTrainer(..., "
-            "recorder=recorder), which have both."
-        )
-
-
 def check_continued(recorder: Recorder, step: int) -> None:
     """Refuse a recorder that would number the steps of a resumed training otherwise than it."""
     if step and recorder.next_step != step:

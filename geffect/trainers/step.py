@@ -13,15 +13,16 @@ from geffect import gram
 from geffect.capture.collector import Measurement
 from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
-from geffect.gradients import Vector
+from geffect.capture.window import sources_of
+from geffect.gradients import Gradients, GradientTransform, Vector
 from geffect.risk import RiskGradient
-from geffect.sources import OBJECTIVE, UPDATE
+from geffect.sources import OBJECTIVE, RECTIFIED, UPDATE
 from geffect.steps import Move, StepFollower, described, unwrapped
 
 from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left
 
 SEEN = "seen"
-"""The gradient as the optimizer sees it; the objective's is a multiple of it."""
+"""The gradient as the optimizer sees it; a multiple of the objective's, or of the rectified one."""
 
 CULPRITS = (
     "another callback, or an optimizer that steps inside of the backward pass. Add this callback "
@@ -43,10 +44,24 @@ class Step:
     lr: float = math.nan
     optimizer: Mapping[str, Any] | None = None
     measured: Measurement | None = None
+    rectifier: GradientTransform | None = None
+    _own: Vector | None = None  # the objective's gradient, where another one is handed on
     _grad_norm: float = math.nan  # before clipping; NaN where the Trainer has not taken it
     _loss_scale: float = 1.0  # before the optimizer's step
     _vectors: dict[str, Vector] = field(default_factory=dict)
     _weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def meet(
+        self, rectifier: GradientTransform, gradients: Gradients, parameters: Sequence[Tensor]
+    ) -> None:
+        """Take the gradient of the objective, which a rectifier is about to change."""
+        if self._vectors:
+            return  # it has been stepped already
+        self.rectifier = rectifier
+        if rectifier.changes_gradient:
+            of_objective = gradients.of(OBJECTIVE, copy=True)
+            own = dict(zip(map(id, gradients.parameters), of_objective, strict=True))
+            self._own = [own.get(id(parameter)) for parameter in parameters]
 
     def see(
         self,
@@ -78,7 +93,9 @@ class Step:
         left = scale_left(scaler, optimizer)
         # A copy, where it is to be compared with the update: optimizers may use its memory.
         self._vectors[SEEN] = [None if g is None else g.clone() for g in grads] if update else grads
-        self._weights = {OBJECTIVE: {SEEN: 1 / (self.clip_scale * left)}, **self._weights}
+        self._weights[self._handed_on] = {SEEN: 1 / (self.clip_scale * left)}
+        if self._own is not None:
+            self._vectors[OBJECTIVE], self._weights[OBJECTIVE] = self._own, {OBJECTIVE: 1.0}
 
     def move(
         self, follower: StepFollower, optimizer: torch.optim.Optimizer, scaler: GradScaler | None
@@ -93,44 +110,64 @@ class Step:
         move = follower.news(at_gradient=False)
         assert move is not None  # the first that is told
         if self.skipped:
-            self._weights.pop(OBJECTIVE, None)
+            for name in (OBJECTIVE, RECTIFIED):
+                self._weights.pop(name, None)
         else:
             self._take(move)
 
-    def amend(self, follower: StepFollower, recording: Recording, sources: Sequence[str]) -> None:
+    def sources(self, *, update: bool) -> tuple[str, ...]:
+        """The sources that the step has, whether or not they are defined in it."""
+        own = sources_of(self.rectifier)
+        return (OBJECTIVE, *self.probes, *own, *([UPDATE] if update else []))
+
+    def amend(self, follower: StepFollower, recording: Recording, *, update: bool) -> None:
         """The next gradient is about to be taken: add to the row what has moved since."""
-        if UPDATE in sources and not self.skipped and not recording.failed:
+        if update and not self.skipped and not recording.failed:
             move = follower.news(at_gradient=True)
             if move is not None:
                 self._take(move)
                 self.measure(recording)
-                recording.amend(self.entry(sources))
+                recording.amend(self.entry(update=update))
         follower.end()
 
     def measure(self, recording: Recording) -> Measurement:
         """What is to be kept of the gradients, once all of them are there."""
         losses = {name: probe.loss for name, probe in self.probes.items()}
-        self.measured = recording.measure(self.number, self._vectors, losses, self._weights)
-        if OBJECTIVE in self.measured.names:
+        watched = {} if self.rectifier is None else self.rectifier.watched
+        # An average of nothing yet is absent, not zero.
+        averages = {name: v for name, v in watched.items() if any(x is not None for x in v)}
+        self.measured = recording.measure(
+            self.number,
+            {**self._vectors, **averages},
+            losses,
+            {**self._weights, **{name: {name: 1.0} for name in averages}},
+        )
+        if self._handed_on in self.measured.names:
             self._check_norm(self.measured)
         return self.measured
 
-    def entry(self, sources: Sequence[str]) -> Entry:
+    def entry(self, *, update: bool) -> Entry:
         """What the file is told of the step."""
         assert self.measured is not None
         return Entry(
             self.number,
             self.measured,
-            {name: "loss" for name in sources if name != UPDATE},
+            dict.fromkeys([OBJECTIVE, *self.probes], "loss"),
             epoch=self.epoch,
             lr=self.lr,
             n_micro=self.n_micro,
             clip_scale=self.clip_scale,
             skipped=self.skipped,
             stepped=self.stepped,
+            rectifier=self.rectifier,
             optimizer=self.optimizer,
-            sources=sources,
+            sources=self.sources(update=update),
         )
+
+    @property
+    def _handed_on(self) -> str:
+        """The source that the optimizer gets."""
+        return OBJECTIVE if self._own is None else RECTIFIED
 
     def _take(self, move: Move) -> None:
         """Take what has moved since the gradient was seen."""
@@ -141,7 +178,7 @@ class Step:
 
     def _check_norm(self, measured: Measurement) -> None:
         """Refuse a gradient whose length is not the one that the Trainer found before clipping."""
-        place = measured.names.index(OBJECTIVE)
+        place = measured.names.index(self._handed_on)
         norm = float(gram.norm(measured.gram.sum(dim=0), place))
         # Rounding of half precision aside.
         if abs(norm - self._grad_norm) > 0.02 * self._grad_norm:

@@ -119,7 +119,7 @@ def test_what_is_recorded_of_a_step(tmp_path: Path) -> None:
             optimizer.zero_grad()
     run = open_run(tmp_path / "run.h5")
     assert run.steps.tolist() == [0, 1, 2]
-    assert run.sources == ("objective", "forget", "retain", "retain_ema")
+    assert run.sources == ("objective", "forget", "retain", "retain_ema", "rectified")
     assert run.state == "complete"
     assert run.metadata == {"method": "ga", "n": [1]}
     assert run.manifest["losses"]["objective"] == {"forget": -1.0, "retain": 0.01}

@@ -23,7 +23,8 @@ WEIGHTS = (
     "zero. Found "
 )
 NAMES = (
-    "should have one named `objective`, none named `update` or ending in `_ema`, and no name with a"
+    "should have one named `objective`, none named `rectified` or `update` or ending in `_ema`, "
+    "and no name with a slash"
 )
 
 Losses = Callable[[nn.Module], dict[str, Any]]
@@ -82,7 +83,7 @@ BAD_LOSSES = [
             lambda m, name=name: {"objective": loss_of(m), name: loss_of(m)}, ValueError, NAMES,
             f"Found objective, {name}", "Pass objective=loss", name=f"named {name}",
         )
-        for name in ("a/b", "update", "retain_ema")
+        for name in ("a/b", "update", "rectified", "retain_ema")
     ],
 ]  # fmt: skip
 

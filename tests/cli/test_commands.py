@@ -51,7 +51,14 @@ def test_info(ask: Ask, recorded: Path) -> None:
 
 def test_info_as_json(ask: Ask, recorded: Path) -> None:
     facts, run = strict(ask("info", recorded, "--json").out), open_run(recorded)
-    assert facts["sources"] == ["objective", "forget", "retain", "retain_ema", "update"]
+    assert facts["sources"] == [
+        "objective",
+        "forget",
+        "retain",
+        "retain_ema",
+        "rectified",
+        "update",
+    ]
     assert (facts["steps"], facts["first_step"], facts["last_step"]) == (4, 0, 3)
     assert facts["numbers"] == sum(parameter.numel for parameter in run.layers)
     assert facts["bytes"] == recorded.stat().st_size

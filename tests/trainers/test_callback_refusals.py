@@ -102,7 +102,8 @@ def test_events_of_something_else_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["objective", "update", "retain_ema", "objective.forget", "a/b", "", "..", 7]
+    "name",
+    ["objective", "update", "rectified", "retain_ema", "objective.forget", "a/b", "", "..", 7],
 )
 def test_probes_have_names_of_their_own(name: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"`probes` should have .* Found {name!r}"):

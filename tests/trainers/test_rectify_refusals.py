@@ -8,28 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Rectifier
-from geffect.trainers import GEffectCallback, rectify
+from geffect.trainers import rectify
 from tests.utils import tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import rectified
 from tests.utils.unlearning_trainers import (  # fmt: skip
     RETAIN,
     GradAscent,
-    opposed_pairs,
     unlearner,
 )
 
 
 def ends(model: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def test_a_callback_beside_a_rectifier_is_refused(tmp_path: Path) -> None:
-    trainer = rectified(tmp_path, data=opposed_pairs(), made={"alpha": 0.4})
-    trainer.add_callback(GEffectCallback(tmp_path / "run.h5", probes={"retain": RETAIN}))
-    with pytest.raises(ValueError, match=r"not rectified.* Found a rectifier. Record with rectify"):
-        trainer.train()
-    assert not (tmp_path / "run.h5").exists()
 
 
 def refused(trainer: Any, match: str, error: Any = ValueError, **told: Any) -> None:

@@ -371,7 +371,7 @@ def test_a_rectified_training_is_recorded_as_it_is(retain: bool, tmp_path: Path)
     run = open_run(tmp_path / "run.h5")
     assert run.steps.tolist() == [0, 1, 2, 3]
     assert run.column("n_micro").tolist() == [3, 1, 3, 1]
-    assert set(run.sources) == {"objective", "retain", "retain_ema", "update"}
+    assert set(run.sources) == {"objective", "retain", "retain_ema", "rectified", "update"}
     K = run.gram().sum(axis=1)
     u, r = run.index("objective"), run.index("retain_ema")
     for step, report in enumerate(plain.reports.all):
