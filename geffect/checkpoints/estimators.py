@@ -61,8 +61,8 @@ from geffect.sources import OBJECTIVE, UPDATE
 EMA_WEIGHT = 0.4
 """The weight of a new gradient in the running average of the public code."""
 
-READ_OUT = 4
-"""How many micro-batches that code takes from one printed value to the next."""
+READ_OUT, FIRST_READ_OUT = 4, 3
+"""How many micro-batches that code takes from one printed value to the next, and to the first."""
 
 ENOUGH_ROWS = 8
 """Rows below which how much they vary says little; `geffect.analysis.intervals` asks for them."""
@@ -462,11 +462,16 @@ def full(sources: Sources) -> Iterator[Measurement]:
             kept = None  # they are the same in all rows
 
 
+def _read_outs(counts: Counts) -> range:
+    """After how many micro-batches the averages are read out."""
+    return range(FIRST_READ_OUT, _least(counts) + 1, READ_OUT)
+
+
 @partial(
     Declared,
     traits=Traits(
-        rows=lambda counts: _least(counts) // READ_OUT,
-        used=lambda counts: dict.fromkeys(counts, _least(counts) // READ_OUT * READ_OUT),
+        rows=lambda counts: len(_read_outs(counts)),
+        used=lambda counts: dict.fromkeys(counts, max(_read_outs(counts), default=0)),
         biased=True,
         matrices=True,
     ),
@@ -475,24 +480,24 @@ def reference_ema(sources: Sources) -> Iterator[Measurement]:
     """The running averages of the public code: G <- 0.6 G + 0.4 g, read out every 4th micro-batch.
 
     The first gradient is taken whole; rows are the Gram matrices of G after micro-batches 3, 7, 11,
-    ..., in float32, of as many batches of each set as the smallest has. G is an average over data,
-    about 4 micro-batches of them, so that it depends on their order and is biased as on one batch
-    of that size.
+    ..., counted from one, in float32, of as many of each set as the smallest has. G is an average
+    over data, about 4 micro-batches of them, so that it depends on their order and is biased as on
+    one batch of that size.
     """
     name, least = min(sources.counts.items(), key=lambda item: item[1])
-    count = least // READ_OUT * READ_OUT
-    if not count:
+    read_outs = _read_outs(sources.counts)
+    if not read_outs:
         raise ValueError(
-            f"`{name}` should have {READ_OUT} batches or more for `reference_ema`, which reads its "
-            f"averages out after every {READ_OUT} of them. Found {least}. Lower the size of a "
-            "batch, or choose another estimator."
+            f"`{name}` should have {FIRST_READ_OUT} batches or more for `reference_ema`, which "
+            f"reads its averages out after the first {FIRST_READ_OUT} of them and then after every "
+            f"{READ_OUT}. Found {least}. Lower the size of a batch, or choose another estimator."
         )
-    sources.expect(count)
+    sources.expect(read_outs[-1])
     averages: dict[str, list[Tensor | None]] = {}
-    for b in range(count):
+    for b in range(read_outs[-1]):
         group = Group({name: [b] for name in sources.sets}, paired=True)
         weights, losses = _average(sources, group, averages)
-        if b % READ_OUT == READ_OUT - 1:
+        if b + 1 in read_outs:
             yield sources.row({**averages, **sources.constants}, weights, losses)
 
 

@@ -115,7 +115,7 @@ def check_state(state: Mapping[str, Any], format: int, options: Mapping[str, obj
             f"The state of a rectifier should have format {format}. Found "
             f"{state.get('format')!r}. Pass what `state_dict()` of a rectifier gave."
         )
-    if state["options"] != options:
+    if {"ema_start": "first", **state["options"]} != options:  # which came later
         raise ValueError(
             "The rectifier should be set up as the one whose state it takes: "
             f"{state['options']}. Found {options}. Make it with the same arguments."

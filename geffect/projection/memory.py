@@ -52,7 +52,8 @@ class RetainMemory:
     """The running averages of the retain gradients, and of their squares where that is wanted.
 
     average <- weight r + (1 - weight) average, one for each retain set, started at the first
-    gradient (arXiv 2503.09117; its gamma weighs the new gradient, the opposite of momentum).
+    gradient, or `from_zero` (arXiv 2503.09117; its gamma weighs the new gradient, the opposite of
+    momentum).
     v <- 0.999 v + 0.001 (sum of r^2 over the sets), one for all, started at zero. A parameter that
     no retain loss has reached yet has None.
 
@@ -69,9 +70,15 @@ class RetainMemory:
     """
 
     def __init__(
-        self, sets: Sequence[str], weight: float, *, second_moment: bool, state: State
+        self,
+        sets: Sequence[str],
+        weight: float,
+        *,
+        second_moment: bool,
+        state: State,
+        from_zero: bool = False,
     ) -> None:
-        self.weight, self.state = weight, state
+        self.weight, self.state, self.from_zero = weight, state, from_zero
         self._averages = {name: _Kept(state) for name in sets}
         self._squares = _Kept(state) if second_moment else None
         self._count = 0
@@ -101,7 +108,7 @@ class RetainMemory:
             if problem is not None:
                 return problem if len(news) == 1 else f"{problem} for `{name}`"
         self._smallest = min(peaks.values())
-        weight = self.weight if self.ready else 1.0
+        weight = self.weight if self.ready or self.from_zero else 1.0
         self._count += 1
         # Each tensor of each step is rounded by random numbers of its own, and by the same ones on
         # another process and in a run that was resumed. A new tensor changes two kept ones at most.

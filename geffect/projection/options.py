@@ -16,6 +16,7 @@ Scope = Literal["model", "group", "layer", "parameter", "coordinate"]
 SpaceName = Literal["gradient", "update"]
 Part = Literal["total", "forget"]
 Correction = Literal["retain", "retain_adam"]
+Start = Literal["first", "zero"]
 
 LABELS: Mapping[str, Callable[[Parameter], str]] = {
     "model": lambda parameter: "model",
@@ -40,6 +41,7 @@ class Options:
     space: SpaceName = "gradient"
     part: Part = "total"
     ema: float = 0.8
+    ema_start: Start = "first"
     select: float | Selection | None = None
     correction: Correction = "retain"
     measure_update: bool = False
@@ -49,6 +51,7 @@ class Options:
         _one_of("space", self.space, get_args(SpaceName))
         _one_of("part", self.part, get_args(Part))
         _one_of("correction", self.correction, get_args(Correction))
+        _one_of("ema_start", self.ema_start, get_args(Start))
         _fraction("ema", self.ema)
         if self.select is not None and not isinstance(self.select, Selection):
             _fraction("select", self.select)
@@ -113,6 +116,7 @@ class Options:
             "space": self.space,
             "part": self.part,
             "ema": self.ema,
+            "ema_start": self.ema_start,
             "select": self.select if isinstance(self.select, int | float) else _name(self.select),
             "correction": self.correction,
         }

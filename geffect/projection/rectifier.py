@@ -20,7 +20,7 @@ from .elementwise import Elementwise
 from .listeners import tell
 from .memory import RetainMemory, State
 from .notices import Notices
-from .options import LABELS, Correction, Options, Part, Scope, SpaceName, as_rule
+from .options import LABELS, Correction, Options, Part, Scope, SpaceName, Start, as_rule
 from .projector import Projector
 from .rules import Rule, Weights, gru
 from .scopes import Blocks, block_names
@@ -50,8 +50,9 @@ class Rectifier:
       losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself.
     - `optimizer`: needed in update space, here or by `attach`; it is not wrapped. In gradient space
       it is needed where it does not step all parameters: the others then take no part.
-    - `ema`: the weight of the new gradient in the average, between 0 and 1; the average starts at
-      the first gradient.
+    - `ema`: the weight of the new gradient in the average, between 0 and 1.
+    - `ema_start`: the average starts at the "first" gradient, or at "zero" as in public ports of
+      GRU, so that it has another direction in its first steps.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses. That comes before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
@@ -90,6 +91,7 @@ class Rectifier:
         part: Part = "total",
         optimizer: torch.optim.Optimizer | None = None,
         ema: float = 0.8,
+        ema_start: Start = "first",
         select: float | Selection | None = None,
         correction: Correction = "retain",
         state: State | None = None,
@@ -97,14 +99,27 @@ class Rectifier:
     ) -> None:
         sets = (protect,) if isinstance(protect, str) else tuple(protect)
         self._options = options = Options(
-            as_rule(rule), sets, scope, space, part, ema, select, correction, measure_update
+            as_rule(rule),
+            sets,
+            scope,
+            space,
+            part,
+            ema,
+            ema_start,
+            select,
+            correction,
+            measure_update,
         )
         self.options: Mapping[str, object] = options.record
         self.protect, self.part = options.protect, options.part
         self.needs_optimizer = options.needs_optimizer  # before a step, to be attached to it
         self._model, self._names = model, list(trainable(model))
         self._memory = RetainMemory(
-            sets, ema, second_moment=options.needs_second_moment, state=state or State()
+            sets,
+            ema,
+            second_moment=options.needs_second_moment,
+            state=state or State(),
+            from_zero=ema_start == "zero",
         )
         self._blocks = Blocks.of([*map(LABELS[scope], describe(model))])
         self.blocks = block_names(self._blocks, sets)  # what a report has a number for

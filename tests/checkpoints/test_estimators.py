@@ -402,17 +402,17 @@ def test_reference_ema_is_the_recursion_of_the_public_code(objective: Any) -> No
     retain = [tiny.batch(50 + i) for i in range(10)]
     averages: dict[str, dict[str, Tensor]] = {}
     expected = []
-    for b in range(10):
-        for source, g in naive_gradients(model, objective, forget[b], retain[b], before).items():
+    for count, batches in enumerate(zip(forget, retain, strict=True), start=1):
+        for source, g in naive_gradients(model, objective, *batches, before).items():
             old = averages.get(source)
             averages[source] = {
                 name: new if old is None else 0.6 * old[name] + 0.4 * new for name, new in g.items()
             }
-        if b % 4 == 3:
+        if count % 4 == 3:
             expected.append(inner_products(averages, averages))
     sets = {"forget": forget, "retain": retain}
     rows = list(reference_ema(Sources(model, objective, sets, reference=before)))
-    assert len(rows) == len(expected) == 2  # after micro-batches 3 and 7; 10 are no 12
+    assert len(rows) == len(expected) == 2  # after the micro-batches 3 and 7, counted from one
     for row, K in zip(rows, expected, strict=True):
         assert close(row.gram, K, relative=1e-4)
 
@@ -425,7 +425,7 @@ def test_averages_are_kept_in_float32() -> None:
         g = reference.gradient(model, reference.nll(model, sets["forget"][b]))
         new = reference.flat(g).double()
         averages.append(new if not averages else 0.6 * averages[-1] + 0.4 * new)
-    expected = [float(averages[b] @ averages[b]) for b in (3, 7)]
+    expected = [float(averages[b] @ averages[b]) for b in (2, 6)]
     rows = list(reference_ema(Sources(model, GA, sets)))
     assert [float(row.gram[:, 1, 1].sum()) for row in rows] == pytest.approx(expected, rel=0.02)
 
@@ -482,7 +482,7 @@ def test_nothing_is_changed() -> None:
     ("estimator", "forget", "says"),
     [
         (split_batch, 4, r"`retain` should have two batches or more.* Found 1"),
-        (reference_ema, 4, r"`retain` should have 4 batches or more.* Found 1"),
+        (reference_ema, 4, r"`retain` should have 3 batches or more.* Found 1"),
     ],
 )
 def test_too_few_batches(estimator: Any, forget: int, says: str) -> None:

@@ -415,7 +415,7 @@ def test_sketches_are_those_of_the_mean_gradients(
         averages, steps = np.zeros((count, count)), np.eye(count)
         for b in range(count):
             averages[b] = steps[b] if not b else 0.6 * averages[b - 1] + 0.4 * steps[b]
-        share = averages[3::4].mean(axis=0)
+        share = averages[2::4].mean(axis=0)
     # On random tokens of one length the gradient of a set is that of its batches.
     mean = {name: sum(s * row["retain"][name] for s, row in zip(share, rows, strict=True))
             for name in rows[0]["retain"]}  # fmt: skip

@@ -53,6 +53,7 @@ def test_rules_that_look_at_lengths_are_refused_in_update_space() -> None:
         ({"protect": ("retain", "retain")}, r"`protect` should be a sequence .* Found"),
         ({"rule": "gru"}, r"`rule` should be a function .* Found 'gru'. Pass one"),
         ({"ema": True}, r"`ema` of Rectifier should be above 0"),
+        ({"ema_start": "nought"}, r"`ema_start` should be one of first, zero\. Found"),
         ({"select": True}, r"`select` of Rectifier should be above 0"),
         ({"correction": "retain_adam"}, r'`correction` should be "retain" in gradient space'),
         ({"part": "forget", "space": "update"}, r'`part` should be "total" in update space'),

@@ -69,6 +69,49 @@ def test_the_average_weighs_the_new_gradient_and_owns_its_memory() -> None:
     assert seen == [[1.0, 0.0], [0.75, 0.25], [0.8125, 0.4375]]
 
 
+def public_port(model: nn.Module, pairs: Any, *, weight: float, rate: float) -> int:
+    """GRU as its public ports have it: the average of the retain gradients starts at zero."""
+    average, parameters = torch.zeros(()), list(model.parameters())
+    fired = 0
+    for pair in pairs:
+        losses = losses_of(model, pair)
+        forget, retain = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[side], parameters)]).double()
+            for side in ("forget", "retain")
+        )
+        average = weight * retain + (1 - weight) * average
+        step = -forget
+        if step @ average < 0:
+            fired += 1
+            step = step - (step @ average) / (average @ average) * average
+        with torch.no_grad():
+            for p, x in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
+                p -= rate * x.view_as(p)
+    return fired
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_started_at_zero_it_is_the_public_port(weight: float) -> None:
+    ported, pairs = tiny.gpt2(), tiny.pairs(6)
+    assert public_port(ported, pairs, weight=weight, rate=0.05) > 1
+    ended = {}
+    for start in ("zero", "first"):
+        model = tiny.gpt2()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        rectifier = Rectifier(model, ema=weight, ema_start=start)
+        for pair in pairs:
+            optimizer.zero_grad()
+            rectifier.backward(objective={"forget": -1.0}, **losses_of(model, pair))
+            optimizer.step()
+        assert rectifier.options["ema_start"] == start
+        ended[start] = max(
+            float((p - q).abs().max().detach())
+            for p, q in zip(model.parameters(), ported.parameters(), strict=True)
+        )
+    assert ended["zero"] < 1e-7  # the averages are float32
+    assert (ended["first"] > 1e-5) == (weight < 1.0)
+
+
 def test_the_average_stays_exact_over_many_steps() -> None:
     model = nn.Linear(50, 1, bias=False).bfloat16()
     rectifier = Rectifier(model, None, ema=0.01)
@@ -207,6 +250,7 @@ def test_micro_batches_are_rectified_as_the_whole() -> None:
         {"rule": None, "select": 0.05, "space": "update"},
         {"scope": "coordinate", "space": "update", "state": State(torch.bfloat16)},
         {"space": "update", "correction": "retain_adam", "state": State(device="cpu")},
+        {"space": "update", "ema_start": "zero", "ema": 0.2},
     ],
     ids=str,
 )

@@ -121,7 +121,7 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     )
     run = open_run(path)
     assert run.state == "complete"
-    assert run.sources == ("objective", "forget", "retain", "retain_ema")
+    assert run.sources == ("objective", "forget", "retain", "retain_ema", "rectified")
     assert run.manifest["losses"]["objective"] == {"forget": -1.0, "retain": WEIGHT}
     assert run.column("n_micro").tolist() == [3, 2, 3, 2]
     window = next(windows(forget=FORGET, retain=RETAIN))
