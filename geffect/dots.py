@@ -38,8 +38,8 @@ SMALLEST, LARGEST = 1e-24, 1e30
 def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     """The Gram matrix `Float64[k, k]` of k gradients of one parameter, on its device.
 
-    The gradients may be of any float type; None stands for zero. Of a sharded parameter it is the
-    term that this process's part adds; `gathered` adds the others.
+    The gradients may be of any float type, dense or sparse; None stands for zero. Of a sharded
+    parameter it is the term that this process's part adds; `gathered` adds the others.
 
     >>> gram([torch.tensor([3.0, 4.0]), None])
     tensor([[25.,  0.],
@@ -119,10 +119,24 @@ def _layout(vectors: Sequence[Tensor | None]) -> "tuple[ProcessGroup, ...]":
     return next(iter(layouts), ((), ()))[0]
 
 
+def is_sparse(tensor: Tensor | None) -> bool:
+    """Whether only some of the tensor's numbers are held, as of an embedding's gradient."""
+    return tensor is not None and tensor.layout != torch.strided
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor with all of its numbers, itself where it holds them.
+
+    >>> dense(torch.sparse_coo_tensor([[1]], [2.0], (3,)))
+    tensor([0., 2., 0.])
+    """
+    return tensor.to_dense() if is_sparse(tensor) else tensor
+
+
 def _flat(vectors: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """The vectors that are there, by their places: what this process holds of each, as a row."""
     flat = {
-        i: distributed.local(vector).detach().reshape(-1)
+        i: dense(distributed.local(vector).detach()).reshape(-1)
         for i, vector in enumerate(vectors)
         if vector is not None
     }

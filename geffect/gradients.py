@@ -71,6 +71,15 @@ class Gradients:
         own = {id(tensor) for vector in self.vectors.values() for tensor in vector}
         return [t.clone() if t is not None and id(t) in own else t for t in summed]
 
+    def check_of(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse the gradients of another model."""
+        if list(map(id, self.parameters)) != list(map(id, parameters)):
+            raise ValueError(
+                "A rectifier or recorder should be made for the model that is trained. Found "
+                "gradients of another one, or of parameters that were frozen or added since. Make "
+                "it from the same model."
+            )
+
     def deposit(self, *, among: Collection[str] | None = None, copy: bool = False) -> None:
         """Leave in `.grad` what a backward pass of the objective would have left there.
 
@@ -119,7 +128,7 @@ class Gradients:
                 if own is None:
                     vector[place] = tensor
                 elif tensor is not None:
-                    own.add_(tensor)
+                    vector[place] = _added(own, tensor, in_place=True)
         for name, value in later.losses.items():
             self.losses[name] += value
 
@@ -303,7 +312,7 @@ def peak(vector: Iterable[Tensor | None]) -> float:
 
     It tells zero and infinity, and unlike a sum of squares it neither under- nor overflows.
     """
-    parts = [distributed.local(tensor) for tensor in vector if tensor is not None]
+    parts = [dots.dense(distributed.local(t)) for t in vector if t is not None]
     ends = [torch.stack(part.detach().aminmax()).float() for part in parts if part.numel()]
     return torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
 
@@ -320,8 +329,16 @@ def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
             total, is_new = part, weight != 1.0
         else:
             # In place where it can be: a large parameter has one tensor less in memory.
-            total, is_new = total.add_(part) if is_new else total + part, True
+            total = _added(total, part, in_place=is_new)
+            is_new = True
     return total
+
+
+def _added(total: Tensor, part: Tensor, *, in_place: bool) -> Tensor:
+    """The sum, in place where the layout of `total` can hold it: sparse and dense is dense."""
+    if dots.is_sparse(total) and not dots.is_sparse(part):
+        return part + total
+    return total.add_(part) if in_place else total + part
 
 
 @contextmanager
@@ -347,4 +364,4 @@ def _add_to_grad(leaf: Tensor, tensor: Tensor | None, *, copy: bool = False) -> 
     if leaf.grad is None:
         leaf.grad = tensor.clone() if copy else tensor
     else:
-        leaf.grad += tensor
+        leaf.grad = _added(leaf.grad, tensor, in_place=True)

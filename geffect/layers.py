@@ -99,7 +99,29 @@ def trainable(model: "nn.Module") -> "dict[str, Tensor]":
             "`model` should have a parameter that requires a gradient. Found none in "
             f"{type(model).__name__}. Call model.requires_grad_() before."
         )
+    for name, tensor in found.items():
+        _check_numbers(name, tensor, type(model).__name__)
     return found
+
+
+def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
+    """Refuse a parameter whose gradient is not one real number for each of its own."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    from geffect.distributed import is_sharded
+
+    should = f"The parameters of `{model}` that require a gradient should hold real numbers."
+    if tensor.is_complex():
+        raise ValueError(
+            f"{should} Found `{name}` of {tensor.dtype}. Keep its real and imaginary parts in one "
+            "real parameter, and take torch.view_as_complex of it in the forward."
+        )
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
+        raise ValueError(
+            f"{should} Found `{name}` of `{type(tensor).__name__}`, which holds them in another "
+            "form, as quantised weights are. Freeze it and train an adapter beside it, or "
+            "dequantise the model."
+        )
 
 
 def describe(model: "nn.Module") -> tuple[Parameter, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.autograd.function import BackwardCFunction
 
+from geffect import distributed
 from geffect.sources import OBJECTIVE
 
 Loss = Tensor | Mapping[str, float]
@@ -55,15 +56,14 @@ class Passes:
             losses={name: loss for name, loss in self.losses.items() if name in sources},
         )
 
-    def reach(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of the parameters is in a graph of the losses."""
+    def beside(self, parameters: Iterable[Tensor]) -> list[str]:
+        """The losses in whose graph none of the parameters is."""
         known = set(map(id, parameters))
-        return any(
-            id(node.variable) in known
-            for loss in self.tensors.values()
-            for node in _nodes(loss)
-            if _is_leaf(node)
-        )
+        return [
+            name
+            for name, loss in self.tensors.items()
+            if not any(id(node.variable) in known for node in _nodes(loss) if _is_leaf(node))
+        ]
 
     @property
     def accumulates_once(self) -> bool:
@@ -111,6 +111,27 @@ def plan(parameters: Sequence[Tensor], losses: Mapping[str, Loss], *, scale: flo
         keeps_graph=dict(zip(tensors, _needed_later(list(tensors.values())), strict=True)),
         scale=scale,
     )
+
+
+def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
+    """Refuse the losses of another model: each has to reach one of the parameters.
+
+    >>> ours, other = (torch.ones((), requires_grad=True) for _ in range(2))
+    >>> check_reached(plan([ours], {"forget": other**2}), [ours])
+    Traceback (most recent call last):
+    ValueError: Loss `forget` should be computed with the model that is watched. Found none of ...
+    """
+    # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
+    if any(map(distributed.is_sharded, parameters)) or not passes.accumulates_once:
+        return
+    others = passes.beside(parameters)
+    if others:
+        raise ValueError(
+            f"Loss `{others[0]}` should be computed with the model that is watched. Found none of "
+            f"its {len(parameters)} parameters in the graph of the loss, as where the model was "
+            "copied, wrapped or loaded again since. Make recorder and rectifier from the model "
+            "that computes the losses."
+        )
 
 
 def check_no_step_inside(parameters: Iterable[Tensor]) -> None:

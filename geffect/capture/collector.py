@@ -65,7 +65,7 @@ class Collector:
     def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
         """Take what the passes left for one parameter."""
         local = {
-            name: None if tensor is None else distributed.local(tensor.detach())
+            name: None if tensor is None else dots.dense(distributed.local(tensor.detach()))
             for name, tensor in tensors.items()
         }
         self._basis = list(local)

@@ -21,6 +21,7 @@ from geffect.layers import trainable
 from geffect.losses import (
     Loss,
     check_no_step_inside,
+    check_reached,
     declared,
     loss_scale,
     of_objective,
@@ -189,6 +190,7 @@ class Recorder:
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
             passes = plan(parameters, losses, scale=loss_scale(scaler, parameters[0].device))
+            check_reached(passes, parameters)
             of_step = declared(losses)
             self._recording.header.check_declared(of_step)
             self._recording.header.check_weights(weights or ())
@@ -221,6 +223,7 @@ class Recorder:
         of_step = gradients.declared
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
+            gradients.check_of(self._watched.parameters)
             self._check(of_step, rectifier)
             self._recording.header.check_declared(of_step)
             if self.due:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.batch import Batch
+from geffect.dots import dense
 from geffect.gradients import Vector, differentiate
 from geffect.layers import describe, in_network_order, trainable
 from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
@@ -136,7 +137,7 @@ class InstanceEffects:
         return watched
 
     def _take_batch(self, place: int, gradient: Tensor) -> None:
-        along = self._along[place]
+        along, gradient = self._along[place], dense(gradient)
         pair = torch.stack([products(gradient, x).sum() for x in (along, gradient)])
         self._batches.setdefault(place, []).append(pair)
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed
+from geffect.dots import is_sparse
+from geffect.gradients import Gradients
 from geffect.layers import trainable
-from geffect.losses import Loss, Passes
+from geffect.losses import Loss
 from geffect.sources import OBJECTIVE
 from geffect.steps import check_descends
 
@@ -62,26 +64,14 @@ def check_retain(sources: Iterable[str], options: Options) -> None:
         )
 
 
-def check_reached(objective: Passes, parameters: Sequence[Tensor]) -> None:
-    """Refuse the losses of another model."""
-    # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
-    sharded = any(map(distributed.is_sharded, parameters))
-    reached = sharded or objective.reach(parameters)
-    if not reached and objective.accumulates_once:
+def check_dense(gradients: Gradients) -> None:
+    """Refuse sparse gradients: a rectified one is dense, and theirs may be an optimizer's need."""
+    names = [name for name, vector in gradients.vectors.items() if any(map(is_sparse, vector))]
+    if names:
         raise ValueError(
-            "The losses should be computed with the model that the rectifier was made for. "
-            f"Found none of its parameters in `{OBJECTIVE}`. Make the rectifier from that "
-            "model."
-        )
-
-
-def check_gradients_of(parameters: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    """Refuse the gradients of another model."""
-    if list(map(id, found)) != list(map(id, parameters)):
-        raise ValueError(
-            "The rectifier should be made for the model that is trained. Found gradients of "
-            "another one, or of parameters that were frozen or added since. Make it from the "
-            "same model."
+            f"The gradients of a rectified step should be dense. Found sparse ones of `{names[0]}`,"
+            " as `nn.Embedding(..., sparse=True)` leaves them. Make such a module with "
+            "sparse=False, and train it by an optimizer for dense gradients."
         )
 
 

@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from geffect import distributed
 from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
-from geffect.losses import declared, loss_scale, plan
+from geffect.losses import check_reached, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 from geffect.steps import DirectionWatch, check_descends, check_owned, unwrapped
 
@@ -188,7 +188,7 @@ class Rectifier:
             passes = plan(parameters, {**first, **losses}, scale=scale)
             ranks.check_same_on_ranks([*declared(losses).items()], accumulate)
         retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
-        checks.check_reached(objective, parameters)
+        check_reached(passes.of([*self.protect, OBJECTIVE]), parameters)
         apart = not retain.tensors.keys() & objective.tensors.keys()
         whole = not accumulate and window is None and scale == 1.0
         if apart and whole and not self._options.measure_update:
@@ -216,7 +216,8 @@ class Rectifier:
         checks.check_retain(gradients.sources, self._options)
         self._abandon()  # a step whose optimizer raised, or never stepped
         self._step = None
-        checks.check_gradients_of(projector.parameters, gradients.parameters)
+        gradients.check_of(projector.parameters)
+        checks.check_dense(gradients)
         checks.check_nothing_left(projector.moved(self._optimizer).values())
         checks.check_optimizer(self._options, self._optimizer)
         self._step = Step(projector, self._notices)
@@ -229,6 +230,7 @@ class Rectifier:
                 "`observe` should be called before `rectify`, with the gradients of the same step. "
                 "Found no step that was observed. Call observe(gradients) first."
             )
+        checks.check_dense(gradients)
         tell(self, gradients)
         self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
         if self._attachment is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.batch import on_device
+from geffect.dots import dense
 from geffect.gradients import Vector
 from geffect.layers import trainable
 
@@ -136,6 +137,6 @@ def _averaged(parameters: Sequence[Tensor], sums: Sequence[Tensor | None]) -> Ve
 
 def _plus(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if total is None or grad is None:
-        return grad if total is None else total
+        return total if grad is None else dense(grad)
     # A sum of many small terms: in bfloat16 it would stop to grow.
     return total.to(at_least_float32(total)).add_(grad)

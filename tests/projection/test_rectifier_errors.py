@@ -443,7 +443,7 @@ def test_a_rectifier_of_another_model_is_refused_and_changes_nothing() -> None:
     model, other = (nn.Linear(2, 1, bias=False) for _ in range(2))
     rectifier = Rectifier(other)
     loss = model(torch.ones(2)).sum()
-    with pytest.raises(ValueError, match=r"with the model that the rectifier was made for. Found"):
+    with pytest.raises(ValueError, match=r"computed with the model that is watched. Found"):
         rectifier.backward(objective=-loss, retain=loss)
     assert model.weight.grad is None and not rectifier.watched["retain_ema"][0]
 
