@@ -106,8 +106,6 @@ def trainable(model: "nn.Module") -> "dict[str, Tensor]":
 
 def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
     """Refuse a parameter whose gradient is not one real number for each of its own."""
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     from geffect.distributed import is_sharded
 
     should = f"The parameters of `{model}` that require a gradient should hold real numbers."
@@ -116,7 +114,7 @@ def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
             f"{should} Found `{name}` of {tensor.dtype}. Keep its real and imaginary parts in one "
             "real parameter, and take torch.view_as_complex of it in the forward."
         )
-    if is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor):
+    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         raise ValueError(
             f"{should} Found `{name}` of `{type(tensor).__name__}`, which holds them in another "
             "form, as quantised weights are. Freeze it and train an adapter beside it, or "

@@ -20,7 +20,6 @@ from geffect.gradients import Gradients, GradientTransform
 from geffect.layers import trainable
 from geffect.losses import (
     Loss,
-    check_no_step_inside,
     check_reached,
     declared,
     loss_scale,
@@ -223,7 +222,6 @@ class Recorder:
         of_step = gradients.declared
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
-            gradients.check_of(self._watched.parameters)
             self._check(of_step, rectifier)
             self._recording.header.check_declared(of_step)
             if self.due:
@@ -289,7 +287,6 @@ class Recorder:
     def _check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:
         check_names(losses)
         self._watched.check_trainable()
-        check_no_step_inside(self._watched.parameters)
         known = self._recording.header
         known.check_sources([*losses, *sources_of(rectifier)])
         if rectifier is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
-from geffect.losses import Passes
+from geffect.losses import Passes, check_no_step_inside
 from geffect.objectives import statistics
 from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, is_reserved
 from geffect.steps import Move
@@ -41,7 +41,8 @@ class Watched:
         return (*losses, *sources_of(rectifier), *([UPDATE] if self.update else []))
 
     def check_trainable(self) -> None:
-        """Refuse a model that trains other parameters than at first."""
+        """Refuse a model that trains other parameters than at first, or steps in a backward."""
+        check_no_step_inside(self.parameters)
         then, now = self.trainable, trainable(self.model)
         changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
         if changed:
@@ -109,6 +110,7 @@ class Window:
 
     def take(self, gradients: Gradients, n_micro: int) -> None:
         """Take gradients that are there already, of so many micro-batches."""
+        gradients.check_of(self.of.parameters)
         self.micro, self.gradients, self.scaled = n_micro, gradients, gradients.scale != 1.0
         if self.rectifier is None:
             gradients.deposit(copy=self.captured and self.of.update)
