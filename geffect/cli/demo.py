@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geffect.text import plain
+
+from .command import Apart, Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
+from .options import whole
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,20 +25,31 @@ PRETRAINED_METHODS = ("ga",)
 
 COMMAND = CommandOfObjectives
 
+RULES = (
+    Needs("--layers", "--model"),
+    Needs("--lora", "--model"),
+    Apart("--layers", "--lora"),
+    Apart("--quick", "--model"),
+    Apart("--resume", "--overwrite"),
+)
+
 
 def command(
     ctx: typer.Context,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for runs, figures and report.")
     ] = Path("runs/demo"),
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "0",
+    seeds: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Seeds, with commas between them.")
+    ] = "0",
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help=f"Some of {CATALOGUED}, with commas between them; ga,wga,npo,graddiff,npo+gd if "
-            "left out, ga of a quick study or a pretrained model."
+            metavar="NAME,NAME,...",
+            help=f"Some of {CATALOGUED}, with commas between them; ga, wga, npo, graddiff, npo+gd "
+            "if left out, ga of a quick study or a pretrained model.",
         ),
-    ] = "",
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Every method in every variant.")
@@ -53,15 +69,17 @@ def command(
         ),
     ] = None,
     layers: Annotated[
-        str, typer.Option(metavar="N..M", help="Train only these layers of --model, from 0.")
-    ] = "",
+        str | None, typer.Option(metavar="N..M", help="Train only these layers of --model, from 0.")
+    ] = None,
     lora: Annotated[
-        int | None, typer.Option(metavar="RANK", help="Train only adapters of --model.")
+        int | None,
+        typer.Option(parser=whole(1), metavar="RANK", help="Train only adapters of --model."),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            parser=whole(1),
+            metavar="N",
             help="Processes. If left out: 2 of one thread each; with --model 1 of all threads.",
         ),
     ] = None,
@@ -77,15 +95,14 @@ def command(
     Nothing is downloaded. DIR then holds a run file for each method and variant, summary.json,
     equal_forgetting.csv, figures, and report.html, which opens offline.
     """
-    from rich.console import Console
-
     from geffect.demo.methods import METHODS, RETAIN_SETS, VARIANTS
     from geffect.demo.study import QUICK_METHODS, Plan, whole
 
-    console = Console()
-    named = tuple(methods.split(",")) if methods else ()
+    check_together(ctx, RULES)
+    console = terminal()
+    named = () if methods is None else tuple(name.strip() for name in methods.split(","))
     try:
-        subject = _subject(model, layers, lora, quick=quick)
+        subject = None if model is None else _subject(model, layers, lora)
         chosen = named or (PRETRAINED_METHODS if subject else QUICK_METHODS if quick else METHODS)
         processes = workers or (1 if subject else 2)
         plan = Plan(
@@ -111,17 +128,17 @@ def command(
         _study(out, plan, console)
     except KeyboardInterrupt:
         done, jobs = whole(out, plan)
-        typer.echo(
-            f"geffect: The study was interrupted. {done} of {jobs} runs are whole in `{out}`. The "
-            "same command with --resume goes on from there.",
-            err=True,
+        say(
+            terminal(stderr=True),
+            f"geffect: The study was interrupted. {done} of {jobs} runs are whole in "
+            f"`{plain(out)}`. The same command with --resume goes on from there.",
         )
         raise typer.Exit(130) from None
 
 
 def _study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
-    from rich.markup import escape
+    from rich.text import Text
 
     from geffect.demo.page import write_page
     from geffect.demo.study import run_study
@@ -133,38 +150,23 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
     write_page(summary, out)
-    # Not through rich, which would fold the lines of the table.
-    typer.echo((out / "equal_forgetting.md").read_text(encoding="utf-8"))
+    say(console, (out / "equal_forgetting.md").read_text(encoding="utf-8"))
     held = [finding["holds"] for finding in summary["findings"]]
-    console.print(f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
+    say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
     for finding in summary["findings"]:
-        mark = "[green]holds[/]   " if finding["holds"] else "[yellow]does not[/]"
+        mark = ("holds   ", "green") if finding["holds"] else ("does not", "yellow")
         exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
-        said = f"{finding['claim']}: {finding['measured']}{exceptions}"
-        console.print(f"  {mark}", escape(said), highlight=False, soft_wrap=True)
+        said = plain(f"{finding['claim']}: {finding['measured']}{exceptions}")
+        console.print(Text.assemble("  ", mark, " ", said))
     seconds = summary["wall_seconds"]["total"]
-    console.print(f"{seconds:.0f} s. Open {out / 'report.html'}", highlight=False, soft_wrap=True)
+    say(console, f"{seconds:.0f} s. Open {plain(out / 'report.html')}")
 
 
-def _subject(
-    model: Path | None, layers: str, lora: int | None, *, quick: bool
-) -> "Pretrained | None":
-    """The pretrained model that is asked for, if any."""
+def _subject(model: Path, layers: str | None, lora: int | None) -> "Pretrained":
+    """The pretrained model that is asked for."""
     from geffect.demo.pretrained import Pretrained, Trained, layers_from
 
-    if model is None:
-        if layers or lora is not None:
-            raise ValueError(
-                "`--layers` and `--lora` should go with `--model`. Found no model. Pass, say, "
-                "--model FOLDER --layers 10..19."
-            )
-        return None
-    if quick:
-        raise ValueError(
-            "`--quick` should go with the embedded model. Found a pretrained one. Leave one of "
-            "`--quick` and `--model` out; --layers 10..19 makes a pretrained one quicker."
-        )
-    trained = Trained(layers=layers_from(layers) if layers else None, lora=lora)
+    trained = Trained(layers=None if layers is None else layers_from(layers), lora=lora)
     return Pretrained(str(model), trained)
 
 
@@ -174,13 +176,13 @@ def _say_memory(subject: "Pretrained", workers: int, console: "Console") -> None
 
     estimate, there = memory.estimate(subject), memory.available()
     needed = workers * sum(estimate.values())
-    console.print(
+    say(
+        console,
         f"Memory: about {memory.gib(needed)} for {workers} worker{'s' * (workers > 1)}, "
         f"{memory.gib(there)} are free. Of each:",
-        highlight=False,
     )
     for purpose, count in estimate.items():
-        console.print(f"  {memory.gib(count):>9}  {purpose}", highlight=False)
+        say(console, f"  {memory.gib(count):>9}  {purpose}")
     memory.check(needed, there)
 
 

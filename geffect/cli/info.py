@@ -3,14 +3,15 @@
 import json
 from textwrap import indent
 
-import typer
-
 from geffect.layers import layers_of
+from geffect.text import plain
 
-from .selection import JsonOption, RunArgument
+from .options import FactsFormat, FactsFormatOption
+from .selection import RunArgument
+from .terminal import say, terminal, write
 
 
-def command(run: RunArgument, as_json: JsonOption = False) -> None:
+def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> None:
     """Show the sources, steps, size and provenance of a run."""
     from geffect import open_run
 
@@ -29,26 +30,27 @@ def command(run: RunArgument, as_json: JsonOption = False) -> None:
         "layers": layers_of(opened.layers),
         **opened.manifest,
     }
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+    if form is FactsFormat.JSON:
+        write(json.dumps(facts, indent=1) + "\n")
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    console, room = terminal(), max(map(len, facts)) + 2
     for name, value in facts.items():
-        table.add_row(f"[bold]{name.replace('_', ' ')}[/]", _said(value))
-    Console().print(table)
+        said = indent(_said(value), " " * room)[room:]
+        say(console, f"{name.replace('_', ' '):{room}}{said}")
 
 
 def _said(value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(_line(name, inner) for name, inner in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if type(value) is int else str(value)  # True is an int too
+        return ", ".join(map(plain, value))
+    return f"{value:,}" if type(value) is int else plain(value)  # True is an int too
 
 
 def _line(name: str, value: object) -> str:
     inside = isinstance(value, dict) and value
-    return f"{name}:\n{indent(_said(value), '  ')}" if inside else f"{name}: {_said(value)}"
+    return (
+        f"{plain(name)}:\n{indent(_said(value), '  ')}"
+        if inside
+        else f"{plain(name)}: {_said(value)}"
+    )

@@ -1,21 +1,28 @@
 """The command line: `geffect`, with one file a subcommand."""
 
+import io
 import sys
+import warnings
 from typing import Annotated
 
 import typer
 
+from geffect.text import plain
+
 from . import demo, info, plot, replay, report, scores, validate
+from .command import Command, Group
+from .terminal import say, terminal
+from .usage import UsageError, told
 
 app = typer.Typer(
+    cls=Group,
     help="See what an unlearning run does to a language model, layer by layer, and mend it.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for subcommand in (demo, info, scores, plot, report, replay, validate):
-    name, kind = subcommand.__name__.rpartition(".")[2], getattr(subcommand, "COMMAND", None)
+    name, kind = subcommand.__name__.rpartition(".")[2], getattr(subcommand, "COMMAND", Command)
     app.command(name, cls=kind)(subcommand.command)
 
 
@@ -40,9 +47,35 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 1: it could not be done; 2: it was asked wrongly."""
+    """Run the command line.
+
+    Exit code 0: done; 1: it could not be done; 2: it was asked wrongly; 130: it was interrupted;
+    141: nobody read on.
+    """
+    _write_what_the_terminal_lacks_as_codes()
+    with warnings.catch_warnings():
+        warnings.formatwarning = lambda message, *_, **__: f"geffect: {plain(message)}\n"
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command line, and say what went wrong on one line of stderr."""
     try:
-        app(prog_name="geffect")  # also where it is `python -m geffect`
+        # Also where it is `python -m geffect`.
+        code = app(prog_name="geffect", standalone_mode=False)
+        return int(code or 0)
+    except UsageError as error:
+        return _refused(told(error), 2)
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"geffect: {error}", err=True)
-        sys.exit(1)
+        return _refused(str(error), 1)
+
+
+def _refused(why: str, code: int) -> int:
+    say(terminal(stderr=True), f"geffect: {plain(why)}")
+    return code
+
+
+def _write_what_the_terminal_lacks_as_codes() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

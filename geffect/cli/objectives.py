@@ -6,8 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 from typer.main import get_command
+
+from .command import Command
 
 if TYPE_CHECKING:
     from geffect.objectives import Objective
@@ -19,7 +20,7 @@ CATALOGUED = "{catalogue}"
 """What stands in a help text for the names of the catalogue."""
 
 
-class CommandOfObjectives(TyperCommand):
+class CommandOfObjectives(Command):
     """A subcommand that is told options of objectives: `--beta 0.1`, `--objective-option beta=0.1`.
 
     They are made when they are asked for, since the objectives need torch.

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import choice
 from .selection import (
     BetweenOption,
     ByOption,
     RunArgument,
     ScoreName,
-    ScoreOption,
+    check_taken,
     table_of,
     written_as,
 )
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,19 +35,36 @@ class Kind(StrEnum):
     RECTIFICATION = "rectification"
 
 
+OF_A_RECTIFIER = {Kind.RECTIFICATION.value, ScoreName.RECTIFICATION.value}
+"""A picture and a score that go with each other alone."""
+
+
 def command(
+    ctx: typer.Context,
     run: RunArgument,
     output: Annotated[
         Path,
         typer.Option(
             "-o",
             "--output",
+            metavar="FILE",
             callback=written_as(".png", ".pdf", ".svg"),
             help="Where to: .png, .pdf or .svg.",
         ),
     ],
-    kind: Annotated[Kind, typer.Option(help="Which picture.")] = Kind.HEATMAP,
-    score: ScoreOption = ScoreName.G_EFFECT,
+    kind: Annotated[
+        Kind | None,
+        choice("--kind", Kind, "Which picture; heatmap, or that of the score, if left out", "KIND"),
+    ] = None,
+    score: Annotated[
+        ScoreName | None,
+        choice(
+            "--score",
+            ScoreName,
+            "Which score; g-effect, or that of the picture, if left out",
+            "SCORE",
+        ),
+    ] = None,
     by: ByOption = None,
     between: BetweenOption = "objective,retain",
 ) -> None:
@@ -55,13 +74,25 @@ def command(
     """
     from geffect import open_run
 
-    if Kind.RECTIFICATION in (kind, score.value):
-        kind, score = Kind.RECTIFICATION, ScoreName.RECTIFICATION
+    kind, score = _chosen(kind, score)
+    check_taken(ctx, score)
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
     figure.suptitle(f"{run.stem}  {figure.get_suptitle()}".strip())
     figure.savefig(output, dpi=150)
-    typer.echo(f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
+    say(terminal(), f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
+
+
+def _chosen(kind: Kind | None, score: ScoreName | None) -> tuple[Kind, ScoreName]:
+    """The picture and the score, where one of them may say the other."""
+    if not OF_A_RECTIFIER & {kind, score}:
+        return kind or Kind.HEATMAP, score or ScoreName.G_EFFECT
+    if {kind, score} - OF_A_RECTIFIER - {None}:
+        raise typer.BadParameter(
+            "`--kind rectification` and `--score rectification` should go with each other. Found "
+            f"`--kind {kind}` with `--score {score}`. Leave one of the two out."
+        )
+    return Kind.RECTIFICATION, ScoreName.RECTIFICATION
 
 
 def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":

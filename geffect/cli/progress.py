@@ -16,6 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from geffect.text import plain
+
+from .terminal import say
+
 
 class News(Protocol):
     """How far a job is: `done` between 0 and 1, and what it says of itself."""
@@ -78,15 +82,15 @@ class _Bars:
     def __init__(self, total_weight: float, console: Console, title: str) -> None:
         self._share = _Share(total_weight)
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[says]}"),
+            TextColumn("{task.fields[says]}", style="dim", markup=False),
             console=console,
         )
-        self._whole = self._progress.add_task(f"[bold]{title}", total=1.0, says="starts")
+        self._whole = self._progress.add_task(title, total=1.0, says="starts")
         self._jobs: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
@@ -99,8 +103,10 @@ class _Bars:
     def take(self, news: News) -> None:
         self._progress.update(self._whole, completed=self._share.take(news), says=news.stage)
         if news.job not in self._jobs:
-            self._jobs[news.job] = self._progress.add_task(f"  {news.job}", total=1.0, says="")
-        self._progress.update(self._jobs[news.job], completed=news.done, says=news.says)
+            self._jobs[news.job] = self._progress.add_task(
+                f"  {plain(news.job)}", total=1.0, says=""
+            )
+        self._progress.update(self._jobs[news.job], completed=news.done, says=plain(news.says))
         if news.done >= 1.0 and news.says == "done":
             self._progress.remove_task(self._jobs[news.job])
 
@@ -121,9 +127,8 @@ class _Lines:
             return
         seconds = time.perf_counter() - self._started
         left = seconds * (1 - share) / share
-        self._console.print(
-            f"{seconds:6.1f} s  {share:4.0%}  {news.stage:8}  {news.job}: "
-            f"{self._said.get(news.job, 'done')}; about {left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
+        told = plain(f"{news.job}: {self._said.get(news.job, 'done')}")
+        say(
+            self._console,
+            f"{seconds:6.1f} s  {share:4.0%}  {news.stage:8}  {told}; about {left:.0f} s left",
         )

@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geffect.sources import FORGET, RETAIN, check_risks
+from geffect.text import plain
+
+from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
-from .selection import JsonOption, written_as
+from .options import Format, FormatOption, choice, whole
+from .selection import written_as
+from .terminal import say, show, terminal, write, write_table
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from geffect import Run
 
 
 COMMAND = CommandOfObjectives
+
+RULES = (Apart("--reference-ema", "--estimator"), Apart("--reference-ema", "--seed"))
 
 
 class EstimatorName(StrEnum):
@@ -74,6 +84,7 @@ def command(
         typer.Option(
             "-o",
             "--output",
+            metavar="FILE",
             callback=written_as(".h5"),
             help="The run file: .h5.",
             show_default=False,
@@ -95,10 +106,12 @@ def command(
     ] = None,
     estimator: Annotated[
         EstimatorName | None,
-        typer.Option(
-            help="Both factors of an inner product on disjoint batches (without bias), on the same "
-            "batch, or on all of the data. The first if left out.",
-            show_default=False,
+        choice(
+            "--estimator",
+            EstimatorName,
+            "Both factors of an inner product on disjoint batches (without bias; if left out), on "
+            "the same batch, or on all of the data",
+            "NAME",
         ),
     ] = None,
     reference_ema: Annotated[
@@ -109,17 +122,23 @@ def command(
             "of the files.",
         ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch, at most.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Examples a batch, at most.")
+    ] = 4,
+    seed: Annotated[
+        int, typer.Option(parser=whole(), metavar="N", help="Of the order of the examples.")
+    ] = 0,
     template: Annotated[
         bool,
         typer.Option("--template/--no-template", help="Whether to use the chat template."),
     ] = True,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Cut rows off after so many tokens.")
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help="Cut rows off after so many tokens."),
     ] = None,
     store: Annotated[
-        StoreName, typer.Option(help="What is kept beside the Gram matrices.")
+        StoreName,
+        choice("--store", StoreName, "What is kept beside the Gram matrices", "NAME"),
     ] = StoreName.GRAM,
     update: Annotated[
         bool, typer.Option("--update", help="Record the way to the next checkpoint, too.")
@@ -133,15 +152,16 @@ def command(
         typer.Option(metavar="DIR", help="A tokenizer, where the checkpoints have none."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; cuda if left out and there.")
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
-    as_json: JsonOption = False,
+    form: FormatOption = Format.TABLE,
 ) -> None:
     """Compute the G-effects of CHECKPOINTs, one step of a run file each. Nothing is trained."""
-    from rich.console import Console
+    import pandas as pd
     from transformers.utils.logging import disable_progress_bar
 
     from geffect.checkpoints import estimators
@@ -149,10 +169,7 @@ def command(
 
     from .progress import Told, shown
 
-    if reference_ema and estimator is not None:
-        raise typer.BadParameter(
-            "`--reference-ema` should be without `--estimator`. Found both. Choose one of them."
-        )
+    check_together(ctx, RULES)
     if output.exists() and not overwrite:
         raise FileExistsError(
             f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
@@ -160,9 +177,14 @@ def command(
         )
     name = estimator or EstimatorName.SPLIT_BATCH
     minimised = objective_of(ctx, objective)
+    if reference is not None and minimised.reference == "none":
+        raise typer.BadParameter(
+            f"`--reference` should go with an objective that compares with a model. Found "
+            f"`{objective}`, which compares with none. Leave --reference out."
+        )
     named_risks = _risks(risk or [])
     # What a script reads is all that stands on the standard output.
-    console = Console(stderr=as_json)
+    console = terminal(stderr=form is not Format.TABLE)
     disable_progress_bar()  # there is one of our own
     with shown(len(checkpoints), console, "replay") as take:
 
@@ -173,10 +195,7 @@ def command(
                 take(Told(checkpoint, "replay", 1.0, 1.0, "done"))
 
         def show(name: str, text: str) -> None:
-            console.print(
-                f"First row of {name}, scored between [[ and ]]:\n{text}", markup=False,
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+            say(console, f"First row of {plain(name)}, scored between [[ and ]]:\n{text}")
 
         run = replay(
             checkpoints,
@@ -202,10 +221,13 @@ def command(
             report=report,
             show=show,
         )
-    if as_json:
-        typer.echo(json.dumps(_facts(run, output)))
+    facts = _facts(run, output)
+    if form is Format.TABLE:
+        _summarise(facts, console)
+    elif form is Format.JSON:
+        write(json.dumps(facts) + "\n")
     else:
-        _summarise(_facts(run, output), console)
+        write_table(pd.DataFrame(facts["effects"]), form)
 
 
 def _risks(given: list[str]) -> dict[str, Path]:
@@ -217,7 +239,16 @@ def _risks(given: list[str]) -> dict[str, Path]:
                 f"`--risk` should be a name and its data. Found `{text}`. Pass, say, "
                 "--risk facts=facts.jsonl."
             )
+        if name in risks:
+            raise typer.BadParameter(
+                f"`--risk` should be given once for each name. Found `{name}` twice. Choose "
+                "another name."
+            )
         risks[name] = Path(data)
+    try:
+        check_risks("--risk", risks, taken=(FORGET, RETAIN))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     return risks
 
 
@@ -240,31 +271,27 @@ def _facts(run: "Run", output: Path) -> dict[str, Any]:
     }
 
 
-def _summarise(facts: Mapping[str, Any], console: Any) -> None:
-    from rich.table import Table
-
+def _summarise(facts: Mapping[str, Any], console: "Console") -> None:
     how, effects = facts["how"], facts["effects"]
     certain = any(effect["low"] is not None for effect in effects)
     title = f"G-effects by {how['estimator']}{' (biased)' if how['biased'] else ''}"
     if certain:
         title += ", with 95 % intervals over batches"
-    # Not the title of the table, which would be folded to its width.
-    console.print(f"{title}, in {facts['unit']}", highlight=False, soft_wrap=True)
-    shown = Table()
-    for column in ("step", "checkpoint", "rows", "unlearning e_u", "retaining e_r"):
-        shown.add_column(column, justify="left" if column == "checkpoint" else "right")
+    say(console, f"{title}, in {facts['unit']}")
     by_step: dict[int, dict[str, Mapping[str, Any]]] = {}
     for effect in effects:
         by_step.setdefault(effect["step"], {})[effect["effect"]] = effect
+    rows = []
     for step, of_step in by_step.items():
         both = [of_step[name] for name in ("unlearning", "retaining")]
         names = (str(step), both[0]["checkpoint"], str(both[0]["rows"]))
-        shown.add_row(*names, *map(_with_interval, both))
-    console.print(shown)
+        rows.append([*names, *map(_with_interval, both)])
+    headings = ["step", "checkpoint", "rows", "unlearning e_u", "retaining e_r"]
+    show(console, headings, rows, names=["checkpoint"], spare=["rows", "checkpoint"])
     for line in _told(how, certain):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     count = f"{len(by_step)} checkpoint{'s' if len(by_step) > 1 else ''}"
-    console.print(f"{count} in {facts['output']}", highlight=False, soft_wrap=True)
+    say(console, f"{count} in {plain(facts['output'])}")
 
 
 def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
@@ -286,4 +313,4 @@ def _with_interval(effect: Mapping[str, Any]) -> str:
 
 
 def _interval(effect: Mapping[str, Any]) -> str:
-    return rf"\[{effect['low']:.3g}, {effect['high']:.3g}]"
+    return f"[{effect['low']:.3g}, {effect['high']:.3g}]"

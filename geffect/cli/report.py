@@ -11,6 +11,7 @@ import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .selection import written_as
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,12 +25,13 @@ BARS = {"retain_nll": "inside", "retain_heldout_authors_nll": "outside"}
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (.h5).")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run files (.h5).")],
     output: Annotated[
         Path,
         typer.Option(
             "-o",
             "--output",
+            metavar="FILE",
             callback=written_as(".html"),
             help="The page to write (.html).",
         ),
@@ -39,7 +41,7 @@ def command(
     from geffect import open_run
 
     output.write_text(runs_report([open_run(path) for path in runs]), encoding="utf-8")
-    typer.echo(f"{len(runs)} runs in {output}")
+    say(terminal(), f"{len(runs)} runs in {output}")
 
 
 def runs_report(runs: Sequence["Run"]) -> str:

@@ -1,11 +1,15 @@
 """What a user names on the command line: a score, its blocks, a pair of gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .command import given
+from .options import choice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,21 +37,78 @@ class By(StrEnum):
     MODEL = "model"
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A score of the command line: its name in `geffect.analysis`, and the options it takes."""
+
+    analyzer: str
+    takes: Collection[str] = ()
+    by: By = By.LAYER  # where none is given
+
+
+BETWEEN, INTERVALS, ALL_PARAMETERS = "--between", "--intervals", "--all-parameters"
+
+SCORES: Mapping[ScoreName, Scored] = {
+    ScoreName.G_EFFECT: Scored("g_effect", (INTERVALS, ALL_PARAMETERS)),
+    ScoreName.COSINE: Scored("cosine", (BETWEEN, INTERVALS, ALL_PARAMETERS)),
+    ScoreName.CONFLICT: Scored("conflict", (BETWEEN, INTERVALS, ALL_PARAMETERS)),
+    # These are of what an optimizer or a rectifier did, once a step: no interval tells of that.
+    ScoreName.PREDICTED_CHANGE: Scored("predicted_change"),
+    ScoreName.VIOLATION: Scored("violation"),
+    # Most rectifiers have one constraint for the model, which has no numbers of the layers.
+    ScoreName.RECTIFICATION: Scored("rectification", by=By.MODEL),
+}
+"""Every score. An option that is in no list here, such as --by, is one of them all."""
+
+OF_SOME = {option for scored in SCORES.values() for option in scored.takes}
+
+
+def _of(option: str) -> str:
+    return ", ".join(name for name, scored in SCORES.items() if option in scored.takes)
+
+
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (.h5).")]
-ScoreOption = Annotated[ScoreName, typer.Option("--score", help="Which score.")]
+ScoreOption = Annotated[ScoreName, choice("--score", ScoreName, "Which score", "SCORE")]
 ByOption = Annotated[
     By | None,
-    typer.Option(
-        "--by", help="One value for each of these. If left out: layer; model for a rectification."
+    choice(
+        "--by",
+        By,
+        "One value for each of these; layer, or model for a rectification, if left out",
+        "BLOCKS",
     ),
 ]
 BetweenOption = Annotated[
     str,
     typer.Option(
-        help="The two gradients that cosine and conflict compare, with a comma between them."
+        metavar="SOURCE,SOURCE", help=f"The two gradients that are compared, of {_of(BETWEEN)}."
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
+IntervalsOption = Annotated[
+    bool,
+    typer.Option(
+        INTERVALS,
+        help="With 95 % bootstrap intervals over the batches of each step of a replay, of "
+        f"{_of(INTERVALS)}.",
+    ),
+]
+AllParametersOption = Annotated[
+    bool,
+    typer.Option(
+        ALL_PARAMETERS,
+        help="Sum over all parameters, also those that a step leaves alone, of "
+        f"{_of(ALL_PARAMETERS)}.",
+    ),
+]
+
+
+def check_taken(ctx: typer.Context, score: ScoreName) -> None:
+    """Refuse an option that was given and that the score does not take."""
+    for option in sorted((given(ctx) & OF_SOME) - {*SCORES[score].takes}):
+        raise typer.BadParameter(
+            f"`{option}` should go with one of the scores {_of(option)}. Found it with {score}. "
+            f"Leave {option} out, or choose one of those with --score."
+        )
 
 
 def table_of(
@@ -62,28 +123,14 @@ def table_of(
     """The table of a score of a run, with the columns `low` and `high` where `intervals` is set."""
     from geffect import analysis
 
-    first, second = _pair(between)
-    over = {"stepped_only": stepped_only}
-    pair = {"a": first, "b": second, **over}
-    scores: dict[ScoreName, tuple[Callable[..., pd.DataFrame], dict[str, Any]]] = {
-        ScoreName.G_EFFECT: (analysis.g_effect, over),
-        ScoreName.COSINE: (analysis.cosine, pair),
-        ScoreName.CONFLICT: (analysis.conflict, pair),
-        ScoreName.PREDICTED_CHANGE: (analysis.predicted_change, {}),
-        ScoreName.VIOLATION: (analysis.violation, {}),
-        ScoreName.RECTIFICATION: (analysis.rectification, {}),
-    }
-    function, how = scores[score]
-    if not stepped_only and "stepped_only" not in how:
-        raise typer.BadParameter(
-            f"`--all-parameters` should be left out for {score.value}, which is the same either "
-            "way. Found it set. Leave out --all-parameters."
-        )
-    # Most rectifiers have one constraint for the model, which has no numbers of the layers.
-    by = by or (By.MODEL if score is ScoreName.RECTIFICATION else By.LAYER)
-    if intervals:
-        return analysis.intervals(function, run, by=by, **how)
-    return function(run, by=by, **how)
+    scored = SCORES[score]
+    how: dict[str, Any] = {"by": by or scored.by}
+    if BETWEEN in scored.takes:
+        how["a"], how["b"] = _pair(between)
+    if ALL_PARAMETERS in scored.takes:
+        how["stepped_only"] = stepped_only
+    function: Callable[..., pd.DataFrame] = getattr(analysis, scored.analyzer)
+    return analysis.intervals(function, run, **how) if intervals else function(run, **how)
 
 
 def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:

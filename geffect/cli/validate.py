@@ -5,19 +5,23 @@ from dataclasses import asdict
 
 import typer
 
-from .selection import JsonOption, RunArgument
+from geffect.text import plain
+
+from .options import FactsFormat, FactsFormatOption
+from .selection import RunArgument
+from .terminal import say, terminal, write
 
 
-def command(run: RunArgument, as_json: JsonOption = False) -> None:
+def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> None:
     """Check every step of a run file. Exit code 1 if something in it cannot be trusted."""
     from geffect.store import validate
 
     health = validate(run)
-    if as_json:
-        typer.echo(json.dumps({**asdict(health), "whole": health.whole}))
+    if form is FactsFormat.JSON:
+        write(json.dumps({**asdict(health), "whole": health.whole}) + "\n")
     else:
-        verdict = "whole" if health.whole else "damaged"
-        typer.echo(f"{run}: {verdict}, {health.steps} steps")
+        console, verdict = terminal(), "whole" if health.whole else "damaged"
+        say(console, plain(f"{run}: {verdict}, {health.steps} steps"))
         for sentence in (*health.problems, *health.remarks):
-            typer.echo(f"  {sentence}")
+            say(console, plain(f"  {sentence}"))
     raise typer.Exit(code=0 if health.whole else 1)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from geffect.near import meant
+
 from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
@@ -123,7 +125,7 @@ def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
     if unknown:
         raise ValueError(
             f"`methods` should be some of {', '.join(CATALOGUE)}. "
-            f"Found {', '.join(unknown)}. Choose from those."
+            f"Found {', '.join(unknown)}.{meant(unknown[0], CATALOGUE)} Choose from those."
         )
     for method in methods:
         named(method, options)

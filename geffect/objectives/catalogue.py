@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from geffect.near import meant
+
 from .base import Objective
 from .combination import Combination
 from .likelihood import GradientAscent, WeightedGradientAscent
@@ -31,8 +33,8 @@ def named(name: str, options: Mapping[str, Any] | None = None) -> Objective:
     """
     if name not in CATALOGUE:
         raise ValueError(
-            f"`objective` should be one of {', '.join(CATALOGUE)}. Found `{name}`. Choose one of "
-            "those."
+            f"`objective` should be one of {', '.join(CATALOGUE)}. Found `{name}`."
+            f"{meant(name, CATALOGUE)} Choose one of those."
         )
     return with_options(CATALOGUE[name], options or {})
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geffect.layers import Parameter
+from geffect.near import meant
 from geffect.sketch import Sketch
 from geffect.sources import UPDATE
 
@@ -84,7 +85,7 @@ class Run:
             )
             raise ValueError(
                 f"`source` should be one of {', '.join(self.sources)} in `{self.path}`. "
-                f"Found `{source}`. {hint}"
+                f"Found `{source}`.{meant(source, self.sources)} {hint}"
             )
         return self.sources.index(source)
 

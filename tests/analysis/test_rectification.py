@@ -451,7 +451,7 @@ def test_the_report_shows_it_where_there_was_a_rectifier(
 
 def test_the_command_line_has_it_of_the_model(recorded: Path, ask: Ask) -> None:
     table = rectification(open_run(recorded))
-    code, out, _ = ask("scores", recorded, "--score", "rectification", "--json")
+    code, out, _ = ask("scores", recorded, "--score", "rectification", "--format", "json")
     assert code == 0
     said = json.loads(out)
     assert [row["quantity"] for row in said] == table["quantity"].tolist()

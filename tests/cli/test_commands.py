@@ -50,7 +50,7 @@ def test_info(ask: Ask, recorded: Path) -> None:
 
 
 def test_info_as_json(ask: Ask, recorded: Path) -> None:
-    facts, run = strict(ask("info", recorded, "--json").out), open_run(recorded)
+    facts, run = strict(ask("info", recorded, "--format", "json").out), open_run(recorded)
     assert facts["sources"] == [
         "objective",
         "forget",
@@ -92,12 +92,11 @@ TABLES = {
 
 @pytest.mark.parametrize("by", ["parameter", "layer", "group", "model"])
 @pytest.mark.parametrize("score", TABLES)
-def test_scores(ask: Ask, recorded: Path, tmp_path: Path, score: str, by: str) -> None:
-    table, csv = TABLES[score](open_run(recorded), by), tmp_path / "scores.csv"
-    said = ask("scores", recorded, "--score", score, "--by", by, "--csv", csv)
-    assert (said.code, said.out) == (0, f"{len(table)} rows in {csv}\n")
-    assert csv.read_text() == table.to_csv(index=False)
-    rows = strict(ask("scores", recorded, "--score", score, "--by", by, "--json").out)
+def test_scores(ask: Ask, recorded: Path, score: str, by: str) -> None:
+    table = TABLES[score](open_run(recorded), by)
+    said = ask("scores", recorded, "--score", score, "--by", by, "--format", "csv")
+    assert (said.code, said.out) == (0, table.to_csv(index=False))
+    rows = strict(ask("scores", recorded, "--score", score, "--by", by, "--format", "json").out)
     assert [row["value"] for row in rows] == pytest.approx(table["value"].tolist(), rel=1e-9, abs=0)
     assert [row[by] for row in rows] == table[by].tolist()
 
@@ -110,7 +109,7 @@ def test_scores_in_words(ask: Ask, recorded: Path) -> None:
 
 
 def test_scores_between(ask: Ask, recorded: Path) -> None:
-    pair = ["--score", "cosine", "--by", "model", "--between", "forget, retain", "--json"]
+    pair = ["--score", "cosine", "--by", "model", "--between", "forget, retain", "--format", "json"]
     expected = cosine(open_run(recorded), "forget", "retain", "model")["value"]
     rows = strict(ask("scores", recorded, *pair).out)
     assert [row["value"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-9, abs=0)
@@ -119,7 +118,7 @@ def test_scores_between(ask: Ask, recorded: Path) -> None:
 def test_validate(ask: Ask, recorded: Path) -> None:
     said = ask("validate", recorded)
     assert (said.code, said.out) == (0, f"{recorded}: whole, 4 steps\n")
-    health = strict(ask("validate", recorded, "--json").out)
+    health = strict(ask("validate", recorded, "--format", "json").out)
     assert health == {
         "steps": 4, "complete": True, "problems": [], "remarks": [], "whole": True
     }  # fmt: skip
@@ -133,7 +132,7 @@ def test_validate_of_a_damaged_file(ask: Ask, recorded: Path, tmp_path: Path) ->
     assert said.code == 1
     assert "damaged, 4 steps" in said.out
     assert "not symmetric" in said.out
-    assert strict(ask("validate", damaged, "--json").out)["whole"] is False
+    assert strict(ask("validate", damaged, "--format", "json").out)["whole"] is False
 
 
 # plot, report
@@ -186,7 +185,7 @@ def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
 
 
 def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None:
-    said = ask("scores", recorded, "--by", "model", "--intervals", "--json")
+    said = ask("scores", recorded, "--by", "model", "--intervals", "--format", "json")
     rows = strict(said.out)
     assert {"low", "high"} <= rows[0].keys()
     assert rows[0]["low"] is None  # one row a step: nothing to draw from
@@ -217,7 +216,7 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         recorder.backward(objective={"forget": -1.0}, forget=loss, retain=2.0 * loss)
         optimizer.step()
     for told, stepped_only in (([], True), (["--all-parameters"], False)):
-        said = ask("scores", tmp_path / "part.h5", "--by", "model", "--json", *told).out
+        said = ask("scores", tmp_path / "part.h5", "--by", "model", "--format", "json", *told).out
         table = g_effect(open_run(tmp_path / "part.h5"), by="model", stepped_only=stepped_only)
         assert [row["value"] for row in json.loads(said)] == table["value"].tolist()
 
@@ -235,12 +234,16 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
         (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found magic"),
         (["demo", "--out", "{text}"], 1, "Found the file"),
-        (["demo", "--resume", "--overwrite", "--out", "{page}"], 2, "should not both be True"),
-        (["scores", "{recorded}", "--between", "forget"], 2, "with a comma"),
+        (
+            ["demo", "--resume", "--overwrite", "--out", "{page}"],
+            2,
+            "`--resume` should be without `--overwrite`",
+        ),
+        (["scores", "{recorded}", "--score", "cosine", "--between", "forget"], 2, "with a comma"),
         (
             ["scores", "{recorded}", "--score", "violation", "--all-parameters"],
             2,
-            "the same either way",
+            "should go with one of the scores g-effect, cosine, conflict. Found it with violation",
         ),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
@@ -278,7 +281,7 @@ def test_refusals(
 )
 @pytest.mark.parametrize(
     ("command", "option", "suffix"),
-    [("plot", "-o", ".png"), ("report", "-o", ".html"), ("scores", "--csv", ".csv")],
+    [("plot", "-o", ".png"), ("report", "-o", ".html")],
 )
 def test_where_nothing_can_be_written(
     ask: Ask, recorded: Path, tmp_path: Path, command: str, option: str, suffix: str, place: str,
@@ -292,11 +295,11 @@ def test_where_nothing_can_be_written(
 
 HELP = {
     "demo": ["--out", "--seeds", "--methods", "--quick", "--all-variants", "--controls"],
-    "info": ["RUN", "--json"],
-    "scores": ["RUN", "--score", "--by", "--between", "--csv", "--json"],
+    "info": ["RUN", "--format", "json"],
+    "scores": ["RUN", "--score", "--by", "--between", "--format"],
     "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],
     "report": ["RUN...", "--output"],
-    "validate": ["RUN", "--json"],
+    "validate": ["RUN", "--format", "json"],
 }
 
 

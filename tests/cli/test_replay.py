@@ -84,7 +84,7 @@ def test_a_summary_without_intervals(replayed: Ask, folder: Path, tmp_path: Path
 
 
 def test_the_summary_as_json(replayed: Ask, tmp_path: Path) -> None:
-    code, out, err = replayed("-o", tmp_path / "run.h5", "--json", objective="npo")
+    code, out, err = replayed("-o", tmp_path / "run.h5", "--format", "json", objective="npo")
     said = json.loads(out)
     assert code == 0 and said["output"] == str(tmp_path / "run.h5")
     assert said["unit"] == "nats per unit learning rate"
@@ -209,7 +209,7 @@ def test_further_risks_the_update_and_a_reference(
         ([], {"forget": "{folder}/long.jsonl"}, 1, "long.jsonl`, line 1, should have at most 32"),
         ([], {"objective": "magic"}, 2, "should be one of ga, wga,"),
         ([], {"risk": "facts.jsonl"}, 2, "a name and its data"),
-        (["--reference-ema"], {"estimator": "full"}, 2, "Choose one of them"),
+        (["--reference-ema"], {"estimator": "full"}, 2, "Leave one of them out"),
         ([], {"output": "run.csv"}, 2, ".h5"),
     ],
 )
@@ -234,7 +234,7 @@ def test_the_file_is_read_by_the_other_subcommands(replayed: Ask, ask: Ask, tmp_
         assert said.code == 0
         return said.out
 
-    rows = json.loads(scores("--json"))
+    rows = json.loads(scores("--format", "json"))
     assert {row["effect"] for row in rows} == {"unlearning", "retaining"}
     assert {row["step"] for row in rows} == {5, 10}
     shown = scores("--intervals", "--by", "model")

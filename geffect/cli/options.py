@@ -1,0 +1,73 @@
+"""Kinds of options: one of some names, a whole number, a format."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from typer.models import OptionInfo
+
+from geffect.near import meant
+
+
+def choice(option: str, names: type[StrEnum], says: str, metavar: str = "NAME") -> OptionInfo:
+    """An option that takes one of some names, which its help lists."""
+
+    def parsed(text: str) -> StrEnum:
+        if text in [*names]:
+            return names(text)
+        raise typer.BadParameter(
+            f"should be one of {', '.join(names)}. Found `{text}`.{meant(text, names)} Choose one "
+            "of those."
+        )
+
+    info: OptionInfo = typer.Option(
+        option,
+        parser=parsed,
+        autocompletion=lambda: [*names],
+        metavar=metavar,
+        help=f"{says}: {', '.join(names)}.",
+    )
+    return info
+
+
+def whole(least: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers, of at least `least`."""
+    kind = "a whole number" if least is None else f"a whole number of at least {least}"
+
+    def parsed(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or (least is not None and number < least):
+            raise typer.BadParameter(f"should be {kind}. Found `{text}`. Pass, say, {least or 0}.")
+        return number
+
+    return parsed
+
+
+class Format(StrEnum):
+    """How a table is printed."""
+
+    TABLE = "table"
+    TSV = "tsv"
+    CSV = "csv"
+    JSON = "json"
+
+
+class FactsFormat(StrEnum):
+    """How facts are printed."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+FormatOption = Annotated[
+    Format,
+    choice("--format", Format, "How the table is printed, for you or for a script", "FORMAT"),
+]
+FactsFormatOption = Annotated[
+    FactsFormat,
+    choice("--format", FactsFormat, "How it is printed, for you or for a script", "FORMAT"),
+]

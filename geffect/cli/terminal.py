@@ -1,0 +1,133 @@
+"""What the command line prints: the one way to a terminal, and tables that cut nothing."""
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from geffect.text import lines, plain
+
+from .options import Format
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EVERYTHING = 1_000_000
+"""The columns of what is no terminal, such as a file: nothing is folded."""
+
+FOLDED = 8
+"""The cells that a name is folded to, at least, where a terminal is narrow."""
+
+
+class _Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to whoever runs the command, also where nothing of rich has printed."""
+        raise BrokenPipeError
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """The terminal, to which text is text: no markup, no codes of emoji, no marks of its own."""
+    stream = sys.stderr if stderr else sys.stdout
+    return _Terminal(
+        stderr=stderr,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+        width=None if stream.isatty() else EVERYTHING,
+    )
+
+
+def say(console: Console, text: object) -> None:
+    """Print text that may hold what others wrote, with its line breaks."""
+    console.print(Text(lines(text)))
+
+
+def write(data: str) -> None:
+    """Write data to the standard output as it is; what a terminal would obey is shown to it."""
+    sys.stdout.write(lines(data) if sys.stdout.isatty() else data)
+
+
+def write_table(table: "pd.DataFrame", form: Format) -> None:
+    """Write a table as data: every row, and every digit of its numbers."""
+    if form is Format.JSON:
+        # Not pandas' own JSON, which rounds to ten decimals: early scores are smaller than that.
+        import json
+
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        write(f"{json.dumps(rows)}\n")
+    elif form is Format.CSV:
+        write(table.to_csv(index=False))
+    else:
+        # No quotes: a tab or a line break inside of a name is written as its code.
+        kept = table.astype(object).where(table.notna(), "")
+        for line in (kept.columns, *kept.to_numpy().tolist()):
+            write("\t".join(map(plain, line)) + "\n")
+
+
+def show(
+    console: Console,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    names: Collection[str],
+    spare: Sequence[str] = (),
+) -> None:
+    """Print a table in which no number and no name is cut.
+
+    - `names`: the headings of columns that hold names, on the left; others hold numbers.
+    - `spare`: the headings of columns that may go, the first one first.
+
+    Where a terminal is narrow, names are folded, then spare columns are left out, which is said.
+    """
+    cells = {
+        heading: [plain(cell) for cell in column]
+        for heading, column in zip(headings, zip(*rows, strict=True), strict=True)
+    } or {heading: [] for heading in headings}
+    widths = {heading: max(map(cell_len, (heading, *column))) for heading, column in cells.items()}
+    least = {h: min(w, max(FOLDED, _word(h))) if h in names else w for h, w in widths.items()}
+    left_out = []
+    for heading in spare:
+        if _room(least) <= console.width:
+            break
+        least.pop(heading)
+        left_out.append(heading)
+    shown = _widened(least, widths, console.width)
+    table = Table()
+    for heading, width in shown.items():
+        is_name = heading in names
+        justify: Literal["left", "right"] = "left" if is_name else "right"
+        table.add_column(Text(heading), justify=justify, overflow="fold", width=width)
+    for row in zip(*(cells[heading] for heading in shown), strict=True):
+        table.add_row(*map(Text, row))
+    # One that is as wide as the table, where the terminal is narrower: it folds lines by itself.
+    Console(file=console.file, width=_room(shown), emoji=False, markup=False).print(table)
+    if left_out:
+        say(
+            console,
+            f"Left out for want of room: {', '.join(left_out)}. A wider terminal shows "
+            f"{'it' if len(left_out) == 1 else 'them'}, and so does --format tsv.",
+        )
+
+
+def _room(widths: Mapping[str, int]) -> int:
+    """The cells of a table with columns of these widths, and its lines."""
+    return sum(widths.values()) + 3 * len(widths) + 1
+
+
+def _widened(least: Mapping[str, int], wanted: Mapping[str, int], room: int) -> dict[str, int]:
+    """The widths of the columns, with what room is left for those that want more."""
+    widths = dict(least)
+    for heading in widths:
+        more = min(wanted[heading] - widths[heading], room - _room(widths))
+        widths[heading] += max(0, more)
+    return widths
+
+
+def _word(heading: str) -> int:
+    """The cells of the longest word of a heading."""
+    return max(map(cell_len, heading.split()), default=0)

@@ -1,0 +1,81 @@
+"""What a request that was wrong is told: `--x` should be ... Found ... Do ..."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from geffect.near import meant
+
+_exceptions = import_module(typer.BadParameter.__module__)  # click's, or a copy of them
+
+UsageError: type[Exception] = _exceptions.UsageError
+"""What all of them are."""
+
+
+def told(error: Any) -> str:
+    """The sentence for an error of the request."""
+    for kind in type(error).__mro__:
+        if kind in SENTENCES:
+            return SENTENCES[kind](error)
+    raise error
+
+
+def _bad(error: Any) -> str:
+    name, says = _name(error), str(error.message)
+    if "should" in says and "Found" in says:  # one of our own
+        return f"`{name}` {says}" if name and says.startswith("should") else says
+    return f"`{name}` should have a value of its kind. Found: {_end(says)}{_see(error)}"
+
+
+def _missing(error: Any) -> str:
+    return f"`{_name(error)}` should be given. Found none.{_see(error)}"
+
+
+def _ill_used(error: Any) -> str:
+    if "requires" in error.message:
+        return f"`{error.option_name}` should be followed by a value. Found none. Pass one."
+    return f"`{error.option_name}` should stand alone. Found a value behind it. Leave that out."
+
+
+def _no_such_option(error: Any) -> str:
+    names = [
+        name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts
+    ]
+    return (
+        f"An option should be one of {', '.join(n for n in names if n.startswith('-'))}. Found "
+        f"`{error.option_name}`.{meant(error.option_name, names)}{_see(error)}"
+    )
+
+
+def _other(error: Any) -> str:
+    return (
+        f"A request should be as its help says. Found: {_end(error.format_message())}{_see(error)}"
+    )
+
+
+SENTENCES: dict[type, Callable[[Any], str]] = {
+    _exceptions.MissingParameter: _missing,
+    _exceptions.BadOptionUsage: _ill_used,
+    _exceptions.NoSuchOption: _no_such_option,
+    _exceptions.BadParameter: _bad,
+    _exceptions.UsageError: _other,
+}
+
+
+def _name(error: Any) -> str:
+    parameter = error.param
+    if parameter is None:
+        return ""
+    if parameter.param_type_name == "option":
+        return max(map(str, parameter.opts), key=len)
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def _end(sentence: str) -> str:
+    return f"{sentence.strip().rstrip('.')}."
+
+
+def _see(error: Any) -> str:
+    return f" See {error.ctx.command_path} --help." if error.ctx else ""

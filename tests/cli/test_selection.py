@@ -1,0 +1,134 @@
+"""Which options a score or a picture takes: each changes what comes out, or is refused."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from typer.main import get_command
+
+from geffect import Recorder, Rectifier
+from geffect.cli.main import app
+from geffect.cli.plot import Kind
+from geffect.cli.selection import OF_SOME, SCORES, ScoreName
+from tests.utils.command_line import Ask
+
+OPTIONS: dict[str, list[str]] = {
+    "--between": ["forget,retain"],
+    "--intervals": [],
+    "--all-parameters": [],
+    "--by": ["group"],
+    "--format": ["tsv"],
+}
+"""Every option of a score, at a value that is not its default."""
+
+COMMANDS: Any = get_command(app)
+
+
+@pytest.fixture(scope="module")
+def partly_stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that scores ask for, whose optimizer leaves one of two layers alone."""
+    path = tmp_path_factory.mktemp("options") / "run.h5"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    rectifier = Rectifier(model)
+    with Recorder(model, path, update=True) as recorder:
+        for step in range(3):
+            forget, retain = (model(torch.tensor(x)).sum() ** 2 for x in ([1.0, step], [step, 2.0]))
+            recorder.backward(
+                objective={"forget": -1.0}, forget=forget, retain=retain, rectifier=rectifier
+            )
+            optimizer.step()
+            model.zero_grad()
+    return path
+
+
+def options_of(command: str) -> set[str]:
+    names = {max(p.opts, key=len) for p in COMMANDS.commands[command].params}
+    return {name for name in names if name.startswith("--")} - {"--help"}
+
+
+def test_every_option_of_a_score_is_asked_about_here() -> None:
+    assert options_of("scores") == {*OPTIONS, "--score"}
+    assert {*OPTIONS} >= OF_SOME
+
+
+@pytest.mark.parametrize(("score", "option"), list(product(ScoreName, OPTIONS)))
+def test_an_option_changes_the_table_or_is_refused(
+    ask: Ask, partly_stepped: Path, score: ScoreName, option: str
+) -> None:
+    finest = [] if score == ScoreName.RECTIFICATION else ["--by", "parameter"]
+    told = ["scores", partly_stepped, "--score", score, *finest, "--format", "csv"]
+    plain, with_it = ask(*told), ask(*told, option, *OPTIONS[option])
+    assert plain.code == 0
+    if option in OF_SOME - {*SCORES[score].takes}:
+        assert (with_it.code, with_it.out) == (2, "")
+        assert with_it.err.startswith(f"geffect: `{option}` should go with one of the scores ")
+    elif with_it.code:  # a rectifier of the model has no numbers of its parts
+        assert (score, option, with_it.out) == (ScoreName.RECTIFICATION, "--by", "")
+    else:
+        assert with_it.out != plain.out
+
+
+@pytest.mark.parametrize(("kind", "score"), list(product(Kind, ScoreName)))
+def test_a_picture_is_of_the_score_or_is_refused(
+    ask: Ask,
+    partly_stepped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+    score: ScoreName,
+) -> None:
+    monkeypatch.setattr("geffect.cli.plot.draw", lambda table, kind: Figure((1, 1)))
+    of_a_rectifier = [name == "rectification" for name in (kind, score)]
+    picture = tmp_path / "picture.png"
+    said = ask("plot", partly_stepped, "-o", picture, "--kind", kind, "--score", score)
+    if len({*of_a_rectifier}) == 1:
+        assert (said.code, said.err) == (0, "") and f"{score} in {picture}" in said.out
+    else:
+        assert (said.code, said.out, picture.exists()) == (2, "", False)
+        assert f"Found `--kind {kind}` with `--score {score}`." in said.err
+
+
+@pytest.mark.parametrize("score", ScoreName)
+def test_an_option_changes_the_picture_or_is_refused(
+    ask: Ask,
+    partly_stepped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    score: ScoreName,
+) -> None:
+    tables = []
+    monkeypatch.setattr(
+        "geffect.cli.plot.draw", lambda table, kind: tables.append(table) or Figure((1, 1))
+    )
+    told = ["plot", partly_stepped, "-o", tmp_path / "picture.png", "--score", score]
+    assert options_of("plot") == {"--between", "--by", "--kind", "--output", "--score"}
+    assert ask(*told, "--by", "model").code == 0
+    said = ask(*told, "--by", "model", "--between", "forget,retain")
+    if "--between" in SCORES[score].takes:
+        assert said.code == 0 and not tables[0].equals(tables[1])
+    else:
+        assert said.code == 2 and "`--between` should go with" in said.err
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (["--score", "cosin"], "Found `cosin`. Did you mean `cosine`?"),
+        (["--score", "cosine", "--between", "objective,retian"], "Did you mean `retain`?"),
+        (["--by", "layers"], "Did you mean `layer`?"),
+        (["--format", "jsno"], "Did you mean `json`?"),
+        (["--formt", "json"], "Did you mean `--format`?"),
+    ],
+)
+def test_what_is_near_to_a_misspelt_name_is_told(
+    ask: Ask, partly_stepped: Path, told: list[str], says: str
+) -> None:
+    said = ask("scores", partly_stepped, *told)
+    assert (said.code, said.out) == (2 if "," not in told[-1] else 1, "")
+    assert says in said.err and said.err.count("\n") == 1

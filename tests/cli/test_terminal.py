@@ -1,0 +1,90 @@
+"""What is printed: text that stays text, and tables that cut nothing however narrow they are."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from geffect.cli.options import Format
+from geffect.cli.terminal import say, show, terminal, write_table
+
+NAMES = [
+    "model.layers.10.mlp.up_proj.weight", "[/foo]", "[red]x", "語言模型的名字很長很長", ":warning:",
+    "a|b",
+]  # fmt: skip
+HEADINGS = ["step", "parameter", "effect", "first", "median", "last"]
+ROWS = [
+    [str(10**i), name, "unlearning", f"-{i}.123e-05", f"{i}.5", f"-{i}.25 [-1.5, 2.25]"]
+    for i, name in enumerate(NAMES)
+]
+
+
+def narrow(width: int) -> Console:
+    return Console(
+        file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+def test_a_narrow_terminal_cuts_no_number_and_no_name(width: int) -> None:
+    console = narrow(width)
+    show(console, HEADINGS, ROWS, names=["parameter", "effect"], spare=["median", "first"])
+    out = printed(console)
+    table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
+    gone = out.partition("Left out for want of room: ")[2].partition(".")[0].split(", ")
+    shown = [heading for heading in HEADINGS if heading not in gone]
+    assert "…" not in out and (width < 80) == (shown != HEADINGS)
+    columns = [
+        *zip(*(line.strip("│┃").replace("┃", "│").split("│") for line in table), strict=True)
+    ]
+    for heading, column in zip(shown, columns, strict=True):
+        written = [row[HEADINGS.index(heading)] for row in ROWS]
+        if heading in ("parameter", "effect"):
+            together = "".join(part.strip() for part in column)
+            assert together == "".join([heading, *written])
+        else:
+            assert [part.strip() for part in column if part.strip()] == [heading, *written]
+
+
+def test_what_is_no_terminal_has_room_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    show(terminal(), HEADINGS, ROWS, names=["parameter", "effect"], spare=["median", "first"])
+    say(terminal(), "word " * 100)
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == len(ROWS) + 4 + 1
+    assert "\x1b" not in out and all(heading in out for heading in HEADINGS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_no_markup(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    say(terminal(), f"of {name}")
+    assert capsys.readouterr().out == f"of {name}\n"
+
+
+def test_tables_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    table = pd.DataFrame({"layer": ["a\tb\nc", '"q",'], "value": [1e-17 / 3, float("nan")]})
+    write_table(table, Format.TSV)
+    assert capsys.readouterr().out == f'layer\tvalue\na\\tb\\nc\t{1e-17 / 3}\n"q",\t\n'
+    write_table(table, Format.CSV)
+    read = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    pd.testing.assert_frame_equal(read, table)
+    write_table(table, Format.JSON)
+    assert '"value": null' in capsys.readouterr().out
+
+
+def test_nobody_reads_on(recorded: Path) -> None:
+    script = Path(sys.executable).with_name("geffect")
+    told = [script, "scores", recorded, "--by", "parameter", "--format", "csv"]
+    with subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        said = run.stderr.read()
+    assert (run.returncode, said) == (141, "")
