@@ -1,20 +1,33 @@
-"""Where a parameter tensor stands in the network: its layer, its depth group, its ties.
+"""The table of a model's trainable tensors: names, layers, towers, depth groups, ties.
 
-Everything is read off the parameter's name, without the prefixes of wrappers. So the plain,
+Everything is read off the parameters' names, without the prefixes of wrappers. So the plain,
 compiled, data-parallel and adapter-carrying forms of one model give one table.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
+
+from geffect.places import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LAYER,
+    MODEL,
+    OTHER,
+    POOLER,
+    PROJECTOR,
+    Place,
+    places,
+    tower_order,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-EMBEDDING, FINAL_NORM, HEAD, OTHER = "embedding", "final norm", "head", "other"
 DEPTHS = ("shallow", "middle", "deep")
 
 _WRAPPERS = re.compile(
@@ -22,15 +35,7 @@ _WRAPPERS = re.compile(
     r"|^base_model\.model\.(?=.+\.)"
 )
 _ADAPTER = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.[^.]+")
-_IN_STACK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-_OUTSIDE_STACK = {
-    EMBEDDING: re.compile(
-        r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|wte|wpe|word_embeddings"
-        r"|tok_embeddings|position_embeddings)\b"
-    ),
-    HEAD: re.compile(r"^(?:lm_head|embed_out|output)\b"),
-    FINAL_NORM: re.compile(r"(?:^|\.)(?:norm|ln_f|final_layer_?norm)\b"),
-}
+_PARTS = (EMBEDDING, LAYER, FINAL_NORM, POOLER, HEAD, OTHER)
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,15 @@ class Parameter:
 
     name: str
     layer: str  # "embedding", "layer 0", ..., "final norm", "head", "embedding+head", "other"
-    group: str  # as the layer, with the stack in thirds: "shallow", "middle", "deep"
-    index: int  # of the layer in the stack; -1 outside
+    group: str  # as the layer, with the layers of a tower in thirds: "shallow", "middle", "deep"
+    index: int  # of the layer in its tower; -1 outside
     module: str  # the path inside the layer, "self_attn.q_proj"
     shape: tuple[int, ...]
     dtype: str
     tied_to: tuple[str, ...]  # its further names
+    tower: str = MODEL  # "vision", "encoder", ...; it stands before the layer if there are several
+    role: str = ""  # in a mixture of experts: "router", "expert", "shared expert"
+    experts: int = 0  # of how many experts it is made, along its first dimension
 
     @property
     def numel(self) -> int:
@@ -73,22 +81,6 @@ def is_adapter(name: str) -> bool:
     True
     """
     return re.search(r"\.lora_", name) is not None
-
-
-def layer_of(name: str) -> tuple[str, int]:
-    """The layer of a canonical name, and its index in the stack; ("other", -1) if unknown.
-
-    >>> layer_of("transformer.h.11.attn.c_attn.weight")
-    ('layer 11', 11)
-    >>> layer_of("model.norm.weight")
-    ('final norm', -1)
-    """
-    if found := _IN_STACK.search(name):
-        return f"layer {int(found[1])}", int(found[1])
-    for layer, pattern in _OUTSIDE_STACK.items():
-        if pattern.search(name):
-            return layer, -1
-    return OTHER, -1
 
 
 def trainable(model: "nn.Module") -> "dict[str, Tensor]":
@@ -125,34 +117,86 @@ def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
 def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     """One row for each trainable tensor, in the order of `trainable`.
 
-    Layers that share a tensor share a row: tied input and output embeddings are one tensor of the
-    layer "embedding+head", so that sums over layers count it once.
+    Layers and towers are those of the whole model, also where parts of it are frozen. Layers that
+    share a tensor share a row: tied input and output embeddings are one tensor of the layer
+    "embedding+head", so that sums over layers count it once.
 
     >>> from torch import nn
-    >>> describe(nn.Sequential(nn.Linear(2, 3, bias=False)))[0].layer
-    'other'
+    >>> [row.layer for row in describe(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))]
+    ['layer 0', 'layer 0', 'layer 1', 'layer 1']
     """
-    named = _named(model)
-    places = [[layer_of(canonical_name(name)) for name in names] for names in named.values()]
-    depth = 1 + max((index for place in places for _, index in place), default=-1)
+    found = places(_whole(model))
+    depths: dict[str, int] = {}
+    for place in found.values():
+        depths[place.tower] = max(depths.get(place.tower, 0), 1 + place.index)
     rows = []
-    for (tensor, (name, *further)), place in zip(named.items(), places, strict=True):
-        layers = list(dict.fromkeys(layer for layer, _ in place))
-        index = place[0][1]
-        layer = "+".join(layers)
+    for tensor, (name, *further) in _named(model).items():
+        # A name that was left whole stands for one that is canonical.
+        own = [found[n if n in found else canonical_name(n)] for n in (name, *further)]
         rows.append(
             Parameter(
                 name=name,
-                layer=layer,
-                group=DEPTHS[index * len(DEPTHS) // depth] if index >= 0 else layer,
-                index=index,
-                module=_module(name),
+                layer=_layer(own),
+                group=_group(own, depths),
+                index=own[0].index,
+                module=own[0].module,
                 shape=tuple(tensor.shape),
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 tied_to=tuple(further),
+                tower=_tower(own),
+                role=own[0].role,
+                experts=own[0].experts,
             )
         )
     return tuple(rows)
+
+
+def placed(rows: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    """The rows of a table that was made without towers, with what their names say of these.
+
+    >>> old = Parameter("encoder.layers.0.w", "layer 0", "deep", 0, "w", (2, 2), "float32", ())
+    >>> placed([old, replace(old, name="decoder.layers.0.w")])[1].tower
+    'decoder'
+    """
+    found = places({name: row.shape for row in rows for name in (row.name, *row.tied_to)})
+    own = [[found[name] for name in (row.name, *row.tied_to)] for row in rows]
+    return tuple(
+        replace(row, tower=_tower(those), role=those[0].role)
+        for row, those in zip(rows, own, strict=True)
+    )
+
+
+def _tower(own: Sequence[Place]) -> str:
+    """The tower, or those that share the tensor."""
+    return "+".join(dict.fromkeys(p.tower for p in own if p.surely)) or own[0].tower
+
+
+def _layer(own: Sequence[Place]) -> str:
+    parts = (f"{p.part} {p.index}" if p.index >= 0 else p.part for p in own)
+    return _of_tower("+".join(dict.fromkeys(parts)), _tower(own))
+
+
+def _group(own: Sequence[Place], depths: Mapping[str, int]) -> str:
+    index, tower = own[0].index, own[0].tower
+    if tower == PROJECTOR:
+        return PROJECTOR
+    return (
+        _of_tower(DEPTHS[index * len(DEPTHS) // depths[tower]], tower)
+        if index >= 0
+        else _layer(own)
+    )
+
+
+def _of_tower(part: str, tower: str) -> str:
+    return part if tower in (MODEL, part) else f"{tower} {part}"
+
+
+def _whole(model: "nn.Module") -> "dict[str, tuple[int, ...]]":
+    """The shapes of all tensors by canonical name, with those that are frozen."""
+    return {
+        canonical_name(name): tuple(tensor.shape)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
@@ -178,21 +222,25 @@ def layers_of(parameters: Iterable[Parameter]) -> list[str]:
     return list(dict.fromkeys(parameter.layer for parameter in parameters))
 
 
-def in_network_order(parameters: Iterable[Parameter], labels: Iterable[str]) -> list[str]:
-    """The different `labels` of the parameters, from the input of the network to its output."""
-    place: dict[str, tuple[int, int]] = {}
+def in_network_order(parameters: Sequence[Parameter], labels: Iterable[str]) -> list[str]:
+    """The different `labels` of the parameters, from the input of the network to its output.
+
+    Towers come one after another: encoders first, then projectors, then decoders.
+    """
+    towers = tower_order(parameter.tower for parameter in parameters)
+    place: dict[str, tuple[int, int, int]] = {}
     for parameter, label in zip(parameters, labels, strict=True):
-        place.setdefault(label, _depth(parameter))
+        place.setdefault(label, (towers[parameter.tower], *_depth(parameter)))
     return sorted(place, key=place.__getitem__)
 
 
-def _module(name: str) -> str:
-    inside = _IN_STACK.split(name)[-1]
-    return inside.rpartition(".")[0] or inside
+def part_of(parameter: Parameter) -> str:
+    """What the layer is in its tower: "embedding", "layer 0", ..., of several the first."""
+    return parameter.layer.removeprefix(f"{parameter.tower} ").partition("+")[0]
 
 
 def _depth(parameter: Parameter) -> tuple[int, int]:
     if parameter.index >= 0:
-        return 1, parameter.index
-    first = parameter.layer.partition("+")[0]
-    return {EMBEDDING: 0, FINAL_NORM: 2, HEAD: 3}.get(first, 4), 0
+        return _PARTS.index(LAYER), parameter.index
+    part = part_of(parameter)
+    return _PARTS.index(part if part in _PARTS else OTHER), 0

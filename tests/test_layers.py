@@ -1,11 +1,24 @@
-"""Names: wrappers off, one layer a parameter, ties once."""
+"""The table of tensors: wrappers off, one layer and one tower a parameter, ties once."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
-from geffect.layers import canonical_name, describe, layer_of, trainable
+from geffect.layers import (
+    Parameter,
+    canonical_name,
+    describe,
+    in_network_order,
+    placed,
+    trainable,
+)
 from tests.utils import tiny
+from tests.utils.architectures import ARCHITECTURES
 
 WRAPPED = [
     "module.model.layers.0.mlp.up_proj.weight",
@@ -27,27 +40,139 @@ def test_a_module_called_module_inside_of_a_model_stays() -> None:
     assert canonical_name("encoder.module.weight") == "encoder.module.weight"
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("model.embed_tokens.weight", "embedding"),
-        ("transformer.wpe.weight", "embedding"),
-        ("gpt_neox.embed_in.weight", "embedding"),
-        ("model.layers.11.self_attn.q_proj.weight", "layer 11"),
-        ("transformer.h.3.ln_1.weight", "layer 3"),
-        ("gpt_neox.layers.2.attention.dense.bias", "layer 2"),
-        ("model.layers.0.input_layernorm.weight", "layer 0"),
-        ("model.norm.weight", "final norm"),
-        ("transformer.ln_f.bias", "final norm"),
-        ("model.final_layernorm.weight", "final norm"),
-        ("gpt_neox.final_layer_norm.weight", "final norm"),
-        ("lm_head.weight", "head"),
-        ("embed_out.weight", "head"),
-        ("vision_tower.patch.weight", "other"),
+DENSE = ["embedding", "layer 0", "layer 1", "final norm", "head"]
+TIED = ["embedding+head", *DENSE[1:4]]
+TIED_WITH_POSITIONS = ["embedding+head", *DENSE[:4]]
+VISION = [f"vision {layer}" for layer in DENSE[:3]]
+TEXT = [f"text {layer}" for layer in DENSE]
+
+LAYERS = {
+    "stablelm": DENSE,
+    "gemma3": TIED,
+    "phi3": DENSE,
+    "gptj": DENSE,
+    "falcon": TIED,
+    "gpt2": TIED_WITH_POSITIONS,
+    "neox": DENSE,
+    "opt": TIED_WITH_POSITIONS,
+    "bloom": TIED_WITH_POSITIONS,  # the norm of the embedding is of the embedding
+    "mixtral": DENSE,
+    "qwen2 moe": DENSE,
+    "qwen3 moe": DENSE,
+    "mamba": TIED,
+    "mamba2": DENSE,
+    "llava": [*VISION, "vision final norm", "projector", *TEXT],
+    "qwen2 vl": [*VISION, "projector", *TEXT],
+    "t5": [
+        "encoder+decoder embedding+head",
+        *(f"{tower} {part}" for tower in ("encoder", "decoder") for part in DENSE[1:4]),
     ],
+    "bart": [
+        "encoder+decoder embedding+head",
+        *(f"{tower} {part}" for tower in ("encoder", "decoder") for part in DENSE[:3]),
+    ],
+    "bert": ["embedding+head", *DENSE[:3], "head"],
+    "vit": DENSE,
+    "cnn": ["layer 0", "layer 1", "head"],
+    "lstm": ["embedding", "layer 0", "layer 1", "head"],
+    "nanogpt": TIED_WITH_POSITIONS,
+    "llama": DENSE,
+    "qwen2": TIED,
+    "gemma2": TIED,
+}
+TOWERS = {
+    "llava": ["vision", "projector", "text"],
+    "qwen2 vl": ["vision", "projector", "text"],
+    "t5": ["encoder+decoder", "encoder", "decoder"],
+    "bart": ["encoder+decoder", "encoder", "decoder"],
+}
+
+
+@cache
+def table(name: str) -> tuple[Parameter, ...]:
+    """The table of an architecture, whose numbers take no room."""
+    with torch.device("meta"):
+        return describe(ARCHITECTURES[name].build())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_and_towers_of_an_architecture(name: str) -> None:
+    rows = table(name)
+    assert in_network_order(rows, [row.layer for row in rows]) == LAYERS[name]
+    towers = in_network_order(rows, [row.tower for row in rows])
+    assert towers == TOWERS.get(name, ["model"])
+    for column in ("layer", "group"):
+        held: dict[str, set[str]] = {}
+        for row in rows:
+            held.setdefault(getattr(row, column), set()).add(row.tower)
+        assert all(len(towers) == 1 for towers in held.values())
+
+
+def test_depth_groups_are_of_a_tower() -> None:
+    rows = table("t5")
+    assert in_network_order(rows, [row.group for row in rows]) == [
+        "encoder+decoder embedding+head",
+        "encoder shallow", "encoder middle", "encoder final norm",
+        "decoder shallow", "decoder middle", "decoder final norm",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "routers", "shared"),
+    [("mixtral", 1, 0), ("qwen2 moe", 2, 3), ("qwen3 moe", 1, 0), ("llama", 0, 0)],
 )
-def test_each_name_has_its_layer(name: str, layer: str) -> None:
-    assert layer_of(name)[0] == layer
+def test_experts_are_told_from_routers(name: str, routers: int, shared: int) -> None:
+    roles = Counter(row.role for row in table(name) if row.layer == "layer 0")
+    fused = {row.module: row.experts for row in table(name) if row.experts}
+    assert (roles["router"], roles["shared expert"]) == (routers, shared)
+    # Phi3 has the module too, and no experts.
+    assert not any(row.role for row in table("phi3"))
+    experts = {"mlp.experts": 4} if routers else {}
+    assert fused == experts and roles["expert"] == 2 * len(experts)
+
+
+def wrapped(name: str) -> dict[str, nn.Module]:
+    """A model of which every tensor is trained, in the wrappers that it may come in."""
+    from peft import LoraConfig, get_peft_model
+
+    plain, compiled, adapted = (ARCHITECTURES[name].build() for _ in range(3))
+    module = nn.Module()
+    module.module = ARCHITECTURES[name].build()
+    lora = get_peft_model(adapted, LoraConfig(target_modules="all-linear"))
+    lora.requires_grad_()
+    return {"plain": plain, "compiled": torch.compile(compiled), "module": module, "lora": lora}
+
+
+@pytest.mark.parametrize("name", ["llava", "mixtral"])
+def test_wrappers_leave_the_table_as_it_is(name: str) -> None:
+    models = wrapped(name)
+    plain = describe(models["plain"])
+    assert describe(models["compiled"]) == describe(models["module"]) == plain
+    places = {row.name: (row.layer, row.group, row.tower, row.role) for row in plain}
+    for row in describe(models["lora"]):
+        module = re.split(r"\.lora_|\.base_layer", canonical_name(row.name).rpartition(".")[0])[0]
+        own = {place for name, place in places.items() if name.startswith(f"{module}.")}
+        assert own == {(row.layer, row.group, row.tower, row.role)}
+
+
+def test_what_is_frozen_still_counts() -> None:
+    model = tiny.llama()
+    whole = {row.name: row for row in describe(model)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".1.mlp" in name)
+    rows = describe(model)
+    assert len(rows) == 3 and all(row == whole[row.name] for row in rows)
+
+
+def test_a_table_without_towers_gets_them_from_its_names() -> None:
+    plain = [
+        replace(row, tower="model", role="", layer=row.layer.removeprefix(f"{row.tower} "))
+        for row in (*table("t5"), *table("mixtral"))
+    ]
+    for rows, name in ((plain[: len(table("t5"))], "t5"), (plain[len(table("t5")) :], "mixtral")):
+        found = placed(rows)
+        assert [(p.tower, p.role) for p in found] == [(p.tower, p.role) for p in table(name)]
+        assert [p.layer for p in found] == [p.layer for p in rows]
 
 
 @pytest.mark.parametrize(

@@ -187,19 +187,16 @@ def _unmarked(model: Any) -> Any:
 
 def _only(model: "nn.Module", first: int, last: int) -> None:
     """Freeze all but the layers from first to last."""
-    from geffect.layers import canonical_name, layer_of
+    from geffect.layers import describe, trainable
 
-    placed = [
-        (layer_of(canonical_name(name))[1], parameter)
-        for name, parameter in model.named_parameters()
-    ]
-    depth = 1 + max(layer for layer, _ in placed)
+    layers = [parameter.index for parameter in describe(model)]
+    depth = 1 + max(layers)
     if last >= depth:
         raise ValueError(
             f"`layers` should be between 0 and {depth - 1}, the layers of the model. Found "
             f"{first}..{last}. Pass, say, --layers {depth // 3}..{2 * depth // 3}."
         )
-    for layer, parameter in placed:
+    for layer, parameter in zip(layers, trainable(model).values(), strict=True):
         parameter.requires_grad_(first <= layer <= last)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.layers import Parameter
+from geffect.layers import Parameter, placed
 from geffect.near import meant
 from geffect.sketch import Sketch
 from geffect.sources import UPDATE
@@ -409,14 +409,17 @@ def _sketch(described: Mapping[str, int]) -> Sketch | OtherSketch:
 def _parameters(table: h5py.Group) -> tuple[Parameter, ...]:
     columns = {}
     for column in fields(Parameter):
+        if column.name not in table and column.default is not MISSING:  # it came later
+            continue
         values = _numbers_or_texts(table[column.name]).tolist()
         if column.name in ("shape", "tied_to"):
             values = [tuple(json.loads(value)) for value in values]
         columns[column.name] = values
-    return tuple(
+    rows = tuple(
         Parameter(**dict(zip(columns, row, strict=True)))
         for row in zip(*columns.values(), strict=True)
     )
+    return rows if "tower" in columns else placed(rows)
 
 
 def _numbers_or_texts(column: h5py.Dataset) -> NDArray[Any]:

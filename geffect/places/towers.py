@@ -1,0 +1,94 @@
+"""Towers: the parts of a network that have layers of their own, such as one for images."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+
+from .names import Path, Spot
+from .words import EMBEDDING, PROJECTOR
+
+MODEL = "model"
+
+_INPUT_SIDE, _OUTPUT_SIDE = ("text", "encoder"), ("text", "decoder")
+_RANKS = {
+    **dict.fromkeys(("vision", "audio", "backbone", "encoder"), 0),
+    **dict.fromkeys(("text", "decoder"), 2),
+}
+
+
+def homes(every: Sequence[Spot]) -> tuple[list[str], list[bool]]:
+    """The tower of each tensor, and whether it stands inside of it.
+
+    Lists of modules that stand side by side are one tower; lists that different modules hold are
+    towers, and so is what a word says is one. The tower of a model that has but one is "model".
+    What is outside of all towers goes with the first of the input, or the last of the output.
+    """
+    real = _with_words(every)
+    structural = _without_words(every, real)
+    inside = [_inside(spot, real, structural) for spot in every]
+    known = [tower for tower in dict.fromkeys(inside) if tower not in (None, PROJECTOR)]
+    if len(known) < 2:
+        return [PROJECTOR if tower == PROJECTOR else MODEL for tower in inside], [True] * len(every)
+    first = next((tower for tower in _INPUT_SIDE if tower in known), known[0])
+    last = next((tower for tower in _OUTPUT_SIDE if tower in known), known[-1])
+    towers = [
+        tower or (first if spot.said.part == EMBEDDING else last) or MODEL
+        for spot, tower in zip(every, inside, strict=True)
+    ]
+    return towers, [tower is not None for tower in inside]
+
+
+def tower_order(towers: Iterable[str]) -> dict[str, int]:
+    """The places of towers from input to output: encoders, others and projectors, decoders.
+
+    >>> tower_order(["text", "projector", "vision"])
+    {'vision': 0, 'projector': 1, 'text': 2}
+    """
+    names = list(dict.fromkeys(towers))
+    ranks = {tower: -1 if "+" in tower else _RANKS.get(tower, 1) for tower in names}
+    return {tower: i for i, tower in enumerate(sorted(names, key=ranks.__getitem__))}
+
+
+def _with_words(every: Sequence[Spot]) -> dict[Path, str]:
+    """The towers that are called so, by their modules, if they hold more than one module."""
+    held: dict[tuple[Path, str], set[Path]] = {}
+    for spot in every:
+        if (tower := spot.said.tower) is not None:
+            scope = (spot.path[: spot.said.depth], tower)
+            # A layer is a module below; a projector may be a single one.
+            further = {(*spot.path, "")} if spot.unit >= 0 or tower == PROJECTOR else set()
+            held.setdefault(scope, set()).update({spot.path, *further})
+    return {path: tower for (path, tower), paths in held.items() if len(paths) > 1}
+
+
+def _without_words(every: Sequence[Spot], real: dict[Path, str]) -> dict[Path, str]:
+    """The modules that hold the other lists, and what to call them; the longest path first."""
+    scopes = {_holder(spot) for spot in every if spot.in_stack and _word(spot, real) is None}
+    outer = [one for one in scopes if not any(_above(other, one) for other in scopes)]
+    senses = "text" not in real.values() and not {"vision", "audio"}.isdisjoint(real.values())
+    if senses and len(outer) == 1:
+        return {outer[0]: "text"}
+    count = Counter(scope[-1:] for scope in outer)
+    return {
+        scope: ".".join(scope if count[scope[-1:]] > 1 else scope[-1:]) or MODEL
+        for scope in sorted(outer, key=len, reverse=True)
+    }
+
+
+def _holder(spot: Spot) -> Path:
+    """The module that holds the list, or the list of lists."""
+    return tuple(takewhile(lambda module: not module.isdigit(), spot.path))[:-1]
+
+
+def _above(other: Path, scope: Path) -> bool:
+    return other != scope and other == scope[: len(other)]
+
+
+def _word(spot: Spot, real: dict[Path, str]) -> str | None:
+    return None if spot.said.tower is None else real.get(spot.path[: spot.said.depth])
+
+
+def _inside(spot: Spot, real: dict[Path, str], structural: dict[Path, str]) -> str | None:
+    if (tower := _word(spot, real)) is not None:
+        return tower
+    return next((structural[s] for s in structural if spot.path[: len(s)] == s), None)
