@@ -4,8 +4,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 `torch.autograd.grad` would bypass the hooks that data-parallel and sharded training live on.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed, dots
+from geffect.hooks import Hooks, put_back_after, to_the_end
 from geffect.losses import Loss, Passes, plan
 from geffect.sources import OBJECTIVE
 
@@ -90,9 +90,12 @@ class Gradients:
             for name, weight in self.weights[OBJECTIVE].items()
             if among is None or name in among
         ]
-        for place, leaf in enumerate([*self.parameters, *self.others]):
-            tensor = weighted_sum([(vector[place], weight) for vector, weight in terms])
-            _add_to_grad(leaf, tensor, copy=copy)
+        leaves = [*self.parameters, *self.others]
+
+        def summed(place: int) -> Tensor | None:
+            return weighted_sum([(vector[place], weight) for vector, weight in terms])
+
+        _add_to_grads(leaves, summed, copy=copy)
 
     def gram(self, **further: Vector) -> Tensor:
         """The Gram matrices `Float64[parameter, source, source]`, on the CPU.
@@ -214,9 +217,12 @@ def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     """The gradients that the passes leave, each by itself, and `.grad` as it was."""
     leaves = passes.leaves
     vectors: dict[str, list[Tensor | None]] = {}
-    with _grads_put_aside(leaves):
+
+    def run() -> None:
         for name in passes.tensors:
             vectors[name] = _run(passes, name)
+
+    put_back_after(run, _grads_of(leaves))
     others = list(leaves[len(parameters) :])
     return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses), passes.scale)
 
@@ -274,19 +280,23 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
         fresh, leaf.grad = leaf.grad, None
         take(place, fresh)
 
-    with _grads_put_aside(leaves):
+    hooks = Hooks()
+
+    def run_last() -> None:
+        for place, leaf in enumerate(parameters):
+            hooks.add(leaf.register_post_accumulate_grad_hook, partial(take_grad, place=place))
+        _run(passes, last)
+
+    def run() -> None:
         for name in passes.tensors:
             if name != last:
                 resident[name] = _run(passes, name)
-        with ExitStack() as hooks:
-            for place, leaf in enumerate(parameters):
-                hook = leaf.register_post_accumulate_grad_hook(partial(take_grad, place=place))
-                hooks.callback(hook.remove)
-            _run(passes, last)
+        put_back_after(run_last, hooks.remove)
         for place in sorted(waiting):  # what the last loss does not reach
             take(place, leaves[place].grad)
-    for leaf, tensor in zip(leaves, left, strict=True):
-        _add_to_grad(leaf, tensor)
+
+    put_back_after(run, _grads_of(leaves))
+    _add_to_grads(leaves, left.__getitem__)
 
 
 def combined(products: Tensor, basis: Sequence[str], weights: Weights) -> Tensor:
@@ -341,14 +351,15 @@ def _added(total: Tensor, part: Tensor, *, in_place: bool) -> Tensor:
     return total.add_(part) if in_place else total + part
 
 
-@contextmanager
-def _grads_put_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+def _grads_of(leaves: Sequence[Tensor]) -> Callable[[], None]:
+    """What puts back the `.grad` of these leaves that stands there now."""
     kept = [leaf.grad for leaf in leaves]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for leaf, grad in zip(leaves, kept, strict=True):
             leaf.grad = grad
+
+    return put_back
 
 
 def _run(passes: Passes, name: str) -> list[Tensor | None]:
@@ -358,10 +369,24 @@ def _run(passes: Passes, name: str) -> list[Tensor | None]:
     return [leaf.grad for leaf in passes.leaves]
 
 
-def _add_to_grad(leaf: Tensor, tensor: Tensor | None, *, copy: bool = False) -> None:
-    if tensor is None:
-        return
-    if leaf.grad is None:
-        leaf.grad = tensor.clone() if copy else tensor
-    else:
-        leaf.grad = _added(leaf.grad, tensor, in_place=True)
+def _add_to_grads(
+    leaves: Sequence[Tensor], tensor_of: Callable[[int], Tensor | None], *, copy: bool = False
+) -> None:
+    """Add to every `.grad` its tensor, if there is one; an interrupt waits until all are added."""
+    before = [(leaf, leaf.grad, _version(leaf.grad)) for leaf in leaves]
+
+    def add() -> None:
+        for place, (leaf, grad, version) in enumerate(before):
+            if leaf.grad is not grad or _version(grad) != version:
+                continue  # it was added before an interrupt
+            tensor = tensor_of(place)
+            if tensor is not None and grad is not None:
+                leaf.grad = _added(grad, tensor, in_place=True)
+            elif tensor is not None:
+                leaf.grad = tensor.clone() if copy else tensor
+
+    to_the_end(add)
+
+
+def _version(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version

@@ -4,13 +4,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from weakref import WeakMethod, finalize
+from weakref import finalize
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geffect import distributed
+from geffect.hooks import Hooks, weakly
 
 __all__ = [
     "Differences",
@@ -108,15 +109,11 @@ class DirectionWatch:
     def __init__(self, parameters: Collection[Tensor]) -> None:
         self.expects = False  # whether a gradient lies there that no optimizer has stepped yet
         self._own = set(map(id, parameters))
-        look = WeakMethod(self._look)
+        hooks = Hooks()
+        finalize(self, hooks.remove)
+        hooks.add(register_optimizer_step_pre_hook, weakly(self._look))
 
-        def pre(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            if (method := look()) is not None:
-                method(optimizer)
-
-        finalize(self, register_optimizer_step_pre_hook(pre).remove)
-
-    def _look(self, optimizer: torch.optim.Optimizer) -> None:
+    def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self.expects and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
             check_descends(optimizer)
             self.expects = False

@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform
+from geffect.hooks import Hooks, weakly
 from geffect.layers import trainable
 from geffect.losses import (
     Loss,
@@ -127,10 +128,10 @@ class Recorder:
             if objective is not None:
                 self.note_objective(objective)
             # Hooks that all optimizers share: the user's one is neither wrapped nor asked for.
-            hooks = undone.enter_context(ExitStack())
-            hooks.callback(register_optimizer_step_pre_hook(self._before_step).remove)
-            hooks.callback(register_optimizer_step_post_hook(self._after_step).remove)
-            self._hooks = hooks.pop_all()
+            self._hooks = Hooks()
+            undone.callback(self._hooks.remove)
+            self._hooks.add(register_optimizer_step_pre_hook, weakly(self._before_step))
+            self._hooks.add(register_optimizer_step_post_hook, weakly(self._after_step))
             undone.pop_all()
 
     def __enter__(self) -> Self:
@@ -252,7 +253,7 @@ class Recorder:
         self._end(complete=True)
 
     def _end(self, *, complete: bool) -> None:
-        self._hooks.close()
+        self._hooks.remove()
         try:
             # After an error the other processes may never come to the step that waits here.
             if complete or distributed.world_size() == 1:

@@ -27,6 +27,7 @@ from transformers import (
 from geffect.batch import IGNORED
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.examples import example
+from geffect.hooks import Hooks, put_back_after
 from geffect.risk import log_likelihood, mean_nll
 
 from .corpus import Corpus, Fact
@@ -298,10 +299,15 @@ def _scored(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     def choose(head: nn.Module, states: tuple[Tensor]) -> tuple[Tensor]:
         return (states[0][scored],)
 
-    # Before the head, so that all that a model does to its logits is done to these.
-    with model.get_output_embeddings().register_forward_pre_hook(choose):
-        logits = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
-    return logits, targets[scored]
+    hooks = Hooks()
+
+    def forward() -> Tensor:
+        # Before the head, so that all that a model does to its logits is done to these.
+        hooks.add(model.get_output_embeddings().register_forward_pre_hook, choose)
+        logits: Tensor = model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
+        return logits
+
+    return put_back_after(forward, hooks.remove), targets[scored]
 
 
 def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:

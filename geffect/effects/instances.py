@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from geffect.batch import Batch
 from geffect.dots import dense
 from geffect.gradients import Vector, differentiate
+from geffect.hooks import Hooks
 from geffect.layers import describe, in_network_order, trainable
 from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
 
@@ -56,19 +57,14 @@ class InstanceEffects:
         }
         self._forwards: list[_Forward] = []
         self._batches: dict[int, list[Tensor]] = {}  # <g, v> and <g, g>, of every backward
-        self._hooks: list[Any] = []
+        self._hooks = Hooks()
 
     def __enter__(self) -> Self:
-        places = {self._parameters[place]: place for place in self._along}
-        self._hooks = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for parameter, place in places.items():
-            self._hooks.append(parameter.register_hook(partial(self._take_batch, place)))
-        for module in self._model.modules():
-            named = dict(module.named_parameters(recurse=False))
-            own = {name: places[p] for name, p in named.items() if p in places}
-            if own:
-                watch = partial(self._watch, own)
-                self._hooks.append(module.register_forward_hook(watch, with_kwargs=True))
+        try:
+            self._watch_model()
+        except BaseException:
+            self._hooks.remove()
+            raise
         return self
 
     def __exit__(
@@ -77,8 +73,7 @@ class InstanceEffects:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
         for forward in self._forwards:
             forward.is_watched = False
         if kind is None:
@@ -101,6 +96,18 @@ class InstanceEffects:
         places = torch.tensor([names.index(row.layer) for row in self._rows])
         effects = self.by_parameter
         return effects.new_zeros(len(effects), len(names)).index_add_(1, places, effects)
+
+    def _watch_model(self) -> None:
+        places = {self._parameters[place]: place for place in self._along}
+        self._hooks.add(self._model.register_forward_pre_hook, self._begin, with_kwargs=True)
+        for parameter, place in places.items():
+            self._hooks.add(parameter.register_hook, partial(self._take_batch, place))
+        for module in self._model.modules():
+            named = dict(module.named_parameters(recurse=False))
+            own = {name: places[p] for name, p in named.items() if p in places}
+            if own:
+                watch = partial(self._watch, own)
+                self._hooks.add(module.register_forward_hook, watch, with_kwargs=True)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
@@ -132,8 +139,10 @@ class InstanceEffects:
             watched = watched.expand(forward.samples, *watched.shape[1:])
         if not watched.requires_grad:
             watched.requires_grad_()
+        elif watched.is_leaf:  # a parameter as it is, which would keep the hook
+            watched = watched.view_as(watched)
         use = _Use(forward, places, self._along, Call(module, args, kwargs))
-        watched.register_hook(use.take)
+        watched.register_hook(use.take)  # of this graph, and gone with it
         return watched
 
     def _take_batch(self, place: int, gradient: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from geffect.batch import IGNORED, Batch
 from geffect.gradients import Vector
+from geffect.hooks import Hooks
 from geffect.layers import trainable
 from geffect.risk import predicts_next, token_log_probabilities, undisturbed
 
@@ -107,18 +108,15 @@ def _padding_stands_still(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module.padding_idx is not None
     ]
-    with torch.no_grad():
-        hooks = [
-            module.register_forward_hook(
-                partial(_keep_row, row=module(_padding_of(module))), with_kwargs=True
-            )
-            for module in padded
-        ]
+    hooks = Hooks()
     try:
+        with torch.no_grad():
+            for module in padded:
+                keep = partial(_keep_row, row=module(_padding_of(module)))
+                hooks.add(module.register_forward_hook, keep, with_kwargs=True)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hooks.remove()
 
 
 def _padding_of(module: nn.Embedding) -> Tensor:

@@ -1,10 +1,13 @@
 """An optimizer and who looks after its steps."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
+
+from geffect.hooks import Hooks, weakly
 
 Hook = Callable[[], None]
 
@@ -20,12 +23,11 @@ class Attachment:
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> None:
         self.optimizer = optimizer
-        _attached[optimizer] = ref(before.__self__)  # type: ignore[attr-defined]
-        first, last = WeakMethod(before), WeakMethod(after)
+        owner = ref(before.__self__)  # type: ignore[attr-defined]
+        first, last = weakly(before), weakly(after)
 
         def pre(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            method = first()
-            if method is None:
+            if owner() is None:
                 return
             _, *positional = args  # the first is the optimizer itself
             closure = positional[0] if positional else kwargs.get("closure")
@@ -36,20 +38,24 @@ class Attachment:
                     "computes gradients that were never rectified. Call step() alone, with an "
                     "optimizer that needs no closure; or detach() the rectifier from this one."
                 )
-            method()
-
-        def post(*_: object) -> None:
-            if (method := last()) is not None:
-                method()
+            first()
 
         self._pre = pre
-        self._before = optimizer.register_step_pre_hook(pre)
-        self._after = optimizer.register_step_post_hook(post)
+        self._before, self._after = Hooks(), Hooks()
+        for hooks in (self._before, self._after):
+            finalize(before.__self__, hooks.remove)  # type: ignore[attr-defined]
+        try:
+            self._before.add(optimizer.register_step_pre_hook, pre)
+            self._after.add(optimizer.register_step_post_hook, lambda *_: last())
+            _attached[optimizer] = owner
+        except BaseException:
+            self.end()
+            raise
 
     def come_last(self) -> None:
         """Be called after what others have registered since, which sees the step as it is then."""
-        self._before.remove()
-        self._before = self.optimizer.register_step_pre_hook(self._pre)
+        self._before.add(self.optimizer.register_step_pre_hook, partial(self._pre))
+        self._before.remove(keep=1)
 
     def end(self) -> None:
         """Leave the optimizer alone from now on."""

@@ -1,9 +1,8 @@
 """An optimizer's step, taken a few tensors at a time: no copy of the model is made for it."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from geffect import distributed
+from geffect.hooks import put_back_after, to_the_end
 from geffect.steps import moved_by
 
 Kept = TypeVar("Kept")
@@ -50,14 +50,13 @@ def step_in_portions(
             for tensor, grad in portion:
                 tensor.grad = grad
                 states.append(before(tensor))
-            with _put_aside(pre_hooks), _put_aside(post_hooks):
-                twin.step()
+            _step_without_hooks_of_all(twin)
             with torch.no_grad():
                 for (tensor, _), state in zip(portion, states, strict=True):
                     after(tensor, state)
                     tensor.grad = None
     except BaseException:
-        put_back()
+        to_the_end(put_back)
         raise
     return put_back
 
@@ -73,15 +72,20 @@ def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return twin
 
 
-@contextmanager
-def _put_aside(hooks: MutableMapping[int, Any]) -> Iterator[None]:
-    """A block without these hooks for the steps of all optimizers: torch has no switch for them."""
-    kept = dict(hooks)
-    hooks.clear()
-    try:
-        yield
-    finally:
-        hooks.update(kept)
+def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer) -> None:
+    """A step without the hooks for the steps of all optimizers: torch has no switch for them."""
+    kept = [(hooks, dict(hooks)) for hooks in (pre_hooks, post_hooks)]
+
+    def step() -> None:
+        for hooks, _ in kept:
+            hooks.clear()
+        optimizer.step()
+
+    def put_back() -> None:
+        for hooks, known in kept:
+            hooks.update(known)
+
+    put_back_after(step, put_back)
 
 
 def _portions(

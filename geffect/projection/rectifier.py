@@ -232,12 +232,14 @@ class Rectifier:
             )
         checks.check_dense(gradients)
         tell(self, gradients)
-        self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
-        if self._attachment is None:
-            self._watch = self._watch or DirectionWatch(self._begun().parameters)
-            self._watch.expects = True
-        elif self._step.armed:
+        # Hooks first: where they cannot be registered, `.grad` stays as it is.
+        if self._attachment is not None:
             self._attachment.come_last()
+        elif self._watch is None:
+            self._watch = DirectionWatch(self._begun().parameters)
+        self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
+        if self._attachment is None and self._watch is not None:
+            self._watch.expects = True
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Gradients, Rectification, Vector, peak
+from geffect.hooks import to_the_end
 from geffect.steps import check_owned, moved_by
 
 from .notices import Notices
@@ -99,7 +100,7 @@ class Step:
                 try:
                     self._done(self._projector.change(update, mask, counts=self._counts))
                 except BaseException:
-                    update.undo()
+                    to_the_end(update.undo)
                     raise
             if self._fresh:
                 self._measure(update)
@@ -108,9 +109,9 @@ class Step:
     def abandon(self) -> None:
         """Leave the optimizer's step alone: it has ended, or raised, or will not be taken."""
         self.armed, self._ahead = False, None
-        put_back, self._put_back = self._put_back, None
-        if put_back is not None:
-            put_back()
+        if self._put_back is not None:
+            to_the_end(self._put_back)
+            self._put_back = None
 
     @property
     def report(self) -> Rectification | None:

@@ -1,0 +1,98 @@
+"""Interrupts at chosen moments, and what is left of a training then."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+import geffect
+
+REGISTERING = [
+    (torch.Tensor, "register_hook"),
+    (torch.Tensor, "register_post_accumulate_grad_hook"),
+    (nn.Module, "register_forward_hook"),
+    (nn.Module, "register_forward_pre_hook"),
+    (torch.optim.Optimizer, "register_step_pre_hook"),
+    (torch.optim.Optimizer, "register_step_post_hook"),
+    (geffect.capture.recorder, "register_optimizer_step_pre_hook"),
+    (geffect.capture.recorder, "register_optimizer_step_post_hook"),
+    (geffect.steps, "register_optimizer_step_pre_hook"),
+]
+"""All ways to register a hook that the package uses."""
+
+
+@contextmanager
+def interrupted_registration(number: int, *, after: bool) -> Iterator[list[int]]:
+    """The hook of this number is registered, or not, and then there is a Ctrl-C; how many came."""
+    count = [0]
+
+    def counted(register: Callable[..., Any]) -> Callable[..., Any]:
+        def registering(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if count[0] == number and not after:
+                raise KeyboardInterrupt
+            handle = register(*args, **kwargs)
+            if count[0] == number:
+                raise KeyboardInterrupt
+            return handle
+
+        return registering
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in REGISTERING:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        yield count
+
+
+@contextmanager
+def interrupted_at_line(number: int, error: type[BaseException]) -> Iterator[list[int]]:
+    """Raise at a line of the package, counted from the start of the block; how many came."""
+    root = str(Path(geffect.__file__).parent)
+    count = [0]
+
+    def at_line(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line":
+            count[0] += 1
+            if count[0] == number:
+                raise error
+        return at_line
+
+    def at_call(frame: FrameType, event: str, argument: object) -> Any:
+        return at_line if frame.f_code.co_filename.startswith(root) else None
+
+    before = sys.gettrace()
+    sys.settrace(at_call)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
+
+
+def hooks_left(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[object]:
+    """Every hook on a module, a parameter or an optimizer, or on all optimizers."""
+    owners: list[Any] = [*model.modules(), *optimizers]
+    kept = [v for owner in owners for name, v in vars(owner).items() if "hooks" in name]
+    for parameter in model.parameters():
+        kept += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
+    kept += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    return [hook for hooks in kept for hook in (hooks or {}).values()]
+
+
+def grads_of(model: nn.Module) -> list[Tensor | None]:
+    """A copy of every `.grad`."""
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same(some: list[Tensor | None], others: list[Tensor | None]) -> bool:
+    """Whether these are the same numbers, bit for bit."""
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(some, others, strict=True)
+    )
