@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +19,7 @@ from geffect import distributed, dots
 from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.layers import describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
+from geffect.store.paths import place_of
 from geffect.store.reader import Run
 from geffect.store.schema import Row
 from geffect.store.shards import ShardWriter
@@ -87,7 +87,7 @@ class Recording:
                 f"Found `on_error = {on_error!r}`. Choose one of those."
             )
         distributed.check_layout(model)
-        self.path = Path(path).resolve()
+        self.path = place_of(path)
         self.table = describe(model)
         self.parameters = list(trainable(model).values())
         self.failed = False

@@ -1,8 +1,8 @@
 """An optimizer's step, taken a few tensors at a time: no copy of the model is made for it."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,9 @@ def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer) -> None:
     """A step without the hooks for the steps of all optimizers: torch has no switch for them."""
-    kept = [(hooks, dict(hooks)) for hooks in (pre_hooks, post_hooks)]
+    kept: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = [
+        (hooks, dict(hooks)) for hooks in (pre_hooks, post_hooks)
+    ]
 
     def step() -> None:
         for hooks, _ in kept:

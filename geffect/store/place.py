@@ -1,14 +1,21 @@
 """The place of a run file: whether it can be taken, and what others have left there."""
 
+import errno
 import os
-import re
 from pathlib import Path
 
 import h5py
 
+from .contiguous import OPTIONS
+from .drafts import LONGER, draft_of, remove_drafts
+from .outside import check_folder
+from .reader import open_run
 from .schema import RunFileError
-from .segments import folder_of
-from .shards import has_segments
+from .segments import Segments, file_name, folder_of
+from .shards import segments_in
+
+LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+"""What a file system answers that has no locks."""
 
 
 def check_place(path: Path, *, overwrite: bool, resume: bool) -> None:
@@ -18,7 +25,25 @@ def check_place(path: Path, *, overwrite: bool, resume: bool) -> None:
             "`overwrite` and `resume` should not both be True. Found both. "
             "Choose whether the file is replaced or continued."
         )
-    folder = path.parent
+    _check_folder_of_file(path.parent)
+    _check_name(path)
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a pipe or a device"
+        raise FileExistsError(
+            f"The place of a run file should be free, or that of a file. Found {found} at "
+            f"`{path}`. Choose another name."
+        )
+    if path.exists() and not (overwrite or resume):
+        raise FileExistsError(
+            f"A new run file should not exist yet. Found `{path}`. Choose another name, "
+            "continue it with resume=True, or replace it with overwrite=True."
+        )
+    _check_gradients(path, overwrite=overwrite, resume=resume)
+    check_free(path)
+    _check_file_system(path)
+
+
+def _check_folder_of_file(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The folder of a run file should exist. Found no folder `{folder}`. Create it."
@@ -28,18 +53,81 @@ def check_place(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"The folder of a run file should be writable. Found `{folder}`, which is not. "
             "Choose another folder."
         )
-    if path.exists() and not (overwrite or resume):
-        raise FileExistsError(
-            f"A new run file should not exist yet. Found `{path}`. Choose another name, "
-            "continue it with resume=True, or replace it with overwrite=True."
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix.casefold() == ".gradients":
+        raise ValueError(
+            "The name of a run file should not end in `.gradients`, as the folder beside it does "
+            f"that holds its gradients. Found `{path.name}`. Choose another name, such as "
+            f"`{path.stem}.h5`."
         )
-    if has_segments(folder_of(path)) and not (overwrite or resume):
+    length = len(os.fsencode(path.name))
+    most = os.pathconf(path.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if length + LONGER > most:
+        raise ValueError(
+            f"The name of a run file should have at most {most - LONGER} bytes, since a draft of "
+            f"it has a longer one. Found {length}. Choose a shorter name."
+        )
+
+
+def _check_gradients(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a place beside which the gradients of another run lie: they would be lost."""
+    folder = folder_of(path)
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise FileExistsError(
+            f"The folder with the gradients of a run should be a folder of its own. Found a link "
+            f"or a file at `{folder}`. Choose another name, or move that away."
+        ) from error
+    found = segments_in(folder)
+    if not found or resume:
+        return
+    if not overwrite:
         raise FileExistsError(
             "A new run should not find gradients of another one beside it. Found segments in "
-            f"`{folder_of(path)}`. Choose another name, remove that folder, or pass "
-            "overwrite=True."
+            f"`{folder}`. Choose another name, remove that folder, or pass overwrite=True if "
+            f"`{path.name}` is the run that they are of."
         )
-    check_free(path)
+    if strange := sorted(found - _counted(path)):
+        raise FileExistsError(
+            "`overwrite` should find no other gradients than those of the run that it replaces. "
+            f"Found {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''} in `{folder}`, "
+            f"which `{path}` does not count. Choose another name, or remove that folder."
+        )
+
+
+def _counted(path: Path) -> set[str]:
+    """The segments of the run in this file, and those that it would have come to next."""
+    try:
+        run = open_run(path)
+        if run.contents.gradients is None:
+            return set()
+        segments = Segments(run.contents, run.layers)
+        rows = int(run.read("stored").max(initial=-1)) + 1
+    except OSError:  # no file, or none that says what is its own
+        return set()
+    numbers = range(segments.count(rows) + 1)
+    return {file_name(number, rank) for number in numbers for rank in segments.ranks}
+
+
+def _check_file_system(path: Path) -> None:
+    """Make and lock a file of the same kind: what cannot be done is said now, not after a step."""
+    try:
+        with draft_of(path) as draft:
+            h5py.File(draft, "w", **OPTIONS).close()
+    except OSError as error:
+        if error.errno in LOCKS:
+            raise RunFileError(
+                f"The file system of `{path}` should lock files. Found that it does not: {error}. "
+                "Set HDF5_USE_FILE_LOCKING=FALSE in the environment before Python starts, and let "
+                "no two processes write this file; or record on another disk."
+            ) from error
+        raise RunFileError(
+            f"A run file should be possible at `{path}`. Found: {error}. Choose another name or "
+            "another folder."
+        ) from error
 
 
 def check_free(path: Path) -> None:
@@ -62,10 +150,7 @@ def in_use(path: Path) -> RunFileError:
 
 def sweep(path: Path) -> None:
     """Remove what killed writers of this file, which is ours now, left half made."""
-    own = re.compile(re.escape(f".{path.name}.") + r"\d+\.draft")
-    for draft in path.parent.iterdir():
-        if own.fullmatch(draft.name):
-            draft.unlink(missing_ok=True)
+    remove_drafts(path.parent, path.name)
 
 
 def refuse_to_replace(draft: Path, path: Path) -> None:

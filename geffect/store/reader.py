@@ -17,6 +17,8 @@ from geffect.near import meant
 from geffect.sketch import Sketch
 from geffect.sources import UPDATE
 
+from .outside import check_self_contained, open_plain
+from .paths import place_of
 from .schema import (
     FORMAT,
     KEY,
@@ -295,15 +297,16 @@ class Run:
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """The run in a file, also while it is being recorded and after its writer was killed."""
-    path = Path(path)
+    name, path = Path(path).stem, place_of(path)
     with opened(path) as file:
+        check_self_contained(file)
         count = committed(file)
         keys = np.stack([_rows(file, f"steps/{name}", count) for name in ("request", "step")])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
         return Run(
             path=path,
-            name=path.stem,
+            name=name,
             state=str(file.attrs["state"], "ascii"),
             contents=_contents(file),
             layers=_parameters(file["parameters"]),
@@ -330,7 +333,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
     should = f"`{path}` should be a run file of geffect, format {VERSION}."
     # Through a stream of our own, which HDF5 does not lock: a file that is being recorded, here or
     # in another process, is readable up to its last committed row.
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         try:
             file = h5py.File(stream, "r")
         except OSError as error:

@@ -20,6 +20,7 @@ from geffect.encodings import ENCODINGS, Layout
 from geffect.layers import Parameter, layers_of
 
 from .contiguous import OPTIONS, Image, declare
+from .outside import check_folder, open_plain
 from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
 
 FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
@@ -242,7 +243,8 @@ class Segments:
 @contextmanager
 def _read(segment: Path) -> Iterator[h5py.File]:
     # Through a stream of our own, which HDF5 does not lock: it may be being written.
-    with segment.open("rb") as stream, h5py.File(stream, "r") as file:
+    check_folder(segment.parent)
+    with open_plain(segment) as stream, h5py.File(stream, "r") as file:
         yield file
 
 

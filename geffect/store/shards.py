@@ -13,12 +13,15 @@ import numpy as np
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Identity, Room, check_identity, identity
+from .drafts import draft_of
 from .layout import Columns
+from .outside import check_folder, check_plain, is_folder, is_plain
+from .paths import place_of
 from .schema import Contents, Row, RunFileError
 from .segments import Segments, file_name, folder_of
 
 _SEGMENT = re.compile(r"\d{3,}\.rank(\d+)\.h5")
-_DRAFT = re.compile(r"\.\d{3,}\.rank(\d+)\.h5\.\d+\.draft")
+_DRAFT = re.compile(r"\.\d{3,}\.rank(\d+)\.h5\.[0-9a-f]+\.draft")
 
 
 class Shard:
@@ -75,6 +78,8 @@ class Shard:
     def _open(self, number: int, *, fresh: bool) -> None:
         self.close()
         place = self._place(number)
+        check_folder(self.folder)
+        check_plain(place)
         if fresh or not place.exists():
             self._create(place, number)
         self._file = h5py.File(place, "r+", **OPTIONS)
@@ -88,13 +93,10 @@ class Shard:
         if number == 0:
             self.folder.mkdir(exist_ok=True)
         _remove(self.folder, _DRAFT, self._rank.__eq__)
-        draft = place.with_name(f".{place.name}.{os.getpid()}.draft")
-        try:
-            with draft.open("wb") as stream:
+        with draft_of(place) as draft:
+            with draft.open("r+b") as stream:
                 self._segments.image(number, self._rank).save(stream)
             draft.replace(place)
-        finally:
-            draft.unlink(missing_ok=True)
 
     def _note(self, name: str, item: h5py.Group | h5py.Dataset) -> None:
         if isinstance(item, h5py.Dataset):
@@ -116,7 +118,7 @@ class ShardWriter:
         *,
         first: int = 0,
     ) -> None:
-        self._path = Path(path).resolve()
+        self._path = place_of(path)
         self._parameters = parameters
         self._rank = rank
         self._written = first
@@ -180,9 +182,20 @@ class ShardWriter:
             ) from error
 
 
-def has_segments(folder: Path) -> bool:
-    """Whether there are segments of a run in a folder, which need not exist."""
-    return folder.is_dir() and any(_SEGMENT.fullmatch(file.name) for file in folder.iterdir())
+def segments_in(folder: Path) -> set[str]:
+    """The names of the segments of a run in a folder, which need not exist."""
+    names = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
+    return {name for name in names if _SEGMENT.fullmatch(name)}
+
+
+def strangers(folder: Path) -> list[str]:
+    """The names of what is in a folder beside segments of a run, finished and half made."""
+    files = folder.iterdir() if is_folder(folder) else ()
+    return sorted(
+        file.name
+        for file in files
+        if not (is_plain(file) and (_SEGMENT.fullmatch(file.name) or _DRAFT.fullmatch(file.name)))
+    )
 
 
 def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
@@ -194,7 +207,7 @@ def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
 
 
 def _remove(folder: Path, kind: re.Pattern[str], of: Callable[[int], bool]) -> None:
-    for file in folder.iterdir() if folder.is_dir() else ():
+    for file in folder.iterdir() if is_folder(folder) else ():
         found = kind.fullmatch(file.name)
-        if found and of(int(found[1])):
+        if found and of(int(found[1])) and is_plain(file):
             file.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from geffect.layers import Parameter
 from .reader import Run
 from .schema import KEY, Contents, Row, RunFileError
 from .segments import Segments, folder_of
-from .shards import Shard, has_segments
+from .shards import Shard, segments_in
 
 log = logging.getLogger("geffect.store.writer")
 
@@ -35,7 +35,7 @@ class StoredRows:
         stored, keys = run.read("stored"), run.keys()
         numbers = stored.max(axis=1)
         (rows,) = np.nonzero(numbers >= 0)
-        if len(rows) and not has_segments(folder_of(self._path)):
+        if len(rows) and not segments_in(folder_of(self._path)):
             raise RunFileError(
                 f"The gradients of `{self._path}` should be in `{folder_of(self._path)}`. Found "
                 "none there. Move file and folder together, under one name."

@@ -1,6 +1,7 @@
 """The one writer of a run file. What it has counted survives a kill at any moment."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -14,14 +15,18 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Image, Room
+from .drafts import draft_of
 from .layout import Columns, fill, keep_tables, lay_out, row_bytes
 from .open_file import OpenFile
+from .paths import place_of
 from .place import check_free, check_place, refuse_to_replace, sweep
 from .reader import Run, open_run
 from .schema import Contents, Row, RunFileError
 from .segments import folder_of
-from .shards import has_segments, remove_segments
+from .shards import remove_segments, segments_in, strangers
 from .stored_rows import StoredRows
+
+log = logging.getLogger(__name__)
 
 FIRST_CAPACITY, SPARE_BYTES = 64, 1 << 23
 """A file whose number of rows is not known has room for so many, and then for twice as many, as
@@ -57,8 +62,7 @@ class RunWriter:
         drop_after: int | None = None,
         rows: int | None = None,
     ) -> None:
-        # Of a link, what it points to; whatever the working folder.
-        self.path = Path(path).resolve()
+        self.path = place_of(path)
         self.parameters = tuple(parameters)
         self.count = 0
         self.last_step = -1
@@ -223,7 +227,10 @@ class RunWriter:
             sweep(self.path)
             # Of a run that was there before, or of a first row that was never counted.
             ranks = len(self._stored.segments.ranks) if self._stored else 1
-            remove_segments(folder_of(self.path), lambda rank: not 0 < rank < ranks)
+            folder = folder_of(self.path)
+            remove_segments(folder, lambda rank: not 0 < rank < ranks)
+            if strange := strangers(folder):
+                log.warning("Left in `%s`, as not of this run: %s.", folder, ", ".join(strange[:5]))
 
     def _put(self, row: Row, place: int, number: int) -> None:
         """Write a row, as the one with gradients of that number if it has some, and count it."""
@@ -265,16 +272,13 @@ class RunWriter:
             keep_tables(file, self._file and self._file.file, self._tables)
             if self._stored is not None:
                 self._stored.segments.announce(file, self.path, self._stored.shown)
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.draft")
-        try:
+        with draft_of(self.path) as draft:
             _save(draft, image, rooms, held, self.count)
             if self._file is not None:
                 self._file.close()
             elif not self._overwrite:
                 refuse_to_replace(draft, self.path)
             draft.replace(self.path)
-        finally:
-            draft.unlink(missing_ok=True)
         self._file = None
         self._file = OpenFile(self.path)
         self._capacity = capacity
@@ -292,7 +296,7 @@ class RunWriter:
     def _there(self) -> bool:
         # Both the file that is ours, and the gradients that it counts.
         ours = self.path.exists() if self._file is None else self._file.is_there
-        return ours and (not self.gradient_rows or has_segments(folder_of(self.path)))
+        return ours and (not self.gradient_rows or bool(segments_in(folder_of(self.path))))
 
     def _let_go(self) -> None:
         """Leave the file to others, for good."""
@@ -386,7 +390,7 @@ def _save(
     count: int,
 ) -> None:
     """Write the structure, and the first `count` rows of what is held; safe from a power cut."""
-    with draft.open("wb") as stream:
+    with draft.open("r+b") as stream:
         image.save(stream)
         for name, room in rooms.items():
             fill(room, stream, held.get(name), count)

@@ -39,6 +39,7 @@ from geffect.sources import (
     is_risk,
 )
 from geffect.steps import StepFollower, check_descends, unwrapped
+from geffect.store.paths import place_of
 
 from .loop import check_gradients_can_be_had, firing_loop, is_running
 from .step import Step
@@ -124,7 +125,7 @@ class GEffectCallback(TrainerCallback):
         for name, batches in probes.items():
             with noting_risk(name):
                 as_batches(batches)
-        self._path = Path(path).resolve()
+        self._path = place_of(path)
         self._probes = dict(probes)
         self._due = every_kth(every) if when is None else when
         self._update, self._log, self._store = update, log, store
