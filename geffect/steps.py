@@ -161,7 +161,9 @@ class Differences(Sequence[Tensor | None]):
             return [self[i] for i in range(*place.indices(len(self)))]
         if not self._moved[place]:
             return None
-        return self._parameters[place].detach() - self._before[place]
+        now, before = self._parameters[place].detach(), self._before[place]
+        # In half precision the difference of two numbers has more digits than either.
+        return now - before if now.itemsize > 2 else now.float() - before.float()
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from geffect.gradients import Rectification
 from geffect.gram import inner, norm
 
 from .elementwise import Elementwise
+from .rounding import enlarged, harms
 from .rules import Rule
-from .spaces import Space, Where
+from .spaces import Space, Where, widened
 
 Vectors = list[Tensor | None]
 
@@ -127,14 +128,22 @@ class Constraint:
         # The rule is asked before anything is changed: it may refuse.
         weights = self._weights(K[:, asked, asked])
         changed = (weights != _alone(weights)).any(dim=1)
-        self._combine(space, terms, weights, changed)
         fired = changed | torch.tensor(terms.mask is not None)
+        inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
+        norm_after = _length(weights, K[:, added, added])
         if fired.any() and self._rounds:
-            after = self._measured(space, terms.retain)
+            lengths = K.diagonal(dim1=1, dim2=2)[:, seen][:, 1:] ** 0.5
+            promised = fired & ~harms(inner_after, norm_after, lengths)
+
+            def measure(tried: Tensor) -> tuple[Tensor, Tensor]:
+                after = self._gram(space, terms, size=asked.stop, written=(tried, fired))
+                return after[:, seen, seen], after[:, asked, asked]
+
+            weights, after = enlarged(weights, promised, measure)
             inner_after, norm_after = after[:, 0, 1:], norm(after, 0)
+            self._write(space, terms, weights, fired)
         else:
-            inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
-            norm_after = _length(weights, K[:, added, added])
+            self._combine(space, terms, weights, changed)
         return reported(
             self._blocks,
             self._sets,
@@ -145,19 +154,42 @@ class Constraint:
             fired=fired,
         )
 
-    def _gram(self, space: Space, terms: Terms, *, size: int) -> Tensor:
-        """The Gram matrices of u and the averages, in all the ways in which they are seen."""
+    def _gram(
+        self,
+        space: Space,
+        terms: Terms,
+        *,
+        size: int,
+        written: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The Gram matrices of u and the averages, in all the ways in which they are seen.
+
+        Or of what would be `written` of u: the weights of each block, and which blocks change.
+        """
         # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
         # products that cancel out once each is taken in another metric.
-        quick = len(self._sets) == 1 and terms.metric is None
+        quick = len(self._sets) == 1 and terms.metric is None and not self._rounds
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
-        for i in range(len(self._parameters)):
+        for i, block in enumerate(self._blocks.place):
             averages, kept, scale = terms.of(i)
             for where in space.parts(i):
                 vectors = [space.direction(i, where), *parts(averages, where)]
+                if written is not None and written[1][block]:
+                    x = _summed(written[0][block], vectors, *parts([kept, scale], where))
+                    vectors[0] = space.rounded(i, where, x)
                 asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
                 tally.add(i, [*vectors, *asked_about, *added_to][:size])
         return tally.by_block()
+
+    def _write(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
+        """Make the direction what the weights say, rounded once."""
+        for i, block in enumerate(self._blocks.place):
+            if changed[block]:
+                averages, kept, scale = terms.of(i)
+                for where in space.parts(i):
+                    vectors = [space.direction(i, where), *parts(averages, where)]
+                    x = _summed(weights[block], vectors, *parts([kept, scale], where))
+                    space.write(i, where, x)
 
     def _combine(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
         """Make the direction what the weights say, within the coordinates that may move."""
@@ -180,14 +212,6 @@ class Constraint:
     def _rounds(self) -> bool:
         """Whether what is written back may differ from what was asked for by more than float32."""
         return any(p.dtype not in (torch.float32, torch.float64) for p in self._parameters)
-
-    def _measured(self, space: Space, retain: Retain) -> Tensor:
-        tally = GramAccumulator(self._blocks, self._parameters, 1 + len(self._sets))
-        for i in range(len(self._parameters)):
-            averages = held(retain(i))
-            for where in space.parts(i):
-                tally.add(i, [space.direction(i, where), *parts(averages, where)])
-        return tally.by_block()
 
     def _weights(self, K: Tensor) -> Tensor:
         """The weights of u and the averages; (1, 0, ...) where there is no average."""
@@ -276,6 +300,20 @@ def _in_metric(
         [None if u is None else u * root, *(None if r is None else r / root for r in averages)],
         [u, *(None if r is None else r / scale for r in averages)],
     )
+
+
+def _summed(weights: Tensor, vectors: Vectors, mask: Tensor | None, scale: Tensor | None) -> Tensor:
+    """The weighted sum of u and the averages, in float32 or better, as the weights go to them."""
+    u, *averages = vectors
+    assert u is not None
+    _, (u, *averages) = _in_metric([widened(u), *averages], mask, scale)
+    assert u is not None
+    own, *others = weights.tolist()
+    x = u * own
+    for weight, average in zip(others, averages, strict=True):
+        if weight and average is not None:
+            x += weight * average
+    return x
 
 
 def held(vectors: Vectors) -> Vectors:

@@ -39,6 +39,12 @@ class Space(Protocol):
     ) -> None:
         """Make it `own` times itself plus the weighted tensors."""
 
+    def rounded(self, i: int, where: Where, x: Tensor) -> Tensor:
+        """What is left of x, in float32 or better, once it is written into a part."""
+
+    def write(self, i: int, where: Where, x: Tensor) -> None:
+        """Make it x, rounded once."""
+
 
 class GradientSpace:
     """The gradient in `.grad` of what moves, by the places of the parameters.
@@ -70,6 +76,12 @@ class GradientSpace:
             grad.mul_(own)
         for weight, tensor in terms:
             grad.add_(tensor, alpha=weight * self._scale)
+
+    def rounded(self, i: int, where: Where, x: Tensor) -> Tensor:
+        return widened((x * self._scale).to(self._grad(i).dtype)) / self._scale
+
+    def write(self, i: int, where: Where, x: Tensor) -> None:
+        self._grad(i)[where].copy_(x * self._scale)
 
     def _grad(self, i: int) -> Tensor:
         grad = self._parameters[i].grad
@@ -116,11 +128,11 @@ class UpdateSpace:
 
     def direction(self, i: int, where: Where) -> Tensor:
         # In half precision the difference of two numbers has more digits than either.
-        return _widened(self._before[i][where]) - _widened(self._parameters[i][where])
+        return widened(self._before[i][where]) - widened(self._parameters[i][where])
 
     def replace(self, i: int, where: Where, x: Tensor, changed: Tensor) -> None:
         after = self._parameters[i][where]
-        new = (_widened(self._before[i][where]) - x).to(after.dtype)
+        new = (widened(self._before[i][where]) - x).to(after.dtype)
         # Not torch.where, which takes ten times as long on a CPU: weights of 0 and 1 are exact too.
         after.lerp_(new, changed.to(after.dtype))
 
@@ -132,6 +144,13 @@ class UpdateSpace:
             after.add_(self.direction(i, where), alpha=1 - own)
         for weight, tensor in terms:
             after.sub_(tensor, alpha=weight)
+
+    def rounded(self, i: int, where: Where, x: Tensor) -> Tensor:
+        before = widened(self._before[i][where])
+        return before - widened((before - x).to(self._parameters[i].dtype))
+
+    def write(self, i: int, where: Where, x: Tensor) -> None:
+        self._parameters[i][where].copy_(widened(self._before[i][where]) - x)
 
     def undo(self) -> None:
         """Take the whole step back."""
@@ -147,7 +166,8 @@ def parts_of(tensor: Tensor) -> Iterable[Where]:
     return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or better."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -186,9 +186,6 @@ class Step:
             self._skip("the gradient or the step is not finite")
             return
         self._report = self._told(report)
-        options = self._projector.options
-        if options.space == "update" and not options.by_coordinate:
-            self._notices.look_at(self._report())
 
     def _told(self, report: PendingReport) -> PendingReport:
         return report if self._counts else lambda: without_retain(report())
