@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import gc
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,13 @@ from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
 from tests.utils.command_line import Ask, answering
+
+
+# Where memory has room it holds the files of tests, which are small, many, and soon gone: on a disk,
+# waiting for them to be written and removed takes longer than writing them.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -57,7 +57,7 @@ def test_layers_of_instances_stand_in_network_order(measured: Any) -> None:
     model, batches, along = measured
     table = instances(model, batches, along["forget"])
     assert list(table["layer"].cat.categories) == [
-        "embedding+head", "embedding", "layer 0", "layer 1", "layer 2", "final norm"
+        "embedding+head", "embedding", "layer 0", "layer 1", "final norm"
     ]  # fmt: skip
     with InstanceEffects(model, along["forget"]) as effects:
         torch.stack(sums_of_log_p(model, batches[0])).sum().backward()

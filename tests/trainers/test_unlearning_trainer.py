@@ -94,7 +94,7 @@ def test_trains_like_a_plain_loop(name: str, watched: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize("watched", [False, True])
 def test_rectifies_like_a_plain_loop(name: str, watched: bool, tmp_path: Path) -> None:
     objective, loss_of = OBJECTIVES[name]
-    model = tiny.gpt2()
+    model = tiny.gpt2(seed=5)
     expected, plain = naive(model, loss_of, reference.gru), naive(model, loss_of)
     assert not all(map(torch.equal, expected.parameters(), plain.parameters()))
     recorder = partial(Recorder, path=tmp_path / "run.h5") if watched else None
@@ -219,7 +219,7 @@ def test_adapters(tmp_path: Path) -> None:
         save_steps=2,
     )
     assert trainer.state.global_step == 4
-    assert len(open_run(path).layers) == 2 * 2 * 4
+    assert len(open_run(path).layers) == 2 * 2 * 3
     base = {n.replace("base_layer.", ""): t for n, t in model.get_base_model().named_parameters()}
     for name, tensor in frozen.named_parameters():
         assert torch.equal(tensor, base[name])
