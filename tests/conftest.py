@@ -36,9 +36,8 @@ from geffect.store.writer import RunWriter
 from tests.utils import tiny
 from tests.utils.command_line import Ask, answering
 
-
-# Where memory has room it holds the files of tests, which are small, many, and soon gone: on a disk,
-# waiting for them to be written and removed takes longer than writing them.
+# Where memory has room it holds the files of tests, which are small, many, and soon gone: a disk
+# takes longer to write and remove them than most tests to make them.
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))

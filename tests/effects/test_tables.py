@@ -64,7 +64,7 @@ def test_layers_of_instances_stand_in_network_order(measured: Any) -> None:
     model.zero_grad()
     assert effects.layers == list(table["layer"].cat.categories)
     np.testing.assert_allclose(
-        table["value"].to_numpy().reshape(5, 6)[:3], effects.by_layer.numpy(), rtol=1e-9
+        table["value"].to_numpy().reshape(5, 5)[:3], effects.by_layer.numpy(), rtol=1e-9
     )
 
 
