@@ -15,8 +15,8 @@ from geffect import distributed
 from tests.utils import tiny
 
 
-def samples(count: int = 7, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Rows of a data set; with three micro-batches a step, the last window is not full."""
+def samples(count: int = 5, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Rows of a data set; with two micro-batches a step, the last window is not full."""
     rows = [tiny.batch(seed + i, rows=1) for i in range(count)]
     return [{name: value[0] for name, value in row.items()} for row in rows]
 
@@ -29,12 +29,12 @@ def trainer(
     data: Sequence[Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A Trainer on the CPU: 2 epochs of 3 steps, of which each third has one micro-batch of 3."""
+    """A Trainer on the CPU: 2 epochs of 3 steps, of which each third has one micro-batch of 2."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "num_train_epochs": 2,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 3,
+        "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
         "max_grad_norm": 0.1,
         "logging_steps": 2,

@@ -270,7 +270,7 @@ def lowered(logits: Tensor, tokens: Tensor, *, by: float) -> Tensor:
     return logits.detach().scatter_add(-1, tokens[:, None], lower).softmax(-1)
 
 
-def pairs(count: int = 7, *, alternate: bool = False) -> list[dict[str, Any]]:
+def pairs(count: int = 5, *, alternate: bool = False) -> list[dict[str, Any]]:
     """Items with a forget and a retain side."""
     forget, retain = trainers.samples(count), trainers.samples(count, seed=100)
     if alternate:
@@ -283,7 +283,7 @@ def pairs(count: int = 7, *, alternate: bool = False) -> list[dict[str, Any]]:
     return [{"forget": f, "retain": r} for f, r in zip(sides, retain, strict=True)]
 
 
-def opposed_pairs(kind: type[Trainer] = GradDiff, count: int = 4) -> list[Any]:
+def opposed_pairs(kind: type[Trainer] = GradDiff, count: int = 3) -> list[Any]:
     """Pairs whose retain side is close to the forget side, so that one harms the other."""
     rows = pairs(count, alternate=issubclass(kind, DPO))
     for row in rows:
