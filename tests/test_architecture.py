@@ -202,15 +202,15 @@ def test_links(name: str) -> None:
 @pytest.mark.parametrize(
     ("program", "unloaded"),
     [
-        ("import geffect", HEAVY),
-        ("import geffect; dir(geffect), geffect.__version__", HEAVY),
+        ("import geffect; dir(geffect), geffect.__version__; import geffect.cli.main", HEAVY),
         ("import geffect; geffect.plots, geffect.analysis", ["torch"]),
-        ("import geffect; geffect.effects, geffect.capture", ["pandas", "transformers"]),
-        ("import geffect.cli.main", HEAVY),
+        (
+            "import geffect as g; g.effects, g.capture; from geffect import Recorder, Rectifier",
+            ["pandas", "matplotlib", "transformers"],
+        ),
         ("from geffect import open_run; import geffect.analysis", ["torch", "matplotlib"]),
         ("import geffect.plots", ["torch", "h5py"]),
         ("import geffect.store.writer", ["torch", "pandas"]),
-        ("from geffect import Recorder, Rectifier", ["pandas", "matplotlib", "transformers"]),
     ],
 )
 def test_what_is_loaded(program: str, unloaded: list[str]) -> None:

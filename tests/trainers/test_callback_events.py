@@ -165,7 +165,7 @@ def test_a_resumed_training_has_the_sources_of_the_file(
     changed = GEffectCallback(path, probes=others, update=update)
     resumed = trainer(tmp_path, tiny.llama(), changed, **SAVING)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"`probes` and `update` should be those of the run"):
+        with pytest.raises(ValueError, match=r"`probes`, `update` and the rectifier should stay"):
             resumed.train(resume_from_checkpoint=True)
     with pytest.raises(FileExistsError):  # nor is the file its own now
         resumed.train()

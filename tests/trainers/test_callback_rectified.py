@@ -130,12 +130,12 @@ def test_a_retain_term_that_is_cut_apart_is_in_the_objective(tmp_path: Path) -> 
 
 
 def test_a_conflict_is_that_of_the_objective_itself(tmp_path: Path) -> None:
-    callback = GEffectCallback(tmp_path / "run.h5", probes={"retain": tiny.batch(70, rows=2)})
+    callback = GEffectCallback(tmp_path / "run.h5", probes={"retain": tiny.batch(78, rows=2)})
     training = trainer(
-        tmp_path, tiny.llama(), callback, kind=GA, data=[trainers.samples(1, seed=70)[0]],
+        tmp_path, tiny.llama(), callback, kind=GA, data=[trainers.samples(1, seed=78)[0]],
         gradient_accumulation_steps=1, max_steps=2, optim="sgd",
     )  # fmt: skip
-    rectify(training, Rectifier(training.model, ema=1.0), retain=tiny.batch(70, rows=2))
+    rectify(training, Rectifier(training.model, ema=1.0), retain=tiny.batch(78, rows=2))
     training.train()
     run = open_run(tmp_path / "run.h5")
     K = run.gram().sum(axis=1)
