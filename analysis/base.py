@@ -1,43 +1,35 @@
 """The one way from a run to numbers: sum its Gram matrices over blocks of parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.layers import Parameter, in_network_order
+from geffect.groups import By as By
+from geffect.groups import label_of as label_of
+from geffect.groups import label_of_expert
+from geffect.layers import in_network_order
+from geffect.places import EXPERT
 from geffect.scores import BLOCKS, Score
 from geffect.sources import is_risk
 from geffect.store import Run
 
 Floats = NDArray[np.float64]
 
-By = str | Callable[[Parameter], str]
-"""What is summed over: "parameter", "layer", "group", "model", or a function that names a group."""
-
-_LABELS: dict[str, Callable[[Parameter], str]] = {
-    "parameter": lambda parameter: parameter.name,
-    "layer": lambda parameter: parameter.layer,
-    "group": lambda parameter: parameter.group,
-    "model": lambda parameter: "model",
-}
-assert tuple(_LABELS) == BLOCKS
-
 
 def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[str], Floats]:
     """The blocks in network order, and their Gram matrices (step, block, source, source).
 
     Inner products and squared norms of disjoint blocks add up; cosines do not, so they are taken
-    from the sums. `by` may be a function from a parameter to the name of its block. With
-    `stepped_only` the sum is over the parameters that the step moves, and NaN where it moves none
-    of a block.
+    from the sums. `by` is one of `geffect.groups.LABELS`, or a function from a parameter to its
+    block. With `stepped_only` the sum is over the parameters that the step moves, and NaN where it
+    moves none of a block.
     """
-    labels = list(map(label_of(by), run.layers))
-    blocks = in_network_order(run.layers, labels)
+    of, labels, gram = _experts(run) if by == "expert" else _parameters(run, by)
+    blocks = in_network_order([run.layers[i] for i in of], labels)
     belongs = np.array([[label == block for label in labels] for block in blocks])
-    gram = run.gram()
-    stepped = run.stepped() if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
+    stepped = run.stepped()[:, of] if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
     gram[~stepped] = 0.0
     summed = np.stack([gram[:, members].sum(axis=1) for members in belongs], axis=1)
     moved = np.stack([stepped[:, members].any(axis=1) for members in belongs], axis=1)
@@ -45,9 +37,43 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
     return blocks, summed
 
 
+def _parameters(run: Run, by: By) -> tuple[NDArray[np.int64], list[str], Floats]:
+    """What is summed: the parameter that each part is of, its label, and (step, part, ...)."""
+    return np.arange(len(run.layers)), list(map(label_of(by), run.layers)), run.gram()
+
+
+def _experts(run: Run) -> tuple[NDArray[np.int64], list[str], Floats]:
+    """The same, with a part for each of the experts that a tensor holds."""
+    mixed = [parameter for parameter in run.layers if parameter.role == EXPERT]
+    if not mixed:
+        raise ValueError(
+            f"`by` should be `expert` for a model with experts. Found none in `{run.path}`. Choose "
+            "by=`layer`."
+        )
+    of = np.repeat(np.arange(len(run.layers)), [max(1, p.experts) for p in run.layers])
+    label = label_of("expert")
+    labels = [
+        text
+        for p in run.layers
+        for text in [label_of_expert(p, i) for i in range(p.experts)] or [label(p)]
+    ]
+    gram = run.gram()[:, of]
+    held = np.array([run.layers[i].experts > 0 for i in of])
+    if held.any():
+        single = run.expert_gram()
+        if np.isnan(single).all() and not np.isnan(gram[:, held]).all():
+            raise ValueError(
+                f"`by` should be `expert` for a run of measured gradients. Found that `{run.path}` "
+                "holds estimates for whole tensors. Choose by=`layer`, or an estimator whose rows "
+                "are Gram matrices, such as same_batch."
+            )
+        gram[:, held] = single
+    return of, labels, gram
+
+
 def column_of(by: By) -> str:
     """The name of the column that holds the blocks."""
-    return by if isinstance(by, str) else "group"
+    return by if isinstance(by, str) and by in BLOCKS else "group"
 
 
 def risks_of(run: Run) -> Sequence[str]:
@@ -59,14 +85,3 @@ def in_space(run: Run, score: Score) -> Score:
     """The score, labelled where gradients are those of adapter factors: they do not compare."""
     adapted = run.manifest.get("model", {}).get("space") == "adapter"
     return replace(score, label=f"{score.label}, adapter space") if adapted else score
-
-
-def label_of(by: By) -> Callable[[Parameter], str]:
-    if callable(by):
-        return by
-    if by not in _LABELS:
-        raise ValueError(
-            f"`by` should be one of {', '.join(_LABELS)}, or a function from a parameter to the "
-            f"name of its group. Found `by = {by!r}`. Choose one of those."
-        )
-    return _LABELS[by]

@@ -53,6 +53,7 @@ class Parameter:
     tower: str = MODEL  # "vision", "encoder", ...; it stands before the layer if there are several
     role: str = ""  # in a mixture of experts: "router", "expert", "shared expert"
     experts: int = 0  # of how many experts it is made, along its first dimension
+    depth: int = 0  # how many layers its tower has
 
     @property
     def numel(self) -> int:
@@ -126,9 +127,7 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     ['layer 0', 'layer 0', 'layer 1', 'layer 1']
     """
     found = places(_whole(model))
-    depths: dict[str, int] = {}
-    for place in found.values():
-        depths[place.tower] = max(depths.get(place.tower, 0), 1 + place.index)
+    depths = _depths(found.values())
     rows = []
     for tensor, (name, *further) in _named(model).items():
         # A name that was left whole stands for one that is canonical.
@@ -146,6 +145,7 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
                 tower=_tower(own),
                 role=own[0].role,
                 experts=own[0].experts,
+                depth=depths[own[0].tower],
             )
         )
     return tuple(rows)
@@ -159,11 +159,20 @@ def placed(rows: Sequence[Parameter]) -> tuple[Parameter, ...]:
     'decoder'
     """
     found = places({name: row.shape for row in rows for name in (row.name, *row.tied_to)})
+    depths = _depths(found.values())
     own = [[found[name] for name in (row.name, *row.tied_to)] for row in rows]
     return tuple(
-        replace(row, tower=_tower(those), role=those[0].role)
+        replace(row, tower=_tower(those), role=those[0].role, depth=depths[those[0].tower])
         for row, those in zip(rows, own, strict=True)
     )
+
+
+def _depths(found: Iterable[Place]) -> dict[str, int]:
+    """How many layers each tower has."""
+    depths: dict[str, int] = {}
+    for place in found:
+        depths[place.tower] = max(depths.get(place.tower, 0), 1 + place.index)
+    return depths
 
 
 def _tower(own: Sequence[Place]) -> str:
@@ -173,7 +182,7 @@ def _tower(own: Sequence[Place]) -> str:
 
 def _layer(own: Sequence[Place]) -> str:
     parts = (f"{p.part} {p.index}" if p.index >= 0 else p.part for p in own)
-    return _of_tower("+".join(dict.fromkeys(parts)), _tower(own))
+    return in_tower("+".join(dict.fromkeys(parts)), _tower(own))
 
 
 def _group(own: Sequence[Place], depths: Mapping[str, int]) -> str:
@@ -181,13 +190,16 @@ def _group(own: Sequence[Place], depths: Mapping[str, int]) -> str:
     if tower == PROJECTOR:
         return PROJECTOR
     return (
-        _of_tower(DEPTHS[index * len(DEPTHS) // depths[tower]], tower)
-        if index >= 0
-        else _layer(own)
+        in_tower(DEPTHS[index * len(DEPTHS) // depths[tower]], tower) if index >= 0 else _layer(own)
     )
 
 
-def _of_tower(part: str, tower: str) -> str:
+def in_tower(part: str, tower: str) -> str:
+    """The part of a tower by its whole name; the tower of a model that has but one goes unsaid.
+
+    >>> in_tower("layer 0", "vision"), in_tower("layer 0", "model")
+    ('vision layer 0', 'layer 0')
+    """
     return part if tower in (MODEL, part) else f"{tower} {part}"
 
 

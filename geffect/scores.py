@@ -1,7 +1,7 @@
 """The tidy score table: what analyzers return and plots draw.
 
-One row is one number. Columns are `step`, the name of the blocks (`parameter`, `layer`, `group` or
-`model`), what tells rows of one step and block apart (`effect`, `risk`, ...), and `value`. Blocks
+One row is one number. Columns are `step`, the name of the blocks (one of
+`BLOCKS`), what tells rows of one step and block apart (`effect`, `risk`, ...), and `value`. Blocks
 are ordered categories, so that a plot or a `groupby` keeps the order of the network.
 """
 
@@ -28,7 +28,7 @@ class Score:
     limits: tuple[float, float] | None = None
 
 
-BLOCKS = ("parameter", "layer", "group", "model")
+BLOCKS = ("parameter", "layer", "group", "model", "tower", "expert")
 
 
 def tidy(

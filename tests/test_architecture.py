@@ -25,7 +25,7 @@ LAYERS = {
     "text": 1, "near": 1, "places": 1,
     "hooks": 1,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "steps": 2, "plots": 2,
-    "gradients": 3, "sketch": 3,
+    "gradients": 3, "sketch": 3, "groups": 3,
     "risk": 4, "store": 4, "projection": 4,
     "objectives": 5, "effects": 5,
     "capture": 6, "analysis": 6,

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ Encoded = dict[str, dict[str, Mapping[str, np.ndarray]]]
 class Measurement:
     """What is known of the gradients of one step: all that a row of a run file says of them.
 
-    `gram` is `Float64[parameter, source, source]` in the order of `names`, `sketches` are
-    `Float32[source, layer, width]`, and `losses` those of the sources that are losses.
+    `gram` is `Float64[parameter, source, source]` in the order of `names`, `expert_gram` the same
+    of single experts, `sketches` are `Float32[source, layer, width]`, and `losses` those of the
+    sources that are losses.
     """
 
     names: Sequence[str]
@@ -32,6 +34,7 @@ class Measurement:
     losses: Mapping[str, float]
     sketches: Tensor | None = None
     gradients: Encoded | None = None
+    expert_gram: Tensor | None = None
 
 
 class Collector:
@@ -57,6 +60,7 @@ class Collector:
         self._table, self._parameters, self._weights = table, parameters, weights
         self._basis: list[str] = []
         self._matrices: dict[int, Tensor] = {}
+        self._experts: dict[int, list[Tensor]] = {}
         self._sketches = None if sketch is None else _Sketches(sketch, table, parameters)
         self._layers = (
             None if encoding is None else _Layers(encoding, table, parameters, places, ranges, seed)
@@ -69,7 +73,11 @@ class Collector:
             for name, tensor in tensors.items()
         }
         self._basis = list(local)
-        self._matrices[place] = dots.gram([*local.values()])
+        if self._table[place].experts:
+            self._experts[place] = self._by_expert(place, [*local.values()])
+            self._matrices[place] = torch.stack(self._experts[place]).sum(dim=0)
+        else:
+            self._matrices[place] = dots.gram([*local.values()])
         if self._sketches is not None:
             self._sketches.take(place, local)
         if self._layers is not None:
@@ -79,15 +87,34 @@ class Collector:
 
     def measured(self, losses: Mapping[str, float]) -> Measurement:
         """What is kept, after every parameter has been taken."""
-        matrices = [self._matrices[place] for place in range(len(self._table))]
-        products = dots.gathered(matrices, list(map(distributed.holders, self._parameters)))
+        every = range(len(self._table))
+        single = {place: self._experts[place] for place in every if place in self._experts}
         return Measurement(
             names=tuple(self._weights),
-            gram=combined(products, self._basis, self._weights),
+            gram=self._gram({place: [self._matrices[place]] for place in every}),
+            expert_gram=self._gram(single) if single else None,
             losses=losses,
             sketches=None if self._sketches is None else self._sketches.of(self._weights),
             gradients=None if self._layers is None else self._layers.encoded,
         )
+
+    def _gram(self, matrices: Mapping[int, Sequence[Tensor]]) -> Tensor:
+        """The Gram matrices of the sources, from those that this process has of a parameter."""
+        over = [
+            distributed.holders(self._parameters[i]) for i, own in matrices.items() for _ in own
+        ]
+        products = dots.gathered([matrix for own in matrices.values() for matrix in own], over)
+        return combined(products, self._basis, self._weights)
+
+    def _by_expert(self, place: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The Gram matrix of every expert of a tensor, of the rows of it that are here."""
+        rows, experts = self._table[place].shape[0], self._table[place].experts
+        first, _ = distributed.local_rows(self._parameters[place])
+        ends = [max(rows // experts * expert - first, 0) for expert in range(experts + 1)]
+        return [
+            dots.gram([None if v is None else v[begin:end] for v in vectors])
+            for begin, end in pairwise(ends)
+        ]
 
 
 class _Sketches:

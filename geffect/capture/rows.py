@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from geffect.gradients import GradientTransform
 from geffect.store.schema import RECTIFICATION_COLUMNS, Row
@@ -66,7 +67,10 @@ def row(
         stepped=None if entry.stepped is None else np.array(entry.stepped),
         lengths=lengths,
         losses=_spread(known, np.array([*measured.losses.values()]), [*measured.losses]),
-        gram=_spread_gram(known, measured),
+        gram=_spread_gram(known, measured.names, measured.gram),
+        expert_gram=None
+        if measured.expert_gram is None
+        else _spread_gram(known, measured.names, measured.expert_gram),
         rectification=_report(known, entry.rectifier),
         weights=_statistics(known, entry.weights),
         sketches=None if sketches is None else _spread(known, sketches.numpy(), measured.names),
@@ -82,12 +86,11 @@ def _spread(known: RunHeader, values: np.ndarray, names: Sequence[str]) -> np.nd
     return spread
 
 
-def _spread_gram(known: RunHeader, measured: Measurement) -> np.ndarray:
+def _spread_gram(known: RunHeader, names: Sequence[str], gram: Tensor) -> np.ndarray:
     k = len(known.sources)
-    places = np.array([known.sources.index(name) for name in measured.names], dtype=int)
-    gram = measured.gram.numpy()
+    places = np.array([known.sources.index(name) for name in names], dtype=int)
     spread = np.full((len(gram), k, k), np.nan)
-    spread[:, places[:, None], places] = gram
+    spread[:, places[:, None], places] = gram.numpy()
     return spread
 
 

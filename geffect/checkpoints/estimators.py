@@ -214,7 +214,8 @@ class Sources:
         measured = collector.measured(losses)
         if products is None:
             return measured
-        return replace(measured, gram=combined(products, list(basis), every))
+        # Of single experts nobody has estimated anything.
+        return replace(measured, gram=combined(products, list(basis), every), expert_gram=None)
 
     @property
     def declared(self) -> dict[str, Mapping[str, float] | str]:

@@ -267,7 +267,7 @@ def _collector(
     """What takes the gradients of a row, if more is kept of them than their Gram matrix."""
     if gradients and keep != StoreOptions():
         return recording.collector(step, weights, row)
-    if keep.sketch is None:
+    if keep.sketch is None and not any(parameter.experts for parameter in recording.table):
         return None
     return Collector(recording.table, recording.parameters, weights, sketch=keep.sketch)
 

@@ -43,10 +43,7 @@ def local_range(tensor: Tensor) -> Range:
     >>> local_range(torch.ones(2, 3))
     (0, 6)
     """
-    if not is_sharded(tensor):
-        return 0, tensor.numel()
-    dims = _sharded_dims(tensor)
-    if not dims:
+    if not is_sharded(tensor) or not (dims := _sharded_dims(tensor)):
         return 0, tensor.numel()
     if len(dims) > 1 or not tensor.placements[dims[0]].is_shard(0):
         raise ValueError(
@@ -54,11 +51,30 @@ def local_range(tensor: Tensor) -> Range:
             f"piece of the whole. Found {tensor.placements}. Record Gram matrices only, which add "
             "up over any parts, or shard with the default placement of `fully_shard`."
         )
-    mesh, (dim,) = tensor.device_mesh, dims
-    rows, row = tensor.shape[0], tensor.numel() // max(tensor.shape[0], 1)
-    each = -(-rows // mesh.size(dim))
-    first = min(each * mesh.get_local_rank(dim), rows)
-    return first * row, min(first + each, rows) * row
+    first, last = local_rows(tensor)
+    row = tensor.numel() // max(tensor.shape[0], 1)
+    return first * row, last * row
+
+
+def local_rows(tensor: Tensor) -> Range:
+    """Which of its rows this process holds, whole or in part, of a tensor with dimensions.
+
+    >>> local_rows(torch.ones(2, 3))
+    (0, 2)
+    """
+    dims = _sharded_dims(tensor) if is_sharded(tensor) else []
+    along = [dim for dim in dims if tensor.placements[dim].is_shard(0)]
+    rows: int = tensor.shape[0]
+    if not along:
+        return 0, rows
+    if len(along) > 1:
+        raise ValueError(
+            "A tensor of several experts should be sharded along its first dimension at most "
+            f"once. Found {tensor.placements}. Shard it over one dimension of the mesh."
+        )
+    mesh, each = tensor.device_mesh, -(-rows // tensor.device_mesh.size(along[0]))
+    first = min(each * mesh.get_local_rank(along[0]), rows)
+    return first, min(first + each, rows)
 
 
 def at_rest(model: nn.Module) -> dict[Tensor, Tensor]:

@@ -34,6 +34,8 @@ def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[st
     k = len(contents.sources)
     shapes: dict[str, tuple[int, ...]] = {f"steps/{name}": () for name in STEP_COLUMNS}
     shapes |= {"losses": (k,), "gram": (len(parameters), k, k), "stepped": (len(parameters),)}
+    if experts := sum(parameter.experts for parameter in parameters):
+        shapes["expert_gram"] = (experts, k, k)
     if contents.blocks:
         shapes["lengths"] = (len(parameters),)
         shapes["rectification"] = (len(contents.blocks), len(RECTIFICATION_COLUMNS))

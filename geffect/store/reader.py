@@ -95,6 +95,19 @@ class Run:
         """Float64[step, parameter, source, source]; NaN for a source absent at a step."""
         return self._means("gram")
 
+    def expert_gram(self) -> Floats:
+        """Float64[step, expert, source, source]: those of the experts of each tensor that has some.
+
+        Tensor by tensor, in the order of `layers`; they add up to that of the tensor. NaN where
+        they were not measured.
+        """
+        self._check(
+            any(parameter.experts for parameter in self.layers),
+            "tensors of several experts",
+            "Single experts of other models are parameters of their own: see `gram`.",
+        )
+        return self._means("expert_gram")
+
     def stepped(self) -> NDArray[np.bool_]:
         """Bool[step, parameter], whether the step moves the parameter; True where nobody knows.
 

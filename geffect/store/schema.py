@@ -8,6 +8,8 @@
     /steps/*       one column a field of `STEP_COLUMNS`
     /losses        (row, source) float64; NaN for a source that is no loss
     /gram          (row, parameter, source, source) float64; NaN for a source absent at a step
+    /expert_gram   (row, expert, source, source) float64; the experts of each tensor that has
+                   several in its first dimension, tensor by tensor
     /stepped       (row, parameter) int8: 1 where the step moves the parameter, 0 where it does not,
                    -1 where that is not known; a file without it is one of an earlier geffect
     /lengths       (row, parameter) float64: the length of the parameter after the step, in the rows
@@ -84,6 +86,7 @@ ROWS: Mapping[str, np.dtype[Any]] = {
     **{f"steps/{name}": dtype for name, dtype in STEP_COLUMNS.items()},
     "losses": np.dtype("<f8"),
     "gram": np.dtype("<f8"),
+    "expert_gram": np.dtype("<f8"),
     "stepped": np.dtype("i1"),
     "lengths": np.dtype("<f8"),
     "rectification": np.dtype("<f8"),
@@ -167,6 +170,7 @@ class Row:
     clip_scale: float = 1.0
     skipped: bool = False
     stepped: NDArray[np.bool_] | None = None
+    expert_gram: NDArray[np.float64] | None = None
     lengths: NDArray[np.float64] | None = None
     rectification: NDArray[np.float64] | None = None
     weights: NDArray[np.float64] | None = None
@@ -193,8 +197,9 @@ class Row:
     def datasets(self) -> dict[str, Any]:
         """The entries of the datasets of `ROWS` that are the row's own."""
         entries = {f"steps/{name}": getattr(self, name) for name in STEP_COLUMNS}
-        own = ("losses", "gram", "stepped", "lengths", "rectification", "weights", "sketches")
-        present = {name: getattr(self, name) for name in own}
+        own = ("losses", "gram", "expert_gram", "stepped", "lengths")
+        further = ("rectification", "weights", "sketches")
+        present = {name: getattr(self, name) for name in (*own, *further)}
         return entries | {name: entry for name, entry in present.items() if entry is not None}
 
 
