@@ -14,8 +14,10 @@ from .style import (
     colours_of,
     decade_format,
     decades,
+    drawn,
     dress,
     heading,
+    longest,
     new_axes,
     step_axis,
     thinned,
@@ -49,7 +51,7 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
     if ax is None:
         tall = float(np.clip(0.17 * len(frame.blocks), 2.8, 5.5))
-        ax = new_axes(5.0 + 0.06 * max(map(len, names)), tall)
+        ax = new_axes(5.0 + 0.06 * longest(names), tall)
     cmap, norm = colours_of(table)
     mesh = ax.pcolormesh(
         edges(grid.columns.to_numpy(dtype=float)),
@@ -61,8 +63,8 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     )
     ax.set_ylim(len(frame.blocks) - 0.5, -0.5)
     places = thinned(len(frame.blocks))
-    ax.set_yticks(places, [names[place] for place in places])
-    ax.set_ylabel(block, fontsize="medium")
+    ax.set_yticks(places, [drawn(names[place]) for place in places])
+    ax.set_ylabel(drawn(block), fontsize="medium")
     step_axis(ax)
     dress(ax, frame=False)
     heading(ax, constants(table))

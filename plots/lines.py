@@ -12,10 +12,12 @@ from .style import (
     Frame,
     Ink,
     depth_colours,
+    drawn,
     dress,
     heading,
     inks,
     key,
+    longest,
     new_axes,
     note,
     step_axis,
@@ -48,9 +50,9 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     several = told_apart(table, most=2)
     block, frame = blocks_of(table), Frame.of(table)
     names = short(frame.blocks)
-    ax = ax or new_axes(height=3.0 + 0.04 * max(map(len, names)))
+    ax = ax or new_axes(height=3.0 + 0.04 * longest(names))
     value_axis(ax, table)
-    drawn = []
+    handles = []
     at = range(len(frame.blocks))
     for name, ink, part in lines_of(table, several):
         values = part.groupby(block, observed=True)["value"]
@@ -59,7 +61,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             for share in (0.25, 0.5, 0.75)
         )
         marker = "o" if len(frame.blocks) <= 40 else ""
-        drawn += ax.plot(
+        handles += ax.plot(
             at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3, label=name,
             marker=marker, markersize=3, zorder=3,
         )  # fmt: skip
@@ -67,19 +69,19 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     places = thinned(len(frame.blocks), most=14)
     ax.set_xticks(
         places,
-        [names[place] for place in places],
+        [drawn(names[place]) for place in places],
         rotation=45,
         ha="right",
         rotation_mode="anchor",
     )
     ax.set_xlim(-0.5, len(frame.blocks) - 0.5)
-    ax.set_xlabel(f"{block}, from input to output", fontsize="medium")
+    ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize="medium")
     dress(ax)
     if table["step"].nunique() > 1:
         note(ax, "median and quartiles over steps")
     heading(ax, constants(table))
     if several:
-        key(ax, drawn)
+        key(ax, handles)
     return ax
 
 
@@ -118,10 +120,10 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     marker = "o" if few and table["step"].nunique() <= 40 else ""
     # An undefined value at either end is no reason to hide that its step was captured.
     ax.update_datalim([(table["step"].min(), 0.0), (table["step"].max(), 0.0)])
-    drawn = []
+    handles = []
     for name, ink, part in lines:
         ordered = part.sort_values("step")
-        drawn += ax.plot(
+        handles += ax.plot(
             ordered["step"].to_numpy(), ordered["value"].to_numpy(dtype=float),
             color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7, label=name,
             marker=marker, markersize=2, zorder=3,
@@ -131,7 +133,7 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     block_alone = present if len(present) == 1 else []
     heading(ax, ", ".join(filter(None, [constants(table), *block_alone])))
     if len(lines) > 1:
-        key(ax, [drawn[place] for place in thinned(len(drawn), most=14)])
+        key(ax, [handles[place] for place in thinned(len(handles), most=14)])
     return ax
 
 

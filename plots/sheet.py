@@ -12,7 +12,7 @@ from geffect.scores import blocks_of, score_of
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
 from .heatmap import heatmap
 from .lines import profile, trajectory
-from .style import framed, heading, new_figure
+from .style import framed, heading, longest, new_figure, title, write_labels
 
 
 def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
@@ -60,7 +60,7 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     shared_key(figure, panels)
     keep_once([*reversed(panels[:wide]), *panels[wide:]])
     # What the panels are named by stands above each, also where there is but one.
-    figure.suptitle(constants(table.drop(columns=by)), fontsize="large")
+    title(figure, constants(table.drop(columns=by)))
     return figure
 
 
@@ -84,8 +84,8 @@ def sheet(table: pd.DataFrame) -> Figure:
         if several
         else [table]
     )
-    longest = max(map(len, short(blocks_in(table))))
-    figure = new_figure(12.0 + 0.12 * longest, 2.9 * len(rows) + 0.5 + 0.04 * longest)
+    long = longest(short(blocks_in(table)))
+    figure = new_figure(12.0 + 0.12 * long, 2.9 * len(rows) + 0.5 + 0.04 * long)
     grid = figure.subplots(
         len(rows), 3, sharex="col", sharey="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1)
     )
@@ -95,7 +95,7 @@ def sheet(table: pd.DataFrame) -> Figure:
     for ax in grid[:-1].flat:
         ax.set_xlabel("")
     keep_once(grid[:, 2])
-    figure.suptitle(f"{score_of(table).label}, by {blocks_of(table)}", fontsize="large")
+    title(figure, f"{score_of(table).label}, by {blocks_of(table)}")
     return figure
 
 
@@ -109,14 +109,15 @@ def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:
                     named.setdefault(text.get_text(), handle)
             legend.remove()
     if named:
-        figure.legend(
+        shared = figure.legend(
             handles=list(named.values()),
-            labels=list(named),
+            labels=["" for _ in named],
             loc="outside right upper",
             frameon=False,
             fontsize="small",
             handlelength=2.6,
         )
+        write_labels(shared, named)
 
 
 def keep_once(panels: Iterable[Axes]) -> None:

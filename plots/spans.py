@@ -1,12 +1,11 @@
 """The tokens of a sample as HTML: text that can be selected, each token on its colour."""
 
-from html import escape
-
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
 
 from geffect.scores import score_of
+from geffect.text import in_html
 
 from .style import UNDEFINED, Frame, colours_of
 from .text import BREAK, answer, apart, readable_on
@@ -22,7 +21,8 @@ def spans(table: pd.DataFrame) -> str:
     Returns the HTML. Raises ValueError for a table of several samples or risks.
 
     A token under the pointer shows its value and its probability. Tokens are escaped: what a model
-    writes is text and no markup. A copy of the text is the answer as it is.
+    writes is text and no markup, and what does not print is written as its code. A copy of the text
+    is the answer as it is.
 
     >>> table = pd.DataFrame({"sample": 3, "position": [7, 8], "token": [" <b>", " fox"],
     ...                       "p": [0.9, 0.2], "value": [-2.0, 0.5]})
@@ -39,7 +39,7 @@ def spans(table: pd.DataFrame) -> str:
     marked = "".join(map(_span, table["token"], values, likely, colours))
     return (
         f'<div class="tokens"><p style="white-space: pre-wrap; line-height: 1.7">{marked}</p>'
-        f"{_legend(as_model)}<p><small>{escape(name)}</small></p></div>"
+        f"{_legend(as_model)}<p><small>{in_html(name)}</small></p></div>"
     )
 
 
@@ -55,12 +55,13 @@ def _span(
 
 def _shown(token: object) -> str:
     if not isinstance(token, str):
-        return f" {token}"  # an id
+        return in_html(f" {token}")  # an id
     # What is empty or breaks a line is seen, and not copied.
     mark = '<span style="user-select: none">{}</span>'
     if not token:
         return mark.format("∅")
-    return escape(token).replace("\r\n", "\n").replace("\n", f"{mark.format(BREAK)}\n")
+    lines = token.replace("\r\n", "\n").split("\n")
+    return f"{mark.format(BREAK)}\n".join("\t".join(map(in_html, x.split("\t"))) for x in lines)
 
 
 def _legend(table: pd.DataFrame) -> str:
@@ -83,5 +84,5 @@ def _legend(table: pd.DataFrame) -> str:
         '<div style="width: 24em; max-width: 90%; font-size: .8em; user-select: none">'
         f'<div style="height: .7em; background: linear-gradient(to right, {bar})"></div>'
         f'<div style="position: relative; height: 1.5em">{marks}</div>'
-        f"{escape(score.label)}{undefined}</div>"
+        f"{in_html(score.label)}{undefined}</div>"
     )

@@ -3,25 +3,28 @@
 Everything is passed to the artists it is meant for; the reader's own rcParams stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import cycle
-from textwrap import fill
+from textwrap import wrap
 from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib import pyplot
+from matplotlib import font_manager, pyplot
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
 
 from geffect.scores import score_of
+from geffect.text import plain
 
 from .fit import blocks_in
 
@@ -75,6 +78,7 @@ SEQUENTIAL: Colormap = LinearSegmentedColormap.from_list(
 
 LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logarithmic halves
 MOST_DECADES = 6
+LONGEST = 120  # characters of a label on several lines
 
 
 def inks(names: Sequence[str]) -> dict[str, Ink]:
@@ -243,8 +247,9 @@ def dress(ax: Axes, *, frame: bool = True) -> None:
 
 def key(ax: Axes, handles: Sequence[Artist]) -> Legend:
     """The legend of the handles, to the right of the data."""
-    return ax.legend(
+    legend = ax.legend(
         handles=list(handles),
+        labels=["" for _ in handles],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         borderaxespad=0.0,
@@ -252,16 +257,65 @@ def key(ax: Axes, handles: Sequence[Artist]) -> Legend:
         fontsize="small",
         handlelength=2.6,
     )
+    write_labels(legend, [drawn(handle.get_label()) for handle in handles])
+    return legend
+
+
+def write_labels(legend: Legend, labels: Iterable[str]) -> None:
+    """Give a legend its labels, also those that matplotlib leaves out: they begin with `_`."""
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
 
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    ax.set_title(text, loc="left", fontsize="medium")
+    ax.set_title(drawn(text), loc="left", fontsize="medium")
+
+
+def title(figure: Figure, text: str) -> None:
+    """What the figure shows, above its panels."""
+    figure.suptitle(drawn(text, LONGEST), fontsize="large")
 
 
 def note(ax: Axes, text: str) -> None:
     """How to read the panel, small, above its right edge."""
     ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
+
+
+def drawn(text: object, most: int = 60) -> str:
+    """Text that others wrote, for a picture: no mathematics, and no longer than a picture is wide.
+
+    What does not print, or is in none of the fonts, is written as its code.
+
+    >>> print(drawn("$x^$\\n\\x1b"), drawn("a" * 99, most=9))
+    \\$x^\\$\\n\\x1b aaaa…aaaa
+    """
+    return _short(text, most).replace("$", r"\$")
+
+
+def _short(text: object, most: int) -> str:
+    families = mpl.rcParams["font.family"]
+    written = plain(text)
+    written = "".join(c if c.isascii() or _has(c, *families) else _code(c) for c in written)
+    if len(written) <= most:
+        return written
+    return f"{written[: most // 2]}…{written[-(most // 2) :]}"
+
+
+def _code(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+@cache
+def _has(character: str, *families: str) -> bool:
+    """Whether one of the fonts has the character."""
+    fonts = (font_manager.findfont(FontProperties(family=[family])) for family in families)
+    return any(font_manager.get_font(font).get_char_index(ord(character)) for font in fonts)
+
+
+def longest(names: Iterable[str]) -> int:
+    """The characters of the longest name as it is drawn."""
+    return max(len(drawn(name)) for name in names)
 
 
 def wrapped(label: str) -> str:
@@ -271,6 +325,7 @@ def wrapped(label: str) -> str:
     ['retaining G-effect', '(nats per token per step)']
     """
     if len(label) <= 34:
-        return label
-    words, bracket, unit = label.partition(" (")
-    return "\n".join(fill(text, 34) for text in (words, bracket.strip() + unit) if text)
+        return drawn(label)
+    words, bracket, unit = plain(label).partition(" (")
+    parts = [_short(part, LONGEST) for part in (words, bracket.strip() + unit) if part]
+    return "\n".join(drawn(line) for part in parts for line in wrap(part, 34))

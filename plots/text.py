@@ -14,9 +14,10 @@ from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation, Transform
 
 from geffect.scores import score_of
+from geffect.text import plain
 
 from .fit import constants, levels, names_in, once_only, require
-from .style import Frame, colours_of, decade_format, decades, heading, new_axes
+from .style import Frame, colours_of, decade_format, decades, drawn, heading, new_axes
 
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]
 # Of a character and a line of the first font, in font sizes. A character is 0.602 wide; on screens
@@ -77,11 +78,11 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             (x, y), cells(placed.text) * ADVANCE * size, 0.94 * LEADING * size,
             transform=points, facecolor=background, edgecolor="white", linewidth=0.5,
         )  # fmt: skip
-        drawn = ax.text(
+        written = ax.text(
             x, y + 0.55 * size, placed.text, transform=points, fontsize=size, family=FONTS,
             color=readable_on(background), parse_math=False,
         )  # fmt: skip
-        for artist in (ax.add_artist(cell), drawn):
+        for artist in (ax.add_artist(cell), written):
             # They follow a layout that is settled, and would otherwise be part of the next one.
             artist.set_in_layout(False)
             artist.set_clip_on(False)
@@ -157,7 +158,7 @@ def _parts(token: str, columns: int) -> list[str]:
 def _shown(token: object) -> str:
     if not isinstance(token, str):
         return f" {token}"  # an id
-    return token.translate(SHOWN) or "∅"
+    return plain(token.translate(SHOWN)) or "∅"
 
 
 def _single_sample(table: pd.DataFrame) -> str:
@@ -191,7 +192,7 @@ def _scale(ax: Axes, table: pd.DataFrame) -> ScalarMappable:
         colours, ax=ax, location="bottom", shrink=0.5, aspect=45, pad=0.02, anchor=(0.0, 1.0)
     )
     undefined = " (grey: undefined)" if table["value"].isna().any() else ""
-    bar.ax.set_xlabel(score.label + undefined, fontsize="small", loc="left")
+    bar.ax.set_xlabel(drawn(score.label) + undefined, fontsize="small", loc="left")
     if score.scale == "symlog":
         bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
         bar.ax.xaxis.set_major_formatter(decade_format(frame))

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geffect.text import plain
-
 from .command import Apart, Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
 from .options import whole
-from .terminal import say, terminal
+from .terminal import say, say_marked, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,15 +129,13 @@ def command(
         say(
             terminal(stderr=True),
             f"geffect: The study was interrupted. {done} of {jobs} runs are whole in "
-            f"`{plain(out)}`. The same command with --resume goes on from there.",
+            f"`{out}`. The same command with --resume goes on from there.",
         )
         raise typer.Exit(130) from None
 
 
 def _study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
-    from rich.text import Text
-
     from geffect.demo.page import write_page
     from geffect.demo.study import run_study
 
@@ -150,16 +146,16 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
         summary = run_study(out, plan, report)
     (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
     write_page(summary, out)
-    say(console, (out / "equal_forgetting.md").read_text(encoding="utf-8"))
+    say(console, *(out / "equal_forgetting.md").read_text(encoding="utf-8").split("\n"))
     held = [finding["holds"] for finding in summary["findings"]]
     say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
     for finding in summary["findings"]:
         mark = ("holds   ", "green") if finding["holds"] else ("does not", "yellow")
         exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
-        said = plain(f"{finding['claim']}: {finding['measured']}{exceptions}")
-        console.print(Text.assemble("  ", mark, " ", said))
+        said = f"{finding['claim']}: {finding['measured']}{exceptions}"
+        say_marked(console, *mark, said)
     seconds = summary["wall_seconds"]["total"]
-    say(console, f"{seconds:.0f} s. Open {plain(out / 'report.html')}")
+    say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
 
 
 def _subject(model: Path, layers: str | None, lora: int | None) -> "Pretrained":

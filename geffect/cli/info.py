@@ -36,7 +36,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
     console, room = terminal(), max(map(len, facts)) + 2
     for name, value in facts.items():
         said = indent(_said(value), " " * room)[room:]
-        say(console, f"{name.replace('_', ' '):{room}}{said}")
+        say(console, *f"{plain(name).replace('_', ' '):{room}}{said}".split("\n"))
 
 
 def _said(value: object) -> str:

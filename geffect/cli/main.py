@@ -1,8 +1,11 @@
 """The command line: `geffect`, with one file a subcommand."""
 
 import io
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -53,9 +56,9 @@ def main() -> None:
     141: nobody read on.
     """
     _write_what_the_terminal_lacks_as_codes()
-    with warnings.catch_warnings():
-        warnings.formatwarning = lambda message, *_, **__: f"geffect: {plain(message)}\n"
-        sys.exit(_run())
+    with _warnings_on_one_line():
+        code = _run()
+    sys.exit(code)
 
 
 def _run() -> int:
@@ -71,8 +74,28 @@ def _run() -> int:
 
 
 def _refused(why: str, code: int) -> int:
-    say(terminal(stderr=True), f"geffect: {plain(why)}")
+    say(terminal(stderr=True), f"geffect: {why}")
     return code
+
+
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """What is warned of, and what is logged, stands on lines of its own and is text."""
+    before, handler = warnings.formatwarning, logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logger = logging.getLogger("geffect")
+    logger.addHandler(handler)
+    warnings.formatwarning = lambda message, *_, **__: f"geffect: {plain(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+        logger.removeHandler(handler)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"geffect: {plain(record.getMessage())}"
 
 
 def _write_what_the_terminal_lacks_as_codes() -> None:

@@ -73,12 +73,13 @@ def command(
     What a rectifier did is a score and a picture of its own.
     """
     from geffect import open_run
+    from geffect.plots.style import drawn
 
     kind, score = _chosen(kind, score)
     check_taken(ctx, score)
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
-    figure.suptitle(f"{run.stem}  {figure.get_suptitle()}".strip())
+    figure.suptitle(f"{drawn(run.stem)}  {figure.get_suptitle()}".strip())
     figure.savefig(output, dpi=150)
     say(terminal(), f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
 

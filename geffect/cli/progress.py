@@ -127,7 +127,7 @@ class _Lines:
             return
         seconds = time.perf_counter() - self._started
         left = seconds * (1 - share) / share
-        told = plain(f"{news.job}: {self._said.get(news.job, 'done')}")
+        told = f"{news.job}: {self._said.get(news.job, 'done')}"
         say(
             self._console,
             f"{seconds:6.1f} s  {share:4.0%}  {news.stage:8}  {told}; about {left:.0f} s left",

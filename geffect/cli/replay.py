@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from geffect.sources import FORGET, RETAIN, check_risks
-from geffect.text import plain
 
 from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
@@ -195,7 +194,7 @@ def command(
                 take(Told(checkpoint, "replay", 1.0, 1.0, "done"))
 
         def show(name: str, text: str) -> None:
-            say(console, f"First row of {plain(name)}, scored between [[ and ]]:\n{text}")
+            say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
 
         run = replay(
             checkpoints,
@@ -291,7 +290,7 @@ def _summarise(facts: Mapping[str, Any], console: "Console") -> None:
     for line in _told(how, certain):
         say(console, line)
     count = f"{len(by_step)} checkpoint{'s' if len(by_step) > 1 else ''}"
-    say(console, f"{count} in {plain(facts['output'])}")
+    say(console, f"{count} in {facts['output']}")
 
 
 def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:

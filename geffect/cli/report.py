@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from geffect.text import plain
+
 from .selection import written_as
 from .terminal import say, terminal
 
@@ -161,8 +163,14 @@ def _render(template: str, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_plain,
     )
     return environment.get_template(template).render(**values)
+
+
+def _plain(value: Any) -> Any:
+    """What a template writes: text on one line, to be escaped then; markup of our own as it is."""
+    return plain(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _panel(axes: "Axes") -> str:

@@ -42,9 +42,15 @@ def terminal(*, stderr: bool = False) -> Console:
     )
 
 
-def say(console: Console, text: object) -> None:
-    """Print text that may hold what others wrote, with its line breaks."""
-    console.print(Text(lines(text)))
+def say(console: Console, *said: object) -> None:
+    """Print lines of text, which may hold what others wrote."""
+    for line in said:
+        console.print(Text(plain(line)))
+
+
+def say_marked(console: Console, mark: str, colour: str, text: object) -> None:
+    """Print a line of text behind a word in colour."""
+    console.print(Text.assemble("  ", (mark, colour), " ", plain(text)))
 
 
 def write(data: str) -> None:

@@ -5,8 +5,6 @@ from dataclasses import asdict
 
 import typer
 
-from geffect.text import plain
-
 from .options import FactsFormat, FactsFormatOption
 from .selection import RunArgument
 from .terminal import say, terminal, write
@@ -21,7 +19,6 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         write(json.dumps({**asdict(health), "whole": health.whole}) + "\n")
     else:
         console, verdict = terminal(), "whole" if health.whole else "damaged"
-        say(console, plain(f"{run}: {verdict}, {health.steps} steps"))
-        for sentence in (*health.problems, *health.remarks):
-            say(console, plain(f"  {sentence}"))
+        say(console, f"{run}: {verdict}, {health.steps} steps")
+        say(console, *(f"  {sentence}" for sentence in (*health.problems, *health.remarks)))
     raise typer.Exit(code=0 if health.whole else 1)

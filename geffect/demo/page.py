@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from geffect.text import in_markdown
+
 from .findings import findings
 from .methods import EQUAL, FEW, METHODS
 from .study import IN_A_LOOK, QUICK_METHODS
@@ -100,7 +102,8 @@ def study_page(summary: Mapping[str, Any]) -> str:
         f"{len(runs)} runs with {_seeds(summary)}; "
         f"{', '.join(f'{package} {number}' for package, number in summary['versions'].items())}.",
         "## What is done",
-        f"{config['subject']} Authors to be forgotten: {config['recipe']['corpus']['forget']}. "
+        f"{in_markdown(config['subject'])} "
+        f"Authors to be forgotten: {config['recipe']['corpus']['forget']}. "
         f"Every step takes {config['batch']['forget']} forget and {config['batch']['retain']} "
         f"retain questions and {config['optimizer']}. The running average of the retain gradients "
         f"weighs the new one by {config['ema']}. {_objectives(runs)}".rstrip(),
@@ -177,11 +180,13 @@ def best(runs: pd.DataFrame) -> str:
             rivals.setdefault((row["method"], row["retain_feed"]), []).append(row)
     lines = []
     for (method, feed), variants in rivals.items():
-        cells = [method, str(feed)]
+        cells = [in_markdown(method), str(feed)]
         for name in (*LOWEST, *NEAREST):
             aim = 0.0 if name in LOWEST else gold[feed][name]
             least = min(variants, key=lambda row: abs(row[name] - aim))
-            cells.append(f"{least['variant']} ({COLUMNS[name][1].format(least[name])})")
+            cells.append(
+                f"{in_markdown(least['variant'])} ({COLUMNS[name][1].format(least[name])})"
+            )
         lines.append(cells)
     return _markdown(["method", "retain QA", *LOWEST.values(), *NEAREST.values()], lines)
 
@@ -189,7 +194,7 @@ def best(runs: pd.DataFrame) -> str:
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         [
-            name,
+            in_markdown(name),
             variant["summary"],
             f"{variant['learning_rate']:g}",
             ", ".join(f"`{option}={value!r}`" for option, value in variant["options"].items()),
@@ -207,7 +212,10 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 def _single(found: Iterable[Row]) -> str:
     lines = [
-        [*row.keys.values(), *(" / ".join(row.values[name].single) for name in SINGLE)]
+        [
+            *map(in_markdown, row.keys.values()),
+            *(" / ".join(row.values[name].single) for name in SINGLE),
+        ]
         for row in found
     ]
     headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in SINGLE))]

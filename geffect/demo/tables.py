@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from geffect.text import in_markdown
+
 from .methods import EQUAL, FEW, RATES, SETS
 
 AT_LEVEL = {
@@ -170,7 +172,7 @@ def as_markdown(runs: pd.DataFrame) -> str:
         if row.missed:
             reached = len(row.seeds) - len(row.missed)
             cells["step"] = f"{cells['step']} ({reached} of {len(row.seeds)} seeds)".strip()
-        lines.append([*row.keys.values(), *cells.values()])
+        lines.append([*map(in_markdown, row.keys.values()), *cells.values()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     padded = [

@@ -1,8 +1,9 @@
 """A run in a few words, for whoever looks at one in a session or a notebook."""
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
+
+from geffect.text import in_html, plain
 
 from .segments import folder_of
 
@@ -13,7 +14,7 @@ def as_line(name: str, facts: Mapping[str, str]) -> str:
     >>> as_line("ga", {"state": "complete", "steps": "24, from 0 to 23"})
     '<Run ga: state complete; steps 24, from 0 to 23>'
     """
-    return f"<Run {name}: {'; '.join(f'{fact} {words}' for fact, words in facts.items())}>"
+    return plain(f"<Run {name}: {'; '.join(f'{fact} {words}' for fact, words in facts.items())}>")
 
 
 def as_html(name: str, facts: Mapping[str, str]) -> str:
@@ -24,10 +25,10 @@ def as_html(name: str, facts: Mapping[str, str]) -> str:
     """
     left = 'style="text-align: left"'
     rows = "".join(
-        f"<tr><th {left}>{escape(fact)}</th><td {left}>{escape(words)}</td></tr>"
+        f"<tr><th {left}>{in_html(fact)}</th><td {left}>{in_html(words)}</td></tr>"
         for fact, words in facts.items()
     )
-    return f"<table><caption>Run <b>{escape(name)}</b></caption>{rows}</table>"
+    return f"<table><caption>Run <b>{in_html(name)}</b></caption>{rows}</table>"
 
 
 def size_of(path: Path) -> str:
