@@ -40,6 +40,7 @@ class Encoding(Protocol):
 
     name: str
     error: float  # of a cosine, times the root of the number of coordinates; with heavy tails
+    loss: float  # the longest that a change of the vector can be, in parts of its norm
 
     def arrays(self, numel: int) -> Layout:
         """What an encoded vector of `numel` coordinates consists of."""
@@ -65,6 +66,7 @@ class Full:
 
     name = "full"
     error = 0.0
+    loss = 0.0
 
     def arrays(self, numel: int) -> Layout:
         """A number a coordinate."""
@@ -93,6 +95,7 @@ class BFloat16:
 
     name = "bf16"
     error = 0.03
+    loss = 2.0**-8
 
     def arrays(self, numel: int) -> Layout:
         """A pattern of bits a coordinate."""
@@ -122,6 +125,7 @@ class Int8:
 
     name = "int8"
     error = 0.05
+    loss = 0.04  # 64 halves of a scale, beside one number of 127 scales
 
     def arrays(self, numel: int) -> Layout:
         """A byte a coordinate, and the scales."""
@@ -158,6 +162,7 @@ class Int4:
 
     name = "int4"
     error = 1.5
+    loss = 0.9  # 32 whole scales, beside one number of some 7
 
     def arrays(self, numel: int) -> Layout:
         """A byte for two coordinates, the first in its lower half, and the scales as bfloat16."""

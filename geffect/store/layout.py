@@ -1,9 +1,10 @@
 """A run file laid out: every dataset of the schema, with room for more rows than it holds."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import h5py
@@ -12,21 +13,28 @@ from numpy.typing import NDArray
 
 from geffect.layers import Parameter, layers_of
 
+from . import checksums
 from .contiguous import Room, Stream, declare
+from .labels import text, texts
 from .schema import (
     AXES,
     FORMAT,
     RECTIFICATION_COLUMNS,
     ROWS,
+    STATES,
     STEP_COLUMNS,
     VERSION,
     WEIGHT_STATISTICS,
+    Array,
     Contents,
 )
 
 _SLAB = 1 << 24
 
 Columns = Mapping[str, "NDArray[Any] | Sequence[str]"]
+
+Held = Mapping[str, h5py.Dataset | Array]
+"""Datasets of `ROWS` by name."""
 
 
 def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
@@ -45,7 +53,17 @@ def entry_shapes(contents: Contents, parameters: Sequence[Parameter]) -> dict[st
         shapes["sketches"] = (k, len(layers_of(parameters)), contents.sketch.width)
     if contents.gradients:
         shapes["stored"] = (k,)
-    return shapes
+    return shapes | {"checksums": (len(shapes),)}
+
+
+def checksummed(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The datasets of such a run that have checksums, in the order of these."""
+    return tuple(name for name in shapes if name != "checksums")
+
+
+def blank(dtype: np.dtype[Any]) -> float:
+    """What stands for the numbers that a row does not have."""
+    return {"f": np.nan, "i": -1}.get(dtype.kind, 0)
 
 
 def row_bytes(contents: Contents, parameters: Sequence[Parameter]) -> int:
@@ -54,23 +72,81 @@ def row_bytes(contents: Contents, parameters: Sequence[Parameter]) -> int:
     return sum(prod(shape) * ROWS[name].itemsize for name, shape in shapes.items())
 
 
-def fill(room: Room, stream: Stream, old: h5py.Dataset | NDArray[Any] | None, count: int) -> None:
-    """Write the first `count` rows of `old`, and NaN or -1 into those that follow.
+def filled(
+    old: h5py.Dataset | Array | None, begin: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Array:
+    """Rows of `old` from `begin` on, as many as `shape` has, with what stands for the missing.
 
-    So also into columns that an earlier version of geffect did not write.
+    So also for the columns that an earlier version of geffect did not write.
     """
+    rows = np.full(shape, blank(dtype), dtype=dtype)
+    if old is not None and begin < len(old):
+        held = old[begin : begin + len(rows)]
+        rows[tuple(map(slice, held.shape))] = held
+    return rows
+
+
+def fill(room: Room, stream: Stream, old: h5py.Dataset | Array | None, count: int) -> None:
+    """Write the first `count` rows of `old`, and blank ones for the rest of the room."""
     capacity, entry = room.shape[0], room.shape[1:]
-    rows = max(1, _SLAB // max(1, room.row_bytes))
-    empty = np.nan if room.dtype.kind == "f" else -1
     # Written out, not only declared: the space is then there before the first row needs it.
-    blank = np.full((min(rows, capacity), *entry), empty, dtype=room.dtype)
-    for begin in range(0, capacity, rows):
-        slab = blank[: min(rows, capacity - begin)]
-        if old is not None and begin < count:
-            slab = slab.copy()
-            held = old[begin : min(begin + len(slab), count)]
-            slab[tuple(map(slice, held.shape))] = held
-        room.write(stream, begin, slab)
+    for begin, stop in slabs(capacity, room.row_bytes, count):
+        rows = old if begin < count else None
+        room.write(stream, begin, filled(rows, begin, (stop - begin, *entry), room.dtype))
+
+
+def slabs(count: int, row_bytes: int, cut: int = 0) -> Iterator[tuple[int, int]]:
+    """From where to where to go on, a few megabytes at a time, and never across `cut`."""
+    rows = max(1, _SLAB // max(1, row_bytes))
+    for start, end in ((0, cut), (cut, count)):
+        for begin in range(start, end, rows):
+            yield begin, min(begin + rows, end)
+
+
+def carried(
+    held: Held,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    changed: Collection[str],
+) -> Array:
+    """The checksums of the first `count` rows of a file that takes the place of another.
+
+    `held` are the datasets of that one, and `names` those that its checksums are of, in their
+    order. These go along, so that damage stays seen. They are taken anew where there were none, of
+    what is `changed`, and of rows that have another shape now.
+    """
+    sums = np.zeros((count, len(shapes) - 1), dtype=checksums.DTYPE)
+    for j, name in enumerate(checksummed(shapes)):
+        old, shape = held.get(name), shapes[name]
+        as_it_was = name in names and name not in changed
+        if as_it_was and old is not None and old.shape[1:] == shape:
+            sums[:, j] = held["checksums"][:count, names.index(name)]
+            continue
+        row_bytes = prod(shape) * ROWS[name].itemsize
+        for begin, stop in slabs(count, row_bytes):
+            rows = filled(old, begin, (stop - begin, *shape), ROWS[name])
+            sums[begin:stop, j] = checksums.of_rows(name, rows, begin)
+    return sums
+
+
+def with_checksums(
+    entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: int
+) -> dict[str, Array]:
+    """The entries of a row in every dataset, as they are stored, and their checksums."""
+    if further := entries.keys() - shapes:
+        raise ValueError(
+            f"A row should hold what the run was begun with: {', '.join(shapes)}. Found "
+            f"{', '.join(sorted(further))} beside it. Begin the run with that."
+        )
+    stored = {
+        name: np.broadcast_to(
+            np.asarray(entries.get(name, blank(ROWS[name])), dtype=ROWS[name]), shapes[name]
+        )
+        for name in checksummed(shapes)
+    }
+    sums = [checksums.of_row(name, place, entry) for name, entry in stored.items()]
+    return stored | {"checksums": np.array(sums, dtype=checksums.DTYPE)}
 
 
 def lay_out(
@@ -80,49 +156,63 @@ def lay_out(
     *,
     count: int,
     capacity: int,
-    state: str = "open",
+    complete: bool = False,
+    tables: Mapping[str, Columns] = MappingProxyType({}),
 ) -> dict[str, Room]:
     """Fill an empty file with the structure of a run; its rows go where the answer says."""
-    file.attrs.update(format=FORMAT, format_version=VERSION)
+    file.attrs.create("format", np.bytes_(FORMAT))
+    file.attrs.create("format_version", VERSION)
     # As long in either state, so that it can be changed in place.
-    file.attrs.create("state", state, dtype=h5py.string_dtype("ascii", len("complete")))
-    file["manifest"] = json.dumps(contents.manifest)
-    for name, values in _columns(parameters).items():
-        file[f"parameters/{name}"] = values
-    labels = {
-        "layers": layers_of(parameters),
-        "sources": contents.sources,
-        "rectification_blocks": contents.blocks,
-        "weight_names": contents.weights,
+    file.attrs.create("state", STATES[complete], dtype=h5py.string_dtype("ascii", len("complete")))
+    shapes = entry_shapes(contents, parameters)
+    kept = _keep(file.create_group("tables"), tables)
+    labels = _labels(contents, parameters) | {
+        "kept": text(json.dumps(kept)),
+        "checksummed": texts(checksummed(shapes)),
     }
-    for name, texts in labels.items():
-        if texts:
-            file[name] = _texts(texts)
-    for name, described in (("sketch", contents.sketch), ("encoding", contents.gradients)):
-        if described is not None:
-            file[name] = json.dumps(asdict(described))
-    file["committed"] = np.int64(count)
+    labels["labels"] = texts(list(labels))
+    for name, values in labels.items():
+        file[name] = values
+    file["committed"] = checksums.record_of(count, checksums.of_labels(labels), complete=complete)
     rooms = {
-        name: declare(file, name, (capacity, *shape), ROWS[name])
-        for name, shape in entry_shapes(contents, parameters).items()
+        name: declare(file, name, (capacity, *shape), ROWS[name]) for name, shape in shapes.items()
     }
     _label_axes(file)
     return rooms
 
 
-def keep_tables(file: h5py.File, old: h5py.File | None, tables: Mapping[str, Columns]) -> None:
-    """Put tables into a file, beside those of the file whose place it takes."""
-    group = file.create_group("tables")
+def _keep(group: h5py.Group, tables: Mapping[str, Columns]) -> dict[str, dict[str, int]]:
+    """Put tables into a file; the checksum of each column."""
+    kept: dict[str, dict[str, int]] = {}
     for name, table in tables.items():
+        kept[name] = {}
         for column, values in table.items():
-            group[f"{name}/{column}"] = values if isinstance(values, np.ndarray) else _texts(values)
-    if old is not None:
-        for name in old["tables"].keys() - tables.keys():
-            old.copy(f"tables/{name}", group)
+            numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
+            stored = np.asarray(values) if numbers else texts([str(value) for value in values])
+            group[f"{name}/{column}"] = stored
+            kept[name][column] = checksums.of_labels({f"{name}/{column}": stored})
+    return kept
 
 
-def _columns(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
+def _labels(contents: Contents, parameters: Sequence[Parameter]) -> dict[str, Array]:
+    """What is said once of the rows, as it is stored."""
+    lists = {
+        "layers": layers_of(parameters),
+        "sources": contents.sources,
+        "rectification_blocks": contents.blocks,
+        "weight_names": contents.weights,
+    }
+    described = {"sketch": contents.sketch, "encoding": contents.gradients}
+    return {
+        "manifest": text(json.dumps(contents.manifest)),
+        **{f"parameters/{name}": values for name, values in _columns(parameters).items()},
+        **{name: texts(values) for name, values in lists.items() if values},
+        **{name: text(json.dumps(asdict(o))) for name, o in described.items() if o is not None},
+    }
+
+
+def _columns(parameters: Sequence[Parameter]) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
     for field in fields(Parameter):
         values = [getattr(parameter, field.name) for parameter in parameters]
         whole = all(isinstance(value, int) for value in values)
@@ -130,13 +220,9 @@ def _columns(parameters: Sequence[Parameter]) -> dict[str, Any]:
         columns[field.name] = (
             np.array(values, dtype="<i8")
             if whole
-            else _texts([v if isinstance(v, str) else json.dumps(v) for v in values])
+            else texts([v if isinstance(v, str) else json.dumps(v) for v in values])
         )
     return columns
-
-
-def _texts(values: Sequence[str]) -> Any:
-    return np.array(list(values), dtype=h5py.string_dtype())
 
 
 def _label_axes(file: h5py.File) -> None:

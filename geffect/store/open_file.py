@@ -7,9 +7,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from .checksums import record_of
 from .contiguous import OPTIONS, check_identity, identity
+from .labels import as_texts
+from .layout import Columns, Held, carried
+from .opening import opened
 from .place import in_use
-from .schema import ROWS
+from .schema import ROWS, STATES, Array
+from .tables import read_table, table_names
 
 
 class OpenFile:
@@ -21,6 +26,7 @@ class OpenFile:
             self.file = h5py.File(path, "r+", **OPTIONS)
         except BlockingIOError as error:
             raise in_use(path) from error
+        self._rows = {name: self.file[name] for name in ROWS if name in self.file}
 
     @property
     def is_there(self) -> bool:
@@ -31,7 +37,21 @@ class OpenFile:
     def rows(self) -> dict[str, h5py.Dataset]:
         """The datasets that have one entry a row."""
         self.check()
-        return {name: self.file[name] for name in ROWS if name in self.file}
+        return self._rows
+
+    def carried(
+        self, shapes: Mapping[str, tuple[int, ...]], count: int, mended: Held
+    ) -> dict[str, h5py.Dataset | Array]:
+        """The datasets of the rows, those that are `mended` as these are, and their checksums."""
+        held: dict[str, h5py.Dataset | Array] = {**self.rows, **mended}
+        # A file of format 2 has none.
+        names = as_texts(self.file["checksummed"][:]) if "checksummed" in self.file else []
+        return held | {"checksums": carried(held, names, shapes, count, mended)}
+
+    def tables(self) -> dict[str, Columns]:
+        """The tables that are kept with the run."""
+        with opened(self._path) as file:
+            return {name: read_table(file, name) for name in table_names(file)}
 
     def check(self) -> None:
         """Raise an OSError where what is written would be lost."""
@@ -40,18 +60,21 @@ class OpenFile:
     def put(self, place: int, entries: Mapping[str, Any]) -> None:
         """Write the entries of a row, which counts from the next `count` on."""
         for name, entry in entries.items():
-            self.file[name][place] = entry
+            self._rows[name][place] = entry
         self.file.flush()
 
     def count(self, rows: int) -> None:
         """Say how many rows count."""
-        self.file["committed"][()] = rows
+        _, complete, labels, _ = self.file["committed"][:].tolist()
+        self.file["committed"][:] = record_of(rows, labels, complete=complete)
         self.file.flush()
 
-    def mark(self, state: str) -> None:
+    def mark(self, *, complete: bool) -> None:
         """Say whether the run is complete."""
         self.check()
-        self.file.attrs.modify("state", np.bytes_(state))
+        self.file.attrs.modify("state", np.bytes_(STATES[complete]))
+        rows, _, labels, _ = self.file["committed"][:].tolist()
+        self.file["committed"][:] = record_of(rows, labels, complete=complete)
         self.file.flush()
 
     def close(self) -> None:

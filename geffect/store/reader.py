@@ -1,39 +1,38 @@
 """A run as it stands in its file. Needs neither torch nor the model."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.layers import Parameter, placed
+from geffect.encodings import ENCODINGS
+from geffect.layers import Parameter
 from geffect.near import meant
 from geffect.sketch import Sketch
 from geffect.sources import UPDATE
 
-from .outside import check_self_contained, open_plain
+from .labels import read_committed, read_labels
+from .layout import checksummed, entry_shapes
+from .opening import opened, settled
 from .paths import place_of
+from .rows import read_rows
 from .schema import (
-    FORMAT,
     KEY,
     RECTIFICATION_COLUMNS,
-    ROWS,
+    STATES,
     STEP_COLUMNS,
-    VERSION,
     WEIGHT_STATISTICS,
     Contents,
     OtherSketch,
     RunFileError,
-    StoredGradients,
 )
 from .segments import Segments
 from .summary import as_html, as_line, size_of
+from .tables import read_table, table_names
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +73,12 @@ class Run:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the user gave to the recorder."""
-        metadata: Mapping[str, Any] = self.manifest["metadata"]
+        metadata = self.manifest.get("metadata")
+        if not isinstance(metadata, Mapping):
+            raise RunFileError(
+                f"The manifest of `{self.path}` should hold metadata. Found "
+                f"{type(metadata).__name__}. Take an earlier copy, or record again."
+            )
         return metadata
 
     def index(self, source: str) -> int:
@@ -218,7 +222,7 @@ class Run:
             )
         keys = self.keys()[own]
         latest = keys[:, 0] == keys[-1, 0]  # a step number may come again in a later request
-        segments = Segments(self.contents, self.layers)
+        segments = self.segments()
         found = [
             segments.read(self.path, source, int(row), tuple(key))
             for row, key in zip(number[own][latest], keys[latest].tolist(), strict=True)
@@ -229,7 +233,7 @@ class Run:
     def tables(self) -> tuple[str, ...]:
         """The names of the tables that were kept with the run."""
         with opened(self.path) as file:
-            return tuple(file["tables"])
+            return table_names(file)
 
     def table(self, name: str) -> dict[str, NDArray[Any]]:
         """The columns of a table that was kept with the run: numbers or texts."""
@@ -239,8 +243,7 @@ class Run:
                 f"Keep it with recorder.keep_table({name!r}, columns)."
             )
         with opened(self.path) as file:
-            columns = file[f"tables/{name}"]
-            return {column: _numbers_or_texts(columns[column]) for column in columns}
+            return read_table(file, name)
 
     def resampled(self, rng: np.random.Generator) -> "Run":
         """The run with as many rows a step, drawn from those of the step with replacement.
@@ -268,10 +271,30 @@ class Run:
 
     def read(self, name: str, *entry: int) -> NDArray[Any]:
         """The rows of a dataset as they are in the file, or one entry of each."""
+        rows: NDArray[Any] = settled(lambda: self._read(name, entry))[self.drawn]
+        return rows
+
+    def _read(self, name: str, entry: tuple[int, ...]) -> NDArray[Any]:
+        count = self.drawn.max(initial=-1) + 1
+        shape = self.shapes.get(name, (len(self.layers),))  # of what this run may lack
         with opened(self.path) as file:
-            rows = _rows(file, name, self.drawn.max(initial=-1) + 1, *entry)
-        drawn: NDArray[Any] = rows[self.drawn]
-        return drawn
+            return read_rows(file, name, count, shape, entry)
+
+    def segments(self) -> Segments:
+        """Where the gradients lie that are kept whole."""
+        gradients = self.contents.gradients
+        if gradients is None or gradients.encoding not in ENCODINGS:
+            raise RunFileError(
+                f"The gradients of `{self.path}` should be in one of the encodings "
+                f"{', '.join(ENCODINGS)}. Found {gradients and gradients.encoding!r}. Read them "
+                "with the version of geffect that wrote them."
+            )
+        return Segments(self.contents, self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The datasets that have one entry a row, and the shape of an entry."""
+        return entry_shapes(self.contents, self.layers)
 
     def _facts(self) -> dict[str, str]:
         """What is said of the run where it is shown."""
@@ -310,138 +333,33 @@ class Run:
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """The run in a file, also while it is being recorded and after its writer was killed."""
-    name, path = Path(path).stem, place_of(path)
+    given = Path(path)
+    return settled(lambda: _open(place_of(path), given.stem))
+
+
+def _open(path: Path, name: str) -> Run:
     with opened(path) as file:
-        check_self_contained(file)
-        count = committed(file)
-        keys = np.stack([_rows(file, f"steps/{name}", count) for name in ("request", "step")])
+        file.check_self_contained()
+        labels = read_labels(file)
+        count, complete = read_committed(file, labels)
+        keys = np.stack([read_rows(file, f"steps/{name}", count, ()) for name in KEY[:2]])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
         return Run(
             path=path,
             name=name,
-            state=str(file.attrs["state"], "ascii"),
-            contents=_contents(file),
-            layers=_parameters(file["parameters"]),
+            state=STATES[complete],
+            contents=labels.contents(),
+            layers=labels.parameters(),
             steps=keys[1, first],
             rows=np.diff(np.flatnonzero(first), append=count),
             drawn=np.arange(count),
         )
 
 
-def committed(file: h5py.File) -> int:
-    """How many rows count: never more than there are."""
-    return min(int(file["committed"][()]), len(file["steps/step"]))
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """The run file, checked to be one."""
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(
-            f"A run file should exist. Found {found} at `{path}`. Check the path; a recorder makes "
-            "its file with the first step."
-        )
-    should = f"`{path}` should be a run file of geffect, format {VERSION}."
-    # Through a stream of our own, which HDF5 does not lock: a file that is being recorded, here or
-    # in another process, is readable up to its last committed row.
-    with open_plain(path) as stream:
-        try:
-            file = h5py.File(stream, "r")
-        except OSError as error:
-            raise RunFileError(
-                f"{should} Found a file that is not HDF5, or that is cut off: {error}. "
-                "Take an earlier copy, or record again."
-            ) from error
-        with file:
-            try:
-                _check_format(file, should)
-                yield file
-            except (KeyError, TypeError, ValueError) as error:
-                raise RunFileError(
-                    f"{should} Found one that lacks a part, or holds another in its place: {error}."
-                    " Take an earlier copy, or record again."
-                ) from error
-
-
-def _check_format(file: h5py.File, should: str) -> None:
-    if file.attrs.get("format") != FORMAT:
-        raise RunFileError(
-            f"{should} Found an HDF5 file of another kind, with {sorted(file)[:5]}. "
-            "Pass a file that a Recorder wrote."
-        )
-    version = int(file.attrs["format_version"])
-    if version != VERSION:
-        advice = (
-            "Update geffect to read it."
-            if version > VERSION
-            else "Read it with the geffect that wrote it, or record again."
-        )
-        raise RunFileError(f"{should} Found format {version}. {advice}")
-
-
-def _rows(file: h5py.File, name: str, count: int, *entry: int) -> NDArray[Any]:
-    """The first rows of a dataset, if it holds what the schema says: numbers, never an object."""
-    if name in ("stepped", "lengths") and name not in file:  # which came later than the format
-        unknown = np.nan if ROWS[name].kind == "f" else -1
-        return np.full((count, len(file["parameters/name"])), unknown, dtype=ROWS[name])
-    dataset = file[name]
-    if dataset.dtype != ROWS[name]:
-        raise TypeError(f"{dataset.dtype} in `{name}`")
-    rows: NDArray[Any] = dataset[(slice(count), *entry)]
-    return rows
-
-
-def _contents(file: h5py.File) -> Contents:
-    def texts(name: str) -> tuple[str, ...]:
-        return tuple(file[name].asstr()[:]) if name in file else ()
-
-    gradients = None
-    if "encoding" in file:
-        stored = json.loads(file["encoding"].asstr()[()])
-        gradients = StoredGradients(
-            stored["encoding"],
-            tuple(stored["parameters"]),
-            tuple(tuple((a, b) for a, b in ranges) for ranges in stored["ranges"]),
-        )
-    return Contents(
-        sources=texts("sources"),
-        manifest=json.loads(file["manifest"].asstr()[()]),
-        blocks=texts("rectification_blocks"),
-        weights=texts("weight_names"),
-        sketch=_sketch(json.loads(file["sketch"].asstr()[()])) if "sketch" in file else None,
-        gradients=gradients,
-    )
-
-
-def _sketch(described: Mapping[str, int]) -> Sketch | OtherSketch:
-    try:
-        return Sketch(**described)
-    except ValueError:
-        return OtherSketch(**described)
-
-
-def _parameters(table: h5py.Group) -> tuple[Parameter, ...]:
-    columns = {}
-    for column in fields(Parameter):
-        if column.name not in table and column.default is not MISSING:  # it came later
-            continue
-        values = _numbers_or_texts(table[column.name]).tolist()
-        if column.name in ("shape", "tied_to"):
-            values = [tuple(json.loads(value)) for value in values]
-        columns[column.name] = values
-    rows = tuple(
-        Parameter(**dict(zip(columns, row, strict=True)))
-        for row in zip(*columns.values(), strict=True)
-    )
-    return rows if "tower" in columns else placed(rows)
-
-
-def _numbers_or_texts(column: h5py.Dataset) -> NDArray[Any]:
-    if h5py.check_string_dtype(column.dtype):
-        return np.array(column.asstr()[:], dtype=np.str_)
-    if column.dtype.kind not in "biuf":
-        raise TypeError(f"`{column.name}` of {column.dtype}")
-    values: NDArray[Any] = column[:]
-    return values
+def check_whole(run: Run) -> None:
+    """Read every row and every table, which raises a RunFileError where one has changed."""
+    for name in checksummed(run.shapes):
+        run.read(name)
+    for name in run.tables:
+        run.table(name)

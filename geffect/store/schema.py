@@ -1,6 +1,7 @@
 """The layout of a run file, said once for the writer and the reader.
 
     /              attributes: format, format_version, state ("open" until the recorder is closed)
+    /labels        names of the datasets that are no rows: the labels, and what else is said once
     /manifest      JSON: versions, what was recorded, how, and the user's own metadata
     /parameters/*  one column a field of `geffect.layers.Parameter`, one row a trainable tensor
     /layers        their layers, in order of first appearance
@@ -19,8 +20,14 @@
     /sketches      (row, source, layer, width) float32, with the JSON of /sketch
     /stored        (row, source) int64: the row of /gradients, or -1; with the JSON of /encoding
     /gradients/<source>/<layer>/<array>  encoded gradients, a view of the segments beside the file
-    /tables/<name>/<column>  numbers or texts, kept with the run
-    /committed     how many rows count
+    /tables/<name>/<column>  numbers or texts, kept with the run; with the JSON of /kept: the
+                   checksum of each column
+    /checksums     (row, dataset) uint32, of the datasets that /checksummed names
+    /committed     (4,) int64: how many rows count, 1 if the recorder was closed, the checksum of
+                   the labels, and that of these three
+
+Texts have a fixed length, in UTF-8. A list of texts of very different lengths is one text, JSON.
+`geffect.store.checksums` says how checksums are taken.
 
 A row is one batch of a step. Its key is (request, step, batch), which grows from row to row.
 
@@ -34,7 +41,11 @@ Gradients are too large for that. They lie in segments, `run.gradients/000.rank0
 
     /              attributes: format, format_version, encoding
     /keys          (row, 4) int64: 1 if the row is there whole, else 0; request, step and batch
+    /checksums     (row, source, layer) uint32, of the arrays below
     /<source>/<layer>/<array>  (row, ...) what the rank holds of the tensors of a layer
+
+Format 2, which is read, has no checksums. Its texts have any length, `/committed` is one number,
+and the attribute `state` alone says whether the recorder was closed.
 """
 
 from collections.abc import Mapping
@@ -47,7 +58,11 @@ from numpy.typing import NDArray
 from geffect.sketch import Sketch
 
 FORMAT = "geffect"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+STATES = ("open", "complete")
+
+Array = NDArray[Any]
 
 ESTIMATES = "estimates"
 """What the manifest has under `rows` where only their mean is near a Gram matrix, not each row."""
@@ -93,8 +108,13 @@ ROWS: Mapping[str, np.dtype[Any]] = {
     "weights": np.dtype("<f8"),
     "sketches": np.dtype("<f4"),
     "stored": np.dtype("<i8"),
+    "checksums": np.dtype("<u4"),
 }
 """The datasets that have one entry a row."""
+
+LATER = ("stepped", "lengths")
+"""Those that a run may lack: they came later, or are not of every run. Each has a number for each
+parameter, which is not known where it is missing."""
 
 AXES = {
     "gram": ("steps/step", "parameters/name", "sources", "sources"),
@@ -142,6 +162,7 @@ class Contents:
     weights: tuple[str, ...] = ()  # implicit weights that have statistics
     sketch: Sketch | OtherSketch | None = None
     gradients: StoredGradients | None = None
+    version: int = field(default=VERSION, compare=False)  # of the format they are in
 
 
 Encoded = Mapping[str, NDArray[Any]]
@@ -205,3 +226,14 @@ class Row:
 
 class RunFileError(OSError):
     """A run file that cannot be read or written as asked."""
+
+
+class ChecksumError(RunFileError):
+    """A run file that holds something else than what was written: `what` of it.
+
+    One that is not `closed` may be being written at this moment.
+    """
+
+    def __init__(self, said: str, what: str, *, closed: bool) -> None:
+        super().__init__(said)
+        self.what, self.closed = what, closed

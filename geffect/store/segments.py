@@ -19,13 +19,18 @@ from numpy.typing import NDArray
 from geffect.encodings import ENCODINGS, Layout
 from geffect.layers import Parameter, layers_of
 
+from . import checksums
+from .bounds import BoundedFile, read_hdf5
 from .contiguous import OPTIONS, Image, declare
-from .outside import check_folder, open_plain
+from .outside import check_folder
 from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
 
 FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
 """The first segment has so many rows and each further one twice as many, up to so many bytes a rank
 or one row. A part of the format: a file does not say it."""
+
+
+_KEYS = np.dtype("<i8")
 
 
 def folder_of(path: Path) -> Path:
@@ -53,6 +58,7 @@ class Segments:
     def __init__(self, contents: Contents, parameters: Sequence[Parameter]) -> None:
         assert contents.gradients is not None
         self.sources = contents.sources
+        self.checked = contents.version > 2
         self.stored = contents.gradients
         self.encoding = ENCODINGS[self.stored.encoding]
         self.ranks = range(len(self.stored.ranges))
@@ -99,6 +105,11 @@ class Segments:
         """How long a row is, over all ranks."""
         return sum(self._rank_bytes)
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many checksums a row has: by source and layer."""
+        return len(self.sources), len(self.layers)
+
     def rows(self, number: int) -> int:
         """How many rows a segment has room for: as many on every rank."""
         most = max(1, SEGMENT_BYTES // max(1, *self._rank_bytes))
@@ -120,9 +131,12 @@ class Segments:
         """A segment with nothing in it."""
         image, rows = Image(), self.rows(number)
         with h5py.File(image, "w", **OPTIONS) as file:
-            file.attrs.update(format=FORMAT, format_version=VERSION, encoding=self.encoding.name)
+            file.attrs.create("format", np.bytes_(FORMAT))
+            file.attrs.create("format_version", VERSION)
+            file.attrs.create("encoding", np.bytes_(self.encoding.name))
             # Which rows are whole: a mark that is zero until then, and the key.
-            declare(file, "keys", (rows, 1 + len(KEY)), "<i8")
+            declare(file, "keys", (rows, 1 + len(KEY)), _KEYS)
+            declare(file, "checksums", (rows, *self.blocks), checksums.DTYPE)
             for source in self.sources:
                 for layer in self.layers:
                     for name, (shape, dtype) in self.held(layer, rank).items():
@@ -138,40 +152,52 @@ class Segments:
         for number in np.unique(numbers).tolist():
             own = numbers == number
             for rank in self.ranks:
+                # What a damaged file raises has no end; all of it says that the row is not there.
                 try:
                     with _read(folder_of(path) / file_name(number, rank)) as file:
-                        found = file["keys"][:][inside[own]]
-                except (OSError, KeyError):
-                    found = np.zeros(1 + len(KEY), dtype=np.int64)
+                        found = self._keys(file, number)[inside[own]]
+                except Exception:
+                    found = np.zeros(1 + len(KEY), dtype=_KEYS)
                 whole[own] &= (found[..., 0] != 0) & (found[..., 1:] == keys[own]).all(axis=1)
         return whole
-
-    def check(self, path: Path, row: int, key: tuple[int, ...]) -> None:
-        """Raise a RunFileError where a rank did not write all of a row."""
-        for rank in self.ranks:
-            with self._opened(path, row, rank, key):
-                pass
 
     def read(
         self, path: Path, source: str, row: int, key: tuple[int, ...]
     ) -> list[NDArray[np.float32]]:
         """A gradient by layer, out of the segments beside a run file."""
-        wholes: dict[str, dict[str, NDArray[Any]]] = {
-            layer: {
-                name: np.empty(shape, dtype) for name, (shape, dtype) in self.arrays(layer).items()
-            }
-            for layer in self.layers
-        }
-        _, inside = self.place(row)
+        wholes: dict[str, dict[str, NDArray[Any]]] = {layer: {} for layer in self.layers}
         for rank in self.ranks:
             with self._opened(path, row, rank, key) as file:
                 for layer, arrays in wholes.items():
-                    pieces = [piece for piece in self.pieces(layer) if piece.rank == rank]
-                    for name in self.held(layer, rank):
-                        held = file[f"{source}/{layer}/{name}"][inside]
-                        for piece in pieces:
-                            arrays[name][piece.whole] = held[piece.held]
+                    held = self._block(file, source, layer, row, rank, key)
+                    # Not before all that the first rank holds is there: the file has room for it.
+                    for name, (shape, dtype) in self.arrays(layer).items():
+                        arrays.setdefault(name, np.empty(shape, dtype))
+                    for piece in self.pieces(layer):
+                        if piece.rank == rank:
+                            for name, values in held.items():
+                                arrays[name][piece.whole] = values[piece.held]
         return [self.encoding.decode(arrays, self.numel(layer)) for layer, arrays in wholes.items()]
+
+    def _block(
+        self, file: BoundedFile, source: str, layer: str, row: int, rank: int, key: tuple[int, ...]
+    ) -> dict[str, NDArray[Any]]:
+        """What a rank holds of a layer of a gradient."""
+        number, inside = self.place(row)
+        room, found = self.rows(number), {}
+        for name, (shape, dtype) in self.held(layer, rank).items():
+            dataset = file.dataset(f"{source}/{layer}/{name}", dtype, (room, *shape))
+            found[name] = dataset[inside]
+        if self.checked:
+            sums = file.dataset("checksums", checksums.DTYPE, (room, *self.blocks))
+            written = sums[inside, self.sources.index(source), list(self.layers).index(layer)]
+            if checksums.of_block(source, layer, key, found.values()) != written:
+                raise checksums.Changed(f"the gradient of `{source}` in {layer}")
+        return found
+
+    def _keys(self, file: BoundedFile, number: int) -> NDArray[np.int64]:
+        keys: NDArray[np.int64] = file.dataset("keys", _KEYS, (self.rows(number), 1 + len(KEY)))[:]
+        return keys
 
     def announce(self, file: h5py.File, path: Path, count: int) -> None:
         """Let a run file show `count` segments as if they were its own, for any HDF5 reader."""
@@ -206,22 +232,34 @@ class Segments:
         h5py.h5d.create(group.id, array.encode(), h5py.h5t.py_create(dtype), space, plan)
 
     @contextmanager
-    def _opened(self, path: Path, row: int, rank: int, key: tuple[int, ...]) -> Iterator[h5py.File]:
+    def _opened(
+        self, path: Path, row: int, rank: int, key: tuple[int, ...]
+    ) -> Iterator[BoundedFile]:
         """The segment with what a rank holds of a row, which must be there whole."""
         number, inside = self.place(row)
         segment = folder_of(path) / file_name(number, rank)
+        request, step, batch = key
+        should = (
+            f"`{segment}` should hold the gradients of step {step} (request {request}, batch "
+            f"{batch}) of `{path}`."
+        )
         try:
             with _read(segment) as file:
-                whole, *found = file["keys"][inside].tolist()
+                whole, *found = self._keys(file, number)[inside].tolist()
                 if not whole or tuple(found) != key:
-                    raise OSError("a row that is half written, or that of another step")
+                    raise ValueError("a row that is half written, or that of another step")
                 yield file
-        except (OSError, KeyError) as error:
-            request, step, batch = key
+        except checksums.Changed as error:
             raise RunFileError(
-                f"`{segment}` should hold the gradients of step {step} (request {request}, batch "
-                f"{batch}) of `{path}`. Found: {error}. Move file and folder together, under one "
-                "name; what a process did not write before it was killed has to be recorded again."
+                f"{should} Found {error} with another checksum. Take an earlier copy of file and "
+                "folder, or record the step again."
+            ) from error
+        # Of damage HDF5 and h5py make errors of every kind.
+        except Exception as error:
+            raise RunFileError(
+                f"{should} Found: {str(error) or type(error).__name__}. Move file and folder "
+                "together, under one name; what a process did not write before it was killed has "
+                "to be recorded again."
             ) from error
 
     @cached_property
@@ -241,10 +279,9 @@ class Segments:
 
 
 @contextmanager
-def _read(segment: Path) -> Iterator[h5py.File]:
-    # Through a stream of our own, which HDF5 does not lock: it may be being written.
+def _read(segment: Path) -> Iterator[BoundedFile]:
     check_folder(segment.parent)
-    with open_plain(segment) as stream, h5py.File(stream, "r") as file:
+    with read_hdf5(segment) as file:
         yield file
 
 

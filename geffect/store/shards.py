@@ -4,14 +4,18 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from geffect.layers import Parameter
 
+from . import checksums
+from .beside import Beside
 from .contiguous import OPTIONS, Identity, Room, check_identity, identity
 from .drafts import draft_of
 from .layout import Columns
@@ -53,12 +57,14 @@ class Shard:
             keys = self._rooms["keys"]
             mark = np.array([1, *row.key], dtype=keys.dtype)
             keys.write(self._stream, inside, np.zeros_like(mark))
+            sums = Beside(partial(self._checksums, row), row.nbytes)
             for source, layers in row.gradients.items():
                 for layer, arrays in layers.items():
                     for name, values in arrays.items():
                         if values.size:
                             room = self._rooms[f"{source}/{layer}/{name}"]
                             room.write(self._stream, inside, values)
+            self._rooms["checksums"].write(self._stream, inside, sums.found())
             keys.write(self._stream, inside, mark)
         except OSError as error:
             place = str(self._place(number))
@@ -71,6 +77,16 @@ class Shard:
         if self._file is not None:
             self._file.close()
         self._number, self._stream, self._file = -1, None, None
+
+    def _checksums(self, row: Row) -> NDArray[np.uint32]:
+        sums = np.zeros(self._segments.blocks, dtype=checksums.DTYPE)
+        for i, source in enumerate(self._segments.sources):
+            layers = (row.gradients or {}).get(source)
+            for j, layer in enumerate(self._segments.layers if layers is not None else ()):
+                held = self._segments.held(layer, self._rank)
+                arrays = [layers[layer][name] for name in held] if layers is not None else []
+                sums[i, j] = checksums.of_block(source, layer, row.key, arrays)
+        return sums
 
     def _place(self, number: int) -> Path:
         return self.folder / file_name(number, self._rank)

@@ -9,7 +9,7 @@ import h5py
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Image
-from .layout import keep_tables, lay_out, row_bytes
+from .layout import lay_out, row_bytes
 from .schema import Contents
 from .segments import Segments, folder_of
 
@@ -26,8 +26,8 @@ def projected_bytes(
     >>> weight = Parameter("w", "layer 0", "deep", 0, "w", (4096, 4096), "float32", ())
     >>> gram = Contents(("objective", "forget", "retain"), manifest={})
     >>> size = projected_bytes([weight], gram, rows=1000, gradient_rows=0)
-    >>> size // 1000  # bytes a row: 9 inner products, 3 losses, 9 columns, one mark
-    184
+    >>> size // 1000  # bytes a row: 9 inner products, 3 losses, 9 columns, one mark, 12 checksums
+    233
     """
     return _of_file(parameters, contents, rows) + _of_segments(parameters, contents, gradient_rows)
 
@@ -54,7 +54,6 @@ def _of_file(parameters: Sequence[Parameter], contents: Contents, rows: int) -> 
     image = Image()
     with h5py.File(image, "w", **OPTIONS) as file:
         lay_out(file, contents, parameters, count=0, capacity=1)
-        keep_tables(file, None, {})
     return image.size + (rows - 1) * row_bytes(contents, parameters)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter
 
 from .reader import Run
-from .schema import KEY, Contents, Row, RunFileError
+from .schema import KEY, VERSION, Contents, Row, RunFileError
 from .segments import Segments, folder_of
 from .shards import Shard, segments_in
 
@@ -33,6 +33,12 @@ class StoredRows:
         Returns what is to stand in `/stored` instead where some were not.
         """
         stored, keys = run.read("stored"), run.keys()
+        if run.contents.version < 3 and (stored >= 0).any():
+            raise RunFileError(
+                f"A run with gradients that is continued should be of format {VERSION}. Found "
+                f"format {run.contents.version} in `{self._path}`. Continue it with the geffect "
+                "that wrote it, or record into another file."
+            )
         numbers = stored.max(axis=1)
         (rows,) = np.nonzero(numbers >= 0)
         if len(rows) and not segments_in(folder_of(self._path)):

@@ -1,18 +1,27 @@
 """Whether a run file is whole, and what is lost where it is not."""
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geffect.gram import inner, norm
 
-from .reader import Floats, Run, open_run, opened
-from .schema import ESTIMATES, RunFileError
-from .segments import Segments
+from .layout import checksummed
+from .opening import opened
+from .reader import Floats, Run, open_run
+from .rows import is_written
+from .schema import ESTIMATES, ChecksumError, RunFileError
 
 ROUNDING = 1e-9
+
+NORMS, TINY = 1e-3, 2.0**-126
+"""How far, beside what an encoding loses, a norm may be from that in the Gram matrix: in parts of
+it, and for each coordinate, where numbers become subnormal."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +40,41 @@ class Health:
 
 
 def validate(path: str | os.PathLike[str]) -> Health:
-    """Read every committed row and check what must hold of any Gram matrix.
+    """Read all of a run, hold it against its checksums, and check what any Gram matrix must have.
 
-    Gradients that are kept whole are only checked to be there.
+    So also of gradients that are kept whole: each is read, and its norm is held against the Gram
+    matrix. A file of format 2 has no checksums, which is remarked on.
 
     Raises what `open_run` raises where the file cannot be opened at all.
     """
     run = open_run(path)
     complete = run.state == "complete"
     remarks = [] if complete else ["the recorder was not closed: being recorded, or killed"]
+    if run.contents.version < 3:
+        remarks.append(
+            "format 2, which has no checksums: a number that changed and still could be one is "
+            "not seen"
+        )
+    if changed := list(_changed(run)):
+        return Health(len(run.steps), complete, tuple(changed), tuple(remarks))
     if _half_written(run):
         remarks.append("one step was written but not committed, and is not shown")
     return Health(len(run.steps), complete, tuple(_problems(run)), tuple(remarks))
+
+
+def _changed(run: Run) -> Iterator[str]:
+    """What differs from its checksum, or cannot be read."""
+    reads: list[Callable[[], object]] = [
+        *(partial(run.read, name) for name in checksummed(run.shapes)),
+        *(partial(run.table, name) for name in run.tables),
+    ]
+    for read in reads:
+        try:
+            read()
+        except ChecksumError as error:
+            yield f"{error.what} is not what was written: its checksum differs"
+        except RunFileError as error:
+            yield str(error)
 
 
 def _problems(run: Run) -> list[str]:
@@ -61,7 +93,7 @@ def _problems(run: Run) -> list[str]:
         problems.append("a Gram matrix is not symmetric")
     if run.manifest.get("rows") != ESTIMATES:
         problems += _beyond_bounds(run, K, slack)
-    return [*problems, *_missing_gradients(run, keys)]
+    return [*problems, *dict.fromkeys(_gradients(run, K, keys))]
 
 
 def _beyond_bounds(run: Run, K: Floats, slack: Floats) -> list[str]:
@@ -78,21 +110,41 @@ def _beyond_bounds(run: Run, K: Floats, slack: Floats) -> list[str]:
     return problems
 
 
-def _missing_gradients(run: Run, keys: list[tuple[int, ...]]) -> list[str]:
+def _gradients(run: Run, K: Floats, keys: list[tuple[int, ...]]) -> Iterator[str]:
+    """What is wrong with the gradients that are kept whole."""
     if run.contents.gradients is None:
-        return []
-    segments = Segments(run.contents, run.layers)
-    problems = []
-    for row, key in zip(run.read("stored").max(axis=1).tolist(), keys, strict=True):
+        return
+    segments, numbers = run.segments(), run.read("stored")
+    exact = run.manifest.get("rows") != ESTIMATES
+    for row, source in np.argwhere(numbers >= 0).tolist():
+        name, key = run.sources[source], keys[row]
         try:
-            if row >= 0:
-                segments.check(run.path, row, key)
+            layers = segments.read(run.path, name, int(numbers[row, source]), key)
         except RunFileError as error:
-            problems.append(str(error))
-    return problems
+            yield str(error)
+            continue
+        squares = K[row, :, source, source]
+        for layer, found in zip(segments.layers, layers, strict=True):
+            places = [segments.stored.parameters[i] for i in segments.layers[layer]]
+            if exact and not _is_as_long(found, squares[places], segments.encoding.loss):
+                yield (
+                    f"the gradient of `{name}` in {layer} at step {key[1]} is not as long as its "
+                    "Gram matrix says"
+                )
+
+
+def _is_as_long(found: NDArray[np.float32], squares: Floats, loss: float) -> bool:
+    """Whether a gradient that an encoding changed by up to `loss` of its norm has these squares."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        is_norm = float(np.linalg.norm(found.astype(np.float64)))
+        should = float(np.sqrt(squares.sum()))
+    if not (np.isfinite(is_norm) and np.isfinite(should)):
+        return not np.isfinite(should) or loss > 0  # the largest numbers round to infinity
+    slack = (loss + NORMS) * should + TINY * found.size**0.5
+    return bool(abs(is_norm - should) <= slack)
 
 
 def _half_written(run: Run) -> bool:
+    """Whether the row after the last that counts was begun."""
     with opened(run.path) as file:
-        further = file["gram"][len(run.drawn) : len(run.drawn) + 1]
-    return bool(np.isfinite(further).any())
+        return is_written(file, "gram", len(run.drawn), run.shapes["gram"])

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -16,15 +16,24 @@ from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Image, Room
 from .drafts import draft_of
-from .layout import Columns, fill, keep_tables, lay_out, row_bytes
+from .layout import (
+    Columns,
+    Held,
+    entry_shapes,
+    fill,
+    lay_out,
+    row_bytes,
+    with_checksums,
+)
 from .open_file import OpenFile
 from .paths import place_of
 from .place import check_free, check_place, refuse_to_replace, sweep
-from .reader import Run, open_run
-from .schema import Contents, Row, RunFileError
+from .reader import Run, check_whole, open_run
+from .schema import VERSION, Contents, Row, RunFileError
 from .segments import folder_of
 from .shards import remove_segments, segments_in, strangers
 from .stored_rows import StoredRows
+from .tables import check_table
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +78,7 @@ class RunWriter:
         self.resumed: Run | None = None
         self._overwrite = overwrite
         self._contents: Contents | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._begun = False
         self._stored: StoredRows | None = None
         self._tables: dict[str, Columns] = {}
@@ -78,6 +88,7 @@ class RunWriter:
         self._mended: dict[str, NDArray[np.int64]] = {}  # what the next file has in place of ours
         self._unchanged = True
         self._dropping = False
+        self._outdated = False
         self._ended = False
         if self.path in _being_written:
             raise RunFileError(
@@ -154,7 +165,7 @@ class RunWriter:
         while rows are to be dropped, the table waits for that row.
         """
         self.check_open()
-        _check_table(name, columns)
+        check_table(name, columns)
         self._tables[name] = columns
         # Rows that are to be dropped stay until there is a new one.
         if self._file is not None and not self._dropping:
@@ -175,19 +186,13 @@ class RunWriter:
             return
         if self._file is not None and (complete or not self._unchanged):
             with self._failing(self.last_step):
-                self._settle("complete" if complete else "open")
+                self._settle(complete=complete)
         self._let_go()
 
     def _continue(self, run: Run, drop_after: int | None) -> None:
-        here = [(p.name, p.shape) for p in self.parameters]
-        there = [(p.name, p.shape) for p in run.layers]
-        if here != there:
-            differing = sorted({name for name, _ in set(here) ^ set(there)})
-            raise ValueError(
-                f"The model should have the parameters of the run in `{self.path}`. Found "
-                f"{len(differing)} that differ, the first of them {differing[:3]}. Record into "
-                "another file, or load the model of that run."
-            )
+        _check_parameters(self.parameters, run)
+        check_whole(run)
+        self._outdated = run.contents.version < VERSION
         if drop_after is not None:
             whole, run = run, run.until(drop_after)
             self._dropping = len(run.drawn) < len(whole.drawn)
@@ -205,7 +210,8 @@ class RunWriter:
         sweep(self.path)
 
     def _hold(self, contents: Contents) -> None:
-        self._contents = contents
+        self._contents = replace(contents, version=VERSION)
+        self._shapes = entry_shapes(contents, self.parameters)
         if contents.gradients is not None:
             self._stored = StoredRows(self.path, contents, self.parameters)
 
@@ -239,26 +245,29 @@ class RunWriter:
         entries = row.datasets()
         if self._stored is not None:
             entries["stored"] = self._stored.write(row, number)
+        entries = with_checksums(entries, self._shapes, place)
         # The row has to be in the file before the number that makes it count.
         self._file.put(place, entries)
         self._file.count(place + 1)
 
-    def _settle(self, state: str) -> None:
+    def _settle(self, *, complete: bool) -> None:
         # No copy where the file is as it should stay: it would take the room of two.
         assert self._file is not None
         spare = len(self._file.rows["steps/step"]) > self.count
         spare |= self._stored is not None and self._stored.show_own()
-        if spare or self._tables or self._mended:
-            self._replace(self.count, state)
+        if spare or self._tables or self._mended or self._outdated:
+            self._replace(self.count, complete=complete)
         else:
-            self._file.mark(state)
+            self._file.mark(complete=complete)
 
-    def _replace(self, capacity: int, state: str = "open") -> None:
+    def _replace(self, capacity: int, *, complete: bool = False) -> None:
         """Put a file with room for `capacity` rows, and with those there are, in its place."""
         assert self._contents is not None
-        held: Mapping[str, h5py.Dataset | NDArray[np.int64]] = {}
+        held: Held = {}
+        tables: dict[str, Columns] = self._tables
         if self._file is not None:
-            held = self._file.rows | self._mended
+            held = self._file.carried(self._shapes, self.count, self._mended)
+            tables = self._file.tables() | tables
         image = Image()
         with h5py.File(image, "w", **OPTIONS) as file:
             rooms = lay_out(
@@ -267,9 +276,9 @@ class RunWriter:
                 self.parameters,
                 count=self.count,
                 capacity=capacity,
-                state=state,
+                complete=complete,
+                tables=tables,
             )
-            keep_tables(file, self._file and self._file.file, self._tables)
             if self._stored is not None:
                 self._stored.segments.announce(file, self.path, self._stored.shown)
         with draft_of(self.path) as draft:
@@ -284,7 +293,7 @@ class RunWriter:
         self._capacity = capacity
         self._tables.clear()
         self._mended.clear()
-        self._dropping = False
+        self._dropping = self._outdated = False
 
     def _undo(self) -> None:
         """Remove the file that was made for a first row which could not be written."""
@@ -336,26 +345,17 @@ class RunWriter:
             ) from error
 
 
-def _check_table(name: str, columns: Columns) -> None:
-    for label in (name, *columns):
-        if not label or "/" in label or set(label) == {"."}:
-            raise ValueError(
-                "The name of a table or of its column should be a word without a slash. Found "
-                f"`{label}`. Name it otherwise."
-            )
-    lengths = {column: len(values) for column, values in columns.items()}
-    if len(set(lengths.values())) > 1:
+def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
+    """Refuse to continue the run of another model."""
+    here = [(p.name, p.shape) for p in parameters]
+    there = [(p.name, p.shape) for p in run.layers]
+    if here != there:
+        differing = sorted({name for name, _ in set(here) ^ set(there)})
         raise ValueError(
-            f"The columns of table `{name}` should be equally long. Found {lengths}. Give every "
-            "row a value in each of them."
+            f"The model should have the parameters of the run in `{run.path}`. Found "
+            f"{len(differing)} that differ, the first of them {differing[:3]}. Record into "
+            "another file, or load the model of that run."
         )
-    for column, values in columns.items():
-        numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
-        if not numbers and not all(isinstance(v, str) and "\0" not in v for v in values):
-            raise ValueError(
-                f"Column `{column}` of table `{name}` should be an array of numbers, or a list of "
-                f"texts without NUL. Found {type(values).__name__}. Convert it."
-            )
 
 
 def _safe(count: int, *, began: bool, there: bool) -> str:
@@ -386,7 +386,7 @@ def _save(
     draft: Path,
     image: Image,
     rooms: Mapping[str, Room],
-    held: Mapping[str, h5py.Dataset | NDArray[np.int64]],
+    held: Held,
     count: int,
 ) -> None:
     """Write the structure, and the first `count` rows of what is held; safe from a power cut."""

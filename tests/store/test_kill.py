@@ -138,7 +138,7 @@ def row_of(step: int, kill: Kill) -> Row:
     return Row(
         step=step,
         losses=np.full(2, float(step)),
-        gram=np.full((2, 2, 2), (step + 1.0) ** 2),
+        gram=gram(step),
         sketches=sketches(step) if kill.sketches else None,
         gradients=gradients(step) if kill.every and step % kill.every == 0 else None,
     )
@@ -146,6 +146,13 @@ def row_of(step: int, kill: Kill) -> Row:
 
 def sketches(step: int) -> np.ndarray:
     return np.full((len(SOURCES), len(PARAMETERS), SKETCH.width), step + 0.5, dtype="<f4")
+
+
+def gram(step: int) -> np.ndarray:
+    """That of the gradients below."""
+    values = np.array([[step + i + j / 2 for i in range(2)] for j in range(2)])
+    numel = np.array([parameter.numel for parameter in PARAMETERS])
+    return numel[:, None, None] * values[:, :, None] * values[:, None, :]
 
 
 def gradients(step: int) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -161,7 +168,7 @@ def gradients(step: int) -> dict[str, dict[str, dict[str, np.ndarray]]]:
 def assert_as_recorded(run: Run, count: int, kill: Kill) -> None:
     steps = np.arange(count)
     assert run.steps.tolist() == steps.tolist()
-    assert (run.gram() == (steps + 1.0)[:, None, None, None] ** 2).all()
+    assert np.array_equal(run.gram(), np.array([gram(step) for step in steps]).reshape(-1, 2, 2, 2))
     assert count == 0 or (run.losses()["forget"] == steps).all()
     if kill.sketches:
         assert all((run.sketch("forget")[step] == step + 0.5).all() for step in steps)

@@ -102,7 +102,7 @@ def test_dropped_rows_give_their_place_to_others(tmp_path: Path, ranks: int) -> 
     assert_same(open_run(path).gradient("forget", 10), decoded("forget", 10))
     for step in (6, 7, 8):
         for rank, to in reversed(list(enumerate(writers))):
-            to.append(row(step, encoded(100 + step, "full", ranks, rank)))
+            to.append(row(step, encoded(100 + step, "full", ranks, rank), of=100 + step))
     for to in writers:
         to.close(complete=True)
     run = open_run(path)

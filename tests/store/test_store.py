@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from geffect.store import RunFileError, open_run
-from geffect.store.schema import RECTIFICATION_COLUMNS, STEP_COLUMNS, VERSION, WEIGHT_STATISTICS
+from geffect.store.schema import (
+    READABLE,
+    RECTIFICATION_COLUMNS,
+    STEP_COLUMNS,
+    VERSION,
+    WEIGHT_STATISTICS,
+)
 from geffect.store.writer import FIRST_CAPACITY, RunWriter
 from tests.utils.runs import (
     BLOCKS,
@@ -167,7 +173,7 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, kind: str, ho
         "text": ("not HDF5, or that is cut off", "record again"),
         "other": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
         "half": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
-        "older": (f"Found format {VERSION - 1}", "with the geffect that wrote it"),
+        "older": (f"Found format {READABLE[0] - 1}", "with the geffect that wrote it"),
         "newer": (f"Found format {VERSION + 1}", "Update geffect"),
     }[kind]
     make_file_of_kind(path, kind)
@@ -203,7 +209,7 @@ def make_file_of_kind(path: Path, kind: str) -> None:
     elif kind in ("older", "newer"):
         recorded(path, plain_rows(1))
         with h5py.File(path, "r+") as file:
-            file.attrs["format_version"] = VERSION + {"older": -1, "newer": 1}[kind]
+            file.attrs["format_version"] = {"older": READABLE[0], "newer": VERSION + 2}[kind] - 1
     else:
         with h5py.File(path, "w") as file:
             file["weights"] = [1.0]

@@ -11,6 +11,8 @@ from geffect.sketch import Sketch
 from geffect.store.schema import RECTIFICATION_COLUMNS, WEIGHT_STATISTICS, Contents, Row
 from geffect.store.writer import RunWriter
 
+from .seals import seal
+
 SOURCES = ("objective", "forget", "retain")
 BLOCKS = ("layer 0", "head")
 PARAMETERS = (
@@ -114,10 +116,12 @@ def assert_same_bits(found: np.ndarray, expected: Any) -> None:
     assert found.tobytes() == expected.tobytes()
 
 
-def damage(path: Path, name: str, where: Any, value: float) -> None:
-    """Change one number of a file."""
+def damage(path: Path, name: str, where: Any, value: float, *, sealed: bool = True) -> None:
+    """Change one number of a file, with checksums as if it had been written so, or without."""
     with h5py.File(path, "r+") as file:
         file[name][where] = value
+    if sealed:
+        seal(path)
 
 
 PLAIN = Contents(SOURCES, MANIFEST)

@@ -85,8 +85,13 @@ def decoded(source: str, step: int, encoding: str = "full") -> list[np.ndarray]:
     return [ENCODINGS[encoding].decode(arrays[layer], n) for layer, n in numel.items()]
 
 
-def row(step: int, gradients: object, *, batch: int = 0) -> Row:
-    gram = np.ones((len(PARAMETERS), 2, 2))
+def row(step: int, gradients: object, *, batch: int = 0, of: int | None = None) -> Row:
+    """A row with the gradients of this step, or of another."""
+    vectors = [
+        np.stack([vector_of(source, step if of is None else of, i) for source in SOURCES])
+        for i in range(len(PARAMETERS))
+    ]
+    gram = np.stack([pair.astype("f8") @ pair.astype("f8").T for pair in vectors])
     return Row(step, np.zeros(2), gram, batch=batch, gradients=gradients)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,158 @@
+"""HDF5 files of which nothing is believed: no length, no type, no link, before it is compared.
+
+A damaged file may say that a dataset has 2^40 numbers, or that they lie in another file. Here it is
+refused before anything is allocated, followed or converted. Texts of any length, which format 2
+has, are never read by HDF5: a zeroed heap of theirs hangs it; see `heap`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from . import heap
+from .outside import check_self_contained, open_plain
+from .schema import Array
+
+PACKED = 1100
+"""No filter of HDF5 makes what it stores shorter than this part: deflate reaches 1032."""
+
+
+class BoundedFile:
+    """A file that is open for reading. What it raises is a ValueError or one of HDF5's own."""
+
+    def __init__(self, file: h5py.File, stream: BinaryIO, size: int) -> None:
+        self._file, self._stream, self._size = file, stream, size
+
+    def __contains__(self, name: str) -> bool:
+        place: Any = self._file.id
+        for part in name.encode().split(b"/"):
+            if not isinstance(place, h5py.h5g.GroupID) or not place.links.exists(part):
+                return False
+            place = _inside(place, part)
+        return True
+
+    @property
+    def version(self) -> int:
+        """That of the format."""
+        return int(self.attribute("format_version"))
+
+    def check_self_contained(self) -> None:
+        """Refuse a file that shows what lies elsewhere, but for the segments of its gradients."""
+        check_self_contained(self._file)
+
+    def names(self, group: str = "/") -> list[str]:
+        """The members of a group."""
+        return sorted(self._group(group))
+
+    def attribute(self, name: str) -> Any:
+        """A number or a short text of the root; None where there is none, or another one."""
+        if not h5py.h5a.exists(self._file.id, name.encode()):
+            return None
+        found = h5py.h5a.open(self._file.id, name.encode())
+        kind = found.get_type()
+        short = found.shape == () and kind.get_size() <= 64
+        if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and short:
+            return bytes(self._file.attrs[name]).decode("ascii")
+        if isinstance(kind, h5py.h5t.TypeIntegerID) and short:
+            return int(self._file.attrs[name])
+        return None
+
+    def dataset(
+        self, name: str, dtype: np.dtype[Any] | None = None, shape: tuple[int, ...] | None = None
+    ) -> h5py.Dataset:
+        """A dataset whose numbers lie in this file, all of them; of this type and shape."""
+        place: Any = self._file.id
+        for part in name.encode().split(b"/"):
+            place = _inside(place, part)
+        if not isinstance(place, h5py.h5d.DatasetID):
+            raise ValueError(f"no dataset at `{name}`")
+        dataset = h5py.Dataset(place)
+        if dtype is not None and dataset.dtype != dtype:
+            raise ValueError(f"{dataset.dtype} instead of {dtype} in `{name}`")
+        if shape is not None and dataset.shape != shape:
+            raise ValueError(f"the shape {dataset.shape} instead of {shape} in `{name}`")
+        self._check_room(name, dataset)
+        return dataset
+
+    def rows(
+        self, name: str, dtype: np.dtype[Any], count: int, entry: tuple[int | None, ...]
+    ) -> h5py.Dataset:
+        """A dataset of at least `count` rows, each of the shape `entry`; None is any length."""
+        dataset = self.dataset(name, dtype)
+        held: tuple[int, ...] = dataset.shape or ()
+        fits = len(held) == 1 + len(entry) and held[0] >= count
+        if not fits or any(b not in (None, a) for a, b in zip(held[1:], entry, strict=True)):
+            raise ValueError(f"the shape {held} instead of {(count, *entry)} in `{name}`")
+        return dataset
+
+    def array(self, name: str) -> Array:
+        """All of a dataset of numbers, or of texts of a fixed length as bytes."""
+        dataset = self.dataset(name)
+        if dataset.dtype.kind not in "biufS" or dataset.shape is None:
+            raise ValueError(f"{dataset.dtype} in `{name}`")
+        values = np.empty(dataset.shape, dataset.dtype)
+        if values.size:
+            dataset.read_direct(values)
+        return values
+
+    def texts_of_any_length(self, name: str) -> NDArray[np.object_]:
+        """All of a dataset of texts in a heap, as format 2 has them."""
+        dataset = self.dataset(name)
+        kind = dataset.id.get_type()
+        if not isinstance(kind, h5py.h5t.TypeStringID) or not kind.is_variable_str():
+            raise ValueError(f"{dataset.dtype} instead of texts in `{name}`")
+        if dataset.shape is None or not prod(dataset.shape):
+            return np.empty(dataset.shape or 0, dtype=object)
+        offset = dataset.id.get_offset()
+        if offset is None:
+            raise ValueError(f"texts that another program has laid out anew, in `{name}`")
+        return heap.texts(
+            self._stream, self._size, offset, dataset.shape, base=self._file.userblock_size
+        )
+
+    def _group(self, name: str) -> h5py.Group:
+        place: Any = self._file.id
+        for part in filter(None, name.encode().split(b"/")):
+            place = _inside(place, part)
+        if not isinstance(place, h5py.h5g.GroupID):
+            raise ValueError(f"no group at `{name}`")
+        return h5py.Group(place)
+
+    def _check_room(self, name: str, dataset: h5py.Dataset) -> None:
+        plan, stored = dataset.id.get_create_plist(), dataset.id.get_storage_size()
+        layout, size = plan.get_layout(), prod(dataset.shape or ()) * dataset.dtype.itemsize
+        if layout == h5py.h5d.VIRTUAL or plan.get_external_count():
+            raise ValueError(f"numbers that lie outside of the file, in `{name}`")
+        if layout == h5py.h5d.CHUNKED:
+            # Another program's copy: as much as the packed bytes may hold.
+            chunk = prod(plan.get_chunk()) * dataset.dtype.itemsize
+            room = PACKED * min(stored, self._size) if plan.get_nfilters() else stored
+            fits = size <= room and chunk <= PACKED * self._size
+        else:
+            offset = dataset.id.get_offset() or 0
+            fits = size <= stored and offset + size <= self._size
+        if not fits:
+            raise ValueError(f"{size} bytes in `{name}`, for which the file has no room")
+
+
+def _inside(group: Any, name: bytes) -> Any:
+    """A member of a group, which is no link to another place."""
+    if not isinstance(group, h5py.h5g.GroupID) or not group.links.exists(name):
+        raise KeyError(f"no `{name.decode(errors='replace')}`")
+    if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"a link at `{name.decode(errors='replace')}`, where numbers should be")
+    return h5py.h5o.open(group, name)
+
+
+@contextmanager
+def read_hdf5(path: Path) -> Iterator[BoundedFile]:
+    """A file, through a stream of our own, which HDF5 does not lock: it may be being written."""
+    with open_plain(path) as stream, h5py.File(stream, "r") as file:
+        yield BoundedFile(file, stream, os.fstat(stream.fileno()).st_size)

@@ -1,0 +1,76 @@
+"""Texts of any length in an HDF5 file, read without HDF5, which hangs on a heap of zeros.
+
+A dataset of such texts has, for each, its length, the address of a collection of the global heap,
+and the number of an object there. A collection begins with its size; so does each object, and these
+are what damage leaves without an end. Of the objects and bytes, no more are read than a file of its
+size has.
+"""
+
+import struct
+from math import prod
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+_REFERENCE = struct.Struct("<IQI")  # length, address, object
+_COLLECTION = struct.Struct("<4sB3xQ")  # "GCOL", version, size
+_OBJECT = struct.Struct("<HHIQ")  # number, references, nothing, size
+
+Places = dict[int, tuple[int, int]]
+"""From where to where in the file each object of a collection lies."""
+
+
+def texts(
+    stream: BinaryIO, size: int, offset: int, shape: tuple[int, ...], *, base: int
+) -> NDArray[np.object_]:
+    """The texts of a dataset that begins at `offset` of a file; addresses count from `base` on."""
+    if prod(shape) * _REFERENCE.size > size:
+        raise ValueError(f"{prod(shape)} texts, for which the file has no room")
+    whole = _read(stream, offset, prod(shape) * _REFERENCE.size)
+    collections: dict[int, Places] = {}
+    found: list[str] = []
+    room, spare = size, size  # for texts, and for collections: none lies twice in a file
+    for length, address, number in _REFERENCE.iter_unpack(whole):
+        if not length:
+            found.append("")
+            continue
+        if address not in collections:
+            collections[address], taken = _places(stream, spare, base + address)
+            spare -= taken
+        begin, end = collections[address].get(number, (0, 0))
+        room -= length
+        if length > end - begin or room < 0:
+            raise ValueError(f"a text of {length} bytes, which are not there")
+        found.append(_read(stream, begin, length).decode())
+    values = np.empty(len(found), dtype=object)
+    values[:] = found
+    return values.reshape(shape)
+
+
+def _places(stream: BinaryIO, most: int, address: int) -> tuple[Places, int]:
+    """The objects of a collection, and its size, which is at most `most`."""
+    mark, version, length = _COLLECTION.unpack(_read(stream, address, _COLLECTION.size))
+    if mark != b"GCOL" or version != 1 or length > most:
+        raise ValueError("no texts where they should be")
+    whole = _read(stream, address, length)
+    places: Places = {}
+    at = _COLLECTION.size
+    while at + _OBJECT.size <= length:
+        number, _, _, count = _OBJECT.unpack_from(whole, at)
+        begin = at + _OBJECT.size
+        if not number:  # what is left is free
+            break
+        if begin + count > length or number in places:
+            raise ValueError("texts that have no end")
+        places[number] = (address + begin, address + begin + count)
+        at = begin + -(-count // 8) * 8
+    return places, length
+
+
+def _read(stream: BinaryIO, offset: int, count: int) -> bytes:
+    stream.seek(offset)
+    found = stream.read(count)
+    if len(found) < count:
+        raise ValueError(f"{count} bytes at {offset}, beyond the end of the file")
+    return found
