@@ -3,7 +3,8 @@
 import json
 from textwrap import indent
 
-from geffect.layers import layers_of
+from geffect.layers import in_network_order, layers_of, part_of
+from geffect.places import OTHER
 from geffect.text import plain
 
 from .options import FactsFormat, FactsFormatOption
@@ -27,7 +28,9 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         "sources": list(opened.sources),
         "parameters": len(opened.layers),
         "numbers": sum(parameter.numel for parameter in opened.layers),
+        "towers": in_network_order(opened.layers, [row.tower for row in opened.layers]),
         "layers": layers_of(opened.layers),
+        "other": [row.name for row in opened.layers if part_of(row) == OTHER],
         **opened.manifest,
     }
     if form is FactsFormat.JSON:
@@ -43,7 +46,7 @@ def _said(value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(_line(name, inner) for name, inner in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(map(plain, value))
+        return ", ".join(map(plain, value)) or "none"
     return f"{value:,}" if type(value) is int else plain(value)  # True is an int too
 
 

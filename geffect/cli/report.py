@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from geffect.text import plain
 
-from .selection import written_as
+from .options import choice
+from .selection import By, written_as
 from .terminal import say, terminal
 
 if TYPE_CHECKING:
@@ -38,17 +39,25 @@ def command(
             help="The page to write (.html).",
         ),
     ],
+    by: Annotated[
+        By,
+        choice("--by", By, "The rows of the pictures of G-effects and cosines", "BLOCKS"),
+    ] = By.LAYER,
 ) -> None:
     """Write the scores and pictures of one or several runs into a page that opens offline."""
     from geffect import open_run
 
-    output.write_text(runs_report([open_run(path) for path in runs]), encoding="utf-8")
+    page = runs_report([open_run(path) for path in runs], by)
+    output.write_text(page, encoding="utf-8")
     say(terminal(), f"{len(runs)} runs in {output}")
 
 
-def runs_report(runs: Sequence["Run"]) -> str:
-    """The page of some runs: what was recorded, and for each its G-effects, cosines, conflicts."""
-    return _render("runs.html.jinja", runs=[_sections(run) for run in runs])
+def runs_report(runs: Sequence["Run"], by: str = By.LAYER) -> str:
+    """The page of some runs: what was recorded, and for each its G-effects, cosines, conflicts.
+
+    - `by`: what its pictures have a row for, one of `geffect.groups.LABELS`.
+    """
+    return _render("runs.html.jinja", by=by, runs=[_sections(run, by) for run in runs])
 
 
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
@@ -73,11 +82,10 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
     )
 
 
-def _sections(run: "Run") -> dict[str, Any]:
+def _sections(run: "Run", by: str) -> dict[str, Any]:
     from geffect import plots
     from geffect.analysis import conflict, cosine, g_effect
 
-    layers = g_effect(run)
     rates = conflict(run).groupby("layer", observed=True)["value"].mean()
     last = g_effect(run, "model")
     return {
@@ -89,8 +97,8 @@ def _sections(run: "Run") -> dict[str, Any]:
         "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
         "last": last[last["step"] == last["step"].max()].set_index("effect")["value"].to_dict(),
         "conflicts": rates.to_dict(),
-        "g_effect": _drawn(plots.sheet(layers)),
-        "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain"))),
+        "g_effect": _drawn(plots.sheet(g_effect(run, by))),
+        "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain", by))),
         **_rectification(run),
         **_weights(run),
         **_effects(run),

@@ -32,8 +32,12 @@ class By(StrEnum):
     """What values are summed over."""
 
     PARAMETER = "parameter"
+    EXPERT = "expert"
     LAYER = "layer"
     GROUP = "group"
+    PAPER = "paper"  # groups of the depth: thirds
+    CODE = "code"  # below 10, from 10 to 19, from 20 on
+    TOWER = "tower"
     MODEL = "model"
 
 
