@@ -17,6 +17,7 @@ __all__ = [
     "Differences",
     "DirectionWatch",
     "Move",
+    "Standstill",
     "StepFollower",
     "check_descends",
     "check_owned",
@@ -164,6 +165,32 @@ class Differences(Sequence[Tensor | None]):
         now, before = self._parameters[place].detach(), self._before[place]
         # In half precision the difference of two numbers has more digits than either.
         return now - before if now.itemsize > 2 else now.float() - before.float()
+
+
+class Standstill:
+    """Tells whether parameters have moved since it was made, whoever moves them.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> still = Standstill([weight])
+    >>> _ = weight.data.sub_(0.5)
+    >>> still.over
+    True
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters, self._prints = parameters, _prints(parameters)
+        self._versions = [parameter._version for parameter in parameters]
+
+    @property
+    def likely_over(self) -> bool:
+        """Whether something may have moved; what goes around autograd is not noticed."""
+        versions = [parameter._version for parameter in self._parameters]
+        return versions != self._versions and self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether a value is another one."""
+        return not torch.equal(self._prints, _prints(self._parameters))
 
 
 @dataclass(frozen=True)

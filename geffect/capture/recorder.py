@@ -201,6 +201,7 @@ class Recorder:
                 [*of_step.items()], sorted(weights or ()), accumulate, self.due
             )
         window = window or Window(self._watched, self._next, self.due, of_step, rectifier)
+        window.check_still(last=not accumulate)
         window.add(passes, weights or {}, last=not accumulate)
         if accumulate:
             self._window = window
@@ -277,12 +278,7 @@ class Recorder:
         window, self._window = self._window, None
         if window is None:
             return
-        if window.rectifier is not None:
-            raise RuntimeError(
-                "The last micro-batch of a step should be passed with accumulate=False, for its "
-                f"gradient to be rectified. Found the end of the step after {window.micro} "
-                "micro-batches with accumulate=True. Tell the last one, also of a partial window."
-            )
+        window.check_may_end()
         self._finish(window)
 
     def _check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:

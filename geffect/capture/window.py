@@ -12,7 +12,7 @@ from geffect.layers import trainable
 from geffect.losses import Passes, check_no_step_inside
 from geffect.objectives import statistics
 from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, is_reserved
-from geffect.steps import Move
+from geffect.steps import Move, Standstill
 
 from .collector import Measurement
 from .header import Declared
@@ -80,12 +80,15 @@ class Window:
     scaled: bool = False
     gradients: Gradients | None = None
     rectified: Vector | None = None
+    still: Standstill | None = None  # from the first micro-batch of several on
     measured: Measurement | None = None
     written: bool = False
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, passes: Passes, weights: Mapping[str, Tensor], *, last: bool) -> None:
         """Run the passes of a micro-batch, into `.grad` unless a rectifier comes first."""
+        if self.captured and self.still is None and not last:
+            self.still = Standstill(self.of.parameters)
         self.micro += 1
         self.scaled = passes.scale != 1.0
         for name, values in weights.items():
@@ -107,6 +110,29 @@ class Window:
             self.gradients.add_(gradients)
         if self.rectifier is not None and last:
             self.rectifier.observe(self.gradients)
+
+    def check_still(self, *, last: bool) -> None:
+        """Refuse to go on, or to end, where parameters have moved since the first micro-batch."""
+        still = self.still
+        if still is None:
+            return
+        with distributed.raise_on_all_ranks():
+            if still.over if last else still.likely_over:
+                raise RuntimeError(
+                    "The last micro-batch of a step should be passed with accumulate=False, before "
+                    f"the parameters move. Found them moved after {self.micro} micro-batches with "
+                    "accumulate=True. Tell the last one, also of a partial window."
+                )
+
+    def check_may_end(self) -> None:
+        """Refuse a window that ends although its last micro-batch was not said to be the last."""
+        if self.rectifier is not None:
+            raise RuntimeError(
+                "The last micro-batch of a step should be passed with accumulate=False, for its "
+                f"gradient to be rectified. Found the end of the step after {self.micro} "
+                "micro-batches with accumulate=True. Tell the last one, also of a partial window."
+            )
+        self.check_still(last=True)
 
     def take(self, gradients: Gradients, n_micro: int) -> None:
         """Take gradients that are there already, of so many micro-batches."""

@@ -309,7 +309,7 @@ def _summed(weights: Tensor, vectors: Vectors, mask: Tensor | None, scale: Tenso
     _, (u, *averages) = _in_metric([widened(u), *averages], mask, scale)
     assert u is not None
     own, *others = weights.tolist()
-    x = u * own
+    x: Tensor = u * own
     for weight, average in zip(others, averages, strict=True):
         if weight and average is not None:
             x += weight * average

@@ -294,6 +294,39 @@ def test_a_window_of_micro_batches_is_one_step(told: bool, tmp_path: Path) -> No
     np.testing.assert_allclose(run.gram()[:, :, k, k].sum(axis=1), moved, rtol=1e-6)
 
 
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_step_by_hand_after_a_window_that_was_never_ended_is_refused(
+    update: bool, through_data: bool, tmp_path: Path
+) -> None:
+    model = network()
+
+    def step() -> None:
+        for p in model.parameters():
+            (p.data if through_data else p.detach()).sub_(0.1 * p.grad)
+            p.grad = None
+
+    def window(recorder: Recorder, ends: bool) -> None:
+        for micro in range(2):
+            recorder.backward(objective=risk(model, batch(micro)), accumulate=not (ends and micro))
+
+    refused = pytest.raises(RuntimeError, match=r"before the parameters move. Found them moved aft")
+    with Recorder(model, tmp_path / "told.h5", update=update) as recorder:
+        window(recorder, True)
+        step()
+        window(recorder, True)
+    with refused, Recorder(model, tmp_path / "next.h5", update=update) as recorder:
+        window(recorder, False)
+        step()
+        window(recorder, True)
+    with refused, Recorder(model, tmp_path / "closed.h5", update=update) as recorder:
+        window(recorder, False)
+        step()
+    assert open_run(tmp_path / "told.h5").steps.tolist() == [0, 1]
+    for name in ("next.h5", "closed.h5"):
+        assert not (tmp_path / name).exists()
+
+
 def test_the_last_micro_batch_in_a_closure_is_told(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
