@@ -21,6 +21,7 @@ from .style import (
     new_axes,
     step_axis,
     thinned,
+    towers_apart,
     wrapped,
 )
 
@@ -34,7 +35,8 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Returns the axes. Raises ValueError for a table of more than
     one panel.
 
-    A column reaches half way to the captured steps beside it, so that x is time.
+    A column reaches half way to the captured steps beside it, so that x is time. A line separates
+    the towers of a model.
 
     >>> from matplotlib.figure import Figure
     >>> from geffect.scores import Score, tidy
@@ -62,6 +64,7 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         rasterized=True,  # thousands of vector cells show seams and make a heavy file
     )
     ax.set_ylim(len(frame.blocks) - 0.5, -0.5)
+    towers_apart(ax.axhline, frame.blocks)
     places = thinned(len(frame.blocks))
     ax.set_yticks(places, [drawn(names[place]) for place in places])
     ax.set_ylabel(drawn(block), fontsize="medium")

@@ -22,6 +22,7 @@ from .style import (
     note,
     step_axis,
     thinned,
+    towers_apart,
     value_axis,
 )
 
@@ -36,7 +37,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     one panel.
 
     Each effect or run has a line: the first column that tells rows apart gives the colour, the last
-    the dashes.
+    the dashes. A gap separates the towers of a model.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
@@ -66,6 +67,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             marker=marker, markersize=3, zorder=3,
         )  # fmt: skip
         ax.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
+    towers_apart(ax.axvline, frame.blocks)
     places = thinned(len(frame.blocks), most=14)
     ax.set_xticks(
         places,

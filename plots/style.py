@@ -3,10 +3,10 @@
 Everything is passed to the artists it is meant for; the reader's own rcParams stay as they are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import cycle
+from itertools import cycle, pairwise
 from textwrap import wrap
 from typing import Literal
 
@@ -21,8 +21,10 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymL
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
 
+from geffect.places import tower_in
 from geffect.scores import score_of
 from geffect.text import plain
 
@@ -265,6 +267,15 @@ def write_labels(legend: Legend, labels: Iterable[str]) -> None:
     """Give a legend its labels, also those that matplotlib leaves out: they begin with `_`."""
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)
+
+
+def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
+    """Separates the blocks of different towers, by `ax.axvline` or `ax.axhline` between them."""
+    towers = list(map(tower_in, blocks))
+    for place, (before, after) in enumerate(pairwise(towers), start=1):
+        if before != after:
+            line(place - 0.5, color="white", linewidth=5, zorder=4)
+            line(place - 0.5, color=QUIET, linewidth=0.6, zorder=5)
 
 
 def heading(ax: Axes, text: str) -> None:

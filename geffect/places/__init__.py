@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .experts import EXPERT, ROUTER, SHARED_EXPERT, expert_of, roles
 from .names import spots
 from .stacks import LAYER, parts
-from .towers import MODEL, homes, tower_order
+from .towers import MODEL, homes, tower_in, tower_order
 from .words import EMBEDDING, FINAL_NORM, HEAD, OTHER, POOLER, PROJECTOR
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Place",
     "expert_of",
     "places",
+    "tower_in",
     "tower_order",
 ]
 

@@ -1,5 +1,6 @@
 """Towers: the parts of a network that have layers of their own, such as one for images."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -9,6 +10,9 @@ from .words import EMBEDDING, PROJECTOR
 
 MODEL = "model"
 
+_OF_TOWER = re.compile(
+    r"(.+?) (?:(?:layers? \d|embedding|final norm|pooler|head|other).*|shallow|middle|deep)"
+)
 _INPUT_SIDE, _OUTPUT_SIDE = ("text", "encoder"), ("text", "decoder")
 _RANKS = {
     **dict.fromkeys(("vision", "audio", "backbone", "encoder"), 0),
@@ -47,6 +51,18 @@ def tower_order(towers: Iterable[str]) -> dict[str, int]:
     names = list(dict.fromkeys(towers))
     ranks = {tower: -1 if "+" in tower else _RANKS.get(tower, 1) for tower in names}
     return {tower: i for i, tower in enumerate(sorted(names, key=ranks.__getitem__))}
+
+
+def tower_in(label: str) -> str:
+    """The tower that the label of a layer or of a depth group begins with; "model" for none.
+
+    >>> tower_in("vision layer 3"), tower_in("layer 3"), tower_in("projector")
+    ('vision', 'model', 'projector')
+    """
+    if label.startswith(PROJECTOR):
+        return PROJECTOR
+    found = _OF_TOWER.fullmatch(label)
+    return found[1] if found else MODEL
 
 
 def _with_words(every: Sequence[Spot]) -> dict[Path, str]:
