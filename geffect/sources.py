@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Iterable
 
+from .near import is_slip
+
 OBJECTIVE = "objective"
 """What unlearning minimises; its parts, where they are recorded, are "objective.<part>"."""
 
@@ -49,13 +51,14 @@ def is_reserved(source: str) -> bool:
 
 
 def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] = ()) -> None:
-    """Refuse names for risks that are those of other gradients, or no names in a file.
+    """Refuse names for risks that are misspelt, those of other gradients, or no names in a file.
 
     >>> check_risks("risks", ["fact_17"], taken=["forget", "retain"])
     >>> check_risks("risks", ["objective.forget"])
     Traceback (most recent call last):
     ValueError: `risks` should have names ... Found 'objective.forget'. Choose another name.
     """
+    names = list(names)
     wrong = [
         repr(name)
         for name in names
@@ -71,4 +74,9 @@ def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] =
             f"`{argument}` should have names of their own: words without a slash, none of "
             f"{others}, nor one that begins with `{OBJECTIVE}` or ends in `{AVERAGE}`. Found "
             f"{', '.join(wrong)}. Choose another name."
+        )
+    for name, meant in ((n, m) for n in names for m in (FORGET, RETAIN) if is_slip(n, m)):
+        raise ValueError(
+            f"`{argument}` should have names that differ from `{meant}` by more than a slip. Found "
+            f"`{name}`. Did you mean `{meant}`? Choose another name if not."
         )

@@ -153,7 +153,7 @@ def run_shell(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     """Commands: ours are run, the slow ones only read; what others name has to be there."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for line in block.replace("\\\n", " ").splitlines():
-        match shlex.split(line, comments=True):
+        match shlex.split(line.partition(" > ")[0], comments=True):
             case ["geffect", "demo" | "plot" | "report" as name, *options]:
                 group: Any = typer.main.get_command(app)
                 group.commands[name].make_context(name, options)

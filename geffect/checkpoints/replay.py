@@ -127,6 +127,7 @@ def replay(
         check_folder(folder)
     first = next(iter(folders.values()))
     own_base = base_of(first)
+    _check_models(minimised, reference, base, own_base, first)
     base = base or own_base
     configured = first if own_base is None or base is None else base
     _check_files(given, configured)
@@ -222,6 +223,26 @@ def _check(
         raise ValueError(
             "`checkpoints` should be two or more for `update`, the way from one to the next. Found "
             "one. Name more, or leave `update` out."
+        )
+
+
+def _check_models(
+    objective: Objective,
+    reference: Folder | None,
+    base: Folder | None,
+    own_base: Folder | None,
+    first: Path,
+) -> None:
+    """Refuse models that nothing is taken from."""
+    if reference is not None and objective.reference == "none":
+        raise ValueError(
+            "`reference` should go with an objective that compares with a model. Found "
+            f"{objective!r}, which compares with none. Leave `reference` out."
+        )
+    if base is not None and own_base is None:
+        raise ValueError(
+            f"`base` should go with adapters, which are for it. Found `{first.name}`, a whole "
+            "model. Leave `base` out."
         )
 
 

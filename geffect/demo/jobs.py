@@ -22,7 +22,7 @@ KINDS = ("original", "gold")
 class Training:
     """Make the model of one kind learn its facts, save it and measure it."""
 
-    out: Path
+    out: Path = field(repr=False)  # a folder that was moved holds the same study
     seed: int
     kind: str
     subject: SubjectConfig
@@ -68,7 +68,7 @@ class Training:
 class Unlearning:
     """One unlearning run, from the original to the levels of the gold model."""
 
-    out: Path
+    out: Path = field(repr=False)
     seed: int
     spec: RunSpec
     variant: Variant
@@ -146,6 +146,11 @@ class Kept:
     def path(self) -> Path:
         """The file with the result."""
         return self.folder / f"{self.name}.json"
+
+    @property
+    def other(self) -> bool:
+        """Whether a result is kept of another job with this name."""
+        return self.path.exists() and self.found() is None
 
     def found(self) -> Any:
         """The result that is kept of the same job; None if there is none."""

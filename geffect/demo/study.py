@@ -176,16 +176,10 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
 
     Figures and tables are not counted: they take seconds.
     """
-    training = _training(out, plan)
-    measured = [kept.found() for kept in _kept(training, out, plan)]
-    gold = {
-        str(job.seed): result
-        for job, result in zip(training, measured, strict=True)
-        if job.kind == "gold" and result is not None
-    }
+    training = _kept(_training(out, plan), out, plan)
     # How far a run goes is read from the gold model of its seed.
-    unlearned = [kept.found() for kept in _kept(_unlearning(out, plan, gold), out, plan)]
-    there = sum(result is not None for result in (*measured, *unlearned))
+    unlearning = _kept(_unlearning(out, plan, _gold(training)), out, plan)
+    there = sum(kept.found() is not None for kept in (*training, *unlearning))
     return there, len(training) + len(plan.seeds) * len(plan.specs())
 
 
@@ -202,11 +196,44 @@ def claim(out: Path, plan: Plan) -> None:
             f"The folder of a study should hold none yet. Found one in `{out}`. Pass "
             "--resume to go on with it, --overwrite to replace it, or choose another folder."
         )
+    if plan.resume:
+        _check_same(out, plan, {file.stem for file in results})
     if plan.overwrite:
         for file in (*results, out / "summary.json"):
             file.unlink(missing_ok=True)
     for folder in ("runs", "models", "figures", "results"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
+    """Refuse a plan that would go on with another study: what that has must be part of it."""
+    training = _kept(_training(out, plan), out, plan)
+    names = {f"{spec.name}-seed{seed}" for seed in plan.seeds for spec in plan.specs()}
+    foreign = found - names - {kept.name for kept in training}
+    gold = _gold(training)
+    foreign |= {
+        kept.name
+        for kept in (*training, *_kept(_unlearning(out, plan, gold), out, plan))
+        if kept.other
+    }
+    if foreign:
+        raise ValueError(
+            "A study to go on with should have the seeds, methods, options and model of the one "
+            f"in `{out}`, or more of them. Found a result of another: "
+            f"{', '.join(sorted(foreign)[:3])}{', ...' if len(foreign) > 3 else ''}. Repeat its "
+            "options, pass --overwrite, or choose another folder."
+        )
+
+
+def _gold(training: Sequence[Kept]) -> dict[str, Any]:
+    """What the gold models that are kept have measured, by seed."""
+    return {
+        str(kept.job.seed): result
+        for kept in training
+        if isinstance(kept.job, Training)
+        and kept.job.kind == "gold"
+        and (result := kept.found()) is not None
+    }
 
 
 def _training(out: Path, plan: Plan) -> list[Training]:

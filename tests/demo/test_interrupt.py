@@ -1,5 +1,6 @@
 """A study that is interrupted ends at once, says what is whole, and is gone on with."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from geffect.demo.config import LEVELS, EmbeddedConfig
+from geffect.demo.jobs import Training
 from geffect.demo.study import Plan, claim, whole
 
 DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
@@ -58,7 +62,9 @@ def test_an_interrupt_ends_the_study_and_its_workers(tmp_path: Path, whom: str) 
 def held(tmp_path: Path) -> Path:
     """A folder with a result of a study."""
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "gold-seed0.json").write_text("{}", encoding="utf-8")
+    job = Training(tmp_path, 0, "gold", Plan().studied)
+    kept = {"job": repr(job), "result": dict.fromkeys(LEVELS, 1.0)}
+    (tmp_path / "results" / "gold-seed0.json").write_text(json.dumps(kept), encoding="utf-8")
     (tmp_path / "own.txt").write_text("of the user", encoding="utf-8")
     return tmp_path
 
@@ -73,6 +79,19 @@ def test_a_folder_that_holds_a_study_is_refused(held: Path) -> None:
 
 def test_what_is_gone_on_with_keeps_its_results(held: Path) -> None:
     claim(held, Plan(resume=True))
+    claim(held, Plan(resume=True, seeds=(1, 0)))
+    moved = held.rename(held.with_name("moved"))
+    claim(moved, Plan(resume=True, all_variants=True))
+    assert (moved / "results" / "gold-seed0.json").exists()
+    assert whole(moved, Plan())[0] == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"seeds": (1,)}, {"quick": True}, {"subject": EmbeddedConfig(epochs=3)}], ids=str
+)
+def test_another_study_is_not_gone_on_with(held: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Found a result of another: gold-seed0"):
+        claim(held, Plan(resume=True, **other))
     assert (held / "results" / "gold-seed0.json").exists()
 
 
