@@ -65,7 +65,10 @@ def tokens(
     first = 0
     for batch in batches:
         # What is scored is the label, also where it is not the token that the model goes on from.
-        ids = batch["input_ids"].where(batch["labels"] == IGNORED, batch["labels"]).tolist()
+        labels, inputs = batch["labels"], batch["input_ids"]
+        # Those of an encoder-decoder are no continuation of its inputs.
+        before = inputs if inputs.shape == labels.shape else labels.new_zeros(labels.shape)
+        ids = before.where(labels == IGNORED, labels).tolist()
         words = ids if tokenizer is None else [_texts(row, tokenizer) for row in ids]
         for name, along in several.items():
             effects = token_effects(model, batch, along)

@@ -76,3 +76,54 @@ def labels_of(batch: Batch) -> Tensor:
             "Add labels that mark the answer tokens."
         )
     return batch["labels"]
+
+
+def begins_anew(positions: Tensor) -> Tensor:
+    """Where positions that count the tokens of a text fall back, `Bool[..., position]`.
+
+    >>> begins_anew(torch.tensor([0, 1, 2, 0, 1]))
+    tensor([False, False, False,  True, False])
+    """
+    fallen = positions[..., 1:] < positions[..., :-1]
+    return torch.cat([torch.zeros_like(fallen[..., :1]), fallen], dim=-1)
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a row holds several answers, as rows without padding do.
+
+    These are told by `position_ids` that begin anew, by numbers of texts in `seq_idx` or in the
+    mask, or by the ends of texts in `cu_seq_lens_q`; a row without any of these is one text.
+
+    >>> labels, positions = torch.tensor([[-100, 5, -100, 6]]), torch.tensor([[0, 1, 0, 1]])
+    >>> is_packed({"labels": labels}), is_packed({"labels": labels, "position_ids": positions})
+    (False, True)
+    """
+    batch = original_of(batch)
+    labels = labels_of(batch)
+    begins = torch.zeros_like(labels, dtype=torch.bool)
+    positions = batch.get("position_ids")
+    if positions is not None and positions.shape[-1] == labels.shape[-1]:
+        # Of several counts, as for images, the first is that of the text or of time.
+        begins |= begins_anew(positions[0] if positions.ndim > 2 else positions).to(labels.device)
+    for numbers in (batch.get("seq_idx"), batch.get("attention_mask")):
+        if numbers is not None and numbers.shape == labels.shape:
+            changes = (numbers[:, 1:] != numbers[:, :-1]) & (numbers[:, 1:] > 0)
+            begins[:, 1:] |= (changes & (numbers[:, :-1] > 0)).to(labels.device)
+    ends = batch.get("cu_seq_lens_q")
+    if ends is not None:
+        begins.view(-1)[ends[1:-1].long().to(labels.device)] = True
+    text = begins.cumsum(dim=-1)
+    scored = labels != IGNORED
+    last = text.masked_fill(~scored, -1).amax(dim=-1)
+    first = text.masked_fill(~scored, labels.shape[-1]).amin(dim=-1)
+    return bool((first < last).any())
+
+
+def check_one_answer(batch: Mapping[str, Any], whose: str) -> None:
+    """Refuse rows of several answers where each row counts as one."""
+    if is_packed(batch):
+        raise ValueError(
+            f"A batch should have one answer a row for {whose}. Found rows with several, whose "
+            "positions begin anew. Pass an answer a row, padded as `geffect.data.collate.collate` "
+            "does it; means over tokens, such as `nll`, GA, WGA and TNPO, take packed rows."
+        )

@@ -1,8 +1,8 @@
 """The derivative of a function of parameters along one direction."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def differential(
     """The function at the parameters, and its derivative there: d/de f(theta + e v) at e = 0.
 
     One evaluation in forward mode. Where an operation has no forward rule, as a fused kernel of
-    one's own, a central difference of two more evaluations takes its place and is warned of; its
-    error is about the cube root of the squared precision of the parameters.
+    one's own, each number of the function takes a backward pass, which is said once: the function
+    should have few.
 
     >>> value, slope = differential(
     ...     lambda parameters: parameters["x"] ** 2, {"x": torch.tensor(3.0)},
@@ -32,16 +32,21 @@ def differential(
     """
     along = {name: tensor.detach().to(at[name].dtype) for name, tensor in along.items()}
     at = {name: tensor.detach() for name, tensor in at.items()}
-    # Of the attention kernels of torch only the plain one has a forward rule.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        try:
+    try:
+        # Of the attention kernels of torch only the plain one has a forward rule.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return _by_forward_mode(function, at, along)
-        except NotImplementedError as missing:
-            _log.warning(
-                "Falling back on a finite difference, which is less accurate: %s",
-                str(missing).partition("\n")[0],
-            )
-            return _by_difference(function, at, along)
+    except NotImplementedError as missing:
+        _say(str(missing).partition("\n")[0])
+    return _by_backward_passes(function, at, along)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products over the last dimension, in float32 at least, as float64 for their sums."""
+    precise = torch.promote_types(a.dtype, torch.float32)
+    a, b = (torch.atleast_1d(x).to(precise) for x in (a, b))
+    inner: Tensor = torch.linalg.vecdot(a, b)
+    return inner.double()
 
 
 def _by_forward_mode(
@@ -53,22 +58,30 @@ def _by_forward_mode(
     return value, torch.zeros_like(value) if slope is None else slope
 
 
-def _by_difference(
+def _by_backward_passes(
     function: Callable[[Parameters], Tensor], at: Parameters, along: Parameters
 ) -> tuple[Tensor, Tensor]:
-    value = function(at)
-    length = _norm(along)
-    if length == 0:
-        return value, torch.zeros_like(value)
-    precision = max(torch.finfo(tensor.dtype).eps for tensor in at.values())
-    # Where the error of a central difference, step^2, meets that of rounding, precision / step.
-    step = precision ** (1 / 3) * (_norm(at) or 1.0) / length
-    ahead, behind = (
-        function({name: tensor + side * along[name] for name, tensor in at.items()})
-        for side in (step, -step)
+    leaves = {name: tensor.requires_grad_() for name, tensor in at.items()}
+    with torch.enable_grad():
+        value = function(leaves)
+        numbers = value.flatten().unbind()
+    slopes = torch.zeros_like(value, dtype=torch.float64)
+    if value.requires_grad:
+        for i, number in enumerate(numbers):
+            gradient = torch.autograd.grad(
+                number, [*leaves.values()], retain_graph=True, allow_unused=True
+            )
+            slopes.view(-1)[i] = sum(
+                products(g.flatten(), along[name].flatten())
+                for name, g in zip(leaves, gradient, strict=True)
+                if g is not None
+            )
+    return value.detach(), slopes
+
+
+@cache
+def _say(why: str) -> None:
+    """Said once of each reason."""
+    _log.warning(
+        "One backward pass for each token or sample takes the place of one for all: %s", why
     )
-    return value, (ahead - behind) / (2 * step)
-
-
-def _norm(tensors: Parameters) -> float:
-    return math.hypot(*(float(tensor.double().norm()) for tensor in tensors.values()))

@@ -6,19 +6,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from geffect.batch import Batch
+from geffect.batch import Batch, check_one_answer
 from geffect.dots import dense
 from geffect.gradients import Vector, differentiate
 from geffect.hooks import Hooks
 from geffect.layers import describe, in_network_order, trainable
 from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
 
+from .belonging import Aside, aside, strangers
+from .differential import products
 from .direction import check_direction
-from .leaves import Call, products
+from .leaves import Call
+
+_MET: WeakSet[nn.Module] = WeakSet()
+"""Models whose modules were found to have a row a sample, wherever their shape says so."""
 
 
 class InstanceEffects:
@@ -33,9 +39,11 @@ class InstanceEffects:
 
     Nothing is differentiated twice: with delta the gradient at the output of a module f(theta, x),
     <g_b, v> is <delta_b, d/de f(theta + e v, x_b)>, which for a matrix is one more product with its
-    input. The modules have to treat the rows of a batch one by one. That no use of a parameter was
-    missed is checked when the context ends: samples add up to the gradient of the batch. Two
-    contexts around one backward measure two directions.
+    input. The modules have to treat the rows of a batch one by one. Whose the rows are is told by
+    two backward passes more, through the activations alone: for a model that is met for the first
+    time, and where rows may be something else, as those of a position embedding. That no use of a
+    parameter was missed is checked when the context ends: samples add up to the gradient of the
+    batch. Two contexts around one backward measure two directions.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> with InstanceEffects(model, [torch.tensor([[1.0, 0.0]])]) as effects:
@@ -76,6 +84,7 @@ class InstanceEffects:
         self._hooks.remove()
         for forward in self._forwards:
             forward.is_watched = False
+            forward.unproven.clear()
         if kind is None:
             self._check_sums()
 
@@ -108,11 +117,12 @@ class InstanceEffects:
             if own:
                 watch = partial(self._watch, own)
                 self._hooks.add(module.register_forward_hook, watch, with_kwargs=True)
+        self._hooks.add(self._model.register_forward_hook, self._end)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not Aside.running:
             inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            self._forwards.append(_Forward(len(inputs[0])))
+            self._forwards.append(_Forward(inputs[0].shape[:2]))
 
     def _watch(
         self, places: dict[str, int], module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -141,9 +151,30 @@ class InstanceEffects:
             watched.requires_grad_()
         elif watched.is_leaf:  # a parameter as it is, which would keep the hook
             watched = watched.view_as(watched)
-        use = _Use(forward, places, self._along, Call(module, args, kwargs))
+        if Aside.running:  # a checkpointed layer that is run again for it
+            return watched
+        is_sure = forward.has_rows_of_samples(output)
+        use = _Use(forward, places, self._along, Call(module, args, kwargs), is_sure)
         watched.register_hook(use.take)  # of this graph, and gone with it
+        if not forward.has_ended and not (is_sure and self._model in _MET):
+            forward.unproven.append((use, watched))
         return watched
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Refuse modules whose rows are not those of the samples, before a gradient is taken."""
+        if not torch.is_grad_enabled() or Aside.running:
+            return
+        forward = self._forwards[-1]
+        unproven, forward.unproven, forward.has_ended = forward.unproven, [], True
+        if forward.samples == 1 or not unproven:
+            return
+        found = strangers([rows for _, rows in unproven], output, forward.samples)
+        for place in found:
+            use, rows = unproven[place]
+            raise _not_of_samples(use, tuple(rows.shape))
+        for use, _ in unproven:
+            use.is_proven = True
+        _MET.add(self._model)
 
     def _take_batch(self, place: int, gradient: Tensor) -> None:
         along, gradient = self._along[place], dense(gradient)
@@ -218,6 +249,7 @@ def sample_effects(
     found: dict[str, list[Tensor]] = {name: [] for name in directions}
     with undisturbed(model, recompute=False):
         for place, batch in enumerate(batches):
+            check_one_answer(batch, "effects of samples")
             with ExitStack() as stack:
                 effects = {
                     name: stack.enter_context(InstanceEffects(model, along))
@@ -238,9 +270,21 @@ def sample_effects(
 class _Forward:
     """One forward pass: how many samples, and their effects as the backward pass brings them."""
 
-    samples: int
+    shape: Sequence[int]  # of the first input: samples, and positions if it has them
     is_watched: bool = True
     effects: list[tuple[int, Tensor]] = field(default_factory=list)
+    has_ended: bool = False
+    unproven: "list[tuple[_Use, Tensor]]" = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return self.shape[0]
+
+    def has_rows_of_samples(self, output: Tensor) -> bool:
+        """Whether an output is sure to have a row a sample: it has a column a position as well."""
+        is_square = len(self.shape) == 2 and self.shape[0] == self.shape[1]
+        by_position = output.ndim > 2 and output.shape[:2] == torch.Size(self.shape)
+        return self.samples == 1 or (by_position and not is_square)
 
     def table(self, parameters: int) -> Tensor:
         """`Float64[sample, parameter]`, the uses of a parameter summed, on the CPU."""
@@ -266,10 +310,11 @@ class _Use:
     places: Mapping[str, int]
     along: Mapping[int, Tensor]
     call: Call | None
+    is_proven: bool
 
     def take(self, delta: Tensor) -> None:
         """Add the effects of the samples in this use."""
-        if not self.forward.is_watched:
+        if Aside.running or not self.forward.is_watched:
             return
         if self.call is None:
             raise RuntimeError(
@@ -277,11 +322,23 @@ class _Use:
                 "second one through the same graph. Run one of them outside of the context, on a "
                 "forward of its own."
             )
+        if not self.is_proven:
+            raise _not_of_samples(self, tuple(delta.shape))
         call, self.call = self.call, None  # a backward pass frees what it has used
-        with torch.no_grad():
+        with torch.no_grad(), aside():
             for name, place in self.places.items():
                 effects = call.effects(name, self.along[place], delta)
                 self.forward.effects.append((place, effects))
+
+
+def _not_of_samples(use: _Use, shape: Sequence[int]) -> ValueError:
+    name = "a module" if use.call is None else type(use.call.module).__name__
+    return ValueError(
+        "Modules with parameters should return a row for each sample. Found otherwise for "
+        f"{name}, which returned {tuple(shape)} for {use.forward.samples} samples, and whose rows "
+        "are not theirs, or not known to be where layers are checkpointed. Take "
+        "geffect.effects.token_effects, which needs no rows."
+    )
 
 
 @contextmanager

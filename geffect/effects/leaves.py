@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .differential import differential
+from .differential import differential, products
 
 # d/de f(theta + e v, x) where that is cheaper than the module in forward mode. By full names:
 # a subclass may compute something else, and transformers is not imported here.
@@ -48,7 +48,7 @@ class Call:
         kind = f"{type(self.module).__module__}.{type(self.module).__qualname__}"
         rule = _RULES.get((kind, name))
         if rule is None:
-            return _by_row(delta, self._differential(name, v))
+            return self._differential(name, v, delta)
         # Sample by sample: no second output has to be in memory.
         rows = self._input.expand(len(delta), *self._input.shape[1:])
         return torch.stack([_of_sample(rule, x, v, d) for x, d in zip(rows, delta, strict=True)])
@@ -59,22 +59,14 @@ class Call:
         assert isinstance(x, Tensor)
         return x
 
-    def _differential(self, name: str, v: Tensor) -> Tensor:
-        def output(parameters: Mapping[str, Tensor]) -> Tensor:
-            found: Tensor = functional_call(
+    def _differential(self, name: str, v: Tensor, delta: Tensor) -> Tensor:
+        def effects(parameters: Mapping[str, Tensor]) -> Tensor:
+            output: Tensor = functional_call(
                 self.module, dict(parameters), tuple(self.args), dict(self.kwargs)
             )
-            return found
+            return products(delta, output).reshape(len(delta), -1).sum(dim=1)
 
-        return differential(output, {name: self.module.get_parameter(name)}, {name: v})[1]
-
-
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products over the last dimension, in float32 at least, as float64 for their sums."""
-    precise = torch.promote_types(a.dtype, torch.float32)
-    a, b = (torch.atleast_1d(x).to(precise) for x in (a, b))
-    inner: Tensor = torch.linalg.vecdot(a, b)
-    return inner.double()
+        return differential(effects, {name: self.module.get_parameter(name)}, {name: v})[1]
 
 
 def _of_sample(
@@ -89,7 +81,3 @@ def _of_sample(
         if not felt.all():
             x, delta = x[felt], delta[felt]
     return products(delta, rule(x, v)).sum()
-
-
-def _by_row(delta: Tensor, tangent: Tensor) -> Tensor:
-    return products(delta, tangent).reshape(len(delta), -1).sum(dim=1)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch
+from geffect.batch import Batch, check_one_answer
 from geffect.gradients import Vector
 from geffect.hooks import Hooks
 from geffect.layers import trainable
-from geffect.risk import predicts_next, token_log_probabilities, undisturbed
+from geffect.risk import predicts_next, scored_tokens, token_log_probabilities, undisturbed
 
 from .differential import Parameters, differential
 from .direction import check_direction
@@ -47,7 +47,9 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     This is the effect of the loss of a token, spread over all positions that the token is predicted
     from. What the parameters do at one position is another quantity with the same sum.
 
-    All derivatives come from one pass, d/de log p(s^i; theta + e grad R) at e = 0. In eval mode;
+    All derivatives come from one pass, d/de log p(s^i; theta + e grad R) at e = 0. Where an
+    operation has no forward rule (the experts of a mixture, an LSTM, kernels of one's own), each
+    token takes a backward pass. In eval mode;
     frozen parameters stand still, tied ones move in all their places, and the model stays as it
     was.
 
@@ -64,25 +66,31 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     """
     tensors = list(trainable(model).values())
     check_direction(tensors, direction)
+    check_one_answer(batch, "effects of tokens, which add up to those of samples")
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     moving = [(p, v) for p, v in zip(tensors, direction, strict=True) if v is not None]
     with undisturbed(model, recompute=False), _padding_stands_still(model):
+        scored = scored_tokens(model, batch)
 
         def log_probabilities(parameters: Parameters) -> Tensor:
-            return token_log_probabilities(_At(model, parameters), batch)[0]
+            return token_log_probabilities(_At(model, parameters), batch)[0][scored]
 
-        log_p, slopes = differential(
+        found = differential(
             log_probabilities,
             at={names[p]: p for p, _ in moving},
             along={names[p]: v for p, v in moving},
         )
+    log_p, slopes = (_placed(values, scored) for values in found)
     if predicts_next(model):  # the first position predicts, but is not predicted
         log_p, slopes = (F.pad(values, (1, 0), value=torch.nan) for values in (log_p, slopes))
-    ignored = batch["labels"] == IGNORED
-    return TokenEffects(
-        slopes.double().masked_fill(ignored, torch.nan),
-        log_p.double().masked_fill(ignored, torch.nan),
-    )
+    return TokenEffects(slopes, log_p)
+
+
+def _placed(values: Tensor, scored: Tensor) -> Tensor:
+    """The values of the scored tokens at their places, `Float64`; NaN at the others."""
+    return torch.full(
+        scored.shape, torch.nan, dtype=torch.float64, device=values.device
+    ).masked_scatter(scored.to(values.device), values.double())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geffect.batch import Batch, Pair, labels_of
+from geffect.batch import Batch, Pair, check_one_answer, labels_of
 from geffect.losses import Loss
 from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
@@ -37,6 +37,8 @@ class Reduction:
 
     def count(self, model: Any, batch: Batch) -> int:
         """How many tokens or samples of a batch the mean is over."""
+        if self.kind != "token_mean":
+            check_one_answer(batch, f"a {self.kind.replace('_', ' ')}")
         if self.kind == "sequence_sum":
             return len(labels_of(batch))
         scored = scored_tokens(model, batch)

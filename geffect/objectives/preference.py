@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Pair
+from geffect.batch import Pair, check_one_answer
 from geffect.risk import sequence_sum, token_log_probabilities, token_mean
 from geffect.sources import FORGET
 
@@ -48,6 +48,7 @@ class NPO(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
+        check_one_answer(batch[FORGET], "NPO")
         loss = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
         preference = F.logsigmoid(self.beta * (loss - self._before(batch, reference))).mean()
         return {FORGET: Component(-2 / self.beta * preference)}
@@ -62,6 +63,7 @@ class NPO(Objective):
     def _weights_of(
         self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
     ) -> Tensor:
+        check_one_answer(batch[FORGET], "NPO")
         return self.weights(-sequence_sum(log_p, scored), self._before(batch, reference))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Pair
+from geffect.batch import Pair, check_one_answer
 from geffect.risk import sequence_sum, token_log_probabilities, token_mean
 from geffect.sources import FORGET
 
@@ -51,6 +51,7 @@ class SimNPO(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
+        check_one_answer(batch[FORGET], "SimNPO")
         log_p, scored = token_log_probabilities(model, batch[FORGET])
         preference = F.logsigmoid(self.beta * (_mean_nll(log_p, scored) - self.delta))
         return {FORGET: Component(-2 / self.beta * token_mean(preference, scored.any(dim=1)))}
@@ -62,6 +63,7 @@ class SimNPO(Objective):
     def _weights_of(
         self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
     ) -> Tensor:
+        check_one_answer(batch[FORGET], "SimNPO")
         return self.weights(_mean_nll(log_p, scored))[scored.any(dim=1)]
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch, Pair, batches_in, labels_of, original_of
+from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of, original_of
 
-from .alignment import predicts_next
+from .alignment import predicts_next, unwrapped
 
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -22,8 +22,14 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     - `batch`: labels are -100 where a token is not scored. Of several answers it is the original.
     """
     is_next = predicts_next(model)
-    labels = _predicted(labels_of(batch), is_next)
-    logits = model(**inputs_of(model, batch)).logits
+    labels = _predicted(model, batch, is_next)
+    logits = getattr(model(**inputs_of(model, batch)), "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"`model` should return `.logits` of shape (sample, position, token). Found none from "
+            f"`{type(unwrapped(model)).__name__}`. Pass a language model, or let yours return "
+            "types.SimpleNamespace(logits=logits)."
+        )
     if is_next:
         logits = logits[:, :-1]
     if logits.shape[:-1] != labels.shape:
@@ -42,17 +48,21 @@ def scored_tokens(model: Any, batch: Batch) -> Tensor:
     >>> scored_tokens(lambda input_ids: None, batch)  # nothing predicts the first
     tensor([[ True, False]])
     """
-    return _predicted(labels_of(batch), predicts_next(model)) != IGNORED
+    return _predicted(model, batch, predicts_next(model)) != IGNORED
 
 
-def inputs_of(model: Any, batch: Batch) -> dict[str, Tensor]:
+def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     """What a model is called with: the batch without labels.
 
     An encoder-decoder makes the inputs of its decoder from the labels, where they are not given.
+    Packed rows are run without a cache: with one, transformers lets an answer see those before it.
     """
     batch = original_of(batch)
     keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
-    return {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
+    caches = getattr(getattr(unwrapped(model), "config", None), "use_cache", False)
+    further = {"use_cache": False} if caches and is_packed(batch) else {}
+    inputs = {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
+    return {**further, **inputs}
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -119,7 +129,14 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _predicted(labels: Tensor, is_next: bool) -> Tensor:
+def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
+    labels = labels_of(batch)
+    if labels.ndim != 2:
+        raise ValueError(
+            "`labels` should be tokens of shape (sample, position). Found shape "
+            f"{tuple(labels.shape)} for `{type(unwrapped(model)).__name__}`. The risk of other "
+            "models than language models is yours to compute: pass it as a loss."
+        )
     return labels[:, 1:] if is_next else labels
 
 

@@ -54,7 +54,8 @@ def beside(model: nn.Module) -> Iterator[None]:
     Inside, the modules work on copies of their buffers: running statistics, power iterations,
     caches. Afterwards the buffers and plain attributes of every module (numbers, names, tensors)
     and the random numbers are those from before, so that graphs from before stay valid, and those
-    from inside too. Modes and gradients are left to the training.
+    from inside too. Hooks that a module was given inside are gone with the attribute that notes
+    them. Modes and gradients are left to the training.
 
     >>> model = nn.BatchNorm1d(2)
     >>> with beside(model):
@@ -64,6 +65,7 @@ def beside(model: nn.Module) -> Iterator[None]:
     (tensor([0., 0.]), tensor(0))
     """
     kept = [(module, dict(module._buffers), _plain(module)) for module in model.modules()]
+    hooks = [(of, set(of)) for module in model.modules() for of in _hooks_of(module)]
     copies: dict[int, Tensor] = {}
     for module, buffers, attributes in kept:
         module._buffers.update({name: _copied(value, copies) for name, value in buffers.items()})
@@ -78,6 +80,14 @@ def beside(model: nn.Module) -> Iterator[None]:
             for name in _plain(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
+        for of, known in hooks:
+            for added in of.keys() - known:
+                del of[added]
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """What a module calls around its forward and its backward, by numbers."""
+    return (x for name, x in vars(module).items() if "_hooks" in name and isinstance(x, dict))
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

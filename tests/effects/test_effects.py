@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geffect.effects import InstanceEffects, direction, sample_effects, token_effects
+from geffect.effects import InstanceEffects, differential, direction, sample_effects, token_effects
 from geffect.layers import describe, trainable
 from geffect.objectives import (
     NPO,
@@ -315,20 +316,39 @@ class Fused(nn.Module):
         return out
 
 
-def test_a_finite_difference_is_taken_and_said_where_a_forward_rule_is_missing(
-    caplog: pytest.LogCaptureFixture,
+class Looped(nn.Module):
+    """A recurrent layer, whose kernel has no forward rule, in a module that returns one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rnn(x)[0]
+        return out
+
+
+@pytest.mark.parametrize("body", [Fused, Looped], ids=lambda b: b.__name__)
+def test_backward_passes_are_taken_and_said_where_a_forward_rule_is_missing(
+    body: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, batch = toy(Fused()), uneven(3)
+    model, batch = toy(body()).float(), uneven(3)
+    if body is Fused:
+        model.double()
     along = direction(model, [uneven(1)])
     naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    differential._say.cache_clear()
     with caplog.at_level(logging.WARNING, logger="geffect"):
         by_token = token_effects(model, batch, along)
-    assert "finite difference" in caplog.text and "jvp" in caplog.text
-    torch.testing.assert_close(by_token.by_sample, naive.sum(dim=1), rtol=1e-6, atol=1e-9)
-    expected = torch.stack(sums_of_log_p(model, batch))
-    torch.testing.assert_close(by_token.log_p.nansum(dim=1), expected, rtol=1e-12, atol=0)
-    samples = sample_effects(model, [batch], {"a": along})["a"]
-    torch.testing.assert_close(samples, naive, rtol=1e-8, atol=1e-12)
+        token_effects(model, batch, along)
+    assert caplog.text.count("One backward pass for each token or sample takes the place") == 1
+    tight = {"rtol": 1e-9, "atol": 1e-12} if body is Fused else {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(by_token.by_sample, naive.sum(dim=1), **tight)
+    expected = torch.stack(sums_of_log_p(model, batch)).double()
+    torch.testing.assert_close(by_token.log_p.nansum(dim=1), expected, **tight)
+    if body is Fused:
+        samples = sample_effects(model, [batch], {"a": along})["a"]
+        torch.testing.assert_close(samples, naive, **tight)
     still = [torch.zeros_like(p) for p in trainable(model).values()]
     assert (token_effects(model, batch, still).by_sample == 0).all()
 
@@ -361,6 +381,76 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a row for each of the 3 samples\. Found \(27, 6\)"):
         sample_effects(model, [batch], {"a": along})
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Positions(nn.Module):
+    """A table of positions that all samples share, in the shapes that it is written in."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.table = kind, nn.Embedding(16, 6)
+        self.gain = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        if self.kind == "column":
+            return self.gain(x) + self.table(places)
+        if self.kind == "first of one":
+            return self.gain(x) + self.table(places[None])[0]
+        if self.kind == "bias of pairs":
+            apart = (places[:, None] - places[None]).abs()
+            return self.gain(x) + (self.table(apart).softmax(dim=1)).mean(dim=1)
+        if self.kind == "sorted rows":
+            order = x.sum(dim=(1, 2)).argsort()
+            found: Tensor = self.gain(x[order])[order.argsort()]
+            return found
+        if self.kind == "time first":
+            by_time: Tensor = self.gain(x.transpose(0, 1))
+            return by_time.transpose(0, 1)
+        assert self.kind == "row"
+        return self.gain(x) + self.table(places[None])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize(
+    "kind",
+    ["row", "column", "first of one", "bias of pairs", "sorted rows", "time first"],
+)
+def test_an_equal_number_of_rows_proves_nothing(kind: str, rows: int) -> None:
+    model = toy(Positions(kind))
+    batch = tiny.batch(3, rows=rows)  # of nine positions
+    along = direction(model, [uneven(1)])
+    naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
+    by_sample = token_effects(model, batch, along).by_sample
+    torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-9, atol=1e-14)
+    try:
+        samples = sample_effects(model, [batch], {"a": along})["a"]
+    except ValueError as refused:
+        assert (kind != "row" and rows > 1) or kind in ("column", "bias of pairs", "time first")
+        assert "with parameters should return" in str(refused)
+        assert "Take geffect.effects.token_effects" in str(refused)
+    else:
+        assert kind == "row" or rows == 1 or (kind, rows) == ("sorted rows", 2)
+        torch.testing.assert_close(samples, naive, rtol=1e-9, atol=1e-14)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_rows_are_told_apart_in_training_bit_for_bit() -> None:
+    def trained(watch: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = toy(nn.Sequential(Positions("row"), nn.Dropout(0.3))).train()
+        along = direction(model, [uneven(9)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for seed in range(3):
+            batch = tiny.batch(seed, rows=9)
+            with InstanceEffects(model, along) if watch else nullcontext():
+                nll(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    for p, q in zip(trained(True).parameters(), trained(False).parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_misuse_is_refused() -> None:

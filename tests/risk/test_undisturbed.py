@@ -187,3 +187,29 @@ def test_layers_go_on_checkpointing_only_where_they_may() -> None:
             modes = {layer.training for layer in model.model.layers}
             assert modes == {recompute}
             assert not model.lm_head.training
+
+
+def test_what_a_model_notes_of_its_hooks_stays_true() -> None:
+    model = tiny.llama().eval()
+    batch = {name: x for name, x in tiny.batch(1).items() if name != "labels"}
+    expected = tiny.llama().eval()(**batch, output_hidden_states=True).hidden_states
+    for _ in range(2):
+        with beside(model):
+            model(**batch, output_hidden_states=True)
+        found = model(**batch, output_hidden_states=True).hidden_states
+        assert len(found) == len(expected)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_hook_from_before_is_called_and_may_go_inside() -> None:
+    model, calls = nn.Linear(2, 2), []
+    first = model.register_forward_hook(lambda *_: calls.append("first"))
+    second = model.register_forward_hook(lambda *_: calls.append("second"))
+    with beside(model):
+        model.register_forward_pre_hook(lambda *_: calls.append("inside"))
+        first.remove()
+        model(torch.ones(2))
+    model(torch.ones(2))
+    second.remove()
+    model(torch.ones(2))
+    assert calls == ["inside", "second", "second"]

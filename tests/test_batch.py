@@ -1,0 +1,120 @@
+"""Packed rows: answers are told apart, or refused where each row counts as one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening
+
+from geffect.batch import is_packed
+from geffect.data.collate import collate
+from geffect.effects import direction, sample_effects, token_effects
+from geffect.objectives import (
+    NPO,
+    TNPO,
+    FrozenModel,
+    GradDiff,
+    Objective,
+    SimNPO,
+    WeightedGradientAscent,
+    nll,
+)
+from tests.utils import tiny
+
+IDS = torch.randint(0, tiny.VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+PADDED = {"input_ids": IDS, "labels": IDS}
+ROWS = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in IDS]
+
+
+def packed() -> dict[str, Tensor]:
+    """The answers in one row, as padding-free training has them."""
+    return dict(DataCollatorWithFlattening()(ROWS))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "objective",
+    [GradDiff(), WeightedGradientAscent(2.0), TNPO()],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_means_over_tokens_are_those_of_padded_rows(objective: Objective, cache: bool) -> None:
+    model, before = tiny.llama(), FrozenModel(tiny.llama(1).eval())
+    model.config.use_cache = before.model.config.use_cache = cache
+    pairs: list[Any] = [{"forget": b, "retain": b} for b in (packed(), PADDED)]
+    found, expected = (objective(model, pair, before) for pair in pairs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(nll(model, packed()), nll(model, PADDED), rtol=1e-5, atol=1e-6)
+
+
+LOOKS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "NPO": lambda m, b: NPO()(m, {"forget": b}, FrozenModel.copied(m)),
+    "weights of NPO": lambda m, b: NPO().implicit_weights(m, {"forget": b}, FrozenModel.copied(m)),
+    "SimNPO": lambda m, b: SimNPO()(m, {"forget": b}),
+    "weights of SimNPO": lambda m, b: SimNPO().implicit_weights(m, {"forget": b}),
+    "count of NPO": lambda m, b: NPO().reductions["forget"].count(m, b),
+    "count of SimNPO": lambda m, b: SimNPO().reductions["forget"].count(m, b),
+    "samples": lambda m, b: sample_effects(m, [b], {"a": direction(m, [b])}),
+    "tokens": lambda m, b: token_effects(m, b, direction(m, [b])),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_rows_of_several_answers_are_refused_where_each_counts_as_one(look: str) -> None:
+    model = tiny.llama().eval()
+    LOOKS[look](model, PADDED)
+    with pytest.raises(ValueError, match=r"one answer a row for .* Pass an answer a row, padded"):
+        LOOKS[look](model, packed())
+    with pytest.raises(ValueError, match="one answer a row"):
+        LOOKS[look](model, {"original": packed(), "alternate": packed()})
+
+
+LABELS = [[-100, 5, 6, -100, 7, 8]]
+PACKINGS: dict[str, dict[str, Any]] = {
+    "positions": {"position_ids": [[0, 1, 2, 0, 1, 2]]},
+    "positions of three kinds": {"position_ids": [[[0, 1, 2, 0, 1, 2]]] * 3},
+    "positions that go on": {"position_ids": [[4, 5, 6, 2, 3, 4]]},
+    "numbers in the mask": {"attention_mask": [[1, 1, 1, 2, 2, 2]]},
+    "numbers of sequences": {"seq_idx": [[1, 1, 1, 2, 2, 2]]},
+    "ends": {"cu_seq_lens_q": [0, 3, 6]},
+}
+SINGLE: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "positions": {"position_ids": [[0, 1, 2, 3, 4, 5]]},
+    "positions of images": {"position_ids": [[[0, 1, 1, 1, 2, 3]], [[0, 1, 1, 2, 2, 3]]]},
+    "padding on the right": {
+        "position_ids": [[0, 1, 2, 0, 0, 0]], "labels": [[-100, 5, 6, -100, -100, -100]],
+    },
+    "padding on the left": {
+        "position_ids": [[1, 1, 0, 1, 2, 3]], "labels": [[-100, -100, -100, 5, 6, 7]],
+        "attention_mask": [[0, 0, 1, 1, 1, 1]],
+    },
+    "a hole in the mask": {"attention_mask": [[1, 1, 0, 0, 1, 1]]},
+    "one text": {"cu_seq_lens_q": [0, 6]},
+    "an answer behind a packed question": {
+        "position_ids": [[0, 1, 2, 0, 1, 2]], "labels": [[-100, -100, -100, -100, 7, 8]],
+    },
+}  # fmt: skip
+
+
+def tensors(columns: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for name, value in {"labels": LABELS, **columns}.items()}
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_answers_in_a_row_are_told_by_what_says_so(kind: str) -> None:
+    assert is_packed(tensors(PACKINGS[kind]))
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_one_answer_in_a_row_is_one(kind: str) -> None:
+    assert not is_packed(tensors(SINGLE[kind]))
+
+
+def test_packed_items_are_not_joined_by_the_mask_of_a_batch() -> None:
+    item = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(ValueError, match=r"`position_ids` should count .* Pass each text as an"):
+        collate([item])
+    given = collate([{**item, "attention_mask": [1, 1, 2, 2]}])  # which says what it is
+    assert given["position_ids"].tolist() == [[0, 1, 0, 1]] and is_packed(given)
