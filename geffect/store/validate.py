@@ -93,7 +93,19 @@ def _problems(run: Run) -> list[str]:
         problems.append("a Gram matrix is not symmetric")
     if run.manifest.get("rows") != ESTIMATES:
         problems += _beyond_bounds(run, K, slack)
+    if not _experts_add_up(run, K, slack):
+        problems.append("the experts of a tensor do not add up to it")
     return [*problems, *dict.fromkeys(_gradients(run, K, keys))]
+
+
+def _experts_add_up(run: Run, K: Floats, slack: Floats) -> bool:
+    """Whether single experts, where they were measured, are parts of their tensors."""
+    held = [i for i, parameter in enumerate(run.layers) if parameter.experts]
+    if not held:
+        return True
+    begins = np.cumsum([0, *(run.layers[i].experts for i in held[:-1])])
+    sums = np.add.reduceat(run.read("expert_gram"), begins, axis=1)
+    return not (np.abs(sums - K[:, held]) > slack[:, held, None, None]).any()
 
 
 def _beyond_bounds(run: Run, K: Floats, slack: Floats) -> list[str]:

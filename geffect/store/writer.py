@@ -356,6 +356,14 @@ def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
             f"{len(differing)} that differ, the first of them {differing[:3]}. Record into "
             "another file, or load the model of that run."
         )
+    # What is kept by layer belongs to the layers that the geffect knew which wrote it.
+    moved = [p.name for p, q in zip(parameters, run.layers, strict=True) if p.layer != q.layer]
+    if moved and (run.contents.sketch is not None or run.contents.gradients is not None):
+        raise ValueError(
+            f"The layers of the model should be those of the run in `{run.path}`, which keeps "
+            f"sketches or gradients of each. Found {len(moved)} parameters in other layers, the "
+            f"first of them {moved[:3]}. Record into another file."
+        )
 
 
 def _safe(count: int, *, began: bool, there: bool) -> str:

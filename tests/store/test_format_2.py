@@ -84,6 +84,15 @@ def test_one_with_gradients_is_not_continued(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_sketches_of_other_layers_are_not_continued(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        for name in ("gradients", "stored", "encoding"):
+            del file[name]
+    moved = [replace(parameter, layer=f"text {parameter.layer}") for parameter in PARAMETERS]
+    with pytest.raises(ValueError, match=r"keeps sketches .* Found 2 parameters in other layers"):
+        RunWriter(path, moved, resume=True)
+
+
 @pytest.mark.parametrize("further", [0, 1])
 def test_one_without_gradients_is_continued_in_the_format_of_today(
     path: Path, further: int

@@ -1,12 +1,14 @@
 """What `validate` says of a run file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from geffect.store import open_run, validate
-from tests.utils.runs import damage, plain_rows, recorded, row_of
+from geffect.store.writer import RunWriter
+from tests.utils.runs import PARAMETERS, append, damage, plain_rows, recorded, row_of
 
 
 def test_a_whole_run_has_no_problems(tmp_path: Path) -> None:
@@ -49,6 +51,18 @@ def test_damage_is_named(
     health = validate(path)
     assert not health.whole
     assert problem in health.problems
+
+
+def test_experts_that_are_no_parts_of_their_tensor_are_named(tmp_path: Path) -> None:
+    parameters = [replace(PARAMETERS[0], experts=3), PARAMETERS[1]]
+    writer = RunWriter(path := tmp_path / "a.h5", parameters)
+    for step in range(2):
+        row = row_of(step)
+        append(writer, replace(row, expert_gram=np.stack([row.gram[0] / 3] * 3)))
+    writer.close(complete=True)
+    assert validate(path).whole
+    damage(path, "expert_gram", (1, 2, 0, 0), 1.0)
+    assert "the experts of a tensor do not add up to it" in validate(path).problems
 
 
 def test_two_entries_beyond_their_norms_are_named(tmp_path: Path) -> None:
