@@ -40,7 +40,7 @@ def _mixtures(every: Sequence[Spot]) -> dict[Path, int]:
     fused: dict[Path, set[int]] = {}
     for spot in every:
         router = _first(_ROUTER, spot.path)
-        if router >= 0 and spot.is_matrix:
+        if router >= 0 and spot.is_matrix and not spot.path[router].startswith("shared"):
             routed[spot.path[:router]] = max(spot.shape[0], routed.get(spot.path[:router], 0))
         if len(spot.shape) == 3:
             for i in range(len(spot.path) + 1):

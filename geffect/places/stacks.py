@@ -1,6 +1,6 @@
 """Stacks: the lists of modules of a tower, which are its layers, and what is around them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .names import Path, Spot
 from .words import EMBEDDING, FINAL_NORM, HEAD, OTHER, PROJECTOR
@@ -18,9 +18,9 @@ def parts(tower: str, members: Sequence[Spot]) -> dict[str, tuple[str, int]]:
     stacks = _stacks(tower, members)
     index = _indices(stacks)
     if not stacks and tower != PROJECTOR:
-        index = _in_order(
-            [spot for spot in members if spot.said.part is None and not spot.in_stage]
-        )
+        # Without lists, a norm is of the module before it.
+        own = (None, FINAL_NORM)
+        index = _in_order([s for s in members if s.said.part in own and not s.in_stage])
     begin = next((i for i, spot in enumerate(members) if spot.name in index), len(members))
     matrices = {spot.path for spot in members if spot.is_matrix}
     found: dict[str, tuple[str, int]] = {}
@@ -58,7 +58,7 @@ def _indices(stacks: dict[Path, list[Spot]]) -> dict[str, int]:
     return index
 
 
-def _in_order(members: Iterable[Spot]) -> dict[str, int]:
+def _in_order(members: Sequence[Spot]) -> dict[str, int]:
     """A layer for every module with a matrix; one that has none, such as a norm, joins the last."""
     keys = {spot.name: spot.path or (spot.name,) for spot in members}
     matrices = {keys[spot.name] for spot in members if spot.is_matrix} or {*keys.values()}

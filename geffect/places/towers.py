@@ -25,7 +25,8 @@ def homes(every: Sequence[Spot]) -> tuple[list[str], list[bool]]:
 
     Lists of modules that stand side by side are one tower; lists that different modules hold are
     towers, and so is what a word says is one. The tower of a model that has but one is "model".
-    What is outside of all towers goes with the first of the input, or the last of the output.
+    What is outside of all towers goes with that of the input, or of the output: the one that is
+    called so, or else the first, and the largest.
     """
     real = _with_words(every)
     structural = _without_words(every, real)
@@ -34,7 +35,9 @@ def homes(every: Sequence[Spot]) -> tuple[list[str], list[bool]]:
     if len(known) < 2:
         return [PROJECTOR if tower == PROJECTOR else MODEL for tower in inside], [True] * len(every)
     first = next((tower for tower in _INPUT_SIDE if tower in known), known[0])
-    last = next((tower for tower in _OUTPUT_SIDE if tower in known), known[-1])
+    sizes = Counter(inside)
+    largest = max(reversed(known), key=sizes.__getitem__)
+    last = next((tower for tower in _OUTPUT_SIDE if tower in known), largest)
     towers = [
         tower or (first if spot.said.part == EMBEDDING else last) or MODEL
         for spot, tower in zip(every, inside, strict=True)
@@ -79,7 +82,9 @@ def _with_words(every: Sequence[Spot]) -> dict[Path, str]:
 
 def _without_words(every: Sequence[Spot], real: dict[Path, str]) -> dict[Path, str]:
     """The modules that hold the other lists, and what to call them; the longest path first."""
-    scopes = {_holder(spot) for spot in every if spot.in_stack and _word(spot, real) is None}
+    listed = [spot for spot in every if spot.in_stack]
+    deep = [spot for spot in listed if not spot.is_leaf]  # a few layers on top make no tower
+    scopes = {_holder(spot) for spot in deep or listed if _word(spot, real) is None}
     outer = [one for one in scopes if not any(_above(other, one) for other in scopes)]
     senses = "text" not in real.values() and not {"vision", "audio"}.isdisjoint(real.values())
     if senses and len(outer) == 1:

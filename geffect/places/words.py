@@ -13,7 +13,7 @@ WORDS = {
     r"|proj(ection)?|proj(ect)?_out|conv_out|fc|(to_)?logits|seq_relationship|sequence_summary",
     PROJECTOR: r"(mm|multi_?modal|vision|visual|image|audio|speech|video|text|language|modality"
     r"|enc_to_dec)_(\w+_)?(proj(ection|ector)?|adapter)|projector|connector|\w*merger\w*"
-    r"|abstractor|\w*resampler|q_?former|query_tokens|logit_(scale|bias)|input_projection",
+    r"|abstractor|\w*resampler|q_?former|query_tokens|image_newline|logit_(scale|bias)|input_projection",
     POOLER: r"\w*pool(er|ing)?(_layer)?",
     FINAL_NORM: r"(post|final|out|last)_?\w*norm\w*|\w*norm\w*_(after|post|final|out|last|f)"
     r"|ln_(f|out|post|final|last)",
