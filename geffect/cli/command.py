@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import TextWrapper
 from typing import Any, Protocol
@@ -93,6 +94,20 @@ PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)
 """The exit code where nobody reads on, as a shell counts it."""
 
 
+@contextmanager
+def _quiet_where_nobody_reads_on() -> Iterator[None]:
+    """Ends without a word where the reader of a pipe has gone, as in `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left to be flushed at the end has nowhere to go either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+
+
 class Group(TyperGroup):
     """The command with its subcommands, whose page of help is like theirs."""
 
@@ -104,15 +119,14 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand, and end quietly where nobody reads on, as in `| head`."""
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # What is left to be flushed at the end has nowhere to go either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
-        return result
+        """Run the subcommand."""
+        with _quiet_where_nobody_reads_on():
+            return super().invoke(ctx)
+
+    def make_context(self, *given: Any, **how: Any) -> Any:
+        """Read the words before the subcommand, which may ask for help."""
+        with _quiet_where_nobody_reads_on():
+            return super().make_context(*given, **how)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The subcommand of the first word."""

@@ -69,8 +69,19 @@ def _run() -> int:
         return int(code or 0)
     except UsageError as error:
         return _refused(told(error), 2)
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        return _refused(_of_the_system(error) if error.errno else str(error), 1)
+    except (ValueError, ImportError) as error:
         return _refused(str(error), 1)
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system says of a file, in a sentence like ours."""
+    place = f"`{error.filename}`" if error.filename else "What is read or written"
+    return (
+        f"{place} should be there for reading or writing. Found: {error.strerror}. Mend that, or "
+        "choose another place."
+    )
 
 
 def _refused(why: str, code: int) -> int:

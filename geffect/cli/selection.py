@@ -147,6 +147,10 @@ def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:
             raise typer.BadParameter(
                 f"should end in {', '.join(suffixes)}. Found `{path}`. Choose one of those."
             )
+        if path.is_dir():
+            raise typer.BadParameter(
+                f"should be a file. Found the folder `{path}`. Choose another name."
+            )
         if not path.parent.is_dir():
             raise typer.BadParameter(
                 f"should be in a folder that exists. Found no folder `{path.parent}`. Create it."

@@ -71,7 +71,8 @@ def write_table(table: "pd.DataFrame", form: Format) -> None:
     else:
         # No quotes: a tab or a line break inside of a name is written as its code.
         kept = table.astype(object).where(table.notna(), "")
-        for line in (kept.columns, *kept.to_numpy().tolist()):
+        written: list[list[object]] = [[*kept.columns], *kept.to_numpy().tolist()]
+        for line in written:
             write("\t".join(map(plain, line)) + "\n")
 
 
@@ -111,7 +112,7 @@ def show(
     for row in zip(*(cells[heading] for heading in shown), strict=True):
         table.add_row(*map(Text, row))
     # One that is as wide as the table, where the terminal is narrower: it folds lines by itself.
-    Console(file=console.file, width=_room(shown), emoji=False, markup=False).print(table)
+    _Terminal(file=console.file, width=_room(shown), emoji=False, markup=False).print(table)
     if left_out:
         say(
             console,
@@ -126,9 +127,9 @@ def _room(widths: Mapping[str, int]) -> int:
 
 
 def _widened(least: Mapping[str, int], wanted: Mapping[str, int], room: int) -> dict[str, int]:
-    """The widths of the columns, with what room is left for those that want more."""
+    """The widths of the columns, with the room that is left: first those that want little more."""
     widths = dict(least)
-    for heading in widths:
+    for heading in sorted(widths, key=lambda heading: wanted[heading] - least[heading]):
         more = min(wanted[heading] - widths[heading], room - _room(widths))
         widths[heading] += max(0, more)
     return widths

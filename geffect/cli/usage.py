@@ -1,5 +1,6 @@
 """What a request that was wrong is told: `--x` should be ... Found ... Do ..."""
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -50,6 +51,13 @@ def _no_such_option(error: Any) -> str:
 
 
 def _other(error: Any) -> str:
+    if found := re.search(
+        r"unexpected extra argument(?:\(s\)|s)? \((.*)\)", str(error.message), re.DOTALL
+    ):
+        return (
+            f"`{error.ctx.command_path}` should be given its arguments alone. Found `{found[1]}` "
+            f"as well. Leave that out.{_see(error)}"
+        )
     return (
         f"A request should be as its help says. Found: {_end(error.format_message())}{_see(error)}"
     )

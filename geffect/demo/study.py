@@ -125,7 +125,8 @@ def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
     if unknown:
         raise ValueError(
             f"`methods` should be some of {', '.join(CATALOGUE)}. "
-            f"Found {', '.join(unknown)}.{meant(unknown[0], CATALOGUE)} Choose from those."
+            f"Found {', '.join(f'`{method}`' for method in unknown)}."
+            f"{meant(unknown[0], CATALOGUE)} Choose from those."
         )
     for method in methods:
         named(method, options)

@@ -235,7 +235,7 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         (["scores", "{unwatched}", "--score", "violation"], 1, "update=True"),
         (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 1, "`sun`"),
         (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
-        (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found magic"),
+        (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found `magic`"),
         (["demo", "--out", "{text}"], 1, "Found the file"),
         (
             ["demo", "--resume", "--overwrite", "--out", "{page}"],
@@ -251,7 +251,18 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
         (["plot", "{recorded}"], 2, "--output"),
-        (["info"], 2, "RUN"),
+        (["info"], 2, "`RUN` should be given. Found none."),
+        (["info", "{recorded}", "more"], 2, "Found `more` as well. Leave that out."),
+        (["plot", "{recorded}", "-o"], 2, "`-o` should be followed by a value. Found none."),
+        (["scores", "{recorded}", "--intervals=1"], 2, "`--intervals` should stand alone."),
+        (["report", "{recorded}", "-o", "{folder}"], 2, "should be a file. Found the folder"),
+        (["scores", "{recorded}", "--formt", "csv"], 2, "Did you mean `--format`?"),
+        (["demo", "--lora", "8"], 2, "`--lora` should go with `--model`. Found it alone."),
+        (["demo", "--model", "x", "--quick"], 2, "`--quick` should be without `--model`."),
+        (["demo", "--model", "x", "--lora", "1", "--layers", "1..2"], 2, "Leave one of them out."),
+        (["demo", "--methods", "", "--out", "{page}"], 2, "Found ``."),
+        (["demo", "--layers", "", "--model", "x"], 2, "`--layers` should be"),
+        (["scoers", "{recorded}"], 2, "Did you mean `scores`?"),
         (["magic"], 2, "magic"),
     ],
 )
@@ -266,16 +277,17 @@ def test_refusals(
 ) -> None:
     text = tmp_path / "text.h5"
     text.write_text("no run")
+    (tmp_path / "folder.html").mkdir()
     places = {
         "recorded": recorded, "unwatched": unwatched, "text": text,
         "nothing": tmp_path / "nothing.h5", "page": tmp_path / "page.html",
+        "folder": tmp_path / "folder.html",
     }  # fmt: skip
     said = ask(*(argument.format(**places) for argument in arguments))
     assert (said.code, said.out) == (code, "")
     assert says in " ".join(said.err.replace("│", " ").split())
     assert "Traceback" not in said.err
-    if code == 1:
-        assert re.fullmatch(r"geffect: [^\n]*should [^\n]*Found [^\n]*\.\n", said.err)
+    assert re.fullmatch(r"geffect: [^\n]*should [^\n]*Found [^\n]*\.\n", said.err)
 
 
 @pytest.mark.parametrize(

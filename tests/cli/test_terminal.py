@@ -80,9 +80,12 @@ def test_tables_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert '"value": null' in capsys.readouterr().out
 
 
-def test_nobody_reads_on(recorded: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [["scores", "{}", "--format", "csv"], ["info", "{}"], ["scores", "{}"], ["--help"]]
+)
+def test_nobody_reads_on(recorded: Path, words: list[str]) -> None:
     script = Path(sys.executable).with_name("geffect")
-    told = [script, "scores", recorded, "--by", "parameter", "--format", "csv"]
+    told = [script, *(word.format(recorded) for word in words)]
     with subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None and run.stderr is not None
         run.stdout.close()
