@@ -3,6 +3,7 @@
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; some forty minutes on two idle cores
 # make stress a writer killed more than two hundred times, some minutes
+# make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
 # make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
 #             the figures of README; ten minutes on an idle machine
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test stress bench clean
+.PHONY: demo study test stress fuzz bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -33,6 +34,9 @@ bench: $(VENV)/installed-test
 
 stress: $(VENV)/installed-test
 	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/store/test_kill.py $(ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
 
 # The stamps are newer than what they were made from, so a second `make` installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -8,6 +8,7 @@ has, are never read by HDF5: a zeroed heap of theirs hangs it; see `heap`.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,10 +39,11 @@ class BoundedFile:
             place = _inside(place, part)
         return True
 
-    @property
+    @cached_property
     def version(self) -> int:
-        """That of the format."""
-        return int(self.attribute("format_version"))
+        """That of the format; negative where none is said."""
+        found = self.attribute("format_version")
+        return found if isinstance(found, int) else -1
 
     def check_self_contained(self) -> None:
         """Refuse a file that shows what lies elsewhere, but for the segments of its gradients."""

@@ -31,8 +31,11 @@ def opened(path: Path) -> Iterator[BoundedFile]:
         with read_hdf5(path) as file:
             is_hdf5 = True
             _check_format(file, should)
-            closed = file.attribute("state") == STATES[True]
-            yield file
+            try:
+                yield file
+            except Changed:
+                closed = file.attribute("state") == STATES[True]
+                raise
     except (RunFileError, PermissionError):
         raise
     except Changed as error:
@@ -65,10 +68,10 @@ def settled(read: Callable[[], Found]) -> Found:
 
 
 def _check_format(file: BoundedFile, should: str) -> None:
-    version = file.attribute("format_version")
+    version = file.version
     # In format 2 the word has any length, which is not for HDF5 to read.
     word = FORMAT if version == 2 else file.attribute("format")
-    if word != FORMAT or not isinstance(version, int):
+    if word != FORMAT or version < 0:
         raise RunFileError(
             f"{should} Found an HDF5 file of another kind, with {file.names()[:5]}. "
             "Pass a file that a Recorder wrote."

@@ -1,7 +1,7 @@
 """A run as it stands in its file. Needs neither torch nor the model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from .summary import as_html, as_line, size_of
 from .tables import read_table, table_names
 
 Floats = NDArray[np.float64]
+
+_KEY = tuple(f"steps/{name}" for name in KEY)
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,7 +214,8 @@ class Run:
         self._check(
             self.contents.gradients, "gradients", 'Record with Recorder(..., store="bf16").'
         )
-        number = self.read("stored", place)
+        numbers, *columns = self._drawn(["stored", *_KEY])
+        number = numbers[:, place]
         own = np.repeat(self.steps == step, self.rows) & (number >= 0)
         if not own.any():
             there = np.unique(np.repeat(self.steps, self.rows)[number >= 0]).tolist()
@@ -220,7 +223,7 @@ class Run:
                 f"`step` should be one at which the gradient of `{source}` was kept: {there}. "
                 f"Found {step}. Choose one of those, or record that step with gradients."
             )
-        keys = self.keys()[own]
+        keys = np.stack(columns, axis=1)[own]
         latest = keys[:, 0] == keys[-1, 0]  # a step number may come again in a later request
         segments = self.segments()
         found = [
@@ -267,18 +270,21 @@ class Run:
 
     def keys(self) -> NDArray[np.int64]:
         """Int64[row, 3]: request, step and batch, which tell the rows apart."""
-        return np.stack([self.read(f"steps/{name}") for name in KEY], axis=1)
+        return np.stack(self._drawn(_KEY), axis=1)
 
     def read(self, name: str, *entry: int) -> NDArray[Any]:
         """The rows of a dataset as they are in the file, or one entry of each."""
-        rows: NDArray[Any] = settled(lambda: self._read(name, entry))[self.drawn]
+        (rows,) = self._drawn([name], entry)
         return rows
 
-    def _read(self, name: str, entry: tuple[int, ...]) -> NDArray[Any]:
-        count = self.drawn.max(initial=-1) + 1
-        shape = self.shapes.get(name, (len(self.layers),))  # of what this run may lack
+    def _drawn(self, names: Sequence[str], entry: tuple[int, ...] = ()) -> list[NDArray[Any]]:
+        return [rows[self.drawn] for rows in settled(lambda: self._read(names, entry))]
+
+    def _read(self, names: Sequence[str], entry: tuple[int, ...]) -> list[NDArray[Any]]:
+        count, shapes = self.drawn.max(initial=-1) + 1, self.shapes
+        unlisted = (len(self.layers),)  # of what this run may lack
         with opened(self.path) as file:
-            return read_rows(file, name, count, shape, entry)
+            return [read_rows(file, n, count, shapes.get(n, unlisted), entry) for n in names]
 
     def segments(self) -> Segments:
         """Where the gradients lie that are kept whole."""
@@ -342,7 +348,7 @@ def _open(path: Path, name: str) -> Run:
         file.check_self_contained()
         labels = read_labels(file)
         count, complete = read_committed(file, labels)
-        keys = np.stack([read_rows(file, f"steps/{name}", count, ()) for name in KEY[:2]])
+        keys = np.stack([read_rows(file, name, count, ()) for name in _KEY[:2]])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
         return Run(
