@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from geffect.gradients import Vector
 from geffect.layers import trainable
 from geffect.objectives.reference import base_changed_by
+from geffect.risk import check_differentiable, check_loaded
 
 Folder = str | os.PathLike[str]
 
@@ -74,6 +75,7 @@ class Loader:
         self._device = device
         self._model: Any = None
         self._adapter: Any = None
+        self._beside: list[str] = []  # what an adapter's checkpoints hold of the base
         self._loaded: Path | None = None
 
     def load(self, folder: Folder) -> nn.Module:
@@ -82,7 +84,7 @@ class Loader:
         check_folder(path)
         if self._model is None:
             self._adapter = _adapter_config(path)
-            model = _model_of(path) if self._adapter is None else self._adapted(path)
+            model = self._whole(path) if self._adapter is None else self._adapted(path)
             model.config.use_cache = False
             self._model = model.eval().to(self._device)
         elif path != self._loaded:
@@ -121,7 +123,9 @@ class Loader:
             return dict(self._model.state_dict())
         from peft.utils import get_peft_model_state_dict
 
-        return dict(get_peft_model_state_dict(self._model, save_embedding_layers=False))
+        held = get_peft_model_state_dict(self._model, save_embedding_layers=False)
+        whole = self._model.state_dict() if self._beside else {}
+        return {**held, **{name: whole[name] for name in self._beside}}
 
     def _stored(self, path: Path, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint, one after the other; they have to be those of the model."""
@@ -154,11 +158,21 @@ class Loader:
                 )
             yield name, tensor
 
+    def _whole(self, path: Path) -> Any:
+        model = _model_of(path)
+        check_differentiable(model, path)
+        return model
+
     def _adapted(self, path: Path) -> Any:
         from peft import PeftModel
 
         base = self._base or self._adapter.base_model_name_or_path
-        return PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
+        self._model = PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
+        held, stored = self._held(), _files(path)
+        check_loaded(self._model, held.keys() - stored.keys(), path)
+        # An adapter on the head or the embedding is saved with what it is for.
+        self._beside = sorted(self._model.state_dict().keys() & (stored.keys() - held.keys()))
+        return self._model
 
 
 def base_of(folder: Folder) -> str | None:
@@ -234,7 +248,9 @@ def _model_of(source: Folder) -> Any:
 
     kind = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
-    return kind.from_pretrained(source, torch_dtype="auto")
+    model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
+    check_loaded(model, found["missing_keys"], source)
+    return model
 
 
 def _config_of(source: Folder) -> Any:

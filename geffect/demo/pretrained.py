@@ -127,8 +127,17 @@ def opened(source: Path) -> "tuple[Any, Any]":
     """Model, in float32 and eval mode, and tokenizer of a folder or a GGUF file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from geffect.risk import check_differentiable, check_loaded
+
     where, options = place(source)
-    model = AutoModelForCausalLM.from_pretrained(where, **options)
+    if getattr(config_of(source), "is_encoder_decoder", False):
+        raise ValueError(
+            "The model of a study should be a causal language model. Found an encoder-decoder in "
+            f"`{source}`. Name the folder of a causal one."
+        )
+    model, found = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    check_loaded(model, found["missing_keys"], source)
+    check_differentiable(model, source)
     if options:
         model = _unmarked(model)
     model.config.use_cache = False

@@ -5,7 +5,7 @@ trace, and takes the gradient of a risk. Recorder, callback, replay, effects, th
 evaluation and the demo use it.
 """
 
-from .alignment import predicts_next
+from .alignment import check_differentiable, check_loaded, predicts_next
 from .data import RiskSet, as_batches, check_data, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
 from .likelihood import (
@@ -27,6 +27,8 @@ __all__ = [
     "beside",
     "check_answers",
     "check_data",
+    "check_differentiable",
+    "check_loaded",
     "inputs_of",
     "log_likelihood",
     "mean_nll",

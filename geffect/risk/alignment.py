@@ -1,6 +1,7 @@
 """Which label the logits at a position predict, which models do not agree on."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,35 @@ def predicts_next(model: Any) -> bool:
             "or make this one a decoder: `is_decoder=True` in its config."
         )
     return True
+
+
+def check_loaded(model: Any, missing: Collection[str], source: object) -> None:
+    """Refuse a model whose risk is not that of what was saved.
+
+    `missing` are the weights that the source does not hold, and that were drawn at random.
+
+    >>> check_loaded(nn.Linear(2, 1), ["bias"], "folder")
+    Traceback (most recent call last):
+    ValueError: `folder` should hold every weight of `Linear`. Found none for 1 of them, ...
+    """
+    if missing:
+        raise ValueError(
+            f"`{source}` should hold every weight of `{type(model).__name__}`. Found none for "
+            f"{len(missing)} of them, the first of them {sorted(missing)[:3]}: they would be "
+            "random, as the head of a model that was saved without it. Save all of it, by "
+            "`save_pretrained` of the model with its head, or of the adapter."
+        )
+    predicts_next(model)
+
+
+def check_differentiable(model: nn.Module, source: object) -> None:
+    """Refuse a model that is trained whole where some of its weights are codes."""
+    codes = [name for name, p in model.named_parameters() if not p.is_floating_point()]
+    if codes:
+        raise ValueError(
+            f"`{source}` should hold weights that have gradients. Found `{codes[0]}` of "
+            f"`{type(model).__name__}` quantised. Save it dequantised, or name an adapter on it."
+        )
 
 
 def unwrapped(model: Any) -> Any:

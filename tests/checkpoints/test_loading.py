@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
 
 from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading as folders
@@ -100,7 +102,7 @@ def test_a_base_that_has_moved(adapters: Path, tmp_path: Path) -> None:
     said = json.loads(config.read_text())
     config.write_text(json.dumps({**said, "base_model_name_or_path": "gone/away"}))
     model = Loader(base=tmp_path / "elsewhere").load(tmp_path / "checkpoint-8")
-    assert sum(parameter.requires_grad for parameter in model.parameters()) == 16
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 12
 
 
 def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
@@ -157,3 +159,79 @@ def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
     ]
     expected = np.mean([reference.inner(g["objective"], g["forget"]) for g in rows])
     assert effects(run)[2, "unlearning"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens", "v_proj"]], ids=str)
+def test_adapters_on_head_and_embedding_are_rows_of_one_run(
+    targets: list[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    tiny.llama(seed=1).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(loaded(tmp_path / "base"), config)
+    expected = []
+    for step in (1, 2):
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        rows = [naive(model, GA, f, r) for f, r in zip(FORGET, RETAIN, strict=True)]
+        expected.append(np.mean([reference.inner(g["objective"], g["retain"]) for g in rows]))
+    run = replay(
+        [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"], tmp_path / "run.h5",
+        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch, base=tmp_path / "base",
+    )  # fmt: skip
+    assert run.steps.tolist() == [1, 2]
+    for step, value in zip((1, 2), expected, strict=True):
+        assert effects(run)[step, "retaining"] == pytest.approx(value, rel=1e-4)
+
+
+# Not whole
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(adapters: Path, tmp_path: Path) -> None:
+    tiny.llama().model.save_pretrained(tmp_path / "headless")
+    says = r"headless` should hold every weight of `LlamaForCausalLM`. Found none .*lm_head.weight"
+    with pytest.raises(ValueError, match=says):
+        Loader().load(tmp_path / "headless")
+    with pytest.raises(ValueError, match=says):  # as the model that adapters are for
+        Loader(base=tmp_path / "headless").load(adapters / "checkpoint-8")
+    with pytest.raises(ValueError, match=says):
+        folders.model_of(tmp_path / "headless")
+
+
+def test_factors_that_an_adapter_lacks_are_named(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")
+    file = tmp_path / "checkpoint-8" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if "layers.2" in name and "lora_B" in name))
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"checkpoint-8` should hold every .*layers.2.*lora_B"):
+        Loader(base=adapters / "base").load(tmp_path / "checkpoint-8")
+
+
+def test_a_model_that_looks_ahead_is_refused_as_it_is_loaded(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=23, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"Found `BertLMHeadModel`, whose attention looks ahead"):
+        Loader().load(tmp_path / "bert")
+
+
+def test_weights_that_are_codes_are_refused_and_not_under_an_adapter(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coded(source: object) -> nn.Module:
+        model = loaded(adapters / "base")
+        norm = model.get_submodule("model.norm")
+        norm.codes = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
+        return model
+
+    monkeypatch.setattr(folders, "_model_of", coded)
+    with pytest.raises(ValueError, match=r"Found `model.norm.codes` .* quantised. Save it deq"):
+        Loader().load(adapters / "base")
+    Loader(base=adapters / "base").load(adapters / "checkpoint-8")
