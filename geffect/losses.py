@@ -1,8 +1,9 @@
 """The losses of a step: the backward passes they need, and what each is in terms of these."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Passes:
     seeds: Mapping[str, float]
     keeps_graph: Mapping[str, bool]
     scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
+    around: Mapping[str, Callable[[], AbstractContextManager[None]]] = field(default_factory=dict)
+    """What is entered around a pass, by name."""
 
     @property
     def last(self) -> str:
@@ -43,7 +46,8 @@ class Passes:
         """Add the gradient of one pass to `.grad`."""
         loss = self.tensors[name]
         seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
-        loss.backward(gradient=seed, retain_graph=self.keeps_graph[name])
+        with self.around.get(name, nullcontext)():
+            loss.backward(gradient=seed, retain_graph=self.keeps_graph[name])
 
     def of(self, sources: Collection[str]) -> "Passes":
         """The passes that some of the sources need, in the same order."""

@@ -33,7 +33,7 @@ from geffect.steps import StepFollower, check_descends
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
-from .window import Watched, Window, check_names, sources_of
+from .window import Watched, Window, check_names, protected_first, sources_of
 
 
 class Recorder:
@@ -189,7 +189,8 @@ class Recorder:
             self._check(losses, rectifier)
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
-            passes = plan(parameters, losses, scale=loss_scale(scaler, parameters[0].device))
+            scale = loss_scale(scaler, parameters[0].device)
+            passes = plan(parameters, protected_first(losses, rectifier), scale=scale)
             check_reached(passes, parameters)
             of_step = declared(losses)
             self._recording.header.check_declared(of_step)

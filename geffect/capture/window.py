@@ -1,7 +1,8 @@
 """The micro-batches of one step: their gradients, into `.grad` and into what is measured."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
-from geffect.losses import Passes, check_no_step_inside
+from geffect.losses import Loss, Passes, check_no_step_inside
 from geffect.objectives import statistics
-from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, is_reserved
+from geffect.risk import beside
+from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, average_of, is_reserved
 from geffect.steps import Move, Standstill
 
 from .collector import Measurement
@@ -93,10 +95,11 @@ class Window:
         self.scaled = passes.scale != 1.0
         for name, values in weights.items():
             self.weights.setdefault(name, []).append(values.detach().flatten())
+        model, parameters = self.of.model, self.of.parameters
+        passes = _without_a_trace(model, passes, self.rectifier)
         if self._streams(passes, last=last):
             self._stream(passes)
             return
-        model, parameters = self.of.model, self.of.parameters
         gradients = reduced(model, parameters, passes)
         if self.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
@@ -228,6 +231,33 @@ class Window:
         )
         if self.rectifier is None and not self.of.update:
             self.gradients = None
+
+
+def _without_a_trace(
+    model: nn.Module, passes: Passes, rectifier: GradientTransform | None
+) -> Passes:
+    """The passes; those of risks that are only watched leave no trace in the model.
+
+    Layers that checkpoint their activations run anew inside of a pass, and would move running
+    statistics and random numbers once more than in training that nobody watches.
+    """
+    trained = [OBJECTIVE, *_protected(passes.weights, rectifier)]
+    own = {name for source in trained for name in passes.weights[source]}
+    watched = [name for name in passes.tensors if name not in own]
+    return replace(passes, around=dict.fromkeys(watched, partial(beside, model)))
+
+
+def protected_first(
+    losses: Mapping[str, Loss], rectifier: GradientTransform | None
+) -> Mapping[str, Loss]:
+    """The losses in the order in which a rectifier takes their passes when nobody watches."""
+    return {**{name: losses[name] for name in _protected(losses, rectifier)}, **losses}
+
+
+def _protected(names: Iterable[str], rectifier: GradientTransform | None) -> list[str]:
+    by_average = {average_of(name): name for name in names}
+    averages = () if rectifier is None else rectifier.watched
+    return [by_average[average] for average in averages if average in by_average]
 
 
 def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:

@@ -284,7 +284,9 @@ def rectify(
       the same ones, in one order.
     - `recorder`: also writes every step into its run file; the caller closes it.
     - `probes`: with a recorder, further data by name, such as {"forget": batches}: the gradient of
-      the risk on each is recorded too. G-effects need that on the forget data.
+      the risk on each is recorded too. G-effects need that on the forget data. `retain` is the
+      retain loss of the Trainer, or the risk on `retain` batches: where the former is a distance to
+      another model, give the data as a probe of another name for their risk.
 
     Returns an object whose `detach()` puts everything back. Raises an error for a Trainer that has
     a rectifier already, or no retain gradient; in training, for a loss that shares a forward pass
