@@ -26,7 +26,7 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
     block. With `stepped_only` the sum is over the parameters that the step moves, and NaN where it
     moves none of a block.
     """
-    of, labels, gram = _experts(run) if by == "expert" else _parameters(run, by)
+    of, labels, gram = parts_of(run, by)
     blocks = in_network_order([run.layers[i] for i in of], labels)
     belongs = np.array([[label == block for label in labels] for block in blocks])
     stepped = run.stepped()[:, of] if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
@@ -37,8 +37,22 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
     return blocks, summed
 
 
-def _parameters(run: Run, by: By) -> tuple[NDArray[np.int64], list[str], Floats]:
+def block_sums(run: Run, parts: tuple[NDArray[np.int64], list[str]], values: Floats) -> Floats:
+    """The sums over each block of an array (step, part); of `parts_of` the first two."""
+    of, labels = parts
+    blocks = in_network_order([run.layers[i] for i in of], labels)
+    belongs = np.array([[label == block for block in blocks] for label in labels], dtype=float)
+    summed: Floats = values @ belongs
+    return summed
+
+
+def parts_of(run: Run, by: By) -> tuple[NDArray[np.int64], list[str], Floats]:
     """What is summed: the parameter that each part is of, its label, and (step, part, ...)."""
+    return _experts(run) if by == "expert" else _parameters(run, by)
+
+
+def _parameters(run: Run, by: By) -> tuple[NDArray[np.int64], list[str], Floats]:
+    """Those where each parameter is one."""
     return np.arange(len(run.layers)), list(map(label_of(by), run.layers)), run.gram()
 
 

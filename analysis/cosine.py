@@ -3,10 +3,11 @@
 import pandas as pd
 
 from geffect.gram import cosine as cosine_of
-from geffect.scores import Score, tidy
+from geffect.scores import COSINE, Score, tidy
 from geffect.store import Run
 
 from .base import By, column_of, in_space, summed_gram
+from .rectified import named
 
 
 def cosine(
@@ -14,18 +15,19 @@ def cosine(
 ) -> pd.DataFrame:
     """<g_a, g_b> / (|g_a| |g_b|) of two sources, between -1 (opposed) and 1 (aligned).
 
-    Columns: step, `by`, value. The cosine of a block comes from its summed inner products and
-    squared norms. It is not the mean of the cosines of its tensors. NaN where a gradient is zero,
-    as that of an adapter's factor is at the start: it has no direction. The sums are over the
-    parameters that the step moves, and NaN for a block that it does not move; with
-    `stepped_only=False` over all.
+    Columns: step, `by`, value, score, unit. The cosine of a block comes from its summed inner
+    products and squared norms. It is not the mean of the cosines of its tensors. NaN where a
+    gradient is zero, as that of an adapter's factor is at the start: it has no direction. The sums
+    are over the parameters that the step moves, and NaN for a block that it does not move; with
+    `stepped_only=False` over all. Where a rectifier changed the steps, the objective is the
+    gradient before it, and `score` says so.
 
     >>> run = example_run()
     >>> cosine(run, "forget", "retain", by="model")
-       step  model  value
-    0     0  model    0.5
+       step  model  value                        score    unit
+    0     0  model    0.5  cosine of forget and retain  cosine
     """
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
-    score = Score("cosine", f"cosine of {a} and {b}", limits=(-1.0, 1.0))
+    score = Score(f"cosine of {named(run, a)} and {named(run, b)}", COSINE)
     values = cosine_of(K, run.index(a), run.index(b))
     return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))

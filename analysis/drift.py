@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from geffect import sketch
 from geffect.encodings import ENCODINGS
 from geffect.layers import Parameter, in_network_order
-from geffect.scores import Score, tidy
+from geffect.scores import COSINE, Score, tidy
 from geffect.sources import RETAIN
 from geffect.store import Run
 
 from .base import By, Floats, column_of, in_space, label_of
+from .rectified import named
 
 Gradients = tuple[Run, str]
 """A source of a run."""
@@ -35,11 +36,11 @@ def drift(
     both are those of g if left out. A gradient with itself shows how long its direction lasts. Two
     runs show whether they go the same way.
 
-    Columns: step, other_step, `by`, value, error. Where the runs have sketches, `error` is the
-    standard error of the estimate: (1 - value^2) / sqrt(width) for a layer, and for several layers
-    what their errors add up to. Otherwise the stored gradients are taken, at the steps and for the
-    parameters that were stored, and `error` is that of their encoding: 0 for "full". The value is
-    NaN where a gradient is zero or absent.
+    Columns: step, other_step, `by`, value, error, score, unit. Where the runs have sketches,
+    `error` is the standard error of the estimate: (1 - value^2) / sqrt(width) for a layer, and for
+    several layers what their errors add up to. Otherwise the stored gradients are taken, at the
+    steps and for the parameters that were stored, and `error` is that of their encoding: 0 for
+    "full". The value is NaN where a gradient is zero or absent.
 
     Layers are the smallest blocks: `by` is "layer", "group", "model", or a function that keeps the
     tensors of a layer together. The rows of one `other_step` are a table that any plot can draw.
@@ -47,7 +48,7 @@ def drift(
     and for runs of two models.
 
     >>> run = example_run(sketch=True)
-    >>> drift(run, "forget", other_source="retain", by="model")
+    >>> drift(run, "forget", other_source="retain", by="model").drop(columns=["score", "unit"])
        step  other_step  model  value     error
     0     0           0  model    0.5  0.011719
     """
@@ -57,19 +58,21 @@ def drift(
     stored = all(of.contents.gradients for of, _ in (ours, theirs))
     products = _stored(ours, theirs) if stored and not sketched else _sketched(ours, theirs)
     blocks, value, error = _cosines(products, by)
-    a, b = (name if other is None else f"{name} of {of.name}" for of, name in (ours, theirs))
+    a, b = (
+        named(of, name) if other is None else f"{named(of, name)} of {of.name}"
+        for of, name in (ours, theirs)
+    )
     table = tidy(
         value.reshape(-1, len(blocks)),
-        in_space(
-            run, Score("drift", f"cosine of {a} at a step and {b} at another", limits=(-1.0, 1.0))
-        ),
+        in_space(run, Score(f"cosine of {a} at a step and {b} at another", COSINE)),
         steps=np.repeat(products.steps, len(products.other_steps)),
         blocks=blocks,
         by=column_of(by),
     )
     every = np.tile(np.repeat(products.other_steps, len(blocks)), len(products.steps))
     table.insert(1, "other_step", every)
-    return table.assign(error=error.reshape(-1))
+    table.insert(list(table).index("value") + 1, "error", error.reshape(-1))
+    return table
 
 
 @dataclass(frozen=True)

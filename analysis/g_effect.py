@@ -3,16 +3,23 @@
 import pandas as pd
 
 from geffect.gram import inner
-from geffect.scores import Score, stack, tidy
-from geffect.sources import FORGET, OBJECTIVE, RETAIN
+from geffect.scores import PER_RATE, PER_TOKEN, Score, stack, tidy
+from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, UPDATE
 from geffect.store import Run
 
 from .base import By, column_of, in_space, summed_gram
+from .rectified import acts
 
 EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
 """The risk whose gradient is compared with that of the objective."""
 
-SCORE = Score("g_effect", "G-effect (nats per unit learning rate)", scale="symlog")
+SCORE = Score("G-effect", PER_RATE)
+BEFORE = Score("G-effect before rectification", PER_RATE)
+AFTER = {
+    RECTIFIED: (Score("G-effect of the rectified gradient", PER_RATE), 1.0),
+    UPDATE: (Score("G-effect of the applied update", PER_TOKEN), -1.0),
+}
+"""What is shown of a rectified run beside the objective. An update is a step and no gradient."""
 
 
 def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.DataFrame:
@@ -24,7 +31,14 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
     - unlearning, D = forget: negative is good, the forget risk rises; positive re-learns.
     - retaining, D = retain: zero or positive is good; negative is collateral damage.
 
-    Columns: step, `by`, effect ("unlearning" | "retaining"), value. Blocks add up to the model.
+    Where a rectifier changed the steps, these two are of the gradient before rectification, and
+    `score` says so. Beside them come those of what was made of it, where the run has it:
+
+    - unlearning, rectified and retaining, rectified: of the gradient after the rectifier.
+    - unlearning, update and retaining, update: -<grad R(D), theta after minus theta before>, by
+      how much the applied update lowers the risk to first order, in nats per token.
+
+    Columns: step, `by`, effect, value, score, unit. Blocks add up to the model.
     Where forget risk and objective come from one batch, the unlearning effect carries the variance
     of that batch. Magnitudes of objectives with different reductions do not compare: see `cosine`.
     Raises a ValueError for a run without the objective, or without both risks.
@@ -33,21 +47,31 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
       gradient descent needs; a block that it does not move is NaN. False: over all.
 
     >>> run = example_run()
-    >>> g_effect(run, by="model")
+    >>> g_effect(run, by="model").drop(columns=["score", "unit"])
        step  model      effect  value
     0     0  model  unlearning   -4.0
     1     0  model   retaining   -1.0
+    >>> rectified = g_effect(example_run(rectified=True), by="model")
+    >>> rectified[["effect", "value", "score"]]
+                   effect  value                           score
+    0          unlearning   -4.0   G-effect before rectification
+    1           retaining   -1.0   G-effect before rectification
+    2  unlearning, update   -0.3  G-effect of the applied update
+    3   retaining, update    0.0  G-effect of the applied update
     """
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
-    objective = run.index(OBJECTIVE)
+    shown = {OBJECTIVE: (BEFORE if acts(run) else SCORE, 1.0)}
+    if acts(run):
+        shown |= {source: how for source, how in AFTER.items() if source in run.sources}
     tables = {
-        effect: tidy(
-            inner(K, run.index(risk), objective),
-            in_space(run, SCORE),
+        effect if source == OBJECTIVE else f"{effect}, {source}": tidy(
+            sign * inner(K, run.index(risk), run.index(source)) + 0.0,  # no zero with a sign
+            in_space(run, score),
             steps=run.steps,
             blocks=blocks,
             by=column_of(by),
         )
+        for source, (score, sign) in shown.items()
         for effect, risk in EFFECTS.items()
     }
     return stack(tables, "effect")

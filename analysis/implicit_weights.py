@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from geffect.scores import Score, stack, tidy
+from geffect.scores import WEIGHT, Score, stack, tidy
 from geffect.store import Run
 
-SCORE = Score("implicit_weight", "implicit weight", scale="symlog")
+SCORE = Score("implicit weight", WEIGHT)
 
 
 def implicit_weights(run: Run) -> pd.DataFrame:
@@ -16,10 +16,10 @@ def implicit_weights(run: Run) -> pd.DataFrame:
     probability before unlearning (arXiv 2502.19301). "inverse confidence" is 1/p of every answer
     token, the factor from a gradient of p to one of log p: it explodes on what is forgotten.
 
-    Columns: step, model, statistic ("mean" | "median" | "p95" | "max"), weight, value. Raises
-    a ValueError for a run that was recorded without weights.
+    Columns: step, model, statistic ("mean" | "median" | "p95" | "max"), weight, value, score,
+    unit. Raises a ValueError for a run that was recorded without weights.
 
-    >>> implicit_weights(example_run(weights=True))
+    >>> implicit_weights(example_run(weights=True)).drop(columns=["score", "unit"])
        step  model statistic weight  value
     0     0  model      mean    npo    1.0
     1     0  model    median    npo    1.5

@@ -1,14 +1,13 @@
 """Instances: what unlearning one sample does to a risk, layer by layer."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from geffect.layers import describe, in_network_order
-from geffect.scores import Score, stack
+from geffect.scores import PER_RATE, Score, said, stack
 
 from .base import By, Floats, column_of, label_of
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from geffect.batch import Batch
     from geffect.gradients import Vector
 
-SCORE = Score("pg_effect", "PG-effect (nats per unit learning rate)", scale="symlog")
+SCORE = Score("PG-effect", PER_RATE)
 
 
 def instances(
@@ -35,9 +34,9 @@ def instances(
     a very negative value for the forget risk and one near zero for the retain risk. A negative one
     for the retain risk is collateral damage. Values are not normalised: long answers weigh more.
 
-    Columns: sample, `by`, (risk,) value. Samples are counted through all batches, blocks add up to
-    the model. The model runs in eval mode. The cost is one forward and backward pass a batch, and
-    one product with the input of every matrix for each direction.
+    Columns: sample, `by`, (risk,) value, score, unit. Samples are counted through all batches,
+    blocks add up to the model. The model runs in eval mode. The cost is one forward and backward
+    pass a batch, and one product with the input of every matrix for each direction.
 
     >>> import torch
     >>> from types import SimpleNamespace
@@ -49,7 +48,8 @@ def instances(
     ...         return SimpleNamespace(logits=self.wte(input_ids))
     >>> batch = {"input_ids": torch.tensor([[0, 1]]), "labels": torch.tensor([[-100, 1]])}
     >>> forget = [torch.tensor([[1.0, 0.0], [0.0, 0.0]])]
-    >>> instances(Bigram(), [batch], {"forget": forget}, by="layer")
+    >>> table = instances(Bigram(), [batch], {"forget": forget}, by="layer")
+    >>> table.drop(columns=["score", "unit"])
        sample      layer    risk  value
     0       0  embedding  forget   -0.5
     """
@@ -78,5 +78,4 @@ def _table(values: Floats, blocks: list[str], by: str) -> pd.DataFrame:
             "value": values.reshape(-1),
         }
     )
-    table.attrs["score"] = asdict(SCORE)
-    return table
+    return said(table, SCORE)

@@ -3,13 +3,13 @@
 import pandas as pd
 
 from geffect.gram import inner
-from geffect.scores import Score, stack, tidy
+from geffect.scores import PER_TOKEN, Score, stack, tidy
 from geffect.sources import UPDATE
 from geffect.store import Run
 
 from .base import By, column_of, in_space, risks_of, summed_gram
 
-SCORE = Score("predicted_change", "predicted fall of the risk (nats per token)", scale="symlog")
+SCORE = Score("predicted fall of the risk", PER_TOKEN)
 
 
 def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
@@ -19,10 +19,11 @@ def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     gradient descent this is the learning rate times the G-effect. After Adam, clipping, momentum or
     a rectifier only this describes what happened. Negative for the retain risk is harm done.
 
-    Columns: step, `by`, risk, value. Needs a run recorded with Recorder(..., update=True).
+    Columns: step, `by`, risk, value, score, unit. Needs a run recorded with Recorder(...,
+    update=True).
 
     >>> run = example_run(update=True)
-    >>> predicted_change(run, by="model")
+    >>> predicted_change(run, by="model").drop(columns=["score", "unit"])
        step  model    risk  value
     0     0  model  forget   -0.4
     1     0  model  retain   -0.1

@@ -1,17 +1,20 @@
 """What a rectifier did at every step, and what the optimizer made of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from geffect.gram import cosine, inner, norm
-from geffect.scores import BLOCKS, Score, stack, tidy
-from geffect.sources import AVERAGE, RETAIN, UPDATE, average_of
+from geffect.scores import COSINE, PER_RATE, PER_TOKEN, YES_OR_NO, Score, stack, tidy
+from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
 from .base import By, Floats, column_of, in_space, label_of, summed_gram
-from .violation import ROUNDING
+from .rectified import own_level, protected
+from .violation import SCORE as VIOLATION
+from .violation import rounding, tolerance, violates
 
 Numbers = Mapping[str, Floats]
 """What a rectifier reported, by the name of the number: arrays (step, block of the rectifier)."""
@@ -19,7 +22,23 @@ Numbers = Mapping[str, Floats]
 Places = Sequence[Sequence[int]]
 """For each block of the table the blocks of the rectifier that it consists of."""
 
-SCORE = Score("rectification", "what the rectifier did")
+_ALONG = "with the retain average"
+
+SCORES = {
+    "fired": Score("steps that the rectifier changed", YES_OR_NO),
+    "inner_before": Score(f"inner product {_ALONG} before rectification", PER_RATE),
+    "inner_after": Score(f"inner product {_ALONG} after rectification", PER_RATE),
+    "cosine_before": Score(f"cosine {_ALONG} before rectification", COSINE),
+    "cosine_after": Score(f"cosine {_ALONG} after rectification", COSINE),
+    "coefficient": Score("multiple of the retain average that was added"),
+    "removed": Score("share of the squared length that was removed"),
+    "retain_norm": Score("length of the retain average"),
+    "applied_average": Score("fall of the risk along the retain average", PER_TOKEN),
+    "applied_fresh": Score("fall of the risk along the retain gradient", PER_TOKEN),
+    "cosine_applied": Score(f"cosine of the applied step {_ALONG}", COSINE),
+    "violated": VIOLATION,
+}
+"""What each quantity is. Inner products of a step, in update space, are nats per token."""
 
 
 def rectification(run: Run, by: By = "model") -> pd.DataFrame:
@@ -42,38 +61,39 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     - cosine_applied: applied_average over both lengths, from -1 to 1.
     - violated: 1 where the applied update opposes r beyond rounding, else 0, as in `violation`.
 
-    Columns: step, `by`, against (the retain set), quantity, value. Blocks are those of the
-    rectifier or larger ones; products and squares are summed over them. Values are NaN where a
+    Columns: step, `by`, against (the retain set), quantity, value, score, unit. Blocks are those of
+    the rectifier or larger ones; products and squares are summed over them. Values are NaN where a
     gradient is zero or nothing moved. A step that was left alone has not fired, and has only what
     the update did. That needs Recorder(..., update=True) or a rectifier with measure_update=True;
     the latter has no `cosine_applied` in gradient space. Raises a ValueError for smaller blocks and
     for a run without a rectifier.
 
     >>> table = rectification(example_run(rectified=True))
-    >>> table[table["quantity"].isin(["cosine_before", "cosine_after", "removed", "violated"])]
-       step  model against       quantity  value
-    3     0  model  retain  cosine_before  -0.50
-    4     0  model  retain   cosine_after   0.00
-    6     0  model  retain        removed   0.25
-    11    0  model  retain       violated   0.00
+    >>> table[["step", "model", "against", "quantity", "value"]].iloc[[3, 4, 6, 11]]
+        step  model against       quantity  value
+    3      0  model  retain  cosine_before  -0.50
+    4      0  model  retain   cosine_after   0.00
+    6      0  model  retain        removed   0.25
+    11     0  model  retain       violated   0.00
     """
     names, numbers = run.rectification()
-    sets = [source.removesuffix(AVERAGE) for source in run.sources if source.endswith(AVERAGE)]
-    sets = sets or [RETAIN]
+    sets = protected(run) or [RETAIN]
     blocks, K = summed_gram(run, by)
-    parts = _parts(run, names, sets, by)
+    parts = _parts(run, names, by)
     by_set = {}
     for against in sets:
         places = [
             [names.index(_name(part, against, sets)) for part in parts[block]] for block in blocks
         ]
-        by_set[against] = _reported(numbers, places) | _applied(run, K, against, numbers, places)
+        by_set[against] = _reported(numbers, places) | _applied(
+            run, K, against, _rounded(run, by, against), numbers, places
+        )
     tables = {
         quantity: stack(
             {
                 against: tidy(
                     values[quantity],
-                    in_space(run, SCORE),
+                    in_space(run, _score(run, quantity)),
                     steps=run.steps,
                     blocks=blocks,
                     by=column_of(by),
@@ -110,23 +130,38 @@ def _reported(numbers: Numbers, places: Places) -> dict[str, Floats]:
     }
 
 
+def _score(run: Run, quantity: str) -> Score:
+    score = SCORES[quantity]
+    return replace(score, unit=PER_TOKEN) if _is_step(run) and score.unit == PER_RATE else score
+
+
+def _is_step(run: Run) -> bool:
+    """Whether what was rectified is the optimizer's own step."""
+    return (run.manifest["rectifier"] or {}).get("space") == "update"
+
+
+def _rounded(run: Run, by: By, against: str) -> Floats:
+    """By how much the rounding of parameters may change a product with the average."""
+    return rounding(run, by, against) if average_of(against) in run.sources else np.zeros((1, 1))
+
+
 def _applied(
-    run: Run, K: Floats, against: str, numbers: Numbers, places: Places
+    run: Run, K: Floats, against: str, rounded: Floats, numbers: Numbers, places: Places
 ) -> dict[str, Floats]:
     """What the update did: read off the Gram matrices, or else as the rectifier followed it."""
     if not {UPDATE, average_of(against), against} <= {*run.sources}:
-        return _followed(run, numbers, places)
+        return _followed(run, rounded, numbers, places)
     update, average, fresh = map(run.index, (UPDATE, average_of(against), against))
     along = -cosine(K, update, average)
     return {
         "applied_average": -inner(K, update, average),
         "applied_fresh": -inner(K, update, fresh),
         "cosine_applied": along,
-        "violated": _violated(along),
+        "violated": violates(-along, tolerance(norm(K, update) * norm(K, average), rounded)),
     }
 
 
-def _followed(run: Run, numbers: Numbers, places: Places) -> dict[str, Floats]:
+def _followed(run: Run, rounded: Floats, numbers: Numbers, places: Places) -> dict[str, Floats]:
     """The same without the length of the update, which is not reported.
 
     In update space it is |x|. In gradient space rounding is told from harm by the length of a step
@@ -134,20 +169,15 @@ def _followed(run: Run, numbers: Numbers, places: Places) -> dict[str, Floats]:
     """
     average, fresh = (_summed(numbers[f"applied_{kind}"], places) for kind in ("average", "fresh"))
     after = _gram(numbers, "after", places)
-    in_update_space = (run.manifest["rectifier"] or {}).get("space") == "update"
-    rate = 1.0 if in_update_space else run.column("lr")[:, np.newaxis]
+    rate = 1.0 if _is_step(run) else run.column("lr")[:, np.newaxis]
     with np.errstate(invalid="ignore", divide="ignore"):
         along = average / (rate * norm(after, 0)) / norm(after, 1)
     return {
         "applied_average": average,
         "applied_fresh": fresh,
-        "cosine_applied": along if in_update_space else np.full_like(along, np.nan),
-        "violated": _violated(along),
+        "cosine_applied": along if _is_step(run) else np.full_like(along, np.nan),
+        "violated": violates(-along, tolerance(rate * norm(after, 0) * norm(after, 1), rounded)),
     }
-
-
-def _violated(along: Floats) -> Floats:
-    return np.where(np.isnan(along), np.nan, along < -ROUNDING)
 
 
 def _gram(numbers: Numbers, when: str, places: Places) -> Floats:
@@ -167,12 +197,10 @@ def _name(part: str, against: str, sets: Sequence[str]) -> str:
     return part if len(sets) == 1 else f"{part}, {against}"
 
 
-def _parts(run: Run, names: Sequence[str], sets: Sequence[str], by: By) -> dict[str, list[str]]:
+def _parts(run: Run, names: Sequence[str], by: By) -> dict[str, list[str]]:
     """The blocks of the rectifier that every block consists of."""
     block_of: dict[str, str] = {}
-    for part, block in zip(
-        _own_blocks(run, names, sets), map(label_of(by), run.layers), strict=True
-    ):
+    for part, block in zip(_own_blocks(run, names), map(label_of(by), run.layers), strict=True):
         if block_of.setdefault(part, block) != block:
             raise ValueError(
                 "`by` should keep the blocks of the rectifier whole: it has one number for all of "
@@ -185,12 +213,11 @@ def _parts(run: Run, names: Sequence[str], sets: Sequence[str], by: By) -> dict[
     return parts
 
 
-def _own_blocks(run: Run, names: Sequence[str], sets: Sequence[str]) -> list[str]:
+def _own_blocks(run: Run, names: Sequence[str]) -> list[str]:
     """The block of the rectifier that each parameter belongs to."""
-    for scope in BLOCKS:
-        own = [*map(label_of(scope), run.layers)]
-        if {_name(part, against, sets) for part in own for against in sets} == {*names}:
-            return own
+    level = own_level(run)
+    if level is not None:
+        return [*map(label_of(level), run.layers)]
     raise ValueError(
         f"The blocks of the rectifier should be the parameters, layers or groups of the model, or "
         f"the model. Found {', '.join(names)} in `{run.path}`. Read the numbers of other blocks "

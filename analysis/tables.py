@@ -1,13 +1,12 @@
 """Tables of effects beside a run: a run file keeps their columns, and nothing of the rest."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from geffect.scores import BLOCKS
+from geffect.scores import BLOCKS, SAYS, said
 from geffect.store import Run
 
 from .instances import SCORE
@@ -45,5 +44,5 @@ def kept(run: Run, name: str) -> pd.DataFrame:
         if column in table:
             order = list(dict.fromkeys(table[column]))
             table[column] = pd.Categorical(table[column], categories=order, ordered=True)
-    table.attrs["score"] = asdict(SCORE)
-    return table
+    # An earlier geffect did not keep what the values are.
+    return table if {*SAYS} <= {*table.columns} else said(table, SCORE)

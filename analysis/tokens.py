@@ -1,13 +1,12 @@
 """Tokens: what unlearning one token of an answer does to a risk."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
 
-from geffect.scores import stack
+from geffect.scores import said, stack
 
 from .instances import SCORE
 
@@ -37,9 +36,9 @@ def tokens(
     value for the model. It is the effect of the loss of a token on all that it is predicted from,
     not of what the parameters do at its position (arXiv 2502.19301, eq. 5).
 
-    Columns: sample, position, token, p, (risk,) value. `token` is the text, spaces included, or
-    the id where there is no tokenizer, and `p` the probability that the model gives the token.
-    Tokens that are not scored are left out. The model runs in eval mode. The cost is one
+    Columns: sample, position, token, p, (risk,) value, score, unit. `token` is the text, spaces
+    included, or the id where there is no tokenizer, and `p` the probability that the model gives
+    the token. Tokens that are not scored are left out. The model runs in eval mode. The cost is one
     forward-mode pass for each batch and direction.
 
     >>> import torch
@@ -52,7 +51,7 @@ def tokens(
     ...         return SimpleNamespace(logits=self.wte(input_ids))
     >>> batch = {"input_ids": torch.tensor([[0, 1]]), "labels": torch.tensor([[-100, 1]])}
     >>> forget = [torch.tensor([[1.0, 0.0], [0.0, 0.0]])]
-    >>> tokens(Bigram(), [batch], {"forget": forget})
+    >>> tokens(Bigram(), [batch], {"forget": forget}).drop(columns=["score", "unit"])
        sample  position  token    p    risk  value
     0       0         1      1  0.5  forget   -0.5
     """
@@ -85,9 +84,9 @@ def tokens(
         first += len(ids)
     if not first:
         raise ValueError("`batches` should hold a sample. Found none. Pass one batch at least.")
-    tables = {name: pd.concat(found, ignore_index=True) for name, found in parts.items()}
-    for table in tables.values():
-        table.attrs["score"] = asdict(SCORE)
+    tables = {
+        name: said(pd.concat(found, ignore_index=True), SCORE) for name, found in parts.items()
+    }
     return stack(tables, "risk") if isinstance(direction, Mapping) else tables[""]
 
 

@@ -1,34 +1,80 @@
 """The tidy score table: what analyzers return and plots draw.
 
-One row is one number. Columns are `step`, the name of the blocks (one of
-`BLOCKS`), what tells rows of one step and block apart (`effect`, `risk`, ...), and `value`. Blocks
-are ordered categories, so that a plot or a `groupby` keeps the order of the network.
+One row is one number. Columns are `step`, the name of the blocks (one of `BLOCKS`), what tells rows
+of one step and block apart (`effect`, `risk`, ...), `value`, and what the value is: `score` in
+words and its `unit`. So a table that was merged, or written as CSV and read again, says what it
+holds. Blocks are ordered categories, so that a plot or a `groupby` keeps the order of the network.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+PER_RATE, PER_TOKEN = "nats per unit learning rate", "nats per token"
+"""Units of effects, which span orders of magnitude around zero."""
+
+COSINE, WEIGHT = "cosine", "weight"
+
+YES_OR_NO = "0 or 1"
+"""The unit of what holds or does not. Its mean is a rate, and its median says nothing."""
+
+_LIMITS = {COSINE: (-1.0, 1.0), YES_OR_NO: (0.0, 1.0)}
+
 
 @dataclass(frozen=True)
 class Score:
-    """What the `value` of a table is: its name, its axis label with the unit, and how to draw it.
+    """What the `value` of a row is, in words, and its unit, which says how it is drawn.
 
-    `scale` is "symlog" for scores that span orders of magnitude around zero: a model that has
-    memorised its data starts with almost no gradient and is six orders larger twenty steps later.
+    >>> Score("G-effect", PER_RATE).axis, Score("conflict", YES_OR_NO).axis
+    ('G-effect (nats per unit learning rate)', 'rate of conflict (%)')
     """
 
-    name: str
     label: str
-    scale: Literal["linear", "symlog"] = "linear"
-    limits: tuple[float, float] | None = None
+    unit: str = ""
+
+    @property
+    def scale(self) -> Literal["linear", "symlog"]:
+        """How values are spread over an axis.
+
+        Nats are "symlog": a model that has memorised its data starts with almost no gradient and is
+        six orders larger twenty steps later. So are weights, which explode.
+        """
+        return "symlog" if self.unit.startswith("nats") or self.unit == WEIGHT else "linear"
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """Between what the values lie, where the unit bounds them."""
+        return _LIMITS.get(self.unit)
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether values are 0 or 1, and summed up by their rate."""
+        return self.unit == YES_OR_NO
+
+    @property
+    def full(self) -> str:
+        """The label with the unit, where that is not in the label already."""
+        said = self.unit in ("", COSINE, WEIGHT, YES_OR_NO)
+        return self.label if said else f"{self.label} ({self.unit})"
+
+    @property
+    def axis(self) -> str:
+        """What an axis of summed up values is called."""
+        return f"rate of {self.label} (%)" if self.is_rate else self.full
 
 
 BLOCKS = ("parameter", "layer", "group", "model", "tower", "expert")
+
+LEVEL = "level"
+"""The column that says that a constraint is of other blocks than those of the table."""
+
+SAYS = ("score", "unit")
+"""The columns that say what the value of a row is."""
 
 
 def tidy(
@@ -42,12 +88,12 @@ def tidy(
 ) -> pd.DataFrame:
     """The table of `values`, an array (step, block), with `constants` as further columns.
 
-    >>> table = tidy(np.array([[1.0, 2.0]]), Score("twice", "twice"), steps=np.array([3]),
+    >>> table = tidy(np.array([[1.0, 2.0]]), Score("twice", "s"), steps=np.array([3]),
     ...              blocks=["embedding", "head"], by="layer")
     >>> table
-       step      layer  value
-    0     3  embedding    1.0
-    1     3       head    2.0
+       step      layer  value  score unit
+    0     3  embedding    1.0  twice    s
+    1     3       head    2.0  twice    s
     """
     n_steps, n_blocks = values.shape
     columns: dict[str, object] = {
@@ -55,8 +101,17 @@ def tidy(
         by: pd.Categorical(list(blocks) * n_steps, categories=list(blocks), ordered=True),
     }
     table = pd.DataFrame({**columns, **constants, "value": values.reshape(-1)})
-    table.attrs["score"] = asdict(score)
-    return table
+    return said(table, score)
+
+
+def said(table: pd.DataFrame, score: Score) -> pd.DataFrame:
+    """The table with the columns that say what its values are.
+
+    >>> said(pd.DataFrame({"value": [1.0]}), Score("twice", "s"))
+       value  score unit
+    0    1.0  twice    s
+    """
+    return table.assign(score=score.label, unit=score.unit)
 
 
 def stack(tables: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
@@ -74,14 +129,55 @@ def stack(tables: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
         label = pd.Categorical([name] * len(table), categories=names, ordered=True)
         labelled.append(table.assign(**{column: label}))
     stacked = pd.concat(labelled, ignore_index=True)
-    stacked.attrs = dict(labelled[0].attrs)
-    return stacked[[*stacked.columns.drop([column, "value"]), column, "value"]]
+    others = list(stacked.columns.drop(column))
+    place = others.index("value")
+    return stacked[[*others[:place], column, *others[place:]]]
+
+
+def scores_in(table: pd.DataFrame) -> list[Score]:
+    """What the values of the table are, each once; a plain "value" where it does not say.
+
+    >>> scores_in(pd.DataFrame({"value": [1.0, 2.0], "score": ["a", "b"], "unit": ["s", "s"]}))
+    [Score(label='a', unit='s'), Score(label='b', unit='s')]
+    """
+    if not {*SAYS} <= {*table.columns}:
+        return [Score("value")]
+    # A unit that is empty comes back from a file as NaN.
+    pairs = table[[*SAYS]].drop_duplicates().astype(object).fillna("")
+    found = [Score(str(label), str(unit)) for label, unit in pairs.itertuples(index=False)]
+    return found or [Score("value")]
 
 
 def score_of(table: pd.DataFrame) -> Score:
-    """What the values of the table are; a plain linear "value" where the table does not say."""
-    said = table.attrs.get("score")
-    return Score(**said) if said else Score("value", "value")
+    """What the values of the table are together: they share a unit, and an axis.
+
+    >>> score_of(pd.DataFrame({"value": [1.0, 2.0], "score": ["a", "b"], "unit": ["s", "s"]}))
+    Score(label='a or b', unit='s')
+    """
+    found = scores_in(table)
+    units = list(dict.fromkeys(score.unit for score in found))
+    if len(units) > 1:
+        raise ValueError(
+            "`table` should have values of one unit, to share an axis. Found "
+            f"{', '.join(repr(unit) for unit in units)}. Choose with "
+            f"table[table['unit'] == {units[0]!r}], or draw a panel for each score with sheet or "
+            "facets."
+        )
+    return Score(" or ".join(dict.fromkeys(score.label for score in found)), units[0])
+
+
+def in_common(table: pd.DataFrame) -> str:
+    """What the values are, with the unit; of several scores the words that they begin with.
+
+    >>> in_common(pd.DataFrame({"value": [1.0, 2.0], "score": ["a b", "a c"], "unit": "s"}))
+    'a'
+    """
+    first, *others = scores_in(table)
+    if not others:
+        return first.full
+    words = [score.label.split() for score in (first, *others)]
+    alike = takewhile(lambda those: len(set(those)) == 1, zip(*words, strict=False))
+    return " ".join(word for word, *_ in alike)
 
 
 def blocks_of(table: pd.DataFrame) -> str:

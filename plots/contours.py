@@ -76,7 +76,7 @@ def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         reached += _lines_of_density(ax, part, colour)
         drawn.append(Line2D([], [], color=colour, marker="o", markersize=3, label=name))
     _limit(ax, np.concatenate(reached))
-    unit = wrapped(score_of(table).label)
+    unit = wrapped(score_of(table).full)
     ax.set_xlabel(f"forget: {unit}", fontsize="medium")
     ax.set_ylabel(f"retain: {unit}", fontsize="medium")
     dress(ax)

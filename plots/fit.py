@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from geffect.scores import BLOCKS, blocks_of
+from geffect.scores import BLOCKS, SAYS, blocks_of
 
 
 def levels(column: pd.Series) -> list[str]:
@@ -73,7 +73,8 @@ def names_in(table: pd.DataFrame) -> dict[str, list[str]]:
     return {
         str(name): levels(column)
         for name, column in table.items()
-        if name not in {"step", "value", *BLOCKS} and not pd.api.types.is_numeric_dtype(column)
+        if name not in {"step", "value", *BLOCKS, *SAYS}
+        and not pd.api.types.is_numeric_dtype(column)
     }
 
 
@@ -96,6 +97,10 @@ def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
             f"Choose with table[table[{column!r}] == {names[0]!r}], "
             f"or draw a panel for each with facets(table, ..., by={column!r})."
         )
+    place = ["step", block, *several]
+    # Scores that were put below one another are told apart by what they are.
+    if most > len(several) and "score" in table and table.duplicated(place).any():
+        several["score"] = levels(table["score"])
     once_only(table, ["step", block, *several])
     return list(several)
 

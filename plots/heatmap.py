@@ -19,6 +19,8 @@ from .style import (
     heading,
     longest,
     new_axes,
+    note,
+    rate,
     step_axis,
     thinned,
     towers_apart,
@@ -40,7 +42,7 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     >>> from matplotlib.figure import Figure
     >>> from geffect.scores import Score, tidy
-    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, np.nan]]), Score("g_effect", "G-effect (nats)"),
+    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, np.nan]]), Score("G-effect", "nats"),
     ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
     >>> ax = heatmap(table, ax=Figure().subplots())
     >>> [label.get_text() for label in ax.get_yticklabels()]
@@ -71,16 +73,20 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     step_axis(ax)
     dress(ax, frame=False)
     heading(ax, constants(table))
-
     score = score_of(table)
+    if score.is_rate:
+        note(ax, rate(table))
+
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06, aspect=28)
     undefined = "\n(grey: undefined)" if np.ma.is_masked(cells) else ""
-    bar.set_label(wrapped(score.label) + undefined, fontsize="medium")
+    bar.set_label(wrapped(score.full) + undefined, fontsize="medium")
     if score.scale == "symlog":
         bar.ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
         bar.ax.yaxis.set_major_formatter(decade_format(frame))
+    if score.is_rate:
+        bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
     bar.ax.minorticks_off()
-    bar.ax.tick_params(width=0.6, length=2.5, labelsize="small")
+    bar.ax.tick_params(width=0.6, length=0 if score.is_rate else 2.5, labelsize="small")
     bar.outline.set_visible(False)
     return ax
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from geffect.scores import blocks_of
+from geffect.scores import blocks_of, score_of
 
 from .fit import all_levels, blocks_in, constants, names_in, short, told_apart
 from .style import (
@@ -20,6 +20,7 @@ from .style import (
     longest,
     new_axes,
     note,
+    rate,
     step_axis,
     thinned,
     towers_apart,
@@ -29,6 +30,8 @@ from .style import (
 
 def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Median over the steps at each block, input on the left; the band holds the middle half.
+
+    Of a score that is 0 or 1 it is the rate: in how many of the steps it is 1, without a band.
 
     - `table`: `step`, one column of blocks, `value`, and at most two columns that tell rows apart.
     - `ax`: the axes to draw on; new ones if left out.
@@ -42,7 +45,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
     >>> from geffect.scores import Score, tidy
-    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("g_effect", "G-effect (nats)"),
+    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("G-effect", "nats"),
     ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
     >>> ax = profile(table, ax=Figure().subplots())
     >>> ax.lines[-1].get_ydata().tolist()
@@ -55,18 +58,22 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     value_axis(ax, table)
     handles = []
     at = range(len(frame.blocks))
+    rates = score_of(table).is_rate
     for name, ink, part in lines_of(table, several):
         values = part.groupby(block, observed=True)["value"]
-        low, middle, high = (
-            values.quantile(share).reindex(frame.blocks).to_numpy(dtype=float)
-            for share in (0.25, 0.5, 0.75)
-        )
+        of_steps = 100 * values.mean() if rates else values.median()
+        middle = of_steps.reindex(frame.blocks).to_numpy(dtype=float)
         marker = "o" if len(frame.blocks) <= 40 else ""
         handles += ax.plot(
             at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3, label=name,
             marker=marker, markersize=3, zorder=3,
         )  # fmt: skip
-        ax.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
+        if not rates:
+            low, high = (
+                values.quantile(share).reindex(frame.blocks).to_numpy(dtype=float)
+                for share in (0.25, 0.75)
+            )
+            ax.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
     towers_apart(ax.axvline, frame.blocks)
     places = thinned(len(frame.blocks), most=14)
     ax.set_xticks(
@@ -79,9 +86,9 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(-0.5, len(frame.blocks) - 0.5)
     ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize="medium")
     dress(ax)
-    if table["step"].nunique() > 1:
-        note(ax, "median and quartiles over steps")
     heading(ax, constants(table))
+    if table["step"].nunique() > 1:
+        note(ax, "rate over steps" if rates else "median and quartiles over steps")
     if several:
         key(ax, handles)
     return ax
@@ -89,6 +96,8 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The value over the steps: a line for each block, or of one block for each effect or run.
+
+    Of a score that is 0 or 1 there is no line for a block, but one for their rate at each step.
 
     - `table`: `step`, one column of blocks and `value`; of one block also columns that tell rows
       apart.
@@ -100,15 +109,16 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
     >>> from geffect.scores import Score, tidy
-    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("g_effect", "G-effect (nats)"),
+    >>> table = tidy(np.array([[-3.0, 1.0], [-1.0, 2.0]]), Score("G-effect", "nats"),
     ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
     >>> ax = trajectory(table, ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['embedding', 'head']
     """
     present = blocks_in(table)
-    several = told_apart(table, most=0 if len(present) > 1 else 2)
-    if len(present) > 1:
+    rates = score_of(table).is_rate
+    several = told_apart(table, most=0 if len(present) > 1 and not rates else 2)
+    if len(present) > 1 and not rates:
         block, colours = blocks_of(table), depth_colours(Frame.of(table).blocks)
         lines = [
             (label, Ink(colours[name]), table[table[block] == name])
@@ -124,9 +134,9 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.update_datalim([(table["step"].min(), 0.0), (table["step"].max(), 0.0)])
     handles = []
     for name, ink, part in lines:
-        ordered = part.sort_values("step")
+        ordered = part.groupby("step")["value"].mean()
         handles += ax.plot(
-            ordered["step"].to_numpy(), ordered["value"].to_numpy(dtype=float),
+            ordered.index.to_numpy(), (100 if rates else 1) * ordered.to_numpy(dtype=float),
             color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7, label=name,
             marker=marker, markersize=2, zorder=3,
         )  # fmt: skip
@@ -134,6 +144,8 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     dress(ax)
     block_alone = present if len(present) == 1 else []
     heading(ax, ", ".join(filter(None, [constants(table), *block_alone])))
+    if rates:
+        note(ax, rate(table) if block_alone else f"of the blocks; {rate(table)}")
     if len(lines) > 1:
         key(ax, [handles[place] for place in thinned(len(handles), most=14)])
     return ax

@@ -1,7 +1,6 @@
 """What a rectifier did: directions before and after, where it acted, and what the update kept."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -9,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from geffect.scores import Score, blocks_of
+from geffect.scores import COSINE as UNIT
+from geffect.scores import Score, blocks_of, said
 
 from .fit import blocks_in, levels, once_only, require
 from .heatmap import edges, heatmap
@@ -29,7 +29,7 @@ from .style import (
     step_axis,
 )
 
-COSINE = Score("cosine", "cosine with the retain average")
+COSINE = Score("cosine with the retain average", UNIT)
 COURSES = {
     "cosine_before": ("before", PLAIN),
     "cosine_after": ("rectified", GRU),
@@ -114,8 +114,7 @@ def _maps(table: pd.DataFrame) -> Figure:
     tall = float(np.clip(0.17 * len(blocks), 2.4, 5.5))
     figure = new_figure(13.0, len(sets) * tall + 0.7)
     mapped = ("cosine_before", "cosine_after")
-    cosines = table[table["quantity"].isin(mapped)]
-    cosines.attrs = {**table.attrs, "score": asdict(COSINE)}
+    cosines = said(table[table["quantity"].isin(mapped)], COSINE)
     # Further apart than usual: the label of the colour bar belongs to the panels on its left.
     grid = figure.subplots(
         len(sets), 4, sharex=True, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}

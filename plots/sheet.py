@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from geffect.scores import blocks_of, score_of
+from geffect.scores import LEVEL, blocks_of, in_common
 
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
 from .heatmap import heatmap
@@ -16,7 +18,7 @@ from .style import framed, heading, longest, new_figure, title, write_labels
 
 
 def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
-    """A panel for each name in the column `by`, all on the scales of the whole table.
+    """A panel for each name in the column `by`, all of one unit on one scale.
 
     - `table`: a score table that names its panels in the column `by`.
     - `plot`: draws one panel, such as `heatmap` or `trajectory`.
@@ -26,7 +28,7 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
 
     >>> import numpy as np
     >>> from geffect.scores import Score, stack, tidy
-    >>> one = tidy(np.array([[-3.0], [2.0]]), Score("g_effect", "G-effect (nats)"),
+    >>> one = tidy(np.array([[-3.0], [2.0]]), Score("G-effect", "nats"),
     ...            steps=np.array([0, 5]), blocks=["model"], by="model")
     >>> figure = facets(stack({"ga": one, "npo": one}, "run"), trajectory, "run")
     >>> [ax.get_title(loc="left") for ax in figure.axes]
@@ -44,21 +46,26 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     }
     whole = table.assign(**kept)
     panels: list[Axes] = []
+    scaled: dict[tuple[str, ...], Axes] = {}  # the first panel of each unit
     for place, name in enumerate(names):
+        part = whole[whole[by].astype(str) == name]
         first = panels[0] if panels else None
-        ax = figure.add_subplot(tall, wide, place + 1, sharex=first, sharey=first)
-        plot(framed(whole[whole[by].astype(str) == name], whole), ax=ax)
+        alike = scaled.get(units_in(part))
+        ax = figure.add_subplot(tall, wide, place + 1, sharex=first, sharey=alike)
+        plot(framed(part, whole), ax=ax)
         heading(ax, name)
+        scaled.setdefault(units_in(part), ax)
         panels.append(ax)
     for place, ax in enumerate(panels):
         if place + wide < len(panels):
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
-        if place % wide:
+        if place % wide and ax.get_shared_y_axes().joined(ax, panels[place - 1]):
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     shared_key(figure, panels)
-    keep_once([*reversed(panels[:wide]), *panels[wide:]])
+    # A bar stands on the right of its row.
+    keep_once(ax for row in range(tall) for ax in reversed(panels[row * wide :][:wide]))
     # What the panels are named by stands above each, also where there is but one.
     title(figure, constants(table.drop(columns=by)))
     return figure
@@ -73,7 +80,7 @@ def sheet(table: pd.DataFrame) -> Figure:
 
     >>> import numpy as np
     >>> from geffect.scores import Score, tidy
-    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, 4.0]]), Score("g_effect", "G-effect (nats)"),
+    >>> table = tidy(np.array([[-3.0, 1.0], [2.0, 4.0]]), Score("G-effect", "nats"),
     ...              steps=np.array([0, 5]), blocks=["embedding", "head"], by="layer")
     >>> sheet(table).get_suptitle()
     'G-effect (nats), by layer'
@@ -86,17 +93,30 @@ def sheet(table: pd.DataFrame) -> Figure:
     )
     long = longest(short(blocks_in(table)))
     figure = new_figure(12.0 + 0.12 * long, 2.9 * len(rows) + 0.5 + 0.04 * long)
-    grid = figure.subplots(
-        len(rows), 3, sharex="col", sharey="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1)
-    )
+    grid = figure.subplots(len(rows), 3, sharex="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1))
+    scaled: dict[tuple[str, ...], NDArray[np.object_]] = {}  # the first row of each unit
     for axes, part in zip(grid, rows, strict=True):
-        for plot, ax in zip((heatmap, profile, trajectory), axes, strict=True):
-            plot(framed(part, table), ax=ax)
+        first = scaled.setdefault(units_in(part), axes)
+        for plot, ax, alike in zip((heatmap, profile, trajectory), axes, first, strict=True):
+            if ax is not alike:
+                ax.sharey(alike)
+            plot(framed(part.drop(columns=LEVEL, errors="ignore"), table), ax=ax)
     for ax in grid[:-1].flat:
         ax.set_xlabel("")
     keep_once(grid[:, 2])
-    title(figure, f"{score_of(table).label}, by {blocks_of(table)}")
+    level = levels(table[LEVEL]) if LEVEL in table else []
+    by = ": ".join([f"by {blocks_of(table)}", *level])
+    title(figure, ", ".join(filter(None, [in_common(table), by])))
     return figure
+
+
+def units_in(table: pd.DataFrame) -> tuple[str, ...]:
+    """The units of the values, none where the table does not say.
+
+    >>> units_in(pd.DataFrame({"value": [1.0], "score": ["G-effect"], "unit": ["nats"]}))
+    ('nats',)
+    """
+    return tuple(levels(table["unit"])) if "unit" in table else ()
 
 
 def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:

@@ -84,5 +84,5 @@ def _legend(table: pd.DataFrame) -> str:
         '<div style="width: 24em; max-width: 90%; font-size: .8em; user-select: none">'
         f'<div style="height: .7em; background: linear-gradient(to right, {bar})"></div>'
         f'<div style="position: relative; height: 1.5em">{marks}</div>'
-        f"{in_html(score.label)}{undefined}</div>"
+        f"{in_html(score.full)}{undefined}</div>"
     )

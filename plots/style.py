@@ -4,7 +4,7 @@ Everything is passed to the artists it is meant for; the reader's own rcParams s
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import cycle, pairwise
 from textwrap import wrap
@@ -17,7 +17,7 @@ import seaborn
 from matplotlib import font_manager, pyplot
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, SymLogNorm
+from matplotlib.colors import Colormap, ListedColormap, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
@@ -67,6 +67,10 @@ NAMED = {
     "gru-update": GRU_UPDATE,
     "gru-coordinate": GRU_COORDINATE,
     "select": SELECT,
+    "unlearning, rectified": Ink(UNLEARNING.colour, DOTTED),
+    "retaining, rectified": Ink(RETAINING.colour, DOTTED),
+    "unlearning, update": Ink(UNLEARNING.colour, DASH_DOT),
+    "retaining, update": Ink(RETAINING.colour, DASH_DOT),
 }
 SPARE = (PLAIN, GRU, GRU_UPDATE, GRU_COORDINATE, SELECT, Ink("#8c5a2b", DASHED), Ink("#6a5acd"))
 
@@ -74,12 +78,11 @@ UNDEFINED = "#bdbdbd"
 QUIET = "#8a8a8a"
 # Brown to purple: red and blue name the two effects, so the two signs take other hues.
 DIVERGING: Colormap = mpl.colormaps["PuOr"].with_extremes(bad=UNDEFINED)
-SEQUENTIAL: Colormap = LinearSegmentedColormap.from_list(
-    "upper_half", DIVERGING(np.linspace(0.5, 1.0, 128))
-).with_extremes(bad=UNDEFINED)
+NO_OR_YES: Colormap = ListedColormap(DIVERGING([0.5, 0.9])).with_extremes(bad=UNDEFINED)
 
 LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logarithmic halves
 MOST_DECADES = 6
+ABREAST = 48  # characters of a heading on one line
 LONGEST = 120  # characters of a label on several lines
 
 
@@ -135,16 +138,21 @@ class Frame:
 
 
 def framed(part: pd.DataFrame, whole: pd.DataFrame) -> pd.DataFrame:
-    """The part, to be drawn on the scales of the whole, where it has a value to be scaled."""
+    """The part, to be drawn on the scales of the whole, where it has a value to be scaled.
+
+    Scales are those of the rows with the units of the part, blocks those of the whole.
+    """
     if "value" not in whole:
         return part
+    alike = whole[whole["unit"].isin(part["unit"])] if "unit" in whole else whole
     framed_part = part.copy()
-    framed_part.attrs = {**whole.attrs, "frame": asdict(Frame.of(whole))}
+    frame = replace(Frame.of(alike), blocks=blocks_in(whole))
+    framed_part.attrs = {**whole.attrs, "frame": asdict(frame)}
     return framed_part
 
 
 def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
-    """Map and norm: diverging and symmetric about zero, sequential where no value is below zero.
+    """Map and norm: diverging and symmetric about zero, two colours where values are 0 or 1.
 
     >>> table = pd.DataFrame({"layer": ["embedding", "head"], "value": [-2.0, 0.5]})
     >>> cmap, norm = colours_of(table)
@@ -157,8 +165,8 @@ def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
             linthresh=frame.threshold, linscale=LINEAR_SHARE, vmin=-frame.limit, vmax=frame.limit
         )
         return DIVERGING, norm
-    if score.limits and score.limits[0] >= 0:
-        return SEQUENTIAL, Normalize(*score.limits)
+    if score.is_rate:
+        return NO_OR_YES, Normalize(0.0, 1.0)
     return DIVERGING, Normalize(-frame.limit, frame.limit)
 
 
@@ -188,7 +196,7 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     """
     score, frame = score_of(table), Frame.of(table)
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
-    ax.set_ylabel(wrapped(score.label), fontsize="medium")
+    ax.set_ylabel(wrapped(score.axis), fontsize="medium")
     if score.scale == "symlog":
         ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
         ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
@@ -197,7 +205,7 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
         # Zero alone would be on view where all values are near it.
         ax.update_datalim([(0.0, -frame.threshold), (0.0, frame.threshold)], updatex=False)
     if score.limits:
-        low, high = score.limits
+        low, high = (100 * limit if score.is_rate else limit for limit in score.limits)
         margin = 0.03 * (high - low)  # a line that runs along the limit keeps its full width
         ax.set_ylim(low - margin, high + margin)
 
@@ -280,16 +288,23 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    ax.set_title(drawn(text), loc="left", fontsize="medium")
+    lines = wrap(drawn(text, 2 * ABREAST), ABREAST)
+    ax.set_title("\n".join(lines), loc="left", fontsize="medium")
 
 
 def title(figure: Figure, text: str) -> None:
     """What the figure shows, above its panels."""
-    figure.suptitle(drawn(text, LONGEST), fontsize="large")
+    lines = wrap(drawn(text, 2 * LONGEST), LONGEST)
+    figure.suptitle("\n".join(lines), fontsize="large")
 
 
 def note(ax: Axes, text: str) -> None:
     """How to read the panel, small, above its right edge."""
+    left = ax.get_title(loc="left")
+    if (
+        len(left.split("\n")[-1]) + 0.75 * len(text) > 36
+    ):  # characters, of which a panel has no more room for
+        ax.set_title(f"{left}\n", loc="left", fontsize="medium")
     ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
 
 
@@ -327,6 +342,16 @@ def _has(character: str, *families: str) -> bool:
 def longest(names: Iterable[str]) -> int:
     """The characters of the longest name as it is drawn."""
     return max(len(drawn(name)) for name in names)
+
+
+def rate(table: pd.DataFrame) -> str:
+    """In how many rows a value of 0 or 1 is 1, in words.
+
+    >>> rate(pd.DataFrame({"value": [1.0, 0.0, 0.0, np.nan]}))
+    'rate 33 % of 3'
+    """
+    known = table["value"].dropna()
+    return f"rate {100 * known.mean():.0f} % of {len(known)}" if len(known) else "undefined"
 
 
 def wrapped(label: str) -> str:

@@ -1,6 +1,8 @@
 """Replay: the G-effects of checkpoints that already exist."""
 
+import itertools
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import zip_longest
@@ -22,7 +24,7 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_ri
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
-from .estimators import Estimator, Sources, Traits, split_batch, traits_of
+from .estimators import ENOUGH_ROWS, Estimator, Sources, Traits, split_batch, traits_of
 from .loading import (
     Folder,
     Loader,
@@ -144,6 +146,7 @@ def replay(
         show,
     )
     counts = {name: len(batches) for name, batches in sets.items()}
+    _tell_rows(_name_of(estimator), traits, counts)
     before = model_before(minimised, reference, first, base if own_base else None)
     new_loader = partial(Loader, base=base, device=device)
     loader = new_loader()
@@ -265,6 +268,21 @@ def _check_kept(keep: StoreOptions, traits: Traits, estimator: Estimator) -> Non
             f'different batches. Found "{keep.gradients}". Choose one of those, or another '
             "estimator, such as `full`."
         )
+
+
+def _tell_rows(estimator: str, traits: Traits, counts: Mapping[str, int]) -> None:
+    """Warn where steps get too few rows for their scores to have intervals."""
+    if traits.rows is None or (found := traits.rows(counts)) >= ENOUGH_ROWS:
+        return
+    rows_of = traits.rows
+    enough = next(n for n in itertools.count(1) if rows_of(dict.fromkeys(counts, n)) >= ENOUGH_ROWS)
+    there = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    warnings.warn(
+        f"A step should have {ENOUGH_ROWS} rows or more for its scores to have intervals. Found "
+        f"{found}, which is what `{estimator}` makes of the batches: {there}. For intervals pass "
+        f"{enough} batches of each set or more, by more examples or smaller batches.",
+        stacklevel=3,
+    )
 
 
 def _name_of(estimator: Estimator) -> str:

@@ -100,11 +100,13 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
     """The picture of a table, with a panel for each effect or risk where one cannot hold all."""
     from geffect import plots
 
-    told_apart = [column for column in ("effect", "risk") if column in table.columns]
+    told_apart = [c for c in ("effect", "risk", "against") if c in table.columns]
 
     def panels(plot: Callable[..., "Axes"]) -> "Figure":
         if told_apart:
-            return plots.facets(table, plot, told_apart[0])
+            # Of a rectified run both effects of each gradient stand side by side.
+            wide = 3 if table[told_apart[0]].nunique() <= 3 else 2
+            return plots.facets(table, plot, told_apart[0], columns=wide)
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")

@@ -84,10 +84,11 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
 
 def _sections(run: "Run", by: str) -> dict[str, Any]:
     from geffect import plots
-    from geffect.analysis import conflict, cosine, g_effect
+    from geffect.analysis import cosine, g_effect
+    from geffect.analysis.rectified import acts
 
-    rates = conflict(run).groupby("layer", observed=True)["value"].mean()
     last = g_effect(run, "model")
+    last = last[last["step"] == last["step"].max()]
     return {
         "name": run.name,
         "manifest": run.manifest,
@@ -95,14 +96,42 @@ def _sections(run: "Run", by: str) -> dict[str, Any]:
         "steps": len(run.steps),
         "sources": run.sources,
         "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
-        "last": last[last["step"] == last["step"].max()].set_index("effect")["value"].to_dict(),
-        "conflicts": rates.to_dict(),
+        "last": last.to_dict("records"),
+        "changed": acts(run),
+        "rates": _rates(run),
         "g_effect": _drawn(plots.sheet(g_effect(run, by))),
         "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain", by))),
         **_rectification(run),
         **_weights(run),
         **_effects(run),
     }
+
+
+def _rates(run: "Run") -> list[tuple[str, dict[str, dict[str, float]]]]:
+    """How often there is a conflict, and a violation, of the blocks that the rectifier constrains.
+
+    What is of parameters is shown by layer. Scores of the same blocks share a table.
+    """
+    from geffect.analysis import conflict, violation
+    from geffect.scores import blocks_of
+    from geffect.sources import AVERAGE, UPDATE
+
+    tables = {"conflict rate": conflict(run)}
+    if UPDATE in run.sources and any(name.endswith(AVERAGE) for name in run.sources):
+        violations = violation(run)
+        several = violations.groupby("against", observed=True) if "against" in violations else ()
+        tables |= {f"violation rate, {name}": own for name, own in several} or {
+            "violation rate": violations
+        }
+    layer_of = {parameter.name: parameter.layer for parameter in run.layers}
+    shown: dict[str, dict[str, dict[str, float]]] = {}
+    for name, table in tables.items():
+        by, blocks = blocks_of(table), table[blocks_of(table)].astype(str)
+        if by == "parameter":
+            by, blocks = "parameters of", blocks.map(layer_of)
+        rates = table.groupby(blocks.rename(by), sort=False)["value"].mean()
+        shown.setdefault(by, {})[name] = {str(block): rate for block, rate in rates.items()}
+    return [*shown.items()]
 
 
 def _rectification(run: "Run") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`geffect scores`: a score of a run as a table."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -51,11 +51,14 @@ FEW_STEPS = 12
 
 
 def _show(table: "pd.DataFrame") -> None:
-    from geffect.scores import score_of
+    from geffect.scores import LEVEL, SAYS, in_common
 
-    names = [c for c in table.columns if c not in ("step", "value", "rows", "low", "high")]
+    numbers = ("step", "value", "tolerance", "rows", "low", "high")
+    names = [c for c in table.columns if c not in (*numbers, LEVEL, *SAYS)]
     steps = f"{table['step'].nunique()} steps, {table['step'].min()} to {table['step'].max()}"
-    title = f"{score_of(table).label}: {steps}"
+    title = f"{in_common(table) or 'rectification'}: {steps}"
+    if LEVEL in table:
+        title += f"; {table[LEVEL].iloc[0]}"
     if "low" in table:
         title += ", with 95 % intervals"
     console = terminal()
@@ -65,6 +68,10 @@ def _show(table: "pd.DataFrame") -> None:
     else:
         columns, lines, spare = _summed_up(table, names)
     show(console, columns, lines, names=names, spare=spare)
+    for line in _told_apart(table, names[-1]):
+        say(console, line)
+    if "tolerance" in table:
+        say(console, _tolerance(table))
     if "low" in table and table["low"].isna().any():
         say(
             console,
@@ -86,12 +93,44 @@ def _step_by_step(table: "pd.DataFrame", names: list[str]) -> Lines:
 
 
 def _summed_up(table: "pd.DataFrame", names: list[str]) -> Lines:
+    from geffect.scores import scores_in
+
     lines = []
     for key, own in table.groupby(names, observed=True):
         first, last = own.iloc[0].to_dict(), own.iloc[-1].to_dict()
-        median = f"{own['value'].median():.4g}"
-        lines.append([*map(str, key), _certain(first), median, _certain(last)])
-    return [*names, "first", "median", "last"], lines, ["first", "median"]
+        lines.append([*map(str, key), _certain(first), _middle(own), _certain(last)])
+    kinds = {"rate" if score.is_rate else "median" for score in scores_in(table)}
+    middle = " or ".join(sorted(kinds))
+    return [*names, "first", middle, "last"], lines, ["first", middle]
+
+
+def _told_apart(table: "pd.DataFrame", column: str) -> Iterator[str]:
+    """What each name in a column stands for, where a table has several scores."""
+    from geffect.scores import scores_in
+
+    found = scores_in(table)
+    for score in found if len(found) > 1 else []:
+        own = table[(table["score"] == score.label) & (table["unit"] == score.unit)]
+        yield f"{'; '.join(dict.fromkeys(map(str, own[column])))}: {score.full}"
+
+
+def _middle(table: "pd.DataFrame") -> str:
+    """The median of values; of values that are 0 or 1, how many of those that are known are 1."""
+    from geffect.scores import score_of
+
+    known = table["value"].dropna()
+    if not score_of(table).is_rate:
+        return f"{known.median():.4g}"
+    return f"{100 * known.mean():.0f} % of {len(known)}" if len(known) else "undefined"
+
+
+def _tolerance(table: "pd.DataFrame") -> str:
+    """What is said of the cosines that count as rounding."""
+    least, most = table["tolerance"].min(), table["tolerance"].max()
+    return (
+        f"Tolerance: a violation is a cosine with the retain average above {least:.1e} to "
+        f"{most:.1e}, by block and step: below that it may be the rounding of parameters."
+    )
 
 
 def _certain(row: Mapping[Hashable, Any]) -> str:

@@ -47,7 +47,7 @@ class Scored:
 
     analyzer: str
     takes: Collection[str] = ()
-    by: By = By.LAYER  # where none is given
+    by: By | None = By.LAYER  # where none is given; None for what the rectifier constrains
 
 
 BETWEEN, INTERVALS, ALL_PARAMETERS = "--between", "--intervals", "--all-parameters"
@@ -55,10 +55,10 @@ BETWEEN, INTERVALS, ALL_PARAMETERS = "--between", "--intervals", "--all-paramete
 SCORES: Mapping[ScoreName, Scored] = {
     ScoreName.G_EFFECT: Scored("g_effect", (INTERVALS, ALL_PARAMETERS)),
     ScoreName.COSINE: Scored("cosine", (BETWEEN, INTERVALS, ALL_PARAMETERS)),
-    ScoreName.CONFLICT: Scored("conflict", (BETWEEN, INTERVALS, ALL_PARAMETERS)),
+    ScoreName.CONFLICT: Scored("conflict", (BETWEEN, INTERVALS, ALL_PARAMETERS), by=None),
     # These are of what an optimizer or a rectifier did, once a step: no interval tells of that.
     ScoreName.PREDICTED_CHANGE: Scored("predicted_change"),
-    ScoreName.VIOLATION: Scored("violation"),
+    ScoreName.VIOLATION: Scored("violation", by=None),
     # Most rectifiers have one constraint for the model, which has no numbers of the layers.
     ScoreName.RECTIFICATION: Scored("rectification", by=By.MODEL),
 }
@@ -78,7 +78,8 @@ ByOption = Annotated[
     choice(
         "--by",
         By,
-        "One value for each of these; layer, or model for a rectification, if left out",
+        "One value for each of these; if left out layer, model for a rectification, and what the "
+        "rectifier constrains for conflict and violation",
         "BLOCKS",
     ),
 ]

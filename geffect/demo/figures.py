@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect
 from geffect.plots import facets, heatmap, profile, sheet, tradeoff, trajectory
-from geffect.scores import Score, stack, tidy
+from geffect.scores import stack
 
 FORMATS = ("png", "pdf")
 
@@ -83,19 +83,9 @@ def _cosines(runs: Runs) -> pd.DataFrame:
 
 def _conflict_rates(plain: Mapping[str, Run]) -> Figure:
     """The share of steps in which a layer's objective gradient opposes the retain gradient."""
-    score = Score("conflict_rate", "share of steps in conflict with retain", limits=(0.0, 1.0))
-    rates = {}
-    for method, run in plain.items():
-        layers = conflict(run).groupby("layer", observed=True)["value"].mean()
-        rates[method] = tidy(
-            layers.to_numpy()[None, :],
-            score,
-            steps=run.steps[:1],
-            blocks=list(layers.index),
-            by="layer",
-        )
+    conflicts = {method: conflict(run, by="layer") for method, run in plain.items()}
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    profile(stack(rates, "method"), ax=figure.subplots())
+    profile(stack(conflicts, "method"), ax=figure.subplots())
     return figure
 
 

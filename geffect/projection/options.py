@@ -112,7 +112,8 @@ class Options:
         return {
             "rule": _name(self.rule),
             "protect": list(self.protect),
-            "scope": self.scope,
+            # A rule for every coordinate by itself constrains each, whatever it is called for.
+            "scope": "coordinate" if self.elementwise is not None else self.scope,
             "space": self.space,
             "part": self.part,
             "ema": self.ema,

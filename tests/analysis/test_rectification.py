@@ -179,7 +179,7 @@ def test_every_quantity(
 ) -> None:
     made = Made(sets)
     table = rectification(made.write(tmp_path / "run.h5", scope, update=update), by)
-    assert list(table.columns) == ["step", by, "against", "quantity", "value"]
+    assert list(table.columns) == ["step", by, "against", "quantity", "value", "score", "unit"]
     own = _members(by)
     assert len(table) == STEPS * len(own) * len(sets) * 12
     for block, members in own.items():

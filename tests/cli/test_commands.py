@@ -204,7 +204,6 @@ def test_scores_with_intervals_of_many_steps(
     """Steps are summed up: the first and the last with their intervals, which are made up here."""
     table = pd.DataFrame({"step": range(20), "model": "model", "effect": "unlearning"})
     table = table.assign(value=table["step"] / 10, rows=9, low=-0.5, high=2.5)
-    table.attrs = g_effect(open_run(recorded), by="model").attrs
     monkeypatch.setattr("geffect.cli.scores.table_of", lambda *_, **__: table)
     said = ask("scores", recorded, "--intervals").out
     assert "20 steps, 0 to 19, with 95 % intervals" in said

@@ -14,7 +14,7 @@ from geffect.analysis import SAMPLES, TOKENS, as_columns, instances, kept, token
 from geffect.analysis.base import By, column_of
 from geffect.effects import InstanceEffects, direction
 from geffect.gradients import Vector
-from geffect.scores import score_of
+from geffect.scores import SAYS, score_of
 from tests.utils import reference
 from tests.utils.effects import gradients, inner, made, sums_of_log_p, uneven
 
@@ -36,10 +36,10 @@ def measured() -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Vector]]:
 def test_instances_are_a_tidy_table(measured: Any, by: By) -> None:
     model, batches, along = measured
     table = instances(model, batches, along, by)
-    assert list(table.columns) == ["sample", column_of(by), "risk", "value"]
+    assert list(table.columns) == ["sample", column_of(by), "risk", "value", *SAYS]
     assert list(table["risk"].cat.categories) == list(RISKS)
     one = instances(model, batches, along["forget"], by)
-    assert list(one.columns) == ["sample", column_of(by), "value"]
+    assert list(one.columns) == ["sample", column_of(by), "value", *SAYS]
     pd.testing.assert_series_equal(
         one["value"], table.query("risk == 'forget'")["value"].reset_index(drop=True)
     )
@@ -71,7 +71,7 @@ def test_layers_of_instances_stand_in_network_order(measured: Any) -> None:
 def test_tokens_add_up_to_instances(measured: Any) -> None:
     model, batches, along = measured
     table = tokens(model, batches, along)
-    assert list(table.columns) == ["sample", "position", "token", "p", "risk", "value"]
+    assert list(table.columns) == ["sample", "position", "token", "p", "risk", "value", *SAYS]
     assert score_of(table) == score_of(instances(model, batches, along))
     sums = table.groupby(["risk", "sample"], observed=True)["value"].sum()
     whole = instances(model, batches, along, "model")
@@ -84,7 +84,7 @@ def test_tokens_add_up_to_instances(measured: Any) -> None:
     log_p = torch.stack(reference.token_log_p(model, batches[0])[0]).detach()
     np.testing.assert_allclose(first["p"], log_p.exp(), rtol=1e-12)
     one = tokens(model, batches, along["forget"])
-    assert list(one.columns) == ["sample", "position", "token", "p", "value"]
+    assert list(one.columns) == ["sample", "position", "token", "p", "value", *SAYS]
 
 
 class Words:

@@ -1,6 +1,5 @@
 """Plots of PG-effects: what stands on the Axes, on synthetic tables."""
 
-from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -15,9 +14,9 @@ from matplotlib.patches import Rectangle
 from geffect.plots import contours, text
 from geffect.plots.style import DIVERGING, UNDEFINED
 from geffect.plots.text import cells, flow, lines
-from geffect.scores import Score
+from geffect.scores import Score, said
 
-SCORE = asdict(Score("pg_effect", "PG-effect (nats)", "symlog"))
+SCORE = Score("PG-effect", "nats")
 
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -46,8 +45,7 @@ def sample(words: list[str] = WORDS, seed: int = 0) -> pd.DataFrame:
             "value": draw.normal(size=len(tokens)) * 10.0 ** draw.uniform(-3, 2, len(tokens)),
         }
     )
-    table.attrs["score"] = SCORE
-    return table
+    return said(table, SCORE)
 
 
 def boxes(ax: Axes) -> list[Rectangle]:
@@ -173,8 +171,7 @@ def points(count: int, spread: float = 1.0, seed: int = 0, most: float = 1.0) ->
             "value": np.stack([forget, retain], axis=1).reshape(-1),
         }
     )
-    table.attrs["score"] = SCORE
-    return table
+    return said(table, SCORE)
 
 
 def legend_of(ax: Axes) -> list[str]:
@@ -229,7 +226,7 @@ def test_lines_enclose_their_shares_of_the_points() -> None:
     draw = np.random.default_rng(0)
     table = points(2000, spread=0.0).drop(columns="weight")
     table["value"] = draw.normal(size=4000)
-    table.attrs["score"] = asdict(Score("pg_effect", "PG-effect (nats)"))
+    table["unit"] = ""
     ax = contours(table, ax=blank())
     assert ax.get_xscale() == "linear" and ax.get_legend() is None
     (density,), (drawn,) = densities(ax), dots(ax)

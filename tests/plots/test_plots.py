@@ -26,12 +26,13 @@ from geffect.plots.style import (
     inks,
     thinned,
 )
-from geffect.scores import Score, stack, tidy
+from geffect.scores import COSINE as UNIT
+from geffect.scores import YES_OR_NO, Score, stack, tidy
 
 LAYERS = ["embedding", *(f"layer {index}" for index in range(6)), "final norm", "head"]
 STEPS = np.arange(0, 100, 4)
-G_EFFECT = Score("g_effect", "G-effect (nats)", "symlog")
-COSINE = Score("cosine", "cosine (no unit)", limits=(-1.0, 1.0))
+G_EFFECT = Score("G-effect", "nats")
+COSINE = Score("cosine (no unit)", UNIT)
 
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -138,8 +139,8 @@ def test_limits_of_the_score_hold() -> None:
 
 
 def test_score_without_negative_values_starts_at_white() -> None:
-    share = Score("share", "share of layers in conflict (no unit)", limits=(0.0, 1.0))
-    table = tidy(np.array([[0.0, 1.0]]), share, steps=STEPS[:1], blocks=["a", "b"], by="layer")
+    conflict = Score("conflict", YES_OR_NO)
+    table = tidy(np.array([[0.0, 1.0]]), conflict, steps=STEPS[:1], blocks=["a", "b"], by="layer")
     mesh = mesh_of(heatmap(table, ax=blank()))
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0, 1.0)
     assert min(mesh.cmap(0.0)[:3]) > 0.9

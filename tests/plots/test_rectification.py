@@ -44,7 +44,7 @@ def table(sets: Sequence[str] = ("retain",), blocks: Sequence[str] = ("model",))
         {
             quantity: stack(
                 {
-                    name: tidy(made[name][quantity], Score("rectification", "what it did"),
+                    name: tidy(made[name][quantity], Score("what it did"),
                                steps=STEPS, blocks=blocks, by=by)
                     for name in sets
                 },

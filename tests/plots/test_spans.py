@@ -1,7 +1,6 @@
 """The answer of a sample as HTML: its text, its colours, and nothing that a model could slip in."""
 
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,9 +10,9 @@ from matplotlib.colors import to_hex
 
 from geffect.plots import spans
 from geffect.plots.style import DIVERGING, UNDEFINED, colours_of
-from geffect.scores import Score
+from geffect.scores import Score, said
 
-SCORE = asdict(Score("pg_effect", "PG-effect (nats)", "symlog"))
+SCORE = Score("PG-effect", "nats")
 
 
 def table(tokens: list[object], values: list[float] | None = None) -> pd.DataFrame:
@@ -27,8 +26,7 @@ def table(tokens: list[object], values: list[float] | None = None) -> pd.DataFra
             "value": np.linspace(-3.0, 3.0, len(tokens)) if values is None else values,
         }
     )
-    made.attrs["score"] = SCORE
-    return made
+    return said(made, SCORE)
 
 
 class Page(HTMLParser):
@@ -62,7 +60,6 @@ class Page(HTMLParser):
 def test_what_is_selected_is_the_answer_in_order() -> None:
     tokens = [" One", " day", ",", "\n", " a", "  mouse", "", "\r\nend"]
     shuffled = table(tokens).sample(frac=1.0, random_state=0)
-    shuffled.attrs["score"] = SCORE
     page = Page(spans(shuffled))
     assert page.selected == " One day,\n a  mouse\nend" + "sample 4, forget"
     assert len(page.tokens) == len(tokens)
@@ -80,9 +77,7 @@ def test_what_a_model_writes_is_text_and_no_markup(token: str) -> None:
 
 
 def test_names_of_the_user_are_escaped() -> None:
-    made = table(["a"]).assign(risk="<b>own</b>")
-    made.attrs["score"] = asdict(Score("x", "<i>nats</i>", "symlog"))
-    page = spans(made)
+    page = spans(table(["a"]).assign(risk="<b>own</b>", score="<i>x</i>", unit="<i>nats</i>"))
     assert "<b>" not in page and "<i>" not in page and "&lt;b&gt;own" in page
 
 
