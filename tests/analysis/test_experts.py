@@ -80,7 +80,8 @@ def test_experts_add_up_to_their_tensor_and_all_to_the_model(mixture: Mixture) -
     held = [i for i, row in enumerate(run.layers) if row.experts]
     parts = run.expert_gram().reshape(1, len(held), 4, *[len(run.sources)] * 2)
     np.testing.assert_allclose(parts.sum(axis=2), run.gram()[:, held], rtol=1e-12)
-    tables = [g_effect(run, by=by) for by in ("expert", "layer", "group", "paper", "code", "tower", "model")]
+    words = ("expert", "layer", "group", "paper", "code", "tower", "model")
+    tables = [g_effect(run, by=by) for by in words]
     sums = [table.groupby("effect", observed=True)["value"].sum() for table in tables]
     for own in sums:
         np.testing.assert_allclose(own, sums[-1], rtol=1e-12)
