@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed, dots
-from geffect.hooks import Hooks, put_back_after, to_the_end
+from geffect.hooks import Hooks
+from geffect.interrupts import put_back_after, to_the_end
 from geffect.losses import Loss, Passes, plan
 from geffect.sources import OBJECTIVE
 

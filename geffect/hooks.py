@@ -1,17 +1,13 @@
-"""Hooks that are registered and removed in one way, and a block that puts back what it changed.
-
-An error, an interrupt or a signal may come between any two lines. What is here leaves nothing
-behind then: no hook stays where it was registered, and what is put back is put back to its end.
-"""
+"""Hooks that are registered and removed in one way: none stays where it was registered."""
 
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakMethod
 
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-Found = TypeVar("Found")
+from geffect.interrupts import to_the_end
 
 
 class Hooks:
@@ -71,37 +67,6 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
             found(*args, **kwargs)
 
     return hook
-
-
-def to_the_end(action: Callable[[], None]) -> None:
-    """Do something that may be begun anew; an interrupt in its midst waits until it is done."""
-    try:
-        action()
-    except BaseException:
-        action()
-        raise
-
-
-def put_back_after(body: Callable[[], Found], put_back: Callable[[], None]) -> Found:
-    """What the body returns; whatever it raises, what it changed is put back.
-
-    `put_back` may be called twice, and does the same then: an interrupt in its midst is raised when
-    the second time has come to its end. A function, not a context manager, whose own lines an
-    interrupt would find unguarded.
-
-    >>> changed = [1]
-    >>> put_back_after(lambda: changed.append(2), lambda: changed.__delitem__(slice(1, None)))
-    >>> changed
-    [1]
-    """
-    try:
-        try:
-            return body()
-        finally:
-            put_back()
-    except BaseException:
-        put_back()
-        raise
 
 
 def _kept_by(register: Callable[..., Any]) -> Iterable[MutableMapping[int, Any]]:

@@ -277,6 +277,11 @@ class StepFollower:
             self._step.take(optimizer, driven)
 
     @property
+    def inside(self) -> bool:
+        """Whether an optimizer is in the midst of its step, or raised there."""
+        return bool(self._inside)
+
+    @property
     def ready(self) -> bool:
         """Whether optimizers have stepped all that has a gradient, or what they did last time."""
         step = self._step

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1, "batch": 1,
     "text": 0, "near": 0, "places": 1,
-    "hooks": 1,
+    "interrupts": 0, "hooks": 1,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "steps": 2, "plots": 2,
     "gradients": 3, "sketch": 3, "groups": 3,
     "risk": 4, "store": 4, "projection": 4,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier
 from geffect.effects import InstanceEffects, sample_effects, token_effects
-from geffect.hooks import Hooks, put_back_after, to_the_end
+from geffect.hooks import Hooks
+from geffect.interrupts import put_back_after, to_the_end
 from tests.utils import tiny
 from tests.utils.interrupts import grads_of, hooks_left, interrupted_registration, same
 

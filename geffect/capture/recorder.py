@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -129,6 +130,7 @@ class Recorder:
                 self.note_objective(objective)
             # Hooks that all optimizers share: the user's one is neither wrapped nor asked for.
             self._hooks = Hooks()
+            finalize(self, self._hooks.remove)
             undone.callback(self._hooks.remove)
             self._hooks.add(register_optimizer_step_pre_hook, weakly(self._before_step))
             self._hooks.add(register_optimizer_step_post_hook, weakly(self._after_step))
@@ -143,7 +145,13 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end(complete=kind is None)
+        if error is None or not self._recording.is_here:
+            self._end(complete=True)
+            return
+        try:
+            self._end(complete=False)
+        except Exception as further:  # not in the place of what ended the block
+            error.add_note(f"The recorder found beside that: {further}")
 
     @property
     def next_step(self) -> int:
@@ -196,11 +204,11 @@ class Recorder:
             self._recording.header.check_declared(of_step)
             self._recording.header.check_weights(weights or ())
             distributed.check_unsynchronised(model)
-            if self.due:
+            due = self.due
+            if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks(
-                [*of_step.items()], sorted(weights or ()), accumulate, self.due
-            )
+            ranks.check_same_on_ranks([*of_step.items()], sorted(weights or ()), accumulate, due)
+        self._recording.agree()
         window = window or Window(self._watched, self._next, self.due, of_step, rectifier)
         window.check_still(last=not accumulate)
         window.add(passes, weights or {}, last=not accumulate)
@@ -227,9 +235,11 @@ class Recorder:
             self._recording.check_open()
             self._check(of_step, rectifier)
             self._recording.header.check_declared(of_step)
-            if self.due:
+            due = self.due
+            if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks([*of_step.items()], self.due)
+            ranks.check_same_on_ranks([*of_step.items()], due)
+        self._recording.agree()
         window = Window(self._watched, self._next, self.due, of_step, rectifier)
         window.take(gradients, n_micro)
         self._finish(window)
@@ -252,14 +262,19 @@ class Recorder:
 
     def close(self) -> None:
         """Write what is left, and mark the run as complete."""
+        self._recording.check_here()
         self._end(complete=True)
 
     def _end(self, *, complete: bool) -> None:
+        if not self._recording.is_here:
+            return  # the run is that of the process that this one was forked from
         self._hooks.remove()
         try:
-            # After an error the other processes may never come to the step that waits here.
-            if complete or distributed.world_size() == 1:
+            if complete:
                 self._end_window()
+            # After an error the other processes may never come to the step that waits here, and an
+            # optimizer may have come to a part of its own.
+            if complete or (distributed.world_size() == 1 and not self._follower.inside):
                 self._write(at_gradient=False)
         except BaseException:
             self._recording.close(complete=False)
@@ -271,8 +286,8 @@ class Recorder:
         self._next += 1
         window.finish()
         if window.captured:
-            self._step = window
             self._follower.begin()
+            self._step = window
 
     def _end_window(self) -> None:
         """End a window whose last micro-batch was not said to be the last."""
@@ -291,7 +306,7 @@ class Recorder:
             known.check_rectifier(rectifier)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._follower.owns(optimizer):
+        if not self._follower.owns(optimizer) or not self._recording.is_here:
             return
         try:
             check_descends(optimizer)
@@ -303,7 +318,7 @@ class Recorder:
         self._follower.enter(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._follower.owns(optimizer):
+        if not self._follower.owns(optimizer) or not self._recording.is_here:
             return
         window, self._window = self._window, None
         if window is not None:
@@ -319,6 +334,7 @@ class Recorder:
 
     def _meet_gradient(self) -> None:
         """The next gradient is about to be taken: the step before has moved what it moves."""
+        self._recording.check_here()
         self._write(at_gradient=True)
         self._let_go()
 

@@ -8,9 +8,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import finalize
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.layers import describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.paths import place_of
+from geffect.store.processes import Home
 from geffect.store.reader import Run
 from geffect.store.schema import Row
 from geffect.store.shards import ShardWriter
@@ -97,6 +100,7 @@ class Recording:
         self._storage = Storage(kept(store), self.table, self.parameters, steps)
         self._on_error = on_error
         self._begun = self._closed = False
+        self._home = Home()
         # Rounding that is the same in two runs would look like a likeness of their gradients.
         self._salt = os.urandom(8).hex()
         self._failure: OSError | None = None
@@ -111,6 +115,17 @@ class Recording:
             shard = ShardWriter(self.path, self.table, distributed.rank(), first=self.header.stored)
             self._writer = self._behind(shard)
         self._started = time.perf_counter() - self.header.wall_seconds
+        self._lost = finalize(self, _give_back, self._writer, self.path)
+        self._lost.atexit = False  # what a program leaves open when it ends is whole as it is
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that records, not one that was forked from it."""
+        return self._home.is_here
+
+    def check_here(self) -> None:
+        """Refuse to record in a process that was forked from the one that records."""
+        self._home.check(self.path)
 
     @property
     def next_step(self) -> int:
@@ -143,6 +158,7 @@ class Recording:
 
         A run that is continued is held to what its file says.
         """
+        self.check_here()
         told, known = as_json(objective, "objective"), self.header.objective
         if known is not None and {**known, "reference": None} != {**told, "reference": None}:
             raise ValueError(
@@ -158,12 +174,16 @@ class Recording:
         self._announced = True
         if not distributed.is_main_process():
             return
-        begun = self.header.stored or self.header.last_step >= 0
-        told = self._storage.check_room(self.path, sources, continued=bool(begun))
-        log.log(logging.WARNING if self._storage.is_planned else logging.INFO, told)
+        try:
+            self._tell_size(sources)
+        except OSError as error:
+            if self._on_error == "raise":
+                raise
+            self._give_up(error)
 
     def write(self, entry: Entry) -> None:
         """Write one row. The first one fixes the sources."""
+        self.check_here()
         if self.failed:
             return
         if not self.header.sources:
@@ -171,6 +191,9 @@ class Recording:
             self.header.fix(sources, entry.declared, entry.rectifier, entry.weights)
         with distributed.raise_on_all_ranks() if not self._announced else nullcontext():
             self.announce(self.header.sources)
+        if self.failed:  # which is said to the others below
+            self.agree()
+            return
         written = self._row(entry)
 
         def append() -> None:
@@ -179,27 +202,30 @@ class Recording:
             self._writer.append(written)
 
         self._guarded(append)
-        self._agree()
+        self.agree()
         self.header.last_step = entry.step
 
     def amend(self, entry: Entry) -> None:
         """Write a row again, of the step that was written last."""
+        self.check_here()
         if not self.failed:
             written = self._row(entry)
             self._guarded(lambda: self._writer.amend(written))
-            self._agree()
+            self.agree()
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
+        self.check_here()
         if not self.failed:
             self._guarded(lambda: self._writer.keep(name, columns))
-        self._agree()
+        self.agree()
 
     def check_open(self) -> None:
         """Refuse to go on after the end, or after a failure that not all processes know of yet.
 
         To be called on all of them inside of `distributed.raise_on_all_ranks`.
         """
+        self.check_here()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -207,11 +233,27 @@ class Recording:
             self._writer.check_open()
 
     def close(self, *, complete: bool) -> None:
-        """End the recording; a file that is not complete stays marked as open."""
+        """End the recording; a file that is not complete stays marked as open.
+
+        A process that was forked from the one that records does nothing.
+        """
+        self._lost.detach()
+        if not self.is_here:
+            return
         self._guarded(lambda: self._writer.close(complete=complete and not self.failed))
         self._closed = True
         if self._failure is not None:
             raise self._failure
+
+    def agree(self) -> None:
+        """Leave off where another process has: captured steps have passes that others have not."""
+        if self._on_error == "warn":
+            self.failed = distributed.any_rank(self.failed)
+
+    def _tell_size(self, sources: Sequence[str]) -> None:
+        begun = self.header.stored or self.header.last_step >= 0
+        told = self._storage.check_room(self.path, sources, continued=bool(begun))
+        log.log(logging.WARNING if self._storage.is_planned else logging.INFO, told)
 
     def _row(self, entry: Entry) -> Row:
         return row(
@@ -268,13 +310,8 @@ class Recording:
             metadata=self._metadata,
             **self._provenance,
         )
-        self._begun = True
         self._writer.begin(self._storage.contents(self.header, of_run))
-
-    def _agree(self) -> None:
-        """All processes leave off together: captured steps have passes that the others have not."""
-        if self._on_error == "warn":
-            self.failed = distributed.any_rank(self.failed)
+        self._begun = True
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do something to the file; what happens when it cannot be done is the user's choice."""
@@ -287,8 +324,11 @@ class Recording:
                 # The others would wait for this process: all of them raise it at the next step.
                 self._failure = error
                 return
-            self.failed = True
-            log.warning("%s Training goes on, and nothing more is recorded.", error)
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.failed = True
+        log.warning("%s Training goes on, and nothing more is recorded.", error)
 
 
 def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:
@@ -296,3 +336,14 @@ def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:
     squares = [dots.quick_gram([p]) for p in parameters]
     whole = dots.gathered(squares, [*map(distributed.holders, parameters)])
     return whole[:, 0, 0].sqrt().numpy()
+
+
+def _give_back(writer: Writer, path: Path) -> None:
+    """Close the file of a recording that nobody has any more, so that others may take its place."""
+    log.warning(
+        "The recorder of `%s` was lost before it was closed: the file stays marked as open. Call "
+        "close(), or record in a `with` block.",
+        path,
+    )
+    with suppress(OSError):
+        writer.close(complete=False)

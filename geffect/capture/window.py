@@ -173,7 +173,6 @@ class Window:
         measured = self.measured
         assert measured is not None
         put = self.of.recording.amend if self.written else self.of.recording.write
-        self.written = True
         put(
             Entry(
                 self.number,
@@ -190,6 +189,7 @@ class Window:
                 sources=self.of.sources(self.declared, self.rectifier),
             )
         )
+        self.written = True
 
     def _streams(self, passes: Passes, *, last: bool) -> bool:
         """Whether inner products can be taken inside of the last pass, and gradients let go."""

@@ -27,7 +27,8 @@ from transformers import (
 from geffect.batch import IGNORED
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.examples import example
-from geffect.hooks import Hooks, put_back_after
+from geffect.hooks import Hooks
+from geffect.interrupts import put_back_after
 from geffect.risk import log_likelihood, mean_nll
 
 from .corpus import Corpus, Fact

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from geffect import distributed
-from geffect.hooks import put_back_after, to_the_end
+from geffect.interrupts import put_back_after, to_the_end
 from geffect.steps import moved_by
 
 Kept = TypeVar("Kept")

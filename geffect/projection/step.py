@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Gradients, Rectification, Vector, peak
-from geffect.hooks import to_the_end
+from geffect.interrupts import to_the_end
 from geffect.steps import check_owned, moved_by
 
 from .notices import Notices

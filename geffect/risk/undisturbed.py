@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geffect.interrupts import to_the_end
+
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 
 
@@ -31,20 +33,24 @@ def undisturbed(model: nn.Module, *, recompute: bool = True) -> Iterator[None]:
     True
     """
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    cached = torch.is_autocast_cache_enabled()
+
+    def put_back() -> None:
+        torch.set_autocast_cache_enabled(cached)
+        for parameter, grad in grads:
+            parameter.grad = grad
+
     with beside(model), torch.enable_grad():
-        _turn_dropout_off(model, recompute=recompute)
-        for parameter, _ in grads:
-            parameter.grad = None
-        # What an enclosing autocast has cast belongs to a graph of training, and what is cast here
-        # must not become part of one.
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
         try:
+            _turn_dropout_off(model, recompute=recompute)
+            for parameter, _ in grads:
+                parameter.grad = None
+            # What an enclosing autocast has cast belongs to a graph of training, and what is cast
+            # here must not become part of one.
+            torch.set_autocast_cache_enabled(False)
             yield
         finally:
-            torch.set_autocast_cache_enabled(cached)
-            for parameter, grad in grads:
-                parameter.grad = grad
+            to_the_end(put_back)
 
 
 @contextmanager
@@ -67,13 +73,8 @@ def beside(model: nn.Module) -> Iterator[None]:
     kept = [(module, dict(module._buffers), _plain(module)) for module in model.modules()]
     hooks = [(of, set(of)) for module in model.modules() for of in _hooks_of(module)]
     copies: dict[int, Tensor] = {}
-    for module, buffers, attributes in kept:
-        module._buffers.update({name: _copied(value, copies) for name, value in buffers.items()})
-        vars(module).update({name: _copied(value, copies) for name, value in attributes.items()})
-    try:
-        with random_numbers_kept():
-            yield
-    finally:
+
+    def put_back() -> None:
         for module, buffers, attributes in kept:
             module._buffers.clear()
             module._buffers.update(buffers)
@@ -88,6 +89,15 @@ def beside(model: nn.Module) -> Iterator[None]:
 def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
     """What a module calls around its forward and its backward, by numbers."""
     return (x for name, x in vars(module).items() if "_hooks" in name and isinstance(x, dict))
+
+    try:
+        for module, buffers, attributes in kept:
+            module._buffers.update({k: _copied(value, copies) for k, value in buffers.items()})
+            vars(module).update({k: _copied(value, copies) for k, value in attributes.items()})
+        with random_numbers_kept():
+            yield
+    finally:
+        to_the_end(put_back)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
@@ -107,12 +117,16 @@ def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
 def random_numbers_kept() -> Iterator[None]:
     """A block after which random numbers go on as if nothing had drawn any inside."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
+
+    def put_back() -> None:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
+        to_the_end(put_back)
 
 
 def _turn_dropout_off(model: nn.Module, *, recompute: bool) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Protocol
 
 from .layout import Columns
+from .processes import Home
 from .schema import Contents, Row
 
 
@@ -48,6 +49,7 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._failed = self._ended = False
+        self._home = Home()
         self._thread = threading.Thread(target=self._write, name="run file", daemon=True)
         self._thread.start()
         atexit.register(self._drain)  # of a program that ends without closing
@@ -69,18 +71,22 @@ class BackgroundWriter:
 
     def amend(self, row: Row) -> None:
         """Put a row in the place of the last one, once that is written."""
+        self.check_open()
         self._drain()
         self.check_open()
         self._writer.amend(row)
 
     def keep(self, name: str, columns: Columns) -> None:
         """Keep a table with the run, once the rows before it are written."""
+        self.check_open()
         self._drain()
         self.check_open()
         self._writer.keep(name, columns)
 
     def check_open(self) -> None:
-        """Raise what has gone wrong, or refuse to go on after the end."""
+        """Raise what has gone wrong, or refuse to go on after the end, or in a forked process."""
+        if not self._home.is_here:
+            self._writer.check_open()
         with self._changed:
             self._raise()
             at_work = not (self._failed or self._ended)
@@ -89,7 +95,9 @@ class BackgroundWriter:
             self._writer.check_open()
 
     def close(self, *, complete: bool) -> None:
-        """Wait until everything is written, and close the file."""
+        """Wait until everything is written, and close the file; not in a forked process."""
+        if not self._home.is_here:
+            return
         self._drain()
         atexit.unregister(self._drain)
         with self._changed:
@@ -128,7 +136,9 @@ class BackgroundWriter:
         return None
 
     def _drain(self) -> None:
-        """Wait until no row waits; in a forked process, where there is no thread, for nothing."""
+        """Wait until no row waits; in a forked process, where nobody writes, for nothing."""
+        if not self._home.is_here:
+            return
         with self._changed:
             self._changed.wait_for(lambda: not self._rows or not self._thread.is_alive())
 

@@ -13,6 +13,7 @@ from .labels import as_texts
 from .layout import Columns, Held, carried
 from .opening import opened
 from .place import in_use
+from .processes import not_inherited
 from .schema import ROWS, STATES, Array
 from .tables import read_table, table_names
 
@@ -27,6 +28,12 @@ class OpenFile:
         except BlockingIOError as error:
             raise in_use(path) from error
         self._rows = {name: self.file[name] for name in ROWS if name in self.file}
+        not_inherited(self)
+
+    @property
+    def held(self) -> h5py.File:
+        """The file, which a forked process does not get."""
+        return self.file
 
     @property
     def is_there(self) -> bool:

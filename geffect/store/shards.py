@@ -21,6 +21,7 @@ from .drafts import draft_of
 from .layout import Columns
 from .outside import check_folder, check_plain, is_folder, is_plain
 from .paths import place_of
+from .processes import Home, not_inherited
 from .schema import Contents, Row, RunFileError
 from .segments import Segments, file_name, folder_of
 
@@ -44,6 +45,12 @@ class Shard:
         self._stream: FileIO | None = None
         self._identity: Identity = None
         self._rooms: dict[str, Room] = {}
+        not_inherited(self)
+
+    @property
+    def held(self) -> h5py.File | None:
+        """The segment, which a forked process does not get."""
+        return self._file
 
     def write(self, number: int, row: Row) -> None:
         """Write the gradients of a row as row `number`; it counts when all of it is there."""
@@ -140,6 +147,7 @@ class ShardWriter:
         self._written = first
         self._shard: Shard | None = None
         self._ended = False
+        self._home = Home()
 
     def begin(self, contents: Contents) -> None:
         """Say what the rows hold; nothing is written where this rank holds none of it."""
@@ -172,6 +180,7 @@ class ShardWriter:
 
     def check_open(self) -> None:
         """Refuse to go on after the end."""
+        self._home.check(self._path)
         if self._ended:
             raise RunFileError(
                 f"The recorder of `{self._path}` should be open on rank {self._rank}. Found it "
@@ -181,9 +190,9 @@ class ShardWriter:
 
     def close(self, *, complete: bool) -> None:
         """Leave the segments to others, complete or not."""
-        self._ended = True
-        if self._shard is not None:
+        if self._home.is_here and self._shard is not None:
             self._shard.close()
+        self._ended = True
 
     @contextlib.contextmanager
     def _failing(self, step: int) -> Iterator[None]:

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.interrupts import to_the_end
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Image, Room
@@ -28,6 +29,7 @@ from .layout import (
 from .open_file import OpenFile
 from .paths import place_of
 from .place import check_free, check_place, refuse_to_replace, sweep
+from .processes import Home
 from .reader import Run, check_whole, open_run
 from .schema import VERSION, Contents, Row, RunFileError
 from .segments import folder_of
@@ -90,11 +92,14 @@ class RunWriter:
         self._dropping = False
         self._outdated = False
         self._ended = False
+        self._home = Home()
+        self._last_key: tuple[int, ...] | None = None
         if self.path in _being_written:
             raise RunFileError(
                 f"A run file should have one writer. Found that `{self.path}` is being written by "
                 "another recorder or callback of this process, perhaps of a training that raised. "
-                "Call its close() first, or choose another name."
+                "Call its close() first, then replace the file with overwrite=True or continue it "
+                "with resume=True; or choose another name."
             )
         check_place(self.path, overwrite=overwrite, resume=resume)
         if resume and self.path.exists():
@@ -131,8 +136,11 @@ class RunWriter:
             )
 
     def append(self, row: Row) -> None:
-        """Write one row and count it."""
+        """Write one row and count it; a second one of its step takes its place."""
         self.check_open()
+        if row.key == self._last_key:  # of whoever was interrupted before they knew of it
+            self.amend(row)
+            return
         if not self._begun:
             raise RuntimeError(
                 "`begin` should be called before the first `append`. Found no call. Say first what "
@@ -143,11 +151,11 @@ class RunWriter:
         with self._failing(row.step):
             self._make_room(row)
             self._put(row, self.count, self.gradient_rows)
-        self.count += 1
-        if self._stored is not None:
-            self._stored.count += row.gradients is not None
-        self.last_step = row.step
-        self._unchanged = False
+            self.count += 1
+            if self._stored is not None:
+                self._stored.count += row.gradients is not None
+            self.last_step, self._last_key = row.step, row.key
+            self._unchanged = False
 
     def amend(self, row: Row) -> None:
         """Write a row in the place of the last one, about which more is known now."""
@@ -174,6 +182,7 @@ class RunWriter:
 
     def check_open(self) -> None:
         """Refuse to go on after the end: a file that is left must not be made anew."""
+        self._home.check(self.path)
         if self._ended:
             raise RunFileError(
                 f"The recorder of `{self.path}` should be open. Found it closed, or failed at an "
@@ -182,7 +191,7 @@ class RunWriter:
 
     def close(self, *, complete: bool) -> None:
         """Give back the unused rows. A file that is not complete stays marked as open."""
-        if self._ended:
+        if self._ended or not self._home.is_here:
             return
         if self._file is not None and (complete or not self._unchanged):
             with self._failing(self.last_step):
@@ -309,11 +318,9 @@ class RunWriter:
 
     def _let_go(self) -> None:
         """Leave the file to others, for good."""
-        if self._ended:
-            return
         self._ended = True
         if _being_written.get(self.path) is self:
-            del _being_written[self.path]
+            _being_written.pop(self.path, None)
         if self._stored is not None:
             self._stored.close()
         if self._file is not None:
@@ -343,6 +350,10 @@ class RunWriter:
             raise RunFileError(
                 f"Run file `{self.path}` should be writable at step {step}. Found: {error}. {safe}"
             ) from error
+        except BaseException:  # an interrupt, such as Ctrl-C
+            # What is counted in the file is whole; what is known of it here may not be.
+            to_the_end(self._let_go)
+            raise
 
 
 def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
