@@ -1,9 +1,8 @@
 """The recorder: watches the gradients of a training loop and writes their Gram matrices."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 from weakref import finalize
 
@@ -34,7 +33,7 @@ from geffect.steps import StepFollower, check_descends
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
-from .window import Watched, Window, check_names, protected_first, sources_of
+from .window import Watched, Window, protected_first
 
 
 class Recorder:
@@ -139,18 +138,14 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None or not self._recording.is_here:
-            self._end(complete=True)
-            return
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not self._recording.is_here:
+            return  # the run is that of the process that this one was forked from
         try:
-            self._end(complete=False)
-        except Exception as further:  # not in the place of what ended the block
+            self._end(complete=error is None)
+        except Exception as further:
+            if error is None:
+                raise
             error.add_note(f"The recorder found beside that: {further}")
 
     @property
@@ -194,7 +189,7 @@ class Recorder:
         model, parameters = self._watched.model, self._watched.parameters
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
-            self._check(losses, rectifier)
+            self._watched.check(losses, rectifier)
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
             scale = loss_scale(scaler, parameters[0].device)
@@ -233,7 +228,7 @@ class Recorder:
         of_step = gradients.declared
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
-            self._check(of_step, rectifier)
+            self._watched.check(of_step, rectifier)
             self._recording.header.check_declared(of_step)
             due = self.due
             if due:
@@ -266,13 +261,11 @@ class Recorder:
         self._end(complete=True)
 
     def _end(self, *, complete: bool) -> None:
-        if not self._recording.is_here:
-            return  # the run is that of the process that this one was forked from
         self._hooks.remove()
         try:
             if complete:
                 self._end_window()
-            # After an error the other processes may never come to the step that waits here, and an
+            # After an error other processes may never come to the step that waits here, and an
             # optimizer may have come to a part of its own.
             if complete or (distributed.world_size() == 1 and not self._follower.inside):
                 self._write(at_gradient=False)
@@ -296,14 +289,6 @@ class Recorder:
             return
         window.check_may_end()
         self._finish(window)
-
-    def _check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:
-        check_names(losses)
-        self._watched.check_trainable()
-        known = self._recording.header
-        known.check_sources([*losses, *sources_of(rectifier)])
-        if rectifier is not None:
-            known.check_rectifier(rectifier)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if not self._follower.owns(optimizer) or not self._recording.is_here:

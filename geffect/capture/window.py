@@ -42,17 +42,14 @@ class Watched:
         """The sources that a step of these losses has."""
         return (*losses, *sources_of(rectifier), *([UPDATE] if self.update else []))
 
-    def check_trainable(self) -> None:
-        """Refuse a model that trains other parameters than at first, or steps in a backward."""
-        check_no_step_inside(self.parameters)
-        then, now = self.trainable, trainable(self.model)
-        changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
-        if changed:
-            raise ValueError(
-                "The parameters that require a gradient should stay those of the first step. Found "
-                f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
-                "Record what follows into another file, with a new Recorder."
-            )
+    def check(self, losses: Collection[str], rectifier: GradientTransform | None) -> None:
+        """Refuse losses, parameters or a rectifier that no step of the run may have."""
+        check_names(losses)
+        self._check_trainable()
+        known = self.recording.header
+        known.check_sources([*losses, *sources_of(rectifier)])
+        if rectifier is not None:
+            known.check_rectifier(rectifier)
 
     def check_continued(self) -> None:
         """Refuse to continue a run whose rows have an update, or none, where ours do not."""
@@ -62,6 +59,18 @@ class Watched:
                 f"`update` should be {not self.update} to continue the run in "
                 f"`{self.recording.path}`, as it was recorded. Found `update = {self.update}`. "
                 "Pass the same, or record into another file."
+            )
+
+    def _check_trainable(self) -> None:
+        """Refuse a model that trains other parameters than at first, or steps in a backward."""
+        check_no_step_inside(self.parameters)
+        then, now = self.trainable, trainable(self.model)
+        changed = sorted(n for n in then.keys() | now.keys() if then.get(n) is not now.get(n))
+        if changed:
+            raise ValueError(
+                "The parameters that require a gradient should stay those of the first step. Found "
+                f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
+                "Record what follows into another file, with a new Recorder."
             )
 
 

@@ -7,11 +7,12 @@ as fast as the disk takes them, or leave room to spare without filling it twice.
 import errno
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import h5py
 import numpy as np
@@ -29,18 +30,43 @@ Identity = tuple[int, int] | None
 """What tells a file from another one of its name; None where there is no file."""
 
 
+Answer = TypeVar("Answer")
+
+
+def _finished(method: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A method that HDF5 calls, which would make another error of an interrupt: it waits."""
+
+    @wraps(method)
+    def finishing(self: "Image", *arguments: Any) -> Answer:
+        place = self._place
+        try:
+            return method(self, *arguments)
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            self._interrupt, self._place = interrupt, place
+            return method(self, *arguments)
+
+    return finishing
+
+
 class Image(io.RawIOBase):
-    """A file in memory that takes no room for what HDF5 has not written."""
+    """A file in memory that takes no room for what HDF5 has not written.
+
+    An interrupt while HDF5 works on it is raised by whoever looks at it next.
+    """
+
+    _interrupt: BaseException | None = None
 
     def __init__(self) -> None:
         self._pages: dict[int, bytearray] = {}
         self._place = 0
         self._size = 0
 
+    @_finished
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place}.get(whence, self._size)
         return self._place
 
+    @_finished
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         for page, inside, part in self._parts(len(view)):
@@ -49,6 +75,7 @@ class Image(io.RawIOBase):
         self._place += len(view)
         return len(view)
 
+    @_finished
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         for page, inside, part in self._parts(len(view)):
@@ -57,12 +84,14 @@ class Image(io.RawIOBase):
         self._size = max(self._size, self._place)
         return len(view)
 
+    @_finished
     def truncate(self, size: int | None = None) -> int:
         self._size = self._place if size is None else size
         return self._size
 
     def save(self, stream: BinaryIO) -> None:
         """Write what is not zero, and give the stream the size of the file."""
+        self._check()
         stream.truncate(self._size)
         for page in sorted(self._pages):
             start = page * _PAGE
@@ -72,12 +101,17 @@ class Image(io.RawIOBase):
     @property
     def size(self) -> int:
         """How long the file is."""
+        self._check()
         return self._size
 
     @property
     def structure(self) -> int:
         """How much of it HDF5 has written."""
         return _PAGE * len(self._pages)
+
+    def _check(self) -> None:
+        if self._interrupt is not None:
+            raise self._interrupt
 
     def _parts(self, count: int) -> Iterable[tuple[int, slice, slice]]:
         done = 0

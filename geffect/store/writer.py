@@ -94,13 +94,7 @@ class RunWriter:
         self._ended = False
         self._home = Home()
         self._last_key: tuple[int, ...] | None = None
-        if self.path in _being_written:
-            raise RunFileError(
-                f"A run file should have one writer. Found that `{self.path}` is being written by "
-                "another recorder or callback of this process, perhaps of a training that raised. "
-                "Call its close() first, then replace the file with overwrite=True or continue it "
-                "with resume=True; or choose another name."
-            )
+        _check_alone(self.path)
         check_place(self.path, overwrite=overwrite, resume=resume)
         if resume and self.path.exists():
             self._continue(open_run(self.path), drop_after)
@@ -354,6 +348,16 @@ class RunWriter:
             # What is counted in the file is whole; what is known of it here may not be.
             to_the_end(self._let_go)
             raise
+
+
+def _check_alone(path: Path) -> None:
+    if path in _being_written:
+        raise RunFileError(
+            f"A run file should have one writer. Found that `{path}` is being written by "
+            "another recorder or callback of this process, perhaps of a training that raised. "
+            "Call its close() first, then replace the file with overwrite=True or continue it "
+            "with resume=True; or choose another name."
+        )
 
 
 def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
