@@ -85,11 +85,6 @@ def beside(model: nn.Module) -> Iterator[None]:
             for added in of.keys() - known:
                 del of[added]
 
-
-def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """What a module calls around its forward and its backward, by numbers."""
-    return (x for name, x in vars(module).items() if "_hooks" in name and isinstance(x, dict))
-
     try:
         for module, buffers, attributes in kept:
             module._buffers.update({k: _copied(value, copies) for k, value in buffers.items()})
@@ -98,6 +93,11 @@ def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
             yield
     finally:
         to_the_end(put_back)
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """What a module calls around its forward and its backward, by numbers."""
+    return (x for name, x in vars(module).items() if "_hooks" in name and isinstance(x, dict))
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -236,8 +236,7 @@ class RunWriter:
             sweep(self.path)
             # Of a run that was there before, or of a first row that was never counted.
             ranks = len(self._stored.segments.ranks) if self._stored else 1
-            folder = folder_of(self.path)
-            remove_segments(folder, lambda rank: not 0 < rank < ranks)
+            remove_segments(folder := folder_of(self.path), lambda rank: not 0 < rank < ranks)
             if strange := strangers(folder):
                 log.warning("Left in `%s`, as not of this run: %s.", folder, ", ".join(strange[:5]))
 
@@ -315,10 +314,9 @@ class RunWriter:
         self._ended = True
         if _being_written.get(self.path) is self:
             _being_written.pop(self.path, None)
-        if self._stored is not None:
-            self._stored.close()
-        if self._file is not None:
-            self._file.close()
+        for part in (self._stored, self._file):
+            if part is not None:
+                part.close()
 
     @contextlib.contextmanager
     def _failing(self, step: int) -> Iterator[None]:
@@ -344,8 +342,9 @@ class RunWriter:
             raise RunFileError(
                 f"Run file `{self.path}` should be writable at step {step}. Found: {error}. {safe}"
             ) from error
-        except BaseException:  # an interrupt, such as Ctrl-C
-            # What is counted in the file is whole; what is known of it here may not be.
+        except (
+            BaseException
+        ):  # Ctrl-C: what the file counts is whole, what is known here may not be
             to_the_end(self._let_go)
             raise
 

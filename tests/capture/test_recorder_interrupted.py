@@ -128,7 +128,7 @@ def test_a_signal_that_ends_the_process_leaves_the_file_whole(
     tmp_path: Path, handled: bool
 ) -> None:
     chance = np.random.default_rng(0)
-    for milliseconds in chance.uniform(1, 40, 6):
+    for milliseconds in chance.uniform(1, 80, 5):
         path = tmp_path / f"{milliseconds:.3f}.h5"
         child = os.fork()
         if child == 0:
@@ -155,7 +155,6 @@ def test_a_signal_that_ends_the_process_leaves_the_file_whole(
         assert validate(path).whole
         steps = open_run(path).steps.tolist()
         assert steps == list(range(len(steps)))
-        assert steps
 
 
 # Windows of micro-batches.
