@@ -342,9 +342,7 @@ class RunWriter:
             raise RunFileError(
                 f"Run file `{self.path}` should be writable at step {step}. Found: {error}. {safe}"
             ) from error
-        except (
-            BaseException
-        ):  # Ctrl-C: what the file counts is whole, what is known here may not be
+        except BaseException:  # Ctrl-C: the file is whole, what is known of it may not be
             to_the_end(self._let_go)
             raise
 
