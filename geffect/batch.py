@@ -88,15 +88,14 @@ def begins_anew(positions: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(fallen[..., :1]), fallen], dim=-1)
 
 
-def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether a row holds several answers, as rows without padding do.
+def texts_in(batch: Mapping[str, Any]) -> Tensor:
+    """The number of the text that each token is of, in its row, `Int[sample, position]`.
 
-    These are told by `position_ids` that begin anew, by numbers of texts in `seq_idx` or in the
-    mask, or by the ends of texts in `cu_seq_lens_q`; a row without any of these is one text.
+    Texts are told by `position_ids` that begin anew, by their numbers in `seq_idx` or in the mask,
+    or by their ends in `cu_seq_lens_q`; a row without any of these is one text.
 
-    >>> labels, positions = torch.tensor([[-100, 5, -100, 6]]), torch.tensor([[0, 1, 0, 1]])
-    >>> is_packed({"labels": labels}), is_packed({"labels": labels, "position_ids": positions})
-    (False, True)
+    >>> texts_in({"labels": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])})
+    tensor([[0, 0, 1, 1]])
     """
     batch = original_of(batch)
     labels = labels_of(batch)
@@ -112,10 +111,19 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
     ends = batch.get("cu_seq_lens_q")
     if ends is not None:
         begins.view(-1)[ends[1:-1].long().to(labels.device)] = True
-    text = begins.cumsum(dim=-1)
-    scored = labels != IGNORED
+    return begins.cumsum(dim=-1)
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a row holds several answers, as rows without padding do.
+
+    >>> labels, positions = torch.tensor([[-100, 5, -100, 6]]), torch.tensor([[0, 1, 0, 1]])
+    >>> is_packed({"labels": labels}), is_packed({"labels": labels, "position_ids": positions})
+    (False, True)
+    """
+    text, scored = texts_in(batch), labels_of(batch) != IGNORED
     last = text.masked_fill(~scored, -1).amax(dim=-1)
-    first = text.masked_fill(~scored, labels.shape[-1]).amin(dim=-1)
+    first = text.masked_fill(~scored, text.shape[-1]).amin(dim=-1)
     return bool((first < last).any())
 
 

@@ -22,6 +22,7 @@ from geffect.objectives import (
     nll,
 )
 from tests.utils import tiny
+from tests.utils.architectures import made
 
 IDS = torch.randint(0, tiny.VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
 PADDED = {"input_ids": IDS, "labels": IDS}
@@ -68,6 +69,26 @@ def test_rows_of_several_answers_are_refused_where_each_counts_as_one(look: str)
         LOOKS[look](model, packed())
     with pytest.raises(ValueError, match="one answer a row"):
         LOOKS[look](model, {"original": packed(), "alternate": packed()})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "mixtral"])
+def test_texts_of_a_row_are_kept_apart(name: str) -> None:
+    model = made(name)
+    torch.testing.assert_close(nll(model, packed()), nll(model, PADDED), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["falcon", "opt", "bloom", "mamba", "mamba2", "llama"])
+def test_a_model_whose_texts_see_each_other_is_refused(name: str) -> None:
+    model = made(name)
+    batch = packed()
+    if name == "llama":  # which keeps them apart, and goes by a mask where there is one
+        nll(model, batch)
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    says = rf"`{type(model).__name__}` should keep the texts of a packed row apart. .* Pass a text"
+    for look in (nll, lambda m, b: WeightedGradientAscent()(m, {"forget": b})):
+        with pytest.raises(ValueError, match=says):
+            look(model, batch)
+    nll(model, PADDED)
 
 
 LABELS = [[-100, 5, 6, -100, 7, 8]]

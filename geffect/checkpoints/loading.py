@@ -246,7 +246,7 @@ def _once_each(tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _model_of(source: Folder) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    kind = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
+    kind: Any = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
     model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
     check_loaded(model, found["missing_keys"], source)

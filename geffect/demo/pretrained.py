@@ -135,7 +135,8 @@ def opened(source: Path) -> "tuple[Any, Any]":
             "The model of a study should be a causal language model. Found an encoder-decoder in "
             f"`{source}`. Name the folder of a causal one."
         )
-    model, found = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+    kind: Any = AutoModelForCausalLM
+    model, found = kind.from_pretrained(where, output_loading_info=True, **options)
     check_loaded(model, found["missing_keys"], source)
     check_differentiable(model, source)
     if options:

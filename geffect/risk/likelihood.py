@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of, original_of
 
 from .alignment import predicts_next, unwrapped
+from .packing import check_apart
 
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,10 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     is_next = predicts_next(model)
     labels = _predicted(model, batch, is_next)
-    logits = getattr(model(**inputs_of(model, batch)), "logits", None)
+    inputs = inputs_of(model, batch)
+    if is_packed(batch):
+        check_apart(unwrapped(model), batch, inputs)
+    logits = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise ValueError(
             f"`model` should return `.logits` of shape (sample, position, token). Found none from "

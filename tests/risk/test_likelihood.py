@@ -18,6 +18,7 @@ from geffect.risk import (
     token_log_probabilities,
 )
 from tests.utils import reference, tiny
+from tests.utils.architectures import batch_for, made
 
 SIZES = {"labels alone": False, "decoder inputs too": True}
 
@@ -192,3 +193,23 @@ def test_logits_of_other_positions_are_refused() -> None:
     batch["labels"] = batch["labels"][:, :-2]
     with pytest.raises(ValueError, match="should return logits for each position of `labels`"):
         nll(tiny.llama(), batch)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "qwen3 moe"])
+def test_the_balance_of_experts_is_no_part_of_a_risk(name: str) -> None:
+    model, batch = made(name), batch_for(name, 1)
+    expected = nll(model, batch)
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 100.0
+    assert model(**batch).loss > expected + 10
+    torch.testing.assert_close(nll(model, batch), expected)
+
+
+@pytest.mark.parametrize("returned", ["a tuple", "a tensor"])
+def test_a_model_without_logits_is_refused_by_its_name(returned: str) -> None:
+    class Bare(nn.Linear):
+        def forward(self, input_ids: Tensor) -> Any:
+            logits = super().forward(input_ids[..., None].float())
+            return logits if returned == "a tensor" else (logits,)
+
+    with pytest.raises(ValueError, match=r"should return `.logits` .* Found none from `Bare`"):
+        nll(Bare(1, 4), {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3).long()})

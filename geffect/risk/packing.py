@@ -1,0 +1,43 @@
+"""Whether a model keeps apart the texts that are packed into one row."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from geffect.batch import Batch, texts_in
+
+from .undisturbed import undisturbed
+
+_APART: WeakKeyDictionary[nn.Module, set[frozenset[str]]] = WeakKeyDictionary()
+"""Models that were seen to keep texts apart, with the names of the inputs that they had."""
+
+
+def check_apart(model: Any, batch: Batch, inputs: Mapping[str, Any]) -> None:
+    """Refuse packed rows for a model in which a text sees those before it in its row.
+
+    Found out by running it twice, once for each model, with other tokens in all texts of a row but
+    the last: what the last one is predicted from should not change.
+    """
+    if not isinstance(model, nn.Module) or "input_ids" not in inputs:
+        return
+    known = _APART.setdefault(model, set())
+    if frozenset(inputs) in known:
+        return
+    ids, texts = inputs["input_ids"], texts_in(batch).to(inputs["input_ids"].device)
+    last = texts == texts.amax(dim=1, keepdim=True)
+    other = torch.where(ids == ids.max(), ids.min(), ids.max())
+    with undisturbed(model), torch.no_grad():
+        before = model(**inputs).logits
+        after = model(**{**inputs, "input_ids": ids.where(last, other)}).logits
+    change = (after - before)[last].abs().max()
+    if change > torch.finfo(before.dtype).eps ** 0.5 * before.abs().max():
+        raise ValueError(
+            f"`{type(model).__name__}` should keep the texts of a packed row apart. Found that "
+            f"logits change by {change:.2g} with the tokens of another of its "
+            f"{int(texts.max()) + 1} texts. Pass a text a row, padded as "
+            "`geffect.data.collate.collate` does it; or leave out a mask that joins them."
+        )
+    known.add(frozenset(inputs))
