@@ -43,7 +43,10 @@ def local_range(tensor: Tensor) -> Range:
     >>> local_range(torch.ones(2, 3))
     (0, 6)
     """
-    if not is_sharded(tensor) or not (dims := _sharded_dims(tensor)):
+    if not is_sharded(tensor):
+        return 0, tensor.numel()
+    dims = _sharded_dims(tensor)
+    if not dims:
         return 0, tensor.numel()
     if len(dims) > 1 or not tensor.placements[dims[0]].is_shard(0):
         raise ValueError(
@@ -62,9 +65,10 @@ def local_rows(tensor: Tensor) -> Range:
     >>> local_rows(torch.ones(2, 3))
     (0, 2)
     """
-    dims = _sharded_dims(tensor) if is_sharded(tensor) else []
-    along = [dim for dim in dims if tensor.placements[dim].is_shard(0)]
     rows: int = tensor.shape[0]
+    if not is_sharded(tensor):
+        return 0, rows
+    along = [dim for dim in _sharded_dims(tensor) if tensor.placements[dim].is_shard(0)]
     if not along:
         return 0, rows
     if len(along) > 1:
