@@ -160,7 +160,7 @@ class Recording:
         """
         self.check_here()
         told, known = as_json(objective, "objective"), self.header.objective
-        if known is not None and {**known, "reference": None} != {**told, "reference": None}:
+        if known is not None and not _is_same(known, told):
             raise ValueError(
                 f"`objective` should be that of the run in `{self.path}`: {dict(known)}. Found "
                 f"{told}. Pass the same, or record into another file."
@@ -329,6 +329,12 @@ class Recording:
     def _give_up(self, error: OSError) -> None:
         self.failed = True
         log.warning("%s Training goes on, and nothing more is recorded.", error)
+
+
+def _is_same(known: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+    """Whether two objectives are one, as GA and {"forget": -1.0} are."""
+    of_risks = told.get("risks") is not None and told["risks"] == known.get("risks")
+    return of_risks or {**known, "reference": None} == {**told, "reference": None}
 
 
 def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:

@@ -100,6 +100,11 @@ class Objective(ABC):
         """Where the formula is from."""
         return ""
 
+    @property
+    def risks(self) -> Mapping[str, float] | None:
+        """The weights of the risks whose sum it is; None where it is anything else."""
+        return None
+
     @abstractmethod
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None

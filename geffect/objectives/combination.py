@@ -35,6 +35,10 @@ class Combination(Objective):
             )
 
     @property
+    def risks(self) -> Mapping[str, float]:
+        return {side: float(weight) for side, weight in self.weights.items()}
+
+    @property
     def sides(self) -> tuple[str, ...]:
         return tuple(self.weights)
 

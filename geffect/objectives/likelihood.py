@@ -31,6 +31,10 @@ class GradientAscent(Objective):
 
     source = "arXiv 2502.19301"
 
+    @property
+    def risks(self) -> Mapping[str, float]:
+        return {FORGET: -1.0}
+
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:

@@ -64,8 +64,10 @@ def provenance(objective: Objective, reference: str | None = None) -> dict[str, 
     {'name': 'NPO', 'options': {'beta': 0.1}, 'reduction': {'forget': 'sequence_sum of forget'},
      'reference': {'needs': 'likelihoods', 'is': 'a copy of the model'}}
     """
+    risks = objective.risks
     return {
         **_named(objective),
+        **({} if risks is None else {"risks": dict(risks)}),
         "reduction": {name: f"{r.kind} of {r.side}" for name, r in objective.reductions.items()},
         "reference": None
         if objective.reference == "none"

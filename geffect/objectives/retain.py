@@ -25,6 +25,10 @@ class GradientDescent(Objective):
 
     sides = (RETAIN,)
 
+    @property
+    def risks(self) -> Mapping[str, float]:
+        return {RETAIN: 1.0}
+
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
@@ -59,6 +63,13 @@ class Regularised(Objective):
     @property
     def reference(self) -> Need:
         return max(self.forget.reference, self.regulariser.reference, key=NEEDS.index)
+
+    @property
+    def risks(self) -> Mapping[str, float] | None:
+        own, added = self.forget.risks, self.regulariser.risks
+        if own is None or added is None:
+            return None
+        return {**own, **{side: self.weight * weight for side, weight in added.items()}}
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ class Run:
             hint = (
                 "Record with Recorder(..., update=True) to have it."
                 if source == UPDATE
-                else "Name one of those, or record it as a loss of that name."
+                else "Name one of those; or record it, as a loss of that name or, of a Trainer, as "
+                "a probe."
             )
             raise ValueError(
                 f"`source` should be one of {', '.join(self.sources)} in `{self.path}`. "

@@ -53,6 +53,23 @@ def test_a_run_goes_on_with_the_objective_that_it_began_with(tmp_path: Path) -> 
     assert len(open_run(path).steps) == 3
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"forget": -1.0}, "ga"),
+        ("ga", {"forget": -1.0}),
+        (GradDiff(weight=0.5), {"forget": -1.0, "retain": 0.5}),
+    ],
+    ids=str,
+)
+def test_an_objective_is_the_same_however_it_is_told(first: Any, then: Any, tmp_path: Path) -> None:
+    path = recorded(tmp_path / "run.h5", first)
+    recorded(path, then, resume=True)
+    assert len(open_run(path).steps) == 2
+    with pytest.raises(ValueError, match=r"`objective` should be that of the run in .* Found"):
+        recorded(path, {"forget": -2.0}, resume=True)
+
+
 def test_a_trainer_tells_the_recorder_that_it_is_given(tmp_path: Path) -> None:
     model = tiny.llama()
     rows = [{name: x[0] for name, x in tiny.batch(i, rows=1).items()} for i in range(4)]
