@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 EMBEDDING, FINAL_NORM, POOLER, HEAD, OTHER = "embedding", "final norm", "pooler", "head", "other"
 PROJECTOR = "projector"
@@ -50,7 +51,7 @@ def said(path: Sequence[str]) -> Said:
     """
     tower, depth = None, 0
     for i, module in enumerate(path, start=1):
-        what = next((what for what, word in _WORDS.items() if word.fullmatch(module)), None)
+        what = _what(module)
         if what == PROJECTOR:
             return Said(PROJECTOR, i)
         if what in _TOWERS:
@@ -59,3 +60,8 @@ def said(path: Sequence[str]) -> Said:
         elif what is not None:
             return Said(tower, depth, FINAL_NORM if what == "norm" else what)
     return Said(tower, depth)
+
+
+@cache
+def _what(module: str) -> str | None:
+    return next((what for what, word in _WORDS.items() if word.fullmatch(module)), None)
