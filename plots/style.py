@@ -288,8 +288,8 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    lines = wrap(drawn(text, 2 * ABREAST), ABREAST)
-    ax.set_title("\n".join(lines), loc="left", fontsize="medium")
+    lines = wrap(_short(text, 2 * ABREAST), ABREAST)
+    ax.set_title("\n".join(map(drawn, lines)), loc="left", fontsize="medium")
 
 
 def title(figure: Figure, text: str) -> None:
@@ -308,7 +308,7 @@ def note(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
 
 
-def drawn(text: object, most: int = 60) -> str:
+def drawn(text: object, most: int = 36) -> str:
     """Text that others wrote, for a picture: no mathematics, and no longer than a picture is wide.
 
     What does not print, or is in none of the fonts, is written as its code.

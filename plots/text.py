@@ -192,7 +192,7 @@ def _scale(ax: Axes, table: pd.DataFrame) -> ScalarMappable:
         colours, ax=ax, location="bottom", shrink=0.5, aspect=45, pad=0.02, anchor=(0.0, 1.0)
     )
     undefined = " (grey: undefined)" if table["value"].isna().any() else ""
-    bar.ax.set_xlabel(drawn(score.full) + undefined, fontsize="small", loc="left")
+    bar.ax.set_xlabel(drawn(score.full, 120) + undefined, fontsize="small", loc="left")
     if score.scale == "symlog":
         bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
         bar.ax.xaxis.set_major_formatter(decade_format(frame))

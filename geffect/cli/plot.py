@@ -79,7 +79,7 @@ def command(
     check_taken(ctx, score)
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
-    figure.suptitle(f"{drawn(run.stem)}  {figure.get_suptitle()}".strip())
+    figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())
     figure.savefig(output, dpi=150)
     say(terminal(), f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,3 +127,14 @@ def test_a_run_that_is_looked_at_shows_its_names(hostile: Path) -> None:
     page = Page(run._repr_html_())
     assert page.tags <= {"table", "caption", "b", "tr", "th", "td"} and page.attributes <= {"style"}
     assert not OBEYED.search(run._repr_html_()) and not OBEYED.search(repr(run))
+
+
+@pytest.mark.parametrize("kind", [Kind.HEATMAP, Kind.PROFILE, Kind.TRAJECTORY, Kind.SHEET])
+def test_a_long_name_leaves_room_for_the_picture(kind: Kind) -> None:
+    table = pd.DataFrame({"step": [0, 1], "layer": "layer 0", "value": [1.0, 2.0]})
+    two = pd.concat([table.assign(effect="y" * 500), table.assign(effect="z")], ignore_index=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw(two, kind)
+        figure.draw_without_rendering()
+    assert max(figure.get_size_inches()) < 30
