@@ -288,14 +288,12 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    lines = wrap(_short(text, 2 * ABREAST), ABREAST)
-    ax.set_title("\n".join(map(drawn, lines)), loc="left", fontsize="medium")
+    ax.set_title(_on_lines(text, ABREAST), loc="left", fontsize="medium")
 
 
 def title(figure: Figure, text: str) -> None:
     """What the figure shows, above its panels."""
-    lines = wrap(drawn(text, 2 * LONGEST), LONGEST)
-    figure.suptitle("\n".join(lines), fontsize="large")
+    figure.suptitle(_on_lines(text, LONGEST), fontsize="large")
 
 
 def note(ax: Axes, text: str) -> None:
@@ -326,6 +324,11 @@ def _short(text: object, most: int) -> str:
     if len(written) <= most:
         return written
     return f"{written[: most // 2]}…{written[-(most // 2) :]}"
+
+
+def _on_lines(text: object, width: int) -> str:
+    """The text on two lines of a width, at most; they are cut before anything is escaped."""
+    return "\n".join(drawn(line, width) for line in wrap(_short(text, 2 * width), width))
 
 
 def _code(character: str) -> str:

@@ -54,7 +54,9 @@ def test_data_keeps_the_names_as_they_are(ask: Ask, hostile: Path) -> None:
     rows = json.loads(ask("scores", hostile, "--format", "json").out)
     assert list(dict.fromkeys(row["layer"] for row in rows)) == [*HOSTILE]
     lines = ask("scores", hostile, "--format", "tsv").out.splitlines()
-    assert len(lines) == len(rows) + 1 and {line.count("\t") for line in lines} == {3}
+    assert len(lines) == len(rows) + 1 and {line.count("\t") for line in lines} == {
+        len(rows[0]) - 1
+    }
 
 
 def texts(figure: Figure) -> Iterator[Text]:
@@ -114,9 +116,9 @@ def test_a_report_reads_every_name_as_text(
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not OBEYED.search(text)
-    assert page.tags == {
+    assert page.tags <= {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr",
-        "th", "td", "figure", "img", "figcaption", "div", "dl", "dt", "dd", "b", "ul", "li",
+        "th", "td", "figure", "img", "figcaption", "div", "dl", "dt", "dd", "b", "i", "ul", "li",
     }  # fmt: skip
     assert page.attributes == {"lang", "charset", "name", "content", "class", "src", "alt"}
     assert [name for name in HOSTILE if plain(name) not in page.words] == []
