@@ -107,6 +107,7 @@ class Image(io.RawIOBase):
     @property
     def structure(self) -> int:
         """How much of it HDF5 has written."""
+        self._check()
         return _PAGE * len(self._pages)
 
     def _check(self) -> None:
