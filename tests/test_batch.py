@@ -134,8 +134,9 @@ def test_one_answer_in_a_row_is_one(kind: str) -> None:
 
 
 def test_packed_items_are_not_joined_by_the_mask_of_a_batch() -> None:
-    item = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}
-    with pytest.raises(ValueError, match=r"`position_ids` should count .* Pass each text as an"):
-        collate([item])
-    given = collate([{**item, "attention_mask": [1, 1, 2, 2]}])  # which says what it is
-    assert given["position_ids"].tolist() == [[0, 1, 0, 1]] and is_packed(given)
+    ids = [5, 6, 7, 8]
+    item = {"input_ids": ids, "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}
+    batch = collate([item])
+    assert is_packed(batch) and batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+    with pytest.raises(ValueError, match=r"`LlamaForCausalLM` should keep the texts .* apart"):
+        nll(tiny.llama(), batch)

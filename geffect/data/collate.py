@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch, batches_in, begins_anew
+from geffect.batch import IGNORED, Batch, batches_in
 
 Item = Mapping[str, Any]
 """One sample: `input_ids`, `labels` and further columns, as lists, arrays or tensors. Or a sample
@@ -164,13 +164,6 @@ def _row(item: Item, name: str, side: PaddingSide) -> dict[str, Tensor]:
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}. Tokenize the sample, one an item."
             )
         row[column] = tokens.long()
-    positions = row.get("position_ids")
-    if "attention_mask" not in row and positions is not None and begins_anew(positions).any():
-        raise ValueError(
-            f"{_told('position_ids', name)} should count the tokens of one text. Found positions "
-            "that begin anew, as of several texts packed into one item, which the mask of a padded "
-            "batch would join. Pass each text as an item."
-        )
     mask = row.setdefault("attention_mask", torch.ones_like(row["input_ids"]))
     if mask.shape[:1] != row["input_ids"].shape:
         raise ValueError(

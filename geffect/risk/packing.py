@@ -37,7 +37,8 @@ def check_apart(model: Any, batch: Batch, inputs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`{type(model).__name__}` should keep the texts of a packed row apart. Found that "
             f"logits change by {change:.2g} with the tokens of another of its "
-            f"{int(texts.max()) + 1} texts. Pass a text a row, padded as "
-            "`geffect.data.collate.collate` does it; or leave out a mask that joins them."
+            f"{int(texts.max()) + 1} texts, each of which begins where `position_ids` begin anew. "
+            "Pass a text a row, padded as `geffect.data.collate.collate` does it; or leave out an "
+            "`attention_mask` that joins them."
         )
     known.add(frozenset(inputs))

@@ -40,7 +40,7 @@ def test_a_frozen_copy_stays_as_the_model_was() -> None:
     expected = torch.cat([torch.stack(sample) for sample in naive])
     torch.testing.assert_close(found[BATCH["labels"][:, 1:] != -100], expected.detach())
     assert frozen.logits(BATCH).shape == (*BATCH["input_ids"].shape, tiny.VOCABULARY)
-    assert len(frozen.hidden_states(BATCH)) == 1 + 3
+    assert len(frozen.hidden_states(BATCH)) == 1 + model.config.n_layer
 
 
 def test_likelihoods_are_of_the_batches_that_were_kept_and_nothing_else() -> None:
