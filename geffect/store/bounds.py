@@ -47,6 +47,7 @@ class BoundedFile:
 
     def check_self_contained(self) -> None:
         """Refuse a file that shows what lies elsewhere, but for the segments of its gradients."""
+        heap.check(self._stream, self._size)
         check_self_contained(self._file)
 
     def names(self, group: str = "/") -> list[str]:

@@ -17,6 +17,8 @@ _REFERENCE = struct.Struct("<IQI")  # length, address, object
 _COLLECTION = struct.Struct("<4sB3xQ")  # "GCOL", version, size
 _OBJECT = struct.Struct("<HHIQ")  # number, references, nothing, size
 
+_BEGIN, _SLAB = b"GCOL\1\0\0\0", 1 << 24
+
 Places = dict[int, tuple[int, int]]
 """From where to where in the file each object of a collection lies."""
 
@@ -48,6 +50,30 @@ def texts(
     return values.reshape(shape)
 
 
+def check(stream: BinaryIO, size: int) -> None:
+    """Refuse a file with a heap in which HDF5 would search without an end.
+
+    HDF5 looks into heaps also where no text is read, such as for the views of other files.
+    """
+    begin = 0
+    while begin < size:
+        stream.seek(begin)
+        slab = stream.read(_SLAB)
+        at = slab.find(_BEGIN)
+        while at >= 0:
+            _check_end(stream, size, begin + at)
+            at = slab.find(_BEGIN, at + 1)
+        begin += _SLAB - len(_BEGIN)
+
+
+def _check_end(stream: BinaryIO, size: int, address: int) -> None:
+    if address + _COLLECTION.size > size:
+        return
+    _, _, length = _COLLECTION.unpack(_read(stream, address, _COLLECTION.size))
+    if length <= size - address:  # HDF5 itself refuses longer ones
+        _places(stream, size, address)
+
+
 def _places(stream: BinaryIO, most: int, address: int) -> tuple[Places, int]:
     """The objects of a collection, and its size, which is at most `most`."""
     mark, version, length = _COLLECTION.unpack(_read(stream, address, _COLLECTION.size))
@@ -60,6 +86,8 @@ def _places(stream: BinaryIO, most: int, address: int) -> tuple[Places, int]:
         number, _, _, count = _OBJECT.unpack_from(whole, at)
         begin = at + _OBJECT.size
         if not number:  # what is left is free
+            if count < _OBJECT.size:
+                raise ValueError("a heap that has no end")
             break
         if begin + count > length or number in places:
             raise ValueError("texts that have no end")

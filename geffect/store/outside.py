@@ -67,10 +67,11 @@ def check_self_contained(file: h5py.File) -> None:
         for i in range(group.get_num_objs()):
             name = group.get_objname_by_idx(i)
             path = place + b"/" + name
-            kind = group.links.get_info(name).type
+            info = group.links.get_info(name)
+            kind = info.type
             if kind != h5py.h5l.TYPE_HARD:
                 raise _points_elsewhere(_LINKS.get(kind, "a link of another kind"), path)
-            address = h5py.h5o.get_info(group, name).addr
+            address = info.u
             if address in seen:
                 continue
             seen.add(address)

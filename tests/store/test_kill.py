@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,7 @@ class Kill(NamedTuple):
     background: bool
     closing: int  # after how many rows the writer is closed, and the file resumed
     dropped: int  # how many rows the next process gives up
+    amended: bool  # whether each row is written twice, the second time in the place of the first
 
 
 def kills() -> Iterator[Kill]:
@@ -63,6 +65,7 @@ def kills() -> Iterator[Kill]:
             background=chance.random() < 0.5,
             closing=3 if i % 4 == 3 else ENDLESS,
             dropped=chance.choice((0, 0, 1, 2, 5)),
+            amended=i % 3 == 0,
         )
 
 
@@ -251,6 +254,8 @@ def record(path: str, kill: Kill, announcing: int) -> None:
         step = writing.count
         for _ in range(kill.closing):
             to.append(row_of(step, kill))
+            if kill.amended:
+                to.amend(replace(row_of(step, kill), stepped=np.array([True, False])))
             step += 1
             if writing.count:
                 os.write(announcing, b"%d\n" % writing.count)
