@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from geffect import open_run
 from geffect.analysis import cosine, drift, predicted_change
 from geffect.capture.recorder import Recorder
+from geffect.checkpoints import estimators
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
-from geffect.checkpoints.replay import replay
+from geffect.checkpoints.replay import _tell_rows, replay
 from geffect.data.collate import batched
 from geffect.data.examples import read
 from geffect.objectives import (
@@ -344,6 +346,26 @@ def test_checkpoints_of_another_model(run_folder: Path, tmp_path: Path) -> None:
         loader.load(run_folder / "checkpoint-5")
         with pytest.raises(ValueError, match=f"same model as.*{says}"):
             loader.load(tmp_path / f"{option}-{value}")
+
+
+@pytest.mark.parametrize(
+    ("estimator", "batches", "says"),
+    [
+        ("split_batch", 12, r"Found 6, which is what `split_batch` .* 12 of forget.* pass 16 bat"),
+        ("same_batch", 7, r"Found 7, .* pass 8 batches of each set"),
+        ("full", 7, r"Found 1, .* pass 8 batches of each set"),
+        ("split_batch", 16, None),
+        ("same_batch", 8, None),
+    ],
+)
+def test_too_few_rows_for_intervals_are_told(
+    estimator: str, batches: int, says: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    traits = getattr(estimators, estimator).traits
+    _tell_rows(estimator, traits, dict.fromkeys(("forget", "retain"), batches))
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == (says is not None)
+    assert says is None or re.search(says, found[0])
 
 
 def test_a_replay_that_fails_leaves_the_file_open(run_folder: Path, tmp_path: Path) -> None:
