@@ -85,7 +85,7 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
 def _sections(run: "Run", by: str) -> dict[str, Any]:
     from geffect import plots
     from geffect.analysis import cosine, g_effect
-    from geffect.analysis.rectified import acts
+    from geffect.analysis.rectified import acts, constrained
 
     last = g_effect(run, "model")
     last = last[last["step"] == last["step"].max()]
@@ -99,6 +99,7 @@ def _sections(run: "Run", by: str) -> dict[str, Any]:
         "last": last.to_dict("records"),
         "changed": acts(run),
         "rates": _rates(run),
+        "constrained": constrained(run),
         "g_effect": _drawn(plots.sheet(g_effect(run, by))),
         "cosine": _drawn(plots.sheet(cosine(run, "objective", "retain", by))),
         **_rectification(run),
