@@ -366,8 +366,8 @@ def test_zero_lengths_have_no_angle_and_no_share(tmp_path: Path) -> None:
 
 
 def test_blocks_that_would_be_divided_are_refused(tmp_path: Path) -> None:
-    run = Made(["retain"]).write(tmp_path / "run.h5", "group", update=True)
-    with pytest.raises(ValueError, match=r"`by` should keep .* whole.* Found `layer 0` and .*by="):
+    run = Made(["retain"]).write(tmp_path / "run.h5", "model", update=True)
+    with pytest.raises(ValueError, match=r"should keep .* whole.* Found `embedding` and .*by="):
         rectification(run, by="layer")
     with pytest.raises(ValueError, match=r"`by` should be one of parameter, .* Found `by = 'blo"):
         rectification(run, by="block")
