@@ -81,7 +81,8 @@ def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Stu
     with FileLock(f"{said}.lock"):
         if not said.exists():
             script = Path(sys.executable).with_name("geffect")
-            told = [script, "demo", "--quick", "--methods", "ga", "--out", out]
+            # One worker: other tests keep the other cores busy, and each loads torch anew.
+            told = [script, "demo", "--quick", "--methods", "ga", "--workers", "1", "--out", out]
             ended = subprocess.run(told, capture_output=True, text=True, check=False)
             assert ended.returncode == 0, ended.stderr
             said.write_text(json.dumps([ended.stdout, ended.stderr]), encoding="utf-8")

@@ -383,7 +383,7 @@ def test_a_replay_that_fails_leaves_the_file_open(run_folder: Path, tmp_path: Pa
 def test_a_replay_is_a_whole_file(estimator: Any, run_folder: Path, tmp_path: Path) -> None:
     data = {
         name: [tiny.batch(s + k, rows=1) for s in range(8)]
-        for k, name in ((0, "forget"), (9, "retain"))
+        for k, name in ((0, "forget"), (30, "retain"))
     }
     path = tmp_path / "run.h5"
     checkpoint = run_folder / "checkpoint-5"

@@ -46,7 +46,7 @@ def strict(text: str) -> Any:
 def test_info(ask: Ask, recorded: Path) -> None:
     said = ask("info", recorded)
     assert (said.code, said.err) == (0, "")
-    for word in ("AdamW", "retain_ema", "complete", "layer 2", "embedding+head"):
+    for word in ("AdamW", "retain_ema", "complete", "layer 1", "embedding+head"):
         assert word in said.out
 
 

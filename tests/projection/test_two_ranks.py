@@ -24,7 +24,7 @@ from tests.utils import tiny, two_ranks
 from tests.utils.layouts import LAYOUTS, Small, labelled, nothing_is_gathered, without_reduction
 
 SIDES = ("forget", "retain", "world")
-STEPS = 4
+STEPS = 3
 SHARDINGS = ["ddp", "fsdp"]
 
 

@@ -219,7 +219,7 @@ def test_adapters(tmp_path: Path) -> None:
         save_steps=2,
     )
     assert trainer.state.global_step == 4
-    assert len(open_run(path).layers) == 2 * 2 * 3
+    assert len(open_run(path).layers) == 2 * 2 * 2
     base = {n.replace("base_layer.", ""): t for n, t in model.get_base_model().named_parameters()}
     for name, tensor in frozen.named_parameters():
         assert torch.equal(tensor, base[name])
