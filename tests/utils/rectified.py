@@ -36,7 +36,7 @@ def run(
     stepped = placed(rectifier_options.pop("space", "gradient"), optimizer)
     rectifier = Rectifier(model, ema=0.3, **stepped, **rectifier_options)
     seen = []
-    for pair in tiny.pairs(steps):
+    for pair in tiny.pairs(steps, seed=0):
         before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
         optimizer.zero_grad()
         rectifier.backward(
