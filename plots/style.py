@@ -289,6 +289,8 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
     ax.set_title(_on_lines(text, ABREAST), loc="left", fontsize="medium")
+    if beside := ax.get_title(loc="right"):
+        note(ax, beside)
 
 
 def title(figure: Figure, text: str) -> None:
@@ -299,9 +301,8 @@ def title(figure: Figure, text: str) -> None:
 def note(ax: Axes, text: str) -> None:
     """How to read the panel, small, above its right edge."""
     left = ax.get_title(loc="left")
-    if (
-        len(left.split("\n")[-1]) + 0.75 * len(text) > 36
-    ):  # characters, of which a panel has no more room for
+    # In characters, for more of which a panel has no room.
+    if len(left.split("\n")[-1]) + 0.75 * len(text) > 36:
         ax.set_title(f"{left}\n", loc="left", fontsize="medium")
     ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
 

@@ -185,6 +185,16 @@ def test_profile_is_the_median_over_steps_of_each_effect() -> None:
     assert ax.get_title(loc="right") == "median and quartiles over steps"
 
 
+def test_a_long_heading_and_how_to_read_the_panel_share_no_line() -> None:
+    table = effects()
+    named = table.assign(effect=table["effect"].astype(str) + ", rectified")
+    panels = facets(named, by="effect", plot=profile).axes
+    assert [ax.get_title(loc="left") for ax in panels] == [
+        "unlearning, rectified\n",
+        "retaining, rectified\n",
+    ]
+
+
 def test_profile_leaves_undefined_values_out_of_the_median() -> None:
     table = tidy(
         np.array([[np.nan, 1.0], [2.0, 3.0]]),
