@@ -156,7 +156,7 @@ def expected(ours: list[Step], theirs: list[Step], a: str, b: str, own: list[int
 def test_stored_gradients_are_exact(tmp_path: Path, by: str, a: str, b: str | None) -> None:
     steps = wandering(0)
     table = drift(written(tmp_path / "run.h5", steps, encoding="full"), a, other_source=b, by=by)
-    assert list(table.columns) == ["step", "other_step", by, "value", "error"]
+    assert list(table.columns) == ["step", "other_step", by, "value", "error", "score", "unit"]
     assert len(table) == len(STEPS) ** 2 * len(members(by))
     for block, own in members(by).items():
         found = grid(table, **{by: block})

@@ -394,7 +394,8 @@ def test_probes_are_recorded_beside_what_is_rectified_and_change_nothing(tmp_pat
     exact = reference.gradient(start, nll(start, RETAIN[0]))
     f = run.index("forget")
     assert run.gram()[0, :, f, f].sum() == pytest.approx(reference.inner(exact, exact), rel=1e-5)
-    assert set(g_effect(run, by="model")["effect"]) == {"unlearning", "retaining"}
+    whose = {"unlearning", "retaining"}
+    assert set(g_effect(run, by="model")["effect"]) == whose | {f"{w}, rectified" for w in whose}
 
 
 def test_probes_need_a_recorder_and_names_of_their_own(tmp_path: Path) -> None:

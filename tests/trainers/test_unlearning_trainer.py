@@ -352,7 +352,7 @@ def test_the_model_sees_every_column(tmp_path: Path) -> None:
     model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
     pictures = torch.rand(len(FORGET), 3, 4, 4)
     forget = [
-        {**item, "position_ids": torch.arange(len(item["labels"])) % 3, "pixel_values": picture}
+        {**item, "position_ids": torch.arange(len(item["labels"])) + 3, "pixel_values": picture}
         for item, picture in zip(FORGET, pictures, strict=True)
     ]
     trained(tmp_path, model, GradientAscent(), data={"forget": forget, "retain": RETAIN})

@@ -152,10 +152,10 @@ def test_an_answer_inside_of_a_side_may_be_weighed(tmp_path: Path) -> None:
         ([item["alternate"] for item in NESTED], {"forget": 1.0}),
     ]:
         model = tiny.llama()
-        path = tmp_path / "run.h5"
+        path = tmp_path / f"{len(ends)}.h5"
         UnlearningTrainer(
             model, arguments(tmp_path), objective=objective, forget=forget, retain=RETAIN,
-            recorder=partial(Recorder, path=path, overwrite=True),
+            recorder=partial(Recorder, path=path),
         ).train()  # fmt: skip
         run = open_run(path)
         ends.append((dict(model.named_parameters()), run))
