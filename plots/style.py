@@ -301,7 +301,7 @@ def title(figure: Figure, text: str) -> None:
 def note(ax: Axes, text: str) -> None:
     """How to read the panel, small, above its right edge."""
     left = ax.get_title(loc="left")
-    # In characters, for more of which a panel has no room.
+    # In characters: a panel has no room for more.
     if len(left.split("\n")[-1]) + 0.75 * len(text) > 36:
         ax.set_title(f"{left}\n", loc="left", fontsize="medium")
     ax.set_title(text, loc="right", fontsize="x-small", color="#555555")

@@ -91,6 +91,20 @@ def test_a_model_whose_texts_see_each_other_is_refused(name: str) -> None:
     nll(model, PADDED)
 
 
+def test_a_mask_that_joins_texts_is_refused_after_one_that_keeps_them_apart() -> None:
+    model, batch = made("llama"), packed()
+    text = torch.arange(18) // 6
+    earlier = torch.ones(18, 18, dtype=torch.bool).tril()
+    masks = [
+        torch.zeros(1, 1, 18, 18).masked_fill(~x, -1e9)
+        for x in (earlier & (text[:, None] == text), earlier)
+    ]
+    apart, joined = ({**batch, "attention_mask": mask} for mask in masks)
+    torch.testing.assert_close(nll(model, apart), nll(model, PADDED), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="should keep the texts of a packed row apart"):
+        nll(model, joined)
+
+
 LABELS = [[-100, 5, 6, -100, 7, 8]]
 PACKINGS: dict[str, dict[str, Any]] = {
     "positions": {"position_ids": [[0, 1, 2, 0, 1, 2]]},

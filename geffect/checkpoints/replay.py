@@ -20,7 +20,7 @@ from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.objectives import Objective, as_objective, provenance
-from geffect.sources import FORGET, OBJECTIVE, RETAIN, RETAIN_EMA, UPDATE, is_risk
+from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
@@ -203,13 +203,7 @@ def _check(
     update: bool,
     count: int,
 ) -> None:
-    wrong = [name for name in risks if name in (FORGET, RETAIN) or not is_risk(name) or "/" in name]
-    if wrong:
-        raise ValueError(
-            f"`risks` should have names of their own, none of `{FORGET}`, `{RETAIN}`, `{UPDATE}`, "
-            f"`{RETAIN_EMA}`, nor one that begins with `{OBJECTIVE}` or has a slash. Found "
-            f"{', '.join(wrong)}. Choose another name."
-        )
+    check_risks("risks", risks, taken=(FORGET, RETAIN))
     ready = {
         name: data[0]
         for name, data in given.items()

@@ -47,7 +47,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Apart:
-    """Two options of which each leaves nothing for the other to say."""
+    """Two options that leave nothing for each other to say."""
 
     option: str
     other: str

@@ -24,7 +24,10 @@ TOLERANCE = 2.0**-6
 
 
 class Aside:
-    """Whether modules are run and differentiated that no hook should take for the loss's."""
+    """Whether modules are run and differentiated that no hook should take for the loss's.
+
+    One for all threads: on a GPU hooks are called in threads of autograd.
+    """
 
     running = False
 

@@ -1,4 +1,4 @@
-"""HDF5 files of which nothing is believed: no length, no type, no link, before it is compared.
+"""HDF5 files, not believed: no length, no type and no link counts before it is compared.
 
 A damaged file may say that a dataset has 2^40 numbers, or that they lie in another file. Here it is
 refused before anything is allocated, followed or converted. Texts of any length, which format 2

@@ -134,7 +134,7 @@ class Labels:
             reached = 0
             for begin, end in sorted(ranges[i] for ranges in gradients.ranges):
                 if not _counts(begin, end) or (begin > reached and end > begin):
-                    raise ValueError("a gradient of which no process holds a part")
+                    raise ValueError("a gradient with a part that no process holds")
                 reached = max(reached, end)
             if reached != table[place].numel:
                 raise ValueError("a gradient that is shorter or longer than its parameter")

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 
 from .contiguous import OPTIONS
-from .drafts import LONGER, draft_of, remove_drafts
+from .drafts import LONGER, draft_of
 from .outside import check_folder
 from .reader import open_run
 from .schema import RunFileError
@@ -146,11 +146,6 @@ def in_use(path: Path) -> RunFileError:
         f"A run file should have one writer. Found that `{path}` is being written, or "
         "kept open, by another process. End that one first, or choose another name."
     )
-
-
-def sweep(path: Path) -> None:
-    """Remove what killed writers of this file, which is ours now, left half made."""
-    remove_drafts(path.parent, path.name)
 
 
 def refuse_to_replace(draft: Path, path: Path) -> None:

@@ -29,7 +29,6 @@ FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
 """The first segment has so many rows and each further one twice as many, up to so many bytes a rank
 or one row. A part of the format: a file does not say it."""
 
-
 _KEYS = np.dtype("<i8")
 
 

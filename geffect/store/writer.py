@@ -16,7 +16,7 @@ from geffect.interrupts import to_the_end
 from geffect.layers import Parameter
 
 from .contiguous import OPTIONS, Image, Room
-from .drafts import draft_of
+from .drafts import draft_of, remove_drafts
 from .layout import (
     Columns,
     Held,
@@ -28,7 +28,7 @@ from .layout import (
 )
 from .open_file import OpenFile
 from .paths import place_of
-from .place import check_free, check_place, refuse_to_replace, sweep
+from .place import check_free, check_place, refuse_to_replace
 from .processes import Home
 from .reader import Run, check_whole, open_run
 from .schema import VERSION, Contents, Row, RunFileError
@@ -210,7 +210,7 @@ class RunWriter:
             self._mended["stored"] = mended
         with self._failing(self.last_step):
             self._file = OpenFile(self.path)
-        sweep(self.path)
+        remove_drafts(self.path)
 
     def _hold(self, contents: Contents) -> None:
         self._contents = replace(contents, version=VERSION)
@@ -233,7 +233,7 @@ class RunWriter:
         if full:
             self._replace(capacity)
         if first:
-            sweep(self.path)
+            remove_drafts(self.path)
             # Of a run that was there before, or of a first row that was never counted.
             ranks = len(self._stored.segments.ranks) if self._stored else 1
             remove_segments(folder := folder_of(self.path), lambda rank: not 0 < rank < ranks)
