@@ -6,9 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.groups import By as By
-from geffect.groups import label_of as label_of
-from geffect.groups import label_of_expert
+from geffect.groups import By, label_of, label_of_expert
 from geffect.layers import in_network_order
 from geffect.places import EXPERT
 from geffect.scores import BLOCKS, Score

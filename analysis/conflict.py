@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 
 from geffect.gram import in_conflict, norm
+from geffect.groups import By
 from geffect.scores import YES_OR_NO, Score, tidy
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
-from .base import By, column_of, in_space, summed_gram
+from .base import column_of, in_space, summed_gram
 from .rectified import default_by, level_told, named
 
 

@@ -3,10 +3,11 @@
 import pandas as pd
 
 from geffect.gram import cosine as cosine_of
+from geffect.groups import By
 from geffect.scores import COSINE, Score, tidy
 from geffect.store import Run
 
-from .base import By, column_of, in_space, summed_gram
+from .base import column_of, in_space, summed_gram
 from .rectified import named
 
 

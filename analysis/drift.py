@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from geffect import sketch
 from geffect.encodings import ENCODINGS
+from geffect.groups import By, label_of
 from geffect.layers import Parameter, in_network_order
 from geffect.scores import COSINE, Score, tidy
 from geffect.sources import RETAIN
 from geffect.store import Run
 
-from .base import By, Floats, column_of, in_space, label_of
+from .base import Floats, column_of, in_space
 from .rectified import named
 
 Gradients = tuple[Run, str]

@@ -3,11 +3,12 @@
 import pandas as pd
 
 from geffect.gram import inner
+from geffect.groups import By
 from geffect.scores import PER_RATE, PER_TOKEN, Score, stack, tidy
 from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, UPDATE
 from geffect.store import Run
 
-from .base import By, column_of, in_space, summed_gram
+from .base import column_of, in_space, summed_gram
 from .rectified import acts
 
 EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}

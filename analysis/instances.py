@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from geffect.groups import By, label_of
 from geffect.layers import describe, in_network_order
 from geffect.scores import PER_RATE, Score, said, stack
 
-from .base import By, Floats, column_of, label_of
+from .base import Floats, column_of
 
 if TYPE_CHECKING:
     from torch import nn

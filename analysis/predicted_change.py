@@ -3,11 +3,12 @@
 import pandas as pd
 
 from geffect.gram import inner
+from geffect.groups import By
 from geffect.scores import PER_TOKEN, Score, stack, tidy
 from geffect.sources import UPDATE
 from geffect.store import Run
 
-from .base import By, column_of, in_space, risks_of, summed_gram
+from .base import column_of, in_space, risks_of, summed_gram
 
 SCORE = Score("predicted fall of the risk", PER_TOKEN)
 

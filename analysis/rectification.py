@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 
 from geffect.gram import cosine, inner, norm
+from geffect.groups import By, label_of
 from geffect.scores import COSINE, PER_RATE, PER_TOKEN, YES_OR_NO, Score, stack, tidy
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
-from .base import By, Floats, column_of, in_space, label_of, summed_gram
+from .base import Floats, column_of, in_space, summed_gram
 from .rectified import own_level, protected
 from .violation import SCORE as VIOLATION
 from .violation import rounding, tolerance, violates

@@ -1,10 +1,11 @@
 """What the rectifier of a run constrains, and which of its gradients are from before it."""
 
+from geffect.groups import By, label_of
 from geffect.scores import LEVEL
 from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED
 from geffect.store import Run
 
-from .base import By, column_of, label_of
+from .base import column_of
 
 COORDINATE = "coordinate"
 

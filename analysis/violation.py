@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 
 from geffect.gram import cosine, norm
+from geffect.groups import By
 from geffect.scores import YES_OR_NO, Score, stack, tidy
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
-from .base import By, Floats, block_sums, column_of, in_space, parts_of, summed_gram
+from .base import Floats, block_sums, column_of, in_space, parts_of, summed_gram
 from .rectified import default_by, level_told, protected
 
 ROUNDING = 1e-6

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from geffect import Recorder, open_run
 from geffect.analysis import SAMPLES, TOKENS, as_columns, instances, kept, tokens
-from geffect.analysis.base import By, column_of
+from geffect.analysis.base import column_of
 from geffect.effects import InstanceEffects, direction
 from geffect.gradients import Vector
+from geffect.groups import By
 from geffect.scores import SAYS, score_of
 from tests.utils import reference
 from tests.utils.effects import gradients, inner, made, sums_of_log_p, uneven
