@@ -25,6 +25,7 @@ class RunHeader:
     weights: tuple[str, ...] = ()
     last_step: int = -1
     stored: int = 0  # rows with gradients
+    mark: int = 1  # in the segments that hold those
     wall_seconds: float = 0.0
 
     def fix(
@@ -52,6 +53,7 @@ class RunHeader:
             weights=run.contents.weights,
             last_step=int(run.steps[-1]) if len(run.steps) else -1,
             stored=stored,
+            mark=gradients.mark if (gradients := run.contents.gradients) else 1,
             wall_seconds=float(run.column("wall_seconds")[-1]) if len(run.steps) else 0.0,
         )
 

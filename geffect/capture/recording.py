@@ -6,6 +6,7 @@ their own; what a run file is told of them, and what happens when it cannot be w
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -24,7 +25,7 @@ from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.paths import place_of
 from geffect.store.processes import Home
 from geffect.store.reader import Run
-from geffect.store.schema import Row
+from geffect.store.schema import MARKS, Row
 from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter
 
@@ -276,7 +277,7 @@ class Recording:
         self._writer = self._behind(writer)
         run = writer.resumed
         if run is None:
-            return RunHeader()
+            return RunHeader(mark=1 + secrets.randbelow(MARKS - 1))
         try:
             self._check_metadata(run)
             known = RunHeader.of(run, writer.gradient_rows)

@@ -69,7 +69,9 @@ class Storage:
             blocks=header.blocks,
             weights=header.weights,
             sketch=self._keep.sketch,
-            gradients=StoredGradients(gradients, self._places, self._ranges) if gradients else None,
+            gradients=StoredGradients(gradients, self._places, self._ranges, header.mark)
+            if gradients
+            else None,
         )
 
     def check_room(self, path: Path, sources: Sequence[str], *, continued: bool) -> str:

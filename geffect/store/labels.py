@@ -13,7 +13,7 @@ from geffect.sketch import Sketch
 
 from . import checksums
 from .bounds import BoundedFile
-from .schema import Array, Contents, OtherSketch, StoredGradients
+from .schema import MARKS, Array, Contents, OtherSketch, StoredGradients
 
 LISTED = 1 << 24
 """Texts that would take more bytes than this as an array, and four times what they have, are kept
@@ -125,8 +125,11 @@ class Labels:
             str(stored["encoding"]),
             tuple(stored["parameters"]),
             tuple(tuple((a, b) for a, b in ranges) for ranges in stored["ranges"]),
+            stored.get("mark", 1),
         )
         table, places = self.parameters(), gradients.parameters
+        if not _counts(gradients.mark) or not 0 < gradients.mark < MARKS:
+            raise ValueError(f"the mark {gradients.mark!r} of gradients")
         if not _counts(*places) or len(set(places)) < len(places) or not gradients.ranges:
             raise ValueError("gradients of parameters that there are not")
         for i, place in enumerate(places):

@@ -138,18 +138,24 @@ class OtherSketch:
     version: int
 
 
+MARKS = 1 << 53
+"""Marks of runs are below, which every reader of JSON can tell apart."""
+
+
 @dataclass(frozen=True)
 class StoredGradients:
     """Which gradients are kept whole, and how.
 
     `parameters` are places in the parameter table. `ranges` tells for each rank, and for each of
     those parameters, from where to where it holds the flattened tensor; `((0, numel), ...)` in
-    one process.
+    one process. `mark` stands in every whole row of the segments, so that those of another run are
+    told from them; 1 where the file says none.
     """
 
     encoding: str
     parameters: tuple[int, ...]
     ranges: tuple[tuple[tuple[int, int], ...], ...]
+    mark: int = 1
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Segments:
             file.attrs.create("format", np.bytes_(FORMAT))
             file.attrs.create("format_version", VERSION)
             file.attrs.create("encoding", np.bytes_(self.encoding.name))
-            # Which rows are whole: a mark that is zero until then, and the key.
+            # Which rows are whole: zero until then, the mark of the run from then on; and the key.
             declare(file, "keys", (rows, 1 + len(KEY)), _KEYS)
             declare(file, "checksums", (rows, *self.blocks), checksums.DTYPE)
             for source in self.sources:
@@ -157,7 +157,9 @@ class Segments:
                         found = self._keys(file, number)[inside[own]]
                 except Exception:
                     found = np.zeros(1 + len(KEY), dtype=_KEYS)
-                whole[own] &= (found[..., 0] != 0) & (found[..., 1:] == keys[own]).all(axis=1)
+                whole[own] &= (found[..., 0] == self.stored.mark) & (
+                    found[..., 1:] == keys[own]
+                ).all(axis=1)
         return whole
 
     def read(
@@ -244,9 +246,9 @@ class Segments:
         )
         try:
             with _read(segment) as file:
-                whole, *found = self._keys(file, number)[inside].tolist()
-                if not whole or tuple(found) != key:
-                    raise ValueError("a row that is half written, or that of another step")
+                mark, *found = self._keys(file, number)[inside].tolist()
+                if mark != self.stored.mark or tuple(found) != key:
+                    raise ValueError("a row that is half written, or of another step or run")
                 yield file
         except checksums.Changed as error:
             raise RunFileError(

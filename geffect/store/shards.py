@@ -62,7 +62,7 @@ class Shard:
             assert self._stream is not None
             check_identity(self._place(number), self._identity)
             keys = self._rooms["keys"]
-            mark = np.array([1, *row.key], dtype=keys.dtype)
+            mark = np.array([self._segments.stored.mark, *row.key], dtype=keys.dtype)
             keys.write(self._stream, inside, np.zeros_like(mark))
             sums = Beside(partial(self._checksums, row), row.nbytes)
             for source, layers in row.gradients.items():

@@ -18,7 +18,7 @@ from geffect.gradients import differentiate
 from geffect.layers import describe
 from geffect.objectives import nll
 from geffect.sketch import Sketch
-from geffect.store import writer
+from geffect.store import validate, writer
 from tests.utils import tiny
 
 SOURCES = ("objective", "forget", "retain")
@@ -313,3 +313,20 @@ def test_another_store_is_refused_before_the_first_step_of_a_resumed_run(tmp_pat
     trained(tiny.llama(), tmp_path / "run.h5", store="sketch", steps=1)
     with pytest.raises(ValueError, match="sketch"):
         Recorder(tiny.llama(), tmp_path / "run.h5", resume=True)
+
+
+@pytest.mark.parametrize("encoding", ["full", "int4"])
+def test_segments_of_another_run_are_told_from_those_of_this_one(
+    tmp_path: Path, encoding: str
+) -> None:
+    for name in ("a", "b"):
+        path, model = tmp_path / f"{name}.h5", nn.Linear(3, 2)
+        with Recorder(model, path, store=encoding) as recorder:
+            loss = model(torch.ones(1, 3)).square().sum()
+            recorder.backward(objective={"forget": -1.0}, forget=loss, retain=2 * loss)
+    run, segment = open_run(tmp_path / "a.h5"), "000.rank0.h5"
+    assert validate(run.path).whole
+    shutil.copy(tmp_path / "b.gradients" / segment, tmp_path / "a.gradients" / segment)
+    with pytest.raises(RunFileError, match="of another step or run"):
+        run.gradient("forget", 0)
+    assert len(validate(run.path).problems) == len(run.sources)
