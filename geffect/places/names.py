@@ -110,7 +110,9 @@ def _module(name: str, unit: int) -> str:
 
 
 def _common(paths: Sequence[Path]) -> int:
-    """How many modules hold all of the tensors: they tell nothing apart."""
+    """How many modules hold all of the others: they tell nothing apart."""
+    if len({*paths}) == 1:
+        return max(len(paths[0]) - 1, 0)
     columns = zip(*paths, strict=False)
     return sum(1 for _ in takewhile(lambda c: len({*c}) == 1 and not c[0].isdigit(), columns))
 

@@ -25,9 +25,9 @@ def projected_bytes(
     >>> from geffect.layers import Parameter
     >>> weight = Parameter("w", "layer 0", "deep", 0, "w", (4096, 4096), "float32", ())
     >>> gram = Contents(("objective", "forget", "retain"), manifest={})
-    >>> size = projected_bytes([weight], gram, rows=1000, gradient_rows=0)
-    >>> size // 1000  # bytes a row: 9 inner products, 3 losses, 9 columns, one mark, 12 checksums
-    233
+    >>> few, many = (projected_bytes([weight], gram, n, gradient_rows=0) for n in (1000, 2000))
+    >>> (many - few) // 1000  # a row: 9 inner products, 3 losses, 9 columns, a mark, 12 checksums
+    217
     """
     return _of_file(parameters, contents, rows) + _of_segments(parameters, contents, gradient_rows)
 

@@ -351,8 +351,10 @@ def test_the_command_line_says_what_it_needs_and_refuses(
         return " ".join(re.sub(r"[│\n]", " ", said.out + said.err).split())
 
     assert "should go with `--model`" in asked("--layers", "0..1")
-    assert "Leave one of `--quick` and `--model` out" in asked("--model", str(folder), "--quick")
-    assert "not both" in asked("--model", str(folder), "--layers", "0..1", "--lora", "2")
+    both = asked("--model", str(folder), "--quick")
+    assert "`--quick` should be without `--model`. Found both." in both
+    both = asked("--model", str(folder), "--layers", "0..1", "--lora", "2")
+    assert "`--layers` should be without `--lora`. Found both." in both
     monkeypatch.setattr(memory, "available", lambda: 2**28)
     said = asked("--model", str(folder), "--workers", "2")
     assert "for 2 workers, 0.2 GiB are free. Of each:" in said

@@ -74,9 +74,21 @@ def test_resampling_one_row_a_step_changes_nothing(tmp_path: Path) -> None:
     assert again.steps.tolist() == run.steps.tolist()
 
 
-@pytest.mark.parametrize(
-    "keys", [[(0, 0, 1), (0, 0, 1)], [(0, 0, 1), (0, 0, 0)], [(1, 0, 0), (0, 1, 0)]]
-)
+def test_a_row_of_the_last_key_takes_its_place(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", [keyed(0, 0, 1), keyed(0, 0, 1)])
+    assert open_run(path).keys().tolist() == [[0, 0, 1]]
+    assert validate(path).whole
+
+
+def test_equal_keys_are_named(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "a.h5", [keyed(0, 0, 1), keyed(0, 0, 2)])
+    with h5py.File(path, "r+") as file:
+        file["steps/batch"][1] = 1
+    seal(path)
+    assert validate(path).problems == ("the steps are not in increasing order",)
+
+
+@pytest.mark.parametrize("keys", [[(0, 0, 1), (0, 0, 0)], [(1, 0, 0), (0, 1, 0)]])
 def test_keys_that_do_not_grow_are_named(tmp_path: Path, keys: list[tuple[int, int, int]]) -> None:
     rows = [keyed(*key) for key in keys]
     problems = validate(recorded(tmp_path / "a.h5", rows)).problems
