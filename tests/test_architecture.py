@@ -209,7 +209,7 @@ def test_links(name: str) -> None:
             ["pandas", "matplotlib", "transformers"],
         ),
         ("from geffect import open_run; import geffect.analysis", ["torch", "matplotlib"]),
-        ("import geffect.plots", ["torch", "h5py"]),
+        ("import geffect.plots", ["torch", "h5py", "geffect.analysis"]),
         ("import geffect.store.writer", ["torch", "pandas"]),
     ],
 )

@@ -2,9 +2,12 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
+
+import pytest
 
 import geffect
 from tests.utils.subprocesses import in_another_process
@@ -12,22 +15,26 @@ from tests.utils.subprocesses import in_another_process
 ROOMS = ("analysis", "capture", "effects", "objectives", "plots", "projection", "trainers")
 
 
-def test_a_room_is_there_after_one_import() -> None:
-    code = """
-        import sys
+@pytest.fixture
+def unimported() -> Iterator[None]:
+    """A process that has not imported the package yet; afterwards all is as it was."""
+    ours = {name: found for name, found in sys.modules.items() if name.split(".")[0] == "geffect"}
+    for name in ours:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "geffect"]:
+        del sys.modules[name]
+    sys.modules.update(ours)
 
-        for room in sys.argv[1:]:  # each in a package that nobody has imported yet
-            for name in [name for name in sys.modules if name.split(".")[0] == "geffect"]:
-                del sys.modules[name]
-            import geffect
-            assert f"geffect.{room}" not in sys.modules
-            found = getattr(geffect, room)
-            print(found.__name__, found.__all__[0])
-    """
-    found = [line.split() for line in in_another_process(code, *ROOMS).splitlines()]
-    assert [name for name, _ in found] == [f"geffect.{room}" for room in ROOMS]
-    for name, first in found:
-        assert hasattr(importlib.import_module(name), first)
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.usefixtures("unimported")
+def test_a_room_is_there_after_one_import(room: str) -> None:
+    package = importlib.import_module("geffect")
+    assert package is not geffect and f"geffect.{room}" not in sys.modules
+    found = getattr(package, room)
+    assert found is sys.modules[f"geffect.{room}"] and found.__name__ == f"geffect.{room}"
+    assert hasattr(found, found.__all__[0])
 
 
 def test_only_public_names_are_listed() -> None:

@@ -1,7 +1,5 @@
 """Plots: what stands on the Axes, on synthetic tables."""
 
-import subprocess
-import sys
 from functools import partial
 
 import matplotlib as mpl
@@ -463,10 +461,3 @@ def test_tables_are_left_as_they_were() -> None:
     facets(table, profile, "effect")
     pd.testing.assert_frame_equal(table, before)
     assert table.attrs == attrs
-
-
-def test_plots_import_neither_torch_nor_the_analyzers() -> None:
-    code = (
-        "import sys, geffect.plots; sys.exit(bool({'torch', 'geffect.analysis'} & {*sys.modules}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
