@@ -114,7 +114,9 @@ def _common(paths: Sequence[Path]) -> int:
     if len({*paths}) == 1:
         return max(len(paths[0]) - 1, 0)
     columns = zip(*paths, strict=False)
-    return sum(1 for _ in takewhile(lambda c: len({*c}) == 1 and not c[0].isdigit(), columns))
+    held = sum(1 for _ in takewhile(lambda c: len({*c}) == 1 and not c[0].isdigit(), columns))
+    # Of a single module the name tells what it is.
+    return held - 1 if held and held == max(map(len, paths)) else held
 
 
 def _unit(path: Path, stages: set[str]) -> tuple[int, bool]:

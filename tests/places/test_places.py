@@ -102,6 +102,8 @@ NAMES = {
         " prompt_encoder.default.embedding.weight",
         ["embedding", "layer 0", "head", "embedding"],
     ),
+    "one module alone": ("wte.weight", ["embedding"]),
+    "one module alone in another": ("model.linear.weight model.linear.bias|", ["layer 0", "layer 0"]),
     "a number beside the layers": (
         "model.layers.0.q.weight model.temperature| model.norm.weight|",
         ["layer 0", "other", "final norm"],
