@@ -42,7 +42,7 @@ NAMES = {
         "features.conv0.weight features.norm0.weight| features.conv1.weight classifier.weight",
         ["layer 0", "layer 0", "layer 1", "head"],
     ),
-    "one module": ("weight bias|", ["layer 0", "layer 0"]),
+    "one module": ("weight bias|", ["layer 0"] * 2),
     "no modules": ("W1 b1| W2 b2|", ["layer 0", "layer 0", "layer 1", "layer 1"]),
     "down and up": (
         "time_embedding.linear_1.weight conv_in.weight down_blocks.0.resnets.0.conv1.weight"
@@ -103,7 +103,7 @@ NAMES = {
         ["embedding", "layer 0", "head", "embedding"],
     ),
     "one module alone": ("wte.weight", ["embedding"]),
-    "one module alone in another": ("model.linear.weight model.linear.bias|", ["layer 0", "layer 0"]),
+    "one module alone in another": ("model.linear.weight model.linear.bias|", ["layer 0"] * 2),
     "a number beside the layers": (
         "model.layers.0.q.weight model.temperature| model.norm.weight|",
         ["layer 0", "other", "final norm"],
