@@ -60,7 +60,7 @@ class Passes:
             losses={name: loss for name, loss in self.losses.items() if name in sources},
         )
 
-    def beside(self, parameters: Iterable[Tensor]) -> list[str]:
+    def not_reaching(self, parameters: Iterable[Tensor]) -> list[str]:
         """The losses in whose graph none of the parameters is."""
         known = set(map(id, parameters))
         return [
@@ -128,7 +128,7 @@ def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
     # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.
     if any(map(distributed.is_sharded, parameters)) or not passes.accumulates_once:
         return
-    others = passes.beside(parameters)
+    others = passes.not_reaching(parameters)
     if others:
         raise ValueError(
             f"Loss `{others[0]}` should be computed with the model that is watched. Found none of "
