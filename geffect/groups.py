@@ -1,6 +1,7 @@
 """Groups: the names of what values are summed over, from layers to towers, depths and experts."""
 
 from collections.abc import Callable
+from functools import partial
 
 from geffect.layers import DEPTHS, Parameter, in_tower, part_of
 from geffect.places import EXPERT, FINAL_NORM, PROJECTOR, expert_of
@@ -25,7 +26,7 @@ def label_of(by: By) -> Callable[[Parameter], str]:
     ['final norm', 'deep', 'layers 20+']
     """
     if callable(by):
-        return by
+        return partial(_named, by)
     if by not in LABELS:
         raise ValueError(
             f"`by` should be one of {', '.join(LABELS)}, or a function from a parameter to the "
@@ -42,6 +43,16 @@ def label_of_expert(parameter: Parameter, expert: int) -> str:
     'layer 0 expert 3'
     """
     return f"{parameter.layer} {EXPERT} {expert}"
+
+
+def _named(by: Callable[[Parameter], str], parameter: Parameter) -> str:
+    name = by(parameter)
+    if name is None or name != name:
+        raise ValueError(
+            "`by` should return the name of a group for every parameter. Found "
+            f"`{name}` for `{parameter.name}`. Return a name for it too, such as 'rest'."
+        )
+    return name
 
 
 def _expert(parameter: Parameter) -> str:

@@ -48,7 +48,12 @@ def short(names: Sequence[str]) -> list[str]:
 
 
 def require(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Refuses a table that lacks a column or has no rows."""
+    """Refuses what is no table, and a table that lacks a column or has no rows."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(
+            "`table` should be a table made by geffect.analysis. Found "
+            f"`{type(table).__name__}`. Pass a score of the run, such as g_effect(run)."
+        )
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(

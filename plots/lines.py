@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from geffect.scores import blocks_of, score_of
 
-from .fit import all_levels, blocks_in, constants, names_in, short, told_apart
+from .fit import all_levels, blocks_in, constants, names_in, require, short, told_apart
 from .style import (
     Frame,
     Ink,
@@ -115,6 +115,7 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['embedding', 'head']
     """
+    require(table, ["step", "value"])
     present = blocks_in(table)
     rates = score_of(table).is_rate
     several = told_apart(table, most=0 if len(present) > 1 and not rates else 2)

@@ -64,3 +64,15 @@ def test_a_function_is_a_group_and_another_word_is_refused() -> None:
     assert label_of(str.upper)("a") == "A"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"one of {', '.join(LABELS)}, or a function.*'towers'"):
         label_of("towers")
+
+
+@pytest.mark.parametrize("name", [None, float("nan")])
+def test_a_function_that_names_no_group_is_told(name: object) -> None:
+    by = label_of(lambda parameter: name if parameter.layer == "head" else "rest")
+    kept, unnamed = (
+        Parameter(f"{layer}.weight", layer, layer, 0, "", (2,), "float32", ())
+        for layer in ("layer 0", "head")
+    )
+    assert by(kept) == "rest"
+    with pytest.raises(ValueError, match=rf"Found `{name}` for `head\.weight`"):
+        by(unnamed)

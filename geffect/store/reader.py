@@ -13,7 +13,7 @@ from geffect.encodings import ENCODINGS
 from geffect.layers import Parameter
 from geffect.near import meant
 from geffect.sketch import Sketch
-from geffect.sources import UPDATE
+from geffect.sources import AVERAGE, RECTIFIED, UPDATE
 
 from .labels import read_committed, read_labels
 from .layout import checksummed, entry_shapes
@@ -86,15 +86,9 @@ class Run:
     def index(self, source: str) -> int:
         """The place of a source in the Gram matrix."""
         if source not in self.sources:
-            hint = (
-                "Record with Recorder(..., update=True) to have it."
-                if source == UPDATE
-                else "Name one of those; or record it, as a loss of that name or, of a Trainer, as "
-                "a probe."
-            )
             raise ValueError(
                 f"`source` should be one of {', '.join(self.sources)} in `{self.path}`. "
-                f"Found `{source}`.{meant(source, self.sources)} {hint}"
+                f"Found `{source}`.{_how_to_have(source, self.sources)}"
             )
         return self.sources.index(source)
 
@@ -370,3 +364,16 @@ def check_whole(run: Run) -> None:
         run.read(name)
     for name in run.tables:
         run.table(name)
+
+
+def _how_to_have(source: str, names: Sequence[str]) -> str:
+    """What to do for a source that is not among the names."""
+    if source == UPDATE:
+        return " Record with Recorder(..., update=True) to have it."
+    watched = any(name.endswith(AVERAGE) for name in names)
+    if not watched and (source == RECTIFIED or source.endswith(AVERAGE)):
+        return " Record with recorder.backward(..., rectifier=rectifier) to have it."
+    return (
+        f"{meant(source, names)} Name one of those; or record it, as a loss of that name or, of a "
+        "Trainer, as a probe."
+    )

@@ -1,5 +1,6 @@
 """Plots: what stands on the Axes, on synthetic tables."""
 
+from collections.abc import Callable
 from functools import partial
 
 import matplotlib as mpl
@@ -12,7 +13,18 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import SymLogNorm, to_hex, to_rgba
 from matplotlib.figure import Figure
 
-from geffect.plots import facets, heatmap, profile, sheet, tradeoff, trajectory
+from geffect.plots import (
+    contours,
+    facets,
+    heatmap,
+    profile,
+    rectification,
+    sheet,
+    spans,
+    text,
+    tradeoff,
+    trajectory,
+)
 from geffect.plots.style import (
     NAMED,
     RETAINING,
@@ -461,3 +473,29 @@ def test_tables_are_left_as_they_were() -> None:
     facets(table, profile, "effect")
     pd.testing.assert_frame_equal(table, before)
     assert table.attrs == attrs
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        contours,
+        heatmap,
+        profile,
+        rectification,
+        sheet,
+        spans,
+        text,
+        tradeoff,
+        trajectory,
+        partial(facets, plot=profile, by="effect"),
+    ],
+    ids=lambda plot: getattr(plot, "__name__", "facets"),
+)
+def test_what_is_no_table_is_refused_by_its_kind(plot: Callable[[object], object]) -> None:
+    for given, kind in ((Recorded(), "Recorded"), ("run.h5", "str")):
+        with pytest.raises(TypeError, match=rf"should be a table .* Found `{kind}`\. Pass a score"):
+            plot(given)
+
+
+class Recorded:
+    """Stands for a run, which a plot does not take."""

@@ -79,7 +79,13 @@ def test_a_run_without_a_rectifier_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "hint"),
-    [("displaced", "Name one of those"), ("update", r"Record with .*update=True")],
+    [
+        ("displaced", "Name one of those"),
+        ("retan", r"Did you mean `retain`\? Name one of those"),
+        ("update", r"Record with .*update=True"),
+        ("retain_ema", r"Record with recorder\.backward\(\.\.\., rectifier=rectifier\)"),
+        ("rectified", r"Record with recorder\.backward\(\.\.\., rectifier=rectifier\)"),
+    ],
 )
 def test_an_unknown_source_is_named(tmp_path: Path, source: str, hint: str) -> None:
     run = open_run(recorded(tmp_path / "a.h5", plain_rows(1)))
