@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,9 +86,31 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 class Command(TyperCommand):
     """A subcommand whose page of help breaks between words and cuts none."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words behind the subcommand, of which none may undo another."""
+        if not ctx.resilient_parsing:
+            _, _, read = self.make_parser(ctx).parse_args(args=[*args])
+            _check_once(read)
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the page of help."""
         formatter.write("\n".join(page(self, ctx)) + "\n")
+
+
+def _check_once(read: Iterable[Any]) -> None:
+    """Refuse an option with a value that was given twice, of which only the last would hold."""
+    counts = Counter(
+        max(parameter.opts, key=len)
+        for parameter in read
+        if parameter.param_type_name == "option"
+        and not (parameter.multiple or (parameter.is_flag and not parameter.secondary_opts))
+    )
+    for option, count in counts.items():
+        if count > 1:
+            raise typer.BadParameter(
+                f"`{option}` should be given once. Found it {count} times. Leave all but one out."
+            )
 
 
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)

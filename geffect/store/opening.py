@@ -19,7 +19,8 @@ Found = TypeVar("Found")
 def opened(path: Path) -> Iterator[BoundedFile]:
     """The run file, checked to be one. What fails inside is a RunFileError."""
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
+        other = "a folder" if path.is_dir() else "a pipe or a device"
+        found = other if path.exists() else "nothing"
         raise FileNotFoundError(
             f"A run file should exist. Found {found} at `{path}`. Check the path; a recorder makes "
             "its file with the first step."

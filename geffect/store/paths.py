@@ -10,6 +10,8 @@ def place_of(path: str | os.PathLike[str]) -> Path:
     """Where a run file is or is to be: of a link what it points to, whatever the working folder."""
     given = os.fspath(path)
     should = "The path of a run file should be that of a file, as text."
+    if not isinstance(given, str):
+        raise TypeError(f"{should} Found {given!r}, which is bytes. Pass os.fsdecode(path).")
     try:
         given.encode()
         found = Path(given).resolve()

@@ -8,7 +8,7 @@ import h5py
 
 from .contiguous import OPTIONS
 from .drafts import LONGER, draft_of
-from .outside import check_folder
+from .outside import check_folder, is_plain
 from .reader import open_run
 from .schema import RunFileError
 from .segments import Segments, file_name, folder_of
@@ -99,7 +99,7 @@ def _check_gradients(path: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def _counted(path: Path) -> set[str]:
-    """The segments of the run in this file, and those that it would have come to next."""
+    """The segments of the run in this file, and those that it had begun without counting a row."""
     try:
         run = open_run(path)
         if run.contents.gradients is None:
@@ -108,8 +108,15 @@ def _counted(path: Path) -> set[str]:
         rows = int(run.read("stored").max(initial=-1)) + 1
     except OSError:  # no file, or none that says what is its own
         return set()
-    numbers = range(segments.count(rows) + 1)
-    return {file_name(number, rank) for number in numbers for rank in segments.ranks}
+    count = segments.count(rows)
+    counted = {file_name(number, rank) for number in range(count) for rank in segments.ranks}
+    further = {file_name(count, rank): rank for rank in segments.ranks}
+    return counted | {
+        name
+        for name, rank in further.items()
+        # What is no plain file is left where it is.
+        if not is_plain(folder_of(path) / name) or segments.bears_mark(path, count, rank)
+    }
 
 
 def _check_file_system(path: Path) -> None:

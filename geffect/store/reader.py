@@ -334,8 +334,8 @@ class Run:
 
 def open_run(path: str | os.PathLike[str]) -> Run:
     """The run in a file, also while it is being recorded and after its writer was killed."""
-    given = Path(path)
-    return settled(lambda: _open(place_of(path), given.stem))
+    place = place_of(path)
+    return settled(lambda: _open(place, Path(path).stem))
 
 
 def _open(path: Path, name: str) -> Run:

@@ -162,6 +162,15 @@ class Segments:
                 ).all(axis=1)
         return whole
 
+    def bears_mark(self, path: Path, number: int, rank: int) -> bool:
+        """Whether there is a segment with rows of this run, or with none yet."""
+        try:
+            with _read(folder_of(path) / file_name(number, rank)) as file:
+                marks = self._keys(file, number)[:, 0]
+        except Exception:  # as above
+            return False
+        return bool(np.isin(marks, (0, self.stored.mark)).all())
+
     def read(
         self, path: Path, source: str, row: int, key: tuple[int, ...]
     ) -> list[NDArray[np.float32]]:

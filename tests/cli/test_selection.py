@@ -132,3 +132,19 @@ def test_what_is_near_to_a_misspelt_name_is_told(
     said = ask("scores", partly_stepped, *told)
     assert (said.code, said.out) == (2 if "," not in told[-1] else 1, "")
     assert says in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "twice", [["--by", "layer", "--by", "group"], ["--format", "tsv", "--format=tsv"]], ids=str
+)
+def test_an_option_that_is_given_twice_is_refused(ask: Ask, twice: list[str]) -> None:
+    code, out, err = ask("scores", "run.h5", *twice)
+    assert (code, out) == (2, "")
+    assert f"`{twice[0]}` should be given once. Found it 2 times." in err
+
+
+def test_an_option_of_an_objective_that_is_given_twice_is_refused(ask: Ask) -> None:
+    needed = ["--objective", "npo", "--forget", "f.jsonl", "--retain", "r.jsonl", "-o", "a.h5"]
+    code, _, err = ask("replay", ".", *needed, "--beta", "0.1", "--beta", "0.2")
+    assert code == 2
+    assert "`--beta` should be given once" in err

@@ -165,6 +165,18 @@ def test_overwriting_refuses_gradients_that_the_run_does_not_count(tmp_path: Pat
         RunWriter(tmp_path / "a.hdf5", STORED, overwrite=True)
 
 
+def test_overwriting_deletes_the_next_segment_only_where_the_run_began_it(tmp_path: Path) -> None:
+    path = record(tmp_path, "full", steps=3).path
+    next_one = tmp_path / "a.gradients" / "001.rank0.h5"
+    next_one.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"Found 001\.rank0\.h5 in .*does not count"):
+        RunWriter(path, STORED, overwrite=True)
+    assert next_one.read_text() == "mine"
+    run = open_run(path)
+    run.segments().image(1, 0).save(next_one.open("wb"))
+    RunWriter(path, STORED, overwrite=True).close(complete=False)
+
+
 def test_what_is_not_of_the_run_is_left_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -243,6 +255,12 @@ def test_a_name_that_cannot_be_is_refused_at_the_start(
 
 
 @pytest.mark.parametrize("use", [open_run, lambda path: RunWriter(path, PARAMETERS)])
+def test_a_path_in_bytes_is_named(use: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match=r"Found b'run\.h5', which is bytes\. Pass os\.fsdecode"):
+        use(b"run.h5")
+
+
+@pytest.mark.parametrize("use", [open_run, lambda path: RunWriter(path, PARAMETERS)])
 def test_a_home_that_only_a_shell_knows_is_named(use: Callable[[str], object]) -> None:
     with pytest.raises(ValueError, match=r"only a shell knows what `~` is.*expanduser"):
         use("~/run.h5")
@@ -254,7 +272,7 @@ def test_a_pipe_is_neither_replaced_nor_waited_for(tmp_path: Path, how: dict[str
     os.mkfifo(tmp_path / "a.h5")
     with pytest.raises(FileExistsError, match="Found a pipe or a device"):
         RunWriter(tmp_path / "a.h5", PARAMETERS, **how)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="Found a pipe or a device"):
         open_run(tmp_path / "a.h5")
 
 
