@@ -75,8 +75,18 @@ def check_risks(argument: str, names: Iterable[str], *, taken: Collection[str] =
             f"{others}, nor one that begins with `{OBJECTIVE}` or ends in `{AVERAGE}`. Found "
             f"{', '.join(wrong)}. Choose another name."
         )
+    check_spelt(f"`{argument}`", names)
+
+
+def check_spelt(whose: str, names: Iterable[str]) -> None:
+    """Refuse a name that is probably one of the two risks, misspelt.
+
+    >>> check_spelt("The losses", ["objective", "forgte"])
+    Traceback (most recent call last):
+    ValueError: The losses should ... Found `forgte`. Did you mean `forget`? ...
+    """
     for name, meant in ((n, m) for n in names for m in (FORGET, RETAIN) if is_slip(n, m)):
         raise ValueError(
-            f"`{argument}` should have names that differ from `{meant}` by more than a slip. Found "
+            f"{whose} should have names that differ from `{meant}` by more than a slip. Found "
             f"`{name}`. Did you mean `{meant}`? Choose another name if not."
         )

@@ -13,7 +13,15 @@ from geffect.layers import trainable
 from geffect.losses import Loss, Passes, check_no_step_inside
 from geffect.objectives import statistics
 from geffect.risk import beside
-from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED, UPDATE, average_of, is_reserved
+from geffect.sources import (
+    AVERAGE,
+    OBJECTIVE,
+    RECTIFIED,
+    UPDATE,
+    average_of,
+    check_spelt,
+    is_reserved,
+)
 from geffect.steps import Move, Standstill
 
 from .collector import Measurement
@@ -290,3 +298,4 @@ def check_names(losses: Collection[str]) -> None:
             f"{', '.join(losses) or 'none'}. "
             'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
         )
+    check_spelt("The losses", losses)

@@ -78,6 +78,11 @@ BAD_LOSSES = [
         name="no objective",
     ),
     given(lambda m: {}, ValueError, NAMES, "Found none", "Pass", name="no loss"),
+    given(
+        lambda m: {"objective": loss_of(m), "forgte": loss_of(m)}, ValueError,
+        "should have names that differ from `forget`", "Found `forgte`", "Did you mean `forget`?",
+        name="a slip",
+    ),
     *[
         given(
             lambda m, name=name: {"objective": loss_of(m), name: loss_of(m)}, ValueError, NAMES,
