@@ -357,6 +357,11 @@ class Traits:
 
 def traits_of(estimator: Estimator) -> Traits:
     """What an estimator says of itself; nothing is known of a function that says nothing."""
+    if not callable(estimator):
+        raise TypeError(
+            "`estimator` should be a function of geffect.checkpoints.estimators, such as "
+            f"split_batch. Found {estimator!r}. Import the function and pass it."
+        )
     traits: Traits = getattr(estimator, "traits", Traits())
     return traits
 

@@ -303,6 +303,7 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
         ({"risks": {"forget": RETAIN}}, "names of their own"),
         ({"risks": {"objective.x": RETAIN}}, "names of their own"),
         ({"risks": {"forgte": RETAIN}}, "Did you mean `forget`"),
+        ({"estimator": "full"}, "`estimator` should be a function .* Found 'full'"),
         ({"update": True}, "two or more"),
         ({"forget": []}, "`forget` should have a batch or more"),
         ({"device": "cuda:99"}, r"`device` should be one of this machine.*Found `cuda:99`"),
