@@ -48,11 +48,12 @@ def replayed(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Ask:
             "objective": "ga",
             "forget": folder / "forget.jsonl",
             "retain": folder / "retain.jsonl",
+            "device": "cpu",
         }
         words = [word for name, value in {**defaults, **given}.items()
                  for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
         checkpoints = [folder / f"checkpoint-{step}" for step in (5, 10)][:only]
-        return ask("replay", *checkpoints, "--device", "cpu", *words, *options)
+        return ask("replay", *checkpoints, *words, *options)
 
     return replayed
 

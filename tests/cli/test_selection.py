@@ -1,6 +1,6 @@
 """Which options a score or a picture takes: each changes what comes out, or is refused."""
 
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from geffect import Recorder, Rectifier
 from geffect.cli.main import app
 from geffect.cli.plot import Kind
 from geffect.cli.selection import OF_SOME, SCORES, ScoreName
-from tests.utils.command_line import Ask
+from tests.utils.command_line import Answer, Ask
 
 OPTIONS: dict[str, list[str]] = {
     "--between": ["forget,retain"],
@@ -61,9 +61,15 @@ def test_every_option_of_a_score_is_asked_about_here() -> None:
 def test_an_option_changes_the_table_or_is_refused(
     ask: Ask, partly_stepped: Path, score: ScoreName, option: str
 ) -> None:
-    finest = [] if score == ScoreName.RECTIFICATION else ["--by", "parameter"]
-    told = ["scores", partly_stepped, "--score", score, *finest, "--format", "csv"]
-    plain, with_it = ask(*told), ask(*told, option, *OPTIONS[option])
+    told = {"--by": ["parameter"], "--format": ["csv"]}
+    if score == ScoreName.RECTIFICATION:
+        del told["--by"]
+
+    def asked(options: dict[str, list[str]]) -> Answer:
+        words = chain.from_iterable([name, *values] for name, values in options.items())
+        return ask("scores", partly_stepped, "--score", score, *words)
+
+    plain, with_it = asked(told), asked(told | {option: OPTIONS[option]})
     assert plain.code == 0
     if option in OF_SOME - {*SCORES[score].takes}:
         assert (with_it.code, with_it.out) == (2, "")
