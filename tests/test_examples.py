@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 from accelerate import Accelerator
+from matplotlib import pyplot
 from transformers import LlamaForCausalLM, TrainingArguments
 
 import geffect
@@ -60,6 +61,13 @@ NAMES: dict[str, Callable[[Path], Any]] = {
 MODULES = sorted(
     {"geffect", *(m.name for m in pkgutil.walk_packages(geffect.__path__, "geffect."))}
 )
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """What an example draws is not left for the tests after it."""
+    yield
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("name", MODULES)
