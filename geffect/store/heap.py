@@ -1,4 +1,6 @@
-"""Texts of any length in an HDF5 file, read without HDF5, which hangs on a heap of zeros.
+"""The global heap of an HDF5 file, read without HDF5, which damage there hangs or crashes.
+
+Texts of any length lie in it, and of a view of other files where these are.
 
 A dataset of such texts has, for each, its length, the address of a collection of the global heap,
 and the number of an object there. A collection begins with its size; so does each object, and these
@@ -13,11 +15,18 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .lookup3 import lookup3
+
 _REFERENCE = struct.Struct("<IQI")  # length, address, object
 _COLLECTION = struct.Struct("<4sB3xQ")  # "GCOL", version, size
 _OBJECT = struct.Struct("<HHIQ")  # number, references, nothing, size
 
-_BEGIN, _SLAB = b"GCOL\1\0\0\0", 1 << 24
+_BEGIN, _SLAB = b"GCOL\1", 1 << 24
+
+_VIEWS = (0, 1)
+"""The first byte of what says where a view is from, its version; no text begins with one."""
+
+_HASH = struct.Struct("<I")
 
 Places = dict[int, tuple[int, int]]
 """From where to where in the file each object of a collection lies."""
@@ -51,9 +60,10 @@ def texts(
 
 
 def check(stream: BinaryIO, size: int) -> None:
-    """Refuse a file with a heap in which HDF5 would search without an end.
+    """Refuse a file with a heap in which HDF5 would search without an end, or read beyond one.
 
-    HDF5 looks into heaps also where no text is read, such as for the views of other files.
+    HDF5 looks into heaps also where no text is read, for the views of other files. It compares the
+    hash of what it finds there only after it has believed it.
     """
     begin = 0
     while begin < size:
@@ -61,17 +71,26 @@ def check(stream: BinaryIO, size: int) -> None:
         slab = stream.read(_SLAB)
         at = slab.find(_BEGIN)
         while at >= 0:
-            _check_end(stream, size, begin + at)
+            _check_collection(stream, size, begin + at)
             at = slab.find(_BEGIN, at + 1)
         begin += _SLAB - len(_BEGIN)
 
 
-def _check_end(stream: BinaryIO, size: int, address: int) -> None:
+def _check_collection(stream: BinaryIO, size: int, address: int) -> None:
     if address + _COLLECTION.size > size:
         return
     _, _, length = _COLLECTION.unpack(_read(stream, address, _COLLECTION.size))
-    if length <= size - address:  # HDF5 itself refuses longer ones
-        _places(stream, size, address)
+    if length > size - address:  # HDF5 itself refuses these
+        return
+    for begin, end in _places(stream, size, address)[0].values():
+        found = _read(stream, begin, end - begin)
+        if found and found[0] in _VIEWS and not _is_as_written(found):
+            raise ValueError("a view of other files that is not what was written")
+
+
+def _is_as_written(view: bytes) -> bool:
+    told, by = view[: -_HASH.size], view[-_HASH.size :]
+    return len(by) == _HASH.size and lookup3(told) == _HASH.unpack(by)[0]
 
 
 def _places(stream: BinaryIO, most: int, address: int) -> tuple[Places, int]:
@@ -85,10 +104,11 @@ def _places(stream: BinaryIO, most: int, address: int) -> tuple[Places, int]:
     while at + _OBJECT.size <= length:
         number, _, _, count = _OBJECT.unpack_from(whole, at)
         begin = at + _OBJECT.size
-        if not number:  # what is left is free
-            if count < _OBJECT.size:
+        if not number:  # free, with this head: HDF5 searches on behind it
+            if not _OBJECT.size <= count <= length - at:
                 raise ValueError("a heap that has no end")
-            break
+            at += count
+            continue
         if begin + count > length or number in places:
             raise ValueError("texts that have no end")
         places[number] = (address + begin, address + begin + count)
