@@ -24,7 +24,7 @@ from .direction import check_direction
 from .leaves import Call
 
 _MET: WeakSet[nn.Module] = WeakSet()
-"""Models whose modules were found to have a row a sample, wherever their shape says so."""
+"""Modules that were found to have a row a sample, as is trusted where their shape says so."""
 
 
 class InstanceEffects:
@@ -40,7 +40,7 @@ class InstanceEffects:
     Nothing is differentiated twice: with delta the gradient at the output of a module f(theta, x),
     <g_b, v> is <delta_b, d/de f(theta + e v, x_b)>, which for a matrix is one more product with its
     input. The modules have to treat the rows of a batch one by one. Whose the rows are is told by
-    two backward passes more, through the activations alone: for a model that is met for the first
+    two backward passes more, through the activations alone: for modules that are met for the first
     time, and where rows may be something else, as those of a position embedding. That no use of a
     parameter was missed is checked when the context ends: samples add up to the gradient of the
     batch. Two contexts around one backward measure two directions.
@@ -156,7 +156,7 @@ class InstanceEffects:
         is_sure = forward.has_rows_of_samples(output)
         use = _Use(forward, places, self._along, Call(module, args, kwargs), is_sure)
         watched.register_hook(use.take)  # of this graph, and gone with it
-        if not forward.has_ended and not (is_sure and self._model in _MET):
+        if not forward.has_ended and not (is_sure and module in _MET):
             forward.unproven.append((use, watched))
         return watched
 
@@ -174,7 +174,8 @@ class InstanceEffects:
             raise _not_of_samples(use, tuple(rows.shape))
         for use, _ in unproven:
             use.is_proven = True
-        _MET.add(self._model)
+            if use.call is not None:
+                _MET.add(use.call.module)
 
     def _take_batch(self, place: int, gradient: Tensor) -> None:
         along, gradient = self._along[place], dense(gradient)

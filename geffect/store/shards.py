@@ -213,7 +213,7 @@ def segments_in(folder: Path) -> set[str]:
     return {name for name in names if _SEGMENT.fullmatch(name)}
 
 
-def strangers(folder: Path) -> list[str]:
+def files_of_others(folder: Path) -> list[str]:
     """The names of what is in a folder beside segments of a run, finished and half made."""
     files = folder.iterdir() if is_folder(folder) else ()
     return sorted(

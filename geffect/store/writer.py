@@ -33,7 +33,7 @@ from .processes import Home
 from .reader import Run, check_whole, open_run
 from .schema import VERSION, Contents, Row, RunFileError
 from .segments import folder_of
-from .shards import remove_segments, segments_in, strangers
+from .shards import files_of_others, remove_segments, segments_in
 from .stored_rows import StoredRows
 from .tables import check_table
 
@@ -237,7 +237,7 @@ class RunWriter:
             # Of a run that was there before, or of a first row that was never counted.
             ranks = len(self._stored.segments.ranks) if self._stored else 1
             remove_segments(folder := folder_of(self.path), lambda rank: not 0 < rank < ranks)
-            if strange := strangers(folder):
+            if strange := files_of_others(folder):
                 log.warning("Left in `%s`, as not of this run: %s.", folder, ", ".join(strange[:5]))
 
     def _put(self, row: Row, place: int, number: int) -> None:

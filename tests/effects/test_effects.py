@@ -435,6 +435,15 @@ def test_an_equal_number_of_rows_proves_nothing(kind: str, rows: int) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_module_that_takes_the_place_of_another_proves_itself() -> None:
+    inside = nn.Sequential(Positions("row"))
+    model, batch = toy(inside), tiny.batch(3, rows=3)
+    sample_effects(model, [batch], {"a": direction(model, [uneven(1)])})
+    inside[0] = Positions("sorted rows").double()
+    with pytest.raises(ValueError, match="with parameters should return"):
+        sample_effects(model, [batch], {"a": direction(model, [uneven(1)])})
+
+
 def test_rows_are_told_apart_in_training_bit_for_bit() -> None:
     def trained(watch: bool) -> nn.Module:
         torch.manual_seed(0)
