@@ -165,15 +165,19 @@ class Group(TyperGroup):
         """Write the page of help."""
         commands = ((name, self.get_command(ctx, name)) for name in self.list_commands(ctx))
         listed = [(name, command.get_short_help_str(1000)) for name, command in commands if command]
-        formatter.write("\n".join([*page(self, ctx), "", *_section("Commands", listed)]) + "\n")
+        shown = page(self, ctx, "COMMAND", "...")
+        formatter.write("\n".join([*shown, "", *_section("Commands", listed)]) + "\n")
 
 
-def page(command: Any, ctx: Any) -> Iterator[str]:
-    """The lines of a page of help: how it is called, what it does, its arguments and options."""
+def page(command: Any, ctx: Any, *further: str) -> Iterator[str]:
+    """The lines of a page of help: how it is called, what it does, its arguments and options.
+
+    `further` are words of the call that are no argument of its own.
+    """
     parameters = [p for p in command.get_params(ctx) if not getattr(p, "hidden", False)]
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    called = [_called(argument) for argument in arguments] or ["COMMAND ..."]
-    yield from _wrapped(f"Usage: {ctx.command_path} [OPTIONS] {' '.join(called)}")
+    called = [*map(_called, arguments), *further]
+    yield from _wrapped(" ".join(["Usage:", ctx.command_path, "[OPTIONS]", *called]))
     for paragraph in (command.help or "").split("\n\n"):
         yield from ("", *_wrapped(" ".join(paragraph.split())))
     for title, kind in (("Arguments", "argument"), ("Options", "option")):

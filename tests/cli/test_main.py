@@ -46,6 +46,7 @@ def test_help_has_a_short_name(subcommand: str) -> None:
     )
     assert (short.exit_code, short.output) == (0, long.output)
     assert f"Usage: geffect {subcommand}" in short.output
+    assert "COMMAND" not in short.output.partition("\n")[0]
 
 
 @pytest.mark.parametrize(
