@@ -1,6 +1,7 @@
 """The global heap of an HDF5 file, read without HDF5, which damage there hangs or crashes.
 
-Texts of any length lie in it, and of a view of other files where these are.
+Texts of any length lie in it, of a view of other files where these are, and of the dimensions of
+a dataset the addresses of their labels.
 
 A dataset of such texts has, for each, its length, the address of a collection of the global heap,
 and the number of an object there. A collection begins with its size; so does each object, and these
@@ -23,10 +24,10 @@ _OBJECT = struct.Struct("<HHIQ")  # number, references, nothing, size
 
 _BEGIN, _SLAB = b"GCOL\1", 1 << 24
 
-_VIEWS = (0, 1)
+_VIEWS = (b"\0", b"\1")
 """The first byte of what says where a view is from, its version; no text begins with one."""
 
-_HASH = struct.Struct("<I")
+_HASH, _ADDRESS = struct.Struct("<I"), struct.Struct("<Q")
 
 Places = dict[int, tuple[int, int]]
 """From where to where in the file each object of a collection lies."""
@@ -84,12 +85,19 @@ def _check_collection(stream: BinaryIO, size: int, address: int) -> None:
         return
     for begin, end in _places(stream, size, address)[0].values():
         found = _read(stream, begin, end - begin)
-        if found and found[0] in _VIEWS and not _is_as_written(found):
+        may_be_view = found[:1] in _VIEWS and not _are_addresses(found, size)
+        if may_be_view and not _bears_its_hash(found):
             raise ValueError("a view of other files that is not what was written")
 
 
-def _is_as_written(view: bytes) -> bool:
-    told, by = view[: -_HASH.size], view[-_HASH.size :]
+def _are_addresses(found: bytes, size: int) -> bool:
+    """Whether these bytes can be places in a file of this size; names of files are larger."""
+    whole = len(found) % _ADDRESS.size == 0
+    return whole and all(address < size for (address,) in _ADDRESS.iter_unpack(found))
+
+
+def _bears_its_hash(found: bytes) -> bool:
+    told, by = found[: -_HASH.size], found[-_HASH.size :]
     return len(by) == _HASH.size and lookup3(told) == _HASH.unpack(by)[0]
 
 

@@ -2,10 +2,14 @@
 
 import io
 import struct
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from geffect.store import heap
+from geffect import Recorder
+from geffect.store import heap, open_run
 from geffect.store.lookup3 import lookup3
 
 SIZE = 256
@@ -43,8 +47,10 @@ VIEW = TOLD + struct.pack("<I", lookup3(TOLD))
         [TEXT, free(len(TEXT))],
         [TEXT, item(0, 32, bytes(16)), item(2, 5, b"again"), free(len(TEXT) + 32 + len(TEXT))],
         [item(1, len(VIEW), VIEW), free(len(item(1, len(VIEW), VIEW)))],
+        [item(1, 8, struct.pack("<Q", 256)), free(24)],
+        [item(1, 16, struct.pack("<2Q", 257, 8)), free(32)],
     ],
-    ids=["texts", "free between texts", "a view"],
+    ids=["texts", "free between texts", "a view", "an address", "addresses"],
 )
 def test_what_is_whole_is_let_through(objects: list[bytes]) -> None:
     checked(collection(*objects))
@@ -74,3 +80,11 @@ def test_a_view_that_is_not_what_was_written_is_refused(at: int) -> None:
     file = collection(item(1, len(VIEW), bytes(changed)), free(len(item(1, len(VIEW), VIEW))))
     with pytest.raises(ValueError, match="not what was written"):
         checked(file)
+
+
+def test_no_whole_file_is_refused_wherever_its_objects_stand(tmp_path: Path) -> None:
+    for count in range(1, 33):
+        model = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(count))
+        with Recorder(model, tmp_path / f"{count}.h5") as recorder:
+            recorder.backward(objective=torch.cat([*model]).sum())
+        assert len(open_run(tmp_path / f"{count}.h5").layers) == count
