@@ -49,7 +49,7 @@ def command(
 
     page = runs_report([open_run(path) for path in runs], by)
     output.write_text(page, encoding="utf-8")
-    say(terminal(), f"{len(runs)} runs in {output}")
+    say(terminal(), f"{len(runs)} run{'s' * (len(runs) > 1)} in {output}")
 
 
 def runs_report(runs: Sequence["Run"], by: str = By.LAYER) -> str:
