@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import tempfile
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -54,7 +55,7 @@ def faults(
     while at_work := [share for share in shares if share.is_at_work]:
         ready = wait([share.answers for share in at_work], timeout=PATIENCE / 10)
         for share in at_work:
-            found += share.heard() if share.answers in ready else share.waited(PATIENCE / 10)
+            found += share.heard() if share.answers in ready else share.waited()
     return found
 
 
@@ -63,7 +64,7 @@ class _Share:
 
     def __init__(self, runs: Sequence[Original], seeds: range, questions: int) -> None:
         self._runs, self._seeds, self._questions = runs, seeds, questions
-        self._done, self._silence = 0, 0.0
+        self._done = 0
         self._begin()
 
     @property
@@ -76,14 +77,14 @@ class _Share:
         except EOFError:
             self._process.join()
             return self._given_up(f"crash with {self._process.exitcode}")
-        self._done, self._silence = self._done + 1, 0.0
+        self._done, self._since = self._done + 1, time.monotonic()
         if not self.is_at_work:
             self._process.join()
         return [wrong] if wrong else []
 
-    def waited(self, seconds: float) -> list[str]:
-        self._silence += seconds
-        if self._silence < PATIENCE:
+    def waited(self) -> list[str]:
+        # By the clock: however often the others were heard meanwhile.
+        if time.monotonic() - self._since < PATIENCE:
             return []
         self._process.kill()
         self._process.join()
@@ -91,7 +92,7 @@ class _Share:
 
     def _given_up(self, why: str) -> list[str]:
         seed = self._seeds[self._done]
-        self._done, self._silence = self._done + 1, 0.0
+        self._done += 1
         if self.is_at_work:
             self._begin()
         return [f"{why}, seed {seed}"]
@@ -104,6 +105,7 @@ class _Share:
             target=_work, args=(self._runs, seeds, self._questions, to)
         )
         self._process.start()
+        self._since = time.monotonic()
         to.close()
 
 

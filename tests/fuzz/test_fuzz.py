@@ -124,6 +124,18 @@ def test_what_hangs_or_crashes_is_one_fault_and_the_rest_goes_on(
     assert found == [f"{named}, seed 1", "wrong"]
 
 
+def test_who_is_slow_beside_the_quick_does_not_hang(
+    runs: tuple[Original, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mutant(original: Original, right: object, seed: int, folder: Path, questions: int) -> str:
+        time.sleep(1 if seed == 1 else 0.01 * (seed % 2 == 0))
+        return ""
+
+    monkeypatch.setattr(runner, "mutant", mutant)
+    monkeypatch.setattr(runner, "answers", lambda path: {})
+    assert runner.faults(runs[2:], range(80), processes=2) == []
+
+
 def test_the_command_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--mutants", "2", "--processes", "1"]) == 0
     assert capsys.readouterr().out.startswith("2 mutants, 0 faults")
