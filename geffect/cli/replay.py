@@ -175,12 +175,6 @@ def command(
             "it with --overwrite."
         )
     name = estimator or EstimatorName.SPLIT_BATCH
-    minimised = objective_of(ctx, objective)
-    if reference is not None and minimised.reference == "none":
-        raise typer.BadParameter(
-            f"`--reference` should go with an objective that compares with a model. Found "
-            f"`{objective}`, which compares with none. Leave --reference out."
-        )
     named_risks = _risks(risk or [])
     # What a script reads is all that stands on the standard output.
     console = terminal(stderr=form is not Format.TABLE)
@@ -199,7 +193,7 @@ def command(
         run = replay(
             checkpoints,
             output,
-            objective=minimised,
+            objective=objective_of(ctx, objective),
             forget=forget,
             retain=retain,
             risks=named_risks,

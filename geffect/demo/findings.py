@@ -190,7 +190,7 @@ def _gru_gains(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
     }
     return _finding(
         f"At equal forgetting GRU keeps a retain NLL at least {GAIN} times lower than plain, for "
-        f"{', '.join(method.upper() for method in methods)}, {_each(ratios[methods[0]])}",
+        f"{', '.join(methods)}, {_each(ratios[methods[0]])}",
         [
             f"{method} seed {seed}"
             for method, by_seed in ratios.items()
@@ -198,7 +198,7 @@ def _gru_gains(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
             if not ratio >= GAIN
         ],
         [
-            f"{method.upper()} {_seed(seed, by_seed)}{_nats(gru[method][seed])} against "
+            f"{method} {_seed(seed, by_seed)}{_nats(gru[method][seed])} against "
             f"{_said(plain[method][seed])}, {_said(ratio)} times lower"
             for method, by_seed in ratios.items()
             for seed, ratio in by_seed.items()
@@ -224,7 +224,7 @@ def _lower(
             if not all(mean[variant] < mean[other] for other in others)
         ],
         [
-            f"{method.upper()} {_against(mean[variant], {name: mean[name] for name in others})}"
+            f"{method} {_against(mean[variant], {name: mean[name] for name in others})}"
             for method, mean in means.items()
         ],
         {"means": means},
@@ -244,7 +244,7 @@ def _below_sago(runs: Runs, methods: Sequence[str], at: str) -> dict[str, Any]:
         f"{_mean_over(runs)}",
         [method for method, mean in means.items() if not _best(mean, THIN) < mean["sago"]],
         [
-            f"{method.upper()} {_against(_best(mean, THIN), {'sago': mean['sago']})}"
+            f"{method} {_against(_best(mean, THIN), {'sago': mean['sago']})}"
             for method, mean in means.items()
         ],
         {"means": means},

@@ -160,10 +160,11 @@ def command(summary: Mapping[str, Any]) -> str:
 def _objectives(runs: Sequence[Mapping[str, Any]]) -> str:
     """The options of the methods that have some."""
     having = {run["method"]: run["options"] for run in runs if run["options"]}
-    return " ".join(
-        f"{method.upper()} has {', '.join(f'{o} {value}' for o, value in options.items())}."
+    given = [
+        f"{method} {', '.join(f'{o} {value}' for o, value in options.items())}"
         for method, options in having.items()
-    )
+    ]
+    return f"Options of the objectives: {'; '.join(given)}." if given else ""
 
 
 def best(runs: pd.DataFrame) -> str:

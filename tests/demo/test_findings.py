@@ -263,8 +263,8 @@ def test_nothing_is_claimed_of_what_was_not_run() -> None:
     only = [r for r in study() if r["method"] == "npo" and r["variant"] in ("plain", "gru")]
     claims = [f["claim"] for f in findings(only)]
     assert len(claims) == 2
-    assert "for NPO, in every seed" in claims[1]
-    assert not any(words in claim for claim in claims for words in ("select", "GA,", "WGA"))
+    assert "for npo, in every seed" in claims[1]
+    assert not any(words in claim for claim in claims for words in ("select", "ga,", "wga"))
 
 
 def test_the_table_holds_every_run_and_the_gold_models() -> None:
@@ -425,16 +425,16 @@ def test_a_finding_shows_the_numbers_that_it_compares() -> None:
     assert measured("WGA is milder").startswith("seed 0: -9 against GA's -300; seed 1: ")
     assert measured("NPO limits itself").startswith("seed 0: to 11% of its peak, GA's to 100%; ")
     assert measured("at least 1.3 times").startswith(
-        "GA seed 0: 0.5 nats against 1, 2 times lower; GA seed 1: "
+        "ga seed 0: 0.5 nats against 1, 2 times lower; ga seed 1: "
     )
     assert measured(
         "gru-coordinate keeps a lower retain NLL than", **{"wga gru 0": {"retain": 0.9}}
     ) == (
-        "GA 0.05 nats against 0.5 (gru), 0.2 (gru-update); "
-        "WGA 0.05 nats against 0.7 (gru), 0.2 (gru-update); "
-        "NPO 0.05 nats against 0.5 (gru), 0.2 (gru-update)"
+        "ga 0.05 nats against 0.5 (gru), 0.2 (gru-update); "
+        "wga 0.05 nats against 0.7 (gru), 0.2 (gru-update); "
+        "npo 0.05 nats against 0.5 (gru), 0.2 (gru-update)"
     )
-    assert measured("forgetting, with 140 QA").startswith("GA 0.03 nats against 0.045 (sago); ")
+    assert measured("forgetting, with 140 QA").startswith("ga 0.03 nats against 0.045 (sago); ")
     assert measured("best of its learning rates").startswith(
         "ga, 140 QA: gru 0.675 nats against 1.35 (plain); "
     )
@@ -446,8 +446,8 @@ def test_a_finding_shows_the_numbers_that_it_compares() -> None:
 
 def test_what_has_no_value_is_said_to_have_none() -> None:
     missed = {"ga gru 1": {"reached_level": False, "at_level": None}}
-    assert "GA seed 1: no value nats against 1" not in measured("at least 1.3 times", **missed)
-    assert "GA seed 1: no value against 1" in measured("at least 1.3 times", **missed)
+    assert "ga seed 1: no value nats against 1" not in measured("at least 1.3 times", **missed)
+    assert "ga seed 1: no value against 1" in measured("at least 1.3 times", **missed)
 
 
 def test_one_seed_is_not_called_several() -> None:
