@@ -214,7 +214,7 @@ def test_further_risks_the_update_and_a_reference(
         ([], {"risk": "forgte=x"}, 2, "Did you mean `forget`?"),
         ([], {"risk": "update=x"}, 2, "names of their own"),
         ([], {"objective": "npoo"}, 2, "Found `npoo`. Did you mean `npo`?"),
-        ([], {"objective": "ga", "reference": "{folder}"}, 1, "compares with none"),
+        ([], {"objective": "ga", "reference": "{folder}/checkpoint-5"}, 1, "compares with none"),
         ([], {"base": "{folder}/checkpoint-5"}, 1, "`base` should go with adapters"),
         (["--reference-ema", "--seed", "0"], {}, 2, "`--reference-ema` should be without `--seed`"),
         (
