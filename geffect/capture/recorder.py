@@ -56,7 +56,7 @@ class Recorder:
       `geffect.capture.StoreOptions`.
     - `steps`: how many steps training has, if known. The size of the file is then told at the
       start, and a run that would not fit the disk is refused.
-    - `overwrite`: replaces an existing file with the first step.
+    - `overwrite`: replaces an existing run file with the first step; no other file.
     - `resume`: continues an existing file.
     - `next_step`: the number of the step that comes first, where training goes on from a
       checkpoint. Steps of the file from there on are given up, since they come again.

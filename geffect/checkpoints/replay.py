@@ -96,7 +96,7 @@ def replay(
       checkpoint has none.
     - `base`: the model that adapters are for, where it is not at the place that they name.
     - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
-    - `overwrite`: replaces an existing file.
+    - `overwrite`: replaces an existing run file.
 
     Returns the run, as `geffect.open_run` does. Raises ValueError for an objective, data or
     checkpoints that do not go together.

@@ -54,9 +54,13 @@ class BoundedFile:
         """The members of a group."""
         return sorted(self._group(group))
 
+    def has_attribute(self, name: str) -> bool:
+        """Whether the root has an attribute of this name."""
+        return bool(h5py.h5a.exists(self._file.id, name.encode()))
+
     def attribute(self, name: str) -> Any:
         """A number or a short text of the root; None where there is none, or another one."""
-        if not h5py.h5a.exists(self._file.id, name.encode()):
+        if not self.has_attribute(name):
             return None
         found = h5py.h5a.open(self._file.id, name.encode())
         kind = found.get_type()

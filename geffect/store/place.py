@@ -8,10 +8,11 @@ import h5py
 
 from .contiguous import OPTIONS
 from .drafts import LONGER, draft_of
-from .outside import check_folder, is_plain
+from .origin import described, is_empty, is_run
+from .outside import check_folder
 from .reader import open_run
 from .schema import RunFileError
-from .segments import Segments, file_name, folder_of
+from .segments import Segments, folder_of
 from .shards import segments_in
 
 LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -38,9 +39,25 @@ def check_place(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"A new run file should not exist yet. Found `{path}`. Choose another name, "
             "continue it with resume=True, or replace it with overwrite=True."
         )
-    _check_gradients(path, overwrite=overwrite, resume=resume)
+    if not resume:
+        check_replaceable(path, overwrite=overwrite)
+    _check_folder_of_gradients(path)
     check_free(path)
     _check_file_system(path)
+
+
+def check_replaceable(path: Path, *, overwrite: bool, begun: Segments | None = None) -> None:
+    """Refuse to replace anything but a run file, and gradients beside it that are not its own.
+
+    With `begun`, those of the run that is to be there, further ranks may have written some already.
+    """
+    if overwrite and path.exists() and not (is_run(path) or is_empty(path)):
+        raise FileExistsError(
+            f"`overwrite` should find a run file of geffect to replace. Found {described(path)}, "
+            f"at `{path}`. Choose another name; or remove that file, if nobody needs it."
+        )
+    check_free(path)
+    _check_gradients(path, overwrite=overwrite, begun=begun)
 
 
 def _check_folder_of_file(folder: Path) -> None:
@@ -71,8 +88,7 @@ def _check_name(path: Path) -> None:
         )
 
 
-def _check_gradients(path: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse a place beside which the gradients of another run lie: they would be lost."""
+def _check_folder_of_gradients(path: Path) -> None:
     folder = folder_of(path)
     try:
         check_folder(folder)
@@ -81,8 +97,15 @@ def _check_gradients(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"The folder with the gradients of a run should be a folder of its own. Found a link "
             f"or a file at `{folder}`. Choose another name, or move that away."
         ) from error
+
+
+def _check_gradients(path: Path, *, overwrite: bool, begun: Segments | None) -> None:
+    """Refuse a place beside which the gradients of another run lie: they would be lost."""
+    folder = folder_of(path)
     found = segments_in(folder)
-    if not found or resume:
+    if begun is not None:  # of which this process, rank 0, has written nothing yet
+        found -= {name for name in begun.own(path, found) if not name.endswith(".rank0.h5")}
+    if not found:
         return
     if not overwrite:
         raise FileExistsError(
@@ -90,33 +113,24 @@ def _check_gradients(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"`{folder}`. Choose another name, remove that folder, or pass overwrite=True if "
             f"`{path.name}` is the run that they are of."
         )
-    if strange := sorted(found - _counted(path)):
+    if strange := sorted(found - _owned(path, found)):
         raise FileExistsError(
             "`overwrite` should find no other gradients than those of the run that it replaces. "
             f"Found {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''} in `{folder}`, "
-            f"which `{path}` does not count. Choose another name, or remove that folder."
+            f"which `{path}` does not count as its own. Choose another name, or remove that folder."
         )
 
 
-def _counted(path: Path) -> set[str]:
-    """The segments of the run in this file, and those that it had begun without counting a row."""
+def _owned(path: Path, found: set[str]) -> set[str]:
+    """Those of the run in this file; of what it had begun, without a row that counts, also one."""
     try:
         run = open_run(path)
         if run.contents.gradients is None:
             return set()
-        segments = Segments(run.contents, run.layers)
         rows = int(run.read("stored").max(initial=-1)) + 1
+        return run.segments().own(path, found, rows)
     except OSError:  # no file, or none that says what is its own
         return set()
-    count = segments.count(rows)
-    counted = {file_name(number, rank) for number in range(count) for rank in segments.ranks}
-    further = {file_name(count, rank): rank for rank in segments.ranks}
-    return counted | {
-        name
-        for name, rank in further.items()
-        # What is no plain file is left where it is.
-        if not is_plain(folder_of(path) / name) or segments.bears_mark(path, count, rank)
-    }
 
 
 def _check_file_system(path: Path) -> None:

@@ -3,7 +3,8 @@
 All of it follows from what is stored, so that every rank, the reader and a resumed run agree.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +23,16 @@ from geffect.layers import Parameter, layers_of
 from . import checksums
 from .bounds import BoundedFile, read_hdf5
 from .contiguous import OPTIONS, Image, declare
-from .outside import check_folder
+from .origin import is_empty, is_segment
+from .outside import check_folder, is_plain
 from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
 
 FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
 """The first segment has so many rows and each further one twice as many, up to so many bytes a rank
 or one row. A part of the format: a file does not say it."""
+
+SEGMENT = re.compile(r"(?P<number>\d{3,})\.rank(?P<rank>\d+)\.h5")
+"""The names of segments."""
 
 _KEYS = np.dtype("<i8")
 
@@ -162,13 +167,33 @@ class Segments:
                 ).all(axis=1)
         return whole
 
-    def bears_mark(self, path: Path, number: int, rank: int) -> bool:
-        """Whether there is a segment with rows of this run, or with none yet."""
+    def own(self, path: Path, names: Iterable[str], rows: int | None = None) -> set[str]:
+        """Those of some segments that are of this run, and of its first so many rows.
+
+        So is one behind these, and what is no plain file, which is never removed.
+        """
+        own = set()
+        for name in names:
+            found = SEGMENT.fullmatch(name)
+            number, rank = (int(found[part]) for part in ("number", "rank")) if found else (-1, -1)
+            counts = rank in self.ranks and (rows is None or number <= self.count(rows))
+            if counts and name == file_name(number, rank) and self.may_replace(path, number, rank):
+                own.add(name)
+        return own
+
+    def may_replace(self, path: Path, number: int, rank: int) -> bool:
+        """Whether nothing of others has the place of a segment: rows of this run alone, or none.
+
+        Where damage took the marks of its rows, it has to be a segment at least.
+        """
+        place = folder_of(path) / file_name(number, rank)
+        if not is_plain(place):
+            return True
         try:
-            with _read(folder_of(path) / file_name(number, rank)) as file:
-                marks = self._keys(file, number)[:, 0]
+            with _read(place) as file:
+                marks = file.rows("keys", _KEYS, 0, (1 + len(KEY),))[:, 0]
         except Exception:  # as above
-            return False
+            return is_empty(place) or is_segment(place)
         return bool(np.isin(marks, (0, self.stored.mark)).all())
 
     def read(

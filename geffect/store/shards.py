@@ -1,6 +1,7 @@
 """What one rank writes of the gradients of a run."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +24,9 @@ from .outside import check_folder, check_plain, is_folder, is_plain
 from .paths import place_of
 from .processes import Home, not_inherited
 from .schema import Contents, Row, RunFileError
-from .segments import Segments, file_name, folder_of
+from .segments import SEGMENT, Segments, file_name, folder_of
 
-_SEGMENT = re.compile(r"\d{3,}\.rank(\d+)\.h5")
-_DRAFT = re.compile(r"\.\d{3,}\.rank(\d+)\.h5\.[0-9a-f]+\.draft")
+_DRAFT = re.compile(rf"\.{SEGMENT.pattern}\.[0-9a-f]+\.draft")
 
 
 class Shard:
@@ -38,6 +38,7 @@ class Shard:
 
     def __init__(self, path: Path, segments: Segments, rank: int) -> None:
         self.folder = folder_of(path)
+        self._path = path
         self._segments = segments
         self._rank = rank
         self._number = -1
@@ -113,6 +114,8 @@ class Shard:
         self._number = number
 
     def _create(self, place: Path, number: int) -> None:
+        if not self._segments.may_replace(self._path, number, self._rank):
+            raise OSError(errno.EBUSY, "The gradients of another run are there", str(place))
         if number == 0:
             self.folder.mkdir(exist_ok=True)
         _remove(self.folder, _DRAFT, self._rank.__eq__)
@@ -210,7 +213,7 @@ class ShardWriter:
 def segments_in(folder: Path) -> set[str]:
     """The names of the segments of a run in a folder, which need not exist."""
     names = (file.name for file in folder.iterdir()) if folder.is_dir() else ()
-    return {name for name in names if _SEGMENT.fullmatch(name)}
+    return {name for name in names if SEGMENT.fullmatch(name)}
 
 
 def files_of_others(folder: Path) -> list[str]:
@@ -219,13 +222,13 @@ def files_of_others(folder: Path) -> list[str]:
     return sorted(
         file.name
         for file in files
-        if not (is_plain(file) and (_SEGMENT.fullmatch(file.name) or _DRAFT.fullmatch(file.name)))
+        if not (is_plain(file) and (SEGMENT.fullmatch(file.name) or _DRAFT.fullmatch(file.name)))
     )
 
 
 def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
     """Remove the segments of some ranks, finished and half made, and the folder if it is empty."""
-    for kind in (_SEGMENT, _DRAFT):
+    for kind in (SEGMENT, _DRAFT):
         _remove(folder, kind, of)
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -234,5 +237,5 @@ def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
 def _remove(folder: Path, kind: re.Pattern[str], of: Callable[[int], bool]) -> None:
     for file in folder.iterdir() if is_folder(folder) else ():
         found = kind.fullmatch(file.name)
-        if found and of(int(found[1])) and is_plain(file):
+        if found and of(int(found["rank"])) and is_plain(file):
             file.unlink(missing_ok=True)

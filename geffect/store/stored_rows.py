@@ -12,7 +12,7 @@ from geffect.layers import Parameter
 from .reader import Run
 from .schema import KEY, VERSION, Contents, Row, RunFileError
 from .segments import Segments, folder_of
-from .shards import Shard, segments_in
+from .shards import Shard, remove_segments, segments_in
 
 log = logging.getLogger("geffect.store.writer")
 
@@ -79,6 +79,11 @@ class StoredRows:
             self._shard.write(number, row)
         present = row.gradients or {}
         return [number if source in present else -1 for source in self.segments.sources]
+
+    def undo(self) -> None:
+        """Remove what a first row that could not be written has left."""
+        if self.segments.may_replace(self._path, number=0, rank=0):
+            remove_segments(folder_of(self._path), (0).__eq__)
 
     def close(self) -> None:
         """Leave the segments to others."""

@@ -28,7 +28,7 @@ from .layout import (
 )
 from .open_file import OpenFile
 from .paths import place_of
-from .place import check_free, check_place, refuse_to_replace
+from .place import check_place, check_replaceable, refuse_to_replace
 from .processes import Home
 from .reader import Run, check_whole, open_run
 from .schema import VERSION, Contents, Row, RunFileError
@@ -140,8 +140,9 @@ class RunWriter:
                 "`begin` should be called before the first `append`. Found no call. Say first what "
                 "the rows hold."
             )
-        if self._file is None and self._overwrite:
-            check_free(self.path)
+        if self._file is None:
+            begun = self._stored and self._stored.segments
+            check_replaceable(self.path, overwrite=self._overwrite, begun=begun)
         with self._failing(row.step):
             self._make_room(row)
             self._put(row, self.count, self.gradient_rows)
@@ -301,7 +302,8 @@ class RunWriter:
         """Remove the file that was made for a first row which could not be written."""
         with contextlib.suppress(OSError):
             self.path.unlink()
-            remove_segments(folder_of(self.path), (0).__eq__)
+            if self._stored is not None:
+                self._stored.undo()
 
     @property
     def _there(self) -> bool:

@@ -216,9 +216,15 @@ def test_overwriting_looks_again_at_the_first_step(tmp_path: Path) -> None:
     assert len(open_run(path).steps) == 2
 
 
-def test_overwriting_replaces_whatever_stands_there(tmp_path: Path) -> None:
+def test_overwriting_replaces_no_file_that_came_to_stand_there_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
+    late = RunWriter(path, PARAMETERS, overwrite=True)
     path.write_text("not a run")
+    with pytest.raises(FileExistsError, match="Found another kind of file, with 9 bytes, at"):
+        append(late, row_of(0))
+    late.close(complete=False)
+    assert path.read_text() == "not a run"
+    path.unlink()
     assert len(open_run(recorded(path, plain_rows(2), overwrite=True)).steps) == 2
 
 
