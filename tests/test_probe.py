@@ -1,5 +1,6 @@
 """Models of many architectures: what is measured of them is autograd's, or it is refused."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import instances, tokens
-from geffect.effects import direction, token_effects
-from geffect.layers import trainable
+from geffect.effects import InstanceEffects, direction, token_effects
+from geffect.layers import describe, trainable
 from geffect.risk import token_log_probabilities
 from tests.utils import reference
 from tests.utils.architectures import ARCHITECTURES, batch_for, loss_of, made
@@ -25,7 +26,7 @@ WITHOUT_ROWS = {
     "opt", "mixtral", "qwen2 moe", "qwen3 moe", "mamba", "mamba2", "qwen2 vl", "t5", "lstm",
     "nanogpt",
 }  # fmt: skip
-"""Models whose modules work on positions, states or tables: effects of samples are refused."""
+"""Models whose modules work on positions, states or tables, in a context around one's own loss."""
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:
@@ -81,15 +82,24 @@ def test_effects_of_samples_and_tokens_agree_with_autograd(name: str) -> None:
         for value, g in zip(found, expected, strict=True):
             assert abs(value - float(torch.dot(g, v))) <= TOLERANCE * g.norm() * v.norm()
 
-    if name in WITHOUT_ROWS:
-        with pytest.raises(ValueError, match=r"should .* Found .* geffect.effects.token_effects"):
-            instances(model, [batch], along)
-        return
-    by_layer = instances(model, [batch], along)
-    for row, expected in enumerate(of_tokens):
-        g = torch.stack(expected).sum(dim=0)
-        value = by_layer[by_layer["sample"] == row]["value"].sum()
-        assert abs(value - float(torch.dot(g, v))) <= TOLERANCE * g.norm() * v.norm()
+    # The second batch is measured with frozen parameters where there are rows.
+    by_parameter = instances(model, [batch, batch], along, by="parameter")
+    starts = [0, *itertools.accumulate(p.numel() for p in _trained(model))]
+    for sample in range(2 * len(of_tokens)):
+        g = torch.stack(of_tokens[sample % len(of_tokens)]).sum(dim=0)
+        found = by_parameter[by_parameter["sample"] == sample].set_index("parameter")["value"]
+        for row, start, end in zip(describe(model), starts, starts[1:], strict=False):
+            exact = float(torch.dot(g[start:end], v[start:end]))
+            assert abs(found[row.name] - exact) <= TOLERANCE * g.norm() * v.norm()
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_ROWS))
+def test_what_has_no_rows_is_refused_around_a_loss_of_ones_own(name: str) -> None:
+    model, batch = made(name), batch_for(name, 1)
+    along = direction(model, [batch_for(name, 2, rows=4)])
+    says = r"should .* Found .* geffect.effects.sample_effects or geffect.effects.token_effects"
+    with pytest.raises(ValueError, match=says), InstanceEffects(model, along):
+        loss_of(name, model, batch).backward()
 
 
 @pytest.mark.parametrize("name", sorted(UNSCORED))

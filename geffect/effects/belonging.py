@@ -32,6 +32,17 @@ class Aside:
     running = False
 
 
+class NotOfSamples(ValueError):
+    """A refusal: samples cannot be told apart by the rows of modules. `reason` is why, in short."""
+
+    def __init__(self, should: str, found: str, *, reason: str) -> None:
+        super().__init__(
+            f"{should} Found {found}. Take geffect.effects.sample_effects or "
+            "geffect.effects.token_effects, which need no rows."
+        )
+        self.reason = reason
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """A block of such runs and passes."""
@@ -89,9 +100,16 @@ def _along(codes: Tensor, rows: Tensor) -> Tensor:
 
 def _deltas(outputs: Sequence[Tensor], returned: Tensor, cotangent: Tensor) -> list[Tensor]:
     with aside():
-        found = torch.autograd.grad(
-            returned, outputs, cotangent, retain_graph=True, allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                returned, outputs, cotangent, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:  # a reentrant checkpoint takes no part in it
+            raise NotOfSamples(
+                "The model should let gradients of activations be taken by torch.autograd.grad.",
+                f"that it raises: {error}",
+                reason="whose the rows of modules are cannot be told by torch.autograd.grad",
+            ) from error
     return [
         torch.zeros_like(output) if delta is None else delta
         for output, delta in zip(outputs, found, strict=True)

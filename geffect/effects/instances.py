@@ -1,7 +1,6 @@
-"""The PG-effect of every sample in every layer, out of one backward pass."""
+"""What every sample of a loss of one's own adds to a PG-effect, out of its one backward pass."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -11,14 +10,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from geffect.batch import Batch, check_one_answer
 from geffect.dots import dense
-from geffect.gradients import Vector, differentiate
+from geffect.gradients import Vector
 from geffect.hooks import Hooks
-from geffect.layers import describe, in_network_order, trainable
-from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
+from geffect.layers import canonical_name, describe, in_network_order, trainable
 
-from .belonging import Aside, aside, strangers
+from .belonging import Aside, NotOfSamples, aside, strangers
 from .differential import products
 from .direction import check_direction
 from .leaves import Call
@@ -39,7 +36,8 @@ class InstanceEffects:
 
     Nothing is differentiated twice: with delta the gradient at the output of a module f(theta, x),
     <g_b, v> is <delta_b, d/de f(theta + e v, x_b)>, which for a matrix is one more product with its
-    input. The modules have to treat the rows of a batch one by one. Whose the rows are is told by
+    input. The modules have to treat the rows of a batch one by one; other models are refused, since
+    nobody knows which part of a loss is whose. Whose the rows are is told by
     two backward passes more, through the activations alone: for modules that are met for the first
     time, and where rows may be something else, as those of a position embedding. That no use of a
     parameter was missed is checked when the context ends: samples add up to the gradient of the
@@ -111,50 +109,66 @@ class InstanceEffects:
         self._hooks.add(self._model.register_forward_pre_hook, self._begin, with_kwargs=True)
         for parameter, place in places.items():
             self._hooks.add(parameter.register_hook, partial(self._take_batch, place))
-        for module in self._model.modules():
+        for path, module in self._model.named_modules():
             named = dict(module.named_parameters(recurse=False))
             own = {name: places[p] for name, p in named.items() if p in places}
             if own:
-                watch = partial(self._watch, own)
+                called = f"`{canonical_name(path)}` ({type(module).__name__})"
+                watch = partial(self._watch, called, own)
                 self._hooks.add(module.register_forward_hook, watch, with_kwargs=True)
         self._hooks.add(self._model.register_forward_hook, self._end)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not Aside.running:
-            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
+            if not inputs:
+                raise NotOfSamples(
+                    "The model should be called with a tensor that has a row for each sample.",
+                    f"none in a call of `{type(module).__name__}`",
+                    reason=f"`{type(module).__name__}` is called without a tensor of rows",
+                )
             self._forwards.append(_Forward(inputs[0].shape[:2]))
 
     def _watch(
-        self, places: dict[str, int], module: nn.Module, args: Any, kwargs: Any, output: Any
+        self,
+        called: str,
+        places: dict[str, int],
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Any,
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
         if not self._forwards:
             raise ValueError(
                 "The model itself should be called while effects are collected. Found a call of "
-                f"its module {type(module).__name__}. Call model(...)."
+                f"its module {called}. Call model(...)."
             )
         forward = self._forwards[-1]
-        rows = output.shape[0] if isinstance(output, Tensor) else None
-        if rows not in (1, forward.samples):
-            found = type(output).__name__ if rows is None else tuple(output.shape)
-            raise ValueError(
+        is_tensor = isinstance(output, Tensor) and output.is_floating_point()
+        rows = output.shape[:1] if is_tensor else None
+        if rows not in ((1,), (forward.samples,)):
+            found = tuple(output.shape) if is_tensor else type(output).__name__
+            raise NotOfSamples(
                 "Modules with parameters should return one tensor with a row for each of the "
-                f"{forward.samples} samples. Found {found} from {type(module).__name__}. "
-                "Take geffect.effects.token_effects, which needs no rows."
+                f"{forward.samples} samples.",
+                f"{found} from {called}",
+                reason=f"{called} does not return a row for each",
             )
         watched: Tensor = output
-        if rows != forward.samples:
-            # One position embedding for all samples: its gradient would come summed over them.
-            watched = watched.expand(forward.samples, *watched.shape[1:])
         if not watched.requires_grad:
-            watched.requires_grad_()
+            # A model may go on to write into it, which it may not into a leaf.
+            watched = watched.requires_grad_().clone()
+        if rows != (forward.samples,):
+            # One position embedding for all samples: its gradient would come summed over them.
+            watched = watched.expand(forward.samples, *watched.shape[1:]).clone()
         elif watched.is_leaf:  # a parameter as it is, which would keep the hook
             watched = watched.view_as(watched)
         if Aside.running:  # a checkpointed layer that is run again for it
             return watched
         is_sure = forward.has_rows_of_samples(output)
-        use = _Use(forward, places, self._along, Call(module, args, kwargs), is_sure)
+        use = _Use(called, forward, places, self._along, Call(module, args, kwargs), is_sure)
         watched.register_hook(use.take)  # of this graph, and gone with it
         if not forward.has_ended and not (is_sure and module in _MET):
             forward.unproven.append((use, watched))
@@ -192,6 +206,8 @@ class InstanceEffects:
                 "A forward and its backward should run while effects are collected. Found none. "
                 "Call the model inside of the context."
             )
+        if not self._along:  # nothing that effects could be of
+            return
         for forward in self._forwards:
             forward.check_backward()
         if not self._batches:  # frozen, or no parameter was reached
@@ -210,61 +226,13 @@ class InstanceEffects:
         off = (self.by_parameter.sum(dim=0)[places] - inner).abs() > rounding
         if off.any():
             names = [self._rows[p].name for p, is_off in zip(places, off, strict=True) if is_off]
-            raise ValueError(
-                "The samples should add up to the gradient of the batch. Found otherwise for "
-                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: it is used outside of "
-                "its module, or the rows of the module are not samples, or forward and backward "
-                "are not both inside of the context. Take geffect.effects.token_effects."
+            raise NotOfSamples(
+                "The samples should add up to the gradient of the batch.",
+                f"otherwise for {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: it is "
+                "used outside of its module, or the rows of the module are not samples, or forward "
+                "and backward are not both inside of the context",
+                reason=f"`{names[0]}` is used outside of its module",
             )
-
-
-def sample_effects(
-    model: nn.Module, batches: Iterable[Batch], directions: Mapping[str, Vector]
-) -> dict[str, Tensor]:
-    """PG_D(s) = <grad R(D), grad log p(s)> of every sample and parameter, for each direction.
-
-    `Float64[sample, parameter]`, samples in the order of the batches, parameters in that of
-    `geffect.layers.trainable`. log p(s) is the sum over the scored tokens of the sample, in nats; a
-    step of gradient ascent on it, theta <- theta - rate grad log p(s), changes R(D) by
-    -rate PG_D(s). Eval mode, one forward and backward a batch; the model and its `.grad` stay as
-    they were. Definition: arXiv 2502.19301, eq. 5.
-
-    >>> from types import SimpleNamespace
-    >>> class Bigram(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.logits = nn.Embedding.from_pretrained(torch.zeros(2, 2), freeze=False)
-    ...     def forward(self, input_ids):
-    ...         return SimpleNamespace(logits=self.logits(input_ids))
-    >>> batch = {"input_ids": torch.tensor([[0, 1]]), "labels": torch.tensor([[-100, 1]])}
-    >>> sample_effects(Bigram(), [batch], {"forget": [torch.tensor([[1.0, 0.0], [0.0, 0.0]])]})
-    {'forget': tensor([[-0.5000]], dtype=torch.float64)}
-    """
-    parameters = list(trainable(model).values())
-    batches = list(batches)
-    if not batches or not directions:
-        raise ValueError(
-            "`batches` and `directions` should not be empty. Found "
-            f"{len(batches)} batches and {len(directions)} directions. Pass one of each at least."
-        )
-    found: dict[str, list[Tensor]] = {name: [] for name in directions}
-    with undisturbed(model, recompute=False):
-        for place, batch in enumerate(batches):
-            check_one_answer(batch, "effects of samples")
-            with ExitStack() as stack:
-                effects = {
-                    name: stack.enter_context(InstanceEffects(model, along))
-                    for name, along in directions.items()
-                }
-                if place > 0:
-                    # The gradient of a weight is not needed; in the first batch it is, to check
-                    # that the samples add up to it.
-                    stack.enter_context(_frozen(parameters))
-                log_p = sequence_sum(*token_log_probabilities(model, batch)).sum()
-                differentiate(parameters, {"log likelihood": log_p})
-            for name, rows in found.items():
-                rows.append(effects[name].by_parameter)
-    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 @dataclass
@@ -296,10 +264,11 @@ class _Forward:
 
     def check_backward(self) -> None:
         if not self.effects:
-            raise ValueError(
-                "Every forward should be followed by a backward while effects are collected. Found "
+            raise NotOfSamples(
+                "Every forward should be followed by a backward while effects are collected.",
                 f"one of {self.samples} samples without. Run forwards that are not differentiated "
-                "under torch.no_grad(), or outside of the context."
+                "under torch.no_grad(), or outside of the context",
+                reason="no module was seen that uses a parameter",
             )
 
 
@@ -307,6 +276,7 @@ class _Forward:
 class _Use:
     """One call of one module, until the gradient of its output arrives."""
 
+    called: str
     forward: _Forward
     places: Mapping[str, int]
     along: Mapping[int, Tensor]
@@ -328,26 +298,24 @@ class _Use:
         call, self.call = self.call, None  # a backward pass frees what it has used
         with torch.no_grad(), aside():
             for name, place in self.places.items():
-                effects = call.effects(name, self.along[place], delta)
-                self.forward.effects.append((place, effects))
+                self.forward.effects.append((place, self._effects(call, name, place, delta)))
+
+    def _effects(self, call: Call, name: str, place: int, delta: Tensor) -> Tensor:
+        try:
+            return call.effects(name, self.along[place], delta)
+        except Exception as error:
+            raise NotOfSamples(
+                "Modules with parameters should run again by themselves, with what they were "
+                "given.",
+                f"that {self.called} raises `{type(error).__name__}`",
+                reason=f"{self.called} does not run again by itself",
+            ) from error
 
 
-def _not_of_samples(use: _Use, shape: Sequence[int]) -> ValueError:
-    name = "a module" if use.call is None else type(use.call.module).__name__
-    return ValueError(
-        "Modules with parameters should return a row for each sample. Found otherwise for "
-        f"{name}, which returned {tuple(shape)} for {use.forward.samples} samples, and whose rows "
-        "are not theirs, or not known to be where layers are checkpointed. Take "
-        "geffect.effects.token_effects, which needs no rows."
+def _not_of_samples(use: _Use, shape: Sequence[int]) -> NotOfSamples:
+    return NotOfSamples(
+        "Modules with parameters should return a row for each sample.",
+        f"otherwise for {use.called}, which returned {tuple(shape)} for {use.forward.samples} "
+        "samples, and whose rows are not theirs, or not known to be where layers are checkpointed",
+        reason=f"the rows that {use.called} returns are not theirs, or not known to be",
     )
-
-
-@contextmanager
-def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

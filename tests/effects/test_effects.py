@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from geffect.effects import InstanceEffects, differential, direction, sample_effects, token_effects
+from geffect.gradients import Vector
 from geffect.layers import describe, trainable
 from geffect.objectives import (
     NPO,
@@ -28,6 +29,14 @@ from tests.utils import reference, tiny
 from tests.utils.effects import MODELS, gradients, inner, made, sums_of_log_p, uneven
 
 IN_FLOAT64 = ["gpt2", "phi", "neox"]  # the others take norms in float32 whatever they are
+
+
+def in_context(model: nn.Module, batch: Mapping[str, Tensor], along: Vector) -> Tensor:
+    """The effects of log p(s), collected around a loss of one's own."""
+    with InstanceEffects(model, along) as effects:
+        torch.stack(sums_of_log_p(model, batch)).sum().backward()
+    model.zero_grad()
+    return effects.by_parameter
 
 
 def length(a: Sequence[Tensor | None]) -> float:
@@ -346,9 +355,8 @@ def test_backward_passes_are_taken_and_said_where_a_forward_rule_is_missing(
     torch.testing.assert_close(by_token.by_sample, naive.sum(dim=1), **tight)
     expected = torch.stack(sums_of_log_p(model, batch)).double()
     torch.testing.assert_close(by_token.log_p.nansum(dim=1), expected, **tight)
-    if body is Fused:
-        samples = sample_effects(model, [batch], {"a": along})["a"]
-        torch.testing.assert_close(samples, naive, **tight)
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    torch.testing.assert_close(samples, naive, **tight)
     still = [torch.zeros_like(p) for p in trainable(model).values()]
     assert (token_effects(model, batch, still).by_sample == 0).all()
 
@@ -357,10 +365,12 @@ def test_a_use_outside_of_the_module_is_not_missed() -> None:
     model, batch = toy(Scale(), functional=True), uneven(3)
     along = direction(model, [uneven(1)])
     with pytest.raises(ValueError, match=r"samples should add up .* embed\.weight.* Take"):
-        sample_effects(model, [batch], {"a": along})
+        in_context(model, batch, along)
     naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
     by_sample = token_effects(model, batch, along).by_sample
     torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-9, atol=1e-14)
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    torch.testing.assert_close(samples, naive, rtol=1e-9, atol=1e-14)
 
 
 class Flattened(nn.Module):
@@ -378,8 +388,12 @@ class Flattened(nn.Module):
 def test_what_cannot_be_told_apart_is_refused() -> None:
     model, batch = toy(Flattened()), uneven(3)
     along = direction(model, [batch])
-    with pytest.raises(ValueError, match=r"a row for each of the 3 samples\. Found \(27, 6\)"):
-        sample_effects(model, [batch], {"a": along})
+    says = (
+        r"a row for each of the 3 samples\. Found \(27, 6\) from `body.linear` \(Linear\)\. Take "
+    )
+    takes = "geffect.effects.sample_effects or geffect.effects.token_effects, which need no rows"
+    with pytest.raises(ValueError, match=says + takes):
+        in_context(model, batch, along)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -423,12 +437,14 @@ def test_an_equal_number_of_rows_proves_nothing(kind: str, rows: int) -> None:
     naive = torch.stack([inner(gradients(model, s), along) for s in sums_of_log_p(model, batch)])
     by_sample = token_effects(model, batch, along).by_sample
     torch.testing.assert_close(by_sample, naive.sum(dim=1), rtol=1e-9, atol=1e-14)
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    torch.testing.assert_close(samples, naive, rtol=1e-9, atol=1e-14)
     try:
-        samples = sample_effects(model, [batch], {"a": along})["a"]
+        samples = in_context(model, batch, along)
     except ValueError as refused:
         assert (kind != "row" and rows > 1) or kind in ("column", "bias of pairs", "time first")
         assert "with parameters should return" in str(refused)
-        assert "Take geffect.effects.token_effects" in str(refused)
+        assert "Take geffect.effects.sample_effects or" in str(refused)
     else:
         assert kind == "row" or rows == 1 or (kind, rows) == ("sorted rows", 2)
         torch.testing.assert_close(samples, naive, rtol=1e-9, atol=1e-14)
@@ -441,7 +457,7 @@ def test_a_module_that_takes_the_place_of_another_proves_itself() -> None:
     sample_effects(model, [batch], {"a": direction(model, [uneven(1)])})
     inside[0] = Positions("sorted rows").double()
     with pytest.raises(ValueError, match="with parameters should return"):
-        sample_effects(model, [batch], {"a": direction(model, [uneven(1)])})
+        in_context(model, batch, direction(model, [uneven(1)]))
 
 
 def test_rows_are_told_apart_in_training_bit_for_bit() -> None:
@@ -483,7 +499,7 @@ def test_misuse_is_refused() -> None:
     ):
         pass
     with (
-        pytest.raises(ValueError, match=r"model itself should be called .* Embedding"),
+        pytest.raises(ValueError, match=r"model itself should be called .* `embed` \(Embedding\)"),
         InstanceEffects(model, along),
     ):
         model.embed(batch["input_ids"])
