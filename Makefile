@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test stress fuzz bench clean
+.PHONY: demo study test types suite stress fuzz bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -22,10 +22,16 @@ study: $(VENV)/installed
 	cp runs/study/study.md docs/study.md
 	cp runs/study/figures/tradeoff.png docs/images/tradeoff.png
 
-test: $(VENV)/installed-test
+test:
+	$(MAKE) --no-print-directory --jobs=2 types suite
+
+# Beside the suite, whose last tests leave cores idle.
+types: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+suite: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(VENV)/installed-test
