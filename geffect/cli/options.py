@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,3 +72,16 @@ FactsFormatOption = Annotated[
     FactsFormat,
     choice("--format", FactsFormat, "How it is printed, for you or for a script", "FORMAT"),
 ]
+
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+]
+
+
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """Refuse to write where a file is that nobody said is to be replaced."""
+    if output.exists() and not overwrite:
+        raise FileExistsError(
+            f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
+            "it with --overwrite."
+        )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import choice
+from .options import OverwriteOption, check_free, choice
 from .selection import (
     BetweenOption,
     ByOption,
@@ -67,6 +67,7 @@ def command(
     ] = None,
     by: ByOption = None,
     between: BetweenOption = "objective,retain",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Draw a score of a run: layers by steps, the profile over depth, its course, or all three.
 
@@ -77,6 +78,7 @@ def command(
 
     kind, score = _chosen(kind, score)
     check_taken(ctx, score)
+    check_free(output, overwrite=overwrite)
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
     figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())

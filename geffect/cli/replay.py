@@ -12,7 +12,7 @@ from geffect.sources import FORGET, RETAIN, check_risks
 
 from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
-from .options import Format, FormatOption, choice, whole
+from .options import Format, FormatOption, OverwriteOption, check_free, choice, whole
 from .selection import written_as
 from .terminal import say, show, terminal, write, write_table
 
@@ -154,9 +154,7 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Compute the G-effects of CHECKPOINTs, one step of a run file each. Nothing is trained."""
@@ -169,11 +167,7 @@ def command(
     from .progress import Told, shown
 
     check_together(ctx, RULES)
-    if output.exists() and not overwrite:
-        raise FileExistsError(
-            f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
-            "it with --overwrite."
-        )
+    check_free(output, overwrite=overwrite)
     name = estimator or EstimatorName.SPLIT_BATCH
     named_risks = _risks(risk or [])
     # What a script reads is all that stands on the standard output.

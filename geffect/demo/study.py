@@ -15,11 +15,18 @@ from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
 from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, RunSpec, Variant
-from .tables import write_tables
+from .tables import TABLES, write_tables
 from .workers import Job, OnProgress, working
 
 FORMAT = 1
 QUICK_METHODS = ("ga",)
+
+PAGES = (
+    "study.md",
+    "report.html",
+    *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "md")),
+)
+"""The files in the folder of a study, beside its summary, that are made of its results."""
 
 EVERYWHERE = ("plain", "gru", "gru-update")
 IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
@@ -192,7 +199,17 @@ def claim(out: Path, plan: Plan) -> None:
             "Choose another name."
         )
     results = list((out / "results").glob("*.json"))
-    if (results or (out / "summary.json").exists()) and not (plan.resume or plan.overwrite):
+    summary = out / "summary.json"
+    others = [file for file in results if not _has(file, {"job", "result"})]
+    others += [summary] if summary.exists() and not _has(summary, {"runs", "findings"}) else []
+    if not (results or summary.exists()):
+        others += [out / name for name in PAGES if (out / name).exists()]
+    if others:
+        raise FileExistsError(
+            "The folder of a study should hold no files of others by the names that it writes. "
+            f"Found `{others[0]}`, of no study. Choose another folder, or move that away."
+        )
+    if (results or summary.exists()) and not (plan.resume or plan.overwrite):
         raise FileExistsError(
             f"The folder of a study should hold none yet. Found one in `{out}`. Pass "
             "--resume to go on with it, --overwrite to replace it, or choose another folder."
@@ -200,10 +217,19 @@ def claim(out: Path, plan: Plan) -> None:
     if plan.resume:
         _check_same(out, plan, {file.stem for file in results})
     if plan.overwrite:
-        for file in (*results, out / "summary.json"):
+        for file in (*results, summary, *(out / name for name in PAGES)):
             file.unlink(missing_ok=True)
     for folder in ("runs", "models", "figures", "results"):
         (out / folder).mkdir(parents=True, exist_ok=True)
+
+
+def _has(file: Path, keys: set[str]) -> bool:
+    """Whether a file is a JSON object with these keys, as a study writes it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and keys <= found.keys()
 
 
 def _check_same(out: Path, plan: Plan, found: set[str]) -> None:

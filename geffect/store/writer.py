@@ -141,7 +141,7 @@ class RunWriter:
                 "the rows hold."
             )
         if self._file is None:
-            begun = self._stored and self._stored.segments
+            begun = None if self._stored is None else self._stored.segments
             check_replaceable(self.path, overwrite=self._overwrite, begun=begun)
         with self._failing(row.step):
             self._make_room(row)

@@ -113,7 +113,9 @@ def test_an_option_changes_the_picture_or_is_refused(
         "geffect.cli.plot.draw", lambda table, kind: tables.append(table) or Figure((1, 1))
     )
     told = ["plot", partly_stepped, "-o", tmp_path / "picture.png", "--score", score]
-    assert options_of("plot") == {"--between", "--by", "--kind", "--output", "--score"}
+    told += ["--overwrite"]
+    of_the_score = {"--between", "--by", "--kind", "--output", "--score"}
+    assert options_of("plot") == of_the_score | {"--overwrite"}
     assert ask(*told, "--by", "model").code == 0
     said = ask(*told, "--by", "model", "--between", "forget,retain")
     if "--between" in SCORES[score].takes:

@@ -15,7 +15,7 @@ import pytest
 
 from geffect.demo.config import LEVELS, EmbeddedConfig
 from geffect.demo.jobs import Training
-from geffect.demo.study import Plan, claim, whole
+from geffect.demo.study import PAGES, Plan, claim, whole
 
 DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
 
@@ -72,9 +72,30 @@ def held(tmp_path: Path) -> Path:
 def test_a_folder_that_holds_a_study_is_refused(held: Path) -> None:
     with pytest.raises(FileExistsError, match=r"Found one in .*--resume .*--overwrite "):
         claim(held, Plan())
-    (held / "results" / "gold-seed0.json").rename(held / "summary.json")
+    (held / "results" / "gold-seed0.json").unlink()
+    (held / "summary.json").write_text('{"runs": [], "findings": []}', encoding="utf-8")
     with pytest.raises(FileExistsError, match="Found one in"):
         claim(held, Plan())
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+@pytest.mark.parametrize(
+    "name", ["results/of_mine.json", "summary.json", "report.html", "equal_forgetting.csv"]
+)
+def test_a_file_of_the_user_by_a_name_of_a_study_is_not_replaced(
+    tmp_path: Path, name: str, how: dict[str, Any]
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / name).write_text('{"mine": 1}', encoding="utf-8")
+    with pytest.raises(FileExistsError, match=rf"Found `.*{name}`, of no study\. Choose another"):
+        claim(tmp_path, Plan(**how))
+    assert (tmp_path / name).read_text(encoding="utf-8") == '{"mine": 1}'
+
+
+def test_all_that_a_study_writes_beside_its_folders_is_known(quick_study: Any) -> None:
+    written = {file.name for file in quick_study.out.iterdir() if file.is_file()}
+    assert "summary.json" in written
+    assert written <= {*PAGES, "summary.json"}
 
 
 def test_what_is_gone_on_with_keeps_its_results(held: Path) -> None:
@@ -96,7 +117,9 @@ def test_another_study_is_not_gone_on_with(held: Path, other: dict[str, Any]) ->
 
 
 def test_what_is_overwritten_loses_its_results_and_nothing_of_the_user(held: Path) -> None:
+    (held / "report.html").write_text("of the study", encoding="utf-8")
     claim(held, Plan(overwrite=True))
+    assert not (held / "report.html").exists()
     assert list((held / "results").iterdir()) == []
     assert (held / "own.txt").exists()
     claim(held, Plan())
