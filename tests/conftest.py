@@ -57,6 +57,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """So does what a module of tests leaves behind, in caches and by what it has imported."""
+    done = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return done
+
+
 @dataclass(frozen=True)
 class Study:
     """A study that the command line has run, and what it said meanwhile."""
