@@ -40,7 +40,8 @@ def check_table(name: str, columns: Columns) -> None:
 
 def table_names(file: BoundedFile) -> tuple[str, ...]:
     """The names of the tables of a file."""
-    return tuple(sorted(_kept(file))) if file.version > 2 else tuple(file.names("tables"))
+    there = file.names("tables")  # a group that every file has, also without tables
+    return tuple(sorted(_kept(file)) if file.version > 2 else there)
 
 
 def read_table(file: BoundedFile, name: str) -> dict[str, NDArray[Any]]:

@@ -65,9 +65,12 @@ def validate(path: str | os.PathLike[str]) -> Health:
 def _changed(run: Run) -> Iterator[str]:
     """What differs from its checksum, or cannot be read."""
     reads: list[Callable[[], object]] = [
-        *(partial(run.read, name) for name in checksummed(run.shapes)),
-        *(partial(run.table, name) for name in run.tables),
+        partial(run.read, name) for name in checksummed(run.shapes)
     ]
+    try:
+        reads += [partial(run.table, name) for name in run.tables]
+    except RunFileError as error:
+        yield str(error)
     for read in reads:
         try:
             read()

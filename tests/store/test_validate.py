@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -15,6 +16,25 @@ def test_a_whole_run_has_no_problems(tmp_path: Path) -> None:
     health = validate(recorded(tmp_path / "a.h5", plain_rows(3)))
     assert (health.steps, health.complete, health.whole) == (3, True, True)
     assert (health.problems, health.remarks) == ((), ())
+
+
+@pytest.mark.parametrize("lost", ["tables", "tables/samples", "tables/samples/value"])
+@pytest.mark.parametrize("kept", [True, False], ids=["tables", "no tables"])
+def test_tables_that_were_removed_are_missed(tmp_path: Path, lost: str, kept: bool) -> None:
+    to = RunWriter(tmp_path / "a.h5", PARAMETERS)
+    if kept:
+        to.keep("samples", {"value": np.arange(3.0)})
+        to.keep("others", {"value": np.arange(2.0)})
+    append(to, row_of(0))
+    to.close(complete=True)
+    with h5py.File(to.path, "r+") as file:
+        if lost in file:
+            del file[lost]
+    health = validate(to.path)
+    assert health.whole == (lost != "tables" and not kept)
+    assert all(f"no `{lost.split('/')[-1]}`" in problem for problem in health.problems)
+    if lost != "tables" and kept:
+        assert open_run(to.path).table("others")["value"].tolist() == [0.0, 1.0]
 
 
 def test_an_open_run_is_whole_and_remarked_on(tmp_path: Path) -> None:
