@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from geffect import distributed, dots
-from geffect.batch import Batch, check_one_answer
+from geffect.batch import Batch, check_one_answer, labels_of
 from geffect.gradients import Vector, differentiate, separate
-from geffect.layers import trainable
+from geffect.layers import describe, trainable
 from geffect.losses import check_no_step_inside, plan
-from geffect.risk import sequence_sum, token_log_probabilities, undisturbed
+from geffect.risk import scored_tokens, sequence_sum, token_log_probabilities, undisturbed
 
 from .belonging import NotOfSamples
 from .direction import check_direction
 from .instances import InstanceEffects
 
 _log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-6
+"""Of |a||b|: what effects are promised to, and some ten times what float32 rounds in them."""
 
 Directions = Mapping[str, Vector]
 
@@ -36,7 +39,8 @@ def sample_effects(
     -rate PG_D(s). Definition: arXiv 2502.19301, eq. 5.
 
     Eval mode; the model and its `.grad` stay as they were. One forward and backward a batch tell
-    all of its samples apart where every module returns a row for each. Where one does not, as a
+    all of its samples apart where every module returns a row for each; one sample is held against
+    a backward pass of its own. Where one does not, as a
     mixture of experts or a recurrent layer, each sample takes a backward pass of its own through
     the one forward of its batch, whose activations are kept until the last: slower by the number of
     samples, exact by definition, and said once. Layers that checkpoint their activations do so
@@ -73,7 +77,10 @@ def sample_effects(
         check_one_answer(batch, "effects of samples")
         if has_rows:
             try:
-                found.append(_by_rows(model, batch, directions, is_first=not found))
+                effects = _by_rows(model, batch, directions, is_first=not found)
+                if not found:
+                    _check_one(model, batch, directions, effects)
+                found.append(effects)
                 continue
             except NotOfSamples as refusal:
                 _say(refusal.reason)
@@ -113,15 +120,55 @@ def _by_backward_passes(
     model: nn.Module, batch: Batch, directions: Directions
 ) -> dict[str, Tensor]:
     """The same out of one backward pass for each sample, which any model has."""
+    products = _products(model, batch, directions, range(len(labels_of(batch))))
+    return dict(zip(directions, products[:, :, 0, 1:].unbind(dim=2), strict=True))
+
+
+def _check_one(
+    model: nn.Module, batch: Batch, directions: Directions, found: Mapping[str, Tensor]
+) -> None:
+    """Hold a sample of what was found by rows against a backward pass of its own."""
+    sample = int(scored_tokens(model, batch).sum(dim=1).argmax())
+    (K,) = _products(model, batch, directions, [sample])
+    lengths = K.diagonal(dim1=1, dim2=2).sum(dim=0).sqrt()
+    for place, effects in enumerate(found.values(), 1):
+        own, exact = effects[sample], K[:, 0, place]
+        allowed = _precision(model) * lengths[0] * lengths[place]
+        fits = ((own - exact).abs() <= allowed) | (own.isnan() & exact.isnan())
+        if not fits.all():
+            name = describe(model)[int(fits.logical_not().nonzero()[0])].name
+            raise NotOfSamples(
+                "The effects of a sample should be those of its own gradient.",
+                f"others of `{name}`, which is used outside of its module",
+                reason=f"`{name}` is used outside of its module",
+            )
+
+
+def _products(
+    model: nn.Module, batch: Batch, directions: Directions, among: Sequence[int]
+) -> Tensor:
+    """The Gram matrices of grad log p(s) and the directions, for some samples of a batch.
+
+    `Float64[sample, parameter, 1 + direction, 1 + direction]`, a backward pass each.
+    """
     parameters = list(trainable(model).values())
     with undisturbed(model):
         log_p = _log_likelihoods(model, batch)
-        passes = plan(parameters, {f"log p of sample {s}": x for s, x in enumerate(log_p)})
-        rows = []
+        passes = plan(parameters, {f"log p of sample {s}": log_p[s] for s in among})
+        products = []
         for name in passes.tensors:
             gradient = separate(parameters, passes.of([name])).of(name)
-            rows.append(dots.grams(zip(gradient, *directions.values(), strict=True))[:, 0, 1:])
-    return dict(zip(directions, torch.stack(rows).unbind(dim=2), strict=True))
+            products.append(dots.grams(zip(gradient, *directions.values(), strict=True)))
+    return torch.stack(products)
+
+
+def _precision(model: nn.Module) -> float:
+    """What rounding may change of |a||b|: of the coarsest numbers that the model computes with."""
+    device = next(model.parameters()).device.type
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return max(TOLERANCE, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:

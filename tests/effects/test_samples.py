@@ -157,6 +157,18 @@ class Twice(nn.Module):
         return found
 
 
+class Twofold(nn.Module):
+    """A weight that is used by its module, and a little outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.linear(x) + 1e-3 * nn.functional.linear(x, self.linear.weight)
+        return found
+
+
 class Once(nn.Module):
     """A module that does not run a second time on what it was given."""
 
@@ -182,6 +194,8 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "one number": lambda: Language(Scalar(whole=False)),
     "whole numbers": lambda: Language(Scalar(whole=True)),
     "calls itself": Twice,
+    "a little outside of its module": lambda: Language(Twofold()),
+    "compiled": lambda: torch.compile(Language(nn.Tanh()), backend="eager"),
     "runs once": lambda: Language(Once()),
     "state and random numbers": lambda: Language(Counting()),
 }
