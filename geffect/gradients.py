@@ -300,6 +300,20 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
     _add_to_grads(leaves, left.__getitem__)
 
 
+def without_graph(body: Callable[[], None]) -> None:
+    """Do what is no part of a graph; graphs are made afterwards as before, whatever is raised."""
+    enabled = torch.is_grad_enabled()
+
+    def run() -> None:
+        torch.set_grad_enabled(False)
+        body()
+
+    def put_back() -> None:
+        torch.set_grad_enabled(enabled)
+
+    put_back_after(run, put_back)
+
+
 def combined(products: Tensor, basis: Sequence[str], weights: Weights) -> Tensor:
     """The Gram matrices of linear combinations, `Float64[..., source, source]`, from the basis's.
 

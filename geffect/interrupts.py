@@ -1,17 +1,23 @@
 """What an interrupt leaves whole: an error or a signal may come between any two lines."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeVar
 
 Found = TypeVar("Found")
 
 
 def to_the_end(action: Callable[[], None]) -> None:
-    """Do something that may be begun anew; an interrupt in its midst waits until it is done."""
+    """Do something that may be begun anew; interrupts in its midst wait until it is done.
+
+    An error that comes a second time is raised where it came.
+    """
     try:
         action()
-    except BaseException:
+    except Exception:
         action()
+        raise
+    except BaseException:
+        to_the_end(action)
         raise
 
 
@@ -33,5 +39,44 @@ def put_back_after(body: Callable[[], Found], put_back: Callable[[], None]) -> F
         finally:
             put_back()
     except BaseException:
-        put_back()
+        to_the_end(put_back)
         raise
+
+
+class Versioned(Protocol):
+    """A tensor, of whose changes torch keeps count."""
+
+    @property
+    def _version(self) -> int: ...
+
+
+class Once:
+    """Changes in place that an action makes in one order; begun anew, it makes none a second time.
+
+    What is changed and what is not is told by the version that torch counts of every tensor.
+
+    >>> import torch
+    >>> tensor, once = torch.zeros(1), Once()
+    >>> for _ in range(2):
+    ...     once.begin()
+    ...     once.make("tensor", tensor, lambda: tensor.add_(1.0))
+    >>> tensor
+    tensor([1.])
+    """
+
+    def __init__(self) -> None:
+        self._come: dict[Hashable, int] = {}
+        self._last: dict[Hashable, tuple[int, int]] = {}
+
+    def begin(self) -> None:
+        """The action begins, for the first time or anew."""
+        self._come = {}
+
+    def make(self, key: Hashable, tensor: Versioned, change: Callable[[], object]) -> None:
+        """Make the next change of the tensor of this key, unless it was made already."""
+        place = self._come[key] = self._come.get(key, 0) + 1
+        last, version = self._last.get(key, (0, -1))
+        if place < last or (place == last and tensor._version != version):
+            return
+        self._last[key] = place, tensor._version
+        change()

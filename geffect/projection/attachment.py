@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 
 from geffect.hooks import Hooks, weakly
+from geffect.interrupts import put_back_after
 
 Hook = Callable[[], None]
 
@@ -40,22 +41,32 @@ class Attachment:
                 )
             first()
 
-        self._pre = pre
+        self._pre, self._post = pre, lambda *_: last()
         self._before, self._after = Hooks(), Hooks()
         for hooks in (self._before, self._after):
             finalize(before.__self__, hooks.remove)  # type: ignore[attr-defined]
         try:
             self._before.add(optimizer.register_step_pre_hook, pre)
-            self._after.add(optimizer.register_step_post_hook, lambda *_: last())
+            self._after.add(optimizer.register_step_post_hook, self._post)
             _attached[optimizer] = owner
         except BaseException:
             self.end()
             raise
 
-    def come_last(self) -> None:
-        """Be called after what others have registered since, which sees the step as it is then."""
-        self._before.add(self.optimizer.register_step_pre_hook, partial(self._pre))
-        self._before.remove(keep=1)
+    def come_closest(self) -> None:
+        """Be the last that is called before the step, and the first that is called after it.
+
+        What others have registered sees the step as it is then, and where it raises nothing is
+        left undone.
+        """
+        register = self.optimizer.register_step_pre_hook
+        put_back_after(
+            lambda: self._before.add(register, partial(self._pre)),
+            lambda: self._before.remove(keep=1),
+        )
+        hooks: Any = self.optimizer._optimizer_step_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is self._post]:
+            hooks.move_to_end(key, last=False)
 
     def end(self) -> None:
         """Leave the optimizer alone from now on."""

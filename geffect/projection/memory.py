@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.gradients import Vector, peak
+from geffect.gradients import Vector, peak, without_graph
+from geffect.interrupts import Once, to_the_end
 
 SECOND_MOMENT_DECAY = 0.999
 
@@ -107,18 +108,28 @@ class RetainMemory:
             problem = self._problem(largest, agree=agree)
             if problem is not None:
                 return problem if len(news) == 1 else f"{problem} for `{name}`"
-        self._smallest = min(peaks.values())
         weight = self.weight if self.ready or self.from_zero else 1.0
-        self._count += 1
-        # Each tensor of each step is rounded by random numbers of its own, and by the same ones on
-        # another process and in a run that was resumed. A new tensor changes two kept ones at most.
-        seeds = count(2 * self._count * sum(map(len, news.values())))
-        with torch.no_grad():
-            for average, new in zip(self._averages.values(), news.values(), strict=True):
-                average.change([[tensor] for tensor in new], partial(_mix, weight=weight), seeds)
-            if self._squares is not None:
-                together = list(zip(*news.values(), strict=True))
-                self._squares.change(together, _add_squares, seeds)
+        counted, smallest, once = self._count + 1, min(peaks.values()), Once()
+        changes: list[tuple[_Kept, Sequence[Sequence[Tensor | None]], Change]] = [
+            (average, [[tensor] for tensor in new], partial(_mix, weight=weight))
+            for average, new in zip(self._averages.values(), news.values(), strict=True)
+        ]
+        if self._squares is not None:
+            changes.append((self._squares, list(zip(*news.values(), strict=True)), _add_squares))
+        # All the room there has to be, before anything is changed.
+        rooms = [kept.room_for(new) for kept, new, _ in changes]
+
+        def take_in() -> None:
+            once.begin()
+            self._count, self._smallest = counted, smallest
+            # Each tensor of each step is rounded by random numbers of its own, and by the same ones
+            # on another process and in a run that was resumed. A new tensor changes two kept ones
+            # at most.
+            seeds = count(2 * counted * sum(map(len, news.values())))
+            for (kept, new, by), room in zip(changes, rooms, strict=True):
+                kept.change(new, by, seeds, room, once)
+
+        without_graph(lambda: to_the_end(take_in))
         return None
 
     def compare(self, largest: float) -> str | None:
@@ -131,12 +142,19 @@ class RetainMemory:
         if not floor < float("inf"):
             return None  # of a gradient that is none
         if self._count == 1 and 0.0 < self._smallest < floor:
-            for kept in self._vectors().values():
-                kept.clear()
-            self._count = 0
+            to_the_end(self._clear)
             return NOISE
         self._floor = floor
         return None
+
+    def mark(self) -> Callable[[], None]:
+        """What takes back the floor that `compare` finds."""
+        floor = self._floor
+
+        def put_back() -> None:
+            self._floor = floor
+
+        return put_back
 
     def retain(self, i: int) -> list[Tensor | None]:
         """The averages of parameter i, one a set: float32, on the parameter's device."""
@@ -193,13 +211,24 @@ class RetainMemory:
             return "zero"
         return NOISE if 0.0 < largest < self._floor else None
 
+    def _clear(self) -> None:
+        for kept in self._vectors().values():
+            kept.clear()
+        self._count = 0
+
     def _vectors(self) -> "dict[str, _Kept]":
         averages = {f"average.{name}": kept for name, kept in self._averages.items()}
         return averages if self._squares is None else averages | {"second_moment": self._squares}
 
 
-Change = Callable[[Tensor, Sequence[Tensor | None]], None]
+Make = Callable[[Callable[[], object]], object]
+"""Makes a change in place, unless it was made before an interrupt."""
+
+Change = Callable[[Tensor, Sequence[Tensor | None], Make], None]
 """Takes the new tensors of a parameter into what is kept of it, in place."""
+
+Room = Mapping[int, Tensor]
+"""For what is kept of parameters that no gradient had reached, by their places: zeros."""
 
 
 class _Kept(Sequence[Tensor | None]):
@@ -223,26 +252,43 @@ class _Kept(Sequence[Tensor | None]):
         kept = self.tensors[i]
         return None if kept is None else kept.to(self._devices[i], torch.float32)
 
+    def room_for(self, news: Sequence[Sequence[Tensor | None]]) -> Room:
+        """What there has to be for new tensors, beside what there is."""
+        firsts = [next((tensor for tensor in new if tensor is not None), None) for new in news]
+        return {
+            i: self._like(first).zero_()
+            for i, first in enumerate(firsts)
+            if first is not None and (not self.tensors or self.tensors[i] is None)
+        }
+
     def change(
-        self, news: Sequence[Sequence[Tensor | None]], by: Change, seeds: Iterator[int]
+        self,
+        news: Sequence[Sequence[Tensor | None]],
+        by: Change,
+        seeds: Iterator[int],
+        room: Room,
+        once: Once,
     ) -> None:
         """Change what is kept of each parameter by its new tensors, one parameter at a time."""
         if not self.tensors:
             self.tensors, self._devices = [None] * len(news), [None] * len(news)
         for i, new in enumerate(news):
             seed = next(seeds)
-            first = next((tensor for tensor in new if tensor is not None), None)
-            if self.tensors[i] is None and first is not None:
-                self.tensors[i], self._devices[i] = self._like(first).zero_(), first.device
+            if i in room:
+                device = next(tensor.device for tensor in new if tensor is not None)
+                self.tensors[i], self._devices[i] = room[i], device
             whole = self.tensors[i]
             if whole is None:
                 continue
             kept = distributed.local(whole)
             exact = kept.float()  # itself where it is kept in float32: then nothing is copied
             parts = [None if t is None else distributed.local(t).to(exact) for t in new]
-            by(exact, parts)
-            if exact is not kept:
-                kept.copy_(_rounded(exact, seed))
+            make = partial(once.make, (id(self), i), kept)
+            if exact is kept:
+                by(exact, parts, make)
+            else:
+                by(exact, parts, lambda change: change())
+                make(partial(kept.copy_, _rounded(exact, seed)))
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -260,19 +306,19 @@ class _Kept(Sequence[Tensor | None]):
         return torch.empty_like(tensor.detach(), dtype=self._state.dtype, device=self._state.device)
 
 
-def _mix(average: Tensor, new: Sequence[Tensor | None], weight: float) -> None:
+def _mix(average: Tensor, new: Sequence[Tensor | None], make: Make, weight: float) -> None:
     (tensor,) = new
     if tensor is None:
-        average.mul_(1 - weight)
+        make(partial(average.mul_, 1 - weight))
     else:
-        average.lerp_(tensor, weight)
+        make(partial(average.lerp_, tensor, weight))
 
 
-def _add_squares(mean: Tensor, news: Sequence[Tensor | None]) -> None:
-    mean.mul_(SECOND_MOMENT_DECAY)
+def _add_squares(mean: Tensor, news: Sequence[Tensor | None], make: Make) -> None:
+    make(partial(mean.mul_, SECOND_MOMENT_DECAY))
     for tensor in news:
         if tensor is not None:
-            mean.addcmul_(tensor, tensor, value=1 - SECOND_MOMENT_DECAY)
+            make(partial(mean.addcmul_, tensor, tensor, value=1 - SECOND_MOMENT_DECAY))
 
 
 def _rounded(exact: Tensor, seed: int) -> Tensor:

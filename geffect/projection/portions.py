@@ -1,8 +1,8 @@
-"""An optimizer's step, taken a few tensors at a time: no copy of the model is made for it."""
+"""An optimizer's step that is taken here, a few tensors at a time or all of them, and changed."""
 
 import copy
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +10,28 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from geffect import distributed
+from geffect.gradients import without_graph
 from geffect.interrupts import put_back_after, to_the_end
 from geffect.steps import moved_by
 
-Kept = TypeVar("Kept")
-
 PORTION_BYTES = 2**24
-"""How much of the parameters is stepped at a time."""
+"""How much of the parameters is stepped at a time, where that can be chosen."""
+
+Grads = Sequence[tuple[Tensor, Tensor | None]]
+
+
+class Portion(Protocol):
+    """Some tensors, as they were before the optimizer's step."""
+
+    def finish(self) -> None:
+        """Change what the step has made of them; called anew after an interrupt."""
+
+    def undo(self) -> None:
+        """Take back what the step has made of them."""
+
+
+Begin = Callable[[Sequence[Tensor]], Portion]
+"""Called with some tensors before they are stepped, when no others have a gradient."""
 
 
 def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
@@ -24,41 +39,89 @@ def steps_tensor_by_tensor(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
-def step_in_portions(
-    optimizer: torch.optim.Optimizer,
-    before: Callable[[Tensor], Kept],
-    after: Callable[[Tensor, Kept], None],
-) -> Callable[[], None]:
-    """Take the optimizer's step a few tensors at a time, and call `before` and `after` around each.
+class StepInPortions:
+    """The step of an optimizer of torch, bit for bit, with something done around each portion.
 
-    To be called before the step itself, which then finds no gradient and moves nothing: hooks and
-    schedulers see that one step. Returns what puts the gradients back. Bit for bit the step that it
-    would have been.
+    `take` is to be called before the step itself, which then finds no gradient and moves nothing:
+    hooks and schedulers see that one step. `put_back` gives the gradients back. An interrupt is
+    raised when all portions are stepped and finished; one that comes inside of the code of the
+    optimizer may leave a portion half stepped, and an error there leaves the next ones as they
+    were. Where a portion cannot be finished, its tensors are as before the step.
     """
-    grads = [(tensor, tensor.grad) for tensor in moved_by(optimizer)]
-    twin = _twin(optimizer)
 
-    def put_back() -> None:
-        for tensor, grad in grads:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, begin: Begin, *, portion_bytes: float
+    ) -> None:
+        self.over = False  # whether all of it has been taken
+        self._grads = [(tensor, tensor.grad) for tensor in moved_by(optimizer)]
+        self._twin = _twin(optimizer)
+        self._portions = [_Portion(g, begin) for g in _divided(self._grads, portion_bytes)]
+
+    def take(self) -> None:
+        """Take the step."""
+        try:
+            for tensor, _ in self._grads:
+                tensor.grad = None
+            to_the_end(self._take)
+        except BaseException:
+            to_the_end(self.put_back)
+            raise
+
+    def put_back(self) -> None:
+        """Give the gradients back."""
+        for tensor, grad in self._grads:
             tensor.grad = grad
 
-    try:
-        for tensor, _ in grads:
+    def _take(self) -> None:
+        for portion in self._portions:
+            portion.take(self._twin)
+            if isinstance(portion.torn, Exception):
+                return
+        self.over = True
+
+
+class _Portion:
+    """A portion, as far as its step has come."""
+
+    def __init__(self, grads: Grads, begin: Begin) -> None:
+        self.torn: BaseException | None = None  # what came from inside of the optimizer
+        self._grads, self._begin = grads, begin
+        self._begun: tuple[Portion, list[int]] | None = None
+        self._done = self._failed = False
+
+    def take(self, twin: torch.optim.Optimizer) -> None:
+        """Step, and finish; called anew, what is missing of it."""
+        if self._done:
+            return
+        tensors = [tensor for tensor, _ in self._grads]
+        for tensor, grad in self._grads:
+            tensor.grad = grad
+        if self._begun is None:
+            self._begun = self._begin(tensors), [tensor._version for tensor in tensors]
+        kept, versions = self._begun
+        if self.torn is None and versions == [tensor._version for tensor in tensors]:
+            self._step(twin)
+        self._finish(kept)
+        for tensor in tensors:
             tensor.grad = None
-        for portion in _portions(grads):
-            states = []
-            for tensor, grad in portion:
-                tensor.grad = grad
-                states.append(before(tensor))
+        self._done = True
+
+    def _step(self, twin: torch.optim.Optimizer) -> None:
+        try:
             _step_without_hooks_of_all(twin)
-            with torch.no_grad():
-                for (tensor, _), state in zip(portion, states, strict=True):
-                    after(tensor, state)
-                    tensor.grad = None
-    except BaseException:
-        to_the_end(put_back)
-        raise
-    return put_back
+        except BaseException as error:
+            if _is_of_torch(error):
+                self.torn = error
+            raise
+
+    def _finish(self, kept: Portion) -> None:
+        try:
+            without_graph(kept.finish)
+        except Exception:
+            if self._failed:
+                without_graph(lambda: to_the_end(kept.undo))
+            self._failed = True
+            raise
 
 
 def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -90,14 +153,22 @@ def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer) -> None:
     put_back_after(step, put_back)
 
 
-def _portions(
-    grads: Sequence[tuple[Tensor, Tensor | None]],
-) -> Iterable[list[tuple[Tensor, Tensor | None]]]:
+def _is_of_torch(error: BaseException) -> bool:
+    """Whether the code of torch was running when it came."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").startswith("torch.optim"):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _divided(grads: Grads, portion_bytes: float) -> Iterable[Grads]:
     portion: list[tuple[Tensor, Tensor | None]] = []
     size = 0
     for tensor, grad in grads:
         own = distributed.local(tensor.detach()).nbytes
-        if portion and size + own > PORTION_BYTES:
+        if portion and size + own > portion_bytes:
             yield portion
             portion, size = [], 0
         portion.append((tensor, grad))

@@ -1,24 +1,32 @@
 """From options and averages to what is done to a space: the mask, the rule, the scope."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Rectification
-from geffect.steps import moved_by, tensors_of
+from geffect.steps import tensors_of
 
 from .elementwise import Elementwise
 from .memory import RetainMemory
 from .options import Options
-from .portions import step_in_portions
-from .scopes import Blocks, Constraint, Coordinates, Mask, Metric, Retain, Terms
+from .portions import PORTION_BYTES, StepInPortions
+from .scopes import (
+    Blocks,
+    Change,
+    Constraint,
+    Coordinates,
+    Mask,
+    Metric,
+    PendingReport,
+    Retain,
+    Terms,
+)
 from .spaces import Space, UpdateSpace, copied
-
-PendingReport = Callable[[], Rectification]
-"""What was done, added up over the processes when it is asked for."""
 
 EPSILON = 1e-8
 
@@ -74,44 +82,50 @@ class Projector:
 
         return mask
 
-    def change(self, space: Space, mask: Mask | None, *, counts: bool) -> PendingReport | None:
-        """Change the space; None, and nothing changed, where a Gram matrix is not finite."""
+    def change(self, space: Space, mask: Mask | None, *, counts: bool) -> Change | None:
+        """What is to be done to the space; None where a Gram matrix is not finite."""
         retain = self._retain(counts)
         if self.options.by_coordinate:
             coordinates = self._coordinates()
-            for i in range(len(self.parameters)):
-                coordinates.change(space, i, retain(i), None if mask is None else mask(i))
-            return coordinates.report
+            places = range(len(self.parameters))
+            make = partial(_change_each, coordinates, space, places, retain=retain, mask=mask)
+            return Change(make, coordinates.report)
         rule = self.options.rule
         assert rule is not None and not isinstance(rule, Elementwise)
         constraint = Constraint(self.blocks, self.parameters, self.options.protect, rule)
-        report = constraint.keep(space, Terms(retain, mask, self._metric))
-        return None if report is None else lambda: report
+        return constraint.planned(space, Terms(retain, mask, self._metric))
+
+    def drawn(self) -> Callable[[], None]:
+        """What takes back the random numbers that a selection draws from now on."""
+        if self.options.selection is None:
+            return lambda: None
+        state = self.generator.get_state()
+
+        def take_back() -> None:
+            self.generator.set_state(state)
+
+        return take_back
 
     def nothing(self) -> Rectification:
         """The report of a process that changed no coordinate, where the others may have."""
         return self._coordinates().report()
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, *, counts: bool
-    ) -> tuple[Callable[[], None], PendingReport]:
-        """Step with no more than a few tensors' old values in memory, coordinate by coordinate.
-
-        Returns what puts the gradients back where they were hidden from the step to come.
-        """
+    def in_portions(
+        self, optimizer: torch.optim.Optimizer, mask: Mask | None, *, counts: bool
+    ) -> tuple[StepInPortions, PendingReport]:
+        """A step with the old values of a few tensors in memory, coordinate by coordinate."""
         place = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        coordinates, mask = self._coordinates(), self.mask(moved_by(optimizer))
-        retain = self._retain(counts)
+        coordinates, retain = self._coordinates(), self._retain(counts)
 
-        def before(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-            return copied(parameter), None if mask is None else mask(place[id(parameter)])
+        def begin(tensors: Sequence[Tensor]) -> FewTensors:
+            own = {place[id(tensor)]: tensor for tensor in tensors}
+            space = UpdateSpace(own, {i: copied(tensor) for i, tensor in own.items()})
+            masks = None if mask is None else {i: mask(i) for i in own}.__getitem__
+            make = partial(_change_each, coordinates, space, own, retain=retain, mask=masks)
+            return FewTensors(make, space.undo)
 
-        def after(parameter: Tensor, state: tuple[Tensor, Tensor | None]) -> None:
-            i, (old, kept) = place[id(parameter)], state
-            space = UpdateSpace({i: parameter}, {i: old})
-            coordinates.change(space, i, retain(i), kept)
-
-        return step_in_portions(optimizer, before, after), coordinates.report
+        step = StepInPortions(optimizer, begin, portion_bytes=PORTION_BYTES)
+        return step, coordinates.report
 
     def _retain(self, counts: bool) -> Retain:
         absent: list[Tensor | None] = [None] * len(self.options.protect)
@@ -131,3 +145,24 @@ class Projector:
             return None if root is None else distributed.local(root) + EPSILON
 
         return scale
+
+
+@dataclass(frozen=True)
+class FewTensors:
+    """A portion of a step, of which each coordinate is changed by itself."""
+
+    finish: Callable[[], None]
+    undo: Callable[[], None]
+
+
+def _change_each(
+    coordinates: Coordinates,
+    space: Space,
+    places: Iterable[int],
+    *,
+    retain: Retain,
+    mask: Mask | None,
+) -> None:
+    space.begin()
+    for i in places:
+        coordinates.change(space, i, retain(i), None if mask is None else mask(i))

@@ -70,6 +70,11 @@ class Rectifier:
     there is none yet, by the objective gradient alone. With rule=None and no `select` nothing is
     changed, and a recorder still gets the running average.
 
+    An interrupt (Ctrl-C, SIGTERM) or an error anywhere leaves whole what there is. An average has
+    taken in a gradient in all parameters or in none; `.grad` holds a rectified gradient or what it
+    held before; in update space an interrupt waits until the step is rectified. One that comes
+    inside of the optimizer's own code leaves what it would have left there.
+
     >>> model = nn.Linear(2, 1, bias=False)
     >>> rectifier = Rectifier(model)
     >>> loss = model(torch.ones(2)).sum()
@@ -214,8 +219,7 @@ class Rectifier:
         """
         projector = self._begun()
         checks.check_retain(gradients.sources, self._options)
-        self._abandon()  # a step whose optimizer raised, or never stepped
-        self._step = None
+        self._step = None  # one whose optimizer raised, or never stepped
         gradients.check_of(projector.parameters)
         checks.check_dense(gradients)
         checks.check_nothing_left(projector.moved(self._optimizer).values())
@@ -234,10 +238,14 @@ class Rectifier:
         tell(self, gradients)
         # Hooks first: where they cannot be registered, `.grad` stays as it is.
         if self._attachment is not None:
-            self._attachment.come_last()
+            self._attachment.come_closest()
         elif self._watch is None:
             self._watch = DirectionWatch(self._begun().parameters)
-        self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
+        try:
+            self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
+        except BaseException:
+            self._step = None
+            raise
         if self._attachment is None and self._watch is not None:
             self._watch.expects = True
 

@@ -6,6 +6,8 @@ matrix of its direction u and of the averages r_1 ... r_m of the retain gradient
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import add
 from typing import Self
 
 import torch
@@ -66,21 +68,25 @@ class GramAccumulator:
     ) -> None:
         self._blocks, self._parameters = blocks, parameters
         self._gram = dots.quick_gram if quick else dots.gram
-        self._matrices: list[Tensor | None] = [None for _ in parameters]
+        self._matrices: list[dict[int, Tensor]] = [{} for _ in parameters]
         self._nothing = torch.zeros(size, size, dtype=torch.float64)
 
-    def add(self, i: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
+    def knows(self, i: int, part: int) -> bool:
+        """Whether a part of a parameter, by its number, is in it."""
+        return part in self._matrices[i]
+
+    def add(self, i: int, part: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
         """Add the inner products of a part of a parameter, and a number that is summed up too."""
         products = self._gram(vectors)
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
-        known = self._matrices[i]
-        self._matrices[i] = products if known is None else known + products
+        self._matrices[i][part] = products
 
     def by_block(self) -> Tensor:
         """The Gram matrices `Float64[block, k, k]`, on the CPU."""
         over = [distributed.holders(parameter) for parameter in self._parameters]
-        table = dots.gathered([self._nothing if m is None else m for m in self._matrices], over)
+        summed_parts = [reduce(add, m.values()) if m else self._nothing for m in self._matrices]
+        table = dots.gathered(summed_parts, over)
         summed = table.new_zeros(len(self._blocks.names), *table.shape[1:])
         return summed.index_add(0, torch.tensor(self._blocks.place), table)
 
@@ -108,19 +114,31 @@ class Terms:
         return seen, asked, slice(2 * k, 3 * k) if self.metric is not None else asked
 
 
-class Constraint:
-    """One constraint for each block, kept by a rule on the Gram matrix of the block.
+PendingReport = Callable[[], Rectification]
+"""What was done, added up over the processes when it is asked for."""
 
-    Nothing is changed where a gradient is not finite: `report` is None then.
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be done to a space, which is not changed before `make`, and what is said of it.
+
+    Where `make` is interrupted it may be called again, to the same end.
     """
+
+    make: Callable[[], None]
+    report: PendingReport
+
+
+class Constraint:
+    """One constraint for each block, kept by a rule on the Gram matrix of the block."""
 
     def __init__(
         self, blocks: Blocks, parameters: Sequence[Tensor], sets: Sequence[str], rule: Rule
     ) -> None:
         self._blocks, self._parameters, self._sets, self._rule = blocks, parameters, sets, rule
 
-    def keep(self, space: Space, terms: Terms) -> Rectification | None:
-        """Change the space, and tell what was done."""
+    def planned(self, space: Space, terms: Terms) -> Change | None:
+        """What keeps it; None where a gradient is not finite."""
         seen, asked, added = terms.places(1 + len(self._sets))
         K = self._gram(space, terms, size=added.stop)
         if not K[:, seen, seen].isfinite().all():
@@ -141,10 +159,10 @@ class Constraint:
 
             weights, after = enlarged(weights, promised, measure)
             inner_after, norm_after = after[:, 0, 1:], norm(after, 0)
-            self._write(space, terms, weights, fired)
+            make = partial(self._write, space, terms, weights, fired)
         else:
-            self._combine(space, terms, weights, changed)
-        return reported(
+            make = partial(self._combine, space, terms, weights, changed)
+        report = reported(
             self._blocks,
             self._sets,
             K[:, seen, seen],
@@ -153,6 +171,7 @@ class Constraint:
             coefficient=weights[:, 1:],
             fired=fired,
         )
+        return Change(make, lambda: report)
 
     def _gram(
         self,
@@ -172,17 +191,18 @@ class Constraint:
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
         for i, block in enumerate(self._blocks.place):
             averages, kept, scale = terms.of(i)
-            for where in space.parts(i):
+            for part, where in enumerate(space.parts(i)):
                 vectors = [space.direction(i, where), *parts(averages, where)]
                 if written is not None and written[1][block]:
                     x = _summed(written[0][block], vectors, *parts([kept, scale], where))
                     vectors[0] = space.rounded(i, where, x)
                 asked_about, added_to = _in_metric(vectors, *parts([kept, scale], where))
-                tally.add(i, [*vectors, *asked_about, *added_to][:size])
+                tally.add(i, part, [*vectors, *asked_about, *added_to][:size])
         return tally.by_block()
 
     def _write(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
         """Make the direction what the weights say, rounded once."""
+        space.begin()
         for i, block in enumerate(self._blocks.place):
             if changed[block]:
                 averages, kept, scale = terms.of(i)
@@ -193,6 +213,7 @@ class Constraint:
 
     def _combine(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
         """Make the direction what the weights say, within the coordinates that may move."""
+        space.begin()
         for i, block in enumerate(self._blocks.place):
             if terms.mask is None and not changed[block]:
                 continue
@@ -256,14 +277,15 @@ class Coordinates:
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""
         local = held(averages)
-        for where in space.parts(i):
+        for part, where in enumerate(space.parts(i)):
             u, retain = space.direction(i, where), parts(local, where)
             present = [r for r in retain if r is not None]
             x = u if self._rule is None or not present else self._rule(u, present)
             if mask is not None:
                 x = x * mask[where]
             changed = torch.ne(x, u, out=torch.empty_like(u))
-            self._tally.add(i, [u, x, *retain], count=changed.sum())
+            if not self._tally.knows(i, part):  # from before an interrupt, where u was as it was
+                self._tally.add(i, part, [u, x, *retain], count=changed.sum())
             space.replace(i, where, x, changed)
 
     def report(self) -> Rectification:

@@ -4,7 +4,8 @@ Both spaces are vectors along which the parameters go down, one tensor a paramet
 where they stand. Of a sharded parameter a process sees, and changes, the part that it holds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import EllipsisType
 from typing import Protocol, Self
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
+from geffect.interrupts import Once
 from geffect.steps import moved_by
 
 PART = 2**18
@@ -24,6 +26,9 @@ Where = slice | EllipsisType
 
 class Space(Protocol):
     """A direction of descent that can be read and changed, one part of a parameter at a time."""
+
+    def begin(self) -> None:
+        """Changes begin, or begin anew after an interrupt."""
 
     def parts(self, i: int) -> Iterable[Where]:
         """The parts of parameter i; none where it does not move."""
@@ -54,6 +59,9 @@ class GradientSpace:
 
     def __init__(self, parameters: Mapping[int, Tensor], scale: float = 1.0) -> None:
         self._parameters, self._scale = parameters, scale
+
+    def begin(self) -> None:
+        pass  # what is interrupted is put back
 
     def parts(self, i: int) -> Iterable[Where]:
         parameter = self._parameters.get(i)
@@ -93,12 +101,14 @@ class UpdateSpace:
     """The step that an optimizer has taken: theta before minus theta after.
 
     `before` holds the old values of what moves, by the places of the parameters. A coordinate whose
-    direction becomes zero has its old value back, bit for bit.
+    direction becomes zero has its old value back, bit for bit. Changes that are interrupted can be
+    begun anew: each is made once.
     """
 
     def __init__(self, parameters: Mapping[int, Tensor], before: Mapping[int, Tensor]) -> None:
         self._parameters = {i: distributed.local(p.detach()) for i, p in parameters.items()}
         self._before = before
+        self._once = Once()
 
     @classmethod
     def ahead_of(
@@ -123,6 +133,9 @@ class UpdateSpace:
                 before[i] = room[i].copy_(whole)
         return cls(places, before)
 
+    def begin(self) -> None:
+        self._once.begin()
+
     def parts(self, i: int) -> Iterable[Where]:
         return parts_of(self._parameters[i]) if i in self._before else ()
 
@@ -134,28 +147,32 @@ class UpdateSpace:
         after = self._parameters[i][where]
         new = (widened(self._before[i][where]) - x).to(after.dtype)
         # Not torch.where, which takes ten times as long on a CPU: weights of 0 and 1 are exact too.
-        after.lerp_(new, changed.to(after.dtype))
+        self._make(i, partial(after.lerp_, new, changed.to(after.dtype)))
 
     def combine(
         self, i: int, where: Where, own: float, terms: Iterable[tuple[float, Tensor]]
     ) -> None:
         after = self._parameters[i][where]
         if own != 1.0:
-            after.add_(self.direction(i, where), alpha=1 - own)
+            self._make(i, lambda: after.add_(self.direction(i, where), alpha=1 - own))
         for weight, tensor in terms:
-            after.sub_(tensor, alpha=weight)
+            self._make(i, partial(after.sub_, tensor, alpha=weight))
 
     def rounded(self, i: int, where: Where, x: Tensor) -> Tensor:
         before = widened(self._before[i][where])
         return before - widened((before - x).to(self._parameters[i].dtype))
 
     def write(self, i: int, where: Where, x: Tensor) -> None:
-        self._parameters[i][where].copy_(widened(self._before[i][where]) - x)
+        after = self._parameters[i][where]
+        self._make(i, partial(after.copy_, widened(self._before[i][where]) - x))
 
     def undo(self) -> None:
         """Take the whole step back."""
         for i, before in self._before.items():
             self._parameters[i].copy_(before)
+
+    def _make(self, i: int, change: Callable[[], object]) -> None:
+        self._once.make(i, self._parameters[i], change)
 
 
 def parts_of(tensor: Tensor) -> Iterable[Where]:

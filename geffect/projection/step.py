@@ -1,5 +1,6 @@
 """One step: from the retain gradients that it takes in to the update that was applied."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -7,14 +8,24 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.gradients import Gradients, Rectification, Vector, peak
+from geffect.gradients import Gradients, Rectification, Vector, peak, without_graph
 from geffect.interrupts import to_the_end
 from geffect.steps import check_owned, moved_by
 
 from .notices import Notices
-from .portions import steps_tensor_by_tensor
-from .projector import PendingReport, Projector
-from .scopes import GramAccumulator, Mask, block_names, held, parts, skipped, without_retain
+from .portions import StepInPortions, steps_tensor_by_tensor
+from .projector import Projector
+from .scopes import (
+    Change,
+    GramAccumulator,
+    Mask,
+    PendingReport,
+    block_names,
+    held,
+    parts,
+    skipped,
+    without_retain,
+)
 from .spaces import GradientSpace, UpdateSpace
 
 
@@ -33,8 +44,8 @@ class Step:
         self._counts = False  # whether its retain gradients are in the averages
         self._is_skipped = self._overflowed = False
         self._fresh: list[Vector] = []
-        self._ahead: tuple[UpdateSpace, Mask | None] | None = None
-        self._put_back: Callable[[], None] | None = None
+        self._ahead: Whole | None = None
+        self._taken: StepInPortions | None = None  # where it is taken here
         self._report: PendingReport | None = None
         self._applied: GramAccumulator | None = None
 
@@ -56,62 +67,63 @@ class Step:
     def change(self, gradients: Gradients, moved: Mapping[int, Tensor], *, copy: bool) -> None:
         """Leave the objective's gradient in `.grad`, and rectify it there, or arm the step.
 
-        `moved` is what the optimizer steps, by the places of the parameters. What is not to be
-        rectified of the objective is added behind.
+        `moved` is what the optimizer steps, by the places of the parameters; nothing lies in their
+        `.grad`. What is not to be rectified of the objective is added behind. Whatever raises
+        leaves all as it was.
         """
         options = self._projector.options
         copy = copy or options.measure_update
         of_retain = [gradients.weights.get(name, {}) for name in options.protect]
         behind = {n for terms in of_retain for n in terms} if options.part == "forget" else set()
-        gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
-        self._rectify(moved)
-        if behind and not options.adds_retain:
-            gradients.deposit(among=behind, copy=copy)
+        put_back = self._puts_back(gradients, moved)
+        try:
+            gradients.deposit(among=gradients.vectors.keys() - behind, copy=copy)
+            self._rectify(moved)
+            if behind and not options.adds_retain:
+                gradients.deposit(among=behind, copy=copy)
+        except BaseException:
+            to_the_end(put_back)
+            raise
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare for the optimizer's step, or take it, a few tensors at a time."""
-        armed, self.armed = self.armed, False
-        if not armed:
+        """Prepare for the optimizer's step, or take it; what raises before that changes nothing."""
+        if not self.armed or (self._taken is not None and self._taken.over):
             return
         projector, options = self._projector, self._projector.options
         check_owned(optimizer, projector.parameters)
         changes = options.space == "update"
-        # What is somebody else's may raise, and then all of the step is taken back.
-        ours = options.is_ours and steps_tensor_by_tensor(optimizer)
-        if changes and options.by_coordinate and ours and not options.measure_update:
-            self._put_back, report = projector.step(optimizer, counts=self._counts)
-            self._report = self._told(report)
-            return
-        mask = projector.mask(moved_by(optimizer)) if changes else None
-        # Now, as optimizers may use the memory of a gradient for their own ends.
-        masks = None if mask is None else [*map(mask, range(len(projector.parameters)))]
-        ahead = UpdateSpace.ahead_of(optimizer, projector.parameters, projector.room)
-        self._ahead = ahead, None if masks is None else masks.__getitem__
+        self._taken = self._ahead = None
+        drawn = projector.drawn()
+        try:
+            mask = projector.mask(moved_by(optimizer)) if changes else None
+            if changes and steps_tensor_by_tensor(optimizer):
+                self._taken = self._in_portions(optimizer, mask)
+                self._taken.take()
+            else:
+                self._ahead = self._whole(optimizer, mask)
+        except BaseException:
+            if self._taken is None or not self._taken.over:
+                drawn()
+            raise
 
     def after(self) -> None:
-        """Change what the optimizer has made of the step, and look at what is left of it."""
+        """Change what the optimizer has made of the step, if it was not taken here."""
         ahead = self._ahead
+        if ahead is not None:
+            try:
+                without_graph(lambda: to_the_end(ahead.finish))
+            except BaseException:
+                if not ahead.over:
+                    without_graph(lambda: to_the_end(ahead.undo))
+                raise
         self.abandon()
-        if ahead is None:
-            return
-        update, mask = ahead
-        with torch.no_grad():
-            if self._projector.options.space == "update":
-                try:
-                    self._done(self._projector.change(update, mask, counts=self._counts))
-                except BaseException:
-                    to_the_end(update.undo)
-                    raise
-            if self._fresh:
-                self._measure(update)
-        self._fresh = []
 
     def abandon(self) -> None:
         """Leave the optimizer's step alone: it has ended, or raised, or will not be taken."""
         self.armed, self._ahead = False, None
-        if self._put_back is not None:
-            to_the_end(self._put_back)
-            self._put_back = None
+        if self._taken is not None:
+            to_the_end(self._taken.put_back)
+            self._taken = None
 
     @property
     def report(self) -> Rectification | None:
@@ -145,12 +157,17 @@ class Step:
         changes_update = acts and options.space == "update"
         self.armed = changes_update or (self._counts and options.measure_update)
         if acts and options.space == "gradient":
-            with torch.no_grad():
-                if options.adds_retain and self._counts:
-                    self._make_room(moved)
-                mask = self._projector.mask([*moved.values()])
-                space = GradientSpace(moved, self._scale)
-                self._done(self._projector.change(space, mask, counts=self._counts))
+            without_graph(lambda: self._change_gradient(moved))
+
+    def _change_gradient(self, moved: Mapping[int, Tensor]) -> None:
+        if self._projector.options.adds_retain and self._counts:
+            self._make_room(moved)
+        mask = self._projector.mask([*moved.values()])
+        space = GradientSpace(moved, self._scale)
+        change = self._projector.change(space, mask, counts=self._counts)
+        if change is not None:
+            change.make()
+        self._done(change)
 
     def _compare(self, moved: Mapping[int, Tensor]) -> None:
         problem = self._projector.memory.compare(self._peak(moved) / self._scale)
@@ -170,6 +187,62 @@ class Step:
             if parameter.grad is None and any(r is not None for r in retain):
                 parameter.grad = torch.zeros_like(parameter)
 
+    def _in_portions(self, optimizer: torch.optim.Optimizer, mask: Mask | None) -> StepInPortions:
+        """The step, to be taken in portions where nothing needs all of it at once."""
+        projector, options = self._projector, self._projector.options
+        # What is somebody else's may raise, and then all of the step is taken back.
+        if options.by_coordinate and options.is_ours and not options.measure_update:
+            step, report = projector.in_portions(optimizer, mask, counts=self._counts)
+            self._report = self._told(report)
+            return step
+        return StepInPortions(
+            optimizer, lambda _: self._whole(optimizer, mask), portion_bytes=math.inf
+        )
+
+    def _whole(self, optimizer: torch.optim.Optimizer, mask: Mask | None) -> "Whole":
+        """All of the step, which is about to be taken."""
+        projector = self._projector
+        # Now, as optimizers may use the memory of a gradient for their own ends.
+        masks = None if mask is None else [*map(mask, range(len(projector.parameters)))]
+        space = UpdateSpace.ahead_of(optimizer, projector.parameters, projector.room)
+        changes = projector.options.space == "update"
+
+        def plan() -> Change | None:
+            kept = None if masks is None else masks.__getitem__
+            change = projector.change(space, kept, counts=self._counts)
+            self._done(change)
+            return change
+
+        def measure() -> None:
+            if self._fresh:
+                self._measure(space)
+
+        return Whole(plan if changes else lambda: None, measure, space.undo)
+
+    def _puts_back(self, gradients: Gradients, moved: Mapping[int, Tensor]) -> Callable[[], None]:
+        """What makes all that `change` writes what it is now."""
+        leaves = [*gradients.parameters, *gradients.others]
+        empty = set(map(id, moved.values()))
+        grads = [
+            (leaf, leaf.grad, None if id(leaf) in empty or leaf.grad is None else leaf.grad.clone())
+            for leaf in leaves
+        ]
+        memory = self._projector.memory.mark()
+        drawn, skipped = self._projector.drawn(), self._notices.skipped
+
+        def put_back() -> None:
+            for leaf, grad, values in grads:
+                leaf.grad = grad
+                if grad is not None:
+                    kept = grad.detach()
+                    kept.zero_() if values is None else kept.copy_(values)
+            memory()
+            drawn()
+            self._notices.skipped = skipped
+            self.armed = False
+
+        return put_back
+
     def _measure(self, update: UpdateSpace) -> None:
         """Take the inner products of the step that was applied."""
         projector = self._projector
@@ -177,15 +250,15 @@ class Step:
         tally = GramAccumulator(projector.blocks, projector.parameters, size)
         for i in range(len(projector.parameters)):
             others = held([*projector.memory.retain(i), *(vector[i] for vector in self._fresh)])
-            for where in update.parts(i):
-                tally.add(i, [update.direction(i, where), *parts(others, where)])
+            for part, where in enumerate(update.parts(i)):
+                tally.add(i, part, [update.direction(i, where), *parts(others, where)])
         self._applied = tally
 
-    def _done(self, report: PendingReport | None) -> None:
-        if report is None:
+    def _done(self, change: Change | None) -> None:
+        if change is None:
             self._skip("the gradient or the step is not finite")
             return
-        self._report = self._told(report)
+        self._report = self._told(change.report)
 
     def _told(self, report: PendingReport) -> PendingReport:
         return report if self._counts else lambda: without_retain(report())
@@ -198,6 +271,37 @@ class Step:
         # Where each decides alone, the others add up what they did: nothing is this one's share.
         self._report = self._projector.nothing if self._projector.alone else lambda: nothing
         self._notices.skip(reason)
+
+
+class Whole:
+    """All of a step that an optimizer takes: how it is to be changed, and looked at afterwards."""
+
+    def __init__(
+        self,
+        plan: Callable[[], Change | None],
+        measure: Callable[[], None],
+        undo: Callable[[], None],
+    ) -> None:
+        self.over = False
+        self.undo = undo
+        self._plan, self._measure = plan, measure
+        self._asked = False
+        self._change: tuple[Change | None] | None = None
+
+    def finish(self) -> None:
+        """Change and measure it; called anew after an interrupt."""
+        if self._change is None:
+            if self._asked and distributed.world_size() > 1:
+                self.undo()  # the other processes do not come here again
+                self.over = True
+                return
+            self._asked = True
+            self._change = (self._plan(),)
+        (change,) = self._change
+        if change is not None:
+            change.make()
+        self._measure()
+        self.over = True
 
 
 def _tell_scaler(parameters: Iterable[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """A step in portions: what the optimizer would have done, and seen by others as one step."""
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from geffect import Rectifier
-from geffect.projection import portions
-from geffect.projection.portions import step_in_portions
+from geffect.projection.portions import StepInPortions
 from tests.utils import tiny
 from tests.utils.rectified import OPTIMIZERS, losses_of
 
@@ -30,7 +30,7 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def portion_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portions, "PORTION_BYTES", 1)
+    monkeypatch.setattr("geffect.projection.projector.PORTION_BYTES", 1)
 
 
 def test_each_tensor_is_stepped_once_between_what_is_called_around_it() -> None:
@@ -40,16 +40,26 @@ def test_each_tensor_is_stepped_once_between_what_is_called_around_it() -> None:
     grads = {id(p): p.grad for p in model.parameters()}
     seen: list[int] = []
 
-    def after(tensor: Tensor, old: Tensor) -> None:
-        torch.testing.assert_close(tensor.detach(), old - 0.1 * grads[id(tensor)])
-        seen.append(id(tensor))
+    class OneTensor:
+        def __init__(self, tensors: Sequence[Tensor]) -> None:
+            (self.tensor,) = tensors
+            self.old = self.tensor.detach().clone()
 
-    put_back = step_in_portions(optimizer, lambda tensor: tensor.detach().clone(), after)
+        def finish(self) -> None:
+            stepped = self.old - 0.1 * grads[id(self.tensor)]
+            torch.testing.assert_close(self.tensor.detach(), stepped)
+            seen.append(id(self.tensor))
+
+        def undo(self) -> None:
+            raise AssertionError
+
+    step = StepInPortions(optimizer, OneTensor, portion_bytes=1)
+    step.take()
     assert seen == [id(p) for p in model.parameters()]
     ends = [p.detach().clone() for p in model.parameters()]
     optimizer.step()  # finds nothing
     assert all(map(torch.equal, ends, model.parameters()))
-    put_back()
+    step.put_back()
     assert all(p.grad is grads[id(p)] for p in model.parameters())
 
 
@@ -102,13 +112,26 @@ def test_a_portion_that_fails_leaves_hooks_and_gradients() -> None:
     try:
         with pytest.raises(RuntimeError, match="inside"):
             optimizer.param_groups[0]["lr"] = Failing()
-            step_in_portions(optimizer, id, lambda *_: None)
+            StepInPortions(optimizer, Nothing, portion_bytes=1).take()
         optimizer.param_groups[0]["lr"] = 0.1
         assert not calls and all(p.grad is not None for p in model.parameters())
         optimizer.step()
         assert calls == [1]
     finally:
         hook.remove()
+
+
+class Nothing:
+    """A portion that is left as it is stepped."""
+
+    def __init__(self, _: Sequence[Tensor]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        raise AssertionError
 
 
 class Failing(float):
@@ -151,7 +174,7 @@ def test_a_step_in_portions_is_the_step_of_the_whole(
     name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Following a step needs all of the old parameters, so that it is taken in one.
-    monkeypatch.setattr("geffect.projection.portions.PORTION_BYTES", 2000)
+    monkeypatch.setattr("geffect.projection.projector.PORTION_BYTES", 2000)
     results = []
     for measured in (False, True):
         model = tiny.llama()

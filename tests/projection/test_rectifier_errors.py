@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from geffect import Rectifier
 from geffect.gradients import differentiate
-from geffect.projection import Elementwise, nearest, portions
+from geffect.projection import Elementwise, nearest
 from tests.utils.trainers import same
 
 LR = 0.1
@@ -410,7 +410,7 @@ def test_parameters_are_never_left_half_updated(
     after: int, optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the optimizer steps a few tensors at a time."""
-    monkeypatch.setattr(portions, "PORTION_BYTES", 1)
+    monkeypatch.setattr("geffect.projection.projector.PORTION_BYTES", 1)
     model = network()
     optimizer = optimizer(model.parameters(), lr=LR)
     rule = Failing(after=100)

@@ -1,5 +1,7 @@
 """Interrupts at chosen moments, and what is left of a training then."""
 
+import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import geffect
+
+DRAWS = int(os.environ.get("GEFFECT_INTERRUPTS", "0"))
+"""How many moments are drawn for each kind of training; 0 for as few as a test asks for."""
+
+ERRORS: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What comes at these moments: the user, the system, and an error."""
 
 REGISTERING = [
     (torch.Tensor, "register_hook"),
@@ -73,6 +81,13 @@ def interrupted_at_line(number: int, error: type[BaseException]) -> Iterator[lis
         yield count
     finally:
         sys.settrace(before)
+
+
+def moments(lines: int, few: int, *, seed: int = 0) -> Iterator[tuple[int, type[BaseException]]]:
+    """Some of so many lines at random, none twice, and what is raised there."""
+    chance = random.Random(seed)
+    for number in chance.sample(range(1, lines + 1), min(DRAWS or few, lines)):
+        yield number, chance.choice(ERRORS)
 
 
 def hooks_left(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[object]:
