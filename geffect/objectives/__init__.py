@@ -8,7 +8,8 @@ from .combination import Combination
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, provenance, with_options
 from .preference import NPO, TNPO, WTNPO
-from .reference import AdapterBase, FrozenModel, Likelihoods, Reference
+from .reference import AdapterBase, FrozenModel, Reference
+from .reference_likelihoods import Likelihoods
 from .retain import GradDiff, GradientDescent, Regularised
 from .simnpo import SimNPO
 from .weights import statistics

@@ -1,14 +1,14 @@
 """The reference of an objective: what the model before unlearning says of a batch."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from geffect.batch import Batch, batches_in, labels_of
+from geffect.batch import Batch
 from geffect.risk import inputs_of, token_log_probabilities
 
 Need = Literal["none", "likelihoods", "logits", "hidden states"]
@@ -74,50 +74,6 @@ class FrozenModel:
         """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
         states = self.model(**inputs_of(self.model, batch), output_hidden_states=True).hidden_states
         return tuple(states)
-
-
-class Likelihoods:
-    """The reference as what it said of the answer tokens of some batches: the model can go.
-
-    >>> from types import SimpleNamespace
-    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
-    >>> ids = torch.tensor([[0, 1, 2]])
-    >>> batch = {"input_ids": ids, "labels": ids}
-    >>> Likelihoods(FrozenModel(uniform), [batch]).log_probabilities(batch)  # - log 4
-    tensor([[-1.3863, -1.3863]])
-    """
-
-    def __init__(self, reference: Reference, batches: Iterable[Batch]) -> None:
-        # By the identity of the labels, which are kept so that it stays theirs.
-        self._kept = {
-            id(labels_of(batch)): (labels_of(batch), reference.log_probabilities(batch))
-            for side in batches
-            for _, batch in batches_in(side)
-        }
-
-    def log_probabilities(self, batch: Batch) -> Tensor:
-        """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
-        try:
-            return self._kept[id(labels_of(batch))][1]
-        except KeyError:
-            raise ValueError(
-                "`batch` should be one of those whose likelihoods are kept. Found another one. "
-                "Keep those of all batches, or pass the model as a FrozenModel."
-            ) from None
-
-    def logits(self, batch: Batch) -> NoReturn:
-        """Raises ValueError: only likelihoods are kept."""
-        self._refuse("logits")
-
-    def hidden_states(self, batch: Batch) -> NoReturn:
-        """Raises ValueError: only likelihoods are kept."""
-        self._refuse("hidden states")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(
-            f"`reference` should give {what}. Found Likelihoods, which keeps those of the answer "
-            "tokens alone. Pass the model as a FrozenModel."
-        )
 
 
 class AdapterBase:

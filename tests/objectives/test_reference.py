@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from geffect.objectives import NPO, AdapterBase, FrozenModel, Likelihoods, Reference
+from geffect.objectives import NPO, AdapterBase, FrozenModel, Reference
 from geffect.objectives.reference import base_changed_by
 from tests.utils import reference, tiny
 
@@ -41,18 +41,6 @@ def test_a_frozen_copy_stays_as_the_model_was() -> None:
     torch.testing.assert_close(found[BATCH["labels"][:, 1:] != -100], expected.detach())
     assert frozen.logits(BATCH).shape == (*BATCH["input_ids"].shape, tiny.VOCABULARY)
     assert len(frozen.hidden_states(BATCH)) == 1 + model.config.n_layer
-
-
-def test_likelihoods_are_of_the_batches_that_were_kept_and_nothing_else() -> None:
-    frozen = FrozenModel.copied(tiny.gpt2())
-    kept = Likelihoods(frozen, [BATCH])
-    assert torch.equal(kept.log_probabilities(BATCH), frozen.log_probabilities(BATCH))
-    with pytest.raises(ValueError, match="one of those whose likelihoods are kept"):
-        kept.log_probabilities(tiny.batch(3))
-    with pytest.raises(ValueError, match=r"should give logits. Found Likelihoods"):
-        kept.logits(BATCH)
-    with pytest.raises(ValueError, match=r"should give hidden states. Found Likelihoods"):
-        kept.hidden_states(BATCH)
 
 
 def test_the_base_of_an_adapter_is_asked_without_a_trace() -> None:
