@@ -30,14 +30,15 @@ class BoundedFile:
 
     def __init__(self, file: h5py.File, stream: BinaryIO, size: int) -> None:
         self._file, self._stream, self._size = file, stream, size
+        self._places: dict[str, Any] = {"": h5py.h5g.open(file.id, b"/")}
+        self._datasets: dict[str, h5py.Dataset] = {}
 
     def __contains__(self, name: str) -> bool:
-        place: Any = self._file.id
-        for part in name.encode().split(b"/"):
-            if not isinstance(place, h5py.h5g.GroupID) or not place.links.exists(part):
-                return False
-            place = _inside(place, part)
-        return True
+        group, _, last = name.rpartition("/")
+        if group and group not in self:
+            return False
+        held = self._place(group)
+        return isinstance(held, h5py.h5g.GroupID) and held.links.exists(last.encode())
 
     @cached_property
     def version(self) -> int:
@@ -75,17 +76,13 @@ class BoundedFile:
         self, name: str, dtype: np.dtype[Any] | None = None, shape: tuple[int, ...] | None = None
     ) -> h5py.Dataset:
         """A dataset whose numbers lie in this file, all of them; of this type and shape."""
-        place: Any = self._file.id
-        for part in name.encode().split(b"/"):
-            place = _inside(place, part)
-        if not isinstance(place, h5py.h5d.DatasetID):
-            raise ValueError(f"no dataset at `{name}`")
-        dataset = h5py.Dataset(place)
+        if name not in self._datasets:
+            self._datasets[name] = self._dataset(name)
+        dataset = self._datasets[name]
         if dtype is not None and dataset.dtype != dtype:
             raise ValueError(f"{dataset.dtype} instead of {dtype} in `{name}`")
         if shape is not None and dataset.shape != shape:
             raise ValueError(f"the shape {dataset.shape} instead of {shape} in `{name}`")
-        self._check_room(name, dataset)
         return dataset
 
     def rows(
@@ -106,7 +103,7 @@ class BoundedFile:
             raise ValueError(f"{dataset.dtype} in `{name}`")
         values = np.empty(dataset.shape, dataset.dtype)
         if values.size:
-            dataset.read_direct(values)
+            dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
         return values
 
     def texts_of_any_length(self, name: str) -> NDArray[np.object_]:
@@ -125,12 +122,24 @@ class BoundedFile:
         )
 
     def _group(self, name: str) -> h5py.Group:
-        place: Any = self._file.id
-        for part in filter(None, name.encode().split(b"/")):
-            place = _inside(place, part)
+        place = self._place(name.strip("/"))
         if not isinstance(place, h5py.h5g.GroupID):
             raise ValueError(f"no group at `{name}`")
         return h5py.Group(place)
+
+    def _place(self, name: str) -> Any:
+        if name not in self._places:
+            group, _, last = name.rpartition("/")
+            self._places[name] = _inside(self._place(group), last.encode())
+        return self._places[name]
+
+    def _dataset(self, name: str) -> h5py.Dataset:
+        place = self._place(name)
+        if not isinstance(place, h5py.h5d.DatasetID):
+            raise ValueError(f"no dataset at `{name}`")
+        dataset = h5py.Dataset(place)
+        self._check_room(name, dataset)
+        return dataset
 
     def _check_room(self, name: str, dataset: h5py.Dataset) -> None:
         plan, stored = dataset.id.get_create_plist(), dataset.id.get_storage_size()
@@ -151,9 +160,15 @@ class BoundedFile:
 
 def _inside(group: Any, name: bytes) -> Any:
     """A member of a group, which is no link to another place."""
-    if not isinstance(group, h5py.h5g.GroupID) or not group.links.exists(name):
+    if not isinstance(group, h5py.h5g.GroupID):
         raise KeyError(f"no `{name.decode(errors='replace')}`")
-    if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+    try:
+        link = group.links.get_info(name)
+    except (KeyError, RuntimeError):
+        if group.links.exists(name):
+            raise
+        raise KeyError(f"no `{name.decode(errors='replace')}`") from None
+    if link.type != h5py.h5l.TYPE_HARD:
         raise ValueError(f"a link at `{name.decode(errors='replace')}`, where numbers should be")
     return h5py.h5o.open(group, name)
 

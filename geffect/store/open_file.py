@@ -15,7 +15,7 @@ from .opening import opened
 from .place import in_use
 from .processes import not_inherited
 from .schema import ROWS, STATES, Array
-from .tables import read_table, table_names
+from .tables import read_table, tables_in
 
 
 class OpenFile:
@@ -58,7 +58,7 @@ class OpenFile:
     def tables(self) -> dict[str, Columns]:
         """The tables that are kept with the run."""
         with opened(self._path) as file:
-            return {name: read_table(file, name) for name in table_names(file)}
+            return {name: read_table(file, name, kept) for name, kept in tables_in(file).items()}
 
     def check(self) -> None:
         """Raise an OSError where what is written would be lost."""

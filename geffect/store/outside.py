@@ -64,14 +64,10 @@ def check_self_contained(file: h5py.File) -> None:
     waiting: list[tuple[Any, bytes]] = [(h5py.h5g.open(file.id, b"/"), b"")]
     while waiting:
         group, place = waiting.pop()
-        for i in range(group.get_num_objs()):
-            name = group.get_objname_by_idx(i)
+        for name, kind, address in _links(group):
             path = place + b"/" + name
-            info = group.links.get_info(name)
-            kind = info.type
             if kind != h5py.h5l.TYPE_HARD:
                 raise _points_elsewhere(_LINKS.get(kind, "a link of another kind"), path)
-            address = info.u
             if address in seen:
                 continue
             seen.add(address)
@@ -80,6 +76,17 @@ def check_self_contained(file: h5py.File) -> None:
                 waiting.append((found, path))
             elif isinstance(found, h5py.h5d.DatasetID):
                 _check_dataset(found, path)
+
+
+def _links(group: Any) -> list[tuple[bytes, int, Any]]:
+    """The name, the kind and the address of each member of a group."""
+    found: list[tuple[bytes, int, Any]] = []
+
+    def note(name: bytes, link: Any) -> None:
+        found.append((name, link.type, link.u))  # now: the next is told in the same object
+
+    group.links.iterate(note, info=True)
+    return found
 
 
 def _check_dataset(dataset: Any, path: bytes) -> None:

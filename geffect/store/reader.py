@@ -32,7 +32,7 @@ from .schema import (
 )
 from .segments import Segments
 from .summary import as_html, as_line, size_of
-from .tables import read_table, table_names
+from .tables import read_table, tables_in
 
 Floats = NDArray[np.float64]
 
@@ -231,17 +231,17 @@ class Run:
     def tables(self) -> tuple[str, ...]:
         """The names of the tables that were kept with the run."""
         with opened(self.path) as file:
-            return table_names(file)
+            return tuple(tables_in(file))
 
     def table(self, name: str) -> dict[str, NDArray[Any]]:
         """The columns of a table that was kept with the run: numbers or texts."""
-        if name not in (kept := self.tables):
-            raise ValueError(
-                f"`{self.path}` should hold a table `{name}`. Found {', '.join(kept) or 'none'}. "
-                f"Keep it with recorder.keep_table({name!r}, columns)."
-            )
         with opened(self.path) as file:
-            return read_table(file, name)
+            if name in (kept := tables_in(file)):
+                return read_table(file, name, kept[name])
+        raise ValueError(
+            f"`{self.path}` should hold a table `{name}`. Found {', '.join(kept) or 'none'}. "
+            f"Keep it with recorder.keep_table({name!r}, columns)."
+        )
 
     def resampled(self, rng: np.random.Generator) -> "Run":
         """The run with as many rows a step, drawn from those of the step with replacement.

@@ -1,5 +1,6 @@
 """Tables that are kept with a run, as they are read."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,21 +39,21 @@ def check_table(name: str, columns: Columns) -> None:
             )
 
 
-def table_names(file: BoundedFile) -> tuple[str, ...]:
-    """The names of the tables of a file."""
+def tables_in(file: BoundedFile) -> dict[str, dict[str, int]]:
+    """The tables of a file: by name the checksum of each column, of which format 2 has none."""
     there = file.names("tables")  # a group that every file has, also without tables
-    return tuple(sorted(_kept(file)) if file.version > 2 else there)
+    return dict(sorted(_kept(file).items())) if file.version > 2 else {name: {} for name in there}
 
 
-def read_table(file: BoundedFile, name: str) -> dict[str, NDArray[Any]]:
-    """The columns of a table: numbers or texts."""
+def read_table(file: BoundedFile, name: str, written: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """The columns of a table, numbers or texts, held against what is `written` of them."""
     group = f"tables/{name}"
     if file.version < 3:
         return {column: _of_any_length(file, f"{group}/{column}") for column in file.names(group)}
     columns = {}
-    for column, written in sorted(_kept(file)[name].items()):
+    for column, checksum in sorted(written.items()):
         values = file.array(f"{group}/{column}")
-        if checksums.of_labels({f"{name}/{column}": values}) != written:
+        if checksums.of_labels({f"{name}/{column}": values}) != checksum:
             raise checksums.Changed(f"column `{column}` of the table `{name}`")
         texts = values.dtype.kind == "S"
         columns[column] = np.array(as_texts(values), dtype=np.str_) if texts else values
