@@ -25,38 +25,19 @@ With k losses that each need a backward pass, at most 2k gradients of the model 
 where batches stand together.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial, update_wrapper
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geffect import dots
-from geffect.batch import Batch, side_of
-from geffect.capture.collector import Collector, Measurement
-from geffect.gradients import (
-    Gradients,
-    Vector,
-    Weights,
-    combined,
-    differentiate,
-    weighted_sum,
-)
-from geffect.layers import trainable
-from geffect.losses import Loss
-from geffect.objectives import (
-    Component,
-    Objective,
-    Reduction,
-    Reference,
-    SharedForward,
-    step_losses,
-)
-from geffect.risk import nll
-from geffect.sources import OBJECTIVE, UPDATE
+from geffect.capture.collector import Measurement
+from geffect.gradients import Gradients, Weights, weighted_sum
+
+from .batch_gradients import Basis, Group, Sources, at_place, blend, gram_of
+from .traits import Counts, Declared, Traits
 
 EMA_WEIGHT = 0.4
 """The weight of a new gradient in the running average of the public code."""
@@ -66,324 +47,6 @@ READ_OUT, FIRST_READ_OUT = 4, 3
 
 ENOUGH_ROWS = 8
 """Rows below which how much they vary says little; `geffect.analysis.intervals` asks for them."""
-
-Basis = Mapping[str, Vector]
-"""The gradients that were taken, one a backward pass, by the names of their losses."""
-
-
-NewCollector = Callable[[Weights, int, bool], Collector | None]
-"""From the sources of a row, its number, and whether its gradients are to be kept whole, to what
-takes them; None where nothing is kept beside the Gram matrix."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The batches of each set that one factor of an inner product is taken on, by their places."""
-
-    places: Mapping[str, Sequence[int]]
-    paired: bool  # one of each set: losses of several sets have their value on these
-
-
-class Sources:
-    """The objective and the risks at one checkpoint, with their gradients on batches of named sets.
-
-    - `objective`: one of those sets; a combination of their risks costs no backward pass.
-    - `reference`: what it compares with, if it does.
-    - `update`: the way of the parameters to the next checkpoint.
-    - `report(done, total)` counts batches.
-
-    >>> class Table(nn.Embedding):
-    ...     def forward(self, input_ids):
-    ...         return type("Output", (), {"logits": super().forward(input_ids)})
-    >>> batches = [{"input_ids": torch.tensor([[0, i]]), "labels": torch.tensor([[0, i]])}
-    ...            for i in range(4)]
-    >>> from geffect.objectives import GradientAscent
-    >>> sets = {"forget": batches, "retain": batches}
-    >>> sources = Sources(Table(4, 4), GradientAscent(), sets)
-    >>> [len(list(estimator(sources))) for estimator in (same_batch, split_batch, full)]
-    [4, 2, 1]
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        sets: Mapping[str, Sequence[Batch]],
-        *,
-        reference: Reference | None = None,
-        update: Vector | None = None,
-        collector: NewCollector | None = None,
-        report: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self.sets = sets
-        self.constants: Basis = {} if update is None else {UPDATE: update}
-        self._parameters = list(trainable(model).values())
-        self._model = model
-        self._objective = objective
-        self._reference = reference
-        self._collector = collector
-        self._report = report
-        self._done = self._total = self._rows = 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many batches each set has."""
-        return {name: len(batches) for name, batches in self.sets.items()}
-
-    def expect(self, total: int) -> None:
-        """Say how many times batches are going to be run."""
-        self._done, self._total = 0, total
-
-    def cut(self, count: int) -> list[Group]:
-        """All batches, each once, in `count` groups whose sizes differ by one at most."""
-        paired = all(n == count for n in self.counts.values())
-        return [
-            Group(
-                {name: range(n * i // count, n * (i + 1) // count)
-                 for name, n in self.counts.items()},
-                paired,
-            )
-            for i in range(count)
-        ]  # fmt: skip
-
-    def passes(self, groups: Sequence[Group]) -> int:
-        """How many times batches are run for these groups."""
-        return sum(1 if g.paired else sum(map(len, g.places.values())) for g in groups)
-
-    def on(self, group: Group) -> Gradients:
-        """The gradients on the batches of a group, as on one batch of all their data."""
-        if group.paired:
-            return self._joint({name: place for name, (place,) in group.places.items()})
-        vectors: dict[str, list[Tensor | None]] = {}
-        values: dict[str, float] = {}
-        for name, places in group.places.items():
-            for place in places:
-                self._add_part(name, place, places, vectors, values)
-        losses = {
-            source: sum(weight * values[name] for name, weight in terms.items())
-            for source, terms in self.weights.items()
-        }
-        return Gradients(self._parameters, [], vectors, self.weights, losses)
-
-    def part(
-        self, name: str, place: int, among: Sequence[int]
-    ) -> tuple[Gradients, dict[str, float]]:
-        """The gradients of all losses on one batch of a set, and their shares among some of them.
-
-        The objective comes in its components, those that are no risks, each with the set that it
-        is reduced over. With these shares, the gradients on the batches add up to those on all of
-        their data.
-        """
-        # What is reduced over this set asks nothing of the others.
-        others = {other: batches[0] for other, batches in self.sets.items()}
-        batches = {**others, name: self.sets[name][place]}
-        model = SharedForward(self._model)
-        reductions = {name: Reduction(name, "token_mean")}
-        losses: dict[str, Loss] = {name: nll(model, batches[name])}
-        own = {c: how for c, how in self._reductions.items() if self._set_of(how.side) == name}
-        if own:
-            components = self._parts(model, batches)
-            losses |= {_source(component): components[component].loss for component in own}
-            reductions |= {_source(component): how for component, how in own.items()}
-        shares = {loss: self._share(how, place, among) for loss, how in reductions.items()}
-        return self._differentiated(losses), shares
-
-    def row(
-        self,
-        basis: Basis,
-        weights: Weights,
-        losses: Mapping[str, float],
-        *,
-        products: Tensor | None = None,
-        at: Callable[[int], Mapping[str, Tensor | None]] | None = None,
-        gradients: bool = True,
-    ) -> Measurement:
-        """A row, from gradients that everything is a combination of.
-
-        `products` are (estimates of) their inner products where these are not those of the basis
-        itself. What else is kept is taken from `at(place)`, by default from the basis.
-        """
-        every = {**weights, **{name: {name: 1.0} for name in self.constants}}
-        collector = self._collector and self._collector(every, self._rows, gradients)
-        self._rows += 1
-        if collector is None:
-            known = _gram(basis) if products is None else products
-            return Measurement(tuple(every), combined(known, list(basis), every), losses)
-        for place in range(len(self._parameters)):
-            collector.take(place, at(place) if at else _at(basis, place))
-        measured = collector.measured(losses)
-        if products is None:
-            return measured
-        # Of single experts nobody has estimated anything.
-        return replace(measured, gram=combined(products, list(basis), every), expert_gram=None)
-
-    @property
-    def declared(self) -> dict[str, Mapping[str, float] | str]:
-        """The objective where it is a combination of risks; "loss" for what is not declared."""
-        objective = self.weights[OBJECTIVE]
-        of_risks = objective.keys() <= self.sets.keys()
-        return {OBJECTIVE: objective if of_risks else "loss", **dict.fromkeys(self.sets, "loss")}
-
-    @property
-    def weights(self) -> Weights:
-        """The sources in terms of the losses of `part`."""
-        objective: dict[str, float] = {}
-        for component, (weight, risk) in self._components.items():
-            name = risk or _source(component)
-            objective[name] = objective.get(name, 0.0) + weight
-        return {OBJECTIVE: objective, **{name: {name: 1.0} for name in self.sets}}
-
-    @cached_property
-    def _components(self) -> dict[str, tuple[float, str | None]]:
-        """The weight of each component of the objective, and the risk that it is, if any."""
-        first = {name: batches[0] for name, batches in self.sets.items()}
-        with torch.no_grad():
-            components = self._parts(self._model, first)
-        return {name: (part.weight, part.risk) for name, part in components.items()}
-
-    @cached_property
-    def _reductions(self) -> dict[str, Reduction]:
-        """Those of the components that are no risks, all of them declared."""
-        declared = self._objective.reductions
-        found = [name for name, (_, risk) in self._components.items() if risk is None]
-        unknown = [
-            name
-            for name in found
-            if name not in declared or self._set_of(declared[name].side) not in self.sets
-        ]
-        if unknown:
-            raise ValueError(
-                "`reductions` of the objective should say of each component over which set it is "
-                "reduced, and how, so that batches can be put together. "
-                f"Found nothing of {', '.join(f'`{name}`' for name in unknown)} in "
-                f"{self._objective!r}. Define it, say as {{'forget': Reduction('forget', "
-                "'token_mean')}; or pass as many batches of each set, an even number, and no "
-                "estimator that takes all data at once."
-            )
-        return {name: declared[name] for name in found}
-
-    def _share(self, how: Reduction, place: int, among: Sequence[int]) -> float:
-        """What part of the tokens, or of the samples, of some batches one of them has."""
-        counts = self._counts.get(how)
-        if counts is None:
-            name = self._set_of(how.side)
-            sides = (side_of({name: batch}, how.side) for batch in self.sets[name])
-            counts = [how.count(self._model, side) for side in sides]
-            self._counts[how] = counts
-        total = sum(counts[i] for i in among)
-        return counts[place] / total if total else math.nan
-
-    def _set_of(self, side: str) -> str:
-        """The set that a side is of: itself, or the one that it is inside of."""
-        return side if side in self.sets else side.partition(".")[0]
-
-    def _parts(self, model: Any, batches: Mapping[str, Batch]) -> dict[str, Component]:
-        """The components of the objective; only the risk of a whole set goes as a risk."""
-        parts = self._objective.components(model, batches, self._reference)
-        return {
-            name: part if part.risk in self.sets else replace(part, risk=None)
-            for name, part in parts.items()
-        }
-
-    @cached_property
-    def _counts(self) -> dict[Reduction, list[int]]:
-        return {}
-
-    def _joint(self, places: Mapping[str, int]) -> Gradients:
-        """The gradients on one batch of every set."""
-        model = SharedForward(self._model)
-        batches = {name: self.sets[name][place] for name, place in places.items()}
-        parts = self._parts(model, batches)
-        # A combination of risks is declared as that, and anything else is one tensor.
-        of_risks = all(part.risk is not None for part in parts.values())
-        losses = step_losses(parts, apart=of_risks)
-        for name, batch in batches.items():
-            if name not in losses:
-                losses[name] = nll(model, batch)
-        order = [OBJECTIVE, *self.sets]
-        return self._differentiated({name: losses[name] for name in order})
-
-    def _add_part(
-        self,
-        name: str,
-        place: int,
-        among: Sequence[int],
-        vectors: dict[str, list[Tensor | None]],
-        values: dict[str, float],
-    ) -> None:
-        """Add what one batch contributes to the gradients on several."""
-        gradients, shares = self.part(name, place, among)
-        for loss, share in shares.items():
-            _blend(vectors.setdefault(loss, []), gradients.of(loss), 1.0, share)
-            values[loss] = values.get(loss, 0.0) + share * gradients.losses[loss]
-
-    def _differentiated(self, losses: Mapping[str, Loss]) -> Gradients:
-        gradients = differentiate(self._parameters, losses)
-        self._done += 1
-        if self._report is not None:
-            self._report(self._done, self._total)
-        return gradients
-
-
-Estimator = Callable[[Sources], Iterator[Measurement]]
-"""From the sources at a checkpoint to the rows of its step."""
-
-Counts = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What is known of an estimator before it runs.
-
-    - `rows`: how many there are, from the number of batches of each set; None if that is not known.
-    - `used`: how many batches of each set are.
-    - `biased`: whether the mean of its rows is off, for the population and for the data.
-    - `matrices`: whether each row is a Gram matrix.
-    - `vectors`: whether its Gram matrices are those of gradients that could be kept.
-    - `shared`: whether these are the same for all rows of a step.
-    - `batches`: how many each set should have at least, where files are cut into them; `even`: an
-      even number.
-    """
-
-    rows: Callable[[Counts], int] | None = None
-    used: Callable[[Counts], Counts] = dict
-    biased: bool = False
-    matrices: bool = False
-    vectors: bool = True
-    shared: bool = False
-    batches: int = 1
-    even: bool = False
-
-
-def traits_of(estimator: Estimator) -> Traits:
-    """What an estimator says of itself; nothing is known of a function that says nothing."""
-    if not callable(estimator):
-        raise TypeError(
-            "`estimator` should be a function of geffect.checkpoints.estimators, such as "
-            f"split_batch. Found {estimator!r}. Import the function and pass it."
-        )
-    traits: Traits = getattr(estimator, "traits", Traits())
-    return traits
-
-
-class Declared:
-    """An estimator with what is known of it; it is called like its function and has its name.
-
-    >>> split_batch, split_batch.traits.biased
-    (split_batch, False)
-    """
-
-    __name__: str
-
-    def __init__(self, estimator: Estimator, *, traits: Traits) -> None:
-        self.estimator, self.traits = estimator, traits
-        update_wrapper(self, estimator)
-
-    def __call__(self, sources: Sources) -> Iterator[Measurement]:
-        return self.estimator(sources)
-
-    def __repr__(self) -> str:
-        return self.__name__
 
 
 def _least(counts: Counts) -> int:
@@ -455,7 +118,7 @@ def full(sources: Sources) -> Iterator[Measurement]:
     sources.expect(sources.passes([everything]) * (2 if rows > 1 else 1))
     taken = sources.on(everything)
     basis: Basis = {**taken.vectors, **sources.constants}
-    K = _gram(basis)
+    K = gram_of(basis)
     whole = sources.row(basis, taken.weights, taken.losses, products=K)
     if rows == 1:
         yield whole
@@ -524,8 +187,8 @@ def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measurement:
     across = _products(basis, other)
 
     def mean(place: int) -> dict[str, Tensor | None]:
-        there = _at(other, place)
-        here = _at(basis, place)
+        there = at_place(other, place)
+        here = at_place(basis, place)
         return {name: weighted_sum([(t, 0.5), (there[name], 0.5)]) for name, t in here.items()}
 
     losses = {name: (loss + second.losses[name]) / 2 for name, loss in first.losses.items()}
@@ -546,7 +209,7 @@ def _moved(
     change[:, places] = rows * (share * products - K[:, places] / count)
 
     def moved(place: int) -> dict[str, Tensor | None]:
-        there = _at(basis, place)
+        there = at_place(basis, place)
         for loss, share in shares.items():
             terms = [(there[loss], 1 - rows / count), (part.of(loss)[place], rows * share)]
             there[loss] = weighted_sum(terms)
@@ -565,38 +228,11 @@ def _average(
     gradients = sources.on(group)
     kept, weight = (1 - EMA_WEIGHT, EMA_WEIGHT) if averages else (0.0, 1.0)
     for name, vector in gradients.vectors.items():
-        _blend(averages.setdefault(name, []), vector, kept, weight)
+        blend(averages.setdefault(name, []), vector, kept, weight)
     return gradients.weights, gradients.losses
-
-
-def _blend(state: list[Tensor | None], vector: Vector, kept: float, weight: float) -> None:
-    """state <- kept * state + weight * vector, in float32 or better; an empty state is zero."""
-    state.extend([None] * (len(vector) - len(state)))
-    for i, (old, new) in enumerate(zip(state, vector, strict=True)):
-        if old is not None:
-            old.mul_(kept)
-        if new is None:
-            continue
-        if old is None:
-            state[i] = new.to(torch.promote_types(new.dtype, torch.float32)) * weight
-        else:
-            old.add_(new, alpha=weight)
-
-
-def _at(basis: Basis, place: int) -> dict[str, Tensor | None]:
-    """The tensors of one parameter."""
-    return {name: vector[place] for name, vector in basis.items()}
-
-
-def _gram(basis: Basis) -> Tensor:
-    return dots.grams(zip(*basis.values(), strict=True))
 
 
 def _products(a: Basis, b: Basis) -> Tensor:
     """The inner products `Float64[parameter, k, l]` of k gradients with l others."""
     both = dots.grams(zip(*a.values(), *b.values(), strict=True))
     return both[:, : len(a), len(a) :]
-
-
-def _source(component: str) -> str:
-    return f"{OBJECTIVE}.{component}"

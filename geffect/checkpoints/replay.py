@@ -24,7 +24,8 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
 
-from .estimators import ENOUGH_ROWS, Estimator, Sources, Traits, split_batch, traits_of
+from .batch_gradients import Sources
+from .estimators import ENOUGH_ROWS, split_batch
 from .loading import (
     Folder,
     Loader,
@@ -36,6 +37,7 @@ from .loading import (
     tokenizer_of,
 )
 from .reference import model_before, reference_of
+from .traits import Estimator, Traits, traits_of
 
 Data = str | os.PathLike[str] | Sequence[Batch]
 """A file or folder that `geffect.data.examples.read` reads, or batches that are ready."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from geffect.analysis.intervals import _share_below
-from geffect.checkpoints import estimators
-from geffect.checkpoints.estimators import Sources, full, reference_ema, same_batch, split_batch
+from geffect.checkpoints import batch_gradients
+from geffect.checkpoints.batch_gradients import Sources
+from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.objectives import (
     NPO,
     Combination,
@@ -51,7 +52,7 @@ class Linear(nn.Module):
 
 @pytest.fixture
 def linear_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (estimators, combination):
+    for module in (batch_gradients, combination):
         monkeypatch.setattr(module, "nll", lambda model, batch: model(draws=batch["draws"]).mean())
 
 
