@@ -18,7 +18,7 @@ from geffect.gradients import differentiate
 from geffect.layers import describe
 from geffect.objectives import nll
 from geffect.sketch import Sketch
-from geffect.store import validate, writer
+from geffect.store import growing_file, validate
 from tests.utils import tiny
 
 SOURCES = ("objective", "forget", "retain")
@@ -212,7 +212,7 @@ def test_training_goes_on_or_stops_as_the_user_chose(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(writer, "FIRST_CAPACITY", 6)  # a larger file takes its place then
+    monkeypatch.setattr(growing_file, "FIRST_CAPACITY", 6)  # a larger file takes its place then
 
     def run(on_error: str) -> nn.Module:
         folder = tmp_path / on_error

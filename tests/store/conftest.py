@@ -2,14 +2,14 @@
 
 import pytest
 
-from geffect.store import segments, writer
+from geffect.store import growing_file, segments
 from tests.utils.stored_gradients import KEPT
 
 
 @pytest.fixture
 def small_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that grow every few steps."""
-    monkeypatch.setattr(writer, "FIRST_CAPACITY", 4)
+    monkeypatch.setattr(growing_file, "FIRST_CAPACITY", 4)
 
 
 @pytest.fixture

@@ -19,7 +19,16 @@ import pytest
 
 from geffect.layers import Parameter
 from geffect.sketch import Sketch
-from geffect.store import Contents, Row, Run, StoredGradients, open_run, segments, validate, writer
+from geffect.store import (
+    Contents,
+    Row,
+    Run,
+    StoredGradients,
+    growing_file,
+    open_run,
+    segments,
+    validate,
+)
 from geffect.store.background import BackgroundWriter
 from geffect.store.writer import RunWriter
 from tests.utils import two_ranks
@@ -74,7 +83,7 @@ def test_a_kill_loses_no_row(
     recorders: "Recorders", tmp_path: Path, kill: Kill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.h5"
-    for name in ("writer.FIRST_CAPACITY", "segments.FIRST_ROWS"):
+    for name in ("growing_file.FIRST_CAPACITY", "segments.FIRST_ROWS"):
         monkeypatch.setattr(f"geffect.store.{name}", kill.capacity)
     announced = recorders.killed(path, kill)
     assert announced > 0 or not kill.announced
@@ -246,7 +255,7 @@ def announced_before(path: str, kill: Kill) -> int:
 
 def record(path: str, kill: Kill, announcing: int) -> None:
     """Record without an end, and announce how many rows count after every one."""
-    writer.FIRST_CAPACITY = segments.FIRST_ROWS = kill.capacity
+    growing_file.FIRST_CAPACITY = segments.FIRST_ROWS = kill.capacity
     while True:
         writing = RunWriter(path, PARAMETERS, resume=True)
         to = BackgroundWriter(writing, bound_bytes=1 << 17) if kill.background else writing

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 
 from geffect.sketch import Sketch
-from geffect.store import Contents, Row, Run, RunFileError, StoredGradients, open_run, validate
-from geffect.store import writer as writing
+from geffect.store import (
+    Contents,
+    Row,
+    Run,
+    RunFileError,
+    StoredGradients,
+    growing_file,
+    open_run,
+    validate,
+)
 from geffect.store.background import BackgroundWriter
 from geffect.store.schema import RECTIFICATION_COLUMNS
 from geffect.store.writer import RunWriter
@@ -112,7 +120,7 @@ def test_a_step_may_come_again_in_another_request(tmp_path: Path) -> None:
 def test_a_run_goes_on_after_a_checkpoint_without_gap_or_double(
     tmp_path: Path, after: int, capacity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "FIRST_CAPACITY", capacity)
+    monkeypatch.setattr(growing_file, "FIRST_CAPACITY", capacity)
     path = recorded(tmp_path / "a.h5", plain_rows(7), complete=None)
     resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=after)
     kept = min(after + 1, 7)
@@ -288,7 +296,7 @@ def test_a_sketch_of_another_version_hides_nothing_else(tmp_path: Path) -> None:
 def test_tables_are_kept_whenever_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "FIRST_CAPACITY", 2)
+    monkeypatch.setattr(growing_file, "FIRST_CAPACITY", 2)
     path = tmp_path / "a.h5"
     recording = RunWriter(path, PARAMETERS)
     recording.keep("before", {"text": ["naïve", "", "zwei\nZeilen"], "value": np.arange(3) / 3})

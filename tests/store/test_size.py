@@ -8,8 +8,7 @@ import pytest
 
 from geffect.layers import Parameter
 from geffect.sketch import Sketch
-from geffect.store import Contents, Row, open_run
-from geffect.store import writer as writing
+from geffect.store import Contents, Row, growing_file, open_run
 from geffect.store.size import projected_bytes
 from geffect.store.writer import RunWriter
 from tests.utils.runs import MANIFEST, PARAMETERS, SOURCES, append, row_of
@@ -43,7 +42,7 @@ def test_the_size_is_known_before(tmp_path: Path, rows: int, sketch: Sketch | No
 def test_no_more_is_taken_meanwhile_than_was_told(
     tmp_path: Path, capacity: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "SPARE_BYTES", 100_000)
+    monkeypatch.setattr(growing_file, "SPARE_BYTES", 100_000)
     contents = Contents(SOURCES, MANIFEST, sketch=Sketch(width=1000))
     told = projected_bytes(PARAMETERS, contents, 40, 0)
     taken = []

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from geffect.store import RunFileError, open_run
+from geffect.store.growing_file import FIRST_CAPACITY
 from geffect.store.schema import (
     READABLE,
     RECTIFICATION_COLUMNS,
@@ -14,7 +15,7 @@ from geffect.store.schema import (
     VERSION,
     WEIGHT_STATISTICS,
 )
-from geffect.store.writer import FIRST_CAPACITY, RunWriter
+from geffect.store.writer import RunWriter
 from tests.utils.runs import (
     BLOCKS,
     MANIFEST,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from geffect.store import RunFileError, open_run, validate
-from geffect.store.writer import FIRST_CAPACITY, RunWriter
+from geffect.store.growing_file import FIRST_CAPACITY
+from geffect.store.writer import RunWriter
 from tests.utils.runs import (
     MANIFEST,
     PARAMETERS,
@@ -337,13 +338,13 @@ LIMITED = """
     import resource, sys
     sys.path.insert(0, sys.argv[2])
     from geffect import open_run
-    from geffect.store import writer
+    from geffect.store import growing_file
     from tests.utils.runs import PARAMETERS, damage, RunWriter, append, row_of
 
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    writer.FIRST_CAPACITY = 4
+    growing_file.FIRST_CAPACITY = 4
     path, steps = sys.argv[1], int(sys.argv[3])
     writing = RunWriter(path, PARAMETERS, overwrite=True)
     for step in range(steps):
