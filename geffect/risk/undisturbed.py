@@ -43,6 +43,7 @@ def undisturbed(model: nn.Module, *, recompute: bool = True) -> Iterator[None]:
     with beside(model), torch.enable_grad():
         try:
             _turn_dropout_off(model, recompute=recompute)
+            _let_be_differentiated(model)
             for parameter, _ in grads:
                 parameter.grad = None
             # What an enclosing autocast has cast belongs to a graph of training, and what is cast
@@ -139,6 +140,16 @@ def _turn_dropout_off(model: nn.Module, *, recompute: bool) -> None:
     # dropout that mode changes nothing else, and without checkpoints the memory might not suffice.
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
+
+
+def _let_be_differentiated(model: nn.Module) -> None:
+    """Recurrent layers in train mode, without dropout, which there is all the difference.
+
+    cuDNN takes no gradient of them in eval mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.training, module.dropout = True, 0.0
 
 
 def _has_dropout(model: nn.Module) -> bool:

@@ -213,3 +213,18 @@ def test_a_hook_from_before_is_called_and_may_go_inside() -> None:
     second.remove()
     model(torch.ones(2))
     assert calls == ["inside", "second", "second"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_may_be_differentiated_by_cudnn(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(4, 3, num_layers=2, dropout=0.5), nn.Dropout(0.5)).eval()
+    x = torch.randn(5, 2, 4)
+    expected = model[0](x)[0]
+    for mode in (True, False):
+        model.train(mode)
+        with undisturbed(model):
+            assert model[0].training and not model[1].training  # cuDNN knows no other gradient
+            assert torch.equal(model[0](x)[0], expected)
+        assert [m.training for m in model.modules()] == [mode] * 3
+        assert model[0].dropout == 0.5
