@@ -16,6 +16,20 @@ from geffect.store import Run
 Floats = NDArray[np.float64]
 
 
+def check_run(run: object) -> None:
+    """Refuse what is no run, such as the path of its file.
+
+    >>> check_run("run.h5")
+    Traceback (most recent call last):
+    TypeError: `run` should be an open run. Found `str`. Pass geffect.open_run(path).
+    """
+    if not isinstance(run, Run):
+        raise TypeError(
+            f"`run` should be an open run. Found `{type(run).__name__}`. Pass "
+            "geffect.open_run(path)."
+        )
+
+
 def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[str], Floats]:
     """The blocks in network order, and their Gram matrices (step, block, source, source).
 

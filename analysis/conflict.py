@@ -9,7 +9,7 @@ from geffect.scores import YES_OR_NO, Score, tidy
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
-from .base import column_of, in_space, summed_gram
+from .base import check_run, column_of, in_space, summed_gram
 from .rectified import default_by, level_told, named
 
 
@@ -34,6 +34,7 @@ def conflict(
        step    layer  value                              score    unit
     0     0  layer 0    1.0  conflict of objective and retain  0 or 1
     """
+    check_run(run)
     by = default_by(run, "layer") if by is None else by
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     i, j = run.index(a), run.index(b)

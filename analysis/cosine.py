@@ -7,7 +7,7 @@ from geffect.groups import By
 from geffect.scores import COSINE, Score, tidy
 from geffect.store import Run
 
-from .base import column_of, in_space, summed_gram
+from .base import check_run, column_of, in_space, summed_gram
 from .rectified import named
 
 
@@ -28,6 +28,7 @@ def cosine(
        step  model  value                        score    unit
     0     0  model    0.5  cosine of forget and retain  cosine
     """
+    check_run(run)
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     score = Score(f"cosine of {named(run, a)} and {named(run, b)}", COSINE)
     values = cosine_of(K, run.index(a), run.index(b))

@@ -15,7 +15,7 @@ from geffect.scores import COSINE, Score, tidy
 from geffect.sources import RETAIN
 from geffect.store import Run
 
-from .base import Floats, column_of, in_space
+from .base import Floats, check_run, column_of, in_space
 from .rectified import named
 
 Gradients = tuple[Run, str]
@@ -53,6 +53,9 @@ def drift(
        step  other_step  model  value     error
     0     0           0  model    0.5  0.011719
     """
+    check_run(run)
+    if other is not None:
+        check_run(other)
     other_source = source if other_source is None else other_source
     ours, theirs = (run, source), (run if other is None else other, other_source)
     sketched = all(of.contents.sketch for of, _ in (ours, theirs))

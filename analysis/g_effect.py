@@ -8,7 +8,7 @@ from geffect.scores import PER_RATE, PER_TOKEN, Score, stack, tidy
 from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, UPDATE
 from geffect.store import Run
 
-from .base import column_of, in_space, summed_gram
+from .base import check_run, column_of, in_space, summed_gram
 from .rectified import acts
 
 EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
@@ -60,6 +60,7 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
     2  unlearning, update   -0.3  G-effect of the applied update
     3   retaining, update    0.0  G-effect of the applied update
     """
+    check_run(run)
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     shown = {OBJECTIVE: (BEFORE if acts(run) else SCORE, 1.0)}
     if acts(run):

@@ -5,6 +5,8 @@ import pandas as pd
 from geffect.scores import WEIGHT, Score, stack, tidy
 from geffect.store import Run
 
+from .base import check_run
+
 SCORE = Score("implicit weight", WEIGHT)
 
 
@@ -26,6 +28,7 @@ def implicit_weights(run: Run) -> pd.DataFrame:
     2     0  model       p95    npo    1.9
     3     0  model       max    npo    2.0
     """
+    check_run(run)
     return stack(
         {
             weight: stack(

@@ -11,6 +11,8 @@ from scipy.special import ndtr, stdtrit
 
 from geffect.store import Run
 
+from .base import check_run
+
 ENOUGH_ROWS = 8
 """Rows below which a step has no interval: how much so few vary says little."""
 
@@ -46,6 +48,7 @@ def intervals(
     0  unlearning   -4.0     1  NaN   NaN
     1   retaining   -1.0     1  NaN   NaN
     """
+    check_run(run)
     if not (0 < level < 1 and replicates > 0):
         raise ValueError(
             "`level` should be between 0 and 1, and `replicates` at least 1. Found "

@@ -8,7 +8,7 @@ from geffect.scores import PER_TOKEN, Score, stack, tidy
 from geffect.sources import UPDATE
 from geffect.store import Run
 
-from .base import column_of, in_space, risks_of, summed_gram
+from .base import check_run, column_of, in_space, risks_of, summed_gram
 
 SCORE = Score("predicted fall of the risk", PER_TOKEN)
 
@@ -29,6 +29,7 @@ def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     0     0  model  forget   -0.4
     1     0  model  retain   -0.1
     """
+    check_run(run)
     update = run.index(UPDATE)
     blocks, K = summed_gram(run, by)
     tables = {

@@ -12,7 +12,7 @@ from geffect.scores import COSINE, PER_RATE, PER_TOKEN, YES_OR_NO, Score, stack,
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
-from .base import Floats, column_of, in_space, summed_gram
+from .base import Floats, check_run, column_of, in_space, summed_gram
 from .rectified import own_level, protected
 from .violation import SCORE as VIOLATION
 from .violation import rounding, tolerance, violates
@@ -77,6 +77,7 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     6      0  model  retain        removed   0.25
     11     0  model  retain       violated   0.00
     """
+    check_run(run)
     names, numbers = run.rectification()
     sets = protected(run) or [RETAIN]
     blocks, K = summed_gram(run, by)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from geffect.scores import BLOCKS, SAYS, said
 from geffect.store import Run
 
+from .base import check_run
 from .instances import SCORE
 
 SAMPLES, TOKENS = "samples", "tokens"
@@ -34,11 +35,11 @@ def kept(run: Run, name: str) -> pd.DataFrame:
 
     Blocks and risks are ordered categories again, in the order in which they come.
 
-    >>> from types import SimpleNamespace
-    >>> run = SimpleNamespace(table=lambda name: {"sample": [0, 0], "risk": ["retain", "forget"]})
-    >>> list(kept(run, TOKENS)["risk"].cat.categories)
+    >>> columns = {"value": np.array([1.0, 2.0]), "risk": ["retain", "forget"]}
+    >>> list(kept(example_run(tables={TOKENS: columns}), TOKENS)["risk"].cat.categories)
     ['retain', 'forget']
     """
+    check_run(run)
     table = pd.DataFrame(run.table(name))
     for column in (*BLOCKS, "risk"):
         if column in table:

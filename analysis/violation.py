@@ -9,7 +9,7 @@ from geffect.scores import YES_OR_NO, Score, stack, tidy
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
-from .base import Floats, block_sums, column_of, in_space, parts_of, summed_gram
+from .base import Floats, block_sums, check_run, column_of, in_space, parts_of, summed_gram
 from .rectified import default_by, level_told, protected
 
 ROUNDING = 1e-6
@@ -47,6 +47,7 @@ def violation(run: Run, by: By | None = None) -> pd.DataFrame:
        step  model  value  tolerance
     0     0  model    1.0   0.000001
     """
+    check_run(run)
     by = default_by(run, "model") if by is None else by
     blocks, K = summed_gram(run, by)
     update = run.index(UPDATE)

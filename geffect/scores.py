@@ -163,7 +163,33 @@ def score_of(table: pd.DataFrame) -> Score:
             f"table[table['unit'] == {units[0]!r}], or draw a panel for each score with sheet or "
             "facets."
         )
-    return Score(" or ".join(dict.fromkeys(score.label for score in found)), units[0])
+    return Score(_together(list(dict.fromkeys(score.label for score in found))), units[0])
+
+
+def _together(labels: Sequence[str]) -> str:
+    """The labels as one, what they begin and end with said once.
+
+    >>> _together(["cosine of a and b", "cosine of a before rectification and b"])
+    'cosine of a (before rectification) and b'
+    >>> _together(["G-effect before rectification", "G-effect of the update"])
+    'G-effect before rectification or of the update'
+    """
+    if len(labels) == 1:
+        return labels[0]
+    words = [label.split() for label in labels]
+    start = _alike(words)
+    rest = [those[len(start) :] for those in words]
+    end = _alike([those[::-1] for those in rest])[::-1]
+    own = [" ".join(those[: len(those) - len(end)]) for those in rest]
+    if not all(own) and any(own):
+        return " ".join([*start, f"({' or '.join(filter(None, own))})", *end])
+    return " ".join([*start, " or ".join(map(" ".join, rest))])
+
+
+def _alike(several: Sequence[Sequence[str]]) -> list[str]:
+    """What all of them begin with."""
+    together = zip(*several, strict=False)
+    return [word for word, *_ in takewhile(lambda those: len(set(those)) == 1, together)]
 
 
 def in_common(table: pd.DataFrame) -> str:
@@ -175,9 +201,7 @@ def in_common(table: pd.DataFrame) -> str:
     first, *others = scores_in(table)
     if not others:
         return first.full
-    words = [score.label.split() for score in (first, *others)]
-    alike = takewhile(lambda those: len(set(those)) == 1, zip(*words, strict=False))
-    return " ".join(word for word, *_ in alike)
+    return " ".join(_alike([score.label.split() for score in (first, *others)]))
 
 
 def blocks_of(table: pd.DataFrame) -> str:

@@ -95,7 +95,7 @@ def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
     several = {column: names for column, names in names_in(table).items() if len(names) > 1}
     if len(several) > most:
         column, names = next(iter(several.items()))
-        found = "; ".join(f"{of} ({', '.join(those)})" for of, those in several.items())
+        found = "; ".join(f"{of} ({', '.join(map(repr, those))})" for of, those in several.items())
         raise ValueError(
             f"`table` should have {f'at most {most}' if most else 'no'} columns that tell rows of "
             f"one step and {block} apart, to fit one panel. Found {found}. "

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,24 @@ def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         sketch: bool = False,
         weights: bool = False,
         rectified: bool = False,
+        tables: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Run:
         path = tmp_path_factory.mktemp("example") / "example.h5"
         weighted = ("npo",) if weights else ()
-        _write_example(path, update, Sketch() if sketch else None, weighted, rectified)
+        kept = tables or {}
+        _write_example(path, update, Sketch() if sketch else None, weighted, rectified, kept)
         return open_run(path)
 
     return example_run
 
 
 def _write_example(
-    path: Path, update: bool, sketch: Sketch | None, weights: tuple[str, ...], rectified: bool
+    path: Path,
+    update: bool,
+    sketch: Sketch | None,
+    weights: tuple[str, ...],
+    rectified: bool,
+    tables: Mapping[str, Mapping[str, Any]],
 ) -> None:
     forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
     vectors = {"objective": -forget, "forget": forget, "retain": retain}
@@ -188,6 +195,8 @@ def _write_example(
             ),
         )
     )
+    for name, columns in tables.items():
+        writer.keep(name, columns)
     writer.close(complete=True)
 
 

@@ -160,3 +160,29 @@ def test_panels_of_one_unit_share_a_scale_and_no_others(recorded: Path) -> None:
         limits.setdefault(ax.get_ylabel().splitlines()[-1], set()).add(ax.get_ylim())
     assert set(limits) == {f"({PER_RATE})", "(nats per token)"}
     assert figure.get_suptitle() == "G-effect, by layer"
+
+
+def test_labels_of_one_unit_are_said_together_and_shortly() -> None:
+    ours = "cosine of objective before rectification and retain"
+    for labels, expected in (
+        ([ours], ours),
+        (
+            ["cosine of objective and retain", ours],
+            "cosine of objective (before rectification) and retain",
+        ),
+        (
+            [ours, "cosine of objective and retain"],
+            "cosine of objective (before rectification) and retain",
+        ),
+        (
+            ["G-effect before rectification", "G-effect of the update"],
+            "G-effect before rectification or of the update",
+        ),
+        (["cosine of a and c", "cosine of b and c"], "cosine of a and c or b and c"),
+        (["G-effect", "G-effect, adapter space"], "G-effect or G-effect, adapter space"),
+        (["a", "a b", "a c"], "a (b or c)"),
+        (["a a", "a"], "a (a)"),
+        (["fall", "rise"], "fall or rise"),
+    ):
+        table = pd.DataFrame({"value": 1.0, "score": labels, "unit": "s"})
+        assert score_of(table) == Score(expected, "s")

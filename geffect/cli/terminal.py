@@ -1,5 +1,6 @@
 """What the command line prints: the one way to a terminal, and tables that cut nothing."""
 
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -43,9 +44,12 @@ def terminal(*, stderr: bool = False) -> Console:
 
 
 def say(console: Console, *said: object) -> None:
-    """Print lines of text, which may hold what others wrote."""
+    """Print lines of text, which may hold what others wrote.
+
+    A terminal gets them folded between words; a word is never cut, as a path is copied from there.
+    """
     for line in said:
-        console.print(Text(plain(line)))
+        console.print(Text("\n".join(_folded(plain(line), console.width))))
 
 
 def say_marked(console: Console, mark: str, colour: str, text: object) -> None:
@@ -119,6 +123,17 @@ def show(
             f"Left out for want of room: {', '.join(left_out)}. A wider terminal shows "
             f"{'it' if len(left_out) == 1 else 'them'}, and so does --format tsv.",
         )
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """The line in lines of a width in cells; a longer word has one for itself."""
+    lines = [""]
+    for word in re.findall(r"\s*\S+", line):
+        if lines[-1].strip() and cell_len(lines[-1] + word) > width:
+            lines.append(word.lstrip())
+        else:
+            lines[-1] += word
+    return lines
 
 
 def _room(widths: Mapping[str, int]) -> int:

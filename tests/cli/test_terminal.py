@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from geffect.cli.options import Format
@@ -40,7 +41,12 @@ def test_a_narrow_terminal_cuts_no_number_and_no_name(width: int) -> None:
     show(console, HEADINGS, ROWS, names=["parameter", "effect"], spare=["median", "first"])
     out = printed(console)
     table = [line for line in out.splitlines() if line.startswith(("│", "┃"))]
-    gone = out.partition("Left out for want of room: ")[2].partition(".")[0].split(", ")
+    gone = (
+        " ".join(out.split())
+        .partition("Left out for want of room: ")[2]
+        .partition(".")[0]
+        .split(", ")
+    )
     shown = [heading for heading in HEADINGS if heading not in gone]
     assert "…" not in out and (width < 80) == (shown != HEADINGS)
     columns = [
@@ -53,6 +59,20 @@ def test_a_narrow_terminal_cuts_no_number_and_no_name(width: int) -> None:
             assert together == "".join([heading, *written])
         else:
             assert [part.strip() for part in column if part.strip()] == [heading, *written]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_a_narrow_terminal_gets_lines_that_are_folded_between_words(width: int) -> None:
+    console = narrow(width)
+    path = "/a/folder/with-a-long/name/of/a-run/that/is/no/word/to/be/cut/anywhere/run.h5"
+    words = f"  G-effect (nats per unit learning rate): 12 steps, 語言 in {path} and more".split(
+        " "
+    )
+    say(console, " ".join(words))
+    lines = printed(console).splitlines()
+    assert [word for line in lines for word in line.split()] == [w for w in words if w]
+    assert all(cell_len(line) <= width or line.strip() == path for line in lines) and len(lines) > 1
+    assert lines[0].startswith("  G-effect")
 
 
 def test_what_is_no_terminal_has_room_for_all(capsys: pytest.CaptureFixture[str]) -> None:

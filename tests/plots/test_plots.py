@@ -429,7 +429,7 @@ def test_tradeoff_refuses_a_missing_column() -> None:
 @pytest.mark.parametrize("plot", [heatmap, trajectory])
 def test_several_effects_in_one_panel_are_refused(plot) -> None:
     with pytest.raises(
-        ValueError, match=r"effect \(unlearning, retaining\).*facets\(table"
+        ValueError, match=r"effect \('unlearning', 'retaining'\).*facets\(table"
     ) as refusal:
         plot(effects())
     assert "table[table['effect'] == 'unlearning']" in str(refusal.value)
