@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -32,7 +33,7 @@ def manifest(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
+            **_versions(),
         },
         "model": {
             "class": type(model).__name__,
@@ -48,6 +49,11 @@ def manifest(
         "metadata": metadata,
         **further,
     }
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    return {package: version(package) for package in PACKAGES}
 
 
 def _is_adapted(model: nn.Module) -> bool:

@@ -24,6 +24,15 @@ OPTIONS = {"libver": ("v108", "v110")}
 
 _PAGE = 4096
 
+_WITH_ITS_GROUPS = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+_WITH_ITS_GROUPS.set_create_intermediate_group(True)
+_WITH_ITS_GROUPS.set_char_encoding(h5py.h5t.CSET_UTF8)
+
+_IN_ONE_PIECE = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+_IN_ONE_PIECE.set_layout(h5py.h5d.CONTIGUOUS)
+_IN_ONE_PIECE.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+_IN_ONE_PIECE.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+
 Stream = BinaryIO | io.FileIO
 
 Identity = tuple[int, int] | None
@@ -88,6 +97,10 @@ class Image(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         self._size = self._place if size is None else size
         return self._size
+
+    # Its own: Python looks no name up in a base while an error is on its way through HDF5, and says
+    # that there is none, in the place of that error.
+    flush = io.RawIOBase.flush
 
     def save(self, stream: BinaryIO) -> None:
         """Write what is not zero, and give the stream the size of the file."""
@@ -159,15 +172,22 @@ class Room:
 
 def declare(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> Room:
     """Make a dataset in one piece, with room for its numbers, which are not written."""
-    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plan.set_layout(h5py.h5d.CONTIGUOUS)
-    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    group, _, last = name.rpartition("/")
-    parent = file.require_group(group) if group else file
-    kind, space = h5py.h5t.py_create(np.dtype(dtype)), h5py.h5s.create_simple(shape)
-    made = h5py.h5d.create(parent.id, last.encode(), kind, space, plan)
-    return Room.of(h5py.Dataset(made))
+    made = _made(file, name, shape, h5py.h5t.py_create(np.dtype(dtype)), _IN_ONE_PIECE)
+    return Room(made.get_offset(), shape, np.dtype(dtype))
+
+
+def store(file: h5py.File, name: str, values: NDArray[Any]) -> None:
+    """Make a dataset that holds these numbers, or texts of a fixed length."""
+    kind = h5py.h5t.py_create(values.dtype, logical=True)
+    # By name, so that no interrupt of the write closes it on its way out.
+    made = _made(file, name, values.shape, kind)
+    made.write(h5py.h5s.ALL, h5py.h5s.ALL, values)
+
+
+def _made(file: h5py.File, name: str, shape: tuple[int, ...], kind: Any, plan: Any = None) -> Any:
+    # Without the objects that h5py puts around it, which take longer to make than the dataset.
+    space = h5py.h5s.create_simple(shape)
+    return h5py.h5d.create(file.id, name.encode(), kind, space, plan, _WITH_ITS_GROUPS)
 
 
 def identity(path: Path) -> Identity:

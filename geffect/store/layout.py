@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter, layers_of
 
 from . import checksums
-from .contiguous import Room, Stream, declare
+from .contiguous import Room, Stream, declare, store
 from .labels import text, texts
 from .schema import (
     AXES,
@@ -165,15 +165,17 @@ def lay_out(
     # As long in either state, so that it can be changed in place.
     file.attrs.create("state", STATES[complete], dtype=h5py.string_dtype("ascii", len("complete")))
     shapes = entry_shapes(contents, parameters)
-    kept = _keep(file.create_group("tables"), tables)
+    file.create_group("tables")
+    kept = _keep(file, tables)
     labels = _labels(contents, parameters) | {
         "kept": text(json.dumps(kept)),
         "checksummed": texts(checksummed(shapes)),
     }
     labels["labels"] = texts(list(labels))
     for name, values in labels.items():
-        file[name] = values
-    file["committed"] = checksums.record_of(count, checksums.of_labels(labels), complete=complete)
+        store(file, name, values)
+    record = checksums.record_of(count, checksums.of_labels(labels), complete=complete)
+    store(file, "committed", record)
     rooms = {
         name: declare(file, name, (capacity, *shape), ROWS[name]) for name, shape in shapes.items()
     }
@@ -181,7 +183,7 @@ def lay_out(
     return rooms
 
 
-def _keep(group: h5py.Group, tables: Mapping[str, Columns]) -> dict[str, dict[str, int]]:
+def _keep(file: h5py.File, tables: Mapping[str, Columns]) -> dict[str, dict[str, int]]:
     """Put tables into a file; the checksum of each column."""
     kept: dict[str, dict[str, int]] = {}
     for name, table in tables.items():
@@ -189,7 +191,7 @@ def _keep(group: h5py.Group, tables: Mapping[str, Columns]) -> dict[str, dict[st
         for column, values in table.items():
             numbers = isinstance(values, np.ndarray) and values.dtype.kind in "biuf"
             stored = np.asarray(values) if numbers else texts([str(value) for value in values])
-            group[f"{name}/{column}"] = stored
+            store(file, f"tables/{name}/{column}", stored)
             kept[name][column] = checksums.of_labels({f"{name}/{column}": stored})
     return kept
 
@@ -228,8 +230,10 @@ def _columns(parameters: Sequence[Parameter]) -> dict[str, Array]:
 def _label_axes(file: h5py.File) -> None:
     """Dimension scales, for readers such as xarray that know axes by name."""
     present = {name: scales for name, scales in AXES.items() if name in file}
-    for scale in {scale for scales in present.values() for scale in scales}:
-        file[scale].make_scale(scale.split("/")[-1])
+    labels = {scale for scales in present.values() for scale in scales}
+    found = {name: h5py.h5d.open(file.id, name.encode()) for name in labels | set(present)}
+    for scale in labels:
+        h5py.h5ds.set_scale(found[scale], scale.split("/")[-1].encode())
     for name, scales in present.items():
         for axis, scale in enumerate(scales):
-            file[name].dims[axis].attach_scale(file[scale])
+            h5py.h5ds.attach_scale(found[name], found[scale], axis)
