@@ -19,7 +19,7 @@ from geffect.store import RunFileError, validate
 from tests.utils.interrupts import grads_of, hooks_left, interrupted_at_line, same
 from tests.utils.subprocesses import in_another_process, locked_by_another_process
 
-POINTS = 200
+POINTS = int(os.environ.get("GEFFECT_KILLS", "60"))
 STEPS = 3
 
 on_unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="cannot fork")

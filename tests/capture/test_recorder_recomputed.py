@@ -62,10 +62,11 @@ def trained(model: nn.Module, path: Path | None, *, rectified: bool, update: boo
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("spectral", [False, True])
 @pytest.mark.parametrize("rectified", [False, True])
-@pytest.mark.parametrize("update", [False, True])
 def test_what_a_pass_runs_anew_leaves_no_trace(
-    reentrant: bool, spectral: bool, rectified: bool, update: bool, tmp_path: Path
+    reentrant: bool, spectral: bool, rectified: bool, tmp_path: Path
 ) -> None:
+    # Half of the cells with the update and half without: any three options meet in every way.
+    update = reentrant ^ spectral ^ rectified
     for keeps_state in (True, False):
         how = {"reentrant": reentrant, "spectral": spectral, "keeps_state": keeps_state}
         told = {"rectified": rectified, "update": update}

@@ -1,6 +1,7 @@
 """The source `rectified`: what a rectifier hands to the optimizer, beside what it was made from."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def flat(tensors: Any) -> np.ndarray:
     return torch.cat([t.detach().double().flatten() for t in tensors]).numpy()
 
 
+@cache
+def unwatched(way: str) -> tuple[Any, Any]:
+    return trained(None, *WAYS[way])
+
+
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_handed_on_is_a_source_and_training_ends_as_unwatched(
@@ -85,7 +91,7 @@ def test_what_is_handed_on_is_a_source_and_training_ends_as_unwatched(
 
     options, objective = WAYS[way]
     watched = trained(tmp_path / "run.h5", options, objective, update=update, seen=look)
-    assert same(watched, trained(None, options, objective))
+    assert same(watched, unwatched(way))
     run = open_run(tmp_path / "run.h5")
     assert run.sources[-2 if update else -1] == "rectified"
     K = run.gram().sum(axis=1)

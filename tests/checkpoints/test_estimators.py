@@ -447,6 +447,8 @@ def most_resident(model: Any, objective: Any, sets: Any, estimator: Any) -> int:
         most = max(most, len(there))
 
     before = FrozenModel(tiny.gpt2(seed=9).requires_grad_(True).eval())
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again and again
     for _ in estimator(Sources(model, objective, sets, reference=before, report=look)):
         pass
     return most
