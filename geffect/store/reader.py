@@ -1,7 +1,6 @@
 """A run as it stands in its file. Needs neither torch nor the model."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,88 +8,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.encodings import ENCODINGS
-from geffect.layers import Parameter
-from geffect.near import meant
 from geffect.sketch import Sketch
-from geffect.sources import AVERAGE, RECTIFIED, UPDATE
 
+from .committed_rows import KEY_COLUMNS, CommittedRows
 from .labels import read_committed, read_labels
-from .layout import checksummed, entry_shapes
+from .layout import checksummed
 from .opening import opened, settled
 from .paths import place_of
 from .rows import read_rows
 from .schema import (
-    KEY,
     RECTIFICATION_COLUMNS,
     STATES,
     STEP_COLUMNS,
     WEIGHT_STATISTICS,
-    Contents,
     OtherSketch,
-    RunFileError,
 )
-from .segments import Segments
 from .summary import as_html, as_line, size_of
-from .tables import read_table, tables_in
 
 Floats = NDArray[np.float64]
 
-_KEY = tuple(f"steps/{name}" for name in KEY)
-
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class Run(CommittedRows):
     """The steps of a run that were committed when it was opened. Arrays are read when asked for.
 
     A step that was measured on several batches has several rows. Numbers of a step are their mean;
     a source that is absent in one of them is absent.
     """
 
-    path: Path
     name: str
     state: str  # "complete", or "open": being recorded, or ended without being closed
-    contents: Contents
-    layers: tuple[Parameter, ...]
     steps: NDArray[np.int64]  # each once
     rows: NDArray[np.int64]  # how many each step has
-    drawn: NDArray[np.int64]  # which rows of the file those are
 
     def __repr__(self) -> str:
         return as_line(self.name, self._facts())
 
     def _repr_html_(self) -> str:
         return as_html(self.name, self._facts())
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The names of the gradients, in the order of the Gram matrix."""
-        return self.contents.sources
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """Versions, what was recorded, and how."""
-        return self.contents.manifest
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What the user gave to the recorder."""
-        metadata = self.manifest.get("metadata")
-        if not isinstance(metadata, Mapping):
-            raise RunFileError(
-                f"The manifest of `{self.path}` should hold metadata. Found "
-                f"{type(metadata).__name__}. Take an earlier copy, or record again."
-            )
-        return metadata
-
-    def index(self, source: str) -> int:
-        """The place of a source in the Gram matrix."""
-        if source not in self.sources:
-            raise ValueError(
-                f"`source` should be one of {', '.join(self.sources)} in `{self.path}`. "
-                f"Found `{source}`.{_how_to_have(source, self.sources)}"
-            )
-        return self.sources.index(source)
 
     def gram(self) -> Floats:
         """Float64[step, parameter, source, source]; NaN for a source absent at a step."""
@@ -209,7 +164,7 @@ class Run:
         self._check(
             self.contents.gradients, "gradients", 'Record with Recorder(..., store="bf16").'
         )
-        numbers, *columns = self._drawn(["stored", *_KEY])
+        numbers, *columns = self.rows_of(["stored", *KEY_COLUMNS])
         number = numbers[:, place]
         own = np.repeat(self.steps == step, self.rows) & (number >= 0)
         if not own.any():
@@ -226,22 +181,6 @@ class Run:
             for row, key in zip(number[own][latest], keys[latest].tolist(), strict=True)
         ]
         return [np.mean(parts, axis=0, dtype=np.float32) for parts in zip(*found, strict=True)]
-
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """The names of the tables that were kept with the run."""
-        with opened(self.path) as file:
-            return tuple(tables_in(file))
-
-    def table(self, name: str) -> dict[str, NDArray[Any]]:
-        """The columns of a table that was kept with the run: numbers or texts."""
-        with opened(self.path) as file:
-            if name in (kept := tables_in(file)):
-                return read_table(file, name, kept[name])
-        raise ValueError(
-            f"`{self.path}` should hold a table `{name}`. Found {', '.join(kept) or 'none'}. "
-            f"Keep it with recorder.keep_table({name!r}, columns)."
-        )
 
     def resampled(self, rng: np.random.Generator) -> "Run":
         """The run with as many rows a step, drawn from those of the step with replacement.
@@ -262,40 +201,6 @@ class Run:
             rows=self.rows[kept],
             drawn=self.drawn[np.repeat(kept, self.rows)],
         )
-
-    def keys(self) -> NDArray[np.int64]:
-        """Int64[row, 3]: request, step and batch, which tell the rows apart."""
-        return np.stack(self._drawn(_KEY), axis=1)
-
-    def read(self, name: str, *entry: int) -> NDArray[Any]:
-        """The rows of a dataset as they are in the file, or one entry of each."""
-        (rows,) = self._drawn([name], entry)
-        return rows
-
-    def _drawn(self, names: Sequence[str], entry: tuple[int, ...] = ()) -> list[NDArray[Any]]:
-        return [rows[self.drawn] for rows in settled(lambda: self._read(names, entry))]
-
-    def _read(self, names: Sequence[str], entry: tuple[int, ...]) -> list[NDArray[Any]]:
-        count, shapes = self.drawn.max(initial=-1) + 1, self.shapes
-        unlisted = (len(self.layers),)  # of what this run may lack
-        with opened(self.path) as file:
-            return [read_rows(file, n, count, shapes.get(n, unlisted), entry) for n in names]
-
-    def segments(self) -> Segments:
-        """Where the gradients lie that are kept whole."""
-        gradients = self.contents.gradients
-        if gradients is None or gradients.encoding not in ENCODINGS:
-            raise RunFileError(
-                f"The gradients of `{self.path}` should be in one of the encodings "
-                f"{', '.join(ENCODINGS)}. Found {gradients and gradients.encoding!r}. Read them "
-                "with the version of geffect that wrote them."
-            )
-        return Segments(self.contents, self.layers)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The datasets that have one entry a row, and the shape of an entry."""
-        return entry_shapes(self.contents, self.layers)
 
     def _facts(self) -> dict[str, str]:
         """What is said of the run where it is shown."""
@@ -343,7 +248,7 @@ def _open(path: Path, name: str) -> Run:
         file.check_self_contained()
         labels = read_labels(file)
         count, complete = read_committed(file, labels)
-        keys = np.stack([read_rows(file, name, count, ()) for name in _KEY[:2]])
+        keys = np.stack([read_rows(file, name, count, ()) for name in KEY_COLUMNS[:2]])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
         return Run(
@@ -364,16 +269,3 @@ def check_whole(run: Run) -> None:
         run.read(name)
     for name in run.tables:
         run.table(name)
-
-
-def _how_to_have(source: str, names: Sequence[str]) -> str:
-    """What to do for a source that is not among the names."""
-    if source == UPDATE:
-        return " Record with Recorder(..., update=True) to have it."
-    watched = any(name.endswith(AVERAGE) for name in names)
-    if not watched and (source == RECTIFIED or source.endswith(AVERAGE)):
-        return " Record with recorder.backward(..., rectifier=rectifier) to have it."
-    return (
-        f"{meant(source, names)} Name one of those; or record it, as a loss of that name or, of a "
-        "Trainer, as a probe."
-    )

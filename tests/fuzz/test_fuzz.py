@@ -90,7 +90,7 @@ def test_an_error_of_another_class_is_foreign(
     def broken(*_: object) -> int:
         raise IndexError("broken")
 
-    monkeypatch.setattr("geffect.store.reader.entry_shapes", broken)
+    monkeypatch.setattr("geffect.store.committed_rows.entry_shapes", broken)
     assert verdict(answers(path), right).startswith("foreign error: IndexError: broken of")
 
 
