@@ -118,8 +118,9 @@ class EmbeddedConfig:
 
 FULL = EmbeddedConfig()
 QUICK = EmbeddedConfig(
-    corpus=Size(authors=8, forget=2, heldout=2, world=20),
-    few_heldout=4,
+    corpus=Size(authors=6, forget=1, heldout=2, world=12),
+    few_heldout=3,
+    unlearning=UnlearningConfig(retain_batch=10, world_batch=10),
     layers=2,
     epochs=17,
     batch=8,
