@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from geffect import Recorder, Rectifier, Run, open_run
@@ -432,8 +433,10 @@ def test_a_file_of_old_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_report_shows_it_where_there_was_a_rectifier(
-    recorded: Path, unwatched: Path, tmp_path: Path
+    recorded: Path, unwatched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Pictures are counted here; tests of the command line look at them."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     model = tiny.llama()
     rectifier = Rectifier(model, scope="layer")
     with Recorder(model, tmp_path / "run.h5") as recorder:

@@ -309,14 +309,14 @@ def test_where_nothing_can_be_written(
 
 @pytest.mark.parametrize(("command", "name"), [("plot", "a.png"), ("report", "a.html")])
 def test_a_file_of_the_user_is_not_replaced_unasked(
-    ask: Ask, recorded: Path, tmp_path: Path, command: str, name: str
+    ask: Ask, unwatched: Path, tmp_path: Path, command: str, name: str
 ) -> None:
     output = tmp_path / name
     output.write_text("mine")
-    said = ask(command, recorded, "-o", output, "--by", "model")
+    said = ask(command, unwatched, "-o", output, "--by", "model")
     assert (said.code, said.out, output.read_text()) == (1, "", "mine")
     assert f"Found `{output}`. Choose another name, or replace it with --overwrite." in said.err
-    assert ask(command, recorded, "-o", output, "--by", "model", "--overwrite").code == 0
+    assert ask(command, unwatched, "-o", output, "--by", "model", "--overwrite").code == 0
     assert output.stat().st_size > 1000
 
 

@@ -1,8 +1,10 @@
 """The study on a pretrained model: opening one, choosing what is trained, teaching, and memory."""
 
+import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from geffect.demo.jobs import KINDS, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import Plan, run_study
+from geffect.demo.workers import Job
 from tests.utils.command_line import Ask
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)
@@ -369,7 +372,10 @@ def test_what_does_not_fit_is_refused() -> None:
         memory.check(3 * 2**30, 2**30)
 
 
-def test_a_study_of_it_ends_in_a_report(folder: Path, tmp_path: Path) -> None:
+def test_a_study_of_it_ends_in_a_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geffect.demo.study.working", working_here)
     chosen = subject(folder)
     chosen = replace(chosen, unlearning=replace(chosen.unlearning, most_steps=2, plain_steps=1))
     plain = {"plain": chosen.paced(VARIANTS)["plain"]}
@@ -378,3 +384,17 @@ def test_a_study_of_it_ends_in_a_report(folder: Path, tmp_path: Path) -> None:
     assert [run["steps"] for run in summary["runs"]] == [2]
     page = study_report(summary, tmp_path)
     assert f"{folder.name}, pretrained and then fine-tuned" in page
+
+
+@contextmanager
+def working_here(*_: Any) -> Iterator[Callable[[Sequence[Job]], list[Any]]]:
+    """Jobs as a worker is sent them, and their results as it sends them back."""
+
+    def run(jobs: Sequence[Job]) -> list[Any]:
+        return [sent(sent(job).run(lambda done, says: None)) for job in jobs]
+
+    yield run
+
+
+def sent(something: Any) -> Any:
+    return pickle.loads(pickle.dumps(something))
