@@ -5,15 +5,16 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from geffect.scores import blocks_of, score_of
+from geffect.scores import blocks_of, score_of, scores_in
 
 from .fit import all_levels, blocks_in, constants, names_in, require, short, told_apart
 from .style import (
-    Frame,
+    SIDE,
     Ink,
+    all_blocks,
     depth_colours,
     drawn,
-    dress,
+    dress_sides,
     heading,
     inks,
     key,
@@ -24,7 +25,8 @@ from .style import (
     step_axis,
     thinned,
     towers_apart,
-    value_axis,
+    units_of_sides,
+    value_axes,
 )
 
 
@@ -40,7 +42,8 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     one panel.
 
     Each effect or run has a line: the first column that tells rows apart gives the colour, the last
-    the dashes. A gap separates the towers of a model.
+    the dashes. A gap separates the towers of a model. Of two units, such as those of gradients and
+    of updates, each has a scale: the second on the right, with zero at the same height.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
@@ -52,30 +55,33 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     [-2.0, 1.5]
     """
     several = told_apart(table, most=2)
-    block, frame = blocks_of(table), Frame.of(table)
-    names = short(frame.blocks)
-    ax = ax or new_axes(height=3.0 + 0.04 * longest(names))
-    value_axis(ax, table)
+    block, blocks = blocks_of(table), all_blocks(table)
+    names = short(blocks)
+    units = units_of_sides(table)
+    spare = SIDE * (len(units) - 1)
+    ax = ax or new_axes(5.6 + 2 * spare, 3.0 + 0.04 * longest(names))
+    sides = value_axes(ax, table, units)
     handles = []
-    at = range(len(frame.blocks))
-    rates = score_of(table).is_rate
+    at = range(len(blocks))
     for name, ink, part in lines_of(table, several):
+        score = score_of(part)
+        side = sides[score.unit]
         values = part.groupby(block, observed=True)["value"]
-        of_steps = 100 * values.mean() if rates else values.median()
-        middle = of_steps.reindex(frame.blocks).to_numpy(dtype=float)
-        marker = "o" if len(frame.blocks) <= 40 else ""
-        handles += ax.plot(
-            at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3, label=name,
-            marker=marker, markersize=3, zorder=3,
+        of_steps = 100 * values.mean() if score.is_rate else values.median()
+        middle = of_steps.reindex(blocks).to_numpy(dtype=float)
+        marker = "o" if len(blocks) <= 40 else ""
+        handles += side.plot(
+            at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3,
+            label=name if side is ax else f"{name} (right)", marker=marker, markersize=3, zorder=3,
         )  # fmt: skip
-        if not rates:
+        if not score.is_rate:
             low, high = (
-                values.quantile(share).reindex(frame.blocks).to_numpy(dtype=float)
+                values.quantile(share).reindex(blocks).to_numpy(dtype=float)
                 for share in (0.25, 0.75)
             )
-            ax.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
-    towers_apart(ax.axvline, frame.blocks)
-    places = thinned(len(frame.blocks), most=14)
+            side.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
+    towers_apart(ax.axvline, blocks)
+    places = thinned(len(blocks), most=14)
     ax.set_xticks(
         places,
         [drawn(names[place]) for place in places],
@@ -83,14 +89,14 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ha="right",
         rotation_mode="anchor",
     )
-    ax.set_xlim(-0.5, len(frame.blocks) - 0.5)
+    ax.set_xlim(-0.5, len(blocks) - 0.5)
     ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize="medium")
-    dress(ax)
+    dress_sides(sides.values())
     heading(ax, constants(table))
     if table["step"].nunique() > 1:
-        note(ax, "rate over steps" if rates else "median and quartiles over steps")
+        note(ax, "rate over steps" if score.is_rate else "median and quartiles over steps")
     if several:
-        key(ax, handles)
+        key(ax, handles, beside=spare)
     return ax
 
 
@@ -117,18 +123,20 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     require(table, ["step", "value"])
     present = blocks_in(table)
-    rates = score_of(table).is_rate
+    rates = all(score.is_rate for score in scores_in(table))
     several = told_apart(table, most=0 if len(present) > 1 and not rates else 2)
     if len(present) > 1 and not rates:
-        block, colours = blocks_of(table), depth_colours(Frame.of(table).blocks)
+        block, colours = blocks_of(table), depth_colours(all_blocks(table))
         lines = [
             (label, Ink(colours[name]), table[table[block] == name])
             for name, label in zip(present, short(present), strict=True)
         ]
     else:
         lines = list(lines_of(table, several))
-    ax = ax or new_axes()
-    value_axis(ax, table)
+    units = units_of_sides(table)
+    spare = SIDE * (len(units) - 1)
+    ax = ax or new_axes(5.6 + 2 * spare)
+    sides = value_axes(ax, table, units)
     few = len(lines) <= 12
     marker = "o" if few and table["step"].nunique() <= 40 else ""
     # An undefined value at either end is no reason to hide that its step was captured.
@@ -136,19 +144,22 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     handles = []
     for name, ink, part in lines:
         ordered = part.groupby("step")["value"].mean()
-        handles += ax.plot(
-            ordered.index.to_numpy(), (100 if rates else 1) * ordered.to_numpy(dtype=float),
-            color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7, label=name,
-            marker=marker, markersize=2, zorder=3,
+        side = sides[score_of(part).unit]
+        handles += side.plot(
+            ordered.index.to_numpy(),
+            (100 if score_of(part).is_rate else 1) * ordered.to_numpy(dtype=float),
+            color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7,
+            label=name if side is ax else f"{name} (right)", marker=marker, markersize=2, zorder=3,
         )  # fmt: skip
     step_axis(ax)
-    dress(ax)
+    dress_sides(sides.values())
     block_alone = present if len(present) == 1 else []
     heading(ax, ", ".join(filter(None, [constants(table), *block_alone])))
     if rates:
         note(ax, rate(table) if block_alone else f"of the blocks; {rate(table)}")
     if len(lines) > 1:
-        key(ax, [handles[place] for place in thinned(len(handles), most=14)])
+        shown = [handles[place] for place in thinned(len(handles), most=14)]
+        key(ax, shown, beside=spare)
     return ax
 
 

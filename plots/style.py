@@ -23,9 +23,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from geffect.places import tower_in
-from geffect.scores import score_of
+from geffect.scores import score_of, scores_in
 from geffect.text import plain
 
 from .fit import blocks_in
@@ -84,6 +85,7 @@ LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logar
 MOST_DECADES = 6
 ABREAST = 48  # characters of a heading on one line
 LONGEST = 120  # characters of a label on several lines
+SIDE = 0.85  # inches that a scale on the right takes, with its label
 
 
 def inks(names: Sequence[str]) -> dict[str, Ink]:
@@ -210,6 +212,44 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
         ax.set_ylim(low - margin, high + margin)
 
 
+def all_blocks(table: pd.DataFrame) -> list[str]:
+    """The blocks of the frame handed on with the table, else the table's own."""
+    framed_by = table.attrs.get("frame")
+    return framed_by["blocks"] if framed_by else blocks_in(table)
+
+
+def units_of_sides(table: pd.DataFrame) -> list[str]:
+    """The units of a table that a panel has room for: of effects, which have a sign, two."""
+    found = {score.unit: score for score in scores_in(table)}
+    have_signs = all(score.scale == "symlog" for score in found.values())
+    return [*found] if have_signs and len(found) == 2 else [score_of(table).unit]
+
+
+def value_axes(ax: Axes, table: pd.DataFrame, units: Sequence[str]) -> dict[str, Axes]:
+    """The axes of each unit: y on the left, and of a second one on the right.
+
+    Comes before the data, as `value_axis` does.
+    """
+    sides = {unit: ax.twinx() if place else ax for place, unit in enumerate(units)}
+    for unit, side in sides.items():
+        own = framed(table[table["unit"].fillna("") == unit], table) if len(units) > 1 else table
+        value_axis(side, own)
+    return sides
+
+
+def dress_sides(sides: Iterable[Axes]) -> None:
+    """Dresses the axes of `value_axes` when they have their data: zero is at one height."""
+    left, *others = sides
+    dress(left)
+    for right in others:
+        dress(right)
+        right.spines["right"].set(visible=True, linewidth=0.6)
+        right.spines["left"].set_visible(False)
+    for side in (left, *others) if others else ():
+        reach = max(map(abs, side.get_ylim()))
+        side.set_ylim(-reach, reach)
+
+
 def step_axis(ax: Axes) -> None:
     """Gives x its label and whole-numbered ticks."""
     ax.set_xlabel("optimizer step", fontsize="medium")
@@ -255,13 +295,15 @@ def dress(ax: Axes, *, frame: bool = True) -> None:
     ax.tick_params(which="minor", width=0.4, length=1.5)
 
 
-def key(ax: Axes, handles: Sequence[Artist]) -> Legend:
-    """The legend of the handles, to the right of the data."""
+def key(ax: Axes, handles: Sequence[Artist], *, beside: float = 0.0) -> Legend:
+    """The legend of the handles, to the right of the data, and of what is so many inches wide."""
+    assert ax.figure is not None
     legend = ax.legend(
         handles=list(handles),
         labels=["" for _ in handles],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
+        bbox_transform=ax.transAxes + ScaledTranslation(beside, 0, ax.figure.dpi_scale_trans),
         borderaxespad=0.0,
         frameon=False,
         fontsize="small",

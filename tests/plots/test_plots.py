@@ -37,7 +37,7 @@ from geffect.plots.style import (
     thinned,
 )
 from geffect.scores import COSINE as UNIT
-from geffect.scores import YES_OR_NO, Score, stack, tidy
+from geffect.scores import YES_OR_NO, Score, said, stack, tidy
 
 LAYERS = ["embedding", *(f"layer {index}" for index in range(6)), "final norm", "head"]
 STEPS = np.arange(0, 100, 4)
@@ -424,6 +424,53 @@ def test_missing_columns_are_refused(plot, column: str) -> None:
 def test_tradeoff_refuses_a_missing_column() -> None:
     with pytest.raises(ValueError, match="Found no retain_nll among method, variant"):
         tradeoff(runs().drop(columns="retain_nll"))
+
+
+def of_two_units(layers: list[str]) -> pd.DataFrame:
+    """Effects of a gradient and, a million times smaller, of an update."""
+    update = Score("G-effect of the update", "nats per token")
+    parts = (
+        effects(layers),
+        effects(layers).assign(effect=lambda t: t["effect"].astype(str) + ", update"),
+    )
+    smaller = said(parts[1].assign(value=-1e-6 * parts[1]["value"]), update)
+    return pd.concat([parts[0], smaller], ignore_index=True)
+
+
+@pytest.mark.parametrize(("plot", "layers"), [(profile, LAYERS), (trajectory, ["model"])])
+@pytest.mark.parametrize("alone", [True, False])
+def test_two_units_have_a_scale_each(plot, layers: list[str], alone: bool) -> None:
+    table = of_two_units(layers)
+    left = plot(table) if alone else plot(table, ax=blank())
+    right = next(ax for ax in left.figure.axes if ax is not left)
+    assert left.get_ylabel() == "G-effect (nats)"
+    assert right.get_ylabel() == "G-effect of the update\n(nats per token)"
+    assert right.spines["right"].get_visible() and not left.spines["right"].get_visible()
+    names = ["unlearning", "retaining"]
+    assert legend_of(left) == [*names, *(f"{name}, update (right)" for name in names)]
+    for ax, ending in ((left, ""), (right, ", update")):
+        low, high = ax.get_ylim()
+        assert low == -high  # zero is at one height
+        lines = [line for line in ax.lines if not line.get_label().startswith("_")]
+        for line, name in zip(lines, names, strict=True):
+            own = table[table["effect"] == name + ending]
+            values = (
+                own.groupby("layer", observed=True)["value"].median()
+                if plot is profile
+                else own.set_index("step")["value"]
+            )
+            np.testing.assert_allclose(line.get_ydata(), values.to_numpy())
+    pyplot.close(left.figure)
+
+
+@pytest.mark.parametrize("plot", [profile, trajectory])
+def test_three_units_are_refused_and_leave_no_figure(plot) -> None:
+    further = grown(1, ["model"]).assign(effect="cosine", score="cosine", unit="cosine")
+    table = pd.concat([of_two_units(["model"]), further], ignore_index=True)
+    before = pyplot.get_fignums()
+    with pytest.raises(ValueError, match=r"values of one unit.* Found 'nats', 'nats per token', "):
+        plot(table)
+    assert pyplot.get_fignums() == before
 
 
 @pytest.mark.parametrize("plot", [heatmap, trajectory])
