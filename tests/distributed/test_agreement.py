@@ -1,7 +1,5 @@
 """What fails on one of two processes fails on both."""
 
-import pytest
-
 from geffect import distributed
 from tests.utils import two_ranks
 
@@ -23,12 +21,18 @@ def failures_on_a_rank(error: Exception | None, culprit: int) -> tuple[str, str]
     return None
 
 
-@pytest.mark.parametrize("culprit", range(2))
-def test_what_fails_on_one_process_fails_on_all(culprit: int) -> None:
-    error = FileExistsError("`path` should be new.")
-    answers = two_ranks.run(failures_on_a_rank, error, culprit)
-    assert answers == [("FileExistsError", "`path` should be new.")] * 2
-    assert two_ranks.run(failures_on_a_rank, None, culprit) == [None, None]
+CULPRITS = range(two_ranks.RANKS)
+
+
+def several_failures_on_a_rank() -> list[list[tuple[str, str] | None]]:
+    """Of each process alone: of an error, and of none after it."""
+    errors = FileExistsError("`path` should be new."), None
+    return [[failures_on_a_rank(error, culprit) for error in errors] for culprit in CULPRITS]
+
+
+def test_what_fails_on_one_process_fails_on_all() -> None:
+    expected = [("FileExistsError", "`path` should be new."), None]
+    assert two_ranks.run(several_failures_on_a_rank) == [[expected for _ in CULPRITS]] * 2
 
 
 def unsendable_on_a_rank() -> tuple[str, str] | None:

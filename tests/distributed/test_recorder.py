@@ -98,6 +98,22 @@ def train_on_a_rank(layout: str, dtype: torch.dtype = torch.float32) -> list[Ten
     return parameters_of(model)
 
 
+DTYPES = (torch.float64, torch.float32)
+
+
+def record_and_train_on_a_rank(
+    layout: str, folder: Path, options: dict[str, Any]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The parameters after a training that is watched, and after one that is not."""
+    return [
+        (
+            record_on_a_rank(layout, folder / f"{dtype}.h5", dtype, options),
+            train_on_a_rank(layout, dtype),
+        )
+        for dtype in DTYPES
+    ]
+
+
 def everything_kept() -> StoreOptions:
     return StoreOptions(sketch=Sketch(width=64), gradients="full")
 
@@ -122,13 +138,11 @@ def recorded_alone(model: nn.Module, path: Path) -> Run:
 def test_recording_changes_no_training_and_finds_what_one_process_finds(
     layout: str, options: dict[str, Any], alone: Run, tmp_path: Path
 ) -> None:
-    for dtype, tolerance, steps in [(torch.float64, 1e-12, STEPS), (torch.float32, 1e-6, 1)]:
-        path = tmp_path / f"{dtype}.h5"
-        watched = two_ranks.run(record_on_a_rank, layout, path, dtype, options)
-        unwatched = two_ranks.run(train_on_a_rank, layout, dtype)
-        for own, other in zip(watched, unwatched, strict=True):
-            assert all(map(torch.equal, own, other))
-        run = open_run(path)
+    for answer in two_ranks.run(record_and_train_on_a_rank, layout, tmp_path, options):
+        for watched, unwatched in answer:
+            assert all(map(torch.equal, watched, unwatched))
+    for dtype, tolerance, steps in zip(DTYPES, (1e-12, 1e-6), (STEPS, 1), strict=True):
+        run = open_run(tmp_path / f"{dtype}.h5")
         assert run.state == "complete"
         assert len(run.steps) == STEPS
         assert run.sources[:3] == alone.sources
@@ -239,8 +253,11 @@ def test_a_step_of_a_sharded_model_makes_few_small_reductions(
     assert first <= 4
 
 
-def full_disk_on_a_rank(path: Path) -> list[Tensor]:
-    """The file cannot be written from the second step on, which only its writer notices."""
+def full_disk_on_a_rank(path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """The file cannot be written from the second step on, which only its writer notices.
+
+    The parameters after that training, and after one that is not watched.
+    """
     model = fsdp(Small())
     optimizer = optimizer_of(model)
     own = of_rank(dist.get_rank())
@@ -250,7 +267,7 @@ def full_disk_on_a_rank(path: Path) -> list[Tensor]:
             optimizer.step()
             optimizer.zero_grad()
             RunWriter.append = no_room
-    return parameters_of(model)
+    return parameters_of(model), train_on_a_rank("fsdp")
 
 
 def no_room(*_: object) -> None:
@@ -258,10 +275,8 @@ def no_room(*_: object) -> None:
 
 
 def test_a_disk_that_fills_up_lets_all_processes_go_on(tmp_path: Path) -> None:
-    watched = two_ranks.run(full_disk_on_a_rank, tmp_path / "run.h5")
-    unwatched = two_ranks.run(train_on_a_rank, "fsdp")
-    for own, other in zip(watched, unwatched, strict=True):
-        assert all(map(torch.equal, own, other))
+    for watched, unwatched in two_ranks.run(full_disk_on_a_rank, tmp_path / "run.h5"):
+        assert all(map(torch.equal, watched, unwatched))
     assert len(open_run(tmp_path / "run.h5").steps) == 1
 
 

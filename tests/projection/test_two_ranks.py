@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -129,6 +130,13 @@ def trained_on_a_rank(layout: str) -> list[Any]:
         return [trained(layout, options) for options in WAYS.values()]
 
 
+@cache
+def trained_alone(way: str) -> tuple[list[Tensor], list[list[float]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "SAMPLE", 200)
+        return trained(None, WAYS[way])
+
+
 def together(layout: str, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     """The whole parameters, from what the processes hold."""
     if layout == "fsdp":
@@ -144,14 +152,11 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", SHARDINGS)
-def test_rectified_training_is_that_of_one_process(
-    layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selection, "SAMPLE", 200)
+def test_rectified_training_is_that_of_one_process(layout: str) -> None:
     answers = two_ranks.run(trained_on_a_rank, layout)
     plain, _ = trained(None, {"rule": None})
-    for (name, options), (first, said), (second, also) in zip(WAYS.items(), *answers, strict=True):
-        expected, reports = trained(None, options)
+    for name, (first, said), (second, also) in zip(WAYS, *answers, strict=True):
+        expected, reports = trained_alone(name)
         assert_close(together(layout, first, second), expected)
         torch.testing.assert_close(
             torch.tensor(said), torch.tensor(also), rtol=0, atol=0, equal_nan=True
@@ -278,6 +283,13 @@ def test_noise_is_noise_on_every_process(layout: str) -> None:
         assert_close(together(layout, first, second), expected)
 
 
+COORDINATES: list[dict[str, Any]] = [{"scope": "coordinate"}, {"rule": SAGO()}]
+
+
+def each_alone_on_a_rank() -> list[tuple[int, list[float], bool]]:
+    return [alone_on_a_rank(options) for options in COORDINATES]
+
+
 def alone_on_a_rank(options: dict[str, Any]) -> tuple[int, list[float], bool]:
     """A retain gradient that is not finite on the first process, where each decides for itself."""
     model = model_in("fsdp")
@@ -301,14 +313,12 @@ def gradients_alone(model: nn.Module) -> list[Tensor]:
     return grads
 
 
-@pytest.mark.parametrize("options", [{"scope": "coordinate"}, {"rule": SAGO()}], ids=str)
-def test_a_process_that_leaves_its_coordinates_alone_reports_with_the_others(
-    options: dict[str, Any],
-) -> None:
-    (skipped, said, same), (none, also, other_same) = two_ranks.run(alone_on_a_rank, options)
-    assert (skipped, none) == (1, 0)
-    assert same and not other_same
-    torch.testing.assert_close(torch.tensor(said), torch.tensor(also), equal_nan=True)
+def test_a_process_that_leaves_its_coordinates_alone_reports_with_the_others() -> None:
+    for here, there in zip(*two_ranks.run(each_alone_on_a_rank), strict=True):
+        (skipped, said, same), (none, also, other_same) = here, there
+        assert (skipped, none) == (1, 0)
+        assert same and not other_same
+        torch.testing.assert_close(torch.tensor(said), torch.tensor(also), equal_nan=True)
 
 
 def float32_on_a_rank(layout: str) -> list[Tensor]:
@@ -333,6 +343,20 @@ def test_rectified_training_in_float32_is_that_of_one_process(layout: str) -> No
     assert_close(together(layout, first, second), descended(Small()))
 
 
+TALKS: list[tuple[dict[str, Any], tuple[int, int]]] = [
+    # Coordinates ask no other process,
+    ({"scope": "coordinate", "space": "gradient"}, (0, 1)),
+    ({"scope": "coordinate", "space": "update"}, (0, 1)),
+    # and a constraint takes one reduction of inner products and one of the peak.
+    ({"space": "gradient"}, (2, 0)),
+    ({"space": "update"}, (2, 0)),
+]
+
+
+def talks_on_a_rank() -> list[tuple[int, int]]:
+    return [collectives_on_a_rank(options) for options, _ in TALKS]
+
+
 def collectives_on_a_rank(options: dict[str, Any]) -> tuple[int, int]:
     """How many there are in a rectification, the passes apart, and in looking at the report."""
     model = model_in("fsdp")
@@ -355,15 +379,18 @@ def collectives_on_a_rank(options: dict[str, Any]) -> tuple[int, int]:
     return step_talk.get_total_counts(), report_talk.get_total_counts()
 
 
-@pytest.mark.parametrize("space", ["gradient", "update"])
-def test_coordinates_ask_no_other_process(space: str) -> None:
-    options = {"scope": "coordinate", "space": space}
-    assert two_ranks.run(collectives_on_a_rank, options) == [(0, 1)] * 2
+def test_a_rectification_asks_other_processes_as_seldom_as_it_can() -> None:
+    assert two_ranks.run(talks_on_a_rank) == [[expected for _, expected in TALKS]] * 2
 
 
-@pytest.mark.parametrize("space", ["gradient", "update"])
-def test_a_constraint_takes_one_reduction_of_inner_products_and_one_of_the_peak(space: str) -> None:
-    assert two_ranks.run(collectives_on_a_rank, {"space": space}) == [(2, 0)] * 2
+RESUMED: list[dict[str, Any]] = [
+    {"select": 0.3, "space": "update"},
+    {"scope": "coordinate", "space": "update", "state": State(torch.bfloat16)},
+]
+
+
+def each_resumed_on_a_rank(layout: str) -> list[bool]:
+    return [resumed_on_a_rank(layout, options) for options in RESUMED]
 
 
 def resumed_on_a_rank(layout: str, options: dict[str, Any]) -> bool:
@@ -398,18 +425,8 @@ def resumed_on_a_rank(layout: str, options: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("layout", SHARDINGS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"select": 0.3, "space": "update"},
-        {"scope": "coordinate", "space": "update", "state": State(torch.bfloat16)},
-    ],
-    ids=str,
-)
-def test_a_run_that_was_resumed_equals_the_one_that_was_not(
-    layout: str, options: dict[str, Any]
-) -> None:
-    assert two_ranks.run(resumed_on_a_rank, layout, options) == [True, True]
+def test_a_run_that_was_resumed_equals_the_one_that_was_not(layout: str) -> None:
+    assert two_ranks.run(each_resumed_on_a_rank, layout) == [[True] * len(RESUMED)] * 2
 
 
 def remembered_on_a_rank() -> tuple[list[Tensor], str]:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,13 @@ def trained(kind: str, look: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+@cache
+def unwatched(kind: str) -> tuple[nn.Module, Tensor]:
+    """The model after a training without a look, and the random numbers of torch."""
+    plain, _ = trained(kind, lambda model: None)
+    return plain, torch.get_rng_state()
+
+
 def glance(model: nn.Module) -> None:
     with beside(model):
         random.random()
@@ -107,12 +115,12 @@ LOOKS = {
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_ends_bit_for_bit_as_without_a_look(kind: str, look: str) -> None:
-    plain, _ = trained(kind, lambda model: None)
-    drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    plain, drawn = unwatched(kind)
+    before = random.getstate(), np.random.get_state()[1].tolist()
     watched, _ = trained(kind, LOOKS[look])
-    assert random.getstate() == drawn[0]
-    assert np.random.get_state()[1].tolist() == drawn[1]
-    assert torch.equal(torch.get_rng_state(), drawn[2])
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert [*plain.state_dict()] == [*watched.state_dict()]
     for (name, a), b in zip(plain.named_parameters(), watched.parameters(), strict=True):
         assert torch.equal(a, b), name
