@@ -8,6 +8,7 @@ import pytest
 
 from geffect.store import Row, RunFileError, open_run
 from geffect.store.background import BackgroundWriter
+from geffect.store.growing_file import GrowingFile
 from geffect.store.writer import RunWriter
 from tests.utils.runs import PARAMETERS, PLAIN, full, plain_rows, row_of
 
@@ -58,7 +59,7 @@ def test_what_goes_wrong_behind_the_caller_is_raised_once(
     to.begin(PLAIN)
     to.append(row_of(0))
     to.keep("first", {"x": np.zeros(1)})  # waits for the row
-    monkeypatch.setattr(RunWriter, "_put", full)
+    monkeypatch.setattr(GrowingFile, "_put", full)
     to.append(row_of(1))
     to._drain()
     message = r"Run file `.*a\.h5` should be writable at step 1\. Found: .*No space left"
