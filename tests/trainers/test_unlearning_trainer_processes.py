@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from torch import nn
 
 from geffect import Recorder, Rectifier, distributed, open_run
 from geffect.objectives import NPO, GradDiff
@@ -49,8 +48,9 @@ def items(count: int, seed: int) -> list[dict[str, Any]]:
 
 def end(folder: Path, kind: type[UnlearningTrainer], rectified: str, **options: Any) -> Any:
     """The parameters after training, and what evaluation then says."""
-    model: nn.Module = tiny.llama()
-    data = {"forget": items(20, 0), "retain": items(24, 100)}
+    model: Any = tiny.llama()
+    model.model.layers = model.model.layers[:1]  # parts are slow to put together on a CPU
+    data = {"forget": items(12, 0), "retain": items(14, 100)}
     path = folder / f"{rectified}.h5"
     trainer = kind(
         model,
