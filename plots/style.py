@@ -371,7 +371,12 @@ def _short(text: object, most: int) -> str:
 
 def _on_lines(text: object, width: int) -> str:
     """The text on two lines of a width, at most; they are cut before anything is escaped."""
-    return "\n".join(drawn(line, width) for line in wrap(_short(text, 2 * width), width))
+    return "\n".join(drawn(line, width) for line in _lines(_short(text, 2 * width), width))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """The text on lines of a width: a G-effect is one word."""
+    return wrap(text, width, break_on_hyphens=False)
 
 
 def _code(character: str) -> str:
@@ -410,4 +415,4 @@ def wrapped(label: str) -> str:
         return drawn(label)
     words, bracket, unit = plain(label).partition(" (")
     parts = [_short(part, LONGEST) for part in (words, bracket.strip() + unit) if part]
-    return "\n".join(drawn(line) for part in parts for line in wrap(part, 34))
+    return "\n".join(drawn(line) for part in parts for line in _lines(part, 34))

@@ -234,6 +234,20 @@ def test_checkpointed_activations_change_nothing(reentrant: bool) -> None:
     torch.testing.assert_close(checkpointed.by_parameter, plain.by_parameter)
 
 
+def test_layers_that_are_checkpointed_when_a_model_is_first_met() -> None:
+    batch = uneven(3)
+    for reentrant in (True, False):
+        model = made("llama").train()
+        along = direction(model, [uneven(1)])
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        says = r"should .* Found .* Take geffect.effects.sample_effects or"
+        with pytest.raises(ValueError, match=says) if reentrant else nullcontext():
+            found = in_context(model, batch, along)
+        assert not any(p._backward_hooks for p in model.parameters())
+    samples = sample_effects(model, [batch], {"a": along})["a"]
+    torch.testing.assert_close(found, samples)
+
+
 class Toy(nn.Module):
     """A language model of one's own, with every kind of use that a parameter can have."""
 

@@ -546,3 +546,16 @@ def test_what_is_no_table_is_refused_by_its_kind(plot: Callable[[object], object
 
 class Recorded:
     """Stands for a run, which a plot does not take."""
+
+
+@pytest.mark.parametrize("before", range(20, 60))
+def test_no_label_and_no_title_breaks_within_a_word(before: int) -> None:
+    label = f"{'a' * (before // 2)} {'b' * (before - before // 2)} G-effect of the low-rank update"
+    table = tidy(
+        np.ones((2, 1)), Score(label, "nats"), steps=STEPS[:2], blocks=["model"], by="model"
+    ).assign(run=label)
+    ax = trajectory(table, ax=blank())
+    for lines in (ax.get_ylabel(), ax.get_title(loc="left")):
+        whole = [word for line in lines.splitlines() for word in line.split() if "…" not in word]
+        assert len(lines.splitlines()) > 1
+        assert {*whole} <= {*label.split(), "(nats)", "update,", "model"}
