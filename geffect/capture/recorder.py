@@ -28,8 +28,9 @@ from geffect.losses import (
     plan,
 )
 from geffect.objectives import Objective, as_objective, provenance
-from geffect.steps import StepFollower, check_descends
+from geffect.steps import check_descends
 
+from .pending_row import PendingRow
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
@@ -119,8 +120,7 @@ class Recorder:
         self._watched = Watched(model, self._recording, update, trainable(model))
         self._next = self._recording.next_step if next_step is None else next_step
         self._window: Window | None = None  # whose last micro-batch has not come yet
-        self._step: Window | None = None  # whose row is not written yet
-        self._follower = StepFollower(self._recording.parameters, updates=update)
+        self._pending = PendingRow(self._recording.parameters, updates=update)
         with ExitStack() as undone:
             undone.callback(self._recording.close, complete=False)
             if resume:
@@ -267,8 +267,8 @@ class Recorder:
                 self._end_window()
             # After an error other processes may never come to the step that waits here, and an
             # optimizer may have come to a part of its own.
-            if complete or (distributed.world_size() == 1 and not self._follower.inside):
-                self._write(at_gradient=False)
+            if complete or (distributed.world_size() == 1 and not self._pending.inside):
+                self._pending.write(at_gradient=False)
         except BaseException:
             self._recording.close(complete=False)
             raise
@@ -279,8 +279,7 @@ class Recorder:
         self._next += 1
         window.finish()
         if window.captured:
-            self._follower.begin()
-            self._step = window
+            self._pending.begin(window)
 
     def _end_window(self) -> None:
         """End a window whose last micro-batch was not said to be the last."""
@@ -291,19 +290,19 @@ class Recorder:
         self._finish(window)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._follower.owns(optimizer) or not self._recording.is_here:
+        if not self._pending.owns(optimizer) or not self._recording.is_here:
             return
         try:
             check_descends(optimizer)
             self._end_window()
         except BaseException:
             self._window = None
-            self._let_go()  # of a step that is none of ours
+            self._pending.end()  # of a step that is none of ours
             raise
-        self._follower.enter(optimizer)
+        self._pending.enter(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._follower.owns(optimizer) or not self._recording.is_here:
+        if not self._pending.owns(optimizer) or not self._recording.is_here:
             return
         window, self._window = self._window, None
         if window is not None:
@@ -311,25 +310,10 @@ class Recorder:
                 "The last micro-batch of a step should be passed with accumulate=False in the "
                 "closure of an optimizer. Found accumulate=True for all of them. Tell the last one."
             )
-        self._follower.leave(optimizer)
-        if self._step is not None and self._follower.ready:
-            self._write(at_gradient=False)
-            if self._follower.final:
-                self._let_go()
+        self._pending.leave(optimizer)
 
     def _meet_gradient(self) -> None:
         """The next gradient is about to be taken: the step before has moved what it moves."""
         self._recording.check_here()
-        self._write(at_gradient=True)
-        self._let_go()
-
-    def _write(self, *, at_gradient: bool) -> None:
-        """Write the row of the step, or what is news in it."""
-        if self._step is not None:
-            move = self._follower.news(at_gradient=at_gradient)
-            if move is not None:
-                self._step.write(move)
-
-    def _let_go(self) -> None:
-        self._step = None
-        self._follower.end()
+        self._pending.write(at_gradient=True)
+        self._pending.end()
