@@ -86,7 +86,8 @@ class Likelihoods:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write them to a file of safetensors, for a training that begins without the model.
 
-        Raises FileExistsError where there is a file and `overwrite` is not set.
+        Raises FileExistsError where there is a file and `overwrite` is not set, or one that holds
+        no likelihoods.
         """
         from safetensors.torch import save_file
 
@@ -97,6 +98,11 @@ class Likelihoods:
             raise FileExistsError(
                 f"A file of likelihoods should not exist yet. Found `{place}`. Choose another "
                 "name, or pass overwrite=True."
+            )
+        if place.exists() and not _holds_likelihoods(place):
+            raise FileExistsError(
+                f"`overwrite` should find a file of likelihoods to replace. Found `{place}`, which "
+                "is none. Choose another name; or remove that file, if nobody needs it."
             )
         values = [*self._rows.values()]
         keys = torch.tensor([[*key] for key in self._rows], dtype=torch.uint8)
@@ -139,6 +145,15 @@ class Likelihoods:
             f"`reference` should give {what}. Found Likelihoods, which keeps those of the answer "
             "tokens alone. Pass the model as a FrozenModel."
         )
+
+
+def _holds_likelihoods(path: Path) -> bool:
+    """Whether a file is one that `save` wrote, also where it is damaged, or an empty one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        head = stream.read(1 << 12)
+    return not head or KIND.encode() in head
 
 
 def _said(tensors: Mapping[str, Tensor], first: int) -> dict[str, str]:

@@ -130,7 +130,12 @@ def test_no_file_is_replaced_unasked(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(FileExistsError, match=r"should not exist yet. Found .* overwrite=True"):
         kept.save(path)
+    with pytest.raises(FileExistsError, match=r"Found .*, which is none\. Choose another name"):
+        kept.save(path, overwrite=True)
     assert path.read_text() == "mine"
+    path.unlink()
+    kept.save(path)
+    path.write_bytes(path.read_bytes()[:-3])
     kept.save(path, overwrite=True)
     assert repr(Likelihoods.load(path)) == repr(kept)
 
