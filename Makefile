@@ -2,7 +2,7 @@
 # make test   set everything up and run ruff, mypy and pytest on all cores; some four minutes on two
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; some forty minutes on two idle cores
-# make stress a writer killed, and a training interrupted, more than two hundred times, some minutes
+# make stress a writer killed, and a training of every kind interrupted, more than two hundred times
 # make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
 # make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
 #             the figures of README; ten minutes on an idle machine
@@ -40,7 +40,8 @@ bench: $(VENV)/installed-test
 
 stress: $(VENV)/installed-test
 	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/store/test_kill.py \
-		tests/capture/test_recorder_interrupted.py $(ARGS)
+		tests/capture/test_recorder_interrupted.py tests/trainers/test_interrupted.py \
+		tests/projection/test_rectifier_interrupted.py $(ARGS)
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -W ignore -m tests.fuzz $(ARGS)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from geffect import distributed, dots
 from geffect.gradients import GradientTransform, Vector, Weights
+from geffect.interrupts import to_the_end
 from geffect.layers import describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.paths import place_of
@@ -236,13 +237,10 @@ class Recording:
     def close(self, *, complete: bool) -> None:
         """End the recording; a file that is not complete stays marked as open.
 
-        A process that was forked from the one that records does nothing.
+        A process that was forked from the one that records does nothing. An interrupt waits until
+        the file is closed.
         """
-        self._lost.detach()
-        if not self.is_here:
-            return
-        self._guarded(lambda: self._writer.close(complete=complete and not self.failed))
-        self._closed = True
+        to_the_end(lambda: self._close(complete=complete))
         if self._failure is not None:
             raise self._failure
 
@@ -250,6 +248,12 @@ class Recording:
         """Leave off where another process has: captured steps have passes that others have not."""
         if self._on_error == "warn":
             self.failed = distributed.any_rank(self.failed)
+
+    def _close(self, *, complete: bool) -> None:
+        if self.is_here:
+            self._guarded(lambda: self._writer.close(complete=complete and not self.failed))
+            self._closed = True
+        self._lost.detach()
 
     def _tell_size(self, sources: Sequence[str]) -> None:
         begun = self.header.stored or self.header.last_step >= 0

@@ -50,9 +50,7 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._failed = self._ended = False
         self._home = Home()
-        self._thread = threading.Thread(target=self._write, name="run file", daemon=True)
-        self._thread.start()
-        atexit.register(self._drain)  # of a program that ends without closing
+        self._thread: threading.Thread | None = None
 
     def begin(self, contents: Contents) -> None:
         """Say what the rows hold, once, before the first of them."""
@@ -62,6 +60,8 @@ class BackgroundWriter:
         """Hand over one row."""
         self.check_open()
         size = row.nbytes
+        if self._thread is None:
+            self._start()
         with self._changed:
             self._changed.wait_for(lambda: not self._rows or self._bytes + size <= self._bound)
             self._raise()
@@ -106,6 +106,13 @@ class BackgroundWriter:
             self._raise()
         self._writer.close(complete=complete)
 
+    def _start(self) -> None:
+        """Start the thread, which keeps the writer alive until it is closed."""
+        atexit.register(self._drain)  # of a program that ends without closing
+        thread = threading.Thread(target=self._write, name="run file", daemon=True)
+        thread.start()
+        self._thread = thread
+
     def _write(self) -> None:
         while True:
             with self._changed:
@@ -140,7 +147,11 @@ class BackgroundWriter:
         if not self._home.is_here:
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._rows or not self._thread.is_alive())
+            self._changed.wait_for(lambda: not (self._rows and self._is_writing))
+
+    @property
+    def _is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _raise(self) -> None:
         error, self._error = self._error, None

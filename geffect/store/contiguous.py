@@ -7,7 +7,8 @@ as fast as the disk takes them, or leave room to spare without filling it twice.
 import errno
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from math import prod
@@ -17,6 +18,8 @@ from typing import Any, BinaryIO, TypeVar
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from geffect.interrupts import to_the_end
 
 # Files of a later format than v108 cannot be reopened after a killed writer, even when flushed.
 # What the upper bound admits, virtual datasets, leaves the format of the file as it is.
@@ -50,7 +53,7 @@ def _finished(method: Callable[..., Answer]) -> Callable[..., Answer]:
         place = self._place
         try:
             return method(self, *arguments)
-        except (KeyboardInterrupt, SystemExit) as interrupt:
+        except BaseException as interrupt:
             self._interrupt, self._place = interrupt, place
             return method(self, *arguments)
 
@@ -134,6 +137,16 @@ class Image(io.RawIOBase):
             length = min(_PAGE - start, count - done)
             yield page, slice(start, start + length), slice(done, done + length)
             done += length
+
+
+@contextmanager
+def written(image: Image) -> Iterator[h5py.File]:
+    """A new file in memory, which is closed afterwards: what HDF5 has open at the end crashes."""
+    file = h5py.File(image, "w", **OPTIONS)
+    try:
+        yield file
+    finally:
+        to_the_end(file.close)  # which after an error of HDF5's callbacks takes two times
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from geffect.layers import Parameter
 
-from .contiguous import OPTIONS, Image, Room
+from .contiguous import Image, Room, written
 from .drafts import draft_of, remove_drafts
 from .layout import (
     Columns,
@@ -199,7 +198,7 @@ class GrowingFile:
             held = self._file.carried(self._shapes, self.count, self._mended)
             tables = self._file.tables() | tables
         image = Image()
-        with h5py.File(image, "w", **OPTIONS) as file:
+        with written(image) as file:
             rooms = lay_out(
                 file,
                 self.contents,

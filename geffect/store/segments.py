@@ -22,7 +22,7 @@ from geffect.layers import Parameter, layers_of
 
 from . import checksums
 from .bounds import BoundedFile, read_hdf5
-from .contiguous import OPTIONS, Image, declare
+from .contiguous import Image, declare, written
 from .origin import is_empty, is_segment
 from .outside import check_folder, is_plain
 from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
@@ -134,7 +134,7 @@ class Segments:
     def image(self, number: int, rank: int) -> Image:
         """A segment with nothing in it."""
         image, rows = Image(), self.rows(number)
-        with h5py.File(image, "w", **OPTIONS) as file:
+        with written(image) as file:
             file.attrs.create("format", np.bytes_(FORMAT))
             file.attrs.create("format_version", VERSION)
             file.attrs.create("encoding", np.bytes_(self.encoding.name))

@@ -4,11 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
-
 from geffect.layers import Parameter
 
-from .contiguous import OPTIONS, Image
+from .contiguous import Image, written
 from .layout import lay_out, row_bytes
 from .schema import Contents
 from .segments import Segments, folder_of
@@ -52,7 +50,7 @@ def remaining_bytes(
 
 def _of_file(parameters: Sequence[Parameter], contents: Contents, rows: int) -> int:
     image = Image()
-    with h5py.File(image, "w", **OPTIONS) as file:
+    with written(image) as file:
         lay_out(file, contents, parameters, count=0, capacity=1)
     return image.size + (rows - 1) * row_bytes(contents, parameters)
 

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -15,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, open_run
-from geffect.store import RunFileError, validate
-from tests.utils.interrupts import grads_of, hooks_left, interrupted_at_line, same
+from geffect.capture import StoreOptions
+from geffect.sketch import Sketch
+from geffect.store import Run, RunFileError, validate
+from tests.utils.interrupted import BEFORE, STEPS, Moment, Seen, Setup, Training, goes_on
+from tests.utils.interrupts import hooks_left, interrupted_at_line, moments
 from tests.utils.subprocesses import in_another_process, locked_by_another_process
-
-POINTS = int(os.environ.get("GEFFECT_KILLS", "60"))
-STEPS = 3
 
 on_unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="cannot fork")
 
@@ -47,79 +49,113 @@ def take_step(
     optimizer.step()
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
-    """All that training goes on from: parameters, the optimizer's state and random numbers."""
-    kept = [p.detach().clone() for p in model.parameters()]
-    for one in optimizer.state.values():
-        kept += [value.clone() for value in one.values()]
-    return [*kept, torch.get_rng_state()]
+RECTIFIED = {"space": "update"}
+SETUPS = {
+    "plain": Setup(),
+    "update": Setup(recorder={"update": True}),
+    "micro-batches": Setup(micro=2),
+    "micro-batches and update": Setup(recorder={"update": True}, micro=2),
+    "bf16": Setup(recorder={"store": "bf16"}),
+    "int4 and update": Setup(recorder={"store": "int4", "update": True}),
+    "sketch": Setup(recorder={"store": StoreOptions(sketch=Sketch(16))}),
+    "rectified": Setup({}),
+    "rectified, apart": Setup({}, objective={"forget": -1.0}, recorder={"store": "full"}),
+    "rectified micro-batches": Setup({}, micro=2, recorder={"store": "bf16"}),
+    "rectified and update": Setup({"scope": "layer"}, recorder={"update": True}),
+    "rectified in update space": Setup(RECTIFIED, recorder={"update": True}),
+    "rectified coordinates": Setup(RECTIFIED | {"scope": "coordinate"}, recorder={"update": True}),
+}
 
 
-def states_of(folder: Path, *, update: bool) -> list[list[Tensor | None]]:
-    """Those of a training that nobody interrupts, before each step and after the last."""
-    model, optimizer = small()
-    states = [state(model, optimizer)]
-    with Recorder(model, folder / "whole.h5", update=update, overwrite=True) as recorder:
-        for step in range(STEPS):
-            take_step(model, optimizer, recorder, step)
-            states.append(state(model, optimizer))
-    return states
+@dataclass(frozen=True)
+class Undisturbed:
+    """A training that nobody interrupts: its moments, file, lines and hooks."""
+
+    seen: dict[Moment, Seen]
+    gram: np.ndarray
+    gradients: Mapping[tuple[str, int], list[np.ndarray]]
+    lines: int
+    hooks: int
 
 
-def training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, path: Path, update: bool
-) -> Iterator[int]:
-    """The steps of a recorded training, as they are done."""
-    with Recorder(model, path, update=update, overwrite=True) as recorder:
-        for step in range(STEPS):
-            take_step(model, optimizer, recorder, step)
-            yield step
+def watched(training: Training, path: Path) -> Iterator[Moment]:
+    """The moments of a training that is recorded."""
+    with Recorder(training.model, path, **training.setup.recorder) as recorder:
+        training.recorder = recorder
+        yield from training.run()
 
 
-def lines_of_a_training(folder: Path, *, update: bool) -> int:
-    model, optimizer = small()
-    with (
-        interrupted_at_line(0, KeyboardInterrupt) as lines,
-        Recorder(model, folder / "counted.h5", update=update, overwrite=True) as recorder,
-    ):
-        for step in range(STEPS):
-            take_step(model, optimizer, recorder, step)
-    return lines[0]
+@cache
+def undisturbed(name: str, folder: Path) -> Undisturbed:
+    training, path = Training(SETUPS[name]), folder / f"{name}.h5"
+    seen = {BEFORE: Seen.of(training)}
+    with interrupted_at_line(0, KeyboardInterrupt) as lines:
+        for moment in watched(training, path):
+            come = lines[0]
+            seen[moment] = Seen.of(training)
+            lines[0] = come
+    hooks = len(hooks_left(training.model, training.optimizer))
+    return Undisturbed(seen, open_run(path).gram(), gradients(open_run(path)), lines[0], hooks)
 
 
-@pytest.mark.parametrize("update", [False, True], ids=["plain", "update"])
+def gradients(run: Run) -> dict[tuple[str, int], list[np.ndarray]]:
+    stored = run.stored_steps.tolist()
+    return {
+        (name, at): run.gradient(name, at) for name in {*run.sources} - {"update"} for at in stored
+    }
+
+
+@pytest.fixture(autouse=True)
+def several_portions_and_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geffect.projection.projector.PORTION_BYTES", 50)
+    monkeypatch.setattr("geffect.store.segments.FIRST_ROWS", 1)
+
+
+@pytest.mark.parametrize("name", SETUPS)
 def test_an_interrupt_at_any_line_leaves_training_and_file_whole(
-    tmp_path: Path, update: bool
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
-    states = states_of(tmp_path, update=update)
-    whole = open_run(tmp_path / "whole.h5")
-    lines = lines_of_a_training(tmp_path, update=update)
-    chance = np.random.default_rng(0)
-    path = tmp_path / "run.h5"
-    for number in chance.integers(1, lines + 1, POINTS // 2).tolist():
-        error = (KeyboardInterrupt, SystemExit)[number % 2]
-        path.unlink(missing_ok=True)
-        model, optimizer = small()
-        taken = 0
-        with pytest.raises(error), interrupted_at_line(number, error):
-            for step in training(model, optimizer, path, update):
-                taken = step + 1
-        # Between two steps: parameters, moments and hooks are those of a whole number of steps.
-        at = len(optimizer.state) and int(next(iter(optimizer.state.values()))["step"])
-        assert at in (taken, taken + 1)
-        assert same(state(model, optimizer)[:-1], states[at][:-1]), number
-        assert not hooks_left(model, optimizer), number
-        now = grads_of(model)
-        assert all(g is None for g in now) or all(g is not None for g in now), number
-        if path.exists():
-            run = open_run(path)
-            assert validate(path).whole
-            assert run.steps.tolist() == list(range(len(run.steps)))
-            assert taken - 1 <= len(run.steps) <= taken + 1
-            sources = slice(0, 3)
-            found = run.gram()[:, :, sources, sources]
-            assert np.array_equal(found, whole.gram()[: len(found), :, sources, sources]), number
-        gc.collect(0)
+    # Random bits of rounding are then the same in two runs.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("geffect.capture.recording.os.urandom", bytes)
+        whole = undisturbed(name, tmp_path_factory.getbasetemp())
+        for number, error in moments(whole.lines, few=1):
+            path = tmp_path / f"{number}.h5"
+            training, done = Training(SETUPS[name]), BEFORE
+            # What is found in a file is told as one error of it, whatever it was.
+            with pytest.raises((error, RunFileError)), interrupted_at_line(number, error):
+                for moment in watched(training, path):
+                    done = moment
+            training.recorder = None
+            where = f"{name}, line {number}, {error.__name__} after {done}"
+            check_file(path, done, whole, where)
+            if goes_on(training, done, whole.seen):
+                assert Seen.of(training).is_like(whole.seen[STEPS - 1, "stepped"]), where
+            assert len(hooks_left(training.model, training.optimizer)) <= whole.hooks, where
+            gc.collect(0)
+
+
+def check_file(path: Path, done: Moment, whole: Undisturbed, where: str) -> None:
+    """The rows of an interrupted run are those of the one that was not."""
+    taken = done[0] + (done[1] in ("taken", "stepped"))
+    if not path.exists():
+        assert taken <= 1, where
+        return
+    run = open_run(path)
+    assert validate(path).whole, where
+    found = run.gram()
+    assert run.steps.tolist() == list(range(len(found))), where
+    assert taken - 1 <= len(found) <= taken + 1, where
+    expected = whole.gram[: len(found)].copy()
+    if "update" in run.sources and len(found):
+        # What the last step moves is not known before it is taken.
+        update = run.sources.index("update")
+        for table in (found[-1], expected[-1]):
+            if np.isnan(found[-1, :, update]).all():
+                table[:, update] = table[:, :, update] = 0.0
+    assert np.array_equal(found, expected, equal_nan=True), where
+    for key, stored in gradients(run).items():
+        assert all(map(np.array_equal, stored, whole.gradients[key])), where
 
 
 @on_unix
