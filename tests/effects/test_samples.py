@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from geffect.effects import direction, sample_effects, samples
 from geffect.gradients import Vector
 from geffect.layers import trainable
-from tests.utils import tiny
+from tests.utils import tiny, two_ranks
 from tests.utils.architectures import batch_for, made
 from tests.utils.effects import gradients, inner, sums_of_log_p, uneven
 
@@ -350,3 +352,20 @@ def test_an_optimizer_inside_of_the_backward_pass_is_refused() -> None:
     with pytest.raises(RuntimeError, match="No hook should run after a gradient is accumulated"):
         sample_effects(model, [uneven(3)], {"a": drawn(model)})
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def of_each_rank() -> list[float]:
+    """By how much effects differ under DDP, where each process has its own samples."""
+    rank, off = dist.get_rank(), []
+    for name in ("rows of positions", "a little outside of its module"):
+        model, batches = double(name), [uneven(10 * rank + i) for i in range(2 + rank)]
+        along = {"a": drawn(model)}
+        alone, wrapped = (
+            sample_effects(m, batches, along)["a"] for m in (model, DistributedDataParallel(model))
+        )
+        off.append(float((alone - wrapped).abs().max()))
+    return off
+
+
+def test_each_process_has_the_effects_of_its_own_samples() -> None:
+    assert two_ranks.run(of_each_rank) == [[0.0, 0.0]] * 2
