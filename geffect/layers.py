@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ class Parameter:
         return prod(self.shape)
 
 
+@cache
 def canonical_name(name: str) -> str:
     """The name without what wrappers added.
 

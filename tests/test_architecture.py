@@ -200,21 +200,29 @@ def test_links(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "unloaded"),
+    "programs",
     [
-        ("import geffect; dir(geffect), geffect.__version__; import geffect.cli.main", HEAVY),
-        ("import geffect; geffect.plots, geffect.analysis", ["torch"]),
-        (
-            "import geffect as g; g.effects, g.capture; from geffect import Recorder, Rectifier",
-            ["pandas", "matplotlib", "transformers"],
-        ),
-        ("from geffect import open_run; import geffect.analysis", ["torch", "matplotlib"]),
-        ("import geffect.plots", ["torch", "h5py", "geffect.analysis"]),
-        ("import geffect.store.writer", ["torch", "pandas"]),
+        # One after the other in one process, which forgets no module.
+        {
+            "import geffect; dir(geffect), geffect.__version__; import geffect.cli.main": HEAVY,
+            "import geffect.store.writer": ["torch", "pandas"],
+            "from geffect import open_run; import geffect.analysis": ["torch", "matplotlib"],
+            "import geffect; geffect.plots, geffect.analysis": ["torch"],
+        },
+        {
+            "import geffect as g; g.effects, g.capture; from geffect import Recorder, Rectifier": [
+                "pandas", "matplotlib", "transformers"
+            ]
+        },
+        {"import geffect.plots": ["torch", "h5py", "geffect.analysis"]},
     ],
-)
-def test_what_is_loaded(program: str, unloaded: list[str]) -> None:
-    show = f"{program}; import sys; print(*sorted(set({unloaded}) & set(sys.modules)))"
+    ids=["reading", "recording", "plots"],
+)  # fmt: skip
+def test_what_is_loaded(programs: dict[str, list[str]]) -> None:
+    show = "\n".join(
+        f"{program}; import sys; print(*sorted(set({unloaded}) & set(sys.modules)))"
+        for program, unloaded in programs.items()
+    )
     ended = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == []
 

@@ -41,7 +41,7 @@ def test_an_interrupt_ends_the_study_and_its_workers(tmp_path: Path, whom: str) 
         while not (out / "results").exists():
             assert study.poll() is None
             time.sleep(0.05)
-        time.sleep(int.from_bytes(os.urandom(2)) / 2**16 * 5)
+        time.sleep(int.from_bytes(os.urandom(2)) / 2**16 * 4)
         assert study.poll() is None, "the quick study should take longer than that"
         (os.kill if whom == "one process" else os.killpg)(study.pid, signal.SIGINT)
         _, complained = study.communicate(timeout=60)
