@@ -1,6 +1,6 @@
 """Recording: training ends as it would have ended, and the file says what happened."""
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +30,39 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def objectives_from(start: nn.Module) -> dict[str, Any]:
-    return {
-        "ga": lambda model, pair: -nll(model, pair["forget"]),
-        "wga": WeightedGradientAscent(1.0),
-        "npo": partial(NPO(0.1), reference=FrozenModel.copied(start)),
-    }
-
-
-@cache
-def unwatched(method: str, optimizer: str) -> nn.Module:
-    """The model after a training that nobody records."""
-    start = tiny.llama()
-    objective = objectives_from(start)[method]
-    return reference.trained(start, tiny.pairs(10), objective, OPTIMIZERS[optimizer])
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("update", [False, True])
-@pytest.mark.parametrize("method", ["ga", "wga", "npo"])
+# Any two of these meet in every way.
+@pytest.mark.parametrize(
+    ("method", "update", "optimizer"),
+    [
+        ("ga", False, "adamw"),
+        ("ga", True, "sgd"),
+        ("wga", False, "sgd"),
+        ("wga", True, "adamw"),
+        ("npo", False, "adamw"),
+        ("npo", True, "sgd"),
+    ],
+)
 def test_ten_watched_steps_end_bitwise_as_unwatched(
     method: str, update: bool, optimizer: str, tmp_path: Path
 ) -> None:
+    batches = tiny.pairs(10)
     model = tiny.llama()
-    objectives = objectives_from(model)
+    objectives: dict[str, Any] = {
+        "ga": lambda model, pair: -nll(model, pair["forget"]),
+        "wga": WeightedGradientAscent(1.0),
+        "npo": partial(NPO(0.1), reference=FrozenModel.copied(model)),
+    }
+    plain = reference.trained(model, batches, objectives[method], OPTIMIZERS[optimizer])
     stepper = OPTIMIZERS[optimizer](model.parameters())
     with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
-        for pair in tiny.pairs(10):
+        for pair in batches:
             shared = SharedForward(model)
             losses = {"forget": nll(shared, pair["forget"]), "retain": nll(shared, pair["retain"])}
             objective = {"forget": -1.0} if method == "ga" else objectives[method](shared, pair)
             recorder.backward(objective=objective, **losses)
             stepper.step()
             stepper.zero_grad()
-    assert_same(model, unwatched(method, optimizer))
+    assert_same(model, plain)
     assert len(open_run(tmp_path / "run.h5").steps) == 10
 
 

