@@ -33,8 +33,20 @@ def measured() -> tuple[nn.Module, list[dict[str, Tensor]], dict[str, Vector]]:
     return model, [uneven(3), uneven(4, rows=2)], along
 
 
+@pytest.fixture(scope="module")
+def naive(measured: Any) -> list[float]:
+    """The effect of each sample on each risk, by a backward pass of its own."""
+    model, batches, along = measured
+    return [
+        float(inner(gradients(model, s), along[risk]).sum())
+        for risk in RISKS
+        for batch in batches
+        for s in sums_of_log_p(model, batch)
+    ]
+
+
 @pytest.mark.parametrize("by", ["parameter", "layer", "group", "model", lambda p: p.module])
-def test_instances_are_a_tidy_table(measured: Any, by: By) -> None:
+def test_instances_are_a_tidy_table(measured: Any, naive: list[float], by: By) -> None:
     model, batches, along = measured
     table = instances(model, batches, along, by)
     assert list(table.columns) == ["sample", column_of(by), "risk", "value", *SAYS]
@@ -45,12 +57,6 @@ def test_instances_are_a_tidy_table(measured: Any, by: By) -> None:
         one["value"], table.query("risk == 'forget'")["value"].reset_index(drop=True)
     )
     found = table.groupby(["risk", "sample"], observed=True)["value"].sum().to_numpy()
-    naive = [
-        float(inner(gradients(model, s), along[risk]).sum())
-        for risk in RISKS
-        for batch in batches
-        for s in sums_of_log_p(model, batch)
-    ]
     np.testing.assert_allclose(found, naive, rtol=1e-9)
 
 
