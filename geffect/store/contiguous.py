@@ -54,7 +54,8 @@ def _finished(method: Callable[..., Answer]) -> Callable[..., Answer]:
         try:
             return method(self, *arguments)
         except BaseException as interrupt:
-            self._interrupt, self._place = interrupt, place
+            # Without its frames, which would keep what HDF5 is to close before the end of Python.
+            self._interrupt, self._place = interrupt.with_traceback(None), place
             return method(self, *arguments)
 
     return finishing
