@@ -8,10 +8,16 @@ import h5py
 import numpy as np
 import pytest
 
-from geffect.store import RunFileError, open_run, validate
+from geffect.store import RunFileError, open_run, opening, validate
 from tests.fuzz.oracle import REFUSED, Answers, answers, verdict
 from tests.fuzz.originals import Original, originals
 from tests.utils.seals import put_json, seal
+
+
+@pytest.fixture(autouse=True)
+def nobody_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to wait for before what differs is read again."""
+    monkeypatch.setattr(opening, "PAUSE", 0.0)
 
 
 @pytest.fixture(scope="module")
