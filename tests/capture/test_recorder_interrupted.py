@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -122,15 +123,16 @@ def test_an_interrupt_at_any_line_leaves_training_and_file_whole(
         for number, error in moments(whole.lines, few=1):
             path = tmp_path / f"{number}.h5"
             training, done = Training(SETUPS[name]), BEFORE
-            # What is found in a file is told as one error of it, whatever it was.
-            with pytest.raises((error, RunFileError)), interrupted_at_line(number, error):
+            # What is found in a file is told as one error of it, whatever it was; what comes while
+            # Python forgets an object is lost.
+            with suppress(error, RunFileError), interrupted_at_line(number, error):
                 for moment in watched(training, path):
                     done = moment
             training.recorder = None
             where = f"{name}, line {number}, {error.__name__} after {done}"
             check_file(path, done, whole, where)
             if goes_on(training, done, whole.seen):
-                assert Seen.of(training).is_like(whole.seen[STEPS - 1, "stepped"]), where
+                assert Seen.of(training).is_stepped_like(whole.seen[STEPS - 1, "stepped"]), where
             assert len(hooks_left(training.model, training.optimizer)) <= whole.hooks, where
             gc.collect(0)
 

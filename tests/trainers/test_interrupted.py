@@ -1,6 +1,7 @@
 """A Trainer that is recorded or rectified and interrupted anywhere: all is left whole."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,8 @@ def test_an_interrupt_at_any_line_leaves_training_and_file_whole(
         path = tmp_path / str(number) / "a.h5"
         path.parent.mkdir()
         made = SETUPS[name](path)
-        with pytest.raises((error, RunFileError)), interrupted_at_line(number, error):
+        # What comes while Python forgets an object is lost.
+        with suppress(error, RunFileError), interrupted_at_line(number, error):
             made.train()
         model = made.trainer.model
         now = stepped(model, made.trainer.optimizer)
