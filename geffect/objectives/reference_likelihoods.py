@@ -17,6 +17,9 @@ from .reference import Reference
 KIND = "geffect.objectives.Likelihoods"
 """What a file of them says that it is."""
 
+_HEAD = b'{"__metadata__":'
+"""How files of safetensors with metadata begin, behind a length of 8 bytes."""
+
 _DIGEST = 16  # bytes; two rows of a corpus share one by chance once in 2^64 corpora
 
 
@@ -51,7 +54,8 @@ class Likelihoods:
                 # A causal model predicts all labels but the first.
                 self._first = labels.shape[1] - log_p.shape[1]
                 scored = labels[:, self._first :] != IGNORED
-                for key, values, where in zip(_keys(batch), log_p, scored, strict=True):
+                keys = _keys(batch, self._first)
+                for key, values, where in zip(keys, log_p, scored, strict=True):
                     self._rows[key] = values[where]
 
     def __repr__(self) -> str:
@@ -93,7 +97,7 @@ class Likelihoods:
 
         from geffect.store.drafts import draft_of
 
-        place = Path(path)
+        place = Path(path).resolve()  # of a link what it points to
         if place.exists() and not overwrite:
             raise FileExistsError(
                 f"A file of likelihoods should not exist yet. Found `{place}`. Choose another "
@@ -119,7 +123,7 @@ class Likelihoods:
         """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
         labels = labels_of(batch)
         scored = (labels != IGNORED)[:, self._first :]
-        known = [self._rows.get(key) for key in _keys(original_of(batch))]
+        known = [self._rows.get(key) for key in _keys(original_of(batch), self._first)]
         missing = known.count(None)
         if missing:
             raise ValueError(
@@ -153,21 +157,22 @@ def _holds_likelihoods(path: Path) -> bool:
         return False
     with path.open("rb") as stream:
         head = stream.read(1 << 12)
-    return not head or KIND.encode() in head
+    return not head or (head.startswith(_HEAD, 8) and KIND.encode() in head)
 
 
 def _said(tensors: Mapping[str, Tensor], first: int) -> dict[str, str]:
-    """What a file says of itself, with a checksum of its numbers, which safetensors has not."""
-    checksum = 0
+    """What a file says of itself, with a checksum, which safetensors has not."""
+    checksum = zlib.crc32(str(first).encode())
     for name in sorted(tensors):
-        checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy().tobytes(), checksum)
     return {"kind": KIND, "first": str(first), "checksum": f"{checksum:08x}"}
 
 
-def _keys(batch: Batch) -> Iterator[bytes]:
+def _keys(batch: Batch, first: int) -> Iterator[bytes]:
     """What each row is known by: a digest of its columns, without the padding behind it.
 
-    So too without the padding before it where positions are given; else the model counts it. What
+    So too without the padding before it where positions are given; else the model counts it, and a
+    token that is predicted from it depends on it. Labels before the `first` are not scored. What
     has no value for each token, such as an image, may be of any row, and counts for all of them.
     """
     labels = labels_of(batch).cpu()
@@ -179,10 +184,13 @@ def _keys(batch: Batch) -> Iterator[bytes]:
     mask = by_token.get("attention_mask")
     attended = torch.ones(shape) if mask is None or mask.shape != shape else mask
     for i, row in enumerate(labels):
+        row = row.clone()
+        row[:first] = IGNORED
         tokens = _extent(attended[i] != 0, whole_begin="position_ids" not in by_token)
         begin, end = 0, _extent(row != IGNORED, whole_begin=True).stop
-        if labels.shape == shape:
-            begin, tokens = tokens.start, slice(tokens.start, max(tokens.stop, end))
+        if first and labels.shape == shape:
+            begin = 0 if (row[: tokens.start + 1] != IGNORED).any() else tokens.start
+            tokens = slice(begin, max(tokens.stop, end))
         own = {name: rows[i, tokens] for name, rows in by_token.items()}
         yield _digest({"all": of_all, "labels": row[begin:end], **own})
 

@@ -24,9 +24,9 @@ def rows(*places: int, **options: Any) -> dict[str, Tensor]:
     return found
 
 
-def of_model(model: nn.Module) -> tuple[FrozenModel, Likelihoods]:
+def of_model(model: nn.Module, *batches: dict[str, Tensor]) -> tuple[FrozenModel, Likelihoods]:
     frozen = FrozenModel(model.eval())
-    return frozen, Likelihoods(frozen, [rows(0, 1, 2), rows(3)])
+    return frozen, Likelihoods(frozen, batches or [rows(0, 1, 2), rows(3)])
 
 
 @pytest.mark.parametrize("places", [(0, 1, 2), (3,), (2, 0), (1, 3), (1,), (0, 0, 3)], ids=str)
@@ -46,6 +46,27 @@ def test_rows_that_are_padded_on_the_left_are_known_by_their_positions() -> None
     kept = Likelihoods(frozen, [rows(0, 1, 2, padding_side="left")])
     batch = rows(1, 0, padding_side="left")
     torch.testing.assert_close(kept.log_probabilities(batch), frozen.log_probabilities(batch))
+
+
+@pytest.mark.parametrize("sides", [("left", "right"), ("right", "left")], ids=str)
+def test_a_token_that_is_predicted_from_padding_belongs_to_it(sides: tuple[str, str]) -> None:
+    """All tokens are scored: on the left that is one more, and none may slip into another row."""
+    frozen = FrozenModel(tiny.gpt2().eval())
+
+    def padded(side: str, *rows: list[int]) -> dict[str, Tensor]:
+        whole = [{"input_ids": row, "labels": row} for row in rows]
+        found: dict[str, Tensor] = collate([*whole, ROWS[2]], padding_side=side)
+        mask = found["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        labels = found["input_ids"].masked_fill(mask == 0, -100)  # as other collators have them
+        batch = found | {"position_ids": positions, "labels": labels}
+        return {name: column[:-1] for name, column in batch.items()}
+
+    batch = [padded(side, [3, 5, 7], [4, 6, 8]) for side in sides]
+    kept = Likelihoods(frozen, [batch[0]])
+    assert torch.equal(kept.log_probabilities(batch[0]), frozen.log_probabilities(batch[0]))
+    with pytest.raises(ValueError, match="2 of 2 that are not"):
+        kept.log_probabilities(batch[1])
 
 
 def test_of_an_encoder_decoder_every_label_is_predicted() -> None:
@@ -138,6 +159,14 @@ def test_no_file_is_replaced_unasked(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
     kept.save(path, overwrite=True)
     assert repr(Likelihoods.load(path)) == repr(kept)
+    notes, link = tmp_path / "notes.txt", tmp_path / "link"
+    notes.write_text("See geffect.objectives.Likelihoods")
+    with pytest.raises(FileExistsError, match="which is none"):
+        kept.save(notes, overwrite=True)
+    link.symlink_to(path)
+    _, fewer = of_model(tiny.gpt2(), rows(0))
+    fewer.save(link, overwrite=True)
+    assert link.is_symlink() and repr(Likelihoods.load(path)) == repr(fewer)
 
 
 def test_a_damaged_file_is_refused_wherever_it_is_damaged(tmp_path: Path) -> None:
