@@ -7,12 +7,13 @@ from R, started with that factor, gives the rest of the chain rule, the retain t
 each, and nothing is kept of the graphs.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from geffect.interrupts import put_back_after
 
 
 class LeafCut:
@@ -83,8 +84,7 @@ class RetainTerm:
             factor, bank = leaf.grad, self.weighted
             if factor is None or not factor.any():
                 factor, bank = torch.full_like(leaf, seed / leaf.numel()), self.unweighted
-            with _as_grad(self.parameters, bank):
-                retain.backward(factor)
+            _backward_into(self.parameters, bank, retain, factor)
             self.factor += factor.sum().item()
             self.loss += (factor * leaf.detach()).sum().item()
 
@@ -97,18 +97,23 @@ class RetainTerm:
                 parameter.grad += tensor
 
 
-@contextmanager
-def _as_grad(parameters: Sequence[Tensor], bank: list[Tensor | None]) -> Iterator[None]:
-    """A block in which backward passes add to the bank; `.grad` is afterwards as it was."""
+def _backward_into(
+    parameters: Sequence[Tensor], bank: list[Tensor | None], loss: Tensor, factor: Tensor
+) -> None:
+    """A backward pass that adds to the bank; `.grad` is afterwards as it was."""
     kept = [parameter.grad for parameter in parameters]
-    for parameter, tensor in zip(parameters, bank, strict=True):
-        parameter.grad = tensor
-    try:
-        yield
-    finally:
+
+    def run() -> None:
+        for parameter, tensor in zip(parameters, bank, strict=True):
+            parameter.grad = tensor
+        loss.backward(factor)
         bank[:] = [parameter.grad for parameter in parameters]
+
+    def put_back() -> None:
         for parameter, tensor in zip(parameters, kept, strict=True):
             parameter.grad = tensor
+
+    put_back_after(run, put_back)
 
 
 def _nodes(loss: Tensor) -> set[Any]:
