@@ -88,6 +88,7 @@ class _Portion:
         self._grads, self._begin = grads, begin
         self._begun: tuple[Portion, list[int]] | None = None
         self._done = self._failed = False
+        self._stepped: list[object] = []  # what the step has answered, once it was made
 
     def take(self, twin: torch.optim.Optimizer) -> None:
         """Step, and finish; called anew, what is missing of it."""
@@ -99,7 +100,11 @@ class _Portion:
         if self._begun is None:
             self._begun = self._begin(tensors), [tensor._version for tensor in tensors]
         kept, versions = self._begun
-        if self.torn is None and versions == [tensor._version for tensor in tensors]:
+        if (
+            not self._stepped
+            and self.torn is None
+            and versions == [tensor._version for tensor in tensors]
+        ):
             self._step(twin)
         self._finish(kept)
         for tensor in tensors:
@@ -108,7 +113,7 @@ class _Portion:
 
     def _step(self, twin: torch.optim.Optimizer) -> None:
         try:
-            _step_without_hooks_of_all(twin)
+            _step_without_hooks_of_all(twin, self._stepped)
         except BaseException as error:
             if _is_of_torch(error):
                 self.torn = error
@@ -135,7 +140,7 @@ def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return twin
 
 
-def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer) -> None:
+def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer, done: list[object]) -> None:
     """A step without the hooks for the steps of all optimizers: torch has no switch for them."""
     kept: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = [
         (hooks, dict(hooks)) for hooks in (pre_hooks, post_hooks)
@@ -144,7 +149,7 @@ def _step_without_hooks_of_all(optimizer: torch.optim.Optimizer) -> None:
     def step() -> None:
         for hooks, _ in kept:
             hooks.clear()
-        optimizer.step()
+        done.append(optimizer.step())  # fused optimizers leave the versions of tensors as they are
 
     def put_back() -> None:
         for hooks, known in kept:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -43,6 +43,7 @@ SETUPS = {
     "update": Setup(UPDATE),
     "update of layers": Setup(UPDATE | {"scope": "layer"}, objective=APART),
     "update by adam": Setup(UPDATE | {"correction": "retain_adam"}),
+    "update, fused": Setup(UPDATE, optimizer=partial(torch.optim.AdamW, fused=True)),
     "update of momentum": Setup(UPDATE, optimizer=momentum),
     "update of micro-batches": Setup(UPDATE, micro=2),
     "update of coordinates": Setup(UPDATE | {"scope": "coordinate"}),
