@@ -25,6 +25,7 @@ from transformers import (
 from geffect import distributed
 from geffect.capture import Recorder
 from geffect.gradients import Gradients
+from geffect.interrupts import to_the_end
 from geffect.layers import trainable
 from geffect.projection import Rectifier
 from geffect.risk import RiskGradient, RiskSet, noting_risk, risk_gradient
@@ -366,6 +367,10 @@ def _reduced_here(model: nn.Module) -> Iterator[None]:
 def _taken(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients, which `.grad` has no longer."""
     grads = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
+
+    def take() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    to_the_end(take)
     return grads
