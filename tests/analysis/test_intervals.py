@@ -15,7 +15,7 @@ from geffect.analysis import conflict, cosine, g_effect, intervals, predicted_ch
 from geffect.analysis.intervals import ENOUGH_ROWS, _share_below
 from geffect.checkpoints import estimators
 from geffect.layers import Parameter
-from geffect.store import reader
+from geffect.store import committed_rows
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 
@@ -180,8 +180,10 @@ def test_what_is_undefined_in_a_replicate_has_no_interval(tmp_path: Path) -> Non
 
 def test_the_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = []
-    opened = reader.opened
-    monkeypatch.setattr(reader, "opened", lambda path: readings.append(path) or opened(path))
+    opened = committed_rows.opened
+    monkeypatch.setattr(
+        committed_rows, "opened", lambda path: readings.append(path) or opened(path)
+    )
     intervals(g_effect, run, by="model", replicates=50)
     assert len(readings) == 2  # the Gram matrices, and what is stepped
 
