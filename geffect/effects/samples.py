@@ -72,14 +72,16 @@ def sample_effects(
     parameters = list(trainable(model).values())
     _check(parameters, directions)
     found: list[Mapping[str, Tensor]] = []
-    has_rows = True
+    has_rows, is_proven = True, False
     for batch in batches:
         check_one_answer(batch, "effects of samples")
         if has_rows:
             try:
-                effects = _by_rows(model, batch, directions, is_first=not found)
-                if not found:
+                effects = _by_rows(model, batch, directions, is_proven=is_proven)
+                if not is_proven:
                     _check_one(model, batch, directions, effects)
+                    # Where nothing is scored all effects are zero, which proves nothing.
+                    is_proven = bool(scored_tokens(model, batch).any())
                 found.append(effects)
                 continue
             except NotOfSamples as refusal:
@@ -90,7 +92,7 @@ def sample_effects(
 
 
 def _by_rows(
-    model: nn.Module, batch: Batch, directions: Directions, *, is_first: bool
+    model: nn.Module, batch: Batch, directions: Directions, *, is_proven: bool
 ) -> dict[str, Tensor]:
     """The effects in one batch, out of one backward pass; raises `NotOfSamples` where none fit."""
     with undisturbed(model, recompute=False), ExitStack() as stack:
@@ -99,9 +101,8 @@ def _by_rows(
             for name, along in directions.items()
         }
         parameters = list(trainable(model).values())
-        if not is_first:
-            # The gradient of a weight is not needed; in the first batch it is, to check that the
-            # samples add up to it.
+        if is_proven:
+            # The gradient of a weight is needed no more: it tells whether the samples add up.
             stack.enter_context(_frozen(parameters))
         log_p = _log_likelihoods(model, batch)
         differentiate(parameters, {"log likelihood": log_p.sum()})

@@ -249,6 +249,16 @@ def test_rows_are_given_up_in_the_batch_where_they_do_not_fit() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 
+def test_a_batch_without_scored_tokens_proves_nothing() -> None:
+    model, nothing, batch = double("a little outside of its module"), uneven(3), uneven(4)
+    nothing |= {"labels": torch.full_like(nothing["labels"], -100)}
+    along = drawn(model)
+    found = sample_effects(model, [nothing, batch], {"a": along})["a"]
+    zeros, rest = found.split([len(nothing["labels"]), len(batch["labels"])])
+    assert not zeros.any()
+    torch.testing.assert_close(rest, naive(model, batch, along), rtol=1e-9, atol=1e-13)
+
+
 def test_the_slower_way_is_said_once_by_the_name_of_the_module(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
