@@ -1,8 +1,8 @@
 """The PG-effect of every sample in every layer, for every model that gives token probabilities."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -77,7 +77,7 @@ def sample_effects(
         check_one_answer(batch, "effects of samples")
         if has_rows:
             try:
-                effects = _by_rows(model, batch, directions, is_proven=is_proven)
+                effects = _by_rows(model, batch, directions)
                 if not is_proven:
                     _check_one(model, batch, directions, effects)
                     # Where nothing is scored all effects are zero, which proves nothing.
@@ -91,9 +91,7 @@ def sample_effects(
     return {name: torch.cat([effects[name] for effects in found]) for name in directions}
 
 
-def _by_rows(
-    model: nn.Module, batch: Batch, directions: Directions, *, is_proven: bool
-) -> dict[str, Tensor]:
+def _by_rows(model: nn.Module, batch: Batch, directions: Directions) -> dict[str, Tensor]:
     """The effects in one batch, out of one backward pass; raises `NotOfSamples` where none fit."""
     with undisturbed(model, recompute=False), ExitStack() as stack:
         effects = {
@@ -101,9 +99,6 @@ def _by_rows(
             for name, along in directions.items()
         }
         parameters = list(trainable(model).values())
-        if is_proven:
-            # The gradient of a weight is needed no more: it tells whether the samples add up.
-            stack.enter_context(_frozen(parameters))
         log_p = _log_likelihoods(model, batch)
         differentiate(parameters, {"log likelihood": log_p.sum()})
     tables = {name: found.by_parameter for name, found in effects.items()}
@@ -187,17 +182,6 @@ def _check(parameters: Sequence[Tensor], directions: Directions) -> None:
             "are sharded, whose gradients are those of the samples of all processes together. Load "
             "the weights into a model that is not sharded."
         )
-
-
-@contextmanager
-def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @cache

@@ -171,6 +171,16 @@ class Twofold(nn.Module):
         return found
 
 
+class Longer(Twofold):
+    """The same, where a text is long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < uneven(3)["input_ids"].shape[1]:
+            plain: Tensor = self.linear(x)
+            return plain
+        return super().forward(super().forward(x)) + nn.functional.linear(x, self.linear.weight)
+
+
 class Once(nn.Module):
     """A module that does not run a second time on what it was given."""
 
@@ -197,6 +207,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "whole numbers": lambda: Language(Scalar(whole=True)),
     "calls itself": Twice,
     "a little outside of its module": lambda: Language(Twofold()),
+    "outside of its module where texts are long": lambda: Language(Longer()),
     "compiled": lambda: torch.compile(Language(nn.Tanh()), backend="eager"),
     "runs once": lambda: Language(Once()),
     "state and random numbers": lambda: Language(Counting()),
@@ -257,6 +268,15 @@ def test_a_batch_without_scored_tokens_proves_nothing() -> None:
     zeros, rest = found.split([len(nothing["labels"]), len(batch["labels"])])
     assert not zeros.any()
     torch.testing.assert_close(rest, naive(model, batch, along), rtol=1e-9, atol=1e-13)
+
+
+def test_a_use_outside_of_its_module_is_seen_in_a_later_batch() -> None:
+    model, batches = double("outside of its module where texts are long"), [uneven(3), uneven(4)]
+    batches[0] = {name: column[:, :-1] for name, column in batches[0].items()}
+    along = drawn(model)
+    found = sample_effects(model, batches, {"a": along})["a"]
+    expected = torch.cat([naive(model, batch, along) for batch in batches])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 
 def test_the_slower_way_is_said_once_by_the_name_of_the_module(
