@@ -1,7 +1,9 @@
 """Worker processes, and what their jobs tell of themselves while they run."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -49,7 +51,8 @@ def working(
     """A function that runs jobs in `count` processes, the longest first, and returns their results.
 
     Models as small as the embedded one are slower on two threads than on one. Where the block ends
-    by an error or an interrupt, the processes end at once, in the midst of their jobs.
+    by an error or an interrupt, the processes end at once, in the midst of their jobs; so too where
+    whoever started them is killed.
     """
     # Not forked: a process that inherits torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")
@@ -111,11 +114,19 @@ _news: Any = None
 
 
 def _start(news: Any, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     global _news
     _news = news
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(job: Job) -> Any:
