@@ -78,7 +78,7 @@ OverwriteOption = Annotated[
 ]
 
 
-def check_free(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse to write where a file is that nobody said is to be replaced."""
     if output.exists() and not overwrite:
         raise FileExistsError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OverwriteOption, check_free, choice
+from .options import OverwriteOption, check_output, choice
 from .selection import (
     BetweenOption,
     ByOption,
@@ -78,7 +78,7 @@ def command(
 
     kind, score = _chosen(kind, score)
     check_taken(ctx, score)
-    check_free(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     table = table_of(open_run(run), score, by, between)
     figure = draw(table, kind)
     figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())

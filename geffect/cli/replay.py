@@ -12,7 +12,7 @@ from geffect.sources import FORGET, RETAIN, check_risks
 
 from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
-from .options import Format, FormatOption, OverwriteOption, check_free, choice, whole
+from .options import Format, FormatOption, OverwriteOption, check_output, choice, whole
 from .selection import written_as
 from .terminal import say, show, terminal, write, write_table
 
@@ -167,7 +167,7 @@ def command(
     from .progress import Told, shown
 
     check_together(ctx, RULES)
-    check_free(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     name = estimator or EstimatorName.SPLIT_BATCH
     named_risks = _risks(risk or [])
     # What a script reads is all that stands on the standard output.

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from geffect.text import plain
 
-from .options import OverwriteOption, check_free, choice
+from .options import OverwriteOption, check_output, choice
 from .selection import By, written_as
 from .terminal import say, terminal
 
@@ -48,7 +48,7 @@ def command(
     """Write the scores and pictures of one or several runs into a page that opens offline."""
     from geffect import open_run
 
-    check_free(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     page = runs_report([open_run(path) for path in runs], by)
     output.write_text(page, encoding="utf-8")
     say(terminal(), f"{len(runs)} run{'s' * (len(runs) > 1)} in {output}")
