@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from .differential import products
 from .direction import check_direction
 from .leaves import Call
 
-_MET: WeakSet[nn.Module] = WeakSet()
-"""Modules that were found to have a row a sample, as is trusted where their shape says so."""
+_MET: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+"""For which numbers of samples modules were found to have a row each, as is trusted then where
+their shape says so."""
 
 
 class InstanceEffects:
@@ -37,10 +38,10 @@ class InstanceEffects:
     Nothing is differentiated twice: with delta the gradient at the output of a module f(theta, x),
     <g_b, v> is <delta_b, d/de f(theta + e v, x_b)>, which for a matrix is one more product with its
     input. The modules have to treat the rows of a batch one by one; other models are refused, since
-    nobody knows which part of a loss is whose. Whose the rows are is told by
-    two backward passes more, through the activations alone: for modules that are met for the first
-    time, and where rows may be something else, as those of a position embedding. That no use of a
-    parameter was missed is checked when the context ends: samples add up to the gradient of the
+    nobody knows which part of a loss is whose. Whose the rows are is told by two backward passes
+    more, through the activations alone: for modules that are met for the first time with so many
+    samples, and where rows may be something else, as those of a position embedding. That no use of
+    a parameter was missed is checked when the context ends: samples add up to the gradient of the
     batch. Two contexts around one backward measure two directions.
 
     >>> model = nn.Linear(2, 1, bias=False)
@@ -170,7 +171,7 @@ class InstanceEffects:
         is_sure = forward.has_rows_of_samples(output)
         use = _Use(called, forward, places, self._along, Call(module, args, kwargs), is_sure)
         watched.register_hook(use.take)  # of this graph, and gone with it
-        if not forward.has_ended and not (is_sure and module in _MET):
+        if not forward.has_ended and not (is_sure and forward.samples in _MET.get(module, ())):
             forward.unproven.append((use, watched))
         return watched
 
@@ -189,7 +190,7 @@ class InstanceEffects:
         for use, _ in unproven:
             use.is_proven = True
             if use.call is not None:
-                _MET.add(use.call.module)
+                _MET.setdefault(use.call.module, set()).add(forward.samples)
 
     def _take_batch(self, place: int, gradient: Tensor) -> None:
         along, gradient = self._along[place], dense(gradient)

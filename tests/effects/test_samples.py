@@ -61,15 +61,16 @@ class Checkpointed(Flattened):
 
 
 class Meeting(nn.Module):
-    """Samples of a batch that meet: each is held against their mean."""
+    """Samples of a batch that meet, where it is large: each is held against their mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
         super().__init__()
+        self.least = least
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.linear(x).tanh()
-        return found - found.mean(dim=0)
+        return found - found.mean(dim=0) if len(x) >= self.least else found
 
 
 class Counting(Flattened):
@@ -254,6 +255,15 @@ def test_every_model_has_effects_of_samples(name: str) -> None:
 def test_rows_are_given_up_in_the_batch_where_they_do_not_fit() -> None:
     model = double("samples that meet")
     batches = [uneven(3, rows=1), uneven(4), uneven(5)]
+    along = drawn(model)
+    found = sample_effects(model, batches, {"a": along})["a"]
+    expected = torch.cat([naive(model, batch, along) for batch in batches])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_samples_that_meet_in_larger_batches_alone_are_told_there() -> None:
+    model = Language(Meeting(least=4)).double().eval()
+    batches = [uneven(3), uneven(6, rows=4)]
     along = drawn(model)
     found = sample_effects(model, batches, {"a": along})["a"]
     expected = torch.cat([naive(model, batch, along) for batch in batches])
