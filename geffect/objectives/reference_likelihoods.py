@@ -20,6 +20,9 @@ KIND = "geffect.objectives.Likelihoods"
 _HEAD = b'{"__metadata__":'
 """How files of safetensors with metadata begin, behind a length of 8 bytes."""
 
+_OF_TOKENS = ("attention_mask", "input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+"""Columns with a value for each token; of others none is believed to be one for its shape."""
+
 _DIGEST = 16  # bytes; two rows of a corpus share one by chance once in 2^64 corpora
 
 
@@ -46,6 +49,11 @@ class Likelihoods:
     """
 
     def __init__(self, reference: Reference, batches: Iterable[Batch]) -> None:
+        if isinstance(batches, Mapping):
+            raise TypeError(
+                "`batches` of Likelihoods should be a list of batches. Found one batch. Pass "
+                "Likelihoods(reference, [batch])."
+            )
         self._rows: dict[bytes, Tensor] = {}
         self._first = 1
         for side in batches:
@@ -72,6 +80,8 @@ class Likelihoods:
 
         found = cls.__new__(cls)
         try:
+            if Path(path).is_dir():
+                raise ValueError("a folder")
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in ("rows", "counts", "values")}
@@ -123,15 +133,16 @@ class Likelihoods:
         """log p of every scored token, `Float[sample, position - 1]`; 0 where none is scored."""
         labels = labels_of(batch)
         scored = (labels != IGNORED)[:, self._first :]
-        known = [self._rows.get(key) for key in _keys(original_of(batch), self._first)]
-        missing = known.count(None)
+        keys = [*_keys(original_of(batch), self._first)]
+        known = [self._rows[key] for key in keys if key in self._rows]
+        missing = len(keys) - len(known)
         if missing:
             raise ValueError(
                 "`batch` should be of rows whose likelihoods are kept, with the same columns. "
-                f"Found {missing} of {len(known)} that are not. Keep those of all rows, or pass "
+                f"Found {missing} of {len(keys)} that are not. Keep those of all rows, or pass "
                 "the model as a FrozenModel."
             )
-        values = torch.cat([row for row in known if row is not None]).to(labels.device)
+        values = (torch.cat(known) if known else torch.empty(0)).to(labels.device)
         return torch.zeros(scored.shape, dtype=values.dtype, device=labels.device).masked_scatter(
             scored, values
         )
@@ -177,10 +188,10 @@ def _keys(batch: Batch, first: int) -> Iterator[bytes]:
     """
     labels = labels_of(batch).cpu()
     shape = batch.get("input_ids", labels).shape
-    columns = {name: _by_row(value, shape) for name, value in batch.items() if name != "labels"}
-    by_token = {name: rows for name, rows in sorted(columns.items()) if rows is not None}
-    further = {name: batch[name] for name, rows in sorted(columns.items()) if rows is None}
-    of_all = _digest(further)
+    columns = {name: _by_row(batch[name], shape) for name in _OF_TOKENS if name in batch}
+    by_token = {name: rows for name, rows in columns.items() if rows is not None}
+    further = sorted(batch.keys() - by_token.keys() - {"labels"})
+    of_all = _digest({name: batch[name] for name in further})
     mask = by_token.get("attention_mask")
     attended = torch.ones(shape) if mask is None or mask.shape != shape else mask
     for i, row in enumerate(labels):

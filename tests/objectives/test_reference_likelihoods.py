@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,3 +207,28 @@ def test_a_trainer_needs_no_model_beside_its_own(tmp_path: Path) -> None:
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+def test_a_column_of_rows_is_none_of_tokens_for_its_width() -> None:
+    """As wide as the rows are long, by chance: nothing of it is cut off as padding."""
+    frozen = FrozenModel(
+        lambda features, **ids: SimpleNamespace(
+            logits=tiny.gpt2().eval()(**ids).logits + features[:, None, -1:] * torch.arange(23.0)
+        )
+    )
+    batch = rows(0, 1) | {"features": torch.zeros(2, 4)}
+    kept = Likelihoods(frozen, [batch])
+    torch.testing.assert_close(kept.log_probabilities(batch), frozen.log_probabilities(batch))
+    other = {**batch, "features": torch.zeros(2, 4).index_fill_(1, torch.tensor([3]), 1.0)}
+    with pytest.raises(ValueError, match="2 of 2 that are not"):
+        kept.log_probabilities(other)
+
+
+def test_what_is_no_list_of_batches_and_no_file_is_one_clear_error(tmp_path: Path) -> None:
+    frozen, kept = of_model(tiny.gpt2())
+    with pytest.raises(TypeError, match=r"should be a list of batches.*Found one batch"):
+        Likelihoods(frozen, rows(0))
+    with pytest.raises(ValueError, match=r"should be a file that Likelihoods.save wrote.*a folder"):
+        Likelihoods.load(tmp_path)
+    none = {name: column[:0] for name, column in rows(0).items()}
+    assert kept.log_probabilities(none).shape == (0, 3)
