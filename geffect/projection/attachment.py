@@ -1,5 +1,6 @@
 """An optimizer and who looks after its steps."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ _attached: "WeakKeyDictionary[torch.optim.Optimizer, ref[Any]]" = WeakKeyDiction
 class Attachment:
     """Two methods of one owner that are called around every step of an optimizer.
 
-    An optimizer has one such owner, as `check_free` sees to, and does not keep it alive.
+    An optimizer has one such owner, as `check_unattached` sees to, and does not keep it alive.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, before: Hook, after: Hook) -> None:
@@ -75,7 +76,7 @@ class Attachment:
         _attached.pop(self.optimizer, None)
 
 
-def check_free(optimizer: torch.optim.Optimizer, owner: object) -> None:
+def check_unattached(optimizer: torch.optim.Optimizer, owner: object) -> None:
     """Refuse an optimizer whose steps somebody else looks after."""
     known = _attached.get(optimizer)
     other = None if known is None else known()
@@ -83,4 +84,21 @@ def check_free(optimizer: torch.optim.Optimizer, owner: object) -> None:
         raise ValueError(
             "An optimizer should have one rectifier. Found another one that is attached to it. "
             "Call detach() on that one before."
+        )
+
+
+def check_steps_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that takes its gradients itself, several a step.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> check_steps_alone(torch.optim.LBFGS([weight]))
+    Traceback (most recent call last):
+    ValueError: `step` of the optimizer should need no closure: ... such as AdamW.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            "`step` of the optimizer should need no closure: a step is rectified with the one "
+            f"gradient that was taken before it. Found {type(optimizer).__name__}, which takes "
+            "several. Use one that steps by itself, such as AdamW."
         )

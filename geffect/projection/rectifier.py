@@ -15,7 +15,7 @@ from geffect.sources import OBJECTIVE, RETAIN, average_of
 from geffect.steps import DirectionWatch, check_descends, check_owned, unwrapped
 
 from . import checks
-from .attachment import Attachment, check_free
+from .attachment import Attachment, check_steps_alone, check_unattached
 from .elementwise import Elementwise
 from .listeners import tell
 from .memory import RetainMemory, State
@@ -62,7 +62,7 @@ class Rectifier:
       and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
 
     Raises ValueError for options that do not go together, and for an optimizer that climbs
-    (`maximize=True`) or steps other tensors than the model's.
+    (`maximize=True`), needs a closure (LBFGS) or steps other tensors than the model's.
 
     A retain gradient that is zero, not finite or rounding noise (no coordinate reaches 2^-23 times
     the objective's largest) rectifies nothing and stays out of the average: `skipped` counts such
@@ -72,8 +72,10 @@ class Rectifier:
 
     An interrupt (Ctrl-C, SIGTERM) or an error anywhere leaves whole what there is. An average has
     taken in a gradient in all parameters or in none; `.grad` holds a rectified gradient or what it
-    held before; in update space an interrupt waits until the step is rectified. One that comes
-    inside of the optimizer's own code leaves what it would have left there.
+    held before, or nothing once the step was taken; in update space an interrupt of a step of
+    torch.optim waits until it is rectified. One that comes inside of the optimizer's own code
+    leaves what it would have left there, and one right behind the step of an optimizer that torch
+    does not have may leave that step unrectified.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> rectifier = Rectifier(model)
@@ -257,7 +259,8 @@ class Rectifier:
         optimizer = unwrapped(optimizer)
         check_owned(optimizer, trainable(self._model).values())
         check_descends(optimizer)
-        check_free(optimizer, self)
+        check_steps_alone(optimizer)
+        check_unattached(optimizer, self)
         self.detach()
         self._attachment = Attachment(optimizer, self._before_step, self._after_step)
 

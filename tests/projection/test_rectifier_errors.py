@@ -252,11 +252,11 @@ def test_a_group_of_parameters_that_it_knows_may_come_later() -> None:
 @pytest.mark.parametrize("place", [place for place in PLACES if "update" in place])
 def test_a_closure(place: str) -> None:
     model = network()
-    optimizer = torch.optim.LBFGS(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters())
     rectifier = made(place, model, optimizer)
     backward(rectifier, model)
     before = copy.deepcopy(model.state_dict())
-    said = r"should be called without a closure .* Found a closure given to LBFGS.* or detach\(\)"
+    said = r"should be called without a closure .* Found a closure given to Adam.* or detach\(\)"
     for call in (
         lambda: optimizer.step(lambda: risk(model, 0)),
         lambda: optimizer.step(closure=lambda: risk(model, 0)),
@@ -266,6 +266,13 @@ def test_a_closure(place: str) -> None:
     assert same(before, model.state_dict())
     rectifier.detach()
     optimizer.step(lambda: risk(model, 0))
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if "update" in place])
+def test_an_optimizer_that_needs_a_closure(place: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"should need no closure.* Found LBFGS.* such as AdamW"):
+        made(place, model, torch.optim.LBFGS(model.parameters()))
 
 
 @pytest.mark.parametrize("place", PLACES)
