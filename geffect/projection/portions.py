@@ -110,6 +110,7 @@ class _Portion:
         for tensor in tensors:
             tensor.grad = None
         self._done = True
+        self._begun = None  # what was kept of the tensors goes before the next ones are begun
 
     def _step(self, twin: torch.optim.Optimizer) -> None:
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -31,6 +32,27 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def portion_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geffect.projection.projector.PORTION_BYTES", 1)
+
+
+def test_what_is_kept_of_a_portion_is_gone_before_the_next_one_begins() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loss_of(model, 0).backward()
+    alive: WeakSet[Any] = WeakSet()
+    most = []
+
+    class Kept:
+        def __init__(self, tensors: Sequence[Tensor]) -> None:
+            alive.add(self)
+            most.append(len(alive))
+
+        def finish(self) -> None:
+            pass
+
+        undo = finish
+
+    StepInPortions(optimizer, Kept, portion_bytes=1).take()
+    assert most == [1] * len(list(model.parameters()))
 
 
 def test_each_tensor_is_stepped_once_between_what_is_called_around_it() -> None:
