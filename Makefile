@@ -1,11 +1,11 @@
 # make demo   set everything up and run the embedded study into runs/demo
-# make test   set everything up and run ruff, mypy and pytest on all cores; some four minutes on two
+# make test   set everything up and run ruff, mypy and pytest on all cores; eight minutes on two
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
-#             from there docs/study.md with its picture; some forty minutes on two idle cores
+#             from there docs/study.md with its picture; hours on two cores
 # make stress a writer killed, and a training of every kind interrupted, more than two hundred times
 # make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
 # make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
-#             the figures of README; ten minutes on an idle machine
+#             the figures of README; fifteen minutes on an idle machine
 
 PYTHON ?= python3
 VENV := .venv
