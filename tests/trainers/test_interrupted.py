@@ -119,6 +119,8 @@ def undisturbed(name: str, folder: Path) -> tuple[States, np.ndarray | None, int
     return made.states, open_run(path).gram() if path.exists() else None, lines[0]
 
 
+# Python says so of what comes while it forgets an object, and loses it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", SETUPS)
 def test_an_interrupt_at_any_line_leaves_training_and_file_whole(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, name: str
