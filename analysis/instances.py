@@ -38,9 +38,8 @@ def instances(
     Columns: sample, `by`, (risk,) value, score, unit. Samples are counted through all batches,
     blocks add up to the model. The model runs in eval mode. The cost is one forward and backward
     pass a batch, one more of the first batch, to hold a sample against its own gradient, and one
-    product with the input of every matrix for each direction. Where modules
-    do not return a row for each sample, as in a mixture of experts, it is a backward pass a sample,
-    which is said once.
+    product with the input of every matrix for each direction. Where modules do not return a row
+    for each sample, as in a mixture of experts, it is a backward pass a sample, which is said once.
 
     >>> import torch
     >>> from types import SimpleNamespace

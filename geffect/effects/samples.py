@@ -40,12 +40,12 @@ def sample_effects(
 
     Eval mode; the model and its `.grad` stay as they were. One forward and backward a batch tell
     all of its samples apart where every module returns a row for each; one sample is held against
-    a backward pass of its own. Where one does not, as a
-    mixture of experts or a recurrent layer, each sample takes a backward pass of its own through
-    the one forward of its batch, whose activations are kept until the last: slower by the number of
-    samples, exact by definition, and said once. Layers that checkpoint their activations do so
-    there; smaller batches need less memory. Where the samples of a batch meet, as in experts of
-    limited capacity, log p(s) is that of this batch, and so is its gradient.
+    a backward pass of its own. Where a module does not, such as a mixture of experts or a recurrent
+    layer, each sample takes a backward pass of its own through the one forward of its batch, whose
+    activations are kept until the last: slower by the number of samples, exact by definition, and
+    said once. Layers that checkpoint their activations do so there; smaller batches need less
+    memory. Where the samples of a batch meet, as in experts of limited capacity, log p(s) is that
+    of this batch, and so is its gradient.
 
     Each batch finds the model in the state in which it was given, running statistics and random
     numbers included. The first that is told apart in the slower way is run twice.
@@ -78,10 +78,10 @@ def sample_effects(
         if has_rows:
             try:
                 effects = _by_rows(model, batch, directions)
-                if not is_proven:
+                # Where nothing is scored all effects are zero, which proves nothing.
+                if not is_proven and scored_tokens(model, batch).any():
                     _check_one(model, batch, directions, effects)
-                    # Where nothing is scored all effects are zero, which proves nothing.
-                    is_proven = bool(scored_tokens(model, batch).any())
+                    is_proven = True
                 found.append(effects)
                 continue
             except NotOfSamples as refusal:

@@ -143,9 +143,9 @@ def _turn_dropout_off(model: nn.Module, *, recompute: bool) -> None:
 
 
 def _let_be_differentiated(model: nn.Module) -> None:
-    """Recurrent layers in train mode, without dropout, which there is all the difference.
+    """Recurrent layers in train mode, of which alone cuDNN takes gradients.
 
-    cuDNN takes no gradient of them in eval mode.
+    That differs from eval mode by their dropout, which is turned off.
     """
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
