@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import analysis, capture, effects, objectives, plots, projection, trainers
     from .capture import Recorder
+    from .checkpoints.options import ReplayOptions
     from .checkpoints.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Recorder",
     "Rectifier",
+    "ReplayOptions",
     "Run",
     "RunFileError",
     "__version__",
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "Recorder": "capture",
     "Rectifier": "projection",
+    "ReplayOptions": "checkpoints.options",
     "Run": "store",
     "RunFileError": "store",
     "open_run": "store",

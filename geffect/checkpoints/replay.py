@@ -3,7 +3,7 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -36,18 +36,12 @@ from .loading import (
     positions_of,
     tokenizer_of,
 )
+from .options import DEFAULTS, ReplayOptions
 from .reference import model_before, reference_of
 from .traits import Estimator, Traits, traits_of
 
 Data = str | os.PathLike[str] | Sequence[Batch]
 """A file or folder that `geffect.data.examples.read` reads, or batches that are ready."""
-
-OnBatch = Callable[[str, int, int], None]
-"""Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""
-
-Shown = Callable[[str, str], None]
-"""Told of each file: the name of the set, and its first row as the model reads it, with what is
-scored between [[ and ]]."""
 
 
 def replay(
@@ -58,21 +52,8 @@ def replay(
     forget: Data,
     retain: Data,
     risks: Mapping[str, Data] | None = None,
-    reference: Folder | None = None,
     estimator: Estimator = split_batch,
-    batch_size: int = 4,
-    seed: int | None = 0,
-    template: bool = True,
-    max_length: int | None = None,
-    update: bool = False,
-    store: str | StoreOptions = "gram",
-    base: Folder | None = None,
-    tokenizer: Any = None,
-    device: str | torch.device | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    report: OnBatch | None = None,
-    show: Shown | None = None,
+    options: ReplayOptions = DEFAULTS,
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
 
@@ -81,24 +62,12 @@ def replay(
     - `path`: the run file to write.
     - `objective`: an `Objective`, a name of the catalogue such as "npo", or weights of risks such
       as `{"forget": -1.0}`, which is GA and costs no backward pass.
-    - `reference`: the model before unlearning, for an objective that compares with it; by default
-      the model that adapters are for, else the first checkpoint. Where likelihoods of the forget
-      answers are all it asks for, nothing else is kept of that model.
     - `forget`, `retain` and further `risks` by name: JSONL files, folders of `datasets`, batches.
       Every batch is used; where a set has more of them than another, several stand together.
-    - `batch_size`: rows of a file in a batch, at most; fewer for more batches, if the estimator
-      needs these.
-    - `seed`: shuffles the rows of a file; None keeps their order.
-    - `template`, `max_length`: as for `geffect.data.examples.read`.
     - `estimator`: one of `geffect.checkpoints.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
-    - `store`: what is kept beside the Gram matrices, as by a `Recorder`.
-    - `update`: also record the way to the next checkpoint, theta_{c+1} - theta_c, as the source
-      `update`, so that `predicted_change` says what it does to each risk to first order. The last
-      checkpoint has none.
-    - `base`: the model that adapters are for, where it is not at the place that they name.
-    - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
-    - `overwrite`: replaces an existing run file.
+    - `options`: the models, how data files are read, and what the run file keeps; see
+      `ReplayOptions`.
 
     Returns the run, as `geffect.open_run` does. Raises ValueError for an objective, data or
     checkpoints that do not go together.
@@ -123,30 +92,21 @@ def replay(
     """
     folders = by_step([checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints)
     given = {FORGET: forget, RETAIN: retain, **(risks or {})}
-    traits, keep = traits_of(estimator), kept(store)
-    minimised = as_objective(objective)
-    _check(minimised, given, risks or {}, update, len(folders))
+    traits, keep = traits_of(estimator), kept(options.store)
+    minimised, reference = as_objective(objective), options.reference
+    _check(minimised, given, risks or {}, options.update, len(folders))
     _check_kept(keep, traits, estimator)
     for folder in [*folders.values(), *([] if reference is None else [reference])]:
         check_folder(folder)
     first = next(iter(folders.values()))
     own_base = base_of(first)
-    _check_models(minimised, reference, base, own_base, first)
-    base = base or own_base
+    _check_models(minimised, reference, options.base, own_base, first)
+    base = options.base or own_base
     configured = first if own_base is None or base is None else base
     _check_files(given, configured)
-    device = _there(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _there(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
-    sets = _sets(
-        given,
-        partial(read, template=template, max_length=max_length),
-        tokenizer,
-        around,
-        partial(batched, size=batch_size, seed=seed, least=traits.batches, even=traits.even),
-        device,
-        positions_of(configured),
-        show,
-    )
+    sets = _sets(given, traits, options, around, positions_of(configured), device)
     counts = {name: len(batches) for name, batches in sets.items()}
     _tell_rows(_name_of(estimator), traits, counts)
     before = model_before(minimised, reference, first, base if own_base else None)
@@ -156,20 +116,20 @@ def replay(
         loader.load(first),
         path,
         metadata={
-            **(metadata or {}),
+            **(options.metadata or {}),
             "checkpoints": {str(step): folder.name for step, folder in folders.items()},
         },
         store=keep,
         steps=_rows(folders, traits, keep, counts),
-        existing=IfExists(overwrite=overwrite),
+        existing=IfExists(overwrite=options.overwrite),
         provenance={
             "rows": "matrices" if traits.matrices else ESTIMATES,
             "objective": provenance(minimised, before.described if before else None),
             "replay": {
                 "estimator": _name_of(estimator),
                 "biased": traits.biased,
-                "batch_size": batch_size,
-                "seed": seed,
+                "batch_size": options.batch_size,
+                "seed": options.seed,
                 "batches": counts,
                 "batches_used": traits.used(counts),
             },
@@ -178,7 +138,7 @@ def replay(
     following = [*folders.values()][1:]
     complete = False
     try:
-        recording.announce([OBJECTIVE, *sets, *([UPDATE] if update else [])])
+        recording.announce([OBJECTIVE, *sets, *([UPDATE] if options.update else [])])
         compared = reference_of(before, minimised, sets[FORGET], loader, new_loader)
         for (step, folder), after in zip_longest(folders.items(), following):
             sources = Sources(
@@ -186,9 +146,9 @@ def replay(
                 minimised,
                 sets,
                 reference=compared,
-                update=loader.change(after) if update and after is not None else None,
+                update=loader.change(after) if options.update and after is not None else None,
                 collector=partial(_collector, recording, keep, step),
-                report=partial(report, folder.name) if report else None,
+                report=partial(options.report, folder.name) if options.report else None,
             )
             for row, measured in enumerate(estimator(sources)):
                 recording.write(Entry(step, measured, sources.declared, batch=row))
@@ -319,29 +279,41 @@ def _there(device: str | torch.device) -> torch.device:
 
 def _sets(
     given: Mapping[str, Data],
-    read: Callable[..., list[Any]],
-    tokenizer: Any,
+    traits: Traits,
+    options: ReplayOptions,
     folders: Sequence[Folder],
-    batches: Callable[..., list[Batch]],
-    device: torch.device,
     positions: int | None,
-    show: Shown | None,
+    device: torch.device,
 ) -> dict[str, list[Batch]]:
-    """The batches of each set, on the device."""
+    """The batches of each set, on the device; `folders` are where a tokenizer may be."""
 
     @cache
-    def found_tokenizer() -> Any:
-        if isinstance(tokenizer, str | os.PathLike):
-            return tokenizer_of([tokenizer])
-        return tokenizer_of(folders) if tokenizer is None else tokenizer
+    def tokenizer() -> Any:
+        named = options.tokenizer
+        if isinstance(named, str | os.PathLike):
+            return tokenizer_of([named])
+        return tokenizer_of(folders) if named is None else named
 
     sets: dict[str, list[Batch]] = {}
     for name, data in given.items():
         if isinstance(data, str | os.PathLike):
-            items = read(data, found_tokenizer(), positions=positions)
-            if show is not None:
-                show(name, spelled(items[0], found_tokenizer()))
-            data = batches(items, pad_token_id=pad_token_of(found_tokenizer()))
+            items = read(
+                data,
+                tokenizer(),
+                template=options.template,
+                max_length=options.max_length,
+                positions=positions,
+            )
+            if options.show is not None:
+                options.show(name, spelled(items[0], tokenizer()))
+            data = batched(
+                items,
+                options.batch_size,
+                pad_token_id=pad_token_of(tokenizer()),
+                seed=options.seed,
+                least=traits.batches,
+                even=traits.even,
+            )
         else:
             _check_ready(name, data, positions)
         sets[name] = [on_device(batch, device) for batch in data]

@@ -162,6 +162,7 @@ def command(
     from transformers.utils.logging import disable_progress_bar
 
     from geffect.checkpoints import estimators
+    from geffect.checkpoints.options import ReplayOptions
     from geffect.checkpoints.replay import replay
 
     from .progress import Told, shown
@@ -181,7 +182,7 @@ def command(
             if done == total:
                 take(Told(checkpoint, "replay", 1.0, 1.0, "done"))
 
-        def show(name: str, text: str) -> None:
+        def show_row(name: str, text: str) -> None:
             say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
 
         run = replay(
@@ -191,22 +192,24 @@ def command(
             forget=forget,
             retain=retain,
             risks=named_risks,
-            reference=reference,
             estimator=(
                 estimators.reference_ema if reference_ema else getattr(estimators, name.value)
             ),
-            batch_size=batch_size,
-            seed=None if reference_ema else seed,
-            template=template,
-            max_length=max_length,
-            update=update,
-            store=store.value,
-            base=base,
-            tokenizer=tokenizer,
-            device=device,
-            overwrite=overwrite,
-            report=report,
-            show=show,
+            options=ReplayOptions(
+                reference=reference,
+                base=base,
+                device=device,
+                tokenizer=tokenizer,
+                template=template,
+                max_length=max_length,
+                batch_size=batch_size,
+                seed=None if reference_ema else seed,
+                update=update,
+                store=store.value,
+                overwrite=overwrite,
+                report=report,
+                show=show_row,
+            ),
         )
     facts = _facts(run, output)
     if form is Format.TABLE:

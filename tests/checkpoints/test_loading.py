@@ -17,6 +17,7 @@ from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading as folders
 from geffect.checkpoints.estimators import full, same_batch
 from geffect.checkpoints.loading import Loader
+from geffect.checkpoints.options import ReplayOptions
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO
 from tests.utils import reference, tiny
@@ -31,7 +32,8 @@ def test_one_model_is_made_and_the_weights_of_each_are_read(
     monkeypatch.setattr(folders, "_model_of", lambda path: made.append(path) or loaded(path))
     replay(
         [run_folder / f"checkpoint-{step}" for step in (5, 10, 15)], tmp_path / "run.h5",
-        objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full, update=True,
+        objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full,
+        options=ReplayOptions(update=True),
     )  # fmt: skip
     assert made == [run_folder / "checkpoint-5"]
 
@@ -72,7 +74,8 @@ def test_adapters(adapters: Path, tmp_path: Path) -> None:
     before = digests(adapters)
     run = replay(
         [adapters / "checkpoint-0", adapters / "checkpoint-8"], tmp_path / "run.h5",
-        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch, update=True,
+        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch,
+        options=ReplayOptions(update=True),
     )  # fmt: skip
     assert run.steps.tolist() == [0, 8]
     assert all(p.module.endswith(("lora_A", "lora_B")) for p in run.layers)
@@ -147,7 +150,8 @@ def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
     trained.save_pretrained(tmp_path / "checkpoint-2")
     run = replay(
         tmp_path / "checkpoint-2", tmp_path / "run.h5", objective=NPO(beta=0.5),
-        forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch, base=tmp_path / "base",
+        forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch,
+        options=ReplayOptions(base=tmp_path / "base"),
     )  # fmt: skip
     model = peft.PeftModel.from_pretrained(
         loaded(tmp_path / "base"), tmp_path / "checkpoint-2", is_trainable=True
@@ -181,7 +185,8 @@ def test_adapters_on_head_and_embedding_are_rows_of_one_run(
         expected.append(np.mean([reference.inner(g["objective"], g["retain"]) for g in rows]))
     run = replay(
         [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"], tmp_path / "run.h5",
-        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch, base=tmp_path / "base",
+        objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch,
+        options=ReplayOptions(base=tmp_path / "base"),
     )  # fmt: skip
     assert run.steps.tolist() == [1, 2]
     for step, value in zip((1, 2), expected, strict=True):
