@@ -25,13 +25,44 @@ PACKED = 1100
 """No filter of HDF5 makes what it stores shorter than this part: deflate reaches 1032."""
 
 
+class BoundedDataset:
+    """A dataset whose numbers lie in its file, all of them."""
+
+    def __init__(self, held: h5py.h5d.DatasetID) -> None:
+        self.id, self.dtype = held, held.dtype
+        self.shape: tuple[int, ...] | None = held.shape
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def all(self) -> Array:
+        """The whole of it."""
+        if self.shape is None:
+            raise ValueError("a dataset without a shape, where numbers should be")
+        values = np.empty(self.shape, self.dtype)
+        if values.size:
+            self.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+        return values
+
+    def rows(self, begin: int, stop: int) -> Array:
+        """Some of its rows, which there are."""
+        _, *entry = self.shape or ()
+        values = np.empty((stop - begin, *entry), self.dtype)
+        if values.size:
+            chosen = self.id.get_space()
+            chosen.select_hyperslab((begin, *[0] * len(entry)), values.shape)
+            self.id.read(h5py.h5s.create_simple(values.shape), chosen, values)
+        return values
+
+
 class BoundedFile:
     """A file that is open for reading. What it raises is a ValueError or one of HDF5's own."""
 
     def __init__(self, file: h5py.File, stream: BinaryIO, size: int) -> None:
         self._file, self._stream, self._size = file, stream, size
-        self._places: dict[str, Any] = {"": h5py.h5g.open(file.id, b"/")}
-        self._datasets: dict[str, h5py.Dataset] = {}
+        self._places: dict[str, Any] = {"": file.id}
+        self._datasets: dict[str, BoundedDataset] = {}
+        self._attributes: dict[str, Any] = {}
 
     def __contains__(self, name: str) -> bool:
         group, _, last = name.rpartition("/")
@@ -49,7 +80,7 @@ class BoundedFile:
     def check_self_contained(self) -> None:
         """Refuse a file that shows what lies elsewhere, but for the segments of its gradients."""
         heap.check(self._stream, self._size)
-        check_self_contained(self._file)
+        self._places |= check_self_contained(self._file)
 
     def names(self, group: str = "/") -> list[str]:
         """The members of a group."""
@@ -61,20 +92,13 @@ class BoundedFile:
 
     def attribute(self, name: str) -> Any:
         """A number or a short text of the root; None where there is none, or another one."""
-        if not self.has_attribute(name):
-            return None
-        found = h5py.h5a.open(self._file.id, name.encode())
-        kind = found.get_type()
-        short = found.shape == () and kind.get_size() <= 64
-        if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and short:
-            return bytes(self._file.attrs[name]).decode("ascii")
-        if isinstance(kind, h5py.h5t.TypeIntegerID) and short:
-            return int(self._file.attrs[name])
-        return None
+        if name not in self._attributes:
+            self._attributes[name] = self._attribute(name)
+        return self._attributes[name]
 
     def dataset(
         self, name: str, dtype: np.dtype[Any] | None = None, shape: tuple[int, ...] | None = None
-    ) -> h5py.Dataset:
+    ) -> BoundedDataset:
         """A dataset whose numbers lie in this file, all of them; of this type and shape."""
         if name not in self._datasets:
             self._datasets[name] = self._dataset(name)
@@ -87,7 +111,7 @@ class BoundedFile:
 
     def rows(
         self, name: str, dtype: np.dtype[Any], count: int, entry: tuple[int | None, ...]
-    ) -> h5py.Dataset:
+    ) -> BoundedDataset:
         """A dataset of at least `count` rows, each of the shape `entry`; None is any length."""
         dataset = self.dataset(name, dtype)
         held: tuple[int, ...] = dataset.shape or ()
@@ -99,12 +123,9 @@ class BoundedFile:
     def array(self, name: str) -> Array:
         """All of a dataset of numbers, or of texts of a fixed length as bytes."""
         dataset = self.dataset(name)
-        if dataset.dtype.kind not in "biufS" or dataset.shape is None:
+        if dataset.dtype.kind not in "biufS":
             raise ValueError(f"{dataset.dtype} in `{name}`")
-        values = np.empty(dataset.shape, dataset.dtype)
-        if values.size:
-            dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-        return values
+        return dataset.all()
 
     def texts_of_any_length(self, name: str) -> NDArray[np.object_]:
         """All of a dataset of texts in a heap, as format 2 has them."""
@@ -133,15 +154,29 @@ class BoundedFile:
             self._places[name] = _inside(self._place(group), last.encode())
         return self._places[name]
 
-    def _dataset(self, name: str) -> h5py.Dataset:
+    def _attribute(self, name: str) -> Any:
+        if not self.has_attribute(name):
+            return None
+        found = h5py.h5a.open(self._file.id, name.encode())
+        kind = found.get_type()
+        text = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+        if not (text or isinstance(kind, h5py.h5t.TypeIntegerID)):
+            return None
+        if found.shape != () or kind.get_size() > 64:
+            return None
+        value = np.empty((), found.dtype)
+        found.read(value)
+        return bytes(value[()]).decode("ascii") if text else int(value)
+
+    def _dataset(self, name: str) -> BoundedDataset:
         place = self._place(name)
         if not isinstance(place, h5py.h5d.DatasetID):
             raise ValueError(f"no dataset at `{name}`")
-        dataset = h5py.Dataset(place)
+        dataset = BoundedDataset(place)
         self._check_room(name, dataset)
         return dataset
 
-    def _check_room(self, name: str, dataset: h5py.Dataset) -> None:
+    def _check_room(self, name: str, dataset: BoundedDataset) -> None:
         plan, stored = dataset.id.get_create_plist(), dataset.id.get_storage_size()
         layout, size = plan.get_layout(), prod(dataset.shape or ()) * dataset.dtype.itemsize
         if layout == h5py.h5d.VIRTUAL or plan.get_external_count():

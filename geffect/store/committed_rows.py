@@ -15,7 +15,7 @@ from geffect.sources import AVERAGE, RECTIFIED, UPDATE
 
 from .layout import entry_shapes
 from .opening import opened, settled
-from .rows import read_rows
+from .rows import Rows
 from .schema import KEY, Contents, RunFileError
 from .segments import Segments
 from .tables import read_table, tables_in
@@ -112,7 +112,8 @@ class CommittedRows:
         count, shapes = self.drawn.max(initial=-1) + 1, self.shapes
         unlisted = (len(self.layers),)  # of what this run may lack
         with opened(self.path) as file:
-            return [read_rows(file, n, count, shapes.get(n, unlisted), entry) for n in names]
+            rows = Rows(file, count)
+            return [rows.read(name, shapes.get(name, unlisted), entry) for name in names]
 
 
 def _how_to_have(source: str, names: Sequence[str]) -> str:

@@ -166,9 +166,9 @@ def read_committed(file: BoundedFile, labels: Labels) -> tuple[int, bool]:
         state = file.attribute("state")
         if state not in ("open", "complete"):
             raise ValueError(f"the state {state!r}")
-        count = int(file.dataset("committed", np.dtype("<i8"), ())[()])
+        count = int(file.dataset("committed", np.dtype("<i8"), ()).all())
         return min(max(count, 0), room), state == "complete"
-    record = file.dataset("committed", np.dtype("<i8"), (4,))[:]
+    record = file.dataset("committed", np.dtype("<i8"), (4,)).all()
     rows, complete, written, _ = record.tolist()
     if (checksums.record_of(rows, written, complete=complete) != record).any() or rows > room:
         raise checksums.Changed("a count of its rows")

@@ -54,14 +54,15 @@ def check_folder(folder: Path) -> None:
         raise OSError(errno.ENOTDIR, "A link or a file in the place of a folder", str(folder))
 
 
-def check_self_contained(file: h5py.File) -> None:
+def check_self_contained(file: h5py.File) -> dict[str, Any]:
     """Refuse an HDF5 file that shows what lies elsewhere, but for the segments of its gradients.
 
     Every object is looked at, and no link is followed. What is refused is a ValueError that says
-    where it stands.
+    where it stands. Returns the objects, each by one of its names.
     """
     seen: set[int] = set()
-    waiting: list[tuple[Any, bytes]] = [(h5py.h5g.open(file.id, b"/"), b"")]
+    objects: dict[str, Any] = {}
+    waiting: list[tuple[Any, bytes]] = [(file.id, b"")]
     while waiting:
         group, place = waiting.pop()
         for name, kind, address in _links(group):
@@ -72,10 +73,12 @@ def check_self_contained(file: h5py.File) -> None:
                 continue
             seen.add(address)
             found = h5py.h5o.open(group, name)
+            objects[path[1:].decode(errors="surrogateescape")] = found
             if isinstance(found, h5py.h5g.GroupID):
                 waiting.append((found, path))
             elif isinstance(found, h5py.h5d.DatasetID):
                 _check_dataset(found, path)
+    return objects
 
 
 def _links(group: Any) -> list[tuple[bytes, int, Any]]:

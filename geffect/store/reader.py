@@ -15,7 +15,7 @@ from .labels import read_committed, read_labels
 from .layout import checksummed
 from .opening import opened, settled
 from .paths import place_of
-from .rows import read_rows
+from .rows import Rows
 from .schema import (
     RECTIFICATION_COLUMNS,
     STATES,
@@ -248,7 +248,8 @@ def _open(path: Path, name: str) -> Run:
         file.check_self_contained()
         labels = read_labels(file)
         count, complete = read_committed(file, labels)
-        keys = np.stack([read_rows(file, name, count, ()) for name in KEY_COLUMNS[:2]])
+        rows = Rows(file, count)
+        keys = np.stack([rows.read(name, ()) for name in KEY_COLUMNS[:2]])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
         return Run(

@@ -1,5 +1,6 @@
 """The rows of a dataset, read as they are in the file, and held against their checksums."""
 
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -10,39 +11,51 @@ from . import checksums
 from .bounds import BoundedFile
 from .labels import as_texts
 from .layout import blank, slabs
-from .schema import LATER, ROWS
+from .schema import LATER, ROWS, Array
 
 
-def read_rows(
-    file: BoundedFile, name: str, count: int, shape: tuple[int, ...], entry: tuple[int, ...] = ()
-) -> NDArray[Any]:
-    """The first `count` rows of a dataset, each of this shape, or one entry of each."""
-    dtype, written = ROWS[name], _checksums(file, name, count)
-    if written is None and name in LATER and name not in file:
-        return np.full((count, *shape), blank(dtype), dtype)
-    # Of what a rectifier did, earlier and later versions of geffect have fewer or more numbers.
-    wanted = (*shape[:-1], None) if name == "rectification" else shape
-    dataset = file.rows(name, dtype, count, wanted)
-    shape = dataset.shape[1:]
-    found = np.empty((count, *shape[len(entry) :]), dtype)
-    for begin, stop in slabs(count, prod(shape) * dtype.itemsize):
-        rows = dataset[begin:stop]
-        if written is not None:
-            _compare(name, rows, written[begin:stop], begin)
-        found[begin:stop] = rows[(slice(None), *entry)]
-    if name == "stored":
-        _check_numbers(found)
-    return found
+class Rows:
+    """The first rows of the datasets of an open file, each held against its checksum."""
 
+    def __init__(self, file: BoundedFile, count: int) -> None:
+        self._file, self._count = file, count
 
-def _checksums(file: BoundedFile, name: str, count: int) -> NDArray[np.uint32] | None:
-    """Those of the rows of a dataset; None where it was written without."""
-    names = as_texts(file.array("checksummed")) if file.version > 2 else []
-    if name not in names and (file.version < 3 or name not in file):
-        return None
-    dataset = file.rows("checksums", ROWS["checksums"], count, (len(names),))
-    sums: NDArray[np.uint32] = dataset[:count, names.index(name)]
-    return sums
+    def read(self, name: str, shape: tuple[int, ...], entry: tuple[int, ...] = ()) -> NDArray[Any]:
+        """Those of a dataset, each of this shape, or one entry of each."""
+        dtype, written, count = ROWS[name], self._checksums(name), self._count
+        if written is None and name in LATER and name not in self._file:
+            return np.full((count, *shape), blank(dtype), dtype)
+        # Of what a rectifier did, earlier and later versions of geffect have fewer or more numbers.
+        wanted = (*shape[:-1], None) if name == "rectification" else shape
+        dataset = self._file.rows(name, dtype, count, wanted)
+        _, *held = dataset.shape or ()
+        found = np.empty((count, *held[len(entry) :]), dtype)
+        for begin, stop in slabs(count, prod(held) * dtype.itemsize):
+            rows = dataset.rows(begin, stop)
+            if written is not None:
+                _compare(name, rows, written[begin:stop], begin)
+            chosen: tuple[slice | int, ...] = (slice(None), *entry)
+            found[begin:stop] = rows[chosen]
+        if name == "stored":
+            _check_numbers(found)
+        return found
+
+    def _checksums(self, name: str) -> NDArray[np.uint32] | None:
+        """Those of the rows of a dataset; None where it was written without."""
+        if name not in self._checksummed and (self._file.version < 3 or name not in self._file):
+            return None
+        sums: NDArray[np.uint32] = self._sums[:, self._checksummed.index(name)]
+        return sums
+
+    @cached_property
+    def _checksummed(self) -> list[str]:
+        return as_texts(self._file.array("checksummed")) if self._file.version > 2 else []
+
+    @cached_property
+    def _sums(self) -> Array:
+        width = len(self._checksummed)
+        dataset = self._file.rows("checksums", ROWS["checksums"], self._count, (width,))
+        return dataset.rows(0, self._count)
 
 
 def _compare(name: str, rows: NDArray[Any], written: NDArray[np.uint32], first: int) -> None:
@@ -62,4 +75,5 @@ def _check_numbers(stored: NDArray[np.int64]) -> None:
 def is_written(file: BoundedFile, name: str, row: int, shape: tuple[int, ...]) -> bool:
     """Whether a row is there that does not count, with a number in it."""
     dataset = file.rows(name, ROWS[name], row, shape)
-    return bool(np.isfinite(dataset[row : row + 1]).any())
+    there = min(row + 1, len(dataset))
+    return bool(np.isfinite(dataset.rows(row, there)).any())

@@ -191,7 +191,7 @@ class Segments:
             return True
         try:
             with _read(place) as file:
-                marks = file.rows("keys", _KEYS, 0, (1 + len(KEY),))[:, 0]
+                marks = file.rows("keys", _KEYS, 0, (1 + len(KEY),)).all()[:, 0]
         except Exception:  # as above
             return is_empty(place) or is_segment(place)
         return bool(np.isin(marks, (0, self.stored.mark)).all())
@@ -222,17 +222,17 @@ class Segments:
         room, found = self.rows(number), {}
         for name, (shape, dtype) in self.held(layer, rank).items():
             dataset = file.dataset(f"{source}/{layer}/{name}", dtype, (room, *shape))
-            found[name] = dataset[inside]
+            (found[name],) = dataset.rows(inside, inside + 1)
         if self.checked:
             sums = file.dataset("checksums", checksums.DTYPE, (room, *self.blocks))
-            written = sums[inside, self.sources.index(source), list(self.layers).index(layer)]
+            (blocks,) = sums.rows(inside, inside + 1)
+            written = blocks[self.sources.index(source), list(self.layers).index(layer)]
             if checksums.of_block(source, layer, key, found.values()) != written:
                 raise checksums.Changed(f"the gradient of `{source}` in {layer}")
         return found
 
     def _keys(self, file: BoundedFile, number: int) -> NDArray[np.int64]:
-        keys: NDArray[np.int64] = file.dataset("keys", _KEYS, (self.rows(number), 1 + len(KEY)))[:]
-        return keys
+        return file.dataset("keys", _KEYS, (self.rows(number), 1 + len(KEY))).all()
 
     def announce(self, file: h5py.File, path: Path, count: int) -> None:
         """Let a run file show `count` segments as if they were its own, for any HDF5 reader."""
