@@ -20,7 +20,7 @@ from .violation import rounding, tolerance, violates
 Numbers = Mapping[str, Floats]
 """What a rectifier reported, by the name of the number: arrays (step, block of the rectifier)."""
 
-Places = Sequence[Sequence[int]]
+Indices = Sequence[Sequence[int]]
 """For each block of the table the blocks of the rectifier that it consists of."""
 
 _ALONG = "with the retain average"
@@ -84,11 +84,11 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     parts = _parts(run, names, by)
     by_set = {}
     for against in sets:
-        places = [
+        indices = [
             [names.index(_name(part, against, sets)) for part in parts[block]] for block in blocks
         ]
-        by_set[against] = _reported(numbers, places) | _applied(
-            run, K, against, _rounded(run, by, against), numbers, places
+        by_set[against] = _reported(numbers, indices) | _applied(
+            run, K, against, _rounded(run, by, against), numbers, indices
         )
     tables = {
         quantity: stack(
@@ -109,13 +109,13 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     return stack(tables, "quantity")
 
 
-def _reported(numbers: Numbers, places: Places) -> dict[str, Floats]:
+def _reported(numbers: Numbers, indices: Indices) -> dict[str, Floats]:
     """What the rectifier said of u, x and r."""
-    before, after = _gram(numbers, "before", places), _gram(numbers, "after", places)
+    before, after = _gram(numbers, "before", indices), _gram(numbers, "after", indices)
     coefficient = numbers["coefficient"]
     energy = inner(before, 0, 0)
     return {
-        "fired": np.stack([numbers["fired"][:, own].max(axis=1) for own in places], axis=1),
+        "fired": np.stack([numbers["fired"][:, own].max(axis=1) for own in indices], axis=1),
         "inner_before": inner(before, 0, 1),
         "inner_after": inner(after, 0, 1),
         "cosine_before": cosine(before, 0, 1),
@@ -123,7 +123,7 @@ def _reported(numbers: Numbers, places: Places) -> dict[str, Floats]:
         "coefficient": np.stack(
             [
                 coefficient[:, own].sum(axis=1) * (1.0 if len(own) == 1 else np.nan)
-                for own in places
+                for own in indices
             ],
             axis=1,
         ),
@@ -148,11 +148,11 @@ def _rounded(run: Run, by: By, against: str) -> Floats:
 
 
 def _applied(
-    run: Run, K: Floats, against: str, rounded: Floats, numbers: Numbers, places: Places
+    run: Run, K: Floats, against: str, rounded: Floats, numbers: Numbers, indices: Indices
 ) -> dict[str, Floats]:
     """What the update did: read off the Gram matrices, or else as the rectifier followed it."""
     if not {UPDATE, average_of(against), against} <= {*run.sources}:
-        return _followed(run, rounded, numbers, places)
+        return _followed(run, rounded, numbers, indices)
     update, average, fresh = map(run.index, (UPDATE, average_of(against), against))
     along = -cosine(K, update, average)
     return {
@@ -163,14 +163,14 @@ def _applied(
     }
 
 
-def _followed(run: Run, rounded: Floats, numbers: Numbers, places: Places) -> dict[str, Floats]:
+def _followed(run: Run, rounded: Floats, numbers: Numbers, indices: Indices) -> dict[str, Floats]:
     """The same without the length of the update, which is not reported.
 
     In update space it is |x|. In gradient space rounding is told from harm by the length of a step
     of gradient descent, lr |x|: after no other step does a rectified gradient keep its constraint.
     """
-    average, fresh = (_summed(numbers[f"applied_{kind}"], places) for kind in ("average", "fresh"))
-    after = _gram(numbers, "after", places)
+    average, fresh = (_summed(numbers[f"applied_{kind}"], indices) for kind in ("average", "fresh"))
+    after = _gram(numbers, "after", indices)
     rate = 1.0 if _is_step(run) else run.column("lr")[:, np.newaxis]
     with np.errstate(invalid="ignore", divide="ignore"):
         along = average / (rate * norm(after, 0)) / norm(after, 1)
@@ -182,16 +182,16 @@ def _followed(run: Run, rounded: Floats, numbers: Numbers, places: Places) -> di
     }
 
 
-def _gram(numbers: Numbers, when: str, places: Places) -> Floats:
+def _gram(numbers: Numbers, when: str, indices: Indices) -> Floats:
     """The Gram matrices of what was rectified and r, an array (step, block, 2, 2)."""
     product = numbers[f"inner_{when}"]
     squares = numbers[f"norm_{when}"] ** 2, numbers["retain_norm"] ** 2
     K = np.stack([squares[0], product, product, squares[1]], axis=-1)
-    return _summed(K.reshape(*product.shape, 2, 2), places)
+    return _summed(K.reshape(*product.shape, 2, 2), indices)
 
 
-def _summed(values: Floats, places: Places) -> Floats:
-    return np.stack([values[:, own].sum(axis=1) for own in places], axis=1)
+def _summed(values: Floats, indices: Indices) -> Floats:
+    return np.stack([values[:, own].sum(axis=1) for own in indices], axis=1)
 
 
 def _name(part: str, against: str, sets: Sequence[str]) -> str:

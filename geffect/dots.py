@@ -96,11 +96,11 @@ def gathered(matrices: Sequence[Tensor], over: "Sequence[tuple[ProcessGroup, ...
     for i, matrix in enumerate(matrices):
         by_device.setdefault(matrix.device, []).append(i)
     table = torch.zeros(len(matrices), *matrices[0].shape, dtype=torch.float64)
-    for places in by_device.values():
-        table[places] = torch.stack([matrices[i] for i in places]).cpu()
+    for indices in by_device.values():
+        table[indices] = torch.stack([matrices[i] for i in indices]).cpu()
     for groups in dict.fromkeys(filter(None, over)):
-        places = [i for i, own in enumerate(over) if own == groups]
-        table[places] = distributed.summed(table[places], groups)
+        indices = [i for i, own in enumerate(over) if own == groups]
+        table[indices] = distributed.summed(table[indices], groups)
     return table
 
 
@@ -134,7 +134,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def _flat(vectors: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    """The vectors that are there, by their places: what this process holds of each, as a row."""
+    """The vectors that are there, by their indices: what this process holds of each, as a row."""
     flat = {
         i: dense(distributed.local(vector).detach()).reshape(-1)
         for i, vector in enumerate(vectors)
@@ -148,12 +148,12 @@ def _flat(vectors: Sequence[Tensor | None]) -> dict[int, Tensor]:
     return flat
 
 
-def _placed(products: Tensor, places: Iterable[int], count: int) -> Tensor:
-    """The inner products of the vectors at some places among all, where the others are zero."""
+def _placed(products: Tensor, indices: Iterable[int], count: int) -> Tensor:
+    """The inner products of the vectors at some indices among all, where the others are zero."""
     if len(products) == count:
         return products
     matrix = products.new_zeros(count, count)
-    index = torch.tensor([*places], dtype=torch.long, device=products.device)
+    index = torch.tensor([*indices], dtype=torch.long, device=products.device)
     matrix[index.unsqueeze(1), index] = products
     return matrix
 

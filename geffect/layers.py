@@ -242,10 +242,10 @@ def in_network_order(parameters: Sequence[Parameter], labels: Iterable[str]) -> 
     Towers come one after another: encoders first, then projectors, then decoders.
     """
     towers = tower_order(parameter.tower for parameter in parameters)
-    place: dict[str, tuple[int, int, int]] = {}
+    order: dict[str, tuple[int, int, int]] = {}
     for parameter, label in zip(parameters, labels, strict=True):
-        place.setdefault(label, (towers[parameter.tower], *_depth(parameter)))
-    return sorted(place, key=place.__getitem__)
+        order.setdefault(label, (towers[parameter.tower], *_depth(parameter)))
+    return sorted(order, key=order.__getitem__)
 
 
 def part_of(parameter: Parameter) -> str:

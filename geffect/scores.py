@@ -130,8 +130,8 @@ def stack(tables: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
         labelled.append(table.assign(**{column: label}))
     stacked = pd.concat(labelled, ignore_index=True)
     others = list(stacked.columns.drop(column))
-    place = others.index("value")
-    return stacked[[*others[:place], column, *others[place:]]]
+    index = others.index("value")
+    return stacked[[*others[:index], column, *others[index:]]]
 
 
 def scores_in(table: pd.DataFrame) -> list[Score]:

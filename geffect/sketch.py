@@ -92,10 +92,10 @@ class Sketch:
         at = start
         while at < stop:
             stretch, inside = divmod(at, window)
-            place = at % period
-            count = min(stop - at, window - inside, len(sums) - place)
+            index = at % period
+            count = min(stop - at, window - inside, len(sums) - index)
             first = offsets[stretch] + inside
-            sums[place : place + count].addcmul_(
+            sums[index : index + count].addcmul_(
                 flat[at - start : at - start + count], signs[first : first + count]
             )
             at += count
@@ -113,17 +113,17 @@ class Sketch:
         """
         import torch
 
-        place = {layer: i for i, layer in enumerate(layers_of(parameters))}
+        index = {layer: i for i, layer in enumerate(layers_of(parameters))}
         # One sum a device: each is waited for once.
         sums: dict[device, Tensor] = {}
         for vector, parameter in zip(vectors, parameters, strict=True):
             if vector is None:
                 continue
             if vector.device not in sums:
-                sums[vector.device] = torch.zeros(len(place), self.width, device=vector.device)
+                sums[vector.device] = torch.zeros(len(index), self.width, device=vector.device)
             folded = self.fold(vector.detach().reshape(-1), parameter.name)
-            sums[vector.device][place[parameter.layer]] += folded
-        return sum((part.cpu() for part in sums.values()), torch.zeros(len(place), self.width))
+            sums[vector.device][index[parameter.layer]] += folded
+        return sum((part.cpu() for part in sums.values()), torch.zeros(len(index), self.width))
 
     def _hashes(self, name: str, count: int) -> list[int]:
         """The first `count` of the endless row of hashes of a parameter."""

@@ -157,12 +157,12 @@ class Differences(Sequence[Tensor | None]):
     def __len__(self) -> int:
         return len(self._parameters)
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not self._moved[place]:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not self._moved[index]:
             return None
-        now, before = self._parameters[place].detach(), self._before[place]
+        now, before = self._parameters[index].detach(), self._before[index]
         # In half precision the difference of two numbers has more digits than either.
         return now - before if now.itemsize > 2 else now.float() - before.float()
 
@@ -328,7 +328,7 @@ class _Step:
     driven: set[int]  # of these, what had a gradient then
     before: Sequence[Tensor] | None  # copies, where the update is followed
     versions: Sequence[int]
-    printed: Sequence[int]  # places of those whose bits are looked at, without copies
+    printed: Sequence[int]  # indices of those whose bits are looked at, without copies
     prints: Tensor
     lr: float = float("nan")
     optimizer: Mapping[str, Any] | None = None
@@ -367,15 +367,15 @@ class _Step:
         return tuple(a or b for a, b in zip(flags, self._anywhere(changed), strict=True))
 
     def _changed(self) -> Sequence[bool]:
-        """Whether the values that this process holds are others, by place."""
+        """Whether the values that this process holds are others, by index."""
         if self.before is not None:
             pairs = zip(self.parameters, self.before, strict=True)
             return [not torch.equal(_bits(parameter), _bits(before)) for parameter, before in pairs]
         versions = zip(self.parameters, self.versions, strict=True)
         changed = [parameter._version != version for parameter, version in versions]
-        now = _prints([self.parameters[place] for place in self.printed])
-        for place, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
-            changed[place] = not same
+        now = _prints([self.parameters[index] for index in self.printed])
+        for index, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
+            changed[index] = not same
         return changed
 
     def _anywhere(self, flags: Sequence[bool]) -> Sequence[bool]:

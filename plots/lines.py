@@ -81,10 +81,10 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             )
             side.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
     towers_apart(ax.axvline, blocks)
-    places = thinned(len(blocks), most=14)
+    indices = thinned(len(blocks), most=14)
     ax.set_xticks(
-        places,
-        [drawn(names[place]) for place in places],
+        indices,
+        [drawn(names[index]) for index in indices],
         rotation=45,
         ha="right",
         rotation_mode="anchor",
@@ -96,7 +96,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if table["step"].nunique() > 1:
         note(ax, "rate over steps" if score.is_rate else "median and quartiles over steps")
     if several:
-        key(ax, handles, beside=spare)
+        key(ax, handles, offset=spare)
     return ax
 
 
@@ -158,8 +158,8 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if rates:
         note(ax, rate(table) if block_alone else f"of the blocks; {rate(table)}")
     if len(lines) > 1:
-        shown = [handles[place] for place in thinned(len(handles), most=14)]
-        key(ax, shown, beside=spare)
+        shown = [handles[index] for index in thinned(len(handles), most=14)]
+        key(ax, shown, offset=spare)
     return ax
 
 

@@ -47,20 +47,20 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     whole = table.assign(**kept)
     panels: list[Axes] = []
     scaled: dict[tuple[str, ...], Axes] = {}  # the first panel of each unit
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         part = whole[whole[by].astype(str) == name]
         first = panels[0] if panels else None
         alike = scaled.get(units_in(part))
-        ax = figure.add_subplot(tall, wide, place + 1, sharex=first, sharey=alike)
+        ax = figure.add_subplot(tall, wide, index + 1, sharex=first, sharey=alike)
         plot(framed(part, whole), ax=ax)
         heading(ax, name)
         scaled.setdefault(units_in(part), ax)
         panels.append(ax)
-    for place, ax in enumerate(panels):
-        if place + wide < len(panels):
+    for index, ax in enumerate(panels):
+        if index + wide < len(panels):
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
-        if place % wide and ax.get_shared_y_axes().joined(ax, panels[place - 1]):
+        if index % wide and ax.get_shared_y_axes().joined(ax, panels[index - 1]):
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     shared_key(figure, panels)

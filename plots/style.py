@@ -230,7 +230,7 @@ def value_axes(ax: Axes, table: pd.DataFrame, units: Sequence[str]) -> dict[str,
 
     Comes before the data, as `value_axis` does.
     """
-    sides = {unit: ax.twinx() if place else ax for place, unit in enumerate(units)}
+    sides = {unit: ax.twinx() if index else ax for index, unit in enumerate(units)}
     for unit, side in sides.items():
         own = framed(table[table["unit"].fillna("") == unit], table) if len(units) > 1 else table
         value_axis(side, own)
@@ -259,17 +259,17 @@ def step_axis(ax: Axes) -> None:
 
 
 def thinned(count: int, most: int = 20) -> list[int]:
-    """At most `most` evenly spaced places out of `count`, the first and the last among them.
+    """At most `most` evenly spaced indices out of `count`, the first and the last among them.
 
     >>> thinned(34)[:3], thinned(34)[-2:]
     ([0, 2, 4], [30, 33])
     """
     stride = max(1, -(-count // most))
-    places = list(range(0, count, stride))
-    if places and places[-1] != count - 1:
+    indices = list(range(0, count, stride))
+    if indices and indices[-1] != count - 1:
         # The last one is too close to its neighbour to stand beside it: it takes its place.
-        places[-1] = count - 1
-    return places
+        indices[-1] = count - 1
+    return indices
 
 
 def new_axes(width: float = 5.6, height: float = 3.4) -> Axes:
@@ -295,15 +295,15 @@ def dress(ax: Axes, *, frame: bool = True) -> None:
     ax.tick_params(which="minor", width=0.4, length=1.5)
 
 
-def key(ax: Axes, handles: Sequence[Artist], *, beside: float = 0.0) -> Legend:
-    """The legend of the handles, to the right of the data, and of what is so many inches wide."""
+def key(ax: Axes, handles: Sequence[Artist], *, offset: float = 0.0) -> Legend:
+    """The legend of the handles, `offset` inches to the right of the data."""
     assert ax.figure is not None
     legend = ax.legend(
         handles=list(handles),
         labels=["" for _ in handles],
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
-        bbox_transform=ax.transAxes + ScaledTranslation(beside, 0, ax.figure.dpi_scale_trans),
+        bbox_transform=ax.transAxes + ScaledTranslation(offset, 0, ax.figure.dpi_scale_trans),
         borderaxespad=0.0,
         frameon=False,
         fontsize="small",
@@ -322,10 +322,10 @@ def write_labels(legend: Legend, labels: Iterable[str]) -> None:
 def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
     """Separates the blocks of different towers, by `ax.axvline` or `ax.axhline` between them."""
     towers = list(map(tower_in, blocks))
-    for place, (before, after) in enumerate(pairwise(towers), start=1):
+    for index, (before, after) in enumerate(pairwise(towers), start=1):
         if before != after:
-            line(place - 0.5, color="white", linewidth=5, zorder=4)
-            line(place - 0.5, color=QUIET, linewidth=0.6, zorder=5)
+            line(index - 0.5, color="white", linewidth=5, zorder=4)
+            line(index - 0.5, color=QUIET, linewidth=0.6, zorder=5)
 
 
 def heading(ax: Axes, text: str) -> None:

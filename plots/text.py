@@ -113,16 +113,16 @@ def flow(tokens: Sequence[str], columns: int) -> Iterator[Placed]:
     line = column = 0
     starts = [i for i, token in enumerate(tokens) if i == 0 or token[0].isspace()]
     for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        for place in range(start, end):
-            rest = cells("".join(tokens[start:end])) if place == start else cells(tokens[place])
+        for index in range(start, end):
+            rest = cells("".join(tokens[start:end])) if index == start else cells(tokens[index])
             if column and column + rest > columns:
                 line, column = line + 1, 0
-            for part in _parts(tokens[place], columns):
+            for part in _parts(tokens[index], columns):
                 if column and column + cells(part) > columns:
                     line, column = line + 1, 0
-                yield Placed(place, line, column, part)
+                yield Placed(index, line, column, part)
                 column += cells(part)
-            if BREAK in tokens[place]:
+            if BREAK in tokens[index]:
                 line, column = line + 1, 0
 
 
@@ -146,10 +146,10 @@ def cells(token: str) -> int:
 
 def _parts(token: str, columns: int) -> list[str]:
     """The token, cut where it is longer than a line."""
-    places = [0, *accumulate(cells(character) for character in token)]
+    indices = [0, *accumulate(cells(character) for character in token)]
     parts, start = [], 0
     for end in range(1, len(token) + 1):
-        if end == len(token) or places[end + 1] - places[start] > columns:
+        if end == len(token) or indices[end + 1] - indices[start] > columns:
             parts.append(token[start:end])
             start = end
     return parts

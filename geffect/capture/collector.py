@@ -41,7 +41,7 @@ class Collector:
     """Takes each parameter's gradients once; none of them has to be there when the next is taken.
 
     `weights` gives the sources in terms of what is taken. With a `sketch`, the sources are folded
-    into it. With an `encoding`, a layer is encoded as soon as all of its parameters among `places`
+    into it. With an `encoding`, a layer is encoded as soon as all of its parameters among `indices`
     have been taken; `seed` is that of stochastic rounding.
     """
 
@@ -53,7 +53,7 @@ class Collector:
         *,
         sketch: Sketch | None = None,
         encoding: str | None = None,
-        places: Sequence[int] = (),
+        indices: Sequence[int] = (),
         ranges: Sequence[tuple[int, int]] = (),
         seed: str = "",
     ) -> None:
@@ -63,35 +63,37 @@ class Collector:
         self._experts: dict[int, list[Tensor]] = {}
         self._sketches = None if sketch is None else _Sketches(sketch, table, parameters)
         self._layers = (
-            None if encoding is None else _Layers(encoding, table, parameters, places, ranges, seed)
+            None
+            if encoding is None
+            else _Layers(encoding, table, parameters, indices, ranges, seed)
         )
 
-    def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
+    def take(self, index: int, tensors: Mapping[str, Tensor | None]) -> None:
         """Take what the passes left for one parameter."""
         local = {
             name: None if tensor is None else dots.dense(distributed.local(tensor.detach()))
             for name, tensor in tensors.items()
         }
         self._basis = list(local)
-        if self._table[place].experts:
-            self._experts[place] = self._by_expert(place, [*local.values()])
-            self._matrices[place] = torch.stack(self._experts[place]).sum(dim=0)
+        if self._table[index].experts:
+            self._experts[index] = self._by_expert(index, [*local.values()])
+            self._matrices[index] = torch.stack(self._experts[index]).sum(dim=0)
         else:
-            self._matrices[place] = dots.gram([*local.values()])
+            self._matrices[index] = dots.gram([*local.values()])
         if self._sketches is not None:
-            self._sketches.take(place, local)
+            self._sketches.take(index, local)
         if self._layers is not None:
             for source, terms in self._weights.items():
                 tensor = weighted_sum([(local[name], weight) for name, weight in terms.items()])
-                self._layers.take(place, source, tensor)
+                self._layers.take(index, source, tensor)
 
     def measured(self, losses: Mapping[str, float]) -> Measurement:
         """What is kept, after every parameter has been taken."""
         every = range(len(self._table))
-        single = {place: self._experts[place] for place in every if place in self._experts}
+        single = {index: self._experts[index] for index in every if index in self._experts}
         return Measurement(
             names=tuple(self._weights),
-            gram=self._gram({place: [self._matrices[place]] for place in every}),
+            gram=self._gram({index: [self._matrices[index]] for index in every}),
             expert_gram=self._gram(single) if single else None,
             losses=losses,
             sketches=None if self._sketches is None else self._sketches.of(self._weights),
@@ -106,10 +108,10 @@ class Collector:
         products = dots.gathered([matrix for own in matrices.values() for matrix in own], over)
         return combined(products, self._basis, self._weights)
 
-    def _by_expert(self, place: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+    def _by_expert(self, index: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """The Gram matrix of every expert of a tensor, of the rows of it that are here."""
-        rows, experts = self._table[place].shape[0], self._table[place].experts
-        first, _ = distributed.local_rows(self._parameters[place])
+        rows, experts = self._table[index].shape[0], self._table[index].experts
+        first, _ = distributed.local_rows(self._parameters[index])
         ends = [max(rows // experts * expert - first, 0) for expert in range(experts + 1)]
         return [
             dots.gram([None if v is None else v[begin:end] for v in vectors])
@@ -132,13 +134,13 @@ class _Sketches:
         }
         self._nothing = torch.zeros(len(self._layers), sketch.width, dtype=torch.float64)
 
-    def take(self, place: int, tensors: Mapping[str, Tensor | None]) -> None:
-        layer = self._layers.index(self._table[place].layer)
-        start, _ = distributed.local_range(self._parameters[place])
-        folds = self._folds[self._over[place]]
+    def take(self, index: int, tensors: Mapping[str, Tensor | None]) -> None:
+        layer = self._layers.index(self._table[index].layer)
+        start, _ = distributed.local_range(self._parameters[index])
+        folds = self._folds[self._over[index]]
         for name, tensor in tensors.items():
             if tensor is not None:
-                fold = self._sketch.fold(tensor.flatten(), self._table[place].name, start)
+                fold = self._sketch.fold(tensor.flatten(), self._table[index].name, start)
                 # Summed where it is: each device is waited for once.
                 if (name, fold.device) not in folds:
                     folds[name, fold.device] = torch.zeros_like(self._nothing, device=fold.device)
@@ -164,34 +166,34 @@ class _Layers:
         encoding: str,
         table: Sequence[Parameter],
         parameters: Sequence[Tensor],
-        places: Sequence[int],
+        indices: Sequence[int],
         ranges: Sequence[tuple[int, int]],
         seed: str,
     ) -> None:
         self._encoding, self._table, self._parameters = ENCODINGS[encoding], table, parameters
         self._seed = seed
-        self._sizes = {p: stop - start for p, (start, stop) in zip(places, ranges, strict=True)}
+        self._sizes = {p: stop - start for p, (start, stop) in zip(indices, ranges, strict=True)}
         self._members: dict[str, list[int]] = {}
-        for place in places:
-            self._members.setdefault(table[place].layer, []).append(place)
+        for index in indices:
+            self._members.setdefault(table[index].layer, []).append(index)
         self._waiting: dict[tuple[str, str], dict[int, Tensor]] = {}
         self.encoded: Encoded = {}
 
-    def take(self, place: int, source: str, tensor: Tensor | None) -> None:
-        layer = self._table[place].layer
-        if place not in self._members.get(layer, ()):
+    def take(self, index: int, source: str, tensor: Tensor | None) -> None:
+        layer = self._table[index].layer
+        if index not in self._members.get(layer, ()):
             return
         if tensor is None:
-            tensor = torch.zeros_like(distributed.local(self._parameters[place].detach()))
+            tensor = torch.zeros_like(distributed.local(self._parameters[index].detach()))
         waiting = self._waiting.setdefault((source, layer), {})
         # Of what several processes hold whole, one keeps all and the others nothing.
-        waiting[place] = tensor.flatten()[: self._sizes[place]]
+        waiting[index] = tensor.flatten()[: self._sizes[index]]
         if len(waiting) == len(self._members[layer]):
             self._encode(source, layer)
 
     def _encode(self, source: str, layer: str) -> None:
         waiting = self._waiting.pop((source, layer))
-        whole = torch.cat([waiting[place] for place in self._members[layer]])
+        whole = torch.cat([waiting[index] for index in self._members[layer]])
         # Another seed for each vector, so that the errors of rounding are independent.
         digest = hashlib.blake2b(f"{self._seed}/{source}/{layer}".encode(), digest_size=4).digest()
         arrays = self._encoding.encode(whole, int.from_bytes(digest, "little"))

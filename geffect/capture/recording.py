@@ -151,8 +151,8 @@ class Recording:
         `weights` gives the sources in terms of the vectors; without it they are the sources.
         """
         collector = self.collector(step, weights or {name: {name: 1.0} for name in vectors}, batch)
-        for place in range(len(self.parameters)):
-            collector.take(place, {name: vector[place] for name, vector in vectors.items()})
+        for index in range(len(self.parameters)):
+            collector.take(index, {name: vector[index] for name, vector in vectors.items()})
         return collector.measured(losses)
 
     def note_objective(self, objective: Mapping[str, Any]) -> None:

@@ -49,7 +49,7 @@ def row(
     lengths: NDArray[np.float64] | None,
     wall_seconds: float,
 ) -> Row:
-    """The row: every number at the place that the first row of the run gave to its source.
+    """The row: every number at the index that the first row of the run gave to its source.
 
     `lengths` are those of the parameters after the step.
     """
@@ -79,7 +79,7 @@ def row(
 
 
 def _spread(known: RunHeader, values: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """The values at the places of their sources, NaN at those of the others."""
+    """The values at the indices of their sources, NaN at those of the others."""
     sources = known.sources
     spread = np.full((len(sources), *values.shape[1:]), np.nan, dtype=values.dtype)
     spread[[sources.index(name) for name in names]] = values
@@ -88,9 +88,9 @@ def _spread(known: RunHeader, values: np.ndarray, names: Sequence[str]) -> np.nd
 
 def _spread_gram(known: RunHeader, names: Sequence[str], gram: Tensor) -> np.ndarray:
     k = len(known.sources)
-    places = np.array([known.sources.index(name) for name in names], dtype=int)
+    indices = np.array([known.sources.index(name) for name in names], dtype=int)
     spread = np.full((len(gram), k, k), np.nan)
-    spread[:, places[:, None], places] = gram.numpy()
+    spread[:, indices[:, None], indices] = gram.numpy()
     return spread
 
 

@@ -29,7 +29,7 @@ class Storage:
         steps: Collection[int] | None,
     ) -> None:
         self._keep, self._table, self._parameters, self._steps = keep, table, parameters, steps
-        self._places = keep.places(table) if keep.gradients else ()
+        self._indices = keep.indices(table) if keep.gradients else ()
         self._ranges = self._shard_ranges()
 
     @property
@@ -55,7 +55,7 @@ class Storage:
             weights,
             sketch=self._keep.sketch,
             encoding=self._keep.gradients if self._keep.when(step) else None,
-            places=self._places,
+            indices=self._indices,
             ranges=self._ranges[distributed.rank() if len(self._ranges) > 1 else 0],
             seed=seed,
         )
@@ -69,7 +69,7 @@ class Storage:
             blocks=header.blocks,
             weights=header.weights,
             sketch=self._keep.sketch,
-            gradients=StoredGradients(gradients, self._places, self._ranges, header.mark)
+            gradients=StoredGradients(gradients, self._indices, self._ranges, header.mark)
             if gradients
             else None,
         )
@@ -96,7 +96,7 @@ class Storage:
 
     def _shard_ranges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """What each rank writes of the stored gradients; one rank all where nothing is sharded."""
-        stored = [self._parameters[place] for place in self._places]
+        stored = [self._parameters[index] for index in self._indices]
         if not any(map(distributed.is_sharded, stored)):
             return (tuple((0, tensor.numel()) for tensor in stored),)
         if self._keep.gradients not in ("full", "bf16"):

@@ -41,7 +41,7 @@ class StoreOptions:
                 f"Found `gradients = {self.gradients!r}`. Choose one of those."
             )
 
-    def places(self, parameters: Sequence[Parameter]) -> tuple[int, ...]:
+    def indices(self, parameters: Sequence[Parameter]) -> tuple[int, ...]:
         """Which of the parameters the gradients are kept of."""
         found = tuple(i for i, p in enumerate(parameters) if re.search(self.match, p.name))
         if self.gradients and not found:

@@ -37,9 +37,9 @@ takes them; None where nothing is kept beside the Gram matrix."""
 
 @dataclass(frozen=True)
 class Group:
-    """The batches of each set that one factor of an inner product is taken on, by their places."""
+    """The batches of each set that one factor of an inner product is taken on, by their indices."""
 
-    places: Mapping[str, Sequence[int]]
+    indices: Mapping[str, Sequence[int]]
     paired: bool  # one of each set: losses of several sets have their value on these
 
 
@@ -108,17 +108,17 @@ class Sources:
 
     def passes(self, groups: Sequence[Group]) -> int:
         """How many times batches are run for these groups."""
-        return sum(1 if g.paired else sum(map(len, g.places.values())) for g in groups)
+        return sum(1 if g.paired else sum(map(len, g.indices.values())) for g in groups)
 
     def on(self, group: Group) -> Gradients:
         """The gradients on the batches of a group, as on one batch of all their data."""
         if group.paired:
-            return self._joint({name: place for name, (place,) in group.places.items()})
+            return self._joint({name: index for name, (index,) in group.indices.items()})
         vectors: dict[str, list[Tensor | None]] = {}
         values: dict[str, float] = {}
-        for name, places in group.places.items():
-            for place in places:
-                self._add_part(name, place, places, vectors, values)
+        for name, indices in group.indices.items():
+            for index in indices:
+                self._add_part(name, index, indices, vectors, values)
         losses = {
             source: sum(weight * values[name] for name, weight in terms.items())
             for source, terms in self.weights.items()
@@ -126,7 +126,7 @@ class Sources:
         return Gradients(self._parameters, [], vectors, self.weights, losses)
 
     def part(
-        self, name: str, place: int, among: Sequence[int]
+        self, name: str, index: int, among: Sequence[int]
     ) -> tuple[Gradients, dict[str, float]]:
         """The gradients of all losses on one batch of a set, and their shares among some of them.
 
@@ -136,7 +136,7 @@ class Sources:
         """
         # What is reduced over this set asks nothing of the others.
         others = {other: batches[0] for other, batches in self.sets.items()}
-        batches = {**others, name: self.sets[name][place]}
+        batches = {**others, name: self.sets[name][index]}
         model = SharedForward(self._model)
         reductions = {name: Reduction(name, "token_mean")}
         losses: dict[str, Loss] = {name: nll(model, batches[name])}
@@ -145,7 +145,7 @@ class Sources:
             components = self._parts(model, batches)
             losses |= {_source(component): components[component].loss for component in own}
             reductions |= {_source(component): how for component, how in own.items()}
-        shares = {loss: self._share(how, place, among) for loss, how in reductions.items()}
+        shares = {loss: self._share(how, index, among) for loss, how in reductions.items()}
         return self._differentiated(losses), shares
 
     def row(
@@ -161,7 +161,7 @@ class Sources:
         """A row, from gradients that everything is a combination of.
 
         `products` are (estimates of) their inner products where these are not those of the basis
-        itself. What else is kept is taken from `at(place)`, by default from the basis.
+        itself. What else is kept is taken from `at(index)`, by default from the basis.
         """
         every = {**weights, **{name: {name: 1.0} for name in self.constants}}
         collector = self._collector and self._collector(every, self._rows, gradients)
@@ -169,8 +169,8 @@ class Sources:
         if collector is None:
             known = gram_of(basis) if products is None else products
             return Measurement(tuple(every), combined(known, list(basis), every), losses)
-        for place in range(len(self._parameters)):
-            collector.take(place, at(place) if at else at_place(basis, place))
+        for index in range(len(self._parameters)):
+            collector.take(index, at(index) if at else at_index(basis, index))
         measured = collector.measured(losses)
         if products is None:
             return measured
@@ -222,7 +222,7 @@ class Sources:
             )
         return {name: declared[name] for name in found}
 
-    def _share(self, how: Reduction, place: int, among: Sequence[int]) -> float:
+    def _share(self, how: Reduction, index: int, among: Sequence[int]) -> float:
         """What part of the tokens, or of the samples, of some batches one of them has."""
         counts = self._counts.get(how)
         if counts is None:
@@ -231,7 +231,7 @@ class Sources:
             counts = [how.count(self._model, side) for side in sides]
             self._counts[how] = counts
         total = sum(counts[i] for i in among)
-        return counts[place] / total if total else math.nan
+        return counts[index] / total if total else math.nan
 
     def _set_of(self, side: str) -> str:
         """The set that a side is of: itself, or the one that it is inside of."""
@@ -249,10 +249,10 @@ class Sources:
     def _counts(self) -> dict[Reduction, list[int]]:
         return {}
 
-    def _joint(self, places: Mapping[str, int]) -> Gradients:
+    def _joint(self, indices: Mapping[str, int]) -> Gradients:
         """The gradients on one batch of every set."""
         model = SharedForward(self._model)
-        batches = {name: self.sets[name][place] for name, place in places.items()}
+        batches = {name: self.sets[name][index] for name, index in indices.items()}
         parts = self._parts(model, batches)
         # A combination of risks is declared as that, and anything else is one tensor.
         of_risks = all(part.risk is not None for part in parts.values())
@@ -266,13 +266,13 @@ class Sources:
     def _add_part(
         self,
         name: str,
-        place: int,
+        index: int,
         among: Sequence[int],
         vectors: dict[str, list[Tensor | None]],
         values: dict[str, float],
     ) -> None:
         """Add what one batch contributes to the gradients on several."""
-        gradients, shares = self.part(name, place, among)
+        gradients, shares = self.part(name, index, among)
         for loss, share in shares.items():
             blend(vectors.setdefault(loss, []), gradients.of(loss), 1.0, share)
             values[loss] = values.get(loss, 0.0) + share * gradients.losses[loss]
@@ -299,9 +299,9 @@ def blend(state: list[Tensor | None], vector: Vector, kept: float, weight: float
             old.add_(new, alpha=weight)
 
 
-def at_place(basis: Basis, place: int) -> dict[str, Tensor | None]:
+def at_index(basis: Basis, index: int) -> dict[str, Tensor | None]:
     """The tensors of one parameter."""
-    return {name: vector[place] for name, vector in basis.items()}
+    return {name: vector[index] for name, vector in basis.items()}
 
 
 def gram_of(basis: Basis) -> Tensor:

@@ -36,7 +36,7 @@ from geffect import dots
 from geffect.capture.collector import Measurement
 from geffect.gradients import Gradients, Weights, weighted_sum
 
-from .batch_gradients import Basis, Group, Sources, at_place, blend, gram_of
+from .batch_gradients import Basis, Group, Sources, at_index, blend, gram_of
 from .traits import Counts, Declared, Traits
 
 EMA_WEIGHT = 0.4
@@ -186,9 +186,9 @@ def _on_two_batches(sources: Sources, a: Group, b: Group) -> Measurement:
     other = {**second.vectors, **sources.constants}
     across = _products(basis, other)
 
-    def mean(place: int) -> dict[str, Tensor | None]:
-        there = at_place(other, place)
-        here = at_place(basis, place)
+    def mean(index: int) -> dict[str, Tensor | None]:
+        there = at_index(other, index)
+        here = at_index(basis, index)
         return {name: weighted_sum([(t, 0.5), (there[name], 0.5)]) for name, t in here.items()}
 
     losses = {name: (loss + second.losses[name]) / 2 for name, loss in first.losses.items()}
@@ -203,15 +203,15 @@ def _moved(
     part, shares = sources.part(name, b, range(count))
     basis: Basis = {**whole.vectors, **sources.constants}
     products = _products({loss: part.of(loss) for loss in shares}, basis)
-    places = [list(basis).index(loss) for loss in shares]
+    indices = [list(basis).index(loss) for loss in shares]
     change = torch.zeros_like(K)
     share = products.new_tensor([*shares.values()]).unsqueeze(-1)
-    change[:, places] = rows * (share * products - K[:, places] / count)
+    change[:, indices] = rows * (share * products - K[:, indices] / count)
 
-    def moved(place: int) -> dict[str, Tensor | None]:
-        there = at_place(basis, place)
+    def moved(index: int) -> dict[str, Tensor | None]:
+        there = at_index(basis, index)
         for loss, share in shares.items():
-            terms = [(there[loss], 1 - rows / count), (part.of(loss)[place], rows * share)]
+            terms = [(there[loss], 1 - rows / count), (part.of(loss)[index], rows * share)]
             there[loss] = weighted_sum(terms)
         return there
 

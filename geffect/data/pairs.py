@@ -14,7 +14,7 @@ class Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, place: int, /) -> Item: ...
+    def __getitem__(self, index: int, /) -> Item: ...
 
 
 class Pairs(Dataset[dict[str, Item]]):
@@ -37,10 +37,10 @@ class Pairs(Dataset[dict[str, Item]]):
     def __len__(self) -> int:
         return self.sizes[0]
 
-    def __getitem__(self, places: Sequence[int]) -> dict[str, Item]:
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Item]:
         return {
-            name: items[place]
-            for (name, items), place in zip(self.sets.items(), places, strict=True)
+            name: items[index]
+            for (name, items), index in zip(self.sets.items(), indices, strict=True)
         }
 
     @property

@@ -389,8 +389,8 @@ def _finding(
 
 def _against(value: float, others: Mapping[str, float]) -> str:
     """Two losses or more side by side, in nats per token."""
-    beside = ", ".join(f"{_said(other)} ({name})" for name, other in others.items())
-    return f"{_nats(value)} against {beside}"
+    compared = ", ".join(f"{_said(other)} ({name})" for name, other in others.items())
+    return f"{_nats(value)} against {compared}"
 
 
 def _nats(value: float) -> str:

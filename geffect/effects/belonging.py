@@ -54,7 +54,7 @@ def aside() -> Iterator[None]:
 
 
 def strangers(outputs: Sequence[Tensor], of_model: Any, samples: int) -> list[int]:
-    """The places of the outputs whose rows are not those of the samples.
+    """The indices of the outputs whose rows are not those of the samples.
 
     Each output has a row for each sample, and a graph from it to what the model returned.
 
@@ -70,9 +70,9 @@ def strangers(outputs: Sequence[Tensor], of_model: Any, samples: int) -> list[in
         returned.shape, generator=draw, device=returned.device, dtype=torch.float32
     ).to(returned.dtype)
     return [
-        start + place
+        start + index
         for start in range(0, len(outputs), AT_ONCE)
-        for place in _strangers(outputs[start : start + AT_ONCE], returned, cotangent, samples)
+        for index in _strangers(outputs[start : start + AT_ONCE], returned, cotangent, samples)
     ]
 
 
@@ -85,11 +85,11 @@ def _strangers(
     for digit in range(max(1, -(-(samples - 1).bit_length() // (POWERS.bit_length() - 1)))):
         codes = numbers // POWERS**digit % POWERS - POWERS // 2
         weighted = _deltas(outputs, returned, cotangent * _along(codes, returned))
-        for place, (before, after) in enumerate(zip(plain, weighted, strict=True)):
+        for index, (before, after) in enumerate(zip(plain, weighted, strict=True)):
             expected = before.double() * _along(codes, before).double()
             off = (after.double() - expected).flatten(1).norm(dim=1)
             if (off > TOLERANCE * expected.flatten(1).norm(dim=1)).any():
-                found.add(place)
+                found.add(index)
     return sorted(found)
 
 

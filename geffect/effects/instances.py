@@ -58,8 +58,8 @@ class InstanceEffects:
         self._parameters = list(trainable(model).values())
         check_direction(self._parameters, direction)
         self._along = {
-            place: v.detach().to(self._parameters[place].dtype)
-            for place, v in enumerate(direction)
+            index: v.detach().to(self._parameters[index].dtype)
+            for index, v in enumerate(direction)
             if v is not None
         }
         self._forwards: list[_Forward] = []
@@ -101,18 +101,18 @@ class InstanceEffects:
     def by_layer(self) -> Tensor:
         """The effects `Float64[sample, layer]`, on the CPU: the parameters of each layer summed."""
         names = self.layers
-        places = torch.tensor([names.index(row.layer) for row in self._rows])
+        indices = torch.tensor([names.index(row.layer) for row in self._rows])
         effects = self.by_parameter
-        return effects.new_zeros(len(effects), len(names)).index_add_(1, places, effects)
+        return effects.new_zeros(len(effects), len(names)).index_add_(1, indices, effects)
 
     def _watch_model(self) -> None:
-        places = {self._parameters[place]: place for place in self._along}
+        indices = {self._parameters[index]: index for index in self._along}
         self._hooks.add(self._model.register_forward_pre_hook, self._begin, with_kwargs=True)
-        for parameter, place in places.items():
-            self._hooks.add(parameter.register_hook, partial(self._take_batch, place))
+        for parameter, index in indices.items():
+            self._hooks.add(parameter.register_hook, partial(self._take_batch, index))
         for path, module in self._model.named_modules():
             named = dict(module.named_parameters(recurse=False))
-            own = {name: places[p] for name, p in named.items() if p in places}
+            own = {name: indices[p] for name, p in named.items() if p in indices}
             if own:
                 called = f"`{canonical_name(path)}` ({type(module).__name__})"
                 watch = partial(self._watch, called, own)
@@ -133,7 +133,7 @@ class InstanceEffects:
     def _watch(
         self,
         called: str,
-        places: dict[str, int],
+        indices: dict[str, int],
         module: nn.Module,
         args: Any,
         kwargs: Any,
@@ -169,7 +169,7 @@ class InstanceEffects:
         if Aside.running:  # a checkpointed layer that is run again for it
             return watched
         is_sure = forward.has_rows_of_samples(output)
-        use = _Use(called, forward, places, self._along, Call(module, args, kwargs), is_sure)
+        use = _Use(called, forward, indices, self._along, Call(module, args, kwargs), is_sure)
         watched.register_hook(use.take)  # of this graph, and gone with it
         if not forward.has_ended and not (is_sure and forward.samples in _MET.get(module, ())):
             forward.unproven.append((use, watched))
@@ -184,18 +184,18 @@ class InstanceEffects:
         if forward.samples == 1 or not unproven:
             return
         found = strangers([rows for _, rows in unproven], output, forward.samples)
-        for place in found:
-            use, rows = unproven[place]
+        for index in found:
+            use, rows = unproven[index]
             raise _not_of_samples(use, tuple(rows.shape))
         for use, _ in unproven:
             use.is_proven = True
             if use.call is not None:
                 _MET.setdefault(use.call.module, set()).add(forward.samples)
 
-    def _take_batch(self, place: int, gradient: Tensor) -> None:
-        along, gradient = self._along[place], dense(gradient)
+    def _take_batch(self, index: int, gradient: Tensor) -> None:
+        along, gradient = self._along[index], dense(gradient)
         pair = torch.stack([products(gradient, x).sum() for x in (along, gradient)])
-        self._batches.setdefault(place, []).append(pair)
+        self._batches.setdefault(index, []).append(pair)
 
     def _check_sums(self) -> None:
         """Samples add up to the batch, but for rounding, which is that of the whole gradient.
@@ -213,20 +213,20 @@ class InstanceEffects:
             forward.check_backward()
         if not self._batches:  # frozen, or no parameter was reached
             return
-        places = sorted(self._batches)
-        pairs = torch.stack([torch.stack(self._batches[p]).sum(dim=0).cpu() for p in places])
+        indices = sorted(self._batches)
+        pairs = torch.stack([torch.stack(self._batches[p]).sum(dim=0).cpu() for p in indices])
         inner, squared = pairs.unbind(dim=1)
         lengths = torch.stack(
-            [products(self._along[p], self._along[p]).sum().cpu() for p in places]
+            [products(self._along[p], self._along[p]).sum().cpu() for p in indices]
         )
-        precision = max(torch.finfo(self._along[p].dtype).eps for p in places)
+        precision = max(torch.finfo(self._along[p].dtype).eps for p in indices)
         share = max(precision, 1e-6) ** 0.5
         rounding = (
             share * (squared * lengths).sqrt() + share**2 * (squared.sum() * lengths.sum()).sqrt()
         )
-        off = (self.by_parameter.sum(dim=0)[places] - inner).abs() > rounding
+        off = (self.by_parameter.sum(dim=0)[indices] - inner).abs() > rounding
         if off.any():
-            names = [self._rows[p].name for p, is_off in zip(places, off, strict=True) if is_off]
+            names = [self._rows[p].name for p, is_off in zip(indices, off, strict=True) if is_off]
             raise NotOfSamples(
                 "The samples should add up to the gradient of the batch.",
                 f"otherwise for {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: it is "
@@ -259,8 +259,8 @@ class _Forward:
     def table(self, parameters: int) -> Tensor:
         """`Float64[sample, parameter]`, the uses of a parameter summed, on the CPU."""
         table = torch.zeros(self.samples, parameters, dtype=torch.float64)
-        for place, values in self.effects:
-            table[:, place] += values.cpu()
+        for index, values in self.effects:
+            table[:, index] += values.cpu()
         return table
 
     def check_backward(self) -> None:
@@ -279,7 +279,7 @@ class _Use:
 
     called: str
     forward: _Forward
-    places: Mapping[str, int]
+    indices: Mapping[str, int]
     along: Mapping[int, Tensor]
     call: Call | None
     is_proven: bool
@@ -298,12 +298,12 @@ class _Use:
             raise _not_of_samples(self, tuple(delta.shape))
         call, self.call = self.call, None  # a backward pass frees what it has used
         with torch.no_grad(), aside():
-            for name, place in self.places.items():
-                self.forward.effects.append((place, self._effects(call, name, place, delta)))
+            for name, index in self.indices.items():
+                self.forward.effects.append((index, self._effects(call, name, index, delta)))
 
-    def _effects(self, call: Call, name: str, place: int, delta: Tensor) -> Tensor:
+    def _effects(self, call: Call, name: str, index: int, delta: Tensor) -> Tensor:
         try:
-            return call.effects(name, self.along[place], delta)
+            return call.effects(name, self.along[index], delta)
         except Exception as error:
             raise NotOfSamples(
                 "Modules with parameters should run again by themselves, with what they were "

@@ -127,9 +127,9 @@ def _check_one(
     sample = int(scored_tokens(model, batch).sum(dim=1).argmax())
     (K,) = _products(model, batch, directions, [sample])
     lengths = K.diagonal(dim1=1, dim2=2).sum(dim=0).sqrt()
-    for place, effects in enumerate(found.values(), 1):
-        own, exact = effects[sample], K[:, 0, place]
-        allowed = _precision(model) * lengths[0] * lengths[place]
+    for index, effects in enumerate(found.values(), 1):
+        own, exact = effects[sample], K[:, 0, index]
+        allowed = _precision(model) * lengths[0] * lengths[index]
         fits = ((own - exact).abs() <= allowed) | (own.isnan() & exact.isnan())
         if not fits.all():
             name = describe(model)[int(fits.logical_not().nonzero()[0])].name

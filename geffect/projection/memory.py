@@ -228,7 +228,7 @@ Change = Callable[[Tensor, Sequence[Tensor | None], Make], None]
 """Takes the new tensors of a parameter into what is kept of it, in place."""
 
 Room = Mapping[int, Tensor]
-"""For what is kept of parameters that no gradient had reached, by their places: zeros."""
+"""For what is kept of parameters that no gradient had reached, by their indices: zeros."""
 
 
 class _Kept(Sequence[Tensor | None]):
@@ -248,7 +248,7 @@ class _Kept(Sequence[Tensor | None]):
     def __getitem__(self, i: slice) -> Sequence[Tensor | None]: ...
     def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor | None] | None:
         if isinstance(i, slice):
-            return [self[place] for place in range(*i.indices(len(self)))]
+            return [self[index] for index in range(*i.indices(len(self)))]
         kept = self.tensors[i]
         return None if kept is None else kept.to(self._devices[i], torch.float32)
 

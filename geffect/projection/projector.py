@@ -56,7 +56,7 @@ class Projector:
         return alone and all(map(distributed.is_sharded, self.parameters))
 
     def moved(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
-        """What the optimizer steps, by the places of the parameters; all, where there is none."""
+        """What the optimizer steps, by the indices of the parameters; all, where there is none."""
         everything = dict(enumerate(self.parameters))
         if optimizer is None:
             return everything
@@ -87,8 +87,8 @@ class Projector:
         retain = self._retain(counts)
         if self.options.by_coordinate:
             coordinates = self._coordinates()
-            places = range(len(self.parameters))
-            make = partial(_change_each, coordinates, space, places, retain=retain, mask=mask)
+            indices = range(len(self.parameters))
+            make = partial(_change_each, coordinates, space, indices, retain=retain, mask=mask)
             return Change(make, coordinates.report)
         rule = self.options.rule
         assert rule is not None and not isinstance(rule, Elementwise)
@@ -114,11 +114,11 @@ class Projector:
         self, optimizer: torch.optim.Optimizer, mask: Mask | None, *, counts: bool
     ) -> tuple[StepInPortions, PendingReport]:
         """A step with the old values of a few tensors in memory, coordinate by coordinate."""
-        place = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         coordinates, retain = self._coordinates(), self._retain(counts)
 
         def begin(tensors: Sequence[Tensor]) -> FewTensors:
-            own = {place[id(tensor)]: tensor for tensor in tensors}
+            own = {index[id(tensor)]: tensor for tensor in tensors}
             space = UpdateSpace(own, {i: copied(tensor) for i, tensor in own.items()})
             masks = None if mask is None else {i: mask(i) for i in own}.__getitem__
             make = partial(_change_each, coordinates, space, own, retain=retain, mask=masks)
@@ -158,11 +158,11 @@ class FewTensors:
 def _change_each(
     coordinates: Coordinates,
     space: Space,
-    places: Iterable[int],
+    indices: Iterable[int],
     *,
     retain: Retain,
     mask: Mask | None,
 ) -> None:
     space.begin()
-    for i in places:
+    for i in indices:
         coordinates.change(space, i, retain(i), None if mask is None else mask(i))

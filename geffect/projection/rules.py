@@ -171,13 +171,13 @@ def nearest(K: Tensor) -> Tensor:
     solution = torch.zeros_like(c)
     error = (-c).clamp(min=0).amax(dim=-1)  # of w = 0: the worst conflict
     for free in chain.from_iterable(combinations(range(count), n) for n in range(1, count + 1)):
-        places = list(free)
+        indices = list(free)
         # Not `solve`, which refuses singular matrices: what comes of one shows in its error.
-        w_free, _ = torch.linalg.solve_ex(R[..., places, :][..., places], -c[..., places])
+        w_free, _ = torch.linalg.solve_ex(R[..., indices, :][..., indices], -c[..., indices])
         w = torch.zeros_like(c)
-        w[..., places] = w_free
+        w[..., indices] = w_free
         inner_after = (R @ w[..., None])[..., 0] + c
-        residual = inner_after[..., places].abs()
+        residual = inner_after[..., indices].abs()
         broken = torch.cat([-w, -inner_after, residual], dim=-1).amax(dim=-1)
         # Of two choices that rounding cannot tell apart, that of the smaller weights.
         found = broken + PARALLEL**2 * w.abs().sum(dim=-1)

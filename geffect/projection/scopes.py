@@ -39,11 +39,11 @@ class Blocks:
     """Which parameters share a constraint: the names of the blocks, and the one of each parameter.
 
     >>> Blocks.of(["head", "layer 0", "head"])
-    Blocks(names=('head', 'layer 0'), place=(0, 1, 0))
+    Blocks(names=('head', 'layer 0'), index=(0, 1, 0))
     """
 
     names: tuple[str, ...]
-    place: tuple[int, ...]
+    index: tuple[int, ...]
 
     @classmethod
     def of(cls, labels: Sequence[str]) -> Self:
@@ -88,7 +88,7 @@ class GramAccumulator:
         summed_parts = [reduce(add, m.values()) if m else self._nothing for m in self._matrices]
         table = dots.gathered(summed_parts, over)
         summed = table.new_zeros(len(self._blocks.names), *table.shape[1:])
-        return summed.index_add(0, torch.tensor(self._blocks.place), table)
+        return summed.index_add(0, torch.tensor(self._blocks.index), table)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Terms:
         kept = None if self.mask is None else self.mask(i)
         return held(self.retain(i)), kept, None if self.metric is None else self.metric(i)
 
-    def places(self, k: int) -> tuple[slice, slice, slice]:
+    def slices(self, k: int) -> tuple[slice, slice, slice]:
         """Where u and the averages stand in a Gram matrix, seen in three ways.
 
         As they are, as a rule is asked about them, and as its weights go to them.
@@ -139,7 +139,7 @@ class Constraint:
 
     def planned(self, space: Space, terms: Terms) -> Change | None:
         """What keeps it; None where a gradient is not finite."""
-        seen, asked, added = terms.places(1 + len(self._sets))
+        seen, asked, added = terms.slices(1 + len(self._sets))
         K = self._gram(space, terms, size=added.stop)
         if not K[:, seen, seen].isfinite().all():
             return None
@@ -189,7 +189,7 @@ class Constraint:
         # products that cancel out once each is taken in another metric.
         quick = len(self._sets) == 1 and terms.metric is None and not self._rounds
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
-        for i, block in enumerate(self._blocks.place):
+        for i, block in enumerate(self._blocks.index):
             averages, kept, scale = terms.of(i)
             for part, where in enumerate(space.parts(i)):
                 vectors = [space.direction(i, where), *parts(averages, where)]
@@ -203,7 +203,7 @@ class Constraint:
     def _write(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
         """Make the direction what the weights say, rounded once."""
         space.begin()
-        for i, block in enumerate(self._blocks.place):
+        for i, block in enumerate(self._blocks.index):
             if changed[block]:
                 averages, kept, scale = terms.of(i)
                 for where in space.parts(i):
@@ -214,7 +214,7 @@ class Constraint:
     def _combine(self, space: Space, terms: Terms, weights: Tensor, changed: Tensor) -> None:
         """Make the direction what the weights say, within the coordinates that may move."""
         space.begin()
-        for i, block in enumerate(self._blocks.place):
+        for i, block in enumerate(self._blocks.index):
             if terms.mask is None and not changed[block]:
                 continue
             averages, kept, scale = terms.of(i)

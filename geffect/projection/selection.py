@@ -82,7 +82,7 @@ class Salient(Selection):
             return float("nan")
         if self.fraction == 1:
             return -torch.inf
-        # Places in the whole, the same on every process; each looks up what is in its own part.
+        # Indices into the whole, the same on every process; each looks up what is in its own part.
         picks = torch.arange(total)
         if total > SAMPLE:
             picks = torch.randint(total, (SAMPLE,), generator=generator).sort().values
@@ -91,12 +91,12 @@ class Salient(Selection):
         start = 0
         for i, gradient in present:
             if not apart or _is_first_holder(gradient):
-                begin, end = (start + place for place in distributed.local_range(gradient))
+                begin, end = (start + index for index in distributed.local_range(gradient))
                 first, last = torch.searchsorted(picks, torch.tensor([begin, end])).tolist()
                 if first < last:
-                    places = (picks[first:last] - begin).to(gradient.device)
+                    indices = (picks[first:last] - begin).to(gradient.device)
                     sample[first:last] = _salience(
-                        _at(gradient, places), None if (s := scale(i)) is None else _at(s, places)
+                        _at(gradient, indices), None if (s := scale(i)) is None else _at(s, indices)
                     )
             start += gradient.numel()
         if apart:
@@ -158,9 +158,9 @@ def _salience(u: Tensor, scale: Tensor | None) -> Tensor:
     return u.abs().float() / (EPSILON if scale is None else scale + EPSILON)
 
 
-def _at(tensor: Tensor, places: Tensor) -> Tensor:
-    """The values at these places of the flattened part of this process."""
-    return distributed.local(tensor).detach().reshape(-1)[places]
+def _at(tensor: Tensor, indices: Tensor) -> Tensor:
+    """The values at these indices of the flattened part of this process."""
+    return distributed.local(tensor).detach().reshape(-1)[indices]
 
 
 def _moments(tensor: Tensor) -> Tensor:

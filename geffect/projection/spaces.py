@@ -52,7 +52,7 @@ class Space(Protocol):
 
 
 class GradientSpace:
-    """The gradient in `.grad` of what moves, by the places of the parameters.
+    """The gradient in `.grad` of what moves, by the indices of the parameters.
 
     It is `scale` times too large where a GradScaler is at work.
     """
@@ -100,9 +100,9 @@ class GradientSpace:
 class UpdateSpace:
     """The step that an optimizer has taken: theta before minus theta after.
 
-    `before` holds the old values of what moves, by the places of the parameters. A coordinate whose
-    direction becomes zero has its old value back, bit for bit. Changes that are interrupted can be
-    begun anew: each is made once.
+    `before` holds the old values of what moves, by the indices of the parameters. A coordinate
+    whose direction becomes zero has its old value back, bit for bit. Changes that are interrupted
+    can be begun anew: each is made once.
     """
 
     def __init__(self, parameters: Mapping[int, Tensor], before: Mapping[int, Tensor]) -> None:
@@ -123,15 +123,15 @@ class UpdateSpace:
         memory of the model's size costs more than all the rest.
         """
         stepped = {id(parameter) for parameter in moved_by(optimizer)}
-        places = dict(enumerate(parameters))
+        indices = dict(enumerate(parameters))
         before = {}
-        for i, parameter in places.items():
+        for i, parameter in indices.items():
             if id(parameter) in stepped:
                 whole = distributed.local(parameter.detach())
                 if i not in room:
                     room[i] = torch.empty_like(whole)
                 before[i] = room[i].copy_(whole)
-        return cls(places, before)
+        return cls(indices, before)
 
     def begin(self) -> None:
         self._once.begin()

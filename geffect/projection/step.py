@@ -67,7 +67,7 @@ class Step:
     def change(self, gradients: Gradients, moved: Mapping[int, Tensor], *, copy: bool) -> None:
         """Leave the objective's gradient in `.grad`, and rectify it there, or arm the step.
 
-        `moved` is what the optimizer steps, by the places of the parameters; nothing lies in their
+        `moved` is what the optimizer steps, by the indices of the parameters; nothing lies in their
         `.grad`. What is not to be rectified of the objective is added behind. Whatever raises
         leaves all as it was.
         """

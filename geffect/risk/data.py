@@ -90,13 +90,13 @@ def share(batches: Iterable[Batch]) -> Iterator[Batch]:
     its last is missing it gets one in which nothing is scored.
     """
     processes, rank = distributed.world_size(), distributed.rank()
-    place = -1
-    for place, batch in enumerate(batches):
-        if place % processes == rank:
+    index = -1
+    for index, batch in enumerate(batches):
+        if index % processes == rank:
             yield batch
-    if place < 0:
+    if index < 0:
         raise _without_batches()
-    if place % processes < rank:
+    if index % processes < rank:
         yield {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
 

@@ -20,15 +20,15 @@ class Changed(ValueError):
     """What is in a file is not what was written there, or is being written at this moment."""
 
 
-def of_row(name: str, place: int, entry: Array) -> int:
-    """The one of a row of a dataset, in this place of it.
+def of_row(name: str, index: int, entry: Array) -> int:
+    """The one of a row of a dataset, at this index of it.
 
     >>> entry = np.zeros(3)
     >>> of_row("losses", 0, entry) == of_row("losses", 0, entry) != of_row("losses", 1, entry)
     True
     """
-    # Two places begin with two remainders, which stay apart over the same bytes.
-    seed = zlib.crc32(name.encode()) + place & 0xFFFFFFFF
+    # Two indices begin with two remainders, which stay apart over the same bytes.
+    seed = zlib.crc32(name.encode()) + index & 0xFFFFFFFF
     return zlib.crc32(np.ascontiguousarray(entry).data, seed)
 
 

@@ -177,17 +177,17 @@ class GrowingFile:
             if strange := files_of_others(folder):
                 log.warning("Left in `%s`, as not of this run: %s.", folder, ", ".join(strange[:5]))
 
-    def _put(self, row: Row, place: int, number: int) -> None:
+    def _put(self, row: Row, index: int, number: int) -> None:
         """Write a row, as the one with gradients of that number if it has some, and count it."""
         assert self._file is not None
         self._file.check()
         entries = row.datasets()
         if self._stored is not None:
             entries["stored"] = self._stored.write(row, number)
-        entries = with_checksums(entries, self._shapes, place)
+        entries = with_checksums(entries, self._shapes, index)
         # The row has to be in the file before the number that makes it count.
-        self._file.put(place, entries)
-        self._file.count(place + 1)
+        self._file.put(index, entries)
+        self._file.count(index + 1)
 
     def _replace(self, capacity: int, *, complete: bool = False) -> None:
         """Put a file with room for `capacity` rows, and with those there are, in its place."""

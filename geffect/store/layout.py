@@ -131,7 +131,7 @@ def carried(
 
 
 def with_checksums(
-    entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: int
+    entries: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], index: int
 ) -> dict[str, Array]:
     """The entries of a row in every dataset, as they are stored, and their checksums."""
     if further := entries.keys() - shapes:
@@ -145,7 +145,7 @@ def with_checksums(
         )
         for name in checksummed(shapes)
     }
-    sums = [checksums.of_row(name, place, entry) for name, entry in stored.items()]
+    sums = [checksums.of_row(name, index, entry) for name, entry in stored.items()]
     return stored | {"checksums": np.array(sums, dtype=checksums.DTYPE)}
 
 

@@ -73,10 +73,10 @@ class OpenFile:
         """Raise an OSError where what is written would be lost."""
         check_identity(self._path, self._identity)
 
-    def put(self, place: int, entries: Mapping[str, Array]) -> None:
+    def put(self, index: int, entries: Mapping[str, Array]) -> None:
         """Write the entries of a row, which counts from the next `count` on."""
         for name, entry in entries.items():
-            _write_row(self._rows[name], place, entry)
+            _write_row(self._rows[name], index, entry)
         self.file.flush()
 
     def count(self, rows: int) -> None:
@@ -100,8 +100,8 @@ class OpenFile:
         self.file.flush()
 
 
-def _write_row(dataset: h5py.Dataset, place: int, entry: Array) -> None:
-    # Not `dataset[place] = entry`, which takes ten times as long as HDF5 does.
+def _write_row(dataset: h5py.Dataset, index: int, entry: Array) -> None:
+    # Not `dataset[index] = entry`, which takes ten times as long as HDF5 does.
     room, row = dataset.id.get_space(), (1, *entry.shape)
-    room.select_hyperslab((place, *[0] * entry.ndim), row)
+    room.select_hyperslab((index, *[0] * entry.ndim), row)
     dataset.id.write(h5py.h5s.create_simple(row), room, np.ascontiguousarray(entry))

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from geffect.layers import Parameter
 
 from . import checksums
-from .beside import Beside
 from .contiguous import OPTIONS, Identity, Room, check_identity, identity
 from .drafts import draft_of
+from .future import Future
 from .layout import Columns
 from .outside import check_folder, check_plain, is_folder, is_plain
 from .paths import place_of
@@ -65,14 +65,14 @@ class Shard:
             keys = self._rooms["keys"]
             mark = np.array([self._segments.stored.mark, *row.key], dtype=keys.dtype)
             keys.write(self._stream, inside, np.zeros_like(mark))
-            sums = Beside(partial(self._checksums, row), row.nbytes)
+            sums = Future(partial(self._checksums, row), row.nbytes)
             for source, layers in row.gradients.items():
                 for layer, arrays in layers.items():
                     for name, values in arrays.items():
                         if values.size:
                             room = self._rooms[f"{source}/{layer}/{name}"]
                             room.write(self._stream, inside, values)
-            self._rooms["checksums"].write(self._stream, inside, sums.found())
+            self._rooms["checksums"].write(self._stream, inside, sums.result())
             keys.write(self._stream, inside, mark)
         except OSError as error:
             place = str(self._place(number))

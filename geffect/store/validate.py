@@ -140,8 +140,8 @@ def _gradients(run: Run, K: Floats, keys: list[tuple[int, ...]]) -> Iterator[str
             continue
         squares = K[row, :, source, source]
         for layer, found in zip(segments.layers, layers, strict=True):
-            places = [segments.stored.parameters[i] for i in segments.layers[layer]]
-            if exact and not _is_as_long(found, squares[places], segments.encoding.loss):
+            indices = [segments.stored.parameters[i] for i in segments.layers[layer]]
+            if exact and not _is_as_long(found, squares[indices], segments.encoding.loss):
                 yield (
                     f"the gradient of `{name}` in {layer} at step {key[1]} is not as long as its "
                     "Gram matrix says"

@@ -365,9 +365,9 @@ def _scores(measured: Measurement, stepped: Sequence[bool] | None, prefix: str) 
         if source not in measured.names:
             continue
         own = measured.names.index(source)
-        for place, risk in enumerate(measured.names):
+        for index, risk in enumerate(measured.names):
             if is_risk(risk):
                 effect = named + EFFECTS.get(risk, risk)
-                scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, place, own))
-                scores[f"{prefix}/cosine_{source}_{risk}"] = float(gram.cosine(K, own, place))
+                scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, index, own))
+                scores[f"{prefix}/cosine_{source}_{risk}"] = float(gram.cosine(K, own, index))
     return scores

@@ -51,11 +51,11 @@ class RectificationLog:
 def _of_model(report: Rectification) -> Iterator[tuple[str, float]]:
     """The numbers of the whole model, by name; those of several retain sets one after the other."""
     sets: dict[str, list[int]] = {}
-    for place, block in enumerate(report.blocks):
-        sets.setdefault(block.partition(", ")[2], []).append(place)
-    for name, places in sets.items():
+    for index, block in enumerate(report.blocks):
+        sets.setdefault(block.partition(", ")[2], []).append(index)
+    for name, indices in sets.items():
         of_set = {
-            field.name: [getattr(report, field.name)[place] for place in places]
+            field.name: [getattr(report, field.name)[index] for index in indices]
             for field in fields(report)
             if field.name != "blocks"
         }

@@ -44,14 +44,14 @@ class RetainBatches:
     def _from(self, first: int) -> Iterator[Batch]:
         batches = self._batches
         length = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
-        passed, place = divmod(first, length)
+        passed, index = divmod(first, length)
         while True:
             torch.manual_seed(passed)
             for owner in (batches, getattr(batches, "sampler", None)):
                 if isinstance(own := getattr(owner, "generator", None), torch.Generator):
                     own.manual_seed(passed)
-            yield from islice(batches, place, None)
-            passed, place = passed + 1, 0
+            yield from islice(batches, index, None)
+            passed, index = passed + 1, 0
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ class Step:
 
     def _check_norm(self, measured: Measurement) -> None:
         """Refuse a gradient whose length is not the one that the Trainer found before clipping."""
-        place = measured.names.index(self._handed_on)
-        norm = float(gram.norm(measured.gram.sum(dim=0), place))
+        index = measured.names.index(self._handed_on)
+        norm = float(gram.norm(measured.gram.sum(dim=0), index))
         # Rounding of half precision aside.
         if abs(norm - self._grad_norm) > 0.02 * self._grad_norm:
             raise RuntimeError(
