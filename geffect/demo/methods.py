@@ -48,7 +48,7 @@ class Variant:
     """
 
     summary: str
-    rule: Callable[[], Any] = field(default=_gru, repr=False)
+    rule: Callable[[], Any] = field(default_factory=lambda: _gru, repr=False)
     options: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = (3e-4, 1.5e-4, 6e-4)
     duration: float = 1.0
