@@ -9,6 +9,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# Tests take seconds to compile, in every process: what is compiled is kept.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 RANKS = 2
 SECONDS = 60.0
 PRELOADED = [
+    "tests.utils.no_garbage",
     "pytest",
     "torch.distributed.fsdp",
     "torch.nn.parallel",
@@ -90,6 +91,7 @@ def _rank(
     pipe: Connection, rank: int, store: str, function: Callable[..., Any], arguments: tuple
 ) -> None:
     gc.freeze()  # what was imported need not be searched for garbage
+    gc.enable()
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(SECONDS - GRACE)  # where it hangs
     try:
