@@ -15,6 +15,9 @@ several answers, {"original": Batch, "alternate": Batch}: its risk is that of th
 
 IGNORED = -100
 
+_ENDS = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
+"""What kernels for rows without padding call the ends of the texts in all rows."""
+
 ORIGINAL = "original"
 """Of several answers in a side the one whose risk is that of the side."""
 
@@ -92,7 +95,8 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     """The number of the text that each token is of, in its row, `Int[sample, position]`.
 
     Texts are told by `position_ids` that begin anew, by their numbers in `seq_idx` or in the mask,
-    or by their ends in `cu_seq_lens_q`; a row without any of these is one text.
+    by a mask of (.., position, position) in which a token sees none before it, or by their ends in
+    `cu_seq_lens_q`; a row without any of these is one text.
 
     >>> texts_in({"labels": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])})
     tensor([[0, 0, 1, 1]])
@@ -108,10 +112,27 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
         if numbers is not None and numbers.shape == labels.shape:
             changes = (numbers[:, 1:] != numbers[:, :-1]) & (numbers[:, 1:] > 0)
             begins[:, 1:] |= (changes & (numbers[:, :-1] > 0)).to(labels.device)
-    ends = batch.get("cu_seq_lens_q")
-    if ends is not None:
-        begins.view(-1)[ends[1:-1].long().to(labels.device)] = True
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim > 2 and mask.shape[-2:] == labels.shape[-1:] * 2:
+        begins[:, 1:] |= _sees_none_before(mask)[:, 1:].to(labels.device)
+    for ends in (batch[name] for name in _ENDS if batch.get(name) is not None):
+        inner = ends.flatten().long().to(labels.device)
+        begins.view(-1)[inner[(inner > 0) & (inner < labels.numel())]] = True
     return begins.cumsum(dim=-1)
+
+
+def _sees_none_before(mask: Tensor) -> Tensor:
+    """Where the mask of a token hides all before it, `Bool[sample, position]`, in the first head.
+
+    What is added to scores hides by large negative numbers.
+    """
+    seen = mask > -1000 if mask.is_floating_point() else mask != 0
+    first = seen.reshape(len(seen), -1, *seen.shape[-2:])[:, 0]
+    return ~first.tril(-1).any(dim=-1)
+
+
+TOLD_BY = "positions that begin anew, numbers or ends of texts, or the mask"
+"""How `texts_in` tells texts, for errors."""
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
@@ -131,7 +152,7 @@ def check_one_answer(batch: Mapping[str, Any], whose: str) -> None:
     """Refuse rows of several answers where each row counts as one."""
     if is_packed(batch):
         raise ValueError(
-            f"A batch should have one answer a row for {whose}. Found rows with several, whose "
-            "positions begin anew. Pass an answer a row, padded as `geffect.data.collate.collate` "
+            f"A batch should have one answer a row for {whose}. Found rows with several, told "
+            f"apart by {TOLD_BY}. Pass an answer a row, padded as `geffect.data.collate.collate` "
             "does it; means over tokens, such as `nll`, GA, WGA and TNPO, take packed rows."
         )

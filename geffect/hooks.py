@@ -5,9 +5,42 @@ from typing import Any
 from weakref import WeakMethod
 
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from geffect.interrupts import to_the_end
+
+
+class EveryStep:
+    """Hooks on the steps of all optimizers, behind the one of torch that stays.
+
+    Torch goes through its own while an optimizer steps, and fails if another thread, or the garbage
+    collector, takes one of them away then. Here they may come and go.
+
+    >>> every = EveryStep()
+    >>> every.register(lambda optimizer, args, kwargs: every.hooks.clear())
+    >>> every(None, (), {})
+    >>> every.hooks
+    {}
+    """
+
+    def __init__(self) -> None:
+        self.hooks: dict[int, Callable[..., Any]] = {}
+
+    def register(self, hook: Callable[..., Any]) -> None:
+        """Call the hook around each step from now on."""
+        self.hooks[id(hook)] = hook
+
+    def __call__(self, *step: Any) -> None:
+        for hook in list(self.hooks.values()):
+            hook(*step)
+
+
+BEFORE_STEPS, AFTER_STEPS = EveryStep(), EveryStep()
+register_optimizer_step_pre_hook(BEFORE_STEPS)
+register_optimizer_step_post_hook(AFTER_STEPS)
 
 
 class Hooks:
@@ -28,7 +61,7 @@ class Hooks:
         self._noted: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
 
     def add(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
-        """Register a hook by a method of what it is for, or by a function of torch for all."""
+        """Register a hook by a method of what it is for."""
         self._noted.append((register, hook))
         register(hook, **options)
 
@@ -40,10 +73,11 @@ class Hooks:
         while len(self._noted) > keep:
             register, hook = self._noted[0]
             kept = list(_kept_by(register))
-            ours = {key for hooks in kept for key, known in hooks.items() if known is hook}
+            # Others come and go meanwhile: those of other threads, and of what is collected.
+            ours = {key for hooks in kept for key in list(hooks) if hooks.get(key) is hook}
             for hooks in kept:
-                for key in ours & hooks.keys():
-                    del hooks[key]
+                for key in ours:
+                    hooks.pop(key, None)
             del self._noted[0]
 
 
@@ -70,10 +104,8 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _kept_by(register: Callable[..., Any]) -> Iterable[MutableMapping[int, Any]]:
-    """Where torch keeps what is registered by this method, or for all optimizers."""
-    owner = getattr(register, "__self__", None)
-    if owner is None:
-        return _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    """Where it is kept what is registered by this method."""
+    owner = register.__self__  # type: ignore[attr-defined]
     if isinstance(owner, Tensor):
         found = (owner._backward_hooks, getattr(owner, "_post_accumulate_grad_hooks", None))
         return [hooks for hooks in found if hooks is not None]

@@ -8,10 +8,9 @@ from weakref import finalize
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from geffect import distributed
-from geffect.hooks import Hooks, weakly
+from geffect.hooks import BEFORE_STEPS, Hooks, weakly
 
 __all__ = [
     "Differences",
@@ -70,6 +69,12 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
             "Pass optimizer=optimizer, the one that steps the model."
         )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ValueError(
+            "`optimizer` should be made by `torch.optim.Optimizer.__init__`, so that its steps can "
+            f"be followed. Found `{type(optimizer).__name__}`, which leaves that out. Pass the "
+            "optimizer inside of it, or let its `__init__` call `super().__init__`."
+        )
     return optimizer
 
 
@@ -112,7 +117,7 @@ class DirectionWatch:
         self._own = set(map(id, parameters))
         hooks = Hooks()
         finalize(self, hooks.remove)
-        hooks.add(register_optimizer_step_pre_hook, weakly(self._look))
+        hooks.add(BEFORE_STEPS.register, weakly(self._look))
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self.expects and not self._own.isdisjoint(map(id, tensors_of(optimizer))):

@@ -66,6 +66,12 @@ def require(table: pd.DataFrame, columns: Sequence[str]) -> None:
             "`table` should have at least one row. Found none. "
             "Widen the selection of steps, blocks or runs that it was made with."
         )
+    if "value" in table and not pd.api.types.is_numeric_dtype(table["value"]):
+        raise ValueError(
+            f"`table` should have numbers in the column `value`. Found `{table['value'].dtype}`, "
+            f"the first of them {table['value'].iloc[0]!r}. Convert them with "
+            "table.assign(value=pandas.to_numeric(table['value']))."
+        )
 
 
 def names_in(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -50,7 +50,8 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     for index, name in enumerate(names):
         part = whole[whole[by].astype(str) == name]
         first = panels[0] if panels else None
-        alike = scaled.get(units_in(part))
+        # With a side for each of two units panels are not joined: their limits are the same.
+        alike = scaled.get(units_in(part)) if len(units_in(part)) < 2 else None
         ax = figure.add_subplot(tall, wide, index + 1, sharex=first, sharey=alike)
         plot(framed(part, whole), ax=ax)
         heading(ax, name)

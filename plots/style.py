@@ -26,7 +26,7 @@ from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, N
 from matplotlib.transforms import ScaledTranslation
 
 from geffect.places import tower_in
-from geffect.scores import score_of, scores_in
+from geffect.scores import SAYS, score_of, scores_in
 from geffect.text import plain
 
 from .fit import blocks_in
@@ -108,6 +108,10 @@ def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
     return dict(zip(blocks, seaborn.color_palette("viridis", len(blocks)).as_hex(), strict=True))
 
 
+FRAMES = "frames"
+"""The attribute of a table that is a panel among others: the frame of each unit."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """What panels side by side share: the largest magnitude, where the scale turns linear, blocks.
@@ -124,8 +128,8 @@ class Frame:
     @classmethod
     def of(cls, table: pd.DataFrame) -> "Frame":
         """The frame handed on with the table by `framed`, else the table's own."""
-        if said := table.attrs.get("frame"):
-            return cls(**said)
+        if said := table.attrs.get(FRAMES):
+            return cls(**said[scores_in(table)[0].unit])
         magnitudes = table["value"].abs().to_numpy(dtype=float)
         magnitudes = magnitudes[np.isfinite(magnitudes) & (magnitudes > np.finfo(float).tiny)]
         largest = float(magnitudes.max(initial=0.0)) or 1.0
@@ -146,11 +150,19 @@ def framed(part: pd.DataFrame, whole: pd.DataFrame) -> pd.DataFrame:
     """
     if "value" not in whole:
         return part
-    alike = whole[whole["unit"].isin(part["unit"])] if "unit" in whole else whole
+    units = [score.unit for score in scores_in(part)]
+    frames = {
+        unit: asdict(replace(Frame.of(of_unit(whole, unit)), blocks=blocks_in(whole)))
+        for unit in units
+    }
     framed_part = part.copy()
-    frame = replace(Frame.of(alike), blocks=blocks_in(whole))
-    framed_part.attrs = {**whole.attrs, "frame": asdict(frame)}
+    framed_part.attrs = {**whole.attrs, FRAMES: frames}
     return framed_part
+
+
+def of_unit(table: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """The rows whose values have this unit; all where the table names none."""
+    return table[table["unit"].fillna("") == unit] if {*SAYS} <= {*table.columns} else table
 
 
 def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
@@ -214,8 +226,8 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
 
 def all_blocks(table: pd.DataFrame) -> list[str]:
     """The blocks of the frame handed on with the table, else the table's own."""
-    framed_by = table.attrs.get("frame")
-    return framed_by["blocks"] if framed_by else blocks_in(table)
+    frames = table.attrs.get(FRAMES)
+    return next(iter(frames.values()))["blocks"] if frames else blocks_in(table)
 
 
 def units_of_sides(table: pd.DataFrame) -> list[str]:
@@ -230,10 +242,16 @@ def value_axes(ax: Axes, table: pd.DataFrame, units: Sequence[str]) -> dict[str,
 
     Comes before the data, as `value_axis` does.
     """
+    if len(units) == 1:
+        value_axis(ax, table)
+        return {units[0]: ax}
     sides = {unit: ax.twinx() if index else ax for index, unit in enumerate(units)}
     for unit, side in sides.items():
-        own = framed(table[table["unit"].fillna("") == unit], table) if len(units) > 1 else table
+        own = of_unit(table, unit)
         value_axis(side, own)
+        if FRAMES in table.attrs:  # panels whose sides are not joined have the same limits
+            reach = 1.2 * Frame.of(own).limit
+            side.set_ylim(-reach, reach)
     return sides
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,7 @@ def test_a_mask_that_joins_texts_is_refused_after_one_that_keeps_them_apart() ->
 
 
 LABELS = [[-100, 5, 6, -100, 7, 8]]
+BLOCKS = np.kron(np.eye(2, dtype=bool), np.ones((3, 3), dtype=bool))
 PACKINGS: dict[str, dict[str, Any]] = {
     "positions": {"position_ids": [[0, 1, 2, 0, 1, 2]]},
     "positions of three kinds": {"position_ids": [[[0, 1, 2, 0, 1, 2]]] * 3},
@@ -113,6 +115,11 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "numbers in the mask": {"attention_mask": [[1, 1, 1, 2, 2, 2]]},
     "numbers of sequences": {"seq_idx": [[1, 1, 1, 2, 2, 2]]},
     "ends": {"cu_seq_lens_q": [0, 3, 6]},
+    "ends of another kernel": {"cu_seqlens": [[0, 3, 6]]},
+    "ends that are padded": {"cu_seq_lens_q": [0, 3, 6, 6]},
+    "a mask of blocks": {"attention_mask": np.tril(BLOCKS)[None, None]},
+    "what a mask of blocks adds": {"attention_mask": np.where(np.tril(BLOCKS), 0, -1e9)[None]},
+    "blocks that look ahead": {"attention_mask": BLOCKS[None, None]},
 }
 SINGLE: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -127,6 +134,14 @@ SINGLE: dict[str, dict[str, Any]] = {
     },
     "a hole in the mask": {"attention_mask": [[1, 1, 0, 0, 1, 1]]},
     "one text": {"cu_seq_lens_q": [0, 6]},
+    "a mask of what came before": {"attention_mask": np.tri(6, dtype=bool)[None, None]},
+    "what such a mask adds": {"attention_mask": np.where(np.tri(6), 0, -np.inf)[None, None]},
+    "a mask with slopes": {"attention_mask": (np.tri(6) - 1.0)[None, None]},
+    "a window": {"attention_mask": np.tri(6, dtype=bool) & ~np.tri(6, k=-2, dtype=bool)},
+    "a mask with padding on the left": {
+        "labels": [[-100, -100, -100, 5, 6, 7]],
+        "attention_mask": (np.tri(6, dtype=bool) & (np.arange(6) > 1))[None, None],
+    },
     "an answer behind a packed question": {
         "position_ids": [[0, 1, 2, 0, 1, 2]], "labels": [[-100, -100, -100, -100, 7, 8]],
     },

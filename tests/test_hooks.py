@@ -149,3 +149,16 @@ def test_what_is_put_back_is_put_back_to_its_end() -> None:
     with pytest.raises(KeyboardInterrupt):
         to_the_end(interrupted_once)
     assert put == ["begun", "begun", "done"]
+
+
+def test_recorders_come_and_go_while_other_optimizers_step(tmp_path: Path) -> None:
+    """A lost recorder may be collected, or closed by a thread, in the midst of any step."""
+    (model, optimizer), (other, _) = small(), small()
+    recorders = [Recorder(other, tmp_path / "other.h5")]
+    optimizer.register_step_pre_hook(lambda *_: recorders.append(Recorder(model, tmp_path / "a")))
+    optimizer.register_step_post_hook(lambda *_: [recorder.close() for recorder in recorders])
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model).backward()
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert not hooks_left(other)

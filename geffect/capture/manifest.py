@@ -63,6 +63,7 @@ def _is_adapted(model: nn.Module) -> bool:
 def as_json(metadata: Mapping[str, Any], argument: str = "metadata") -> dict[str, Any]:
     """The metadata as JSON gives it back."""
     try:
+        _check_keys(metadata)
         found: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(
@@ -70,3 +71,14 @@ def as_json(metadata: Mapping[str, Any], argument: str = "metadata") -> dict[str
             f"Found: {error}. Turn other values into text first."
         ) from error
     return found
+
+
+def _check_keys(value: object) -> None:
+    """Refuse keys that JSON would write as text, where 1 and "1" are the same."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be text, not {key!r}")
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _check_keys(inner)

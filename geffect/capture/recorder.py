@@ -10,14 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform
-from geffect.hooks import Hooks, weakly
+from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, Hooks, weakly
 from geffect.layers import trainable
 from geffect.losses import (
     Loss,
@@ -131,8 +127,8 @@ class Recorder:
             self._hooks = Hooks()
             finalize(self, self._hooks.remove)
             undone.callback(self._hooks.remove)
-            self._hooks.add(register_optimizer_step_pre_hook, weakly(self._before_step))
-            self._hooks.add(register_optimizer_step_post_hook, weakly(self._after_step))
+            self._hooks.add(BEFORE_STEPS.register, weakly(self._before_step))
+            self._hooks.add(AFTER_STEPS.register, weakly(self._after_step))
             undone.pop_all()
 
     def __enter__(self) -> Self:
@@ -204,8 +200,10 @@ class Recorder:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
             ranks.check_same_on_ranks([*of_step.items()], sorted(weights or ()), accumulate, due)
         self._recording.agree()
-        window = window or Window(self._watched, self._next, self.due, of_step, rectifier)
-        window.check_still(last=not accumulate)
+        if window is not None:
+            window.check_still(last=not accumulate)
+        if window is None or window.is_given_up:
+            window = Window(self._watched, self._next, self.due, of_step, rectifier)
         window.add(passes, weights or {}, last=not accumulate)
         if accumulate:
             self._window = window
@@ -287,7 +285,8 @@ class Recorder:
         if window is None:
             return
         window.check_may_end()
-        self._finish(window)
+        if not window.is_given_up:
+            self._finish(window)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if not self._pending.owns(optimizer) or not self._recording.is_here:

@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from geffect import distributed, dots
 from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.interrupts import to_the_end
-from geffect.layers import describe, trainable
+from geffect.layers import Parameter, describe, trainable
 from geffect.store.background import BackgroundWriter, Writer
+from geffect.store.labels import is_text
 from geffect.store.paths import place_of
 from geffect.store.processes import Home
 from geffect.store.reader import Run
@@ -94,6 +95,7 @@ class Recording:
         distributed.check_layout(model)
         self.path = place_of(path)
         self.table = describe(model)
+        _check_names(self.table)
         self.parameters = list(trainable(model).values())
         self.failed = False
         self._model = model
@@ -347,6 +349,15 @@ def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:
     squares = [dots.quick_gram([p]) for p in parameters]
     whole = dots.gathered(squares, [*map(distributed.holders, parameters)])
     return whole[:, 0, 0].sqrt().numpy()
+
+
+def _check_names(parameters: Iterable[Parameter]) -> None:
+    odd = [parameter.name for parameter in parameters if not is_text(parameter.name)]
+    if odd:
+        raise ValueError(
+            "The parameters of a model should have names that a file can hold, without NUL and "
+            f"halves of characters. Found {odd[0]!r}. Name it otherwise in the model."
+        )
 
 
 def _give_back(writer: Writer, path: Path) -> None:

@@ -23,6 +23,8 @@ from geffect.sources import (
     is_reserved,
 )
 from geffect.steps import Move, Standstill
+from geffect.store.labels import is_name
+from geffect.text import plain
 
 from .collector import Measurement
 from .header import Declared
@@ -100,6 +102,7 @@ class Window:
     gradients: Gradients | None = None
     rectified: Vector | None = None
     still: Standstill | None = None  # from the first micro-batch of several on
+    left: Mapping[int, int] = field(default_factory=dict)  # versions of `.grad` by index
     measured: Measurement | None = None
     written: bool = False
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -124,12 +127,23 @@ class Window:
             gradients.deposit(copy=self.captured and needed)
             if not self.captured:
                 return
+            grads = enumerate(parameter.grad for parameter in parameters)
+            self.left = {index: grad._version for index, grad in grads if grad is not None}
         if self.gradients is None:
             self.gradients = gradients
         else:
             self.gradients.add_(gradients)
         if self.rectifier is not None and last:
             self.rectifier.observe(self.gradients)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether `.grad` was cleared since a micro-batch, so that no step will come of it.
+
+        With a rectifier `.grad` is empty until the last, and tells nothing.
+        """
+        grads = [(self.of.parameters[index].grad, version) for index, version in self.left.items()]
+        return bool(grads) and all(grad is None or _zeroed(grad, since=v) for grad, v in grads)
 
     def check_still(self, *, last: bool) -> None:
         """Refuse to go on, or to end, where parameters have moved since the first micro-batch."""
@@ -250,6 +264,10 @@ class Window:
             self.gradients = None
 
 
+def _zeroed(grad: Tensor, *, since: int) -> bool:
+    return grad._version != since and not distributed.local(grad).any()
+
+
 def _without_a_trace(
     model: nn.Module, passes: Passes, rectifier: GradientTransform | None
 ) -> Passes:
@@ -290,12 +308,12 @@ def sources_of(rectifier: GradientTransform | None) -> tuple[str, ...]:
 
 def check_names(losses: Collection[str]) -> None:
     """Refuse losses without an objective, or with names that others have in a run."""
-    reserved = [name for name in losses if is_reserved(name) or "/" in name]
+    reserved = [name for name in losses if is_reserved(name) or not is_name(name)]
     if OBJECTIVE not in losses or reserved:
         raise ValueError(
             f"The losses should have one named `{OBJECTIVE}`, none named `{RECTIFIED}` or "
-            f"`{UPDATE}` or ending in `{AVERAGE}`, and no name with a slash. Found "
-            f"{', '.join(losses) or 'none'}. "
+            f"`{UPDATE}` or ending in `{AVERAGE}`, and no name with a slash, NUL or half a "
+            f"character, or without a word. Found {', '.join(map(plain, losses)) or 'none'}. "
             'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
         )
     check_spelt("The losses", losses)

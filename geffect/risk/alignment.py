@@ -38,7 +38,7 @@ def predicts_next(model: Any) -> bool:
     if _looks_ahead(model, config):
         raise ValueError(
             f"{should} whose attention looks ahead at the tokens to predict. Load a causal model, "
-            "or make this one a decoder: `is_decoder=True` in its config."
+            "or make this one a decoder: `is_decoder=True` in its config, of XLM `causal=True`."
         )
     return True
 
@@ -96,7 +96,7 @@ def _looks_ahead(model: nn.Module, config: Any) -> bool:
     A family such as BERT knows both directions, and says so in its layers; any other model of
     today's transformers can be told to look ahead by its config.
     """
-    if getattr(config, "is_causal", True) is False:
+    if False in (getattr(config, "is_causal", True), getattr(config, "causal", True)):
         return True
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return True

@@ -40,7 +40,8 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         raise ValueError(
             "`model` should return logits for each position of `labels`. Found them for "
             f"{tuple(logits.shape[:-1])} positions of {tuple(labels.shape)} that are predicted. "
-            "Pass labels as long as the inputs, and a language model."
+            "Pass labels as long as the inputs, and a language model that puts no tokens of its "
+            "own before them, as prompt tuning does; prefix tuning and other adapters do not."
         )
     return log_likelihood(logits, labels), labels != IGNORED
 

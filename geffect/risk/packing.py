@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from geffect.batch import Batch, texts_in
+from geffect.batch import TOLD_BY, Batch, texts_in
 
 from .undisturbed import undisturbed
 
@@ -38,9 +38,9 @@ def check_apart(model: Any, batch: Batch, inputs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`{type(model).__name__}` should keep the texts of a packed row apart. Found that "
             f"logits change by {change:.2g} with the tokens of another of its "
-            f"{int(texts.max()) + 1} texts, told apart by where `position_ids` begin anew. "
-            "Pass a text a row, padded as `geffect.data.collate.collate` does it; or leave out an "
-            "`attention_mask` that joins them."
+            f"{int(texts.max()) + 1} texts, told apart by {TOLD_BY}. "
+            "Pass a text a row, padded as `geffect.data.collate.collate` does it; or pass "
+            "`position_ids` that begin anew, without an `attention_mask` that joins the texts."
         )
     if "attention_mask" not in inputs:
         known.add(kind)

@@ -30,6 +30,15 @@ def is_text(value: str) -> bool:
     return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
+def is_name(value: str) -> bool:
+    """Whether a text can be the name of something in a file.
+
+    >>> is_name("forget"), is_name("a/b"), is_name(".."), is_name("")
+    (True, False, False, False)
+    """
+    return is_text(value) and bool(value.strip(".")) and "/" not in value
+
+
 def text(value: str) -> Array:
     """One text, as it is stored."""
     stored = value.encode()

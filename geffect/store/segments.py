@@ -262,7 +262,9 @@ class Segments:
                 _select(origin, 0, end - begin, piece.held, held)
                 _select(space, begin, end, piece.whole, shape)
                 segment = f"{folder_of(path).name}/{file_name(number, piece.rank)}"
-                plan.set_virtual(space, segment.encode(), dataset, origin)
+                # A percent sign would begin a pattern of names.
+                escaped = segment.encode().replace(b"%", b"%%")
+                plan.set_virtual(space, escaped, dataset, origin)
         space.select_all()
         h5py.h5d.create(group.id, array.encode(), h5py.h5t.py_create(dtype), space, plan)
 

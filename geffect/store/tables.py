@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 
 from . import checksums
 from .bounds import BoundedFile
-from .labels import as_texts, is_text, read_committed, read_labels
+from .labels import as_texts, is_name, is_text, read_committed, read_labels
 from .layout import Columns
 
 
 def check_table(name: str, columns: Columns) -> None:
     """Refuse a table that cannot be kept, before anything of it is written."""
     for label in (name, *columns):
-        if not label or "/" in label or set(label) == {"."}:
+        if not is_name(label):
             raise ValueError(
-                "The name of a table or of its column should be a word without a slash. Found "
-                f"`{label}`. Name it otherwise."
+                "The name of a table or of its column should be a word without a slash, NUL or "
+                f"halves of characters. Found {label!r}. Name it otherwise."
             )
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:

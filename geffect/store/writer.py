@@ -217,10 +217,12 @@ def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
     there = [(p.name, p.shape) for p in run.layers]
     if here != there:
         differing = sorted({name for name, _ in set(here) ^ set(there)})
+        found = f"{len(differing)} that differ, the first of them {differing[:3]}"
+        if not differing:
+            found = f"them in another order, {[name for name, _ in here][:3]} first"
         raise ValueError(
-            f"The model should have the parameters of the run in `{run.path}`. Found "
-            f"{len(differing)} that differ, the first of them {differing[:3]}. Record into "
-            "another file, or load the model of that run."
+            f"The model should have the parameters of the run in `{run.path}`. Found {found}. "
+            "Record into another file, or load the model of that run."
         )
     # What is kept by layer belongs to the layers that the geffect knew which wrote it.
     moved = [p.name for p, q in zip(parameters, run.layers, strict=True) if p.layer != q.layer]

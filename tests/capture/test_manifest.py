@@ -104,3 +104,10 @@ def test_info_shows_it(tmp_path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
     for words in ("name: GradDiff", "beta: 0.5", "weight: 2.0", "sequence_sum of forget",
                   "needs: likelihoods"):  # fmt: skip
         assert words in said
+
+
+@pytest.mark.parametrize("metadata", [{1: "a"}, {"a": [{None: 1}]}, {"a": {"b": ({True: 1},)}}])
+def test_keys_that_are_no_text_are_refused(metadata: Any, tmp_path: Path) -> None:
+    """JSON would write them as text: 1 and "1" would be one key."""
+    with pytest.raises(TypeError, match=r"`metadata` should hold .* not (1|None|True)"):
+        recorded(tmp_path / "run.h5", None, metadata=metadata)

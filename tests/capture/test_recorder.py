@@ -13,6 +13,7 @@ from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import predicted_change
 from geffect.objectives import NPO, FrozenModel, SharedForward, WeightedGradientAscent, nll
 from tests.utils import reference, tiny
+from tests.utils.interrupts import hooks_left
 
 
 def parameters(model: nn.Module) -> list[torch.Tensor]:
@@ -264,15 +265,10 @@ def test_a_step_is_committed_as_soon_as_the_optimizer_has_taken_it(tmp_path: Pat
 
 
 def test_a_closed_recorder_leaves_no_hooks_behind(tmp_path: Path) -> None:
-    from torch.optim import optimizer as hooks
-
-    before = len(hooks._global_optimizer_pre_hooks), len(hooks._global_optimizer_post_hooks)
+    before = hooks_left(nn.Linear(2, 1))
     with Recorder(nn.Linear(2, 1), tmp_path / "run.h5"):
-        assert len(hooks._global_optimizer_post_hooks) == before[1] + 1
-    assert before == (
-        len(hooks._global_optimizer_pre_hooks),
-        len(hooks._global_optimizer_post_hooks),
-    )
+        assert len(hooks_left(nn.Linear(2, 1))) == len(before) + 2
+    assert hooks_left(nn.Linear(2, 1)) == before
 
 
 def test_a_source_absent_at_a_step_is_nan_not_zero(tmp_path: Path) -> None:

@@ -245,6 +245,13 @@ def larger() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
 
 
+def reordered() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for child in model.modules():
+        child._parameters = dict(reversed(child._parameters.items()))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "how", "parts"),
     [
@@ -261,8 +268,12 @@ def larger() -> nn.Module:
             larger(), {"metadata": {"seed": 1}},
             ["should have the parameters of the run", "Found 3 that differ", "load the model"],
         ),
+        (
+            reordered(), {"metadata": {"seed": 1}},
+            ["should have the parameters of the run", "Found them in another order", "bias"],
+        ),
     ],
-    ids=["other metadata", "no metadata", "other sources", "other model"],
+    ids=["other metadata", "no metadata", "other sources", "other model", "other order"],
 )  # fmt: skip
 def test_only_the_same_run_is_continued(
     tmp_path: Path, model: nn.Module | None, how: dict[str, Any], parts: list[str]

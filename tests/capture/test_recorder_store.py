@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, RunFileError, open_run
+from geffect.analysis import drift
 from geffect.capture import StoreOptions, at, every
 from geffect.gradients import differentiate
 from geffect.layers import describe
@@ -282,6 +284,37 @@ def test_a_table_is_kept_with_the_run(tmp_path: Path) -> None:
     assert run.table("early")["sample"].tolist() == [0, 1]
     with pytest.raises(ValueError, match="samples"):
         run.table("samples")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a\0", "a\ud800"])
+def test_a_name_that_no_file_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    """Of a table, a column, a loss or a parameter, in one sentence that names it."""
+    model, path = nn.Linear(2, 1), tmp_path / "run.h5"
+    with Recorder(model, path) as recorder:
+        recorder.backward(objective=model(torch.ones(2)).sum())
+        for table in ({name: {"a": ["x"]}}, {"t": {name: ["x"]}}):
+            with pytest.raises(ValueError, match=r"name of a table .* Found .* Name it otherwise"):
+                recorder.keep_table(*table.popitem())
+        with pytest.raises(ValueError, match=r"no name with a slash, NUL .* Found objective, "):
+            recorder.backward(objective=model(torch.ones(2)).sum(), **{name: model.weight.sum()})
+    assert len(open_run(path).steps) == 1
+    if name in ("a\0", "a\ud800"):
+        odd = nn.ParameterDict({name: nn.Parameter(torch.ones(2))})
+        with pytest.raises(ValueError, match=r"names that a file can hold.* Found 'a\\"):
+            Recorder(odd, tmp_path / "odd.h5")
+
+
+@pytest.mark.parametrize("name", ["100%", "a%b", "%%", "%s%d"])
+def test_gradients_of_a_run_are_found_whatever_its_name(name: str, tmp_path: Path) -> None:
+    """Also by other readers of HDF5, for which a percent sign begins a pattern of names."""
+    model, path = nn.Linear(2, 1), tmp_path / f"{name}.h5"
+    with Recorder(model, path, store="full") as recorder:
+        for scale in (1.0, 3.0):
+            recorder.backward(objective=scale * model(torch.tensor([1.0, 2.0])).sum())
+    with h5py.File(path) as file:
+        stored = file["gradients/objective/layer 0/values"][:2]
+    np.testing.assert_array_equal(np.sort(stored), [[1.0, 1.0, 2.0], [3.0, 3.0, 6.0]])
+    assert drift(open_run(path), "objective")["value"].to_numpy() == pytest.approx(1.0)
 
 
 def test_steps_without_a_row_are_not_stored_either(tmp_path: Path) -> None:

@@ -192,6 +192,32 @@ def test_a_window_that_fails_is_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("to_none", [True, False], ids=["to none", "to zero"])
+@pytest.mark.parametrize("further", [True, False], ids=["a step follows", "closed"])
+def test_a_window_whose_gradients_are_cleared_is_no_step(
+    further: bool, to_none: bool, update: bool, tmp_path: Path
+) -> None:
+    """As where a loop catches an error, clears what it has and goes on with the next batch."""
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+    exact = reference.gradient(model, -nll(model, pair["forget"]))
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        recorder.backward(objective=-nll(model, pair["forget"]))
+        model.zero_grad(to_none)
+        for _ in range(2):
+            recorder.backward(objective=-nll(model, pair["forget"]), accumulate=True)
+        model.zero_grad(to_none)
+        if further:
+            recorder.backward(objective=-nll(model, pair["forget"]), accumulate=True)
+            recorder.backward(objective=-nll(model, pair["forget"]))
+    run = open_run(tmp_path / "run.h5")
+    assert run.column("n_micro").tolist() == ([1, 2] if further else [1])
+    assert run.steps.tolist() == ([0, 1] if further else [0])
+    for row, micro in enumerate(run.column("n_micro")):
+        expected = micro**2 * reference.inner(exact, exact)
+        assert squared_norm(tmp_path / "run.h5", row) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("update", [False, True])
 def test_an_optimizer_that_steps_ends_the_window(update: bool, tmp_path: Path) -> None:
     """The last window of a loader whose length nobody knows."""
     model, pairs = tiny.llama(), tiny.pairs(2)

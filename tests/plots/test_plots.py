@@ -463,6 +463,37 @@ def test_two_units_have_a_scale_each(plot, layers: list[str], alone: bool) -> No
     pyplot.close(left.figure)
 
 
+@pytest.mark.parametrize(("plot", "layers"), [(profile, LAYERS), (trajectory, ["model"])])
+def test_panels_of_two_units_have_the_same_scales(plot, layers: list[str]) -> None:
+    """A third one of one unit among them, as of a run that no rectifier acted on."""
+    table = of_two_units(layers)
+    runs = {"a": table, "b": table.assign(value=100 * table["value"]), "c": effects(layers)}
+    panels = facets(stack(runs, "run"), plot, "run").axes
+    lefts = [next(ax for ax in panels if ax.get_title(loc="left") == name) for name in runs]
+    rights = [ax for ax in panels if ax.get_ylabel().startswith("G-effect of the update")]
+    assert len(rights) == 2 and lefts[0].get_ylabel() == "G-effect (nats)"
+    for sides, ending in ((lefts[:2], ""), (rights, ", update")):
+        assert len({ax.get_ylim() for ax in sides}) == 1
+        for ax, own in zip(sides, runs.values(), strict=False):
+            low, high = ax.get_ylim()
+            lines = [line for line in ax.lines if not line.get_label().startswith("_")]
+            for line, name in zip(lines, ("unlearning", "retaining"), strict=True):
+                rows = own[own["effect"] == name + ending]
+                of_blocks = rows.groupby("layer", observed=True)["value"].median()
+                values = of_blocks if plot is profile else rows.set_index("step")["value"]
+                np.testing.assert_allclose(line.get_ydata(), values.to_numpy())
+                assert low < values.min() and values.max() < high
+    pyplot.close(lefts[0].figure)
+
+
+@pytest.mark.parametrize("plot", [heatmap, profile, trajectory, sheet])
+@pytest.mark.parametrize("value", [lambda v: v.astype(str), lambda v: v.astype(object)])
+def test_values_that_are_no_numbers_are_refused(plot, value) -> None:
+    table = grown(-1)
+    with pytest.raises(ValueError, match=r"numbers in the column `value`.* Found .* Convert"):
+        plot(table.assign(value=value(table["value"])))
+
+
 @pytest.mark.parametrize("plot", [profile, trajectory])
 def test_three_units_are_refused_and_leave_no_figure(plot) -> None:
     further = grown(1, ["model"]).assign(effect="cosine", score="cosine", unit="cosine")

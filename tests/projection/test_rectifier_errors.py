@@ -210,6 +210,21 @@ def test_no_optimizer_at_all(place: str) -> None:
         rectifier.attach(not_one)
 
 
+class Wrapped(torch.optim.Optimizer):
+    """One that leaves the rest to the optimizer inside of it, as many wrappers do."""
+
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        self.inside, self.param_groups = inside, inside.param_groups
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_a_wrapper_whose_steps_cannot_be_followed(space: Any) -> None:
+    model = network()
+    said = r"made by `torch.optim.Optimizer.__init__`.* Found `Wrapped`.* Pass the optimizer inside"
+    with pytest.raises(ValueError, match=said):
+        Rectifier(model, space=space, optimizer=Wrapped(adamw(model)))
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("foreign", [True, False])
 def test_a_parameter_group_added_later(place: str, foreign: bool) -> None:

@@ -14,12 +14,16 @@ from transformers import (
     BertLMHeadModel,
     ElectraConfig,
     ElectraForCausalLM,
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -32,6 +36,8 @@ SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 24,
     "num_hidden_layers": 1, "num_attention_heads": 2,
 }  # fmt: skip
+
+XLM: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "emb_dim": 16, "n_layers": 1, "n_heads": 2}
 
 
 def bidirectional_llama() -> nn.Module:
@@ -49,6 +55,8 @@ REFUSED = {
         XLNetConfig(vocab_size=tiny.VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=24)
     ),
     "told not to be causal": bidirectional_llama,
+    "not told to be causal": lambda: XLMWithLMHeadModel(XLMConfig(**XLM)),
+    "not told to be causal, its kin": lambda: FlaubertWithLMHeadModel(FlaubertConfig(**XLM)),
     "told to look both ways": lambda: Gemma2ForCausalLM(
         Gemma2Config(**SMALL, head_dim=8, use_bidirectional_attention=True)
     ),
@@ -71,6 +79,7 @@ CAUSAL = {
     ),
     "BERT as a decoder": lambda: BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)),
     "the decoder of BART": lambda: BartForCausalLM(tiny.bart().config),
+    "XLM that is told to be": lambda: XLMWithLMHeadModel(XLMConfig(**XLM, causal=True)),
 }
 
 

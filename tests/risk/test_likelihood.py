@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,6 +194,12 @@ def test_logits_of_other_positions_are_refused() -> None:
     batch["labels"] = batch["labels"][:, :-2]
     with pytest.raises(ValueError, match="should return logits for each position of `labels`"):
         nll(tiny.llama(), batch)
+
+
+def test_a_model_that_puts_tokens_of_its_own_before_the_labels_is_refused() -> None:
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"no tokens of its own before them, as prompt tuning"):
+        nll(get_peft_model(tiny.llama(), config), tiny.batch(1))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "qwen3 moe"])

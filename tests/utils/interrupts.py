@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import geffect
+from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, EveryStep
 
 DRAWS = int(os.environ.get("GEFFECT_KILLS", "0"))
 """How many moments are drawn for each kind of training; 0 for as few as a test asks for."""
@@ -29,9 +30,7 @@ REGISTERING = [
     (nn.Module, "register_forward_pre_hook"),
     (torch.optim.Optimizer, "register_step_pre_hook"),
     (torch.optim.Optimizer, "register_step_post_hook"),
-    (geffect.capture.recorder, "register_optimizer_step_pre_hook"),
-    (geffect.capture.recorder, "register_optimizer_step_post_hook"),
-    (geffect.steps, "register_optimizer_step_pre_hook"),
+    (EveryStep, "register"),
 ]
 """All ways to register a hook that the package uses."""
 
@@ -101,7 +100,9 @@ def hooks_left(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[obj
     for parameter in model.parameters():
         kept += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
     kept += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-    return [hook for hooks in kept for hook in (hooks or {}).values()]
+    kept += [BEFORE_STEPS.hooks, AFTER_STEPS.hooks]
+    found = [hook for hooks in kept for hook in (hooks or {}).values()]
+    return [hook for hook in found if not isinstance(hook, EveryStep)]
 
 
 def grads_of(model: nn.Module) -> list[Tensor | None]:
