@@ -216,7 +216,7 @@ def _squares(run: Run, source: str) -> Floats:
 
 
 def _present(squares: Floats) -> NDArray[np.int64]:
-    """The steps at which there is a gradient."""
+    """The steps that have a gradient."""
     return np.flatnonzero(~np.isnan(squares).all(axis=0))
 
 

@@ -144,7 +144,7 @@ def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]
             "`optimizer` should step the parameters of `model` and no others, which nothing "
             f"here could rectify. Found others, {len(foreign)} in number, that are not the model's "
             "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
-            "or make the rectifier when the model is as it will be trained."
+            "or make the rectifier after choosing the parameters to train."
         )
 
 
@@ -173,7 +173,7 @@ class Differences(Sequence[Tensor | None]):
 
 
 class Standstill:
-    """Tells whether parameters have moved since it was made, whoever moves them.
+    """Tells whether parameters have moved since it was made, by an optimizer or otherwise.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> still = Standstill([weight])
@@ -216,7 +216,7 @@ class Move:
 
 
 class StepFollower:
-    """Follows what moves parameters from one gradient to the next, whoever moves them.
+    """Follows what moves parameters from one gradient to the next: an optimizer, or a loop.
 
     A step is what lies between two gradients, and its update is the difference of the parameters
     between the two. So a closure, a second optimizer, a wrapper, a step by hand and an average that
@@ -283,7 +283,7 @@ class StepFollower:
 
     @property
     def inside(self) -> bool:
-        """Whether an optimizer is in the midst of its step, or raised there."""
+        """Whether an optimizer is inside of its step, or raised there."""
         return bool(self._inside)
 
     @property

@@ -88,7 +88,7 @@ class Study:
 
 @pytest.fixture(scope="session")
 def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Study:
-    """The quick study of GA, run once: whoever needs it first runs it for all processes."""
+    """The quick study of GA, run once: the first process to need it runs it for all."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder if worker_id == "master" else folder.parent
     out, said = folder / "quick study", folder / "quick study.json"

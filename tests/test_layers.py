@@ -132,7 +132,7 @@ def test_experts_are_told_from_routers(name: str, routers: int, shared: int) -> 
 
 
 def wrapped(name: str) -> dict[str, nn.Module]:
-    """A model of which every tensor is trained, in the wrappers that it may come in."""
+    """A model whose every tensor is trained, in the wrappers that it may come in."""
     from peft import LoraConfig, get_peft_model
 
     plain, compiled, adapted = (ARCHITECTURES[name].build() for _ in range(3))

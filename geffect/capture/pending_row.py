@@ -22,7 +22,7 @@ class PendingRow:
 
     @property
     def inside(self) -> bool:
-        """Whether an optimizer is in the midst of its step, or raised there."""
+        """Whether an optimizer is inside of its step, or raised there."""
         return self._follower.inside
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:

@@ -59,7 +59,7 @@ class Recorder:
       checkpoint. Steps of the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
 
-    A step lasts from one gradient to the next. What it moves is followed whoever moves it: an
+    A step lasts from one gradient to the next. What it moves is followed whatever moves it: an
     optimizer, with or without a closure, a second one, a wrapper, or the loop by hand. The row says
     which parameters that were; where nothing is seen to move, all count. A row is written as soon
     as optimizers have stepped everything that has a gradient, or what they stepped the time before,

@@ -70,7 +70,7 @@ class Recording:
     - `existing`: what becomes of a file that is there already.
     - `on_error`: whether a file that cannot be written ends training with the error, or is warned
       of once; what was recorded until then stays readable either way.
-    - `provenance`: more for the manifest, from whoever came by the gradients.
+    - `provenance`: more for the manifest, from the source of the gradients.
 
     Under `torch.distributed` every rank has one and calls it alike; the file is rank 0's.
     """

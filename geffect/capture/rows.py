@@ -17,7 +17,7 @@ from .header import Declared, RunHeader
 
 @dataclass(frozen=True)
 class Entry:
-    """One step, or one batch of it, as whoever recorded it tells of it.
+    """One step, or one batch of it, as its recorder describes it.
 
     - `sources`: all that the run is going to have, which its first row fixes; those that it has
       itself, unless said.

@@ -92,6 +92,7 @@ def replay(
     """
     folders = by_step([checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints)
     given = {FORGET: forget, RETAIN: retain, **(risks or {})}
+    _check_options(options)
     traits, keep = traits_of(estimator), kept(options.store)
     minimised, reference = as_objective(objective), options.reference
     _check(minimised, given, risks or {}, options.update, len(folders))
@@ -156,6 +157,14 @@ def replay(
     finally:
         recording.close(complete=complete)
     return open_run(path)
+
+
+def _check_options(options: object) -> None:
+    if not isinstance(options, ReplayOptions):
+        raise TypeError(
+            f"`options` should be a ReplayOptions. Found `{type(options).__name__}`. Pass, say, "
+            "ReplayOptions(batch_size=2)."
+        )
 
 
 def _check(

@@ -87,7 +87,7 @@ class Command(TyperCommand):
     """A subcommand whose page of help breaks between words and cuts none."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words behind the subcommand, of which none may undo another."""
+        """Read the words behind the subcommand; none may undo another."""
         if not ctx.resilient_parsing:
             _, _, read = self.make_parser(ctx).parse_args(args=[*args])
             _check_once(read)
@@ -99,7 +99,7 @@ class Command(TyperCommand):
 
 
 def _check_once(read: Iterable[Any]) -> None:
-    """Refuse an option with a value that was given twice, of which only the last would hold."""
+    """Refuse an option with a value that was given twice: only the last would hold."""
     counts = Counter(
         max(parameter.opts, key=len)
         for parameter in read

@@ -26,7 +26,7 @@ FOLDED = 8
 
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to whoever runs the command, also where nothing of rich has printed."""
+        """Leave it to the caller of the command, also where nothing of rich has printed."""
         raise BrokenPipeError
 
 

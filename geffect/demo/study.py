@@ -206,7 +206,7 @@ def claim(out: Path, plan: Plan) -> None:
         others += [out / name for name in PAGES if (out / name).exists()]
     if others:
         raise FileExistsError(
-            "The folder of a study should hold no files of others by the names that it writes. "
+            "The folder of a study should hold no other files with the names that it writes. "
             f"Found `{others[0]}`, of no study. Choose another folder, or move that away."
         )
     if (results or summary.exists()) and not (plan.resume or plan.overwrite):

@@ -26,7 +26,7 @@ def same_parameters(
         raise ValueError(
             "The parameters that require a gradient should be those that the rectifier was "
             f"made for, {len(names)}. Found {len(found)}, frozen or added since. Make it "
-            "when the model is as it will be trained."
+            "after choosing the parameters to train."
         )
     if known is None:
         distributed.check_layout(model)

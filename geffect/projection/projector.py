@@ -149,7 +149,7 @@ class Projector:
 
 @dataclass(frozen=True)
 class FewTensors:
-    """A portion of a step, of which each coordinate is changed by itself."""
+    """A portion of a step: each of its coordinates is changed by itself."""
 
     finish: Callable[[], None]
     undo: Callable[[], None]

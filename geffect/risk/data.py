@@ -14,7 +14,7 @@ from geffect.batch import IGNORED, Batch
 from .undisturbed import random_numbers_kept
 
 RiskSet = Batch | Iterable[Batch]
-"""The data of a risk: one batch, or what gives its batches each time it is gone through."""
+"""The data of a risk: one batch, or what yields its batches in each pass over it."""
 
 
 def as_batches(batches: RiskSet) -> Iterable[Batch]:
@@ -22,7 +22,7 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
     if isinstance(batches, Mapping):
         return [batches]
     should = (
-        "The data of a risk should be a batch, a list of batches or a loader, to be gone through "
+        "The data of a risk should be a batch, a list of batches or a loader, to be read "
         f"at each captured step. Found `{type(batches).__name__}`."
     )
     if isinstance(batches, str | os.PathLike | bytes):
@@ -102,6 +102,6 @@ def share(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def _without_batches() -> ValueError:
     return ValueError(
-        "The data of a risk should have a batch each time it is gone through. Found none. See "
+        "The data of a risk should yield a batch in each pass over them. Found none. See "
         "whether the loader drops its last batch, or the list was filtered to nothing."
     )

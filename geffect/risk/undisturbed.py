@@ -1,4 +1,4 @@
-"""A model that is looked at in the midst of somebody else's training, and left as it was."""
+"""A look at a model during somebody else's training, which leaves it as it was."""
 
 import random
 from collections.abc import Iterator
@@ -143,7 +143,7 @@ def _turn_dropout_off(model: nn.Module, *, recompute: bool) -> None:
 
 
 def _let_be_differentiated(model: nn.Module) -> None:
-    """Recurrent layers in train mode, of which alone cuDNN takes gradients.
+    """Recurrent layers in train mode: cuDNN takes gradients of no others.
 
     That differs from eval mode by their dropout, which is turned off.
     """

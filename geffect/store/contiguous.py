@@ -64,7 +64,7 @@ def _finished(method: Callable[..., Answer]) -> Callable[..., Answer]:
 class Image(io.RawIOBase):
     """A file in memory that takes no room for what HDF5 has not written.
 
-    An interrupt while HDF5 works on it is raised by whoever looks at it next.
+    An interrupt while HDF5 works on it is raised at the next use of it.
     """
 
     _interrupt: BaseException | None = None

@@ -20,7 +20,7 @@ LONGER = len(f"..{'x' * TOKEN}.draft")
 def draft_of(place: Path) -> Iterator[Path]:
     """An empty file beside the place, under a name that nobody else has; it is gone afterwards.
 
-    Whoever moves it into the place keeps it.
+    Move it into the place to keep it.
     """
     draft = place.with_name(f".{place.name}.{secrets.token_hex(TOKEN // 2)}.draft")
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

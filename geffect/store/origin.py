@@ -36,7 +36,7 @@ def is_segment(path: Path) -> bool:
 
 
 def described(path: Path) -> str:
-    """What a file is that is no run file, for whoever is to decide about it."""
+    """What a file is that is no run file, for the reader of an error."""
     if is_segment(path):
         return "a segment with the gradients of a run"
     try:

@@ -16,7 +16,7 @@ _LINKS = {h5py.h5l.TYPE_SOFT: "a soft link", h5py.h5l.TYPE_EXTERNAL: "a link to 
 
 def open_plain(path: Path) -> BinaryIO:
     """A file opened for reading, which is no link, pipe, device or folder."""
-    # Without waiting: whoever opens a pipe waits for its other end.
+    # Without waiting: `open` of a pipe waits for its other end.
     flags = os.O_RDONLY | sum(
         getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
     )

@@ -1,4 +1,4 @@
-"""What the path of a run file says, for whoever writes the file and for whoever reads it."""
+"""What the path of a run file says, to the writer and the reader of the file."""
 
 import os
 from pathlib import Path

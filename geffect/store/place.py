@@ -103,7 +103,7 @@ def _check_gradients(path: Path, *, overwrite: bool, begun: Segments | None) -> 
     """Refuse a place beside which the gradients of another run lie: they would be lost."""
     folder = folder_of(path)
     found = segments_in(folder)
-    if begun is not None:  # of which this process, rank 0, has written nothing yet
+    if begun is not None:  # this process, rank 0, has written nothing of it yet
         found -= {name for name in begun.own(path, found) if not name.endswith(".rank0.h5")}
     if not found:
         return
@@ -111,7 +111,7 @@ def _check_gradients(path: Path, *, overwrite: bool, begun: Segments | None) -> 
         raise FileExistsError(
             "A new run should not find gradients of another one beside it. Found segments in "
             f"`{folder}`. Choose another name, remove that folder, or pass overwrite=True if "
-            f"`{path.name}` is the run that they are of."
+            f"`{path.name}` is the run that they belong to."
         )
     if strange := sorted(found - _owned(path, found)):
         raise FileExistsError(

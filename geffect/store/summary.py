@@ -1,4 +1,4 @@
-"""A run in a few words, for whoever looks at one in a session or a notebook."""
+"""A run in a few words, as a session or a notebook shows it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -40,7 +40,7 @@ def check_table(name: str, columns: Columns) -> None:
 
 
 def tables_in(file: BoundedFile) -> dict[str, dict[str, int]]:
-    """The tables of a file: by name the checksum of each column, of which format 2 has none."""
+    """The tables of a file: by name the checksum of each column. Format 2 has none."""
     there = file.names("tables")  # a group that every file has, also without tables
     return dict(sorted(_kept(file).items())) if file.version > 2 else {name: {} for name in there}
 

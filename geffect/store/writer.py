@@ -102,7 +102,7 @@ class RunWriter:
     def append(self, row: Row) -> None:
         """Write one row and count it; a second one of its step takes its place."""
         self.check_open()
-        if row.key == self._last_key:  # of whoever was interrupted before they knew of it
+        if row.key == self._last_key:  # its caller was interrupted before it knew of the row
             self.amend(row)
             return
         if not self._begun:

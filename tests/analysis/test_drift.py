@@ -185,7 +185,7 @@ def test_sketches_are_as_exact_as_they_say(tmp_path: Path, by: str) -> None:
             exact = expected(ours, theirs, "forget", "retain", own)
             found, error = (grid(table, c, **{by: block}) for c in ("value", "error"))
             off.append((found - exact) / error)
-            # A layer alone, and a model of which one layer is almost all, come to this.
+            # A layer alone, and a model that is almost all one layer, come to this.
             assert error == pytest.approx((1 - found**2) / 128**0.5, rel=0.1)
     assert 0.75 < np.sqrt(np.mean(np.square(off))) < 1.25
 

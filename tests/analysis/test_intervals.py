@@ -169,7 +169,7 @@ def test_a_score_may_look_at_all_steps_at_once(run: Run, across: bool) -> None:
 
 
 def test_what_is_undefined_in_a_replicate_has_no_interval(tmp_path: Path) -> None:
-    """Squared norms of disjoint batches, of which some are negative."""
+    """Squared norms of disjoint batches; some are negative."""
     rng = np.random.default_rng(3)
     noise = rng.normal(size=(10, 1, 4, 4))
     sure = 5.0 * np.eye(4) + 0.01 * noise

@@ -1,4 +1,4 @@
-"""What a run file says of the objective, whoever records it."""
+"""What a run file says of the objective, from each recorder."""
 
 from functools import partial
 from pathlib import Path

@@ -24,7 +24,7 @@ def squared(model: nn.Module, seed: int) -> Tensor:
 
 
 class Halves(nn.Module):
-    """Two towers, of which a loss may use one."""
+    """Two towers; a loss may use one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_complex_layer_of_real_parameters_is_recorded_as_autograd_has_it(tmp_p
 
 
 class Words(nn.Module):
-    """Embeddings of which few rows have a gradient, tied or not to a dense use."""
+    """Embeddings with a gradient in few rows, tied or not to a dense use."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a step moves is recorded, whoever moves it: against theta after minus theta before."""
+"""What a step moves is recorded, whatever moves it: against theta after minus theta before."""
 
 import copy
 from collections.abc import Callable

@@ -310,6 +310,7 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
         ({"risks": {"forget": RETAIN}}, "names of their own"),
         ({"risks": {"objective.x": RETAIN}}, "names of their own"),
         ({"risks": {"forgte": RETAIN}}, "Did you mean `forget`"),
+        ({"options": {"update": True}}, r"`options` should be a ReplayOptions\. Found `dict`"),
         ({"estimator": "full"}, "`estimator` should be a function .* Found 'full'"),
         ({"options": ReplayOptions(update=True)}, "two or more"),
         ({"forget": []}, "`forget` should have a batch or more"),

@@ -26,7 +26,7 @@ def item(ids: Iterable[int], labels: Sequence[int], **further: Any) -> Item:
 
 
 def samples(seed: int = 0) -> list[Item]:
-    """Items of unequal length, of which a part is scored."""
+    """Items of unequal length, scored in part."""
     rows = [tiny.batch(seed + i, rows=1, length=length) for i, length in enumerate(LENGTHS)]
     return [{name: row[name][0] for name in ("input_ids", "labels")} for row in rows]
 

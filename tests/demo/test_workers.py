@@ -1,4 +1,4 @@
-"""Worker processes do not outlive whoever started them."""
+"""Worker processes do not outlive their parent."""
 
 import subprocess
 import sys

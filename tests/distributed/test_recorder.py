@@ -281,7 +281,7 @@ def test_a_disk_that_fills_up_lets_all_processes_go_on(tmp_path: Path) -> None:
 
 
 def window_on_a_rank(layout: str, path: Path) -> None:
-    """A step of two micro-batches, of which the first does not synchronise."""
+    """A step of two micro-batches; the first does not synchronise."""
     model = LAYOUTS[layout](trained_in(layout))
     optimizer = optimizer_of(model)
     own = of_rank(dist.get_rank())

@@ -318,7 +318,7 @@ def test_layers_that_checkpoint_their_activations_go_on_doing_so(
 
 
 class Stopped(Exception):
-    """Raised in the midst of a backward pass."""
+    """Raised in the middle of a backward pass."""
 
 
 @pytest.mark.parametrize("fails_at", [None, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""Mutants in processes of their own, which may hang or crash without harm to whoever counts."""
+"""Mutants in processes of their own, which may hang or crash and leave the counting one alone."""
 
 import multiprocessing
 import os

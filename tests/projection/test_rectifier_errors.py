@@ -157,7 +157,7 @@ def test_one_bad_micro_batch_makes_a_bad_step(place: str) -> None:
     selected(place, plain)
     other.step()
     assert same(model.state_dict(), plain.state_dict())
-    backward(rectifier, model, retain=zero(model), accumulate=True)  # of which others are none
+    backward(rectifier, model, retain=zero(model), accumulate=True)  # others are none
     stepped(rectifier, model, optimizer)
     assert rectifier.skipped == 1
 

@@ -254,7 +254,7 @@ NOISY: list[dict[str, Any]] = [
 
 
 def begun_with_noise(layout: str | None, options: dict[str, Any]) -> tuple[list[Tensor], int]:
-    """The parameters after steps of which the first have a retain gradient that is none."""
+    """The parameters after steps; the first of them have no retain gradient."""
     model = model_in(layout)
     optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
     rectifier = made(model, optimizer, options)

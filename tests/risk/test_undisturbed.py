@@ -77,7 +77,7 @@ KINDS = [
 
 
 def trained(kind: str, look: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Steps of which each has a look before its forward and one before its backward."""
+    """Steps, each with a look before its forward and one before its backward."""
     model = made(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(5)

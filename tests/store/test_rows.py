@@ -354,7 +354,7 @@ def test_a_table_of_another_kind_is_refused_and_the_run_goes_on(
 
 
 class Trap:
-    """Whoever unpickles it makes a folder."""
+    """Unpickling it makes a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Gradients of which each rank writes a part, and ranks that are not at one."""
+"""Gradients that each rank writes a part of, and ranks that disagree."""
 
 import shutil
 from pathlib import Path

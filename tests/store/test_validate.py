@@ -96,7 +96,7 @@ def test_absent_sources_and_rounding_are_no_damage(tmp_path: Path) -> None:
     a, b = np.float64(1.0), np.float64(1.0 + 1e-9)
     vectors = np.array([b - a, a, b])
     K = np.tile(np.outer(vectors, vectors), (2, 1, 1))
-    K[:, 0, 0] = -1e-17  # a difference of long gradients, of which rounding left less than nothing
+    K[:, 0, 0] = -1e-17  # a difference of long gradients: rounding left less than nothing
     K[:, 0, 2] *= 1 + 1e-15
     absent = np.full_like(K, np.nan)
     absent[:, 1, 1] = 1.0

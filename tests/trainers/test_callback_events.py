@@ -40,7 +40,7 @@ def test_a_resumed_training_continues_the_file_without_gap_or_double(
     )
     whole.train()
     path = tmp_path / "run.h5"
-    # Checkpoints at 2 and 4; it ends in step 5, of which the row is written, as is that of step 4.
+    # Checkpoints at 2 and 4; it ends in step 5, whose row is written, as is that of step 4.
     event, step = ("on_step_end", 5) if end is stop else ("on_optimizer_step", 4)
     watching = GEffectCallback(path, probes=PROBES)
     broken = trainer(tmp_path, tiny.llama(dropout=0.3), watching, At(event, step, end), **SAVING)
@@ -126,7 +126,7 @@ def test_a_training_that_goes_on_keeps_its_file(tmp_path: Path) -> None:
 
 
 class Failing(list[Any]):
-    """Batches of which a later time has none that is whole."""
+    """Batches; a later time has none that is whole."""
 
     times = 0
 

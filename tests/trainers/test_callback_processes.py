@@ -1,4 +1,4 @@
-"""The callback in two processes, of which each has a Trainer, by DDP and by FSDP2."""
+"""The callback in two processes with a Trainer each, by DDP and by FSDP2."""
 
 import os
 import sys
@@ -68,7 +68,7 @@ def of_two(folder: str) -> dict[str, Any]:
 
 
 def of_kind(kind: str, folder: Path) -> dict[str, Any]:
-    """Trainings: unwatched, watched, and with files that fail, of which each error is an end."""
+    """Trainings: unwatched, watched, and with files that fail; each error is an end."""
     folder.mkdir(exist_ok=True)
     ends: dict[str, list[np.ndarray]] = {}
 

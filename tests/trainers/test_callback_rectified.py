@@ -35,7 +35,7 @@ class ScaledGA(Scaled, GA):
 
 
 class ByHand(Trainer):
-    """A Trainer with a rectifier of its own, of which nobody else knows."""
+    """A Trainer with a rectifier of its own, unknown to others."""
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "own"):

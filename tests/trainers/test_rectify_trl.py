@@ -26,7 +26,7 @@ def text(seed: int) -> str:
 
 
 def rows(kind: str) -> datasets.Dataset:
-    """Samples of which some should be preferred to others, as each kind wants them."""
+    """Samples, some to be preferred to others, as each kind wants them."""
     made: list[dict[str, Any]] = []
     for seed in range(4):
         prompt, good, bad = text(seed), " " + text(seed + 10), " " + text(seed + 20)

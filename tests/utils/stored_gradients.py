@@ -41,7 +41,7 @@ def room_for(size: int) -> Iterator[None]:
 
 
 def ranges_of(ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Every tensor in as many parts, of which the last rank has none of the smallest ones."""
+    """Every tensor in as many parts; the last rank has none of the smallest ones."""
     cuts = []
     for numel in (PARAMETERS[i].numel for i in KEPT):
         step = numel // ranks + 40

@@ -86,6 +86,6 @@ def batch(seed: int, rows: int = 3, length: int = 9, padding: int = 0) -> dict[s
 
 
 def pairs(count: int, seed: int = 44) -> list[dict[str, dict[str, Tensor]]]:
-    """Batches of both sides, of which a fresh Llama finds some in conflict and some not."""
+    """Batches of both sides; a fresh Llama finds some in conflict and some not."""
     seeds = range(seed, seed + 2 * count, 2)
     return [{"forget": batch(s), "retain": batch(s + 1, rows=4)} for s in seeds]

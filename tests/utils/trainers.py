@@ -29,7 +29,7 @@ def trainer(
     data: Sequence[Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A Trainer on the CPU: 2 epochs of 3 steps, of which each third has one micro-batch of 2."""
+    """A Trainer on the CPU: 2 epochs of 3 steps; each third one has one micro-batch of 2."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "num_train_epochs": 2,
