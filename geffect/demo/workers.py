@@ -51,8 +51,8 @@ def working(
     """A function that runs jobs in `count` processes, the longest first, and returns their results.
 
     Models as small as the embedded one are slower on two threads than on one. Where the block ends
-    by an error or an interrupt, the processes end at once, in the middle of their jobs; so too where
-    their parent is killed.
+    by an error or an interrupt, the processes end at once, in the middle of their jobs. They also
+    end where their parent is killed.
     """
     # Not forked: a process that inherits torch's thread pool may hang.
     context = multiprocessing.get_context("spawn")

@@ -172,9 +172,9 @@ class Options:
             )
         if self.adds_retain and self.space == "update":
             raise ValueError(
-                "A rule in update space should not depend on the length of the retain gradient, which "
-                f"has no scale in common with a step. Found {self.rule!r}, which adds the retain "
-                'gradient as it is. Pass space="gradient", or a rule such as gru or nearest.'
+                "A rule in update space should not depend on the length of the retain gradient, "
+                f"which has no scale in common with a step. Found {self.rule!r}, which adds the "
+                'retain gradient as it is. Pass space="gradient", or a rule such as gru or nearest.'
             )
 
 
