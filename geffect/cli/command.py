@@ -16,6 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from geffect.near import meant
 
+from .terminal import say, terminal
+
 WIDEST = 100
 """The columns of a page of help, at most: longer lines are hard to read."""
 
@@ -142,9 +144,13 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the subcommand."""
-        with _quiet_where_nobody_reads_on():
-            return super().invoke(ctx)
+        """Run the subcommand, and tell of an interrupt that it does not tell of itself."""
+        try:
+            with _quiet_where_nobody_reads_on():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say(terminal(stderr=True), "geffect: Interrupted.")
+            raise typer.Exit(130) from None
 
     def make_context(self, *given: Any, **how: Any) -> Any:
         """Read the words before the subcommand, which may ask for help."""

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from geffect.cli.main import app
+from geffect.cli.objectives import CommandOfObjectives
+from tests.utils.command_line import answering
 
 COMMANDS = ["demo", "info", "scores", "plot", "report", "replay", "validate"]
 SCRIPT = [str(Path(sys.executable).with_name("geffect"))]
@@ -47,6 +49,17 @@ def test_help_has_a_short_name(subcommand: str) -> None:
     assert (short.exit_code, short.output) == (0, long.output)
     assert f"Usage: geffect {subcommand}" in short.output
     assert "COMMAND" not in short.output.partition("\n")[0]
+
+
+def test_an_interrupt_while_options_are_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: object, ctx: object) -> list[object]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CommandOfObjectives, "get_params", interrupted)
+    answer = answering(monkeypatch, capsys)("demo", "--quick")
+    assert answer == (130, "", "geffect: Interrupted.\n")
 
 
 @pytest.mark.parametrize(
