@@ -4,11 +4,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from geffect.gradients import Vector
@@ -19,6 +20,7 @@ from geffect.risk import check_differentiable, check_loaded
 Folder = str | os.PathLike[str]
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_SINGLE = ("adapter_model.safetensors", "model.safetensors")
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -136,7 +138,7 @@ class Loader:
                 "it by itself, into another file."
             )
         files = _files(path)
-        tensors = _read(files)
+        tensors = _read(path, files)
         if not files.keys() <= held.keys() and self._adapter is None:
             # Saved under other names than the model has: transformers knows how to translate.
             whole = _once_each(_model_of(path).state_dict())
@@ -248,7 +250,8 @@ def _model_of(source: Folder) -> Any:
 
     kind: Any = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
-    model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
+    with _legible(source):
+        model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
     check_loaded(model, found["missing_keys"], source)
     return model
 
@@ -275,14 +278,15 @@ def _adapter_config(path: Path) -> Any:
 
 def _files(path: Path) -> dict[str, Path]:
     """The tensors of a checkpoint by name, each with the file that it is in."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: path / file for name, file in named.items()}
-    single = [path / "adapter_model.safetensors", path / "model.safetensors"]
-    for file in filter(Path.is_file, single):
-        with safe_open(file, framework="pt") as opened:
+    for file in filter(Path.is_file, (path / name for name in _SINGLE)):
+        with _legible(path), safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)
+    # Where both are there, the index is of an earlier save: transformers leaves it, and the shards.
+    index = path / f"{_SINGLE[-1]}.index.json"
+    if index.is_file():
+        with _legible(path):
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: path / file for name, file in named.items()}
     raise FileNotFoundError(
         f"`{path}` should hold its weights as safetensors. Found "
         f"{sorted(inside.name for inside in path.iterdir())[:5]}. Save it again with "
@@ -290,8 +294,20 @@ def _files(path: Path) -> dict[str, Path]:
     )
 
 
-def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+def _read(path: Path, files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
     for file in dict.fromkeys(files.values()):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
+        with _legible(path), safe_open(file, framework="pt") as opened:
+            for name in (name for name, place in files.items() if place == file):
                 yield name, opened.get_tensor(name)
+
+
+@contextmanager
+def _legible(source: Folder) -> Iterator[None]:
+    """Names the checkpoint where its weights are missing, cut off, or not those of its index."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"`{source}` should hold all of its weights, and the index, if any, of just these. "
+            f"Found: {error}. Copy it anew, or save it again with save_pretrained."
+        ) from error

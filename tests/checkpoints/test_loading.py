@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,49 @@ def test_weights_that_are_codes_are_refused_and_not_under_an_adapter(
     with pytest.raises(ValueError, match=r"Found `model.norm.codes` .* quantised. Save it deq"):
         Loader().load(adapters / "base")
     Loader(base=adapters / "base").load(adapters / "checkpoint-8")
+
+
+def in_pieces(folder: Path, seed: int) -> Path:
+    tiny.llama(seed=seed).save_pretrained(folder, max_shard_size="5KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "behind another"])
+def test_the_index_of_an_earlier_save_counts_for_nothing(first: bool, tmp_path: Path) -> None:
+    """A model saved whole where one in pieces was: transformers leaves the index there."""
+    folder, loader = in_pieces(tmp_path / "checkpoint-2", 1), Loader()
+    expected = tiny.llama(seed=2)
+    expected.save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", folder)
+    if not first:
+        loader.load(in_pieces(tmp_path / "checkpoint-1", 3))
+    state = loader.load(folder).state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def without_a_piece(pieces: list[Path]) -> None:
+    pieces[1].unlink()
+
+
+def cut_off(pieces: list[Path]) -> None:
+    pieces[1].write_bytes(pieces[1].read_bytes()[:-10])
+
+
+def exchanged(pieces: list[Path]) -> None:
+    """Not those of the index: the second piece holds what the first does."""
+    shutil.copy(pieces[0], pieces[1])
+
+
+@pytest.mark.parametrize("damage", [without_a_piece, cut_off, exchanged])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "behind another"])
+def test_weights_that_are_not_whole_are_one_error(
+    damage: Callable[[list[Path]], None], first: bool, tmp_path: Path
+) -> None:
+    folder, loader = in_pieces(tmp_path / "checkpoint-2", 1), Loader()
+    damage(sorted(folder.glob("*.safetensors")))
+    if not first:
+        loader.load(in_pieces(tmp_path / "checkpoint-1", 3))
+    with pytest.raises(ValueError, match=r"checkpoint-2` should .* Found.*[Ss]ave"):
+        loader.load(folder)
