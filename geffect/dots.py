@@ -5,7 +5,8 @@ rest. A running float32 sum loses the rest: `torch.dot` on a CPU is off by 2e-4 
 enough to flip the sign of a small inner product. Here a block of coordinates is cast to float64
 while it is in the cache and multiplied there, so that neither sums nor products round, overflow
 or underflow; a gradient that is contiguous is never copied whole. The Gram matrices of a record are
-measured so; a rectifier, whose result is rounded to float32 anyhow, takes a quicker product.
+measured so; a rectifier, whose result is rounded to float32 anyhow, takes a quicker product on a
+CPU. On a GPU one kernel does the same, and where there is none for it, blocks are larger.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect import distributed
+from geffect import devices, distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BLOCK = 65536
-"""Coordinates cast at a time: larger leaves the cache, smaller pays more calls."""
+"""Coordinates cast at a time on a CPU: larger leaves the cache, smaller pays more calls."""
 
 
 ROW = 1024
@@ -161,13 +162,18 @@ def _placed(products: Tensor, indices: Iterable[int], count: int) -> Tensor:
 def _products(flat: Sequence[Tensor]) -> Tensor:
     if not flat:
         return torch.zeros(0, 0, dtype=torch.float64)
+    if devices.has_kernels(*flat):
+        from geffect import kernels  # Triton is not everywhere
+
+        return kernels.gram([vector.contiguous() for vector in flat])
     size, device = flat[0].numel(), flat[0].device
-    rows = torch.empty(len(flat), min(size, BLOCK), dtype=torch.float64, device=device)
+    length = devices.at_a_time(flat[0], cached=BLOCK)
+    rows = torch.empty(len(flat), min(size, length), dtype=torch.float64, device=device)
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=device)
-    for start in range(0, size, BLOCK):
-        block = rows[:, : min(BLOCK, size - start)]
+    for start in range(0, size, length):
+        block = rows[:, : min(length, size - start)]
         for row, vector in zip(block, flat, strict=True):
-            row.copy_(vector[start : start + BLOCK])
+            row.copy_(vector[start : start + length])
         products.addmm_(block, block.T)
     return products
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1, "batch": 1,
-    "text": 0, "near": 0, "places": 1,
+    "text": 0, "near": 0, "places": 1, "devices": 1, "kernels": 1,
     "interrupts": 0, "hooks": 1,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "steps": 2, "plots": 2,
     "gradients": 3, "sketch": 3, "groups": 3,
@@ -39,6 +39,8 @@ THIRD_PARTY = {
     "torch": [
         "distributed",
         "hooks",
+        "devices",
+        "kernels",
         "dots",
         "encodings",
         "sketch",
@@ -57,6 +59,7 @@ THIRD_PARTY = {
         "demo",
     ],
     "torch.func": ["effects"],
+    "triton": ["kernels"],
     "torchjd": ["projection.from_torchjd"],
     "h5py": ["store"],
     "pandas": ["scores", "analysis", "plots", "demo", "cli"],
@@ -155,6 +158,7 @@ def test_nothing_is_imported_that_is_not_declared() -> None:
         for extra in project()["project"]["optional-dependencies"].values()
         for line in extra
     }
+    declared |= {"triton"}  # comes with torch where there is a GPU for it
     third = {i.module.partition(".")[0] for name in modules() for i in imports(name)}
     assert third - declared - {"geffect"} - sys.stdlib_module_names == set()
 
@@ -245,6 +249,8 @@ def test_public_interfaces(module: str, names: list[str]) -> None:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_all_that_is_listed_exists(name: str) -> None:
+    if name == "geffect.kernels":
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     listed = getattr(module, "__all__", [])
     assert len(set(listed)) == len(listed)
@@ -275,9 +281,11 @@ def test_no_class_is_long(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_no_function_takes_many_parameters(name: str) -> None:
-    """But constructors of public classes, and commands, whose parameters are a user's words."""
+    """But constructors of public classes, commands, whose parameters are a user's words, and
+    kernels, which take a pointer for each vector."""
     wide = {called for called, count in parameters(parsed(name)) if count > 8}
     wide -= {f"{public}.__init__" for public in PUBLIC}
+    wide -= kernels(parsed(name))
     assert wide <= ({"command"} if within(name, "geffect.cli") else set())
 
 
@@ -323,6 +331,16 @@ def test_nobody_asks_which_objective_it_is(name: str) -> None:
         for word in re.findall(r"\w+", ast.unparse(node.args[1]))
     }
     assert not asked & kinds
+
+
+def kernels(tree: ast.AST) -> set[str]:
+    """The functions that Triton compiles."""
+    return {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+    }
 
 
 PUBLIC = {

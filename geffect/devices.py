@@ -1,0 +1,44 @@
+"""Devices: how tensors are walked over where they lie."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether `geffect.kernels` are for these: on one GPU, where Triton is installed.
+
+    Whatever asks takes torch's operations where the answer is no.
+
+    >>> has_kernels(torch.ones(2))
+    False
+    """
+    device = tensors[0].device
+    return (
+        device.type == "cuda"
+        and all(tensor.device == device and tensor.dtype in KINDS for tensor in tensors)
+        and _runs_triton(device)
+    )
+
+
+def at_a_time(tensor: Tensor, *, cached: int) -> int:
+    """How many coordinates to look at together: `cached` on a CPU, whose cache holds so many.
+
+    Elsewhere a launch takes as long as many coordinates do, and they only have to fit the memory.
+
+    >>> at_a_time(torch.ones(2), cached=65536)
+    65536
+    """
+    return cached if tensor.device.type == "cpu" else LARGE
+
+
+LARGE = 2**24
+
+
+@cache
+def _runs_triton(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)

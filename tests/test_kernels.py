@@ -1,0 +1,123 @@
+"""Kernels against numpy in float64, run on the CPU by Triton's interpreter."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from geffect import dots
+from tests.utils.far_device import kernels_on_the_cpu
+
+kernels = pytest.importorskip("geffect.kernels")
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def mixed(k: int, size: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(k * 10_000 + size)
+    normal = torch.randn(k, size, generator=draw)
+    return [row.to(TYPES[i % 4]) for i, row in enumerate(normal)]
+
+
+def exact(vectors: list[torch.Tensor]) -> torch.Tensor:
+    rows = np.stack([v.detach().double().numpy().reshape(-1) for v in vectors])
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(rows @ rows.T)
+
+
+def check(found: torch.Tensor, vectors: list[torch.Tensor]) -> None:
+    expected = exact(vectors)
+    lengths = expected.diagonal().sqrt()
+    assert found.dtype == torch.float64
+    assert ((found - expected).abs() <= 1e-14 * lengths.outer(lengths)).all()
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with kernels_on_the_cpu(monkeypatch):
+        yield
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13])
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 8195])
+def test_gram_equals_float64(k: int, size: int) -> None:
+    vectors = mixed(k, size)
+    check(kernels.gram(vectors), vectors)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_products_neither_underflow_nor_overflow(dtype: torch.dtype, scale: float) -> None:
+    if dtype == torch.float16:
+        scale = scale ** (1 / 8)
+    vectors = [(v * scale).to(dtype) for v in torch.randn(2, 5000).double()]
+    assert exact(vectors).diagonal().isfinite().all()
+    assert (kernels.gram(vectors).diagonal() > 0).all()
+    check(kernels.gram(vectors), vectors)
+
+
+def test_a_heavy_tail_leaves_the_sign_of_a_small_product() -> None:
+    a, b = (torch.randn(50_000, generator=torch.Generator().manual_seed(s)) ** 5 for s in (0, 1))
+    b -= (torch.dot(a.double(), b.double()) / torch.dot(a.double(), a.double())).float() * a
+    check(kernels.gram([a, b]), [a, b])
+    assert kernels.gram([a, b])[0, 1].sign() == exact([a, b])[0, 1].sign()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 4095, 4096, 5000])
+def test_what_is_not_finite_is_told(bad: float, place: int) -> None:
+    spoilt, whole = torch.ones(5001), torch.ones(5001)
+    spoilt[place] = bad
+    found = kernels.gram([spoilt, whole, torch.zeros(5001)])
+    torch.testing.assert_close(found, exact([spoilt, whole, torch.zeros(5001)]), equal_nan=True)
+    assert not found[0].isfinite().any()
+    assert found[1, 1] == 5001
+
+
+def test_the_same_bits_twice() -> None:
+    vectors = mixed(3, 30_000)
+    assert torch.equal(kernels.gram(vectors), kernels.gram(vectors))
+
+
+def test_both_halves_are_the_same_bits() -> None:
+    found = kernels.gram(mixed(10, 5000))
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("take", [dots.gram, dots.quick_gram])
+def test_gradients_of_any_layout_go_through_kernels(
+    take: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    plain, turned = torch.randn(30, 70), torch.randn(70, 30).t()
+    every_second = torch.randn(30, 140, dtype=torch.float64)[:, ::2].to(torch.bfloat16)
+    sparse = torch.sparse_coo_tensor([[3], [5]], [2.0], (30, 70))
+    vectors = [plain, turned, every_second, sparse]
+    found = take([plain, turned, None, every_second, sparse])
+    present = [0, 1, 3, 4]
+    check(found[present][:, present], [dots.dense(v) for v in vectors])
+    assert not found[2].any()
+    assert len(calls) == 1
+
+
+def test_a_number_without_dimensions_has_a_gram_matrix() -> None:
+    assert dots.gram([torch.tensor(3.0), torch.tensor(2.0)]).tolist() == [[9.0, 6.0], [6.0, 4.0]]
+
+
+def test_types_without_a_kernel_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_launch", pytest.fail)
+    a = torch.arange(5)
+    assert dots.gram([a.to(torch.float8_e4m3fn)]).item() == 30
+
+
+def _counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **named)
+
+    return counted
