@@ -238,7 +238,7 @@ class StepFollower:
     def __init__(self, parameters: Sequence[Tensor], *, updates: bool) -> None:
         self._parameters, self._updates = parameters, updates
         self._own = frozenset(map(id, parameters))
-        self._step: _Step | None = None
+        self._step: _FollowedStep | None = None
         # The last one is the innermost; each with what had a gradient when it began.
         self._inside: dict[torch.optim.Optimizer, frozenset[int]] = {}
         self._known: frozenset[int] = frozenset()  # what optimizers stepped the time before
@@ -257,7 +257,7 @@ class StepFollower:
         printed = [
             i for i, p in enumerate(parameters) if not self._updates and id(p) not in self._known
         ]
-        self._step = _Step(
+        self._step = _FollowedStep(
             parameters=parameters,
             reached=frozenset(id(p) for p in parameters if p.grad is not None),
             stepped=within & self._own,
@@ -324,7 +324,7 @@ class StepFollower:
 
 
 @dataclass
-class _Step:
+class _FollowedStep:
     """What is known of the parameters at one gradient, and what has stepped them since."""
 
     parameters: Sequence[Tensor]

@@ -22,7 +22,7 @@ from .scopes import (
     Coordinates,
     Mask,
     Metric,
-    PendingReport,
+    PendingRectification,
     Retain,
     Terms,
 )
@@ -112,7 +112,7 @@ class Projector:
 
     def in_portions(
         self, optimizer: torch.optim.Optimizer, mask: Mask | None, *, counts: bool
-    ) -> tuple[StepInPortions, PendingReport]:
+    ) -> tuple[StepInPortions, PendingRectification]:
         """A step with the old values of a few tensors in memory, coordinate by coordinate."""
         index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         coordinates, retain = self._coordinates(), self._retain(counts)

@@ -25,7 +25,7 @@ from .projector import Projector
 from .rules import Rule, Weights, gru
 from .scopes import Blocks, block_names
 from .selection import Selection
-from .step import Step
+from .step import RectifiedStep
 
 FORMAT = 2
 """Of the state of a rectifier."""
@@ -134,7 +134,7 @@ class Rectifier:
         self._notices = Notices()
         self._projector: Projector | None = None  # sharding may replace parameters until a step
         self._window: Gradients | None = None
-        self._step: Step | None = None
+        self._step: RectifiedStep | None = None
         self._attachment: Attachment | None = None
         self._watch: DirectionWatch | None = None  # of optimizers that nobody has attached
         if optimizer is not None:
@@ -226,7 +226,7 @@ class Rectifier:
         checks.check_dense(gradients)
         checks.check_nothing_left(projector.moved(self._optimizer).values())
         checks.check_optimizer(self._options, self._optimizer)
-        self._step = Step(projector, self._notices)
+        self._step = RectifiedStep(projector, self._notices)
         self._step.take_in(gradients)
 
     def rectify(self, gradients: Gradients, *, copy: bool = False) -> None:

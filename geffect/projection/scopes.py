@@ -114,7 +114,7 @@ class Terms:
         return seen, asked, slice(2 * k, 3 * k) if self.metric is not None else asked
 
 
-PendingReport = Callable[[], Rectification]
+PendingRectification = Callable[[], Rectification]
 """What was done, added up over the processes when it is asked for."""
 
 
@@ -126,7 +126,7 @@ class Change:
     """
 
     make: Callable[[], None]
-    report: PendingReport
+    report: PendingRectification
 
 
 class Constraint:

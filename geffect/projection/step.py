@@ -19,7 +19,7 @@ from .scopes import (
     Change,
     GramAccumulator,
     Mask,
-    PendingReport,
+    PendingRectification,
     block_names,
     held,
     parts,
@@ -29,7 +29,7 @@ from .scopes import (
 from .spaces import GradientSpace, UpdateSpace
 
 
-class Step:
+class RectifiedStep:
     """What is known of a step, as far as it has come.
 
     Its order: `take_in` the retain gradients, `change` the gradient of the objective in `.grad`,
@@ -46,7 +46,7 @@ class Step:
         self._fresh: list[Vector] = []
         self._ahead: Whole | None = None
         self._taken: StepInPortions | None = None  # where it is taken here
-        self._report: PendingReport | None = None
+        self._report: PendingRectification | None = None
         self._applied: GramAccumulator | None = None
 
     def take_in(self, gradients: Gradients) -> None:
@@ -260,7 +260,7 @@ class Step:
             return
         self._report = self._told(change.report)
 
-    def _told(self, report: PendingReport) -> PendingReport:
+    def _told(self, report: PendingRectification) -> PendingRectification:
         return report if self._counts else lambda: without_retain(report())
 
     def _skip(self, reason: str) -> None:

@@ -136,19 +136,19 @@ class Labels:
             tuple(tuple((a, b) for a, b in ranges) for ranges in stored["ranges"]),
             stored.get("mark", 1),
         )
-        table, places = self.parameters(), gradients.parameters
+        table, indices = self.parameters(), gradients.parameters
         if not _counts(gradients.mark) or not 0 < gradients.mark < MARKS:
             raise ValueError(f"the mark {gradients.mark!r} of gradients")
-        if not _counts(*places) or len(set(places)) < len(places) or not gradients.ranges:
+        if not _counts(*indices) or len(set(indices)) < len(indices) or not gradients.ranges:
             raise ValueError("gradients of parameters that there are not")
-        for i, place in enumerate(places):
+        for i, index in enumerate(indices):
             # What no rank holds would be read as anything.
             reached = 0
             for begin, end in sorted(ranges[i] for ranges in gradients.ranges):
                 if not _counts(begin, end) or (begin > reached and end > begin):
                     raise ValueError("a gradient with a part that no process holds")
                 reached = max(reached, end)
-            if reached != table[place].numel:
+            if reached != table[index].numel:
                 raise ValueError("a gradient that is shorter or longer than its parameter")
         return gradients
 

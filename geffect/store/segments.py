@@ -68,13 +68,13 @@ class Segments:
         self.ranks = range(len(self.stored.ranges))
         stored = [parameters[i] for i in self.stored.parameters]
         self.layers: dict[str, list[int]] = {layer: [] for layer in layers_of(stored)}
-        for place, parameter in enumerate(stored):
-            self.layers[parameter.layer].append(place)
+        for index, parameter in enumerate(stored):
+            self.layers[parameter.layer].append(index)
         self._numel = [parameter.numel for parameter in stored]
 
     def numel(self, layer: str) -> int:
         """How many numbers a gradient has in a layer."""
-        return sum(self._numel[place] for place in self.layers[layer])
+        return sum(self._numel[index] for index in self.layers[layer])
 
     def arrays(self, layer: str) -> Layout:
         """The arrays of a layer, whole."""
@@ -95,14 +95,14 @@ class Segments:
             return
         for rank in self.ranks:
             held = begin = 0
-            for place, (start, stop) in zip(
+            for index, (start, stop) in zip(
                 self.layers[layer], self._ranges(layer, rank), strict=True
             ):
                 if count := stop - start:
                     whole = slice(begin + start, begin + stop)
                     yield Piece(rank, slice(held, held + count), whole)
                 held += count
-                begin += self._numel[place]
+                begin += self._numel[index]
 
     @cached_property
     def row_bytes(self) -> int:
@@ -119,7 +119,7 @@ class Segments:
         most = max(1, SEGMENT_BYTES // max(1, *self._rank_bytes))
         return min(most, FIRST_ROWS << min(number, 62))
 
-    def place(self, row: int) -> tuple[int, int]:
+    def locate(self, row: int) -> tuple[int, int]:
         """The segment that a row is in, and where there."""
         number = 0
         while row >= (room := self.rows(number)):
@@ -129,7 +129,7 @@ class Segments:
 
     def count(self, rows: int) -> int:
         """How many segments so many rows take."""
-        return self.place(rows - 1)[0] + 1 if rows else 0
+        return self.locate(rows - 1)[0] + 1 if rows else 0
 
     def image(self, number: int, rank: int) -> Image:
         """A segment with nothing in it."""
@@ -151,7 +151,7 @@ class Segments:
         self, path: Path, rows: NDArray[np.int64], keys: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Which of some rows, with these keys, all ranks wrote whole."""
-        numbers, inside = np.array([self.place(row) for row in rows.tolist()]).reshape(-1, 2).T
+        numbers, inside = np.array([self.locate(row) for row in rows.tolist()]).reshape(-1, 2).T
         whole = np.ones(len(rows), dtype=bool)
         for number in np.unique(numbers).tolist():
             own = numbers == number
@@ -218,7 +218,7 @@ class Segments:
         self, file: BoundedFile, source: str, layer: str, row: int, rank: int, key: tuple[int, ...]
     ) -> dict[str, NDArray[Any]]:
         """What a rank holds of a layer of a gradient."""
-        number, inside = self.place(row)
+        number, inside = self.locate(row)
         room, found = self.rows(number), {}
         for name, (shape, dtype) in self.held(layer, rank).items():
             dataset = file.dataset(f"{source}/{layer}/{name}", dtype, (room, *shape))
@@ -239,9 +239,9 @@ class Segments:
         if not count:
             return
         for source in self.sources:
-            for layer, places in self.layers.items():
+            for layer, indices in self.layers.items():
                 group = file.create_group(f"gradients/{source}/{layer}")
-                group.attrs["parameters"] = [self.stored.parameters[place] for place in places]
+                group.attrs["parameters"] = [self.stored.parameters[index] for index in indices]
                 for array in self.arrays(layer):
                     self._announce_array(group, path, layer, array, count)
         file["gradients"].attrs["encoding"] = self.encoding.name
@@ -273,7 +273,7 @@ class Segments:
         self, path: Path, row: int, rank: int, key: tuple[int, ...]
     ) -> Iterator[BoundedFile]:
         """The segment with what a rank holds of a row, which must be there whole."""
-        number, inside = self.place(row)
+        number, inside = self.locate(row)
         segment = folder_of(path) / file_name(number, rank)
         request, step, batch = key
         should = (
@@ -312,7 +312,7 @@ class Segments:
         ]
 
     def _ranges(self, layer: str, rank: int) -> list[tuple[int, int]]:
-        return [self.stored.ranges[rank][place] for place in self.layers[layer]]
+        return [self.stored.ranges[rank][index] for index in self.layers[layer]]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Shard:
     def write(self, number: int, row: Row) -> None:
         """Write the gradients of a row as row `number`; it counts when all of it is there."""
         assert row.gradients is not None
-        number, inside = self._segments.place(number)
+        number, inside = self._segments.locate(number)
         try:
             if number != self._number:
                 self._open(number, fresh=inside == 0)

@@ -42,7 +42,7 @@ from geffect.steps import StepFollower, check_descends, unwrapped
 from geffect.store.paths import place_of
 
 from .loop import check_gradients_can_be_had, firing_loop, is_running
-from .step import Step
+from .step import CapturedStep
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class GEffectCallback(TrainerCallback):
         self._metadata, self._overwrite, self._on_error = metadata, overwrite, on_error
         self._recording: Recording | None = None
         self._trainer: weakref.ref[Trainer] | None = None
-        self._step: Step | None = None
+        self._step: CapturedStep | None = None
         self._ours = False  # the file, begun by an attempt of this training that raised
 
     def close(self, *, complete: bool = False) -> None:
@@ -218,7 +218,7 @@ class GEffectCallback(TrainerCallback):
             for name, batches in self._probes.items():
                 with noting_risk(name):
                     probes[name] = risk_gradient(kwargs["model"], batches, autocast=autocast)
-        self._step = Step(
+        self._step = CapturedStep(
             number=state.global_step,
             epoch=math.nan if state.epoch is None else state.epoch,
             probes=probes,

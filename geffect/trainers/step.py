@@ -31,7 +31,7 @@ CULPRITS = (
 
 
 @dataclass
-class Step:
+class CapturedStep:
     """A step that is being captured, as far as the events have come."""
 
     number: int
