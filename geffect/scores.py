@@ -98,10 +98,10 @@ def tidy(
     n_steps, n_blocks = values.shape
     columns: dict[str, object] = {
         "step": np.repeat(steps, n_blocks),
-        by: pd.Categorical(list(blocks) * n_steps, categories=list(blocks), ordered=True),
+        by: _named(np.tile(np.arange(n_blocks), n_steps), blocks),
     }
-    table = pd.DataFrame({**columns, **constants, "value": values.reshape(-1)})
-    return said(table, score)
+    saying = dict(zip(SAYS, (score.label, score.unit), strict=True))
+    return pd.DataFrame({**columns, **constants, "value": values.reshape(-1), **saying})
 
 
 def said(table: pd.DataFrame, score: Score) -> pd.DataFrame:
@@ -123,15 +123,18 @@ def stack(tables: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
     0     0   ga    1.0
     1     0  npo    1.0
     """
-    names = list(tables)
-    labelled = []
-    for name, table in tables.items():
-        label = pd.Categorical([name] * len(table), categories=names, ordered=True)
-        labelled.append(table.assign(**{column: label}))
-    stacked = pd.concat(labelled, ignore_index=True)
-    others = list(stacked.columns.drop(column))
-    index = others.index("value")
-    return stacked[[*others[:index], column, *others[index:]]]
+    of = np.repeat(np.arange(len(tables)), [len(table) for table in tables.values()])
+    stacked = pd.concat([*tables.values()], ignore_index=True)
+    if column in stacked.columns:
+        del stacked[column]
+    stacked.insert(list(stacked.columns).index("value"), column, _named(of, list(tables)))
+    return stacked
+
+
+def _named(of: NDArray[np.int64], names: Sequence[str]) -> pd.Series:
+    """A column of names, each told by its place among all, which is their order."""
+    dtype = pd.CategoricalDtype(list(names), ordered=True)
+    return pd.Series(pd.Categorical.from_codes(of, dtype=dtype))
 
 
 def scores_in(table: pd.DataFrame) -> list[Score]:
@@ -142,10 +145,16 @@ def scores_in(table: pd.DataFrame) -> list[Score]:
     """
     if not {*SAYS} <= {*table.columns}:
         return [Score("value")]
-    # A unit that is empty comes back from a file as NaN.
-    pairs = table[[*SAYS]].drop_duplicates().astype(object).fillna("")
-    found = [Score(str(label), str(unit)) for label, unit in pairs.itertuples(index=False)]
-    return found or [Score("value")]
+    codes, names = [], []
+    for column in SAYS:
+        of, named = pd.factorize(table[column], use_na_sentinel=False)
+        codes.append(of)
+        # A unit that is empty comes back from a file as NaN.
+        names.append(["" if pd.isna(name) else str(name) for name in named])
+    labels, units = names
+    pairs = [divmod(code, len(units)) for code in pd.unique(codes[0] * len(units) + codes[1])]
+    found = dict.fromkeys(Score(labels[label], units[unit]) for label, unit in pairs)
+    return [*found] or [Score("value")]
 
 
 def score_of(table: pd.DataFrame) -> Score:

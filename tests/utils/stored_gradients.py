@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def contents(encoding: str, ranks: int = 1) -> Contents:
     return Contents(SOURCES, {"metadata": {}}, gradients=stored)
 
 
+@cache
 def vector_of(source: str, step: int, parameter: int) -> torch.Tensor:
     rng = np.random.default_rng([SOURCES.index(source), step, parameter])
     return torch.from_numpy(rng.standard_normal(PARAMETERS[parameter].numel).astype("f4"))
