@@ -200,9 +200,10 @@ class Recorder:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
             ranks.check_same_on_ranks([*of_step.items()], sorted(weights or ()), accumulate, due)
         self._recording.agree()
+        given_up = window is not None and window.is_given_up
         if window is not None:
-            window.check_still(last=not accumulate)
-        if window is None or window.is_given_up:
+            window.check_still(last=given_up or not accumulate)
+        if window is None or given_up:
             window = Window(self._watched, self._next, self.due, of_step, rectifier)
         window.add(passes, weights or {}, last=not accumulate)
         if accumulate:
