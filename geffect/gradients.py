@@ -5,6 +5,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed, dots
+from geffect.beside import beside
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after, to_the_end
-from geffect.losses import Loss, Passes, plan
+from geffect.losses import Loss, Passes, accumulates_once, plan
 from geffect.sources import OBJECTIVE
 
 __all__ = ["GradientTransform", "Gradients", "Loss", "Rectification", "Vector", "differentiate"]
@@ -81,6 +83,15 @@ class Gradients:
                 "it from the same model."
             )
 
+    def check_followed(self, weights: Weights) -> None:
+        """Refuse a later micro-batch of the same step that has other sources."""
+        if self.weights != weights:
+            raise ValueError(
+                "The micro-batches of a step should have the same losses, weights and scale. Found "
+                f"{', '.join(self.sources)} and then {', '.join(weights)}, or other weights. "
+                "Pass the same losses to each; to leave one out, pass 0 * loss."
+            )
+
     def deposit(self, *, among: Collection[str] | None = None, copy: bool = False) -> None:
         """Leave in `.grad` what a backward pass of the objective would have left there.
 
@@ -112,12 +123,7 @@ class Gradients:
 
     def add_(self, later: "Gradients") -> None:
         """Take in a later micro-batch of the same step, in place: vectors and losses add up."""
-        if self.weights != later.weights:
-            raise ValueError(
-                "The micro-batches of a step should have the same losses, weights and scale. Found "
-                f"{', '.join(self.sources)} and then {', '.join(later.sources)}, or other weights. "
-                "Pass the same losses to each; to leave one out, pass 0 * loss."
-            )
+        self.check_followed(later.weights)
         count = len(self.parameters)
         # A soft prompt is the same leaf every time, but the output of a frozen embedding another.
         known = set(map(id, self.others))
@@ -201,10 +207,11 @@ class Rectification:
 
 
 def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:
-    """The gradients of the losses, one backward pass for each tensor and none for a combination.
+    """The gradients of the losses, one backward pass for each scalar and none for a combination.
 
     What stood in `.grad` stands there again afterwards. Losses may share a forward: the graph is
-    kept for exactly as long as a later loss needs it.
+    kept for as long as a later loss needs it. One that is a function is asked right before its
+    pass.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> step = differentiate([x], {"forget": x**2, "objective": {"forget": -1.0}})
@@ -216,16 +223,18 @@ def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> G
 
 def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     """The gradients that the passes leave, each by itself, and `.grad` as it was."""
-    leaves = passes.leaves
-    vectors: dict[str, list[Tensor | None]] = {}
+    taken: dict[str, list[Tensor | None]] = {}
+    kept = _Kept(passes.leaves)
 
-    def run() -> None:
-        for name in passes.tensors:
-            vectors[name] = _run(passes, name)
+    def take(name: str) -> None:
+        taken[name] = _run(passes, name, kept)
 
-    put_back_after(run, _grads_of(leaves))
-    others = list(leaves[len(parameters) :])
-    return Gradients(parameters, others, vectors, passes.weights, dict(passes.losses), passes.scale)
+    put_back_after(lambda: _in_order(passes, take), kept.put_back)
+    # Leaves that a later loss has brought have nothing of the earlier ones.
+    width = len(passes.leaves)
+    vectors = {name: [*v, *[None] * (width - len(v))] for name, v in taken.items()}
+    others = passes.leaves[len(parameters) :]
+    return Gradients(parameters, others, vectors, passes.weights, passes.losses, passes.scale)
 
 
 def reduced(model: nn.Module, parameters: Sequence[Tensor], passes: Passes) -> Gradients:
@@ -244,35 +253,53 @@ Visit = Callable[[int, Mapping[str, Tensor | None]], None]
 """Called with the place of a parameter and the tensors that the passes left for it, by name."""
 
 
-def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
+def stream(
+    parameters: Sequence[Tensor],
+    passes: Passes,
+    visit: Visit,
+    *,
+    earlier: dict[str, list[Tensor | None]] | None = None,
+) -> None:
     """Run the passes, show each parameter's gradients once, and leave the objective's in `.grad`.
 
     The last pass never has a gradient of its own in memory: each of its tensors is shown as soon as
     it is there, and what is not part of the objective is let go. So two losses need the memory of
-    one gradient, and k need that of k - 1. Needs `passes.accumulates_once`, and that `.grad` is
-    what the optimizer will see: under data parallelism it is not averaged yet when it is shown.
+    one gradient, and k need that of k - 1. A pass that may add to `.grad` more than once is shown
+    after its end. Needs that `.grad` is what the optimizer will see: under data parallelism it is
+    not averaged yet when it is shown.
+
+    With `earlier`, the sums of the vectors over earlier micro-batches, the sums up to this one are
+    shown in their place, which are let go here and belong to whom they are shown. What the
+    objective does not need is added to them by its pass: it has no other tensors.
     """
     leaves, last = passes.leaves, passes.last
+    terms = {name: weight * passes.scale for name, weight in passes.weights[OBJECTIVE].items()}
+    sums = {} if earlier is None else earlier
     resident: dict[str, list[Tensor | None]] = {}
-    left: list[Tensor | None] = [None] * len(leaves)
-    waiting = set(range(len(leaves)))
+    left: dict[int, Tensor | None] = {}
+    kept = _Kept(leaves)
+    hooks = Hooks()
+
+    def into(name: str) -> list[Tensor | None]:
+        return [] if name in terms else sums.pop(name, [])
+
+    def summed(place: int, name: str, tensor: Tensor | None) -> Tensor | None:
+        if earlier is None or name not in terms:
+            return tensor
+        vector = sums.get(name, [])
+        total = _taken(vector, place)
+        if total is None:
+            return None if tensor is None else tensor.clone()
+        return total if tensor is None else _added(total, tensor, in_place=True)
 
     def take(place: int, fresh: Tensor | None) -> None:
-        waiting.discard(place)
-        tensors = {name: vector[place] for name, vector in resident.items()} | {last: fresh}
-        for vector in resident.values():
-            vector[place] = None
+        tensors = {name: _taken(vector, place) for name, vector in resident.items()} | {last: fresh}
         if place < len(parameters):
-            visit(place, tensors)
-        left[place] = weighted_sum(
-            [
-                (tensors[name], weight * passes.scale)
-                for name, weight in passes.weights[OBJECTIVE].items()
-            ]
-        )
+            visit(place, {name: summed(place, name, tensor) for name, tensor in tensors.items()})
+        left[place] = weighted_sum([(tensors[name], weight) for name, weight in terms.items()])
 
     def take_grad(leaf: Tensor, place: int) -> None:
-        if place not in waiting:
+        if place in left:
             raise RuntimeError(
                 "A backward pass should add to each `.grad` once. Found a second time for a "
                 f"parameter of shape {tuple(leaf.shape)}. Record with update=True, which takes "
@@ -281,23 +308,25 @@ def stream(parameters: Sequence[Tensor], passes: Passes, visit: Visit) -> None:
         fresh, leaf.grad = leaf.grad, None
         take(place, fresh)
 
-    hooks = Hooks()
+    def watch(loss: Tensor) -> None:
+        if accumulates_once(loss):
+            for place, leaf in enumerate(parameters):
+                hooks.add(leaf.register_post_accumulate_grad_hook, partial(take_grad, place=place))
 
-    def run_last() -> None:
-        for place, leaf in enumerate(parameters):
-            hooks.add(leaf.register_post_accumulate_grad_hook, partial(take_grad, place=place))
-        _run(passes, last)
+    def run(name: str) -> None:
+        if name != last:
+            resident[name] = _run(passes, name, kept, into=into(name))
+            return
+        put_back_after(
+            lambda: _run(passes, name, kept, into=into(name), before=watch), hooks.remove
+        )
+        for place, leaf in enumerate(leaves):  # what the last loss does not reach, and the others
+            if place not in left:
+                fresh, leaf.grad = leaf.grad, None
+                take(place, fresh)
 
-    def run() -> None:
-        for name in passes.tensors:
-            if name != last:
-                resident[name] = _run(passes, name)
-        put_back_after(run_last, hooks.remove)
-        for place in sorted(waiting):  # what the last loss does not reach
-            take(place, leaves[place].grad)
-
-    put_back_after(run, _grads_of(leaves))
-    _add_to_grads(leaves, left.__getitem__)
+    put_back_after(lambda: _in_order(passes, run), kept.put_back)
+    _add_to_grads(leaves, left.get)
 
 
 def without_graph(body: Callable[[], None]) -> None:
@@ -366,22 +395,63 @@ def _added(total: Tensor, part: Tensor, *, in_place: bool) -> Tensor:
     return total.add_(part) if in_place else total + part
 
 
-def _grads_of(leaves: Sequence[Tensor]) -> Callable[[], None]:
-    """What puts back the `.grad` of these leaves that stands there now."""
-    kept = [leaf.grad for leaf in leaves]
+class _Kept:
+    """The `.grad` that leaves had before the passes, from when each of them is known."""
 
-    def put_back() -> None:
-        for leaf, grad in zip(leaves, kept, strict=True):
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
+
+    def clear(self) -> None:
+        """Nothing lies in the `.grad` of any leaf that is known."""
+        for leaf in self._leaves[len(self._grads) :]:
+            self._grads.append((leaf, leaf.grad))
+        for leaf in self._leaves:
+            leaf.grad = None
+
+    def put_back(self) -> None:
+        """What was there before lies there again."""
+        for leaf, grad in self._grads:
             leaf.grad = grad
 
-    return put_back
+
+def _in_order(passes: Passes, run: Callable[[str], None]) -> None:
+    """Run the passes, those that are aside without a trace in the model."""
+    aside = list(passes.aside)
+    for name in passes.given:
+        if name not in aside:
+            run(name)
+    if aside:
+        with nullcontext() if passes.model is None else beside(passes.model):
+            for name in aside:
+                run(name)
 
 
-def _run(passes: Passes, name: str) -> list[Tensor | None]:
-    for leaf in passes.leaves:
-        leaf.grad = None
-    passes.run(name)
+def _run(
+    passes: Passes,
+    name: str,
+    kept: _Kept,
+    *,
+    into: Sequence[Tensor | None] = (),
+    before: Callable[[Tensor], None] = lambda loss: None,
+) -> list[Tensor | None]:
+    """What a pass leaves, added to the tensors of `into`; `before` is called with its loss."""
+    kept.clear()
+    loss = passes.ask(name)
+    kept.clear()
+    for parameter, tensor in zip(passes.parameters, into, strict=False):
+        parameter.grad = tensor
+    before(loss)
+    passes.run(name, loss)
     return [leaf.grad for leaf in passes.leaves]
+
+
+def _taken(vector: list[Tensor | None], place: int) -> Tensor | None:
+    """The tensor of a place, of which the vector lets go; None where it has no such place."""
+    if place >= len(vector):
+        return None
+    tensor, vector[place] = vector[place], None
+    return tensor
 
 
 def _add_to_grads(

@@ -8,10 +8,11 @@ from weakref import finalize
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
+from geffect.forwards import check_no_loss_asked
 from geffect.gradients import Gradients, GradientTransform
 from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, Hooks, weakly
 from geffect.layers import trainable
@@ -26,11 +27,12 @@ from geffect.losses import (
 from geffect.objectives import Objective, as_objective, provenance
 from geffect.steps import check_descends
 
+from .implicit_weights import ImplicitWeights, asked_with
 from .pending_row import PendingRow
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
 from .store_options import StoreOptions
-from .window import Watched, Window, protected_first
+from .window import Watched, Window, protected
 
 
 class Recorder:
@@ -158,7 +160,7 @@ class Recorder:
         self,
         *,
         rectifier: GradientTransform | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: ImplicitWeights | None = None,
         accumulate: bool = False,
         scaler: GradScaler | None = None,
         **losses: Loss,
@@ -188,24 +190,32 @@ class Recorder:
             self._watched.check(losses, rectifier)
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
-            scale = loss_scale(scaler, parameters[0].device)
-            passes = plan(parameters, protected_first(losses, rectifier), scale=scale)
+            header, due = self._recording.header, self.due
+            losses, found = asked_with(
+                model, losses, weights if due else None, header.check_weights
+            )
+            passes = plan(
+                parameters,
+                losses,
+                scale=loss_scale(scaler, parameters[0].device),
+                model=model,
+                protected=protected(losses, rectifier),
+            )
             check_reached(passes, parameters)
             of_step = declared(losses)
-            self._recording.header.check_declared(of_step)
-            self._recording.header.check_weights(weights or ())
-            distributed.check_unsynchronised(model)
-            due = self.due
+            header.check_declared(of_step)
+            if passes.tensors:
+                distributed.check_unsynchronised(model)
             if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks([*of_step.items()], sorted(weights or ()), accumulate, due)
+            ranks.check_same_on_ranks([*of_step.items()], sorted(found), accumulate, due)
         self._recording.agree()
         given_up = window is not None and window.is_given_up
         if window is not None:
             window.check_still(last=given_up or not accumulate)
         if window is None or given_up:
             window = Window(self._watched, self._next, self.due, of_step, rectifier)
-        window.add(passes, weights or {}, last=not accumulate)
+        window.add(passes, found, last=not accumulate)
         if accumulate:
             self._window = window
         else:
@@ -292,6 +302,7 @@ class Recorder:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if not self._pending.owns(optimizer) or not self._recording.is_here:
             return
+        check_no_loss_asked()
         try:
             check_descends(optimizer)
             self._end_window()

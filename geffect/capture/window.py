@@ -1,8 +1,7 @@
 """The micro-batches of one step: their gradients, into `.grad` and into what is measured."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +9,8 @@ from torch import Tensor, nn
 from geffect import distributed
 from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
-from geffect.losses import Loss, Passes, check_no_step_inside
+from geffect.losses import Passes, check_no_step_inside
 from geffect.objectives import statistics
-from geffect.risk import beside
 from geffect.sources import (
     AVERAGE,
     OBJECTIVE,
@@ -113,14 +111,16 @@ class Window:
             self.still = Standstill(self.of.parameters)
         self.micro += 1
         self.scaled = passes.scale != 1.0
+        self._take(passes, last=last)
+        # What is asked for with the losses is known now.
         for name, values in weights.items():
             self.weights.setdefault(name, []).append(values.detach().flatten())
-        model, parameters = self.of.model, self.of.parameters
-        passes = _without_a_trace(model, passes, self.rectifier)
-        if self._streams(passes, last=last):
-            self._stream(passes)
+
+    def _take(self, passes: Passes, *, last: bool) -> None:
+        if self._streams:
+            self._stream(passes, last=last)
             return
-        gradients = reduced(model, parameters, passes)
+        gradients = reduced(self.of.model, self.of.parameters, passes)
         if self.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
             needed = self.of.update or not last or self.micro > 1
@@ -222,22 +222,45 @@ class Window:
         )
         self.written = True
 
-    def _streams(self, passes: Passes, *, last: bool) -> bool:
+    @property
+    def _streams(self) -> bool:
         """Whether inner products can be taken inside of the last pass, and gradients let go."""
-        needed_later = self.of.update or not last or self.micro > 1
         return (
             self.captured
             and self.rectifier is None
-            and not needed_later
-            and passes.accumulates_once
+            and not self.of.update
             and not distributed.averages(self.of.model)
         )
 
-    def _stream(self, passes: Passes) -> None:
+    def _stream(self, passes: Passes, *, last: bool) -> None:
+        """Run the passes; of a window that goes on, the sums of their vectors are kept."""
+        parameters, before = self.of.parameters, self.gradients
+        if before is not None:
+            before.check_followed(passes.weights)
         collector = self.of.recording.collector(self.number, passes.weights)
+        sums: dict[str, list[Tensor | None]] = {name: [] for name in passes.given}
+        for vector in sums.values():
+            vector.extend([None] * len(parameters))
+
+        def keep(place: int, tensors: Mapping[str, Tensor | None]) -> None:
+            for name, tensor in tensors.items():
+                sums[name][place] = tensor
+
         with distributed.gradient_sync(self.of.model):
-            stream(self.of.parameters, passes, collector.take)
-        self.measured = collector.measured(_over_processes(passes.losses))
+            stream(
+                parameters,
+                passes,
+                collector.take if last else keep,
+                earlier=None if last and before is None else before.vectors if before else {},
+            )
+        losses = passes.losses
+        if before is not None:
+            losses = {name: before.losses[name] + value for name, value in losses.items()}
+        if last:
+            self.gradients = None
+            self.measured = collector.measured(_over_processes(losses))
+        else:
+            self.gradients = Gradients(parameters, [], sums, passes.weights, losses, passes.scale)
 
     def _measure(self, update: Vector | None) -> None:
         gradients = self.gradients
@@ -268,28 +291,8 @@ def _zeroed(grad: Tensor, *, since: int) -> bool:
     return grad._version != since and not distributed.local(grad).any()
 
 
-def _without_a_trace(
-    model: nn.Module, passes: Passes, rectifier: GradientTransform | None
-) -> Passes:
-    """The passes; those of risks that are only watched leave no trace in the model.
-
-    Layers that checkpoint their activations run anew inside of a pass, and would move running
-    statistics and random numbers once more than in training that nobody watches.
-    """
-    trained = [OBJECTIVE, *_protected(passes.weights, rectifier)]
-    own = {name for source in trained for name in passes.weights[source]}
-    watched = [name for name in passes.tensors if name not in own]
-    return replace(passes, around=dict.fromkeys(watched, partial(beside, model)))
-
-
-def protected_first(
-    losses: Mapping[str, Loss], rectifier: GradientTransform | None
-) -> Mapping[str, Loss]:
-    """The losses in the order in which a rectifier takes their passes when nobody watches."""
-    return {**{name: losses[name] for name in _protected(losses, rectifier)}, **losses}
-
-
-def _protected(names: Iterable[str], rectifier: GradientTransform | None) -> list[str]:
+def protected(names: Iterable[str], rectifier: GradientTransform | None) -> list[str]:
+    """The losses that a rectifier protects, whose passes training takes too."""
     by_average = {average_of(name): name for name in names}
     averages = () if rectifier is None else rectifier.watched
     return [by_average[average] for average in averages if average in by_average]

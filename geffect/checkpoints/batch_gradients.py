@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -139,11 +139,11 @@ class Sources:
         batches = {**others, name: self.sets[name][index]}
         model = SharedForward(self._model)
         reductions = {name: Reduction(name, "token_mean")}
-        losses: dict[str, Loss] = {name: nll(model, batches[name])}
+        losses: dict[str, Loss] = {name: partial(nll, model, batches[name])}
         own = {c: how for c, how in self._reductions.items() if self._set_of(how.side) == name}
         if own:
             components = self._parts(model, batches)
-            losses |= {_source(component): components[component].loss for component in own}
+            losses |= {_source(component): components[component].given for component in own}
             reductions |= {_source(component): how for component, how in own.items()}
         shares = {loss: self._share(how, index, among) for loss, how in reductions.items()}
         return self._differentiated(losses), shares
@@ -254,12 +254,12 @@ class Sources:
         model = SharedForward(self._model)
         batches = {name: self.sets[name][index] for name, index in indices.items()}
         parts = self._parts(model, batches)
-        # A combination of risks is declared as that, and anything else is one tensor.
+        # A combination of risks is declared as that, and anything else is one loss.
         of_risks = all(part.risk is not None for part in parts.values())
         losses = step_losses(parts, apart=of_risks)
         for name, batch in batches.items():
             if name not in losses:
-                losses[name] = nll(model, batch)
+                losses[name] = partial(nll, model, batch)
         order = [OBJECTIVE, *self.sets]
         return self._differentiated({name: losses[name] for name in order})
 

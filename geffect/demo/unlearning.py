@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,14 @@ def unlearn(
             losses: dict[str, Any] = variant.objective(step_losses(parts, apart=len(parts) > 1))
             # In the order of the sets, so that all runs have their sources in one order.
             risks: dict[str, Any] = {
-                n: losses.pop(n) if n in losses else nll(shared, b) for n, b in batch.items()
+                n: losses.pop(n) if n in losses else partial(nll, shared, b)
+                for n, b in batch.items()
             }
             recorder.backward(
                 **losses,
                 **risks,
                 rectifier=rectifier,
-                weights=objective.implicit_weights(shared, batch, reference),
+                weights=partial(objective.implicit_weights, shared, batch, reference),
             )
             optimizer.step()
             optimizer.zero_grad()

@@ -17,7 +17,14 @@ from .processes import (
     token_share,
     world_size,
 )
-from .reduction import average, averages, check_layout, check_unsynchronised, gradient_sync
+from .reduction import (
+    average,
+    averages,
+    check_layout,
+    check_unsynchronised,
+    gradient_sync,
+    unsynchronised,
+)
 from .shards import (
     at_rest,
     holders,
@@ -54,5 +61,6 @@ __all__ = [
     "shard_ranges",
     "summed",
     "token_share",
+    "unsynchronised",
     "world_size",
 ]

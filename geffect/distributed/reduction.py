@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -115,6 +115,16 @@ def check_unsynchronised(model: nn.Module) -> None:
                 "it, after which DDP reduces the gradient of the first loss only. Put the forwards "
                 "inside; the gradient of each loss is averaged over the processes here."
             )
+
+
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Where forwards are made for DDP not to reduce: each gradient is averaged here by itself."""
+    with ExitStack() as until_left:
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                until_left.enter_context(module.no_sync())
+        yield
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Unlearning objectives: `(model, {"forget": batch, "retain": batch}) -> scalar`, minimised."""
 
+from geffect.forwards import SharedForward
 from geffect.risk import nll
 
-from .base import Component, Objective, Reduction, SharedForward, step_losses
+from .base import Component, Objective, Reduction, step_losses
 from .catalogue import CATALOGUE, as_objective, named
 from .combination import Combination
 from .likelihood import GradientAscent, WeightedGradientAscent

@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from geffect.batch import Batch, Pair, check_one_answer, labels_of
-from geffect.losses import Loss
+from geffect.losses import Loss, Scalar
 from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
 
@@ -49,13 +50,20 @@ class Reduction:
 class Component:
     """One part of an objective: a loss with its weight.
 
-    `risk` names the side whose NLL the loss is, where it is one: then it is declared as a multiple
-    of that risk, and no pass is made twice.
+    - `given`: the loss, or a function without arguments that returns it. Of functions one is asked
+      after the other, each right before its pass, so that their graphs are not in memory together.
+    - `risk`: names the side whose NLL the loss is, where it is one: then it is declared as a
+      multiple of that risk, and no pass is made twice.
     """
 
-    loss: Tensor
+    given: Scalar
     weight: float = 1.0
     risk: str | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, which a function is asked for anew each time."""
+        return self.given if isinstance(self.given, Tensor) else self.given()
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,10 @@ class Objective(ABC):
     ... class SquaredRisk(Objective):
     ...     scale: float = 1.0
     ...     def components(self, model, batch, reference=None):
-    ...         log_p, scored = token_log_probabilities(model, batch["forget"])
-    ...         return {"forget": Component(-self.scale * log_p.sum(dim=1).square().mean())}
+    ...         def loss():
+    ...             log_p, scored = token_log_probabilities(model, batch["forget"])
+    ...             return -self.scale * log_p.sum(dim=1).square().mean()
+    ...         return {"forget": Component(loss)}
     ...     @property
     ...     def reductions(self):
     ...         return {"forget": Reduction("forget", "sequence_sum")}
@@ -169,7 +179,7 @@ def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Los
 
     With `apart` every component is differentiated by itself, and the objective is declared as their
     combination: one that is a risk goes by the name of the risk, any other by `objective.<name>`.
-    Without, the objective is one tensor, whose gradient is that of a single pass bit for bit; a
+    Without, the objective is one loss, whose gradient is that of a single pass bit for bit; a
     multiple of a risk is declared as that either way.
 
     >>> loss = torch.ones(())
@@ -180,42 +190,16 @@ def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Los
     {'objective.forget': 1.0, 'retain': 0.5}
     """
     if not apart and (len(parts) > 1 or next(iter(parts.values())).risk is None):
-        return {OBJECTIVE: total(parts)}
+        # A tensor has its graph already, which a function is not to find half freed.
+        is_asked = not any(isinstance(part.given, Tensor) for part in parts.values())
+        return {OBJECTIVE: partial(total, parts) if is_asked else total(parts)}
     weights: dict[str, float] = {}
     losses: dict[str, Loss] = {}
     for part, component in parts.items():
         name = component.risk or f"{OBJECTIVE}.{part}"
         weights[name] = weights.get(name, 0.0) + component.weight
-        losses.setdefault(name, component.loss)
+        losses.setdefault(name, component.given)
     return {OBJECTIVE: weights, **losses}
-
-
-class SharedForward:
-    """A model that runs each batch once, for objectives and risks on the same data.
-
-    It remembers what it returned for a batch as long as it lives; make one a step. What was run
-    without a graph is run again where a graph is needed.
-
-    >>> calls = []
-    >>> def model(input_ids): calls.append(1); return input_ids.sum()
-    >>> shared, ids = SharedForward(model), torch.ones(2)
-    >>> shared(input_ids=ids) is shared(input_ids=ids), len(calls)
-    (True, 1)
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.module = model
-        self._outputs: dict[tuple[tuple[str, int], ...], tuple[Any, Any, bool]] = {}
-
-    def __call__(self, **inputs: Tensor) -> Any:
-        """What the model returns for the inputs."""
-        key = tuple((name, id(value)) for name, value in inputs.items())
-        _, output, with_graph = self._outputs.get(key, (None, None, False))
-        if output is None or (torch.is_grad_enabled() and not with_graph):
-            output = self.module(**inputs)
-            # The inputs are kept too: an id is only their own while they live.
-            self._outputs[key] = inputs, output, torch.is_grad_enabled()
-        return output
 
 
 def positive(owner: str, name: str, value: float) -> float:

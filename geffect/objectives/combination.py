@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -46,7 +47,7 @@ class Combination(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         return {
-            side: Component(nll(model, side_of(batch, side)), float(weight), risk=side)
+            side: Component(partial(nll, model, side_of(batch, side)), float(weight), risk=side)
             for side, weight in self.weights.items()
         }
 

@@ -6,6 +6,7 @@ Formulas: "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go B
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class GradientAscent(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        return {FORGET: Component(nll(model, batch[FORGET]), -1.0, risk=FORGET)}
+        return {FORGET: Component(partial(nll, model, batch[FORGET]), -1.0, risk=FORGET)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:
@@ -70,8 +71,11 @@ class WeightedGradientAscent(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        log_p, scored = token_log_probabilities(model, batch[FORGET])
-        return {FORGET: Component(token_mean(self.weights(log_p) * log_p, scored))}
+        def loss() -> Tensor:
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            return token_mean(self.weights(log_p) * log_p, scored)
+
+        return {FORGET: Component(loss)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

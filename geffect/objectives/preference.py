@@ -49,9 +49,14 @@ class NPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "NPO")
-        loss = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
-        preference = F.logsigmoid(self.beta * (loss - self._before(batch, reference))).mean()
-        return {FORGET: Component(-2 / self.beta * preference)}
+        self.compared(reference)
+
+        def loss() -> Tensor:
+            summed = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
+            left = self.beta * (summed - self._before(batch, reference))
+            return -2 / self.beta * F.logsigmoid(left).mean()
+
+        return {FORGET: Component(loss)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:
@@ -102,9 +107,14 @@ class TNPO(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        log_p, scored = token_log_probabilities(model, batch[FORGET])
-        before = self.compared(reference).log_probabilities(batch[FORGET])
-        return {FORGET: Component(token_mean(self.weights(log_p, before) * log_p, scored))}
+        known = self.compared(reference)
+
+        def loss() -> Tensor:
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            before = known.log_probabilities(batch[FORGET])
+            return token_mean(self.weights(log_p, before) * log_p, scored)
+
+        return {FORGET: Component(loss)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class GradientDescent(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        return {RETAIN: Component(nll(model, batch[RETAIN]), risk=RETAIN)}
+        return {RETAIN: Component(partial(nll, model, batch[RETAIN]), risk=RETAIN)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

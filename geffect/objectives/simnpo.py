@@ -52,9 +52,13 @@ class SimNPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "SimNPO")
-        log_p, scored = token_log_probabilities(model, batch[FORGET])
-        preference = F.logsigmoid(self.beta * (_mean_nll(log_p, scored) - self.delta))
-        return {FORGET: Component(-2 / self.beta * token_mean(preference, scored.any(dim=1)))}
+
+        def loss() -> Tensor:
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            preference = F.logsigmoid(self.beta * (_mean_nll(log_p, scored) - self.delta))
+            return -2 / self.beta * token_mean(preference, scored.any(dim=1))
+
+        return {FORGET: Component(loss)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

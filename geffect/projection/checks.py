@@ -46,10 +46,11 @@ def check_losses(losses: Mapping[str, Loss], options: Options) -> None:
             f"{', '.join(losses) or 'none'}. Pass {OBJECTIVE}=loss."
         )
     check_retain(losses, options)
-    if options.part == "forget" and isinstance(losses[OBJECTIVE], Tensor):
+    if options.part == "forget" and not isinstance(losses[OBJECTIVE], Mapping):
+        kind = "tensor" if isinstance(losses[OBJECTIVE], Tensor) else "function"
         raise ValueError(
             f'`{OBJECTIVE}` should be declared as a combination of losses with part="forget", '
-            "which is rectified without the retain losses. Found a tensor. Pass weights such "
+            f"which is rectified without the retain losses. Found a {kind}. Pass weights such "
             f'as {OBJECTIVE}={{"forget": -1.0, "retain": 1.0}}.'
         )
 

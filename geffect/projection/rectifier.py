@@ -8,6 +8,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
+from geffect.forwards import check_no_loss_asked
 from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import check_reached, declared, loss_scale, plan
@@ -189,21 +190,24 @@ class Rectifier:
         with distributed.raise_on_all_ranks() as ranks:
             checks.check_losses(losses, self._options)
             parameters = self._begun().parameters
-            distributed.check_unsynchronised(self._model)
             scale = loss_scale(scaler, parameters[0].device)
-            first = {name: losses[name] for name in self.protect}
-            passes = plan(parameters, {**first, **losses}, scale=scale)
+            passes = plan(
+                parameters, losses, scale=scale, model=self._model, protected=self.protect
+            ).of([*self.protect, OBJECTIVE])
+            if passes.tensors:
+                distributed.check_unsynchronised(self._model)
             ranks.check_same_on_ranks([*declared(losses).items()], accumulate)
         retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
-        check_reached(passes.of([*self.protect, OBJECTIVE]), parameters)
-        apart = not retain.tensors.keys() & objective.tensors.keys()
+        check_reached(passes, parameters)
+        # Whether all passes of the one come first; functions of the objective are asked before.
+        apart = list(passes.given) == [*retain.given, *objective.given]
         whole = not accumulate and window is None and scale == 1.0
         if apart and whole and not self._options.measure_update:
             # So that the two gradients are never in memory at once: the average takes the first in.
             self.observe(reduced(self._model, parameters, retain))
             self.rectify(reduced(self._model, parameters, objective))
             return
-        gradients = reduced(self._model, parameters, passes.of([*self.protect, OBJECTIVE]))
+        gradients = reduced(self._model, parameters, passes)
         if window is None:
             window = gradients
         else:
@@ -311,6 +315,7 @@ class Rectifier:
         return None if self._attachment is None else self._attachment.optimizer
 
     def _before_step(self) -> None:
+        check_no_loss_asked()
         if self._step is not None and self._optimizer is not None:
             self._step.before(self._optimizer)
 

@@ -5,6 +5,8 @@ trace, and takes the gradient of a risk. Recorder, callback, replay, effects, th
 evaluation and the demo use it.
 """
 
+from geffect.beside import beside
+
 from .alignment import check_differentiable, check_loaded, predicts_next
 from .data import RiskSet, as_batches, check_data, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
@@ -18,7 +20,7 @@ from .likelihood import (
     token_log_probabilities,
     token_mean,
 )
-from .undisturbed import beside, undisturbed
+from .undisturbed import undisturbed
 
 __all__ = [
     "RiskGradient",

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.batch import IGNORED, Batch
-
-from .undisturbed import random_numbers_kept
+from geffect.beside import random_numbers_kept
 
 RiskSet = Batch | Iterable[Batch]
 """The data of a risk: one batch, or what yields its batches in each pass over it."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -16,7 +17,7 @@ from geffect.batch import ORIGINAL, batches_in
 from geffect.capture import Recorder
 from geffect.data.collate import collate
 from geffect.data.pairs import Items, Pairing, Pairs
-from geffect.losses import Loss
+from geffect.losses import Loss, Scalar
 from geffect.objectives import (
     FrozenModel,
     Objective,
@@ -27,7 +28,6 @@ from geffect.objectives import (
 )
 from geffect.projection import Rectifier
 from geffect.risk import (
-    beside,
     check_answers,
     inputs_of,
     nll,
@@ -188,19 +188,29 @@ class UnlearningTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with _unsynchronised(model), self.compute_loss_context_manager():
             losses = self._losses(model, inputs)
-        for name, loss in losses.items():
-            if is_risk(name) and isinstance(loss, Tensor):
-                self._risks.setdefault(name, []).append(loss.detach())
         # Where the Trainer does not say how many a window has, it divides by what was asked for.
         micro_batches = getattr(
             self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
         )
-        shares = {
-            name: loss / micro_batches if isinstance(loss, Tensor) else loss
-            for name, loss in losses.items()
-        }
+        values: dict[str, Tensor] = {}
+
+        def share_of(name: str, scalar: Scalar) -> Tensor:
+            with _unsynchronised(model), self.compute_loss_context_manager():
+                loss = scalar if isinstance(scalar, Tensor) else scalar()
+            if is_risk(name):
+                self._risks.setdefault(name, []).append(loss.detach())
+            share = loss / micro_batches
+            values[name] = share.detach()
+            return share
+
+        shares: dict[str, Loss] = {}
+        for name, loss in losses.items():
+            if isinstance(loss, Tensor):
+                shares[name] = share_of(name, loss)
+            else:
+                shares[name] = loss if isinstance(loss, Mapping) else partial(share_of, name, loss)
         self._backward(shares)
-        return _value(shares)
+        return _value(losses[OBJECTIVE], values)
 
     def prediction_step(
         self,
@@ -229,17 +239,18 @@ class UnlearningTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
-        """The losses of a micro-batch: the objective, what it is made of, and risks beside it."""
+        """The losses of a micro-batch: the objective, what it is made of, and risks beside it.
+
+        Functions, of which one is asked after the other, as far as the objective has such.
+        """
         self._check(model, batch)
         shared = SharedForward(model)
         parts = self.objective.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
         apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
         losses = step_losses(parts, apart=apart)
-        with beside(model):
-            for name in self._wanted(batch):
-                if name not in losses:
-                    losses[name] = nll(shared, batch[name])
+        for name in self._wanted(batch):
+            losses.setdefault(name, partial(nll, shared, batch[name]))
         return losses
 
     def _check(self, model: nn.Module, batch: Batches) -> None:
@@ -386,11 +397,10 @@ def _check_sides(objective: Objective, sets: Mapping[str, Items]) -> None:
         )
 
 
-def _value(losses: Mapping[str, Any]) -> Tensor:
-    """That of the objective."""
-    objective = losses[OBJECTIVE]
-    terms = {OBJECTIVE: 1.0} if isinstance(objective, Tensor) else objective
-    return torch.stack([weight * losses[name].detach() for name, weight in terms.items()]).sum()
+def _value(objective: Loss, values: Mapping[str, Tensor]) -> Tensor:
+    """That of the objective, from the values of the losses."""
+    terms = objective if isinstance(objective, Mapping) else {OBJECTIVE: 1.0}
+    return torch.stack([weight * values[name] for name, weight in terms.items()]).sum()
 
 
 def _unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:

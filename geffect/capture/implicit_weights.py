@@ -1,0 +1,49 @@
+"""The implicit weights of an objective, which may be asked for as its losses are."""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+
+from geffect.beside import beside
+from geffect.losses import Loss, of_objective
+
+ImplicitWeights = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
+"""Weights by name, or a function that returns them."""
+
+
+def asked_with(
+    model: nn.Module,
+    losses: Mapping[str, Loss],
+    weights: ImplicitWeights | None,
+    check: Callable[[Mapping[str, Tensor]], None],
+) -> tuple[dict[str, Loss], dict[str, Tensor]]:
+    """The losses, and the weights, of which a function is asked right behind the objective's first.
+
+    What it shares with that loss is there then. Where no loss of the objective is a function it is
+    asked at once. It leaves no trace in the model; `check` sees what it returns.
+    """
+    found: dict[str, Tensor] = {}
+    if not callable(weights):
+        check(weights or {})
+        return {**losses}, {**(weights or {})}
+
+    def note() -> None:
+        with beside(model), torch.no_grad():
+            returned = weights()
+        check(returned)
+        found.update(returned)
+
+    first = next((loss for loss in of_objective(losses).values() if callable(loss)), None)
+    if first is None:
+        note()
+        return {**losses}, found
+
+    @wraps(first)
+    def asked() -> Tensor:
+        loss = first()
+        note()
+        return loss
+
+    return {name: asked if loss is first else loss for name, loss in losses.items()}, found

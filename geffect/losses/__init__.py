@@ -1,0 +1,18 @@
+"""The losses of a step: the backward passes they need, and what each is in terms of these."""
+
+from .given import Loss, Scalar, declared, of_objective
+from .graph import accumulates_once
+from .passes import Passes, check_no_step_inside, check_reached, loss_scale, plan
+
+__all__ = [
+    "Loss",
+    "Passes",
+    "Scalar",
+    "accumulates_once",
+    "check_no_step_inside",
+    "check_reached",
+    "declared",
+    "loss_scale",
+    "of_objective",
+    "plan",
+]

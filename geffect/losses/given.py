@@ -1,0 +1,145 @@
+"""The losses that are given for a step: tensors, functions and declared combinations of them."""
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping
+
+from torch import Tensor
+
+from geffect.sources import OBJECTIVE
+
+Scalar = Tensor | Callable[[], Tensor]
+"""A scalar with a graph, or a function without arguments that returns one when it is asked."""
+
+Loss = Scalar | Mapping[str, float]
+"""A scalar, or weights that declare a linear combination of scalars."""
+
+
+def tensors_among(given: Mapping[str, Scalar]) -> dict[str, Tensor]:
+    """The scalars that are there already."""
+    return {name: loss for name, loss in given.items() if isinstance(loss, Tensor)}
+
+
+def declared(losses: Mapping[str, Loss]) -> dict[str, Mapping[str, float] | str]:
+    """The weights of the losses that are combinations; "loss" for those that are scalars."""
+    return {
+        name: {part: float(weight) for part, weight in loss.items()}
+        if isinstance(loss, Mapping)
+        else "loss"
+        for name, loss in losses.items()
+    }
+
+
+def of_objective(losses: Mapping[str, Loss]) -> dict[str, Loss]:
+    """The losses that the objective needs: itself, and its parts where it is a combination."""
+    objective = losses[OBJECTIVE]
+    parts = objective if isinstance(objective, Mapping) else ()
+    return {name: loss for name, loss in losses.items() if name == OBJECTIVE or name in parts}
+
+
+def resolved(
+    losses: Mapping[str, Loss],
+) -> tuple[dict[str, Scalar], dict[str, dict[str, float]]]:
+    """The different scalars among the losses, and each loss in terms of them."""
+    given: dict[str, Scalar] = {}
+    weights: dict[str, dict[str, float]] = {}
+    for name, loss in losses.items():
+        if isinstance(loss, Mapping):
+            continue
+        if callable(loss):
+            check_function(name, loss)
+        else:
+            check_loss(name, loss)
+        first = next((other for other, seen in given.items() if seen is loss), name)
+        given.setdefault(first, loss)
+        weights[name] = {first: 1.0}
+    single = dict(weights)
+    for name, loss in losses.items():
+        if not isinstance(loss, Mapping):
+            continue
+        if not (loss.keys() <= single.keys() and _are_weights(loss.values())):
+            raise ValueError(
+                f"Loss `{name}` should be a tensor, or weights of losses of this step that are "
+                f"tensors, finite and not all zero. Found `{dict(loss)}`. Losses of this step that "
+                f"are tensors: {', '.join(single) or 'none'}."
+            )
+        weights[name] = {}
+        for part, weight in loss.items():
+            (scalar,) = single[part]
+            weights[name][scalar] = weights[name].get(scalar, 0.0) + float(weight)
+        if not any(weights[name].values()):
+            raise ValueError(
+                f"Loss `{name}` should be left with some weight. Found weights that cancel out, "
+                f"`{dict(loss)}`, of one tensor under several names. Pass different losses."
+            )
+    # The order of the sources is the order of the call, not of what kind they are.
+    return given, {name: weights[name] for name in losses}
+
+
+def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
+    """The loss; what is none is refused, as it was passed or as its function returned it."""
+    should, found, given = (
+        (f"Loss `{name}` should be a function that returns a scalar tensor with a graph.",
+         "Found one that returned", "Return the loss")
+        if asked else
+        (f"Loss `{name}` should be a scalar tensor with a graph, or weights of other losses.",
+         "Found", "Pass what the loss returned, or a function that returns it")
+    )  # fmt: skip
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{should} {found} `{type(loss).__name__}`. {given}.")
+    if loss.numel() != 1:
+        raise ValueError(f"{should} {found} shape {tuple(loss.shape)}. Take its mean or its sum.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{should} {found} a tensor without a graph. Compute it outside of `torch.no_grad()`, "
+            "from parameters that require a gradient, and do not detach it."
+        )
+    return loss
+
+
+def check_function(name: str, function: Callable[..., object]) -> None:
+    """Refuse a function that cannot be asked for a loss."""
+    should = f"Loss `{name}` should be a function without arguments that returns a scalar tensor."
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{should} Found a coroutine. Pass a function that returns the loss.")
+    try:
+        # A module takes what its forward does.
+        signature = inspect.signature(getattr(function, "forward", function))
+    except (TypeError, ValueError):
+        return  # of what is no Python, none is known
+    try:
+        signature.bind()
+    except TypeError:
+        raise TypeError(
+            f"{should} Found one that takes `{signature}`. Pass lambda: ... with the arguments "
+            "inside."
+        ) from None
+
+
+def finite(name: str, loss: Tensor) -> float:
+    """The value of a loss."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise ValueError(
+            f"Loss `{name}` should be finite. Found {value}. "
+            "Lower the learning rate or clip; no gradient was left and nothing was recorded."
+        )
+    return value
+
+
+def _are_weights(values: Collection[object]) -> bool:
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return len(numbers) == len(values) and all(map(math.isfinite, numbers)) and any(numbers)
+
+
+def seeds_of(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The factor to start a pass with, where the objective is one multiple of one loss.
+
+    The pass then computes the objective's own gradient, bit for bit, and the loss's is that over
+    the factor.
+    """
+    terms = weights.get(OBJECTIVE, {})
+    if len(terms) != 1:
+        return {}
+    ((name, weight),) = terms.items()
+    return {} if weight == 1.0 else {name: weight}

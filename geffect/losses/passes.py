@@ -1,0 +1,265 @@
+"""The backward passes that the losses of a step need, and what each loss is in terms of these."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from geffect import distributed
+from geffect.forwards import Sharing
+from geffect.sources import OBJECTIVE
+
+from .given import Loss, Scalar, check_loss, finite, resolved, seeds_of, tensors_among
+from .graph import accumulates_once, is_compiled, needed_later_of, other_leaves, reaches
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The backward passes of a step: one for each different scalar among its losses, in order.
+
+    `given` are the scalars in the order of their passes. What is a function is asked right before
+    its pass, so that its graph is gone before the next one's begins. First comes what training
+    takes: the tensors that are there, then the functions of the objective. Then, `aside`, what is
+    only looked at, for which `model` and random numbers are put back.
+
+    `weights` gives every source as a combination of what the passes leave in `.grad`, so that a
+    declared combination costs no pass. `leaves` are what the graphs start from: the parameters, and
+    after them anything else, such as a soft prompt, which must not collect every pass either.
+    """
+
+    parameters: Sequence[Tensor]
+    given: Mapping[str, Scalar]
+    terms: Mapping[str, Mapping[str, float]]  # of the sources, in the scalars
+    seeds: Mapping[str, float]
+    aside: Collection[str]
+    needed_later: Mapping[str, bool]  # by the graph of a tensor behind it, of tensors
+    leaves: list[Tensor]
+    scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
+    model: nn.Module | None = None
+    values: dict[str, float] = field(default_factory=dict)  # of the scalars that are known
+    sharing: Sharing = field(default_factory=Sharing)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The scalars that are there already."""
+        return tensors_among(self.given)
+
+    @property
+    def last(self) -> str:
+        """The name of the pass that runs last."""
+        return list(self.given)[-1]
+
+    @property
+    def weights(self) -> Mapping[str, Mapping[str, float]]:
+        """Every source in terms of what the passes leave."""
+        return {
+            source: {name: weight / self.seeds.get(name, 1.0) for name, weight in terms.items()}
+            for source, terms in self.terms.items()
+        }
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The values of the sources; to be read once every loss has been asked."""
+        return {
+            source: sum(weight * self.values[name] for name, weight in terms.items())
+            for source, terms in self.terms.items()
+        }
+
+    def ask(self, name: str) -> Tensor:
+        """The scalar of a pass, from its function where it is one. Nothing lies in `.grad` then."""
+        scalar = self.given[name]
+        if isinstance(scalar, Tensor):
+            return scalar
+        with distributed.raise_on_all_ranks():
+            loss = self._asked(name, scalar)
+            self.values[name] = finite(name, loss)
+            if not reaches(loss, self.parameters):
+                raise _of_another_model(name, self.parameters)
+        self.leaves.extend(other_leaves([loss], self.leaves))
+        return loss
+
+    def run(self, name: str, loss: Tensor) -> None:
+        """Add the gradient of one pass to `.grad`."""
+        seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
+        keeps = self._keeps_graph(name, loss)
+        try:
+            loss.backward(gradient=seed, retain_graph=keeps)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"Loss `{name}` should have a graph that no backward pass has freed. Found one "
+                "that was, by another loss of the step or before it. Compute it anew; let losses "
+                "that are functions share a forward pass by `geffect.objectives.SharedForward`."
+            ) from error
+        self.sharing.pass_made(freed=not keeps, is_aside=name in self.aside)
+
+    def of(self, sources: Collection[str]) -> "Passes":
+        """The passes that some of the sources need, in the same order."""
+        terms = {name: terms for name, terms in self.terms.items() if name in sources}
+        needed = {name for own in terms.values() for name in own}
+        given = {name: loss for name, loss in self.given.items() if name in needed}
+        aside = [name for name in self.aside if name in needed]
+        return replace(self, given=given, terms=terms, aside=aside)
+
+    def not_reaching(self, parameters: Sequence[Tensor]) -> list[str]:
+        """The tensors among the losses in whose graph none of the parameters is."""
+        return [name for name, loss in self.tensors.items() if not reaches(loss, parameters)]
+
+    @property
+    def accumulates_once(self) -> bool:
+        """Whether a pass is sure to add to each `.grad` once, of the losses that are tensors."""
+        return all(map(accumulates_once, self.tensors.values()))
+
+    def _asked(self, name: str, function: Callable[[], Any]) -> Tensor:
+        """What the function returns, if that is a loss and it has left all else alone."""
+        versions = [parameter._version for parameter in self.parameters]
+        behind = self._behind(name)
+        here = nullcontext() if self.model is None else distributed.unsynchronised(self.model)
+        with here:
+            loss = self.sharing.ask(function, is_last=len(tensors_among(behind)) == len(behind))
+        if inspect.iscoroutine(loss):
+            loss.close()
+        if any(leaf.grad is not None for leaf in self.leaves):
+            raise RuntimeError(
+                f"Loss `{name}` should leave `.grad` alone: its backward pass is made here. Found "
+                "gradients after it was asked. Let the function return the loss, without a "
+                "backward pass of its own."
+            )
+        if versions != [parameter._version for parameter in self.parameters]:
+            raise RuntimeError(
+                f"Loss `{name}` should leave the parameters as they are: all losses of a step are "
+                "taken at the same ones. Found some that were changed while it was asked. Step "
+                "after the backward pass, outside of the function."
+            )
+        return check_loss(name, loss, asked=True)
+
+    def _behind(self, name: str) -> dict[str, Scalar]:
+        """The scalars whose passes come after this one."""
+        place = list(self.given).index(name)
+        return dict(islice(self.given.items(), place + 1, None))
+
+    def _keeps_graph(self, name: str, loss: Tensor) -> bool:
+        """Whether a loss that is still to come may need the graph of this one."""
+        behind = self._behind(name)
+        tensors = tensors_among(behind)
+        functions = len(tensors) < len(behind)
+        if isinstance(self.given[name], Tensor):
+            exact, perhaps = self.needed_later[name], functions
+        else:
+            exact = bool(tensors) and needed_later_of([loss, *tensors.values()])[0]
+            perhaps = functions and self.sharing.holds
+        # A compiled pass frees its graph in any case, and what shares it is run anew.
+        return exact or (perhaps and not is_compiled(loss))
+
+
+def plan(
+    parameters: Sequence[Tensor],
+    losses: Mapping[str, Loss],
+    *,
+    scale: float = 1.0,
+    model: nn.Module | None = None,
+    protected: Collection[str] = (),
+) -> Passes:
+    """The passes that the gradients of the losses need. Losses may share a forward.
+
+    - `scale`: multiplies what a pass leaves, and not what the sources are: half precision keeps
+      small gradients only where they are scaled up on their way.
+    - `model`: where functions run, and what the passes that are `aside` leave as it was.
+    - `protected`: losses that training takes beside its objective, before those it only watches.
+    """
+    given, terms = resolved(losses)
+    tensors = tensors_among(given)
+    values = {name: finite(name, loss) for name, loss in tensors.items()}
+    single = seeds_of(terms)
+    seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
+    turns = _turns(given, terms, protected)
+    order = sorted(given, key=turns.__getitem__)
+    among = [tensors[name] for name in order if name in tensors]
+    return Passes(
+        parameters=parameters,
+        given={name: given[name] for name in order},
+        terms=terms,
+        seeds=seeds,
+        aside=[name for name in order if turns[name][0] == 2],
+        needed_later=dict(
+            zip([n for n in order if n in tensors], needed_later_of(among), strict=True)
+        ),
+        leaves=[*parameters, *other_leaves(among, parameters)],
+        scale=scale,
+        model=model,
+        values=values,
+    )
+
+
+def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
+    """Refuse the losses of another model: each has to reach one of the parameters.
+
+    >>> ours, other = (torch.ones((), requires_grad=True) for _ in range(2))
+    >>> check_reached(plan([ours], {"forget": other**2}), [ours])
+    Traceback (most recent call last):
+    ValueError: Loss `forget` should be computed with the model that is watched. Found none of ...
+    """
+    others = passes.not_reaching(parameters)
+    if others:
+        raise _of_another_model(others[0], parameters)
+
+
+def check_no_step_inside(parameters: Iterable[Tensor]) -> None:
+    """Refuse optimizers that step inside of a backward pass: each loss of a step has one."""
+    hooked = [p for p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        raise RuntimeError(
+            "No hook should run after a gradient is accumulated: several backward passes make a "
+            f"step here. Found such hooks on {len(hooked)} parameters, as of an optimizer that "
+            "steps inside of the backward pass and frees the gradient there. Step after the "
+            "backward pass; or save checkpoints and record what `geffect.replay` finds in them."
+        )
+
+
+def loss_scale(scaler: GradScaler | None, device: torch.device) -> float:
+    """What a GradScaler multiplies losses on the device by; 1 where there is none.
+
+    >>> loss_scale(None, torch.device("cpu"))
+    1.0
+    """
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    # Not `get_scale()`: until it has scaled something a scaler refuses to unscale.
+    return float(scaler.scale(torch.ones((), device=device)))
+
+
+def _turns(
+    given: Mapping[str, Scalar],
+    terms: Mapping[str, Collection[str]],
+    protected: Collection[str],
+) -> dict[str, tuple[int, bool, bool]]:
+    """What the passes are ordered by; those that are aside begin with 2.
+
+    What training takes does not depend on what is watched beside it.
+    """
+    of_objective = {*terms.get(OBJECTIVE, given)}
+    of_protected = {part for name in protected for part in terms.get(name, ())}
+
+    def turn(name: str) -> tuple[int, bool, bool]:
+        is_there, is_other = isinstance(given[name], Tensor), name not in of_protected
+        if is_there and (name in of_objective or not is_other):
+            return 0, is_other, False
+        return (1, False, False) if name in of_objective else (2, is_other, not is_there)
+
+    return {name: turn(name) for name in given}
+
+
+def _of_another_model(name: str, parameters: Sequence[Tensor]) -> ValueError:
+    return ValueError(
+        f"Loss `{name}` should be computed with the model that is watched. Found none of "
+        f"its {len(parameters)} parameters in the graph of the loss, as where the model was "
+        "copied, wrapped or loaded again since. Make recorder and rectifier from the model "
+        "that computes the losses."
+    )
