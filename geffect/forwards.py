@@ -44,7 +44,10 @@ class Sharing:
         self._is_last = False
 
     def ask(self, loss: Callable[[], Any], *, is_last: bool) -> Any:
-        """What the loss returns; `is_last` if no other one is asked after it."""
+        """What the loss returns; `is_last` if no other one is asked after it.
+
+        What the last one uses is remembered until it returns.
+        """
         self._used, self._is_last = [], is_last
         before = _asked.get()
 
@@ -52,7 +55,11 @@ class Sharing:
             _asked.set(self)
             return loss()
 
-        return put_back_after(run, lambda: _put_back(before))
+        returned = put_back_after(run, lambda: _put_back(before))
+        if is_last:
+            for one in self._used:
+                one.let_go()
+        return returned
 
     @property
     def holds(self) -> bool:

@@ -68,15 +68,15 @@ class Recorder:
     and else at the next `backward` or at `close`; from then on it is safe from whatever happens to
     the process. What moves after that is added to the row. `maximize=True` raises a ValueError.
 
-    Under `torch.distributed` every rank has a recorder, and rank 0 writes. The losses of a model in
-    `DistributedDataParallel` are computed inside of `with model.no_sync():`; their gradients are
-    averaged over the ranks here. Sharded models (FSDP2) need nothing.
+    Under `torch.distributed` every rank has a recorder, and rank 0 writes. Losses of a model in
+    `DistributedDataParallel` that are tensors are computed inside of `with model.no_sync():`; the
+    gradients are averaged over the ranks here. Sharded models (FSDP2) need nothing.
 
     >>> import tempfile, geffect
     >>> model = nn.Linear(2, 1)
     >>> path = tempfile.mkdtemp() + "/run.h5"
     >>> with Recorder(model, path) as recorder:
-    ...     recorder.backward(objective={"forget": -1.0}, forget=model(torch.ones(2)).sum())
+    ...     recorder.backward(objective={"forget": -1.0}, forget=lambda: model(torch.ones(2)).sum())
     >>> geffect.open_run(path).sources
     ('objective', 'forget')
     """
@@ -167,14 +167,17 @@ class Recorder:
     ) -> None:
         """Take the gradients of the losses of one step, and leave that of `objective` in `.grad`.
 
-        Every loss is a scalar tensor, which costs one backward pass, or a mapping that declares a
-        linear combination of others, which costs none: `objective={"forget": -1.0}` is GA,
-        `{"forget": -1.0, "retain": 1.0}` is GradDiff. Losses may share a forward. With a rectifier
-        `.grad` is the rectified gradient, recorded as `rectified` where it is another than the
-        objective's; it has to be empty before then.
+        Every loss is a function without arguments that returns a scalar tensor, or such a tensor,
+        and costs one backward pass; or a mapping that declares a linear combination of others,
+        which costs none: `objective={"forget": -1.0}` is GA, `{"forget": -1.0, "retain": 1.0}` is
+        GradDiff. A function is called right before its pass, and its graph is gone before the next
+        is called: those of the objective first, then the others, which leave no trace in model and
+        random numbers. Losses may share a forward (`SharedForward`). With a rectifier `.grad` is
+        the rectified gradient, recorded as `rectified` where it is another than the objective's; it
+        has to be empty before then.
 
-        - `weights`: the implicit weights of an objective by name, of answer tokens or samples;
-          mean, median, 95th percentile and maximum are recorded.
+        - `weights`: the implicit weights of an objective by name, of answer tokens or samples, or a
+          function that returns them; mean, median, 95th percentile and maximum are recorded.
         - `accumulate`: True for all but the last micro-batch of a step. The window is one row, of
           the gradients and losses summed over it.
         - `scaler`: multiplies what goes into `.grad`, and nothing in the record; pass the losses as

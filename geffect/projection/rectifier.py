@@ -80,8 +80,8 @@ class Rectifier:
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> rectifier = Rectifier(model)
-    >>> loss = model(torch.ones(2)).sum()
-    >>> rectifier.backward(objective={"retain": -1.0}, retain=loss)
+    >>> rectifier.backward(
+    ...     objective={"retain": -1.0}, retain=lambda: model(torch.ones(2)).sum())
     >>> model.weight.grad, rectifier.report.fired
     (tensor([[0., 0.]]), (1.0,))
     >>> rectifier
@@ -183,7 +183,7 @@ class Rectifier:
           `scaler.unscale_` and `scaler.step` as always.
         - `losses`: as for `geffect.Recorder.backward`; use that one to record the step too.
 
-        Under DDP, compute the losses inside of `with model.no_sync():`.
+        Under DDP, losses that are tensors are computed inside of `with model.no_sync():`.
         """
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None

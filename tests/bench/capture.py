@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from geffect import Recorder
 from geffect.losses import Loss
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
 
 from .bars import Bar, Row
-from .memory import gradient_bytes, peak_gradients
+from .memory import gradient_bytes, peak_bytes, peak_gradients
 from .rounds import Load, Ratio, ratio
 from .workload import Workload
 
@@ -37,6 +39,16 @@ def weighted(workload: Workload) -> Losses:
     }
 
 
+def functions_of_weighted(workload: Workload) -> dict[str, Callable[[], Tensor]]:
+    """The same, one asked after the other."""
+    shared = SharedForward(workload.model)
+    return {
+        "objective": lambda: WeightedGradientAscent()(shared, workload.pair),
+        "forget": lambda: nll(shared, workload.pair["forget"]),
+        "retain": lambda: nll(shared, workload.pair["retain"]),
+    }
+
+
 def plain_weighted(workload: Workload) -> None:
     """Two forwards, three backwards."""
     losses = weighted(workload)
@@ -50,6 +62,7 @@ def rows(workload: Workload, folder: Path) -> Iterator[Row]:
     yield from time_of_two(workload, folder)
     yield from time_of_three(workload, folder)
     yield from extra_memory(workload, folder)
+    yield memory_of_functions(workload, folder)
 
 
 def time_of_two(workload: Workload, folder: Path) -> Iterator[Row]:
@@ -106,6 +119,32 @@ def extra_memory(workload: Workload, folder: Path) -> Iterator[Row]:
     yield Row("two gradients: extra memory of recording / one gradient", two, Bar(0.0))
     three = _extra(small, folder / "memory of three.h5", weighted, plain_weighted)
     yield Row("three gradients: extra memory of recording / one gradient", three, Bar(1.0))
+
+
+def memory_of_functions(workload: Workload, folder: Path) -> Row:
+    """All memory at peak where three losses are functions, and that of the largest alone.
+
+    Of the three gradients that are compared, two are there beside the last loss.
+    """
+    alone = max(
+        _peak(workload, lambda name=name: functions_of_weighted(workload)[name]().backward())  # type: ignore[misc]
+        for name in functions_of_weighted(workload)
+    )
+    with Recorder(workload.model, folder / "memory of functions.h5") as recorder:
+        together = _peak(
+            workload, lambda: recorder.backward(**functions_of_weighted(workload))
+        )
+    return Row(
+        "three losses as functions: memory at peak / the largest alone and two gradients",
+        Ratio(together / (alone + 2 * gradient_bytes(workload))),
+        Bar(1.02),
+    )
+
+
+def _peak(workload: Workload, load: Load) -> int:
+    peak = peak_bytes(load)
+    workload.model.zero_grad()
+    return peak
 
 
 def _extra(

@@ -174,7 +174,7 @@ def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = tmp_path / "of a folder to come" / "bench.json"
     bench.main(["--quick", "--out", str(out)])
     rows = json.loads(out.read_text())
-    assert len({row["quantity"] for row in rows}) == len(rows) == 24
+    assert len({row["quantity"] for row in rows}) == len(rows) == 25
     for row in rows:
         assert {"quantity", "ratio", "bar", "holds", "rounds", "spread"} <= row.keys()
         assert row["quick"] is True
