@@ -131,9 +131,7 @@ def memory_of_functions(workload: Workload, folder: Path) -> Row:
         for name in functions_of_weighted(workload)
     )
     with Recorder(workload.model, folder / "memory of functions.h5") as recorder:
-        together = _peak(
-            workload, lambda: recorder.backward(**functions_of_weighted(workload))
-        )
+        together = _peak(workload, lambda: recorder.backward(**functions_of_weighted(workload)))
     return Row(
         "three losses as functions: memory at peak / the largest alone and two gradients",
         Ratio(together / (alone + 2 * gradient_bytes(workload))),
