@@ -232,7 +232,7 @@ def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     put_back_after(lambda: _in_order(passes, take), kept.put_back)
     # Leaves that a later loss has brought have nothing of the earlier ones.
     width = len(passes.leaves)
-    vectors = {name: [*v, *[None] * (width - len(v))] for name, v in taken.items()}
+    vectors = {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in passes.names}
     others = passes.leaves[len(parameters) :]
     return Gradients(parameters, others, vectors, passes.weights, passes.losses, passes.scale)
 
@@ -295,7 +295,7 @@ def stream(
     def take(place: int, fresh: Tensor | None) -> None:
         tensors = {name: _taken(vector, place) for name, vector in resident.items()} | {last: fresh}
         if place < len(parameters):
-            visit(place, {name: summed(place, name, tensor) for name, tensor in tensors.items()})
+            visit(place, {name: summed(place, name, tensors[name]) for name in passes.names})
         left[place] = weighted_sum([(tensors[name], weight) for name, weight in terms.items()])
 
     def take_grad(leaf: Tensor, place: int) -> None:

@@ -211,7 +211,9 @@ class Recorder:
                 distributed.check_unsynchronised(model)
             if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks([*of_step.items()], sorted(found), accumulate, due)
+            ranks.check_same_on_ranks(
+                [*of_step.items()], [*passes.tensors], sorted(found), accumulate, due
+            )
         self._recording.agree()
         given_up = window is not None and window.is_given_up
         if window is not None:

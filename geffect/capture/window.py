@@ -238,7 +238,7 @@ class Window:
         if before is not None:
             before.check_followed(passes.weights)
         collector = self.of.recording.collector(self.number, passes.weights)
-        sums: dict[str, list[Tensor | None]] = {name: [] for name in passes.given}
+        sums: dict[str, list[Tensor | None]] = {name: [] for name in passes.names}
         for vector in sums.values():
             vector.extend([None] * len(parameters))
 

@@ -56,6 +56,11 @@ class Passes:
         return list(self.given)[-1]
 
     @property
+    def names(self) -> list[str]:
+        """The scalars in the order of the sources, whenever their passes come."""
+        return list(dict.fromkeys(name for terms in self.terms.values() for name in terms))
+
+    @property
     def weights(self) -> Mapping[str, Mapping[str, float]]:
         """Every source in terms of what the passes leave."""
         return {

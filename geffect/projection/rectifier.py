@@ -196,7 +196,7 @@ class Rectifier:
             ).of([*self.protect, OBJECTIVE])
             if passes.tensors:
                 distributed.check_unsynchronised(self._model)
-            ranks.check_same_on_ranks([*declared(losses).items()], accumulate)
+            ranks.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
         retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
         check_reached(passes, parameters)
         # Whether all passes of the one come first; functions of the objective are asked before.

@@ -59,6 +59,13 @@ SETUPS = {
     "bf16": Setup(recorder={"store": "bf16"}),
     "int4 and update": Setup(recorder={"store": "int4", "update": True}),
     "sketch": Setup(recorder={"store": StoreOptions(sketch=Sketch(16))}),
+    "functions": Setup(functions=True),
+    "functions and update": Setup(
+        functions=True, objective={"forget": -1.0}, recorder={"update": True}
+    ),
+    "functions in micro-batches": Setup(functions=True, micro=2, recorder={"store": "bf16"}),
+    "functions, rectified": Setup({}, functions=True, objective={"forget": -1.0}),
+    "functions, rectified micro-batches": Setup(RECTIFIED, functions=True, micro=2),
     "rectified": Setup({}),
     "rectified, apart": Setup({}, objective={"forget": -1.0}, recorder={"store": "full"}),
     "rectified micro-batches": Setup({}, micro=2, recorder={"store": "bf16"}),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Setup:
     objective: Mapping[str, float] = field(default_factory=lambda: {"forget": -1.0, "retain": 1.0})
     micro: int = 1
     dtype: torch.dtype = torch.float32
+    functions: bool = False  # losses are asked for, not given
 
 
 class Training:
@@ -61,7 +63,8 @@ class Training:
 
     def _backward(self, seed: int, *, accumulate: bool) -> None:
         names = {"forget", "retain", *(self.setup.rectifier or {}).get("protect", ())}
-        losses: Any = {name: self._loss(seed + i) for i, name in enumerate(sorted(names))}
+        asked = {n: partial(self._loss, seed + i) for i, n in enumerate(sorted(names))}
+        losses: Any = asked if self.setup.functions else {n: loss() for n, loss in asked.items()}
         losses["objective"] = self.setup.objective
         if self.recorder is not None:
             self.recorder.backward(rectifier=self.rectifier, accumulate=accumulate, **losses)
