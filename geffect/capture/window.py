@@ -127,14 +127,17 @@ class Window:
             gradients.deposit(copy=self.captured and needed)
             if not self.captured:
                 return
-            grads = enumerate(parameter.grad for parameter in parameters)
-            self.left = {index: grad._version for index, grad in grads if grad is not None}
+            self._note_left()
         if self.gradients is None:
             self.gradients = gradients
         else:
             self.gradients.add_(gradients)
         if self.rectifier is not None and last:
             self.rectifier.observe(self.gradients)
+
+    def _note_left(self) -> None:
+        grads = enumerate(parameter.grad for parameter in self.of.parameters)
+        self.left = {index: grad._version for index, grad in grads if grad is not None}
 
     @property
     def is_given_up(self) -> bool:
@@ -261,6 +264,7 @@ class Window:
             self.measured = collector.measured(_over_processes(losses))
         else:
             self.gradients = Gradients(parameters, [], sums, passes.weights, losses, passes.scale)
+            self._note_left()
 
     def _measure(self, update: Vector | None) -> None:
         gradients = self.gradients
