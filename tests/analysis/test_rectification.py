@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -161,23 +162,29 @@ def values(table: pd.DataFrame, **where: object) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("update", [True, False])
-@pytest.mark.parametrize("sets", [("retain",), ("retain", "world")])
+SCOPES = [
+    ("model", "model"),
+    ("group", "group"),
+    ("layer", "layer"),
+    ("layer", "group"),
+    ("layer", "model"),
+    ("parameter", "parameter"),
+    ("parameter", "layer"),
+]
+
+
 @pytest.mark.parametrize(
-    ("scope", "by"),
+    ("scope", "by", "sets", "update"),
     [
-        ("model", "model"),
-        ("group", "group"),
-        ("layer", "layer"),
-        ("layer", "group"),
-        ("layer", "model"),
-        ("parameter", "parameter"),
-        ("parameter", "layer"),
+        (scope, by, ("retain",) if one == update else ("retain", "world"), update)
+        for (scope, by), one in zip(SCOPES, cycle([True, False]), strict=False)
+        for update in (True, False)
     ],
 )
 def test_every_quantity(
     tmp_path: Path, scope: str, by: str, sets: tuple[str, ...], update: bool
 ) -> None:
+    """Of scope with blocks, number of sets and recorded update, each pair of values."""
     made = Made(sets)
     table = rectification(made.write(tmp_path / "run.h5", scope, update=update), by)
     assert list(table.columns) == ["step", by, "against", "quantity", "value", "score", "unit"]

@@ -25,7 +25,7 @@ from tests.utils.runs import (
     row_of,
     squared,
 )
-from tests.utils.subprocesses import in_another_process, locked_by_another_process
+from tests.utils.subprocesses import in_a_fork, in_another_process, locked_by_another_process
 
 # An existing file.
 
@@ -392,7 +392,7 @@ def test_a_full_disk_at_the_close_loses_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_file_that_was_to_be_overwritten(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.h5", plain_rows(3))
     before = path.read_bytes()
-    said = in_another_process(LIMITED, path, Path(__file__).parents[2], 0, 100, "append", "close")
+    said = in_a_fork(LIMITED, path, Path(__file__).parents[2], 0, 100, "append", "close")
     assert "should be writable at step 0" in said
     assert path.read_bytes() == before
 
@@ -400,7 +400,7 @@ def test_a_full_disk_leaves_the_file_that_was_to_be_overwritten(tmp_path: Path) 
 def on_a_full_disk(path: Path, steps: int, limit: int, *actions: str) -> str:
     """What a writer says when room runs out; then room is made, and its file continued."""
     code = dedent(LIMITED) + dedent(RESUMED)
-    said = in_another_process(code, path, Path(__file__).parents[2], steps, limit, *actions)
+    said = in_a_fork(code, path, Path(__file__).parents[2], steps, limit, *actions)
     run = open_run(path)
     assert run.gram()[:, 0, 0, 0].tolist() == [squared(step) for step in range(steps + 5)]
     assert validate(path).complete
