@@ -127,17 +127,17 @@ class SharedForward:
 
 
 def check_no_loss_asked() -> None:
-    """Refuse a step of an optimizer inside of a loss.
+    """Refuse a step, of an optimizer or of a recorder, inside of a loss.
 
     >>> Sharing().ask(check_no_loss_asked, is_last=True)
     Traceback (most recent call last):
-    RuntimeError: No optimizer should step while a loss is asked: ... Step after the backward pass.
+    RuntimeError: No step should be taken while a loss is asked: ... after the backward pass.
     """
     if _asked.get() is not None:
         raise RuntimeError(
-            "No optimizer should step while a loss is asked: all losses of a step are taken at the "
-            "same parameters. Found a step inside of the function of a loss. Step after the "
-            "backward pass."
+            "No step should be taken while a loss is asked: all losses of a step are taken at the "
+            "same parameters. Found an optimizer, a recorder or a rectifier that was called inside "
+            "of the function of a loss. Call it after the backward pass."
         )
 
 

@@ -1,7 +1,9 @@
 """Streamed gradients: each shown once, inside of the last pass, and let go; `.grad` bit for bit."""
 
+import gc
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ def taken(parameters: list[Tensor], losses: Mapping[str, Loss]) -> Taken:
     return seen
 
 
-def losses_of(model: nn.Module, kind: str) -> dict[str, Loss]:
-    pair = tiny.pairs(1)[0]
+def losses_of(model: nn.Module, kind: str, index: int = 0) -> dict[str, Loss]:
+    pair = tiny.pairs(index + 1)[index]
     forget, retain = nll(model, pair["forget"]), nll(model, pair["retain"])
     shared = SharedForward(model)
     return {
@@ -110,6 +112,89 @@ def test_what_the_objective_does_not_need_is_let_go_at_once() -> None:
     assert len(counts) == len(layers)
     assert max(counts) <= 2
     assert sum(ref() is not None for ref in alive) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_shows_the_sums_of_its_micro_batches(kind: str, dtype: torch.dtype) -> None:
+    model = tiny.llama().to(dtype)
+    parameters: list[Tensor] = list(model.parameters())
+    micro = range(3)
+    steps = [differentiate(parameters, losses_of(model, kind, i)) for i in micro]
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    for step in steps:
+        step.deposit(copy=True)
+    expected = [p.grad for p in parameters]
+    sums: dict[str, list[Tensor | None]] = {name: list(v) for name, v in steps[0].vectors.items()}
+    for step in steps[1:]:
+        for name, vector in step.vectors.items():
+            pairs = zip(sums[name], vector, strict=True)
+            sums[name] = [b if a is None else a if b is None else a + b for a, b in pairs]
+    model.zero_grad()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    found: dict[str, list[Tensor | None]] = {}
+    for i in micro:
+        passes = plan(parameters, losses_of(model, kind, i))
+        objective = passes.weights["objective"]
+        before = {name: vector[0] for name, vector in found.items()}
+        shown: dict[str, list[Tensor | None]] = {name: [] for name in passes.names}
+        for vector in shown.values():
+            vector.extend([None] * len(parameters))
+
+        def keep(
+            index: int, tensors: Mapping[str, Tensor | None], shown: dict[str, Any] = shown
+        ) -> None:
+            for name, tensor in tensors.items():
+                shown[name][index] = tensor
+
+        stream(parameters, passes, keep, earlier=found)
+        # In place: nothing but the sums is kept, and none of them lies in `.grad`.
+        grads = [p.grad for p in parameters]
+        for name, vector in shown.items():
+            assert not i or vector[0] is before[name] or name in objective
+            assert not any(a is b for a, b in zip(vector, grads, strict=True) if a is not None)
+        found = shown
+    for name, vector in sums.items():
+        for a, b in zip(found[name], vector, strict=True):
+            assert a is b or (torch.equal(a, b) and a.dtype == dtype)
+    for parameter, grad in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_a_window_holds_one_sum_a_source_while_its_passes_run() -> None:
+    weights = [nn.Parameter(torch.full((8, 8), 0.3 + 0.01 * i)) for i in range(5)]
+    size, most = weights[0].numel(), []
+
+    def loss(power: float) -> Tensor:
+        x = torch.ones(8)
+        for weight in weights:
+            x = weight @ x
+        x.register_hook(lambda _: most.append(alive()))
+        return (x**power).sum()
+
+    def alive() -> int:
+        gc.collect()
+        found = [t for t in gc.get_objects() if type(t) is Tensor and t.numel() == size]
+        return len({t.untyped_storage().data_ptr() for t in found})
+
+    here = alive()
+    sums: dict[str, list[Tensor | None]] = {}
+    for _ in range(3):
+        shown: dict[str, list[Tensor | None]] = {n: [None] * 5 for n in ("objective", "a", "b")}
+
+        def keep(
+            index: int, tensors: Mapping[str, Tensor | None], shown: dict[str, Any] = shown
+        ) -> None:
+            for name, tensor in tensors.items():
+                shown[name][index] = tensor
+
+        losses = {
+            "objective": partial(loss, 1.0), "a": partial(loss, 2.0), "b": partial(loss, 3.0)
+        }  # fmt: skip
+        stream(weights, plan(weights, losses), keep, earlier=sums)
+        sums = shown
+    # Three sums, what lies in `.grad`, and the objective's own gradient until it is added to both.
+    assert max(most) - here == 5 * 5
 
 
 def test_a_loss_that_fails_in_its_backward_leaves_grads_and_hooks_as_they_were() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.beside import beside
-from geffect.losses import Loss, of_objective
+from geffect.losses import Loss, check_function, of_objective
 
 ImplicitWeights = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
 """Weights by name, or a function that returns them."""
@@ -25,15 +25,21 @@ def asked_with(
     asked at once. It leaves no trace in the model; `check` sees what it returns.
     """
     found: dict[str, Tensor] = {}
+
+    def take(known: Mapping[str, Tensor]) -> None:
+        _check_tensors(known)
+        check(known)
+        found.update(known)
+
     if not callable(weights):
-        check(weights or {})
-        return {**losses}, {**(weights or {})}
+        take({} if weights is None else weights)
+        return {**losses}, found
+    check_function("`weights`", weights)
 
     def note() -> None:
         with beside(model), torch.no_grad():
             returned = weights()
-        check(returned)
-        found.update(returned)
+        take(returned)
 
     first = next((loss for loss in of_objective(losses).values() if callable(loss)), None)
     if first is None:
@@ -47,3 +53,14 @@ def asked_with(
         return loss
 
     return {name: asked if loss is first else loss for name, loss in losses.items()}, found
+
+
+def _check_tensors(weights: object) -> None:
+    entries = weights.values() if isinstance(weights, Mapping) else [weights]
+    wrong = [type(value).__name__ for value in entries if not isinstance(value, Tensor)]
+    if wrong or not isinstance(weights, Mapping):
+        found = wrong[0] if wrong else type(weights).__name__
+        raise TypeError(
+            "`weights` should be tensors by name, or a function that returns these. Found "
+            f"`{found}`. Pass what `implicit_weights` of the objective returns."
+        )

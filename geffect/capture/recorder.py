@@ -330,6 +330,7 @@ class Recorder:
 
     def _meet_gradient(self) -> None:
         """The next gradient is about to be taken: the step before has moved what it moves."""
+        check_no_loss_asked()
         self._recording.check_here()
         self._pending.write(at_gradient=True)
         self._pending.end()

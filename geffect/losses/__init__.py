@@ -1,6 +1,6 @@
 """The losses of a step: the backward passes they need, and what each is in terms of these."""
 
-from .given import Loss, Scalar, declared, of_objective
+from .given import Loss, Scalar, check_function, declared, of_objective
 from .graph import accumulates_once
 from .passes import Passes, check_no_step_inside, check_reached, loss_scale, plan
 
@@ -9,6 +9,7 @@ __all__ = [
     "Passes",
     "Scalar",
     "accumulates_once",
+    "check_function",
     "check_no_step_inside",
     "check_reached",
     "declared",

@@ -47,7 +47,7 @@ def resolved(
         if isinstance(loss, Mapping):
             continue
         if callable(loss):
-            check_function(name, loss)
+            check_function(f"Loss `{name}`", loss)
         else:
             check_loss(name, loss)
         first = next((other for other, seen in given.items() if seen is loss), name)
@@ -97,11 +97,11 @@ def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
     return loss
 
 
-def check_function(name: str, function: Callable[..., object]) -> None:
-    """Refuse a function that cannot be asked for a loss."""
-    should = f"Loss `{name}` should be a function without arguments that returns a scalar tensor."
+def check_function(what: str, function: Callable[..., object]) -> None:
+    """Refuse a function that cannot be asked for a loss, or for what belongs to one."""
+    should = f"{what} should be a function without arguments that returns it."
     if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{should} Found a coroutine. Pass a function that returns the loss.")
+        raise TypeError(f"{should} Found a coroutine. Pass a function that is no coroutine.")
     try:
         # A module takes what its forward does.
         signature = inspect.signature(getattr(function, "forward", function))

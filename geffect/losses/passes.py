@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
-from geffect.forwards import Sharing
+from geffect.forwards import Sharing, check_no_loss_asked
+from geffect.hooks import BEFORE_STEPS, Hooks
+from geffect.interrupts import put_back_after
 from geffect.sources import OBJECTIVE
 
 from .given import Loss, Scalar, check_loss, finite, resolved, seeds_of, tensors_among
@@ -127,8 +129,14 @@ class Passes:
         versions = [parameter._version for parameter in self.parameters]
         behind = self._behind(name)
         here = nullcontext() if self.model is None else distributed.unsynchronised(self.model)
+        hooks = Hooks()
+
+        def ask() -> Any:
+            hooks.add(BEFORE_STEPS.register, self._refuse)
+            return self.sharing.ask(function, is_last=len(tensors_among(behind)) == len(behind))
+
         with here:
-            loss = self.sharing.ask(function, is_last=len(tensors_among(behind)) == len(behind))
+            loss = put_back_after(ask, hooks.remove)
         if inspect.iscoroutine(loss):
             loss.close()
         if any(leaf.grad is not None for leaf in self.leaves):
@@ -144,6 +152,12 @@ class Passes:
                 "after the backward pass, outside of the function."
             )
         return check_loss(name, loss, asked=True)
+
+    def _refuse(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Refuse a step that an optimizer of the parameters takes inside of a loss."""
+        stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        if not stepped.isdisjoint(map(id, self.parameters)):
+            check_no_loss_asked()
 
     def _behind(self, name: str) -> dict[str, Scalar]:
         """The scalars whose passes come after this one."""

@@ -185,6 +185,7 @@ class Rectifier:
 
         Under DDP, losses that are tensors are computed inside of `with model.no_sync():`.
         """
+        check_no_loss_asked()
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
         with distributed.raise_on_all_ranks() as ranks:

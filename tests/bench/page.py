@@ -44,7 +44,8 @@ launch.
 | rectifier, `SAGO` | 2.3 | 3.7 | |
 
 Memory at peak, 1.24B: 15.6 GiB for the plain step, 17.6 with two gradients, 21.9 with three. The
-excess are activations of losses whose graphs are alive together. `python -m tests.bench --device
+excess are activations of losses whose graphs are alive together, as those of tensors are; losses
+that are functions have one graph at a time. `python -m tests.bench --device
 cuda` measures the rows of the first table on the GPU at hand.
 """
 

@@ -455,7 +455,7 @@ def no_graph(model: nn.Module) -> Tensor:
 RETURNS = (
     r"Loss `retain` should be a function that returns a scalar tensor with a graph. Found o.. "
 )
-ASKED = r"Loss `retain` should be a function without arguments that returns a scalar tensor. Fo.* "
+ASKED = r"Loss `retain` should be a function without arguments that returns it. Found "
 BAD: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "a float": (lambda m: lambda: 1.5, TypeError, RETURNS + "that returned `float`. Return the"),
     "nothing": (lambda m: lambda: None, TypeError, RETURNS + "that returned `NoneType`. Return"),
@@ -485,8 +485,8 @@ BAD: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         r"Loss `retain` should leave the parameters as they are.* Found .* Step after",
     ),
     "a step": (
-        lambda m: partial(steps, m, torch.optim.SGD(m.parameters(), lr=0.1)), RuntimeError,
-        r"No optimizer should step while a loss is asked.* Found .* Step after",
+        lambda m: partial(steps, m, torch.optim.AdamW(m.parameters(), fused=True)), RuntimeError,
+        r"No step should be taken while a loss is asked.* Found .* after the backward",
     ),
     "a freed graph": (
         lambda m: partial(torch.clone, spent(m)), RuntimeError,
@@ -540,14 +540,56 @@ def test_a_function_that_is_no_loss_costs_nothing(
         recorder.backward(objective={"forget": -1.0}, forget=forget, retain=partial(risk, model, 1))
     assert open_run(path).steps.tolist() == [0, 1, 2]
     rectifier = Rectifier(Dropped())
-    if kind != "a step":
-        model = rectifier._model
-        with pytest.raises(error, match=says):
-            rectifier.backward(
-                objective={"forget": -1.0}, forget=partial(risk, model, 0), retain=make(model)
-            )
+    model = rectifier._model
+    with pytest.raises(error, match=says):
+        rectifier.backward(
+            objective={"forget": -1.0}, forget=partial(risk, model, 0), retain=make(model)
+        )
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(v is not None for v in rectifier.watched["retain_ema"])
+
+
+@pytest.mark.parametrize("asks", ["recorder", "rectifier"])
+def test_nothing_is_recorded_or_rectified_inside_of_a_loss(asks: str, tmp_path: Path) -> None:
+    model = Dropped()
+    rectifier = Rectifier(model)
+    retain = partial(risk, model, 1)
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+
+        def inner() -> Tensor:
+            outer: Any = recorder if asks == "recorder" else rectifier
+            outer.backward(objective=partial(risk, model, 0), retain=retain)
+            return risk(model, 0)
+
+        with pytest.raises(RuntimeError, match=r"No step should be taken while a loss is asked"):
+            recorder.backward(objective=inner, retain=retain)
         assert all(p.grad is None for p in model.parameters())
-        assert not any(v is not None for v in rectifier.watched["retain_ema"])
+        recorder.backward(objective=partial(risk, model, 0), retain=retain)
+    assert open_run(tmp_path / "a.h5").steps.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        (lambda: 3, "`weights` should be tensors by name, .* Found `int`. Pass what"),
+        (lambda: {"x": 1.0}, "`weights` should be tensors by name, .* Found `float`. Pass what"),
+        ({"x": [1.0]}, "`weights` should be tensors by name, .* Found `list`. Pass what"),
+        (lambda batch: {}, r"`weights` should be a function without .* Found .* `\(batch\)`"),
+    ],
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_weights_that_are_none_cost_nothing(
+    weights: Any, says: str, asked: bool, tmp_path: Path
+) -> None:
+    model = Dropped()
+    objective = partial(risk, model, 0)
+    with (
+        Recorder(model, tmp_path / "a.h5") as recorder,
+        pytest.raises(TypeError, match=says),
+    ):
+        recorder.backward(objective=objective if asked else objective(), weights=weights)
+    assert all(p.grad is None for p in model.parameters())
+    assert not (tmp_path / "a.h5").exists()
 
 
 def test_tensors_and_functions_that_share_a_graph_otherwise_are_refused(tmp_path: Path) -> None:

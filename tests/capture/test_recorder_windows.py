@@ -1,7 +1,9 @@
 """Windows of micro-batches, steps that are left out, and what else a step is told."""
 
 import copy
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +67,37 @@ def test_a_window_is_one_row_of_the_gradient_that_is_stepped(update: bool, tmp_p
     for step, gradient in enumerate(exact):
         squared = run.gram()[step, :, 0, 0].sum()
         assert squared == pytest.approx(reference.inner(gradient, gradient), rel=1e-6)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("objective", [{"forget": -1.0}, {"forget": -1.0, "retain": 0.5}])
+def test_a_window_that_streams_is_that_of_whole_gradients(
+    objective: dict[str, float], asked: bool, tmp_path: Path
+) -> None:
+    grams, grads = [], []
+    for update in (False, True):
+        model, pairs = tiny.llama(), tiny.pairs(3)
+        model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+        with Recorder(model, tmp_path / f"{update}.h5", update=update) as recorder:
+            for i, pair in enumerate(pairs):
+                losses: dict[str, Any] = {s: partial(nll, model, b) for s, b in pair.items()}
+                if not asked:
+                    losses = {side: ask() for side, ask in losses.items()}
+                recorder.backward(objective=objective, **losses, accumulate=i < 2)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # is none of the record's
+        grads.append([p.grad for p in model.parameters()])
+        grams.append(open_run(tmp_path / f"{update}.h5").gram()[0, :, :3, :3])
+    exact = {
+        side: [reference.gradient(model, nll(model, pair[side])) for pair in pairs]
+        for side in ("forget", "retain")
+    }
+    for index, name in enumerate(exact["forget"][0]):
+        f, r = (sum(g[name].double() for g in exact[side]).flatten() for side in exact)
+        o = sum(w * v for w, v in zip(objective.values(), (f, r), strict=False))
+        rows = torch.stack([o, f, r])
+        np.testing.assert_allclose(grams[0][index], rows @ rows.T, rtol=1e-4, atol=1e-9)
+    assert np.array_equal(*grams)
+    assert all(map(torch.equal, *grads))
 
 
 def test_a_rectifier_sees_the_whole_window(tmp_path: Path) -> None:
