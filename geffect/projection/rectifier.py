@@ -200,8 +200,8 @@ class Rectifier:
             ranks.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
         retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
         check_reached(passes, parameters)
-        # Whether all passes of the one come first; functions of the objective are asked before.
-        apart = list(passes.given) == [*retain.given, *objective.given]
+        # Functions of the objective are asked before those of the retain losses.
+        apart = list(passes.tensors) == [*retain.given, *objective.given]
         whole = not accumulate and window is None and scale == 1.0
         if apart and whole and not self._options.measure_update:
             # So that the two gradients are never in memory at once: the average takes the first in.

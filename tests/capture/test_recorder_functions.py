@@ -360,6 +360,23 @@ def test_a_joint_objective_and_its_risks_share_their_forwards(tmp_path: Path) ->
     assert same(found[0][1], found[1][1])
 
 
+def test_a_rectifier_takes_tensors_and_functions_of_one_forward() -> None:
+    found = []
+    for tensors in ((), ("retain",), ("npo",), ("npo", "retain")):
+        model, pair = tiny.llama(), tiny.pairs(1)[0]
+        shared = SharedForward(model)
+        losses: Functions = {
+            "npo": partial(WeightedGradientAscent(), shared, pair),
+            "retain": partial(nll, shared, pair["forget"]),  # on the same batch
+        }
+        losses |= {name: losses[name]() for name in tensors}
+        Rectifier(model, rule=lambda K: torch.ones(len(K), 2)).backward(
+            objective={"npo": -1.0}, **losses
+        )
+        found.append(grads_of(model))
+    assert all(same(found[0], grads) for grads in found[1:])
+
+
 def test_one_function_under_two_names_is_asked_once(tmp_path: Path) -> None:
     model, pair = tiny.llama(), tiny.pairs(1)[0]
     rows = counted(model)
