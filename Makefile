@@ -57,7 +57,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf]"
+	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf,deepspeed]"
 	touch $@
 
 clean:

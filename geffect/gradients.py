@@ -244,6 +244,7 @@ def reduced(model: nn.Module, parameters: Sequence[Tensor], passes: Passes) -> G
     """
     with distributed.gradient_sync(model):
         gradients = separate(parameters, passes)
+    distributed.take_over_step(parameters)
     if distributed.averages(model):
         gradients.vectors.update(distributed.average(parameters, gradients.vectors))
     return gradients

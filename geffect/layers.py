@@ -128,6 +128,8 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     >>> [row.layer for row in describe(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))]
     ['layer 0', 'layer 0', 'layer 1', 'layer 1']
     """
+    from geffect.distributed import shape_of
+
     found = places(_whole(model))
     depths = _depths(found.values())
     rows = []
@@ -141,7 +143,7 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
                 group=_group(own, depths),
                 index=own[0].index,
                 module=own[0].module,
-                shape=tuple(tensor.shape),
+                shape=tuple(shape_of(tensor)),
                 dtype=str(tensor.dtype).removeprefix("torch."),
                 tied_to=tuple(further),
                 tower=_tower(own),
@@ -207,8 +209,10 @@ def in_tower(part: str, tower: str) -> str:
 
 def _whole(model: "nn.Module") -> "dict[str, tuple[int, ...]]":
     """The shapes of all tensors by canonical name, with those that are frozen."""
+    from geffect.distributed import shape_of
+
     return {
-        canonical_name(name): tuple(tensor.shape)
+        canonical_name(name): tuple(shape_of(tensor))
         for name, tensor in model.named_parameters(remove_duplicate=False)
     }
 

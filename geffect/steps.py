@@ -54,16 +54,23 @@ def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, without what accelerate put around it, which has no hooks to call.
 
-    Raises a `ValueError` for DeepSpeed's, and for what is no optimizer of torch.
+    That of a DeepSpeed engine is what stands for it. Raises a `ValueError` for DeepSpeed's of an
+    engine that nobody looks at, and for what is no optimizer of torch.
     """
-    while hasattr(optimizer, "optimizer"):
-        if "DeepSpeed" in type(optimizer).__name__:
-            raise ValueError(
-                "`optimizer` should step gradients that lie in `.grad`. Found DeepSpeed's, which "
-                "steps inside of its backward pass and keeps gradients to itself. Use DDP or "
-                "FSDP2; or save checkpoints, and look at them with `geffect.replay`."
-            )
+    foreign = False
+    while (behind := distributed.optimizer_behind(optimizer)) is None:
+        if not hasattr(optimizer, "optimizer"):
+            break
+        foreign = foreign or "DeepSpeed" in type(optimizer).__name__
         optimizer = optimizer.optimizer
+    if behind is not None:
+        return behind
+    if foreign:
+        raise ValueError(
+            "`optimizer` should be that of the engine which is the model. Found DeepSpeed's, and a "
+            "model outside of an engine. Pass what `deepspeed.initialize` gave: the engine as "
+            "the model, and `optimizer=engine.optimizer`."
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
             f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -110,12 +109,10 @@ class Collector:
 
     def _by_expert(self, index: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """The Gram matrix of every expert of a tensor, of the rows of it that are here."""
-        rows, experts = self._table[index].shape[0], self._table[index].experts
-        first, _ = distributed.local_rows(self._parameters[index])
-        ends = [max(rows // experts * expert - first, 0) for expert in range(experts + 1)]
+        ranges = distributed.expert_ranges(self._parameters[index], self._table[index].experts)
         return [
             dots.gram([None if v is None else v[begin:end] for v in vectors])
-            for begin, end in pairwise(ends)
+            for begin, end in ranges
         ]
 
 

@@ -70,7 +70,7 @@ class Recorder:
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. Losses of a model in
     `DistributedDataParallel` that are tensors are computed inside of `with model.no_sync():`; the
-    gradients are averaged over the ranks here. Sharded models (FSDP2) need nothing.
+    gradients are averaged over the ranks here. FSDP2 and engines of DeepSpeed need nothing.
 
     >>> import tempfile, geffect
     >>> model = nn.Linear(2, 1)
@@ -172,9 +172,8 @@ class Recorder:
         which costs none: `objective={"forget": -1.0}` is GA, `{"forget": -1.0, "retain": 1.0}` is
         GradDiff. A function is called right before its pass, and its graph is gone before the next
         is called: those of the objective first, then the others, which leave no trace in model and
-        random numbers. Losses may share a forward (`SharedForward`). With a rectifier `.grad` is
-        the rectified gradient, recorded as `rectified` where it is another than the objective's; it
-        has to be empty before then.
+        random numbers. Losses may share a forward (`SharedForward`). With a rectifier `.grad` has
+        to be empty and gets the rectified gradient: `rectified` where it is not the objective's.
 
         - `weights`: the implicit weights of an objective by name, of answer tokens or samples, or a
           function that returns them; mean, median, 95th percentile and maximum are recorded.
@@ -209,6 +208,7 @@ class Recorder:
             header.check_declared(of_step)
             if passes.tensors:
                 distributed.check_unsynchronised(model)
+            distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
             if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
             ranks.check_same_on_ranks(

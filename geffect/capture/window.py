@@ -233,6 +233,7 @@ class Window:
             and self.rectifier is None
             and not self.of.update
             and not distributed.averages(self.of.model)
+            and not distributed.is_in_engine(self.of.parameters[0])
         )
 
     def _stream(self, passes: Passes, *, last: bool) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .processes import all_reduce, world_size
-from .shards import fsdp_groups, is_sharded
+from .shards import at_rest, fsdp_groups, is_sharded
+from .zero import shards_in
 
 BUCKET_BYTES = 25 * 2**20
 """How much is sent at a time: what DDP sends, enough to fill the line, little beside a gradient."""
@@ -23,7 +24,8 @@ def averages(model: nn.Module) -> bool:
     >>> averages(nn.Linear(2, 1))
     False
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest = at_rest(model)
+    trained = [rest.get(p, p) for p in model.parameters() if p.requires_grad]
     return world_size() > 1 and not all(map(is_sharded, trained))
 
 
@@ -87,6 +89,7 @@ def _average(bucket: Sequence[Tensor]) -> None:
 
 def check_layout(model: nn.Module) -> None:
     """Refuse what spreads a model over processes in a way that leaves no gradient to take."""
+    shards_in(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
         if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):

@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .processes import all_gather, device_of
+from .processes import all_gather, device_of, rank
+from .zero import note_piece, piece_of, shards_in
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,8 +19,23 @@ if TYPE_CHECKING:
 Range = tuple[int, int]
 
 
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a process may hold no more than a part of the tensor. Its shape is that of all."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process may hold no more than a part of the tensor."""
+    return _is_dtensor(tensor) or piece_of(tensor) is not None
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor, however it is sharded.
+
+    >>> shape_of(torch.ones(2, 3))
+    torch.Size([2, 3])
+    """
+    piece = piece_of(tensor)
+    whole: torch.Size = getattr(tensor, "ds_shape", tensor.shape)  # at stage 3 of ZeRO
+    return whole if piece is None else piece.shape
+
+
+def _is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     # Not imported here: half a second, for programs that have no such tensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -31,10 +48,22 @@ def local(tensor: Tensor) -> Tensor:
     >>> local(whole) is whole
     True
     """
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor, known to be of the same piece as a parameter in an engine; a DTensor says so.
+
+    >>> ones = torch.ones(2)
+    >>> laid_out_like(ones, torch.zeros(2)) is ones
+    True
+    """
+    if (piece := piece_of(parameter)) is not None:
+        note_piece(tensor, piece)
+    return tensor
 
 
 def local_range(tensor: Tensor) -> Range:
@@ -43,7 +72,9 @@ def local_range(tensor: Tensor) -> Range:
     >>> local_range(torch.ones(2, 3))
     (0, 6)
     """
-    if not is_sharded(tensor):
+    if (piece := piece_of(tensor)) is not None:
+        return piece.begin, piece.end
+    if not _is_dtensor(tensor):
         return 0, tensor.numel()
     dims = _sharded_dims(tensor)
     if not dims:
@@ -66,7 +97,7 @@ def local_rows(tensor: Tensor) -> Range:
     (0, 2)
     """
     rows: int = tensor.shape[0]
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return 0, rows
     along = [dim for dim in _sharded_dims(tensor) if tensor.placements[dim].is_shard(0)]
     if not along:
@@ -81,12 +112,27 @@ def local_rows(tensor: Tensor) -> Range:
     return first, min(first + each, rows)
 
 
-def at_rest(model: nn.Module) -> dict[Tensor, Tensor]:
-    """The sharded parameters of FSDP2, by the whole ones that stand in for them during a step.
+def expert_ranges(tensor: Tensor, experts: int) -> list[Range]:
+    """Where each of so many experts begins and ends in `local(tensor)`, along its first dimension.
 
-    Between forward and backward the root module shows the stand-ins. Optimizers hold the others.
+    >>> expert_ranges(torch.ones(4, 3), 2)
+    [(0, 2), (2, 4)]
     """
-    pairs = {}
+    # A piece has one dimension, and may begin within a row.
+    piece = piece_of(tensor)
+    length = tensor.shape[0] if piece is None else piece.shape.numel()
+    first = local_rows(tensor)[0] if piece is None else piece.begin
+    return [*pairwise(max(length // experts * e - first, 0) for e in range(experts + 1))]
+
+
+def at_rest(model: nn.Module) -> dict[Tensor, Tensor]:
+    """What optimizers step, by what the model computes with, where these are different tensors.
+
+    FSDP2 shows whole parameters between forward and backward, and its optimizers hold sharded ones.
+    In a DeepSpeed engine they are the stand-ins for what a process holds.
+    """
+    shards = shards_in(model)
+    pairs = {} if shards is None else dict(shards.stand_ins)
     for param in (param for group in fsdp_groups(model) for param in group.fsdp_params):
         if (stand_in := getattr(param, "_unsharded_param", None)) is not None:
             pairs[stand_in] = param.sharded_param
@@ -120,7 +166,9 @@ def shard_ranges(tensors: Sequence[Tensor]) -> tuple[tuple[Range, ...], ...]:
 
 def holders(tensor: Tensor) -> "tuple[ProcessGroup, ...]":
     """The groups of processes over which a tensor is split; none where each holds it whole."""
-    if not is_sharded(tensor):
+    if (piece := piece_of(tensor)) is not None:
+        return (piece.group,)
+    if not _is_dtensor(tensor):
         return ()
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
@@ -129,6 +177,24 @@ def holders(tensor: Tensor) -> "tuple[ProcessGroup, ...]":
             "Redistribute it to Shard or Replicate."
         )
     return tuple(tensor.device_mesh.get_group(dim) for dim in _sharded_dims(tensor))
+
+
+def is_first_holder(tensor: Tensor) -> bool:
+    """Whether no process before this one holds the same part of the tensor.
+
+    >>> is_first_holder(torch.ones(2))
+    True
+    """
+    if piece_of(tensor) is not None:
+        return True
+    if not _is_dtensor(tensor):
+        return rank() == 0
+    mesh = tensor.device_mesh
+    return all(
+        mesh.get_local_rank(dim) == 0
+        for dim, placement in enumerate(tensor.placements)
+        if placement.is_replicate()
+    )
 
 
 def summed(table: Tensor, over: "tuple[ProcessGroup, ...]") -> Tensor:

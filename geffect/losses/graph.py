@@ -46,11 +46,15 @@ def needed_later_of(losses: Sequence[Tensor]) -> list[bool]:
 
 
 def other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves of the graphs that are none of the parameters."""
+    """The leaves of the graphs that are none of the parameters, and that no engine trains."""
     known = set(map(id, parameters))
     leaves = [node.variable for loss in losses for node in _nodes(loss) if _is_leaf(node)]
     found = {id(leaf): leaf for leaf in leaves}
-    return [leaf for place, leaf in found.items() if place not in known]
+    return [
+        leaf
+        for place, leaf in found.items()
+        if place not in known and not distributed.is_in_engine(leaf)
+    ]
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:

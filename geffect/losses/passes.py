@@ -84,7 +84,7 @@ class Passes:
         if isinstance(scalar, Tensor):
             return scalar
         with distributed.raise_on_all_ranks():
-            loss = self._asked(name, scalar)
+            loss = distributed.share_of(self.parameters, self._asked(name, scalar))
             self.values[name] = finite(name, loss)
             if not reaches(loss, self.parameters):
                 raise _of_another_model(name, self.parameters)
@@ -96,7 +96,7 @@ class Passes:
         seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
         keeps = self._keeps_graph(name, loss)
         try:
-            loss.backward(gradient=seed, retain_graph=keeps)
+            distributed.backward(self.parameters, loss, seed=seed, retain_graph=keeps, name=name)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
@@ -175,7 +175,8 @@ class Passes:
             exact = bool(tensors) and needed_later_of([loss, *tensors.values()])[0]
             perhaps = functions and self.sharing.holds
         # A compiled pass frees its graph in any case, and what shares it is run anew.
-        return exact or (perhaps and not is_compiled(loss))
+        shares = perhaps and not is_compiled(loss)
+        return exact or (shares and distributed.shares_forwards(self.parameters))
 
 
 def plan(
@@ -193,7 +194,11 @@ def plan(
     - `model`: where functions run, and what the passes that are `aside` leave as it was.
     - `protected`: losses that training takes beside its objective, before those it only watches.
     """
-    given, terms = resolved(losses)
+    found, terms = resolved(losses)
+    given = {
+        name: distributed.share_of(parameters, loss) if isinstance(loss, Tensor) else loss
+        for name, loss in found.items()
+    }
     tensors = tensors_among(given)
     values = {name: finite(name, loss) for name, loss in tensors.items()}
     single = seeds_of(terms)

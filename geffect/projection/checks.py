@@ -99,8 +99,10 @@ def check_optimizer(options: Options, optimizer: torch.optim.Optimizer | None) -
         )
 
 
-def check_state(state: Mapping[str, Any], format: int, options: Mapping[str, object]) -> None:
-    """Refuse the state of something else, or of a rectifier that was set up otherwise."""
+def check_state(
+    state: Mapping[str, Any], format: int, options: Mapping[str, object], pieces: object
+) -> None:
+    """Refuse the state of something else, of other pieces, or of a rectifier set up otherwise."""
     if state.get("format") != format:
         raise ValueError(
             f"The state of a rectifier should have format {format}. Found "
@@ -110,4 +112,10 @@ def check_state(state: Mapping[str, Any], format: int, options: Mapping[str, obj
         raise ValueError(
             "The rectifier should be set up as the one whose state it takes: "
             f"{state['options']}. Found {options}. Make it with the same arguments."
+        )
+    if state.get("pieces", {}) != pieces:
+        raise ValueError(
+            "The state of a rectifier should be of the pieces that the engine gives this process. "
+            "Found those of another stage of ZeRO, process or order of parameters. Resume with as "
+            "many processes, the same stage and the same groups of parameters."
         )

@@ -69,7 +69,10 @@ class Projector:
         if selection is None:
             return None
         among = set(map(id, moved))
-        grads = [p.grad if id(p) in among else None for p in self.parameters]
+        grads = [
+            distributed.laid_out_like(p.grad, p) if id(p) in among and p.grad is not None else None
+            for p in self.parameters
+        ]
         threshold = selection.threshold(grads, memory.scale, self.generator)
 
         def mask(i: int) -> Tensor | None:

@@ -191,6 +191,7 @@ class Rectifier:
         with distributed.raise_on_all_ranks() as ranks:
             checks.check_losses(losses, self._options)
             parameters = self._begun().parameters
+            distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
             scale = loss_scale(scaler, parameters[0].device)
             passes = plan(
                 parameters, losses, scale=scale, model=self._model, protected=self.protect
@@ -288,12 +289,14 @@ class Rectifier:
             "memory": self._memory.state_dict(self._names),
             "generator": self._generator.get_state(),
             "skipped": self.skipped,
+            "pieces": distributed.pieces(trainable(self._model)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where a rectifier that was set up alike had come to, on the same model."""
-        checks.check_state(state, FORMAT, self.options)
-        self._memory.load_state_dict(state["memory"], trainable(self._model))
+        parameters = trainable(self._model)
+        checks.check_state(state, FORMAT, self.options, distributed.pieces(parameters))
+        self._memory.load_state_dict(state["memory"], parameters)
         self._abandon()
         self._window = self._step = None
         self._generator.set_state(state["generator"].cpu())  # wherever the rest was loaded to

@@ -149,7 +149,7 @@ class Constraint:
         fired = changed | torch.tensor(terms.mask is not None)
         inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
         norm_after = _length(weights, K[:, added, added])
-        if fired.any() and self._rounds:
+        if fired.any() and space.rounds:
             lengths = K.diagonal(dim1=1, dim2=2)[:, seen][:, 1:] ** 0.5
             promised = fired & ~harms(inner_after, norm_after, lengths)
 
@@ -187,7 +187,7 @@ class Constraint:
         """
         # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
         # products that cancel out once each is taken in another metric.
-        quick = len(self._sets) == 1 and terms.metric is None and not self._rounds
+        quick = len(self._sets) == 1 and terms.metric is None and not space.rounds
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
         for i, block in enumerate(self._blocks.index):
             averages, kept, scale = terms.of(i)
@@ -228,11 +228,6 @@ class Constraint:
                 _, added_to = _in_metric(vectors, *parts([kept, scale], where))
                 pairs = zip(others, added_to[1:], strict=True)
                 space.combine(i, where, own, [(w, r) for w, r in pairs if w and r is not None])
-
-    @property
-    def _rounds(self) -> bool:
-        """Whether what is written back may differ from what was asked for by more than float32."""
-        return any(p.dtype not in (torch.float32, torch.float64) for p in self._parameters)
 
     def _weights(self, K: Tensor) -> Tensor:
         """The weights of u and the averages; (1, 0, ...) where there is no average."""

@@ -77,7 +77,7 @@ class Salient(Selection):
         self, gradients: Sequence[Tensor | None], scale: Scale, generator: torch.Generator
     ) -> float:
         present = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
-        total = sum(gradient.numel() for _, gradient in present)
+        total = sum(distributed.shape_of(gradient).numel() for _, gradient in present)
         if total == 0:
             return float("nan")
         if self.fraction == 1:
@@ -90,7 +90,7 @@ class Salient(Selection):
         sample = torch.zeros(len(picks), device=present[0][1].device)
         start = 0
         for i, gradient in present:
-            if not apart or _is_first_holder(gradient):
+            if not apart or distributed.is_first_holder(gradient):
                 begin, end = (start + index for index in distributed.local_range(gradient))
                 first, last = torch.searchsorted(picks, torch.tensor([begin, end])).tolist()
                 if first < last:
@@ -98,7 +98,7 @@ class Salient(Selection):
                     sample[first:last] = _salience(
                         _at(gradient, indices), None if (s := scale(i)) is None else _at(s, indices)
                     )
-            start += gradient.numel()
+            start += distributed.shape_of(gradient).numel()
         if apart:
             sample = all_reduce(sample)  # each place was filled by one process
         # A value of the sample, not one between two of them: those may be infinite.
@@ -141,7 +141,7 @@ class SaliencyMask(Selection):
         if present:
             sums = sums.to(present[0].device)
         for gradient in present:
-            if not apart or _is_first_holder(gradient):
+            if not apart or distributed.is_first_holder(gradient):
                 sums += _moments(distributed.local(gradient)).to(sums.device)
         if apart:
             sums = all_reduce(sums)
@@ -170,15 +170,3 @@ def _moments(tensor: Tensor) -> Tensor:
         x = block.double().abs()
         sums += torch.stack([torch.full_like(sums[0], x.numel()), x.sum(), x.dot(x)])
     return sums
-
-
-def _is_first_holder(tensor: Tensor) -> bool:
-    """Whether no process before this one holds the same part of the tensor."""
-    if not distributed.is_sharded(tensor):
-        return distributed.rank() == 0
-    mesh = tensor.device_mesh
-    return all(
-        mesh.get_local_rank(dim) == 0
-        for dim, placement in enumerate(tensor.placements)
-        if placement.is_replicate()
-    )

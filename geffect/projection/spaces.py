@@ -30,6 +30,10 @@ class Space(Protocol):
     def begin(self) -> None:
         """Changes begin, or begin anew after an interrupt."""
 
+    @property
+    def rounds(self) -> bool:
+        """Whether what is written may differ from what was asked for by more than float32."""
+
     def parts(self, i: int) -> Iterable[Where]:
         """The parts of parameter i; none where it does not move."""
 
@@ -62,6 +66,10 @@ class GradientSpace:
 
     def begin(self) -> None:
         pass  # what is interrupted is put back
+
+    @property
+    def rounds(self) -> bool:
+        return any(map(is_half, (p.grad for p in self._parameters.values() if p.grad is not None)))
 
     def parts(self, i: int) -> Iterable[Where]:
         parameter = self._parameters.get(i)
@@ -136,6 +144,10 @@ class UpdateSpace:
     def begin(self) -> None:
         self._once.begin()
 
+    @property
+    def rounds(self) -> bool:
+        return any(is_half(self._parameters[i]) for i in self._before)
+
     def parts(self, i: int) -> Iterable[Where]:
         return parts_of(self._parameters[i]) if i in self._before else ()
 
@@ -181,6 +193,11 @@ def parts_of(tensor: Tensor) -> Iterable[Where]:
         return [...]
     rows = max(1, PART * len(tensor) // tensor.numel())
     return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether the tensor has fewer digits than float32."""
+    return tensor.dtype not in (torch.float32, torch.float64)
 
 
 def widened(tensor: Tensor) -> Tensor:

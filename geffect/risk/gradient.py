@@ -68,7 +68,7 @@ def risk_gradient(
         for risk, count in _risks(model, batches, autocast):
             for parameter in parameters:
                 parameter.grad = None
-            risk.backward()
+            distributed.backward(parameters, risk)
             sums = [_plus(a, p.grad) for a, p in zip(sums, parameters, strict=True)]
             loss, tokens = loss + risk.item(), tokens + count
     mean_loss, mean_tokens = _means(loss, tokens)

@@ -19,8 +19,9 @@ STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""
 
 INSTEAD = (
-    "What works: DDP or FSDP2 with an ordinary optimizer; or train as you do, save checkpoints, "
-    "and record what `geffect.replay` finds in them."
+    "What works: DDP or FSDP2 with an ordinary optimizer; under DeepSpeed, `UnlearningTrainer` or "
+    "a loop of the engine with `geffect.Recorder`; or train as you do, save checkpoints, and "
+    "record what `geffect.replay` finds in them."
 )
 
 
@@ -99,21 +100,31 @@ def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> f
 
 
 def check_gradients_can_be_had(
-    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    trainer: Trainer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    steps_engine: bool = False,
 ) -> None:
-    """Refuse training in which no gradient is there to be seen between backward and step."""
-    found = _without_gradients(trainer, model, optimizer)
+    """Refuse training in which no gradient is there to be seen between backward and step.
+
+    `steps_engine`: whether the Trainer has an engine of DeepSpeed step itself, after that.
+    """
+    if steps_engine:
+        distributed.check_layout(model)
+    found = _without_gradients(trainer, model, optimizer, steps_engine=steps_engine)
     if found:
         raise RuntimeError(
             "Training should leave the gradient of the step in `.grad` until the optimizer steps. "
             f"Found {found} {INSTEAD}"
         )
     # Those with the Trainer's own hook, which averages over processes what FSDP2 does not manage,
-    # are fine.
+    # are fine, and so are those with an engine's.
     check_no_step_inside(
         parameter
         for parameter in model.parameters()
         if not getattr(parameter, "_replicated_grad_hook_registered", False)
+        and not distributed.is_in_engine(parameter)
     )
     distributed.check_layout(model)
 
@@ -128,9 +139,13 @@ def check_continued(recorder: Recorder, step: int) -> None:
 
 
 def _without_gradients(
-    trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    trainer: Trainer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    steps_engine: bool,
 ) -> str | None:
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled and not steps_engine:
         return "DeepSpeed, which steps inside of its backward pass and keeps gradients to itself."
     kind = None if optimizer is None else type(unwrapped(optimizer)).__name__
     if kind in STEPS_IN_BACKWARD:

@@ -25,7 +25,8 @@ def save(rectifier: Rectifier, folder: str | os.PathLike[str], *, writes: bool) 
     process, with the parts of the averages that it holds.
     """
     state = rectifier.state_dict()
-    name = _own_part() if any(map(distributed.is_sharded, _tensors(state))) else WHOLE
+    in_parts = state["pieces"] or any(map(distributed.is_sharded, _tensors(state["memory"])))
+    name = _own_part() if in_parts else WHOLE
     with distributed.raise_on_all_ranks():
         if name != WHOLE or writes:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -244,7 +244,7 @@ class UnlearningTrainer(Trainer):
         Functions, of which one is asked after the other, as far as the objective has such.
         """
         self._check(model, batch)
-        shared = SharedForward(model)
+        shared = SharedForward(model) if distributed.shares_forwards(model.parameters()) else model
         parts = self.objective.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
         apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
@@ -272,13 +272,16 @@ class UnlearningTrainer(Trainer):
         return [] if self.rectifier is None else [name for name in sets if name != FORGET]
 
     def _backward(self, losses: Mapping[str, Any]) -> None:
+        backward: Callable[..., None]
         accumulate, scaler = not self.accelerator.sync_gradients, self.accelerator.scaler
         if self._recorder is not None:
-            self._recorder.backward(
-                rectifier=self.rectifier, accumulate=accumulate, scaler=scaler, **losses
-            )
+            backward = partial(self._recorder.backward, rectifier=self.rectifier)
         elif self.rectifier is not None:
-            self.rectifier.backward(accumulate=accumulate, scaler=scaler, **losses)
+            backward = self.rectifier.backward
+        else:
+            return
+        with distributed.micro_batch(self.model_wrapped, last=not accumulate):
+            backward(accumulate=accumulate, scaler=scaler, **losses)
 
     def _begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Once model and optimizer are as they will be: bring what works on them to them."""
@@ -289,7 +292,7 @@ class UnlearningTrainer(Trainer):
             )
             self._copied = None
         if self.rectifier is not None or self.recorder is not None:
-            check_gradients_can_be_had(self, self.model_wrapped, optimizer)
+            check_gradients_can_be_had(self, self.model_wrapped, optimizer, steps_engine=True)
         if self.rectifier is not None:
             self.rectifier.attach(optimizer)
             self._until_trained.callback(self.rectifier.detach)
@@ -333,6 +336,7 @@ class UnlearningTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.rectifier is not None and checkpoint is not None:
+            distributed.check_layout(self.model_wrapped)  # what the state is of
             rectifier_state.restore(self.rectifier, checkpoint)
 
 
@@ -405,6 +409,8 @@ def _value(objective: Loss, values: Mapping[str, Tensor]) -> Tensor:
 
 def _unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
     """Where forwards have to be made for DDP not to reduce the gradient of the first loss only."""
+    if any(map(distributed.is_in_engine, model.parameters())):
+        return nullcontext()
     no_sync: Callable[[], AbstractContextManager[Any]] = getattr(model, "no_sync", nullcontext)
     return no_sync()
 

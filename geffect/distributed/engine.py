@@ -1,0 +1,125 @@
+"""What is done otherwise for parameters that a DeepSpeed engine trains."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .zero import optimizer_behind, piece_of, shards_in, shards_of
+
+__all__ = [
+    "backward",
+    "begin_micro_batch",
+    "is_in_engine",
+    "micro_batch",
+    "optimizer_behind",
+    "pieces",
+    "share_of",
+    "shares_forwards",
+    "take_over_step",
+]
+
+
+def is_in_engine(tensor: Tensor) -> bool:
+    """Whether an engine trains the parameter, or what stands for it.
+
+    >>> is_in_engine(torch.ones(2))
+    False
+    """
+    return shards_of(tensor) is not None
+
+
+def backward(
+    leaves: Sequence[Tensor],
+    loss: Tensor,
+    *,
+    seed: Tensor | None = None,
+    retain_graph: bool = False,
+    name: str = "",
+) -> None:
+    """Add the gradient of the loss to `.grad` of the leaves, or of an engine's put it there.
+
+    `name` is that of the loss in all micro-batches of a step.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> backward([x], 3 * x.sum())
+    >>> x.grad
+    tensor([3.])
+    """
+    shards = shards_of(leaves[0])
+    if shards is None:
+        loss.backward(gradient=seed, retain_graph=retain_graph)
+    else:
+        shards.backward(name, loss if seed is None else loss * seed, retain_graph=retain_graph)
+
+
+def pieces(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """From where to where this process holds parameters in an engine; nothing of others.
+
+    >>> pieces({"weight": torch.ones(2)})
+    {}
+    """
+    found = {name: piece_of(tensor) for name, tensor in parameters.items()}
+    return {name: (piece.begin, piece.end) for name, piece in found.items() if piece is not None}
+
+
+def share_of(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """The loss as it counts in its step: an engine divides those of micro-batches by their number.
+
+    >>> loss = torch.ones(())
+    >>> share_of([torch.ones(1)], loss) is loss
+    True
+    """
+    shards = shards_of(parameters[0])
+    return loss if shards is None else shards.share(loss)
+
+
+@contextmanager
+def micro_batch(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """A block that takes the gradients of a micro-batch where accelerate lets an engine do it.
+
+    Losses have been divided by the number of micro-batches, and the engine steps after the last.
+    """
+    shards = shards_in(model)
+    if shards is None:
+        yield
+        return
+    shards.engine.set_gradient_accumulation_boundary(last)
+    with shards.undivided():
+        yield
+    if last:
+        shards.engine.step()
+
+
+def shares_forwards(parameters: Iterable[Tensor]) -> bool:
+    """Whether several losses may be differentiated that come from one forward of their model.
+
+    >>> shares_forwards([torch.ones(2)])
+    True
+    """
+    known = map(shards_of, parameters)
+    return all(shards is None or shards.stage < 3 for shards in known)
+
+
+def take_over_step(parameters: Sequence[Tensor]) -> None:
+    """Have an engine's next step be one with the gradients that lie in `.grad` then."""
+    shards = shards_of(parameters[0])
+    if shards is not None:
+        shards.watch_step(writes=True)
+
+
+def begin_micro_batch(parameters: Sequence[Tensor], *, first: bool, accumulate: bool) -> None:
+    """Refuse a micro-batch that is the last one of a step to an engine, and not here, or so."""
+    shards = shards_of(parameters[0])
+    if shards is None:
+        return
+    last = shards.engine.is_gradient_accumulation_boundary()
+    if last == accumulate:
+        raise ValueError(
+            "`accumulate` should be what the engine expects of a micro-batch, `accumulate = "
+            f"{not last}`. Found {accumulate}. Pass accumulate=not "
+            "engine.is_gradient_accumulation_boundary(), and tell it of a partial window by "
+            "engine.set_gradient_accumulation_boundary(True)."
+        )
+    if first:
+        shards.waiting.clear()

@@ -1,0 +1,420 @@
+"""DeepSpeed ZeRO: the part of every gradient and parameter that a process holds, and writing it.
+
+An engine takes gradients into buffers of its own, and steps its own copies of the parameters: of
+each tensor a process has one piece. A stand-in is that piece of a parameter as a leaf tensor: it
+lies in the engine's memory, its `.grad` is the piece of the gradient, and an `EngineOptimizer`
+steps it. So a model in an engine looks like any that is sharded. Nothing is gathered.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .zero_checks import check_engine
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Of which tensor, flattened, and from where to where, a stand-in is; and who has the rest."""
+
+    shape: torch.Size
+    begin: int
+    end: int
+    group: "ProcessGroup"
+
+
+class _Buffers(Protocol):
+    """Where an engine keeps the gradients and parameters of this process, at one of its stages."""
+
+    def piece(self, parameter: Tensor) -> Piece:
+        """What this process holds of a parameter."""
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """What the optimizer steps of it: this process's piece, where it lies."""
+
+    def grad(self, parameter: Tensor) -> Tensor:
+        """The piece of its gradient, where it lies, after a backward pass."""
+
+    def group_of(self, parameter: Tensor) -> int:
+        """Which of the optimizer's groups of parameters has it."""
+
+    def clear(self) -> None:
+        """Forget gradients: the next pass adds to none."""
+
+    def settle(self, parameters: Sequence[Tensor]) -> None:
+        """Take note that gradients were written by another hand."""
+
+    def publish(self) -> None:
+        """Bring to the model what is in the optimizer's copies of the parameters."""
+
+
+class Shards:
+    """The stand-ins for the parameters of one engine, and what goes between the two."""
+
+    def __init__(self, engine: nn.Module) -> None:
+        check_engine(engine)
+        self._engine = ref(engine)
+        zero: Any = engine.optimizer
+        stage = engine.zero_optimization_stage()  # type: ignore[operator]
+        self._buffers: _Buffers = _OfStage3(zero) if stage == 3 else _OfStages1And2(zero)
+        self._divides, self._writes = True, False
+        self.stage = int(stage)
+        self.waiting: dict[str, dict[Tensor, tuple[Tensor | None, Tensor | None]]] = {}
+        self.stand_ins: dict[Tensor, Tensor] = {
+            p: self._stand_in(p) for p in engine.parameters() if p.requires_grad
+        }
+        self.optimizer = _optimizer_of(zero.optimizer)(self)
+
+    @property
+    def engine(self) -> Any:
+        """The engine itself, which is not kept alive from here."""
+        return self._engine()
+
+    def share(self, loss: Tensor) -> Tensor:
+        """The loss as the engine's `backward` takes it: over its number of micro-batches."""
+        return loss / self.engine.gradient_accumulation_steps() if self._divides else loss
+
+    def backward(self, name: str, loss: Tensor, *, retain_graph: bool) -> None:
+        """Leave in the stand-ins' `.grad` the gradient of this loss alone, of all processes.
+
+        Stage 1 adds up the gradients of micro-batches in each process, and reduces the sum at the
+        last of them: until then a loss of this `name` leaves nothing.
+        """
+        engine, zero = self.engine, self.engine.optimizer
+        if retain_graph and self.stage == 3:
+            raise ValueError(
+                "Each loss of a step should have a forward of its own at ZeRO stage 3, which lets "
+                "go of parameters in the backward pass. Found losses that share one. Call the "
+                "engine once for each loss, or train at stage 2."
+            )
+        self._check_in_place()
+        boundary = engine._is_gradient_accumulation_boundary
+        reduces = self.stage > 1 or engine.is_gradient_accumulation_boundary()
+        try:
+            zero.clear_backward_seen_flag()  # as a forward right before would
+            self._buffers.clear()
+            for parameter, kept in self.waiting.pop(name, {}).items():
+                parameter.grad, parameter.grad_accum = kept  # type: ignore[attr-defined]
+            engine.set_gradient_accumulation_boundary(reduces)
+            engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+        finally:
+            engine._is_gradient_accumulation_boundary = boundary
+            zero.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+        if not reduces:
+            self.waiting[name] = {
+                p: (p.grad, getattr(p, "grad_accum", None)) for p in self.stand_ins
+            }
+            zero.zero_grad(set_to_none=True)
+            return
+        for parameter, stand_in in self.stand_ins.items():
+            # A copy, in the type in which the engine would add up those of micro-batches.
+            stand_in.grad = self._buffers.grad(parameter).to(
+                zero.gradient_accumulation_dtype, copy=True
+            )
+
+    def watch_step(self, *, writes: bool) -> None:
+        """Have the engine's next step be one of `optimizer`.
+
+        It `writes` what lies in the stand-ins' `.grad` then, or leaves the engine its own.
+        """
+        self._writes = writes
+        self.engine.optimizer.step = self._step
+
+    def look(self) -> None:
+        """Show in the stand-ins' `.grad` the gradient that the engine has come to itself."""
+        for parameter, stand_in in self.stand_ins.items():
+            stand_in.grad = self._buffers.grad(parameter)
+
+    def write_and_step(self, *args: Any, **kwargs: Any) -> None:
+        """Have the engine step with the gradients in the stand-ins' `.grad`; none is zero."""
+        for parameter, stand_in in self.stand_ins.items():
+            kept, grad = self._buffers.grad(parameter), stand_in.grad
+            if grad is None:
+                kept.zero_()
+            elif grad.data_ptr() != kept.data_ptr():
+                kept.copy_(grad)
+        self._buffers.settle(list(self.stand_ins))
+        type(self.engine.optimizer).step(self.engine.optimizer, *args, **kwargs)
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Where losses are over the number of micro-batches already."""
+        self._divides = False
+        try:
+            yield
+        finally:
+            self._divides = True
+
+    def _step(self, *args: Any, **kwargs: Any) -> None:
+        self.optimizer.refresh()
+        if not self._writes:
+            self.look()
+        self.optimizer.step(*args, **kwargs)
+        del self.engine.optimizer.step
+        for stand_in in self.stand_ins.values():
+            stand_in.grad = None
+        if self.optimizer.touched:
+            self._buffers.publish()
+
+    def _stand_in(self, parameter: Tensor) -> Tensor:
+        stand_in = self._buffers.master(parameter).detach().requires_grad_()
+        stand_in.grad_dtype = None
+        _pieces[stand_in] = self._buffers.piece(parameter)
+        _shards_of[stand_in] = _shards_of[parameter] = ref(self)
+        return stand_in
+
+    def _check_in_place(self) -> None:
+        for parameter, stand_in in self.stand_ins.items():
+            if self._buffers.master(parameter).data_ptr() != stand_in.data_ptr():
+                raise RuntimeError(
+                    "The engine should keep its parameters where they were at first. Found them "
+                    "elsewhere, as after `offload_states` or where the engine was made anew. Make "
+                    "recorder and rectifier after that."
+                )
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """The optimizer of an engine, as seen from the stand-ins: its step is that of the engine.
+
+    What is hung on the steps of optimizers is called around that, clipping and all; what changes
+    parameters there is brought to the model. Options and rates are those of the engine's.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = ref(shards)
+        groups: dict[int, list[Tensor]] = {}
+        for parameter, stand_in in shards.stand_ins.items():
+            groups.setdefault(shards._buffers.group_of(parameter), []).append(stand_in)
+        self._places = list(groups)
+        self._versions: list[int] = []
+        super().__init__([{"params": own} for own in groups.values()], {})
+        self.refresh()
+
+    @property
+    def touched(self) -> bool:
+        """Whether parameters were changed since the engine's own step."""
+        return self._versions != self._now()
+
+    def refresh(self) -> None:
+        """Take over the options of the engine's optimizer, as they are now."""
+        shards = self._shards()
+        assert shards is not None
+        known = shards.engine.optimizer.optimizer.param_groups
+        for place, group in zip(self._places, self.param_groups, strict=True):
+            group.update({key: v for key, v in known[place].items() if key != "params"})
+
+    def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the gradients into the engine, and have it step."""
+        shards = self._shards()
+        assert shards is not None
+        shards.write_and_step(*args, **kwargs)
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [tensor._version for group in self.param_groups for tensor in group["params"]]
+
+
+_known: "WeakKeyDictionary[nn.Module, Shards]" = WeakKeyDictionary()
+_pieces: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
+"""Of stand-ins."""
+_shards_of: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
+"""Of stand-ins and of what they stand for."""
+
+
+def engine_in(model: nn.Module) -> Any:
+    """The DeepSpeed engine that the model is, or that a wrapper of the model holds."""
+    deepspeed: Any = sys.modules["deepspeed"]
+    return next((m for m in model.modules() if isinstance(m, deepspeed.DeepSpeedEngine)), None)
+
+
+def shards_in(model: nn.Module) -> Shards | None:
+    """The stand-ins of a model in an engine; None where there is no engine."""
+    # Not imported here: who has an engine has imported it.
+    if not hasattr(sys.modules.get("deepspeed"), "DeepSpeedEngine"):
+        return None
+    engine = engine_in(model)
+    if engine is None:
+        known = next((known for p in model.parameters() if (known := shards_of(p))), None)
+        if known is None and any(
+            hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in model.parameters()
+        ):
+            raise ValueError(
+                "`model` should be the engine, where DeepSpeed trains it. Found the module inside "
+                "of one, whose gradients the engine keeps. Pass what `deepspeed.initialize` gave."
+            )
+        return known
+    if engine not in _known:
+        _known[engine] = Shards(engine)
+    return _known[engine]
+
+
+def shards_of(tensor: Tensor) -> Shards | None:
+    """Those that a stand-in belongs to, or what it stands for."""
+    known = _shards_of.get(tensor)
+    return None if known is None else known()
+
+
+def piece_of(tensor: Tensor) -> Piece | None:
+    """What a stand-in is a piece of; None of any other tensor."""
+    found: Piece | None = _pieces.get(tensor)
+    return found
+
+
+def note_piece(tensor: Tensor, piece: Piece) -> None:
+    """Take note of which piece a tensor is."""
+    _pieces[tensor] = piece
+
+
+def optimizer_behind(optimizer: Any) -> "EngineOptimizer | None":
+    """The stand-ins' optimizer, given that of an engine or what accelerate put around it."""
+    for shards in _known.values():
+        zero = shards.engine.optimizer
+        if optimizer is zero or optimizer is zero.optimizer:
+            return shards.optimizer
+    return None
+
+
+def _optimizer_of(base: torch.optim.Optimizer) -> Callable[[Shards], EngineOptimizer]:
+    """The class of a stand-ins' optimizer, with the name of the engine's own."""
+    return type(type(base).__name__, (EngineOptimizer,), {})
+
+
+class _OfStages1And2:
+    """Parameters are whole, and a process steps a piece of them all, laid end to end."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = ref(zero)
+
+    @property
+    def zero(self) -> Any:
+        return self._zero()
+
+    def piece(self, parameter: Any) -> Piece:
+        begin = end = 0
+        if parameter._hp_mapping is not None:
+            address = parameter._hp_mapping.lp_fragment_address
+            begin, end = address.start, address.start + address.numel
+        return Piece(parameter.shape, begin, end, self.zero.dp_process_group)
+
+    def master(self, parameter: Any) -> Tensor:
+        if parameter._hp_mapping is None:
+            flat: Tensor = self.zero.single_partition_of_fp32_groups[self.group_of(parameter)]
+            return flat.detach()[:0]
+        fragment: Tensor = parameter._hp_mapping.hp_fragment
+        return fragment.detach()
+
+    def grad(self, parameter: Any) -> Tensor:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return self.master(parameter)
+        kept: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return kept.detach().view(-1)
+
+    def group_of(self, parameter: Tensor) -> int:
+        groups = self.zero.bit16_groups
+        return next(i for i, group in enumerate(groups) if any(p is parameter for p in group))
+
+    def clear(self) -> None:
+        zero = self.zero
+        zero.zero_grad(set_to_none=True)
+        zero.micro_step_id = -1
+        if zero.cpu_offload:
+            zero.reset_cpu_buffers()
+            zero._offload_accumulated_param_ids = set()
+            for flat in zero.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+        else:
+            for i in range(len(zero.bit16_groups)):
+                zero.averaged_gradients[i] = zero.all_grad_tensors[i] = None
+
+    def settle(self, parameters: Sequence[Any]) -> None:
+        zero = self.zero
+        if not zero.cpu_offload:
+            return
+        # The engine has taken the norms when the gradients came.
+        zero.local_overflow = False
+        wide = sys.modules[type(zero).__module__].get_norm_dtype()
+        for parameter in parameters:
+            if parameter._hp_mapping is not None:
+                grad = self.grad(parameter)
+                zero.norm_for_param_grads[zero.get_param_id(parameter)] = grad.to(wide).norm(2)
+                zero.update_offload_overflow_tracker(grad)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+        for i in range(len(self.zero.bit16_groups)):
+            self.zero._update_model_bit16_weights(i)
+
+
+class _OfStage3:
+    """Every parameter is cut into as many pieces as there are processes, the last one padded."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = ref(zero)
+        groups = enumerate(zero.fp16_groups)
+        self._sub_groups = {id(p): i for i, group in groups for p in group}
+
+    @property
+    def zero(self) -> Any:
+        return self._zero()
+
+    def piece(self, parameter: Any) -> Piece:
+        zero, whole = self.zero, int(parameter.ds_numel)
+        each = int(parameter.partition_numel())
+        begin = min(each * zero._get_param_partition_rank(parameter), whole)
+        return Piece(parameter.ds_shape, begin, min(begin + each, whole), zero.dp_process_group)
+
+    def master(self, parameter: Any) -> Tensor:
+        sub_group, start, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        flat: Tensor = self.zero.fp32_partitioned_groups_flat[sub_group]
+        return flat.detach().narrow(0, start, self._held(parameter))
+
+    def grad(self, parameter: Any) -> Tensor:
+        kept, _ = self.zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        own: Tensor = kept.detach().view(-1)
+        return own.narrow(0, 0, self._held(parameter))
+
+    def group_of(self, parameter: Tensor) -> int:
+        return int(self.zero.sub_group_to_group_id[self._sub_groups[id(parameter)]])
+
+    def clear(self) -> None:
+        zero = self.zero
+        zero.zero_grad(set_to_none=True)
+        zero._offload_boundary_param_ids = set()
+        zero.grad_partitions_flat_buffer.zero_()
+        if zero.offload_optimizer:
+            zero.norm_for_param_grads = {}
+            for flat in zero.fp32_partitioned_groups_flat:
+                flat.grad.zero_()
+
+    def settle(self, parameters: Sequence[Any]) -> None:
+        zero = self.zero
+        if not zero.offload_optimizer:
+            return
+        for parameter in parameters:
+            grad = self.grad(parameter)
+            if grad.numel():
+                norm = zero._constant_buffered_norm2(grad)
+                zero.norm_for_param_grads[zero.get_param_id(parameter)] = norm
+
+    def publish(self) -> None:
+        zero = self.zero
+        zero._partition_all_parameters()  # those that stay whole would not be gathered anew
+        for sub_group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _held(self, parameter: Tensor) -> int:
+        piece = self.piece(parameter)
+        return piece.end - piece.begin
