@@ -175,10 +175,14 @@ def test_the_gradient_is_rectified_as_under_ddp(tmp_path: Path) -> None:
         "select": {"select": 0.3},
         "measured": {"measure_update": True},
     }
-    objective = {"forget": -1.0, "retain": 1.0}
+    # Terms that nearly cancel out would leave a gradient with fewer digits than they have.
+    objective = {"forget": -1.0, "retain": 0.1}
     assert_same(
         tmp_path,
-        {n: {"rectified": o, "objective": objective} for n, o in jobs.items()},
+        {
+            n: {"rectified": o, "objective": objective if n == "part" else None}
+            for n, o in jobs.items()
+        },
         ["stage 1, offload", "stage 2", "stage 3"],
     )
 
