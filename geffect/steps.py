@@ -96,6 +96,10 @@ def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
+ROUNDING = 1e-6
+"""Of a learning rate, in terms of the one that its schedule starts from."""
+
+
 def check_descends(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that climbs: G-effects and rectifiers take a step to go down.
 
@@ -110,6 +114,15 @@ def check_descends(optimizer: torch.optim.Optimizer) -> None:
             "what the step goes down. Found `maximize = True`, with which every sign would be "
             "wrong. Negate the loss instead."
         )
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        # A schedule that ends at zero may pass it by a rounding.
+        if rate is not None and rate < -ROUNDING * abs(group.get("initial_lr", rate)):
+            raise ValueError(
+                f"The learning rate of {type(optimizer).__name__} should not be negative: a "
+                f"gradient is taken for what the step goes down. Found {float(rate)}, with which "
+                "every sign would be wrong. Negate the loss instead."
+            )
 
 
 class DirectionWatch:

@@ -35,6 +35,26 @@ def test_one_group_that_climbs_is_enough(kind: Any) -> None:
         check_descends(climbing)
 
 
+@pytest.mark.parametrize("make", [float, torch.tensor])
+def test_a_negative_learning_rate_climbs(make: Any) -> None:
+    """Torch refuses one where the optimizer is made, and takes one that is set afterwards."""
+    a, b = pair()
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
+    group = optimizer.param_groups[1]
+    for fine in (0.0, 1e-9):
+        group["lr"] = make(fine)
+        check_descends(optimizer)
+    group["lr"] = make(-1e-9)
+    with pytest.raises(ValueError, match=r"rate of SGD should not be negative.* Found -.* Negate"):
+        check_descends(optimizer)
+    group["initial_lr"] = 0.1
+    group["lr"] = make(-1e-9)  # what rounding leaves of a schedule that ends at zero
+    check_descends(optimizer)
+    group["lr"] = make(-1e-3)
+    with pytest.raises(ValueError, match=r"should not be negative.* Found -0\.00.* Negate"):
+        check_descends(optimizer)
+
+
 @pytest.mark.parametrize("updates", [True, False])
 def test_news_are_told_once(updates: bool) -> None:
     a, b = parameters = pair()

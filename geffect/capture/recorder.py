@@ -66,7 +66,7 @@ class Recorder:
     which parameters that were; where nothing is seen to move, all count. A row is written as soon
     as optimizers have stepped everything that has a gradient, or what they stepped the time before,
     and else at the next `backward` or at `close`; from then on it is safe from whatever happens to
-    the process. What moves after that is added to the row. `maximize=True` raises a ValueError.
+    the process. What moves after that is added to the row. An optimizer that climbs is refused.
 
     Under `torch.distributed` every rank has a recorder, and rank 0 writes. Losses of a model in
     `DistributedDataParallel` that are tensors are computed inside of `with model.no_sync():`; the

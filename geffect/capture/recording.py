@@ -30,6 +30,7 @@ from geffect.store.reader import Run
 from geffect.store.schema import MARKS, Row
 from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter
+from geffect.text import plain
 
 from .collector import Collector, Measurement
 from .header import RunHeader
@@ -356,7 +357,7 @@ def _check_names(parameters: Iterable[Parameter]) -> None:
     if odd:
         raise ValueError(
             "The parameters of a model should have names that a file can hold, without NUL and "
-            f"halves of characters. Found {odd[0]!r}. Name it otherwise in the model."
+            f"halves of characters. Found `{plain(odd[0])}`. Name it otherwise in the model."
         )
 
 

@@ -321,7 +321,7 @@ def check_names(losses: Collection[str]) -> None:
         raise ValueError(
             f"The losses should have one named `{OBJECTIVE}`, none named `{RECTIFIED}` or "
             f"`{UPDATE}` or ending in `{AVERAGE}`, and no name with a slash, NUL or half a "
-            f"character, or without a word. Found {', '.join(map(plain, losses)) or 'none'}. "
+            f"character, or of dots alone. Found {', '.join(map(plain, losses)) or 'none'}. "
             'Pass objective=loss, or weights such as objective={"forget": -1.0}.'
         )
     check_spelt("The losses", losses)

@@ -94,6 +94,7 @@ class Loader:
             with torch.no_grad():
                 for name, tensor in self._stored(path, held):
                     held[name].copy_(tensor)
+            _check_finite(self._model.named_parameters(), path)
         self._loaded = path
         loaded: nn.Module = self._model
         return loaded
@@ -112,12 +113,13 @@ class Loader:
         check_folder(path)
         held = self._held()
         there = {held[name].data_ptr(): tensor for name, tensor in self._stored(path, held)}
-        changes = []
-        for parameter in trainable(self._model).values():
+        changes = {}
+        for name, parameter in trainable(self._model).items():
             here = parameter.detach()
             exact = torch.promote_types(here.dtype, torch.float32)
-            changes.append(there[here.data_ptr()].to(here.device, exact) - here)
-        return changes
+            changes[name] = there[here.data_ptr()].to(here.device, exact) - here
+        _check_finite(changes.items(), path)
+        return [*changes.values()]
 
     def _held(self) -> dict[str, Tensor]:
         """The tensors of the model, by their names in a checkpoint."""
@@ -172,6 +174,7 @@ class Loader:
         self._model = PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
         held, stored = self._held(), _files(path)
         check_loaded(self._model, held.keys() - stored.keys(), path)
+        _check_finite(self._model.named_parameters(), path)
         # An adapter on the head or the embedding is saved with what it is for.
         self._beside = sorted(self._model.state_dict().keys() & (stored.keys() - held.keys()))
         return self._model
@@ -253,6 +256,7 @@ def _model_of(source: Folder) -> Any:
     with _legible(source):
         model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
     check_loaded(model, found["missing_keys"], source)
+    _check_finite(model.named_parameters(), source)
     return model
 
 
@@ -274,6 +278,17 @@ def _adapter_config(path: Path) -> Any:
             "Run `pip install peft`."
         ) from error
     return PeftConfig.from_pretrained(str(path))
+
+
+def _check_finite(weights: Iterable[tuple[str, Tensor]], source: Folder) -> None:
+    """Refuse the weights of a training that has diverged."""
+    for name, tensor in weights:
+        # Torch does not ask codes of one byte.
+        if tensor.itemsize > 1 and not tensor.isfinite().all():
+            raise ValueError(
+                f"`{source}` should hold finite weights. Found NaN or infinity in `{name}`, as "
+                "where training diverged. Leave it out, or save it again."
+            )
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -303,10 +318,15 @@ def _read(path: Path, files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]
 
 @contextmanager
 def _legible(source: Folder) -> Iterator[None]:
-    """Names the checkpoint where its weights are missing, cut off, or not those of its index."""
+    """Names the checkpoint where its weights are missing, cut off, or not those of its index.
+
+    The name of a model in a hub has other errors, as of a network.
+    """
     try:
         yield
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        if not Path(source).is_dir():
+            raise
         raise ValueError(
             f"`{source}` should hold all of its weights, and the index, if any, of just these. "
             f"Found: {error}. Copy it anew, or save it again with save_pretrained."

@@ -3,7 +3,8 @@
 import itertools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,7 @@ from geffect.capture.store_options import StoreOptions, kept
 from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
+from geffect.losses import NotFinite
 from geffect.objectives import Objective, as_objective, provenance
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
@@ -151,12 +153,26 @@ def replay(
                 collector=partial(_collector, recording, keep, step),
                 report=partial(options.report, folder.name) if options.report else None,
             )
-            for row, measured in enumerate(estimator(sources)):
-                recording.write(Entry(step, measured, sources.declared, batch=row))
+            with _losses_of(folder):
+                for row, measured in enumerate(estimator(sources)):
+                    recording.write(Entry(step, measured, sources.declared, batch=row))
         complete = True
     finally:
         recording.close(complete=complete)
     return open_run(path)
+
+
+@contextmanager
+def _losses_of(folder: Path) -> Iterator[None]:
+    """A block in which a loss that is not finite is one of this checkpoint."""
+    try:
+        yield
+    except NotFinite as error:
+        raise ValueError(
+            f"`{folder}` should have finite losses. Found {error.value} for `{error.name}`. Leave "
+            "this checkpoint out; or see whether its numbers are too large for its precision, and "
+            "save it in float32."
+        ) from error
 
 
 def _check_options(options: object) -> None:

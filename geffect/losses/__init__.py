@@ -1,11 +1,12 @@
 """The losses of a step: the backward passes they need, and what each is in terms of these."""
 
-from .given import Loss, Scalar, check_function, declared, of_objective
+from .given import Loss, NotFinite, Scalar, check_function, declared, of_objective
 from .graph import accumulates_once
 from .passes import Passes, check_no_step_inside, check_reached, loss_scale, plan
 
 __all__ = [
     "Loss",
+    "NotFinite",
     "Passes",
     "Scalar",
     "accumulates_once",

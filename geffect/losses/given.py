@@ -59,9 +59,9 @@ def resolved(
             continue
         if not (loss.keys() <= single.keys() and _are_weights(loss.values())):
             raise ValueError(
-                f"Loss `{name}` should be a tensor, or weights of losses of this step that are "
-                f"tensors, finite and not all zero. Found `{dict(loss)}`. Losses of this step that "
-                f"are tensors: {', '.join(single) or 'none'}."
+                f"Loss `{name}` should be a scalar, or weights of scalars of this step, finite and "
+                f"not all zero; a scalar is a tensor or a function that returns one. Found "
+                f"`{dict(loss)}`. Pass weights of: {', '.join(single) or 'none'}."
             )
         weights[name] = {}
         for part, weight in loss.items():
@@ -70,7 +70,7 @@ def resolved(
         if not any(weights[name].values()):
             raise ValueError(
                 f"Loss `{name}` should be left with some weight. Found weights that cancel out, "
-                f"`{dict(loss)}`, of one tensor under several names. Pass different losses."
+                f"`{dict(loss)}`, of one loss under several names. Pass different losses."
             )
     # The order of the sources is the order of the call, not of what kind they are.
     return given, {name: weights[name] for name in losses}
@@ -99,9 +99,9 @@ def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
 
 def check_function(what: str, function: Callable[..., object]) -> None:
     """Refuse a function that cannot be asked for a loss, or for what belongs to one."""
-    should = f"{what} should be a function without arguments that returns it."
+    should = f"{what} should be given by a function without arguments."
     if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{should} Found a coroutine. Pass a function that is no coroutine.")
+        raise TypeError(f"{should} Found a coroutine. Pass a function that is not async.")
     try:
         # A module takes what its forward does.
         signature = inspect.signature(getattr(function, "forward", function))
@@ -116,14 +116,22 @@ def check_function(what: str, function: Callable[..., object]) -> None:
         ) from None
 
 
+class NotFinite(ValueError):
+    """A loss whose value is infinite or no number."""
+
+    def __init__(self, name: str, value: float) -> None:
+        self.name, self.value = name, value
+        super().__init__(
+            f"Loss `{name}` should be finite. Found {value}. "
+            "Lower the learning rate or clip; no gradient was left and nothing was recorded."
+        )
+
+
 def finite(name: str, loss: Tensor) -> float:
     """The value of a loss."""
     value = loss.item()
     if not math.isfinite(value):
-        raise ValueError(
-            f"Loss `{name}` should be finite. Found {value}. "
-            "Lower the learning rate or clip; no gradient was left and nothing was recorded."
-        )
+        raise NotFinite(name, value)
     return value
 
 

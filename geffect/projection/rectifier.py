@@ -63,7 +63,8 @@ class Rectifier:
       and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
 
     Raises ValueError for options that do not go together, and for an optimizer that climbs
-    (`maximize=True`), needs a closure (LBFGS) or steps other tensors than the model's.
+    (`maximize=True`, a negative learning rate), needs a closure (LBFGS) or steps other tensors than
+    the model's.
 
     A retain gradient that is zero, not finite or rounding noise (no coordinate reaches 2^-23 times
     the objective's largest) rectifies nothing and stays out of the average: `skipped` counts such

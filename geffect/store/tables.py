@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.text import plain
+
 from . import checksums
 from .bounds import BoundedFile
 from .labels import as_texts, is_name, is_text, read_committed, read_labels
@@ -18,7 +20,7 @@ def check_table(name: str, columns: Columns) -> None:
         if not is_name(label):
             raise ValueError(
                 "The name of a table or of its column should be a word without a slash, NUL or "
-                f"halves of characters. Found {label!r}. Name it otherwise."
+                f"halves of characters. Found `{plain(label)}`. Name it otherwise."
             )
     lengths = {column: len(values) for column, values in columns.items()}
     if len(set(lengths.values())) > 1:

@@ -98,7 +98,7 @@ class GEffectCallback(TrainerCallback):
     did. In update space no gradient is rectified: what it did is seen in `update`.
 
     When training begins, the callback raises an error for training without gradients to see, such
-    as DeepSpeed, for an optimizer with `maximize=True`, a schedule that finds no step in it, probes
+    as DeepSpeed, for an optimizer that climbs, a schedule that finds no step in it, probes
     without labels, and other sources than those of the file that it continues.
     """
 
@@ -239,6 +239,7 @@ class GEffectCallback(TrainerCallback):
         if step is None:
             return
         with self._let_go_if_it_fails():
+            check_descends(unwrapped(kwargs["optimizer"]))  # a schedule may have turned it
             step.see(
                 recording.parameters,
                 firing_loop(),

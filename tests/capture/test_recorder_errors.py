@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, RunFileError, open_run
+from geffect.losses import NotFinite
 
 RATE = 0.125
 BATCH = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 1.0]])
 SCALAR = "should be a scalar tensor with a graph, or weights of other losses"
 WEIGHTS = (
-    "should be a tensor, or weights of losses of this step that are tensors, finite and not all "
-    "zero. Found "
+    "should be a scalar, or weights of scalars of this step, finite and not all zero; a scalar is "
+    "a tensor or a function that returns one. Found "
 )
 NAMES = (
     "should have one named `objective`, none named `rectified` or `update` or ending in `_ema`, "
@@ -57,7 +58,7 @@ BAD_LOSSES = [
     ),
     *[
         given(
-            lambda m, x=x: {"objective": loss_of(m), "forget": loss_of(m) * x}, ValueError,
+            lambda m, x=x: {"objective": loss_of(m), "forget": loss_of(m) * x}, NotFinite,
             "Loss `forget` should be finite", f"Found {x}", "Lower the learning rate", name=str(x),
         )
         for x in (math.nan, math.inf, -math.inf)
@@ -65,7 +66,7 @@ BAD_LOSSES = [
     *[
         given(
             lambda m, weights=weights: {"objective": weights, "forget": loss_of(m)}, ValueError,
-            "Loss `objective` " + WEIGHTS + f"`{weights}`", "are tensors: forget",
+            "Loss `objective` " + WEIGHTS + f"`{weights}`", "Pass weights of: forget",
             name=f"weights {weights}",
         )
         for weights in (
@@ -117,7 +118,9 @@ def test_weights_are_not_of_weights(tmp_path: Path, terms: dict[str, float]) -> 
     losses = {"objective": terms, "forget": loss_of(model), "retain": loss_of(model)}
     with (
         Recorder(model, tmp_path / "a.h5") as recorder,
-        one_error(ValueError, "Loss `twice` " + WEIGHTS, "`{'objective': 2.0}`", "tensors: forget"),
+        one_error(
+            ValueError, "Loss `twice` " + WEIGHTS, "`{'objective': 2.0}`", "Pass weights of: forget"
+        ),
     ):
         recorder.backward(**losses, twice={"objective": 2.0})
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -126,7 +129,7 @@ def test_weights_are_not_of_weights(tmp_path: Path, terms: dict[str, float]) -> 
 def test_a_bad_first_loss_does_not_decide_what_the_run_holds(tmp_path: Path) -> None:
     model, optimizer = started()
     with Recorder(model, tmp_path / "a.h5") as recorder:
-        with one_error(ValueError, "Loss `other` should be finite"):
+        with one_error(NotFinite, "Loss `other` should be finite"):
             recorder.backward(objective=loss_of(model), other=loss_of(model) * math.nan)
         assert not (tmp_path / "a.h5").exists()
         take_step(model, optimizer, recorder)

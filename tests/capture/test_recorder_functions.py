@@ -472,7 +472,7 @@ def no_graph(model: nn.Module) -> Tensor:
 RETURNS = (
     r"Loss `retain` should be a function that returns a scalar tensor with a graph. Found o.. "
 )
-ASKED = r"Loss `retain` should be a function without arguments that returns it. Found "
+ASKED = r"Loss `retain` should be given by a function without arguments. Found "
 BAD: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "a float": (lambda m: lambda: 1.5, TypeError, RETURNS + "that returned `float`. Return the"),
     "nothing": (lambda m: lambda: None, TypeError, RETURNS + "that returned `NoneType`. Return"),
@@ -591,7 +591,10 @@ def test_nothing_is_recorded_or_rectified_inside_of_a_loss(asks: str, tmp_path: 
         (lambda: 3, "`weights` should be tensors by name, .* Found `int`. Pass what"),
         (lambda: {"x": 1.0}, "`weights` should be tensors by name, .* Found `float`. Pass what"),
         ({"x": [1.0]}, "`weights` should be tensors by name, .* Found `list`. Pass what"),
-        (lambda batch: {}, r"`weights` should be a function without .* Found .* `\(batch\)`"),
+        (
+            lambda batch: {},
+            r"`weights` should be given by a function without .* Found .* `\(batch\)`",
+        ),
     ],
 )
 @pytest.mark.parametrize("asked", [False, True])

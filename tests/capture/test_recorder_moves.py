@@ -400,13 +400,23 @@ def test_scores_sum_over_what_is_stepped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("update", [True, False])
-def test_an_optimizer_that_climbs_is_refused(update: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("climbs", "said"),
+    [
+        ({"maximize": True}, r"`maximize` of SGD should be False.* Found .*Negate"),
+        ({"lr": -0.1}, r"rate of SGD should not be negative.* Found -0\.1.* Negate"),
+    ],
+)
+def test_an_optimizer_that_climbs_is_refused(
+    climbs: dict[str, Any], said: str, update: bool, tmp_path: Path
+) -> None:
     model = network()
     before = copy.deepcopy(model)
-    optimizer = SGD(model.parameters(), lr=0.1, maximize=True)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0].update(climbs)
     with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
         recorder.backward(objective=risk(model, batch(0)))
-        with pytest.raises(ValueError, match=r"`maximize` of SGD should be False.* Found .*Negate"):
+        with pytest.raises(ValueError, match=said):
             optimizer.step()
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)

@@ -300,7 +300,7 @@ def test_a_name_that_no_file_can_hold_is_refused(name: str, tmp_path: Path) -> N
     assert len(open_run(path).steps) == 1
     if name in ("a\0", "a\ud800"):
         odd = nn.ParameterDict({name: nn.Parameter(torch.ones(2))})
-        with pytest.raises(ValueError, match=r"names that a file can hold.* Found 'a\\"):
+        with pytest.raises(ValueError, match=r"names that a file can hold.* Found `a\\"):
             Recorder(odd, tmp_path / "odd.h5")
 
 

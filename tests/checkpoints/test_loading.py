@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
 
+from geffect import open_run
 from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading as folders
 from geffect.checkpoints.estimators import full, same_batch
@@ -287,3 +288,49 @@ def test_weights_that_are_not_whole_are_one_error(
         loader.load(in_pieces(tmp_path / "checkpoint-1", 3))
     with pytest.raises(ValueError, match=r"checkpoint-2` should .* Found.*[Ss]ave"):
         loader.load(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_named(
+    value: float, adapters: Path, tmp_path: Path
+) -> None:
+    """Of a checkpoint, the one after it, a reference, a base and an adapter."""
+    for seed in (1, 2):
+        tiny.llama(seed=seed).save_pretrained(tmp_path / f"checkpoint-{seed}")
+    model = tiny.llama(seed=3)
+    model.model.norm.weight.data[1] = value
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    model.save_pretrained(tmp_path / "base")
+    says = r"checkpoint-3` should hold finite weights. Found .* `model.norm.weight`.* Leave it out"
+    loader = Loader()
+    with pytest.raises(ValueError, match=says):
+        loader.load(tmp_path / "checkpoint-3")
+    loader.load(tmp_path / "checkpoint-1")
+    for read in (loader.change, loader.load):
+        with pytest.raises(ValueError, match=says):
+            read(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match=says):
+        folders.model_of(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="base` should hold finite weights"):
+        Loader(base=tmp_path / "base").load(adapters / "checkpoint-8")
+    shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")
+    file = tmp_path / "checkpoint-8" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[next(iter(tensors))][0] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"checkpoint-8` should hold finite weights.* `.*lora_"):
+        Loader(base=adapters / "base").load(tmp_path / "checkpoint-8")
+
+
+def test_a_loss_that_is_not_finite_names_its_checkpoint(tmp_path: Path) -> None:
+    """Of finite weights, that no training stands behind whose learning rate could be lowered."""
+    for step, scale in ((1, 1.0), (2, 1e38)):
+        model = tiny.llama(seed=step)
+        model.lm_head.weight.data *= scale
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match=r"checkpoint-2` should have finite losses. Found .* out"):
+        replay(
+            [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"], tmp_path / "run.h5",
+            objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch,
+        )  # fmt: skip
+    assert open_run(tmp_path / "run.h5").state == "open"

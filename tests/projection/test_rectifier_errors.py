@@ -290,20 +290,30 @@ def test_an_optimizer_that_needs_a_closure(place: str) -> None:
         made(place, model, torch.optim.LBFGS(model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("climbs", "said"),
+    [
+        (
+            {"maximize": True},
+            r"`maximize` of SGD should be False.* Found `maximize = True`.* Negate the loss",
+        ),
+        ({"lr": -LR}, r"rate of SGD should not be negative.* Found -.* Negate the loss"),
+    ],
+)
 @pytest.mark.parametrize("place", PLACES)
-def test_an_optimizer_that_climbs(place: str) -> None:
+def test_an_optimizer_that_climbs(place: str, climbs: dict[str, Any], said: str) -> None:
     """Its steps go up along a gradient, so that what is guarded would be the wrong side."""
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, maximize=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer.param_groups[0].update(climbs)
     rectifier = made(place, model, None)
-    said = r"`maximize` of SGD should be False.* Found `maximize = True`.* Negate the loss"
     with pytest.raises(ValueError, match=said):
         rectifier.attach(optimizer)
     with pytest.raises(ValueError, match=said):
         Rectifier(model, **PLACES[place], optimizer=optimizer)
-    optimizer.param_groups[0]["maximize"] = False
+    optimizer.param_groups[0].update(maximize=False, lr=LR)
     rectifier.attach(optimizer)
-    optimizer.param_groups[0]["maximize"] = True  # found out before anything is taken in
+    optimizer.param_groups[0].update(climbs)  # found out before anything is taken in
     with pytest.raises(ValueError, match=said):
         backward(rectifier, model)
     assert all(p.grad is None for p in model.parameters())

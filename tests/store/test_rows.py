@@ -329,9 +329,9 @@ def test_tables_are_kept_whenever_they_come(
 @pytest.mark.parametrize(
     ("name", "columns", "found"),
     [
-        ("a/b", {"x": [""]}, "Found 'a/b'"),
-        ("a", {"..": [""]}, r"Found '\.\.'"),
-        ("a", {"": [""]}, "Found ''"),
+        ("a/b", {"x": [""]}, "Found `a/b`"),
+        ("a", {"..": [""]}, r"Found `\.\.`"),
+        ("a", {"": [""]}, "Found ``"),
         ("a", {"x": ["", ""], "y": np.zeros(1)}, "Found {'x': 2, 'y': 1}"),
         ("a", {"x": np.array([object()])}, "array of numbers, or a list of texts"),
         ("a", {"x": ["nul \0"]}, "without NUL"),

@@ -31,6 +31,20 @@ def test_deepspeed_is_refused_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "run.h5").exists()
 
 
+def test_a_learning_rate_that_turns_negative_is_refused_at_its_step(tmp_path: Path) -> None:
+    def turn(optimizer: Any, **_: Any) -> None:
+        optimizer.param_groups[0]["lr"] = -0.1
+
+    model = tiny.llama()
+    training = trainer(
+        tmp_path, model, At("on_step_begin", 1, turn),
+        GEffectCallback(tmp_path / "run.h5", probes=PROBES),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"rate of AdamW should not be negative.* Found -0\.1"):
+        training.train()
+    assert open_run(tmp_path / "run.h5").steps.tolist() == [0]
+
+
 def layerwise(model: nn.Module) -> Any:
     inner = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
     return LayerWiseDummyOptimizer(optimizer_dict=inner, lr=0.1)
@@ -138,7 +152,7 @@ def without(name: str) -> dict[str, Any]:
 DATA: dict[str, tuple[Any, str]] = {
     "path": ("facts.jsonl", r"Found `str`.*geffect\.data\.examples\.read"),
     "path object": (Path("facts.jsonl"), r"Found `PosixPath`.*read"),
-    "empty": ([], "should have a batch each time"),
+    "empty": ([], "should yield a batch in each pass"),
     "no mappings": ([torch.ones(3)], "should map names to tensors.*Found `Tensor`"),
     "lists": ([{k: v.tolist() for k, v in tiny.batch(0).items()}], "Found `list` as its `input"),
     "no labels": ([without("labels")], "should have `labels`.*the keys input_ids, attention_mask"),
