@@ -11,6 +11,9 @@ from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of
 from .alignment import predicts_next, unwrapped
 from .packing import check_apart
 
+TOLD = 4
+"""Labels that tell a shift: fewer may be the next token by chance."""
+
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """log p of every label, `Float[sample, position]`, and the mask of what is scored.
@@ -101,8 +104,9 @@ def nll(model: Any, batch: Batch) -> Tensor:
     """The risk R: negative log-likelihood of the scored tokens, token mean, in nats per token.
 
     R = -(1/N) sum_i log p_i over the N labels that are not -100, in float32 or finer. For an
-    encoder-decoder that is the model's own loss. Raises a ValueError for a model that is neither
-    causal nor an encoder-decoder, and for a batch in which nothing is scored.
+    encoder-decoder such as T5 that is the model's own loss; what others add to theirs, as
+    ProphetNet does, is no part of it. Raises a ValueError for a model that is neither causal nor an
+    encoder-decoder, for a batch in which nothing is scored, and for labels that are shifted.
 
     >>> from types import SimpleNamespace
     >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
@@ -142,7 +146,25 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             f"{tuple(labels.shape)} for `{type(unwrapped(model)).__name__}`. The risk of other "
             "models than language models is yours to compute: pass it as a loss."
         )
-    return labels[:, 1:] if is_next else labels
+    if not is_next:
+        return labels
+    if _are_shifted(labels, batch.get("input_ids")):
+        raise ValueError(
+            "`labels` should stand at their own tokens, as in `input_ids`: the risk shifts them. "
+            "Found labels that are each the next token, shifted already. Pass a copy of "
+            "`input_ids` with -100 where a token is not scored."
+        )
+    return labels[:, 1:]
+
+
+def _are_shifted(labels: Tensor, tokens: Tensor | None) -> bool:
+    """Whether all labels are the next token, too many of them by chance, and not their own."""
+    if tokens is None or tokens.shape != labels.shape:
+        return False
+    scored = labels[:, :-1] != IGNORED
+    own, following = labels[:, :-1] == tokens[:, :-1], labels[:, :-1] == tokens[:, 1:]
+    told = (scored & following & ~own).sum() >= TOLD
+    return bool(told & (following | ~scored).all())
 
 
 def _without_answer(name: str, samples: int) -> ValueError:

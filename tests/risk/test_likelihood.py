@@ -8,6 +8,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import ProphetNetConfig, ProphetNetForConditionalGeneration
 
 from geffect import Rectifier
 from geffect.objectives import NPO, FrozenModel, GradDiff, SharedForward, WeightedGradientAscent
@@ -78,6 +79,42 @@ def test_an_encoder_decoder_is_scored_where_its_labels_are(make: Any, decoder_in
     found = reference.gradient(model, nll(model, batch))
     for name, expected in reference.gradient(model, own).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_prophetnet_adds_to_its_own_loss_is_no_part_of_a_risk() -> None:
+    config = ProphetNetConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, encoder_ffn_dim=16, num_encoder_layers=1,
+        num_encoder_attention_heads=2, decoder_ffn_dim=16, num_decoder_layers=1,
+        num_decoder_attention_heads=2, num_buckets=8, relative_max_distance=16,
+        decoder_start_token_id=2, eps=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ProphetNetForConditionalGeneration(config).eval()
+    batch = tiny.translation(1)
+    exact = torch.stack([p for row in naive_unshifted(model, batch) for p in row])
+    torch.testing.assert_close(nll(model, batch).double(), -exact.mean(), rtol=1e-6, atol=0)
+    assert (model(**batch).loss - nll(model, batch)).abs() > 1e-4
+    model.disable_ngram_loss, config.eps = True, 0.0
+    torch.testing.assert_close(nll(model, batch), model(**batch).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("last", [-100, 0, 5])
+def test_labels_that_are_shifted_already_are_refused(rows: int, last: int) -> None:
+    """As nanoGPT and the decoder of BART take them: the risk would be of the token behind."""
+    batch = tiny.batch(1, rows=rows, length=12)
+    own = batch["input_ids"].clone()
+    shifted = torch.cat([own[:, 1:], torch.full((rows, 1), last)], dim=1)
+    asked = shifted.where(torch.arange(12) > 4, torch.tensor(-100))
+    for labels in (shifted, asked):
+        for ask in (nll, lambda model, b: check_answers(model, {"forget": b})):
+            with pytest.raises(ValueError, match=r"should stand at their own tokens.* Found .* co"):
+                ask(tiny.llama(), {**batch, "labels": labels})
+    alike = torch.full((2, 9), 5)
+    same = {"input_ids": alike, "attention_mask": torch.ones_like(alike), "labels": alike}
+    other = own.where(torch.arange(12) % 3 > 0, torch.tensor(7))  # scored on another token
+    for fine in (same, {**batch, "labels": own}, {**batch, "labels": other}):
+        torch.testing.assert_close(nll(tiny.llama(), fine), reference.nll(tiny.llama(), fine))
 
 
 @pytest.mark.parametrize("make", [tiny.t5, tiny.bart])
