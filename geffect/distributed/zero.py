@@ -48,6 +48,13 @@ class _Buffers(Protocol):
     def group_of(self, parameter: Tensor) -> int:
         """Which of the optimizer's groups of parameters has it."""
 
+    @property
+    def passed(self) -> bool:
+        """Whether the engine has made a backward pass since `begin`, or its step."""
+
+    def begin(self) -> None:
+        """Have the next backward pass be the first of a step."""
+
     def clear(self) -> None:
         """Forget gradients: the next pass adds to none."""
 
@@ -98,6 +105,7 @@ class Shards:
                 "engine once for each loss, or train at stage 2."
             )
         self._check_in_place()
+        self._check_alone()
         boundary = engine._is_gradient_accumulation_boundary
         reduces = self.stage > 1 or engine.is_gradient_accumulation_boundary()
         try:
@@ -115,7 +123,9 @@ class Shards:
                 p: (p.grad, getattr(p, "grad_accum", None)) for p in self.stand_ins
             }
             zero.zero_grad(set_to_none=True)
+            self._buffers.begin()
             return
+        self._buffers.begin()
         for parameter, stand_in in self.stand_ins.items():
             # A copy, in the type in which the engine would add up those of micro-batches.
             stand_in.grad = self._buffers.grad(parameter).to(
@@ -137,6 +147,8 @@ class Shards:
 
     def write_and_step(self, *args: Any, **kwargs: Any) -> None:
         """Have the engine step with the gradients in the stand-ins' `.grad`; none is zero."""
+        if self._writes:
+            self._check_alone()
         for parameter, stand_in in self.stand_ins.items():
             kept, grad = self._buffers.grad(parameter), stand_in.grad
             if grad is None:
@@ -172,6 +184,14 @@ class Shards:
         _pieces[stand_in] = self._buffers.piece(parameter)
         _shards_of[stand_in] = _shards_of[parameter] = ref(self)
         return stand_in
+
+    def _check_alone(self) -> None:
+        if self._buffers.passed:
+            raise RuntimeError(
+                "All losses of a step should be passed to the recorder or rectifier. Found a "
+                "backward pass of the engine besides, whose gradient would be lost. Pass that "
+                "loss too, as a part of the objective."
+            )
 
     def _check_in_place(self) -> None:
         for parameter, stand_in in self.stand_ins.items():
@@ -324,10 +344,17 @@ class _OfStages1And2:
         groups = self.zero.bit16_groups
         return next(i for i, group in enumerate(groups) if any(p is parameter for p in group))
 
+    @property
+    def passed(self) -> bool:
+        return bool(self.zero.micro_step_id >= 0)
+
+    def begin(self) -> None:
+        self.zero.micro_step_id = -1
+
     def clear(self) -> None:
         zero = self.zero
         zero.zero_grad(set_to_none=True)
-        zero.micro_step_id = -1
+        self.begin()
         if zero.cpu_offload:
             zero.reset_cpu_buffers()
             zero._offload_accumulated_param_ids = set()
@@ -386,6 +413,14 @@ class _OfStage3:
 
     def group_of(self, parameter: Tensor) -> int:
         return int(self.zero.sub_group_to_group_id[self._sub_groups[id(parameter)]])
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.zero.micro_step_id > 0 or self.zero._epilogue_ran_this_backward)
+
+    def begin(self) -> None:
+        self.zero.micro_step_id = 0
+        self.zero._epilogue_ran_this_backward = False
 
     def clear(self) -> None:
         zero = self.zero

@@ -241,7 +241,7 @@ def facts() -> dict[str, Any]:
     def refuse(name: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             said[name] = str(error)
 
     def share_a_forward() -> None:
@@ -252,6 +252,15 @@ def facts() -> dict[str, Any]:
     losses = {"objective": {"forget": -1.0}, **risks(made, 0)}
     refuse("accumulate", lambda: Rectifier(made).backward(accumulate=True, **losses))
     other = engine("stage 2")
+    for kind, made_anew in (("stage 2", engine("stage 2")), ("stage 3", engine("stage 3"))):
+        rectifier = Rectifier(made_anew)
+
+        def besides(made: Any = made_anew, rectifier: Rectifier = rectifier) -> None:
+            rectifier.backward(objective={"forget": -1.0}, **risks(made, 0))
+            made.backward(risks(made, 1)["retain"])
+            made.step()
+
+        refuse(f"besides at {kind}", besides)
     refuse("module", lambda: trainable(other.module))
     state = Rectifier(other).state_dict()
     refuse("pieces", lambda: Rectifier(made).load_state_dict(state))
@@ -270,6 +279,8 @@ def test_what_a_process_holds_and_what_is_refused() -> None:
         assert first["held"][name] <= -(-parameter.numel // 2)
     for name, pattern in {
         "shared": "a forward of its own at ZeRO stage 3",
+        "besides at stage 2": "Found a backward pass of the engine besides",
+        "besides at stage 3": "Found a backward pass of the engine besides",
         "accumulate": "`accumulate = False`. Found True",
         "module": "Pass what `deepspeed.initialize` gave",
         "pieces": "pieces that the engine gives this process",
