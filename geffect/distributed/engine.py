@@ -23,6 +23,7 @@ __all__ = [
 def is_in_engine(tensor: Tensor) -> bool:
     """Whether an engine trains the parameter, or what stands for it.
 
+    >>> import torch
     >>> is_in_engine(torch.ones(2))
     False
     """
@@ -41,6 +42,7 @@ def backward(
 
     `name` is that of the loss in all micro-batches of a step.
 
+    >>> import torch
     >>> x = torch.ones(1, requires_grad=True)
     >>> backward([x], 3 * x.sum())
     >>> x.grad
@@ -56,6 +58,7 @@ def backward(
 def pieces(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """From where to where this process holds parameters in an engine; nothing of others.
 
+    >>> import torch
     >>> pieces({"weight": torch.ones(2)})
     {}
     """
@@ -66,6 +69,7 @@ def pieces(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
 def share_of(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
     """The loss as it counts in its step: an engine divides those of micro-batches by their number.
 
+    >>> import torch
     >>> loss = torch.ones(())
     >>> share_of([torch.ones(1)], loss) is loss
     True
@@ -94,6 +98,7 @@ def micro_batch(model: nn.Module, *, last: bool) -> Iterator[None]:
 def shares_forwards(parameters: Iterable[Tensor]) -> bool:
     """Whether several losses may be differentiated that come from one forward of their model.
 
+    >>> import torch
     >>> shares_forwards([torch.ones(2)])
     True
     """
