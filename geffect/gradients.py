@@ -448,7 +448,7 @@ def _run(
 
 
 def _taken(vector: list[Tensor | None], place: int) -> Tensor | None:
-    """The tensor of a place, of which the vector lets go; None where it has no such place."""
+    """The tensor of a place, taken out of the vector; None where it has no such place."""
     if place >= len(vector):
         return None
     tensor, vector[place] = vector[place], None

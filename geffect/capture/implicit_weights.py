@@ -19,10 +19,10 @@ def asked_with(
     weights: ImplicitWeights | None,
     check: Callable[[Mapping[str, Tensor]], None],
 ) -> tuple[dict[str, Loss], dict[str, Tensor]]:
-    """The losses, and the weights, of which a function is asked right behind the objective's first.
+    """The losses, and the weights, whose function is called right after the objective's first loss.
 
     What it shares with that loss is there then. Where no loss of the objective is a function it is
-    asked at once. It leaves no trace in the model; `check` sees what it returns.
+    called at once. It leaves no trace in the model; `check` sees what it returns.
     """
     found: dict[str, Tensor] = {}
 

@@ -106,7 +106,7 @@ def check_function(what: str, function: Callable[..., object]) -> None:
         # A module takes what its forward does.
         signature = inspect.signature(getattr(function, "forward", function))
     except (TypeError, ValueError):
-        return  # of what is no Python, none is known
+        return  # what is not written in Python has none
     try:
         signature.bind()
     except TypeError:

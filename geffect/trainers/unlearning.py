@@ -241,7 +241,8 @@ class UnlearningTrainer(Trainer):
     def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
         """The losses of a micro-batch: the objective, what it is made of, and risks beside it.
 
-        Functions, of which one is asked after the other, as far as the objective has such.
+        They are functions, called one after the other, except for parts of the objective that are
+        tensors.
         """
         self._check(model, batch)
         shared = SharedForward(model) if distributed.shares_forwards(model.parameters()) else model
