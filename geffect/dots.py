@@ -50,7 +50,7 @@ def gram(vectors: Sequence[Tensor | None]) -> Tensor:
     (100999999.0, False)
     """
     flat = _flat(vectors)
-    return _placed(_products([*flat.values()]), flat, len(vectors))
+    return placed(_products([*flat.values()]), flat, len(vectors))
 
 
 def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
@@ -71,8 +71,8 @@ def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
             SMALLEST < products[i][i] < LARGEST or not vector.any()
             for i, vector in enumerate(flat.values())
         ):
-            return _placed(torch.tensor(products, dtype=torch.float64), flat, len(vectors))
-    return _placed(_products([*flat.values()]), flat, len(vectors))
+            return placed(torch.tensor(products, dtype=torch.float64), flat, len(vectors))
+    return placed(_products([*flat.values()]), flat, len(vectors))
 
 
 def grams(parameters: Iterable[Sequence[Tensor | None]]) -> Tensor:
@@ -149,7 +149,7 @@ def _flat(vectors: Sequence[Tensor | None]) -> dict[int, Tensor]:
     return flat
 
 
-def _placed(products: Tensor, indices: Iterable[int], count: int) -> Tensor:
+def placed(products: Tensor, indices: Iterable[int], count: int) -> Tensor:
     """The inner products of the vectors at some indices among all, where the others are zero."""
     if len(products) == count:
         return products

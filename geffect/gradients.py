@@ -367,9 +367,22 @@ def peak(vector: Iterable[Tensor | None]) -> float:
 
     It tells zero and infinity, and unlike a sum of squares it neither under- nor overflows.
     """
-    parts = [dots.dense(distributed.local(t)) for t in vector if t is not None]
-    ends = [torch.stack(part.detach().aminmax()).float() for part in parts if part.numel()]
+    parts = [dots.dense(distributed.local(t)).detach() for t in vector if t is not None]
+    ends = _ends([part for part in parts if part.numel()])
     return torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
+
+
+def _ends(parts: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of few numbers, the largest of which, without signs, is that of the parts."""
+    ends, together = [], dict[tuple[torch.device, torch.dtype], list[Tensor]]()
+    for part in parts:
+        if part.device.type == "cpu":  # where a norm takes ten times as long
+            ends.append(torch.stack(part.aminmax()).float())
+        else:
+            together.setdefault((part.device, part.dtype), []).append(part)
+    return ends + [
+        torch.stack(torch._foreach_norm(alike, torch.inf)).float() for alike in together.values()
+    ]
 
 
 def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:

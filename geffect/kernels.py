@@ -6,6 +6,7 @@ every time. `geffect.devices.has_kernels` says what they are for.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -13,9 +14,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 MOST = 8
 """Vectors that a kernel reads together."""
+
+MOST_RETAIN = 3
+"""Retain gradients that one reads which takes each coordinate by itself."""
+
+TILE = 2048
+"""Coordinates that a program of such a kernel looks at."""
 
 
 def gram(vectors: Sequence[Tensor]) -> Tensor:
@@ -46,6 +54,68 @@ def _gram_of_few(vectors: Sequence[Tensor]) -> Tensor:
         places = [*vectors, *[vectors[0]] * (MOST - k)]
         _launch(_gram, len(rows), *places, rows, size, K=k, TILE=tile)
     return rows.sum(dim=0)
+
+
+KEEP, HALT, SAGO, SAGO_SUM = range(4)
+"""Forms of a new direction x, by u and the retain gradients: u; 0 where u harms one of them; alpha
+r where u harms it; the same, and u + alpha r elsewhere."""
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A direction u, and the one x that takes its place, each coordinate by itself.
+
+    u is what lies in `now`, or what `before` has that `now` has not. x is of one of the forms, and
+    0 where a mask is. All tensors are contiguous.
+    """
+
+    now: Tensor
+    before: Tensor | None
+    retain: Sequence[Tensor]
+    mask: Tensor | None
+    form: int
+    alpha: float = 0.0
+
+    def gram(self) -> Tensor:
+        """The Gram matrix of u, x and the retain gradients; after it how many coordinates differ.
+
+        `Float64[3 + retain, 3 + retain]`, with the number in the last place of the diagonal.
+        """
+        side = 3 + len(self.retain)
+        rows = self.now.new_empty(
+            triton.cdiv(self.now.numel(), TILE), side, side, dtype=torch.float64
+        )
+        self._launch(_elementwise_gram, rows)
+        return rows.sum(dim=0)
+
+    def write(self) -> None:
+        """Write x into its place: into `now`, or so that `before` has it more than `now`."""
+        self._launch(_elementwise_write, self.now)
+        increment_version(self.now)
+
+    def _launch(self, kernel: Any, out: Tensor) -> None:
+        size = self.now.numel()
+        if not size:
+            return
+        absent = self.now  # filled in, and not read
+        _launch(
+            kernel,
+            triton.cdiv(size, TILE),
+            self.now,
+            absent if self.before is None else self.before,
+            *self.retain,
+            *[absent] * (MOST_RETAIN - len(self.retain)),
+            absent if self.mask is None else self.mask.view(torch.uint8),
+            out,
+            size,
+            self.alpha,
+            R=len(self.retain),
+            FORM=self.form,
+            STEP=self.before is not None,
+            MASKED=self.mask is not None,
+            WIDE=self.now.itemsize == 8,
+            TILE=TILE,
+        )
 
 
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: int) -> None:
@@ -124,3 +194,103 @@ def _gram(
         _put(row, 5, 7, x5, x7, K)
         _put(row, 6, 7, x6, x7, K)
         _put(row, 7, 7, x7, x7, K)
+
+
+@triton.jit
+def _wide(vector, at, size, WIDE: tl.constexpr):
+    x = tl.load(vector + at, mask=at < size, other=0.0)
+    if WIDE:
+        x = x.to(tl.float64)
+    if not WIDE:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _against(x, u, r, alpha, FORM: tl.constexpr, WIDE: tl.constexpr):
+    # By signs, not by the product: that of two tiny numbers would underflow to no conflict.
+    harms = ((r > 0) & (u < 0)) | ((r < 0) & (u > 0))
+    if FORM == 1:
+        x = tl.where(harms, 0.0, x)
+    if FORM > 1:
+        instead = r * alpha
+        if WIDE:
+            instead = instead.to(tl.float64)
+        if FORM == 3:
+            x += instead
+        x = tl.where(harms, instead, x)
+    return x
+
+
+@triton.jit
+def _sides(
+    now, before, r0, r1, r2, mask, at, size, alpha, R: tl.constexpr, FORM: tl.constexpr,
+    STEP: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    u = _wide(now, at, size, WIDE)
+    if STEP:
+        u = _wide(before, at, size, WIDE) - u
+    x = u
+    if R > 0:
+        x = _against(x, u, _wide(r0, at, size, False), alpha, FORM, WIDE)
+    if R > 1:
+        x = _against(x, u, _wide(r1, at, size, False), alpha, FORM, WIDE)
+    if R > 2:
+        x = _against(x, u, _wide(r2, at, size, False), alpha, FORM, WIDE)
+    if MASKED:
+        x = tl.where(tl.load(mask + at, mask=at < size, other=0) != 0, x, 0.0)
+    return u, x
+
+
+@triton.jit
+def _elementwise_gram(
+    now, before, r0, r1, r2, mask, rows, size, alpha, R: tl.constexpr, FORM: tl.constexpr,
+    STEP: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    at = program * TILE + tl.arange(0, TILE)
+    u, x = _sides(now, before, r0, r1, r2, mask, at, size, alpha, R, FORM, STEP, MASKED, WIDE)
+    K: tl.constexpr = 3 + R
+    row = rows + program * K * K
+    differs = (x != u).to(tl.float64)
+    u = u.to(tl.float64)
+    x = x.to(tl.float64)
+    _put(row, 0, 0, u, u, K)
+    _put(row, 0, 1, u, x, K)
+    _put(row, 1, 1, x, x, K)
+    if R > 0:
+        y0 = _read(r0, at, size)
+        _put(row, 0, 2, u, y0, K)
+        _put(row, 1, 2, x, y0, K)
+        _put(row, 2, 2, y0, y0, K)
+    if R > 1:
+        y1 = _read(r1, at, size)
+        _put(row, 0, 3, u, y1, K)
+        _put(row, 1, 3, x, y1, K)
+        _put(row, 2, 3, y0, y1, K)
+        _put(row, 3, 3, y1, y1, K)
+    if R > 2:
+        y2 = _read(r2, at, size)
+        _put(row, 0, 4, u, y2, K)
+        _put(row, 1, 4, x, y2, K)
+        _put(row, 2, 4, y0, y2, K)
+        _put(row, 3, 4, y1, y2, K)
+        _put(row, 4, 4, y2, y2, K)
+    for i in tl.static_range(K - 1):
+        tl.store(row + i * K + K - 1, 0.0)
+        tl.store(row + (K - 1) * K + i, 0.0)
+    tl.store(row + K * K - 1, tl.sum(differs))
+
+
+@triton.jit
+def _elementwise_write(
+    now, before, r0, r1, r2, mask, out, size, alpha, R: tl.constexpr, FORM: tl.constexpr,
+    STEP: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    u, x = _sides(now, before, r0, r1, r2, mask, at, size, alpha, R, FORM, STEP, MASKED, WIDE)
+    differs = x != u
+    if STEP:
+        x = _wide(before, at, size, WIDE) - x
+    here = tl.load(now + at, mask=at < size, other=0.0)
+    tl.store(out + at, tl.where(differs, x.to(here.dtype), here), mask=at < size)

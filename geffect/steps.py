@@ -30,7 +30,10 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as long as others, by their bytes."""
 
 _PART = 2**18
-"""Numbers whose bits are looked at together."""
+"""Numbers whose bits are looked at together on a CPU, in whose cache they are."""
+
+_PART_ELSEWHERE = 2**22
+"""On another device, where they only have to fit the memory."""
 
 _MULTIPLIER = 6364136223846793005
 """Knuth's, of the next part of a fingerprint."""
@@ -395,7 +398,7 @@ class _FollowedStep:
         """Whether the values that this process holds are others, by index."""
         if self.before is not None:
             pairs = zip(self.parameters, self.before, strict=True)
-            return [not torch.equal(_bits(parameter), _bits(before)) for parameter, before in pairs]
+            return _differ([(_bits(parameter), _bits(before)) for parameter, before in pairs])
         versions = zip(self.parameters, self.versions, strict=True)
         changed = [parameter._version != version for parameter, version in versions]
         now = _prints([self.parameters[index] for index in self.printed])
@@ -412,8 +415,13 @@ class _FollowedStep:
 
 def _prints(tensors: Sequence[Tensor]) -> Tensor:
     """Int64[tensor], a fingerprint of what this process holds: another where one has changed."""
-    words = [_print(tensor).cpu() for tensor in tensors]
-    return torch.stack(words) if words else torch.empty(0, dtype=torch.int64)
+    prints = torch.empty(len(tensors), dtype=torch.int64)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(i)
+    for indices in by_device.values():  # each device is waited for once
+        prints[indices] = torch.stack([_print(tensors[i]) for i in indices]).cpu()
+    return prints
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -431,14 +439,29 @@ def _print(tensor: Tensor) -> Tensor:
     # Each place has a factor of its own, so that changes do not cancel: a plain sum would miss a
     # bit up here and one down there, and numbers that change places.
     factors = _factors(bits.device)
-    mixed = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for part in bits.split(_PART):
+    first, *others = bits.split(len(factors))
+    mixed = (first * factors[: len(first)]).sum()
+    for part in others:
         mixed = mixed * _MULTIPLIER + (part * factors[: len(part)]).sum()
     return mixed
 
 
 @cache
 def _factors(device: torch.device) -> Tensor:
-    """Int64[_PART], odd and at random, the same everywhere."""
+    """Int64[part], odd and at random, as many as there are numbers in a part."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(2**62, (_PART,), generator=generator, device="cpu") * 2 + 1).to(device)
+    part = _PART if device.type == "cpu" else _PART_ELSEWHERE
+    return (torch.randint(2**62, (part,), generator=generator, device="cpu") * 2 + 1).to(device)
+
+
+def _differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Whether two tensors of a pair have different values; other devices are waited for once."""
+    differs = [
+        not torch.equal(*pair) if pair[0].device.type == "cpu" else (pair[0] != pair[1]).any()
+        for pair in pairs
+    ]
+    asked = [flag for flag in differs if isinstance(flag, Tensor)]
+    if asked:
+        told = iter(torch.stack([flag.to(asked[0].device) for flag in asked]).tolist())
+        return [next(told) if isinstance(flag, Tensor) else flag for flag in differs]
+    return [bool(flag) for flag in differs]

@@ -1,14 +1,16 @@
 """Kernels against numpy in float64, run on the CPU by Triton's interpreter."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from geffect import dots
-from tests.utils.far_device import kernels_on_the_cpu
+from geffect import Rectifier, devices, dots
+from geffect.projection.elementwise import SAGO, Halt
+from tests.utils.far_device import Spread, kernels_on_the_cpu
 
 kernels = pytest.importorskip("geffect.kernels")
 
@@ -121,3 +123,71 @@ def _counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., An
         return function(*arguments, **named)
 
     return counted
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "halt, update space": {"scope": "coordinate", "space": "update"},
+    "halt, gradient space": {"scope": "coordinate"},
+    "halt and a mask": {"scope": "coordinate", "select": 0.3, "space": "update"},
+    "two sets": {"scope": "coordinate", "space": "update", "protect": ("retain", "forget")},
+    "SAGO": {"rule": SAGO(alpha=0.7), "ema": 1.0},
+    "SAGO that prefers to retain": {"rule": SAGO(alpha=0.7, prefer_retain=True), "ema": 1.0},
+}
+
+
+def trained(choice: Mapping[str, Any], dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
+    model = Spread(3, side=50).to(dtype)  # above one tile
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    rectifier = Rectifier(model, optimizer=optimizer, **choice)
+    reports = []
+    for step in range(3):
+        rectifier.backward(objective={"forget": -1.0}, **model.losses(step))
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(rectifier.report)
+    return [p.detach().clone() for p in model.parameters()], reports
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", CHOICES)
+def test_kernels_change_coordinates_as_torch_does(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    by_kernels, told = trained(CHOICES[name], dtype)
+    assert {call[0].__name__ for call in calls} >= {"_elementwise_gram", "_elementwise_write"}
+    with monkeypatch.context() as without:
+        without.setattr(devices, "has_kernels", lambda *_: False)
+        by_torch, expected = trained(CHOICES[name], dtype)
+    for a, b in zip(by_kernels, by_torch, strict=True):
+        if dtype == torch.bfloat16 and name.startswith("SAGO"):
+            # The interpreter cuts a number off where a GPU rounds it.
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=0.03)
+        else:
+            assert torch.equal(a, b)
+    for a, b in zip(told, expected, strict=True):
+        assert a.blocks == b.blocks
+        for column in dataclasses.fields(a)[1:]:
+            x, y = (torch.tensor(getattr(r, column.name)) for r in (a, b))
+            # On a CPU products are the quick ones, which are right to 1e-6 of |a||b|.
+            rounds = 1e-2 if dtype == torch.bfloat16 else 1e-6
+            within = rounds * max(a.norm_before) * max(1.0, *a.retain_norm, *a.norm_before)
+            torch.testing.assert_close(x, y, rtol=rounds, atol=within, equal_nan=True)
+
+
+def test_a_class_made_from_a_rule_has_no_kernel_of_its_own() -> None:
+    class Lesser(Halt):
+        def __call__(self, u: torch.Tensor, retain: Any) -> torch.Tensor:
+            return u / 2
+
+    assert Halt().form == ("HALT", 0.0)
+    assert Lesser().form is None
+
+
+def test_what_a_kernel_writes_counts_as_a_change() -> None:
+    now = torch.ones(3)
+    version = now._version
+    kernels.Elementwise(now, None, [-torch.ones(3)], None, kernels.HALT).write()
+    assert now.tolist() == [0.0] * 3
+    assert now._version > version

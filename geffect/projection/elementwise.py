@@ -27,6 +27,11 @@ class Elementwise(ABC):
     one_retain: ClassVar[bool] = False
     """Whether it takes one retain gradient and no more."""
 
+    @property
+    def form(self) -> tuple[str, float] | None:
+        """The form of it that kernels have, `HALT`, `SAGO` or `SAGO_SUM`, with its alpha."""
+        return None
+
     @abstractmethod
     def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
         """The new gradient, from the objective gradient and the retain gradients of a parameter.
@@ -45,6 +50,11 @@ class Halt(Elementwise):
     >>> Halt()(torch.tensor([1.0, 1.0, 0.5]), [torch.tensor([2.0, -2.0, -1.0])])
     tensor([1., 0., 0.])
     """
+
+    @property
+    def form(self) -> tuple[str, float] | None:
+        # Not of a class made from it, which may take something else.
+        return ("HALT", 0.0) if type(self) is Halt else None
 
     def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
         x = u
@@ -84,6 +94,11 @@ class SAGO(Elementwise):
                 "`alpha` of SAGO should be the weight of the retain loss, 0 or more. Found "
                 f"`alpha = {self.alpha!r}`. Pass one such as 1.0."
             )
+
+    @property
+    def form(self) -> tuple[str, float] | None:
+        name = "SAGO_SUM" if self.prefer_retain else "SAGO"
+        return (name, self.alpha) if type(self) is SAGO else None
 
     def __call__(self, u: Tensor, retain: Sequence[Tensor]) -> Tensor:
         if not retain:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from geffect import distributed, dots
+from geffect import devices, distributed, dots
 from geffect.gradients import Rectification
 from geffect.gram import inner, norm
 
@@ -21,6 +21,9 @@ from .elementwise import Elementwise
 from .rounding import enlarged, harms
 from .rules import Rule
 from .spaces import Space, Where, widened
+
+if TYPE_CHECKING:
+    from geffect import kernels
 
 Vectors = list[Tensor | None]
 
@@ -81,6 +84,10 @@ class GramAccumulator:
         if count is not None:
             products = torch.block_diag(products, count.double().reshape(1, 1))
         self._matrices[i][part] = products
+
+    def put(self, i: int, products: Tensor) -> None:
+        """Add the inner products of all of a parameter, with the number."""
+        self._matrices[i][0] = products
 
     def by_block(self) -> Tensor:
         """The Gram matrices `Float64[block, k, k]`, on the CPU."""
@@ -272,6 +279,15 @@ class Coordinates:
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""
         local = held(averages)
+        kernel = self._kernel(space, i, local, mask)
+        if kernel is not None:
+            if not self._tally.knows(i, 0):
+                found = [0, 1, *(2 + j for j, r in enumerate(local) if r is not None)]
+                count = 2 + len(local)
+                products = dots.placed(kernel.gram(), [*found, count], count + 1)
+                self._tally.put(i, products)
+            space.change(i, kernel.write)
+            return
         for part, where in enumerate(space.parts(i)):
             u, retain = space.direction(i, where), parts(local, where)
             present = [r for r in retain if r is not None]
@@ -282,6 +298,26 @@ class Coordinates:
             if not self._tally.knows(i, part):  # from before an interrupt, where u was as it was
                 self._tally.add(i, part, [u, x, *retain], count=changed.sum())
             space.replace(i, where, x, changed)
+
+    def _kernel(
+        self, space: Space, i: int, averages: Vectors, mask: Tensor | None
+    ) -> "kernels.Elementwise | None":
+        """What does it where the parameter lies, if there is a kernel for it."""
+        form = ("KEEP", 0.0) if self._rule is None else self._rule.form
+        source = space.source(i) if form is not None and any(space.parts(i)) else None
+        if form is None or source is None:
+            return None
+        retain = [r for r in averages if r is not None]
+        tensors = [t for t in (*source, *retain) if t is not None]
+        packed = all(t.is_contiguous() for t in (*tensors, *([] if mask is None else [mask])))
+        if not packed or not devices.has_kernels(*tensors):
+            return None
+        from geffect import kernels  # Triton is not everywhere
+
+        if len(retain) > kernels.MOST_RETAIN:
+            return None
+        name, alpha = form
+        return kernels.Elementwise(*source, retain, mask, getattr(kernels, name), alpha)
 
     def report(self) -> Rectification:
         """What was done."""

@@ -20,6 +20,9 @@ PART = 2**18
 """Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU
 where another one has left them."""
 
+Source = tuple[Tensor, Tensor | None]
+"""The direction is what lies in the first tensor, or what the second one has that it has not."""
+
 Where = slice | EllipsisType
 """A part of a parameter: some of its rows, or all of it."""
 
@@ -53,6 +56,12 @@ class Space(Protocol):
 
     def write(self, i: int, where: Where, x: Tensor) -> None:
         """Make it x, rounded once."""
+
+    def source(self, i: int) -> Source | None:
+        """Where a kernel finds the direction of parameter i; None where it takes more than that."""
+
+    def change(self, i: int, change: Callable[[], object]) -> None:
+        """Make a change that a kernel makes of all of parameter i; made twice, it is the same."""
 
 
 class GradientSpace:
@@ -98,6 +107,12 @@ class GradientSpace:
 
     def write(self, i: int, where: Where, x: Tensor) -> None:
         self._grad(i)[where].copy_(x * self._scale)
+
+    def source(self, i: int) -> Source | None:
+        return (self._grad(i).detach(), None) if self._scale == 1.0 else None
+
+    def change(self, i: int, change: Callable[[], object]) -> None:
+        change()
 
     def _grad(self, i: int) -> Tensor:
         grad = self._parameters[i].grad
@@ -177,6 +192,12 @@ class UpdateSpace:
     def write(self, i: int, where: Where, x: Tensor) -> None:
         after = self._parameters[i][where]
         self._make(i, partial(after.copy_, widened(self._before[i][where]) - x))
+
+    def source(self, i: int) -> Source | None:
+        return self._parameters[i], self._before[i]
+
+    def change(self, i: int, change: Callable[[], object]) -> None:
+        self._make(i, change)
 
     def undo(self) -> None:
         """Take the whole step back."""

@@ -189,3 +189,29 @@ def moved_far(model: nn.Module) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(FarTensor(parameter.detach())))
     return model
+
+
+class Spread(nn.Module):
+    """A model of so many tensors side by side, so that all of them get a gradient of one size."""
+
+    def __init__(self, tensors: int, side: int = 4) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(side, side, generator=draw)) for _ in range(tensors)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What each of them makes of x, in the mean."""
+        return torch.stack([torch.tanh(x @ weight) for weight in self.weights]).mean(dim=0)
+
+    def losses(self, step: int = 0) -> dict[str, Tensor]:
+        """Losses of a forget and a retain side, which are in conflict."""
+        draw = torch.Generator().manual_seed(step + 1)
+        first = self.weights[0]
+        sides = []
+        for _ in range(2):
+            x = torch.randn(3, len(first), generator=draw).to(first.dtype)
+            sides.append(self(FarTensor(x) if isinstance(first.detach(), FarTensor) else x))
+        forget, retain = (side.float() for side in sides)
+        return {"forget": (forget - 1).square().mean(), "retain": (retain - 1).square().mean()}
