@@ -440,7 +440,7 @@ def _print(tensor: Tensor) -> Tensor:
     # bit up here and one down there, and numbers that change places.
     factors = _factors(bits.device)
     first, *others = bits.split(len(factors))
-    mixed = (first * factors[: len(first)]).sum()
+    mixed: Tensor = (first * factors[: len(first)]).sum()
     for part in others:
         mixed = mixed * _MULTIPLIER + (part * factors[: len(part)]).sum()
     return mixed

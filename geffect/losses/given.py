@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from geffect.sources import OBJECTIVE
@@ -127,9 +128,21 @@ class NotFinite(ValueError):
         )
 
 
+def values_of(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of losses; a device that holds all of them is waited for once."""
+    devices = {loss.device for loss in losses.values()}
+    if len(devices) > 1 or torch.device("cpu") in devices or not losses:
+        return {name: finite(name, loss) for name, loss in losses.items()}
+    numbers = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]).tolist()
+    return {name: _checked(name, value) for name, value in zip(losses, numbers, strict=True)}
+
+
 def finite(name: str, loss: Tensor) -> float:
     """The value of a loss."""
-    value = loss.item()
+    return _checked(name, loss.item())
+
+
+def _checked(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise NotFinite(name, value)
     return value

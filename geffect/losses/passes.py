@@ -17,7 +17,7 @@ from geffect.hooks import BEFORE_STEPS, Hooks
 from geffect.interrupts import put_back_after
 from geffect.sources import OBJECTIVE
 
-from .given import Loss, Scalar, check_loss, finite, resolved, seeds_of, tensors_among
+from .given import Loss, Scalar, check_loss, finite, resolved, seeds_of, tensors_among, values_of
 from .graph import accumulates_once, is_compiled, needed_later_of, other_leaves, reaches
 
 
@@ -200,7 +200,7 @@ def plan(
         for name, loss in found.items()
     }
     tensors = tensors_among(given)
-    values = {name: finite(name, loss) for name, loss in tensors.items()}
+    values = values_of(tensors)
     single = seeds_of(terms)
     seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
     turns = _turns(given, terms, protected)
