@@ -368,7 +368,7 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
                 *[v for v in keeping if any(share != 0.0 for share in shares[v])],
                 *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
             ],
-            [f"{variant} {means[variant]:.0%} of steps" for variant in told],
+            [f"{variant} {_percent(means[variant])} of steps" for variant in told],
             {"mean_share_of_violating_steps": means},
         )
     ]
@@ -399,6 +399,11 @@ def _nats(value: float) -> str:
 
 def _said(value: float) -> str:
     return "no value" if math.isnan(value) else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    """In whole percents; what is less than one but not zero keeps a digit."""
+    return f"{share:.0%}" if share == 0.0 or share >= 0.01 else f"{100 * share:.1g}%"
 
 
 def _seed(seed: int, by_seed: Mapping[int, object]) -> str:

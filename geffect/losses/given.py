@@ -127,6 +127,9 @@ class NotFinite(ValueError):
             "Lower the learning rate or clip; no gradient was left and nothing was recorded."
         )
 
+    def __reduce__(self) -> tuple[type["NotFinite"], tuple[str, float]]:
+        return NotFinite, (self.name, self.value)  # the other processes raise it too
+
 
 def values_of(losses: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of losses; a device that holds all of them is waited for once."""

@@ -102,7 +102,8 @@ def hooks_left(model: nn.Module, *optimizers: torch.optim.Optimizer) -> list[obj
     kept += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
     kept += [BEFORE_STEPS.hooks, AFTER_STEPS.hooks]
     found = [hook for hooks in kept for hook in (hooks or {}).values()]
-    return [hook for hook in found if not isinstance(hook, EveryStep)]
+    # By name: a test that imports the package anew has a class of its own for each time.
+    return [hook for hook in found if type(hook).__name__ != EveryStep.__name__]
 
 
 def grads_of(model: nn.Module) -> list[Tensor | None]:
