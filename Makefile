@@ -1,5 +1,5 @@
 # make demo   set everything up and run the embedded study into runs/demo
-# make test   set everything up and run ruff, mypy and pytest on all cores; eight minutes on two
+# make test   set everything up and run ruff, mypy and pytest on all cores; ten minutes on two
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; hours on two cores
 # make stress a writer killed, and a training of every kind interrupted, more than two hundred times
