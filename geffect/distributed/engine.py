@@ -110,7 +110,7 @@ def take_over_step(parameters: Sequence[Tensor]) -> None:
     """Have an engine's next step be one with the gradients that lie in `.grad` then."""
     shards = shards_of(parameters[0])
     if shards is not None:
-        shards.watch_step(writes=True)
+        shards.take_over_step()
 
 
 def begin_micro_batch(parameters: Sequence[Tensor], *, first: bool, accumulate: bool) -> None:

@@ -74,7 +74,7 @@ class Shards:
         zero: Any = engine.optimizer
         stage = engine.zero_optimization_stage()  # type: ignore[operator]
         self._buffers: _Buffers = _OfStage3(zero) if stage == 3 else _OfStages1And2(zero)
-        self._divides, self._writes = True, False
+        self._divides = True
         self.stage = int(stage)
         self.waiting: dict[str, dict[Tensor, tuple[Tensor | None, Tensor | None]]] = {}
         self.stand_ins: dict[Tensor, Tensor] = {
@@ -132,28 +132,18 @@ class Shards:
                 zero.gradient_accumulation_dtype, copy=True
             )
 
-    def watch_step(self, *, writes: bool) -> None:
-        """Have the engine's next step be one of `optimizer`.
-
-        It `writes` what lies in the stand-ins' `.grad` then, or leaves the engine its own.
-        """
-        self._writes = writes
+    def take_over_step(self) -> None:
+        """Have the engine's next step be one of `optimizer`, with what lies in `.grad` then."""
         self.engine.optimizer.step = self._step
-
-    def look(self) -> None:
-        """Show in the stand-ins' `.grad` the gradient that the engine has come to itself."""
-        for parameter, stand_in in self.stand_ins.items():
-            stand_in.grad = self._buffers.grad(parameter)
 
     def write_and_step(self, *args: Any, **kwargs: Any) -> None:
         """Have the engine step with the gradients in the stand-ins' `.grad`; none is zero."""
-        if self._writes:
-            self._check_alone()
+        self._check_alone()
         for parameter, stand_in in self.stand_ins.items():
             kept, grad = self._buffers.grad(parameter), stand_in.grad
             if grad is None:
                 kept.zero_()
-            elif grad.data_ptr() != kept.data_ptr():
+            else:
                 kept.copy_(grad)
         self._buffers.settle(list(self.stand_ins))
         type(self.engine.optimizer).step(self.engine.optimizer, *args, **kwargs)
@@ -169,8 +159,6 @@ class Shards:
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
         self.optimizer.refresh()
-        if not self._writes:
-            self.look()
         self.optimizer.step(*args, **kwargs)
         del self.engine.optimizer.step
         for stand_in in self.stand_ins.values():
@@ -314,6 +302,8 @@ class _OfStages1And2:
 
     def __init__(self, zero: Any) -> None:
         self._zero = ref(zero)
+        groups = enumerate(zero.bit16_groups)
+        self._groups = {id(p): i for i, group in groups for p in group}
 
     @property
     def zero(self) -> Any:
@@ -341,8 +331,7 @@ class _OfStages1And2:
         return kept.detach().view(-1)
 
     def group_of(self, parameter: Tensor) -> int:
-        groups = self.zero.bit16_groups
-        return next(i for i, group in enumerate(groups) if any(p is parameter for p in group))
+        return self._groups[id(parameter)]
 
     @property
     def passed(self) -> bool:
