@@ -242,9 +242,11 @@ class Window:
         if before is not None:
             before.check_followed(passes.weights)
         collector = self.of.recording.collector(self.number, passes.weights)
-        sums: dict[str, list[Tensor | None]] = {name: [] for name in passes.names}
-        for vector in sums.values():
-            vector.extend([None] * len(parameters))
+        sums: dict[str, list[Tensor | None]] = {
+            name: [None] * len(parameters) for name in passes.names
+        }
+        earlier = {} if before is None else before.vectors
+        is_whole = last and before is None  # this micro-batch is all of the window
 
         def keep(place: int, tensors: Mapping[str, Tensor | None]) -> None:
             for name, tensor in tensors.items():
@@ -255,7 +257,7 @@ class Window:
                 parameters,
                 passes,
                 collector.take if last else keep,
-                earlier=None if last and before is None else before.vectors if before else {},
+                earlier=None if is_whole else earlier,
             )
         losses = passes.losses
         if before is not None:
