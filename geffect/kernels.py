@@ -137,46 +137,37 @@ def _put(row, i: tl.constexpr, j: tl.constexpr, x, y, K: tl.constexpr):
 
 
 @triton.jit
-def _gram(
-    v0, v1, v2, v3, v4, v5, v6, v7, rows, size, K: tl.constexpr, TILE: tl.constexpr
+def _put_triangle(
+    row, x0, x1, x2, x3, x4, x5, x6, x7, N: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    at = program * TILE + tl.arange(0, TILE)
-    row = rows + program * K * K
-    x0 = _read(v0, at, size)
+    # The products of the first N of them, into a matrix of K rows.
     _put(row, 0, 0, x0, x0, K)
-    if K > 1:
-        x1 = _read(v1, at, size)
+    if N > 1:
         _put(row, 0, 1, x0, x1, K)
         _put(row, 1, 1, x1, x1, K)
-    if K > 2:
-        x2 = _read(v2, at, size)
+    if N > 2:
         _put(row, 0, 2, x0, x2, K)
         _put(row, 1, 2, x1, x2, K)
         _put(row, 2, 2, x2, x2, K)
-    if K > 3:
-        x3 = _read(v3, at, size)
+    if N > 3:
         _put(row, 0, 3, x0, x3, K)
         _put(row, 1, 3, x1, x3, K)
         _put(row, 2, 3, x2, x3, K)
         _put(row, 3, 3, x3, x3, K)
-    if K > 4:
-        x4 = _read(v4, at, size)
+    if N > 4:
         _put(row, 0, 4, x0, x4, K)
         _put(row, 1, 4, x1, x4, K)
         _put(row, 2, 4, x2, x4, K)
         _put(row, 3, 4, x3, x4, K)
         _put(row, 4, 4, x4, x4, K)
-    if K > 5:
-        x5 = _read(v5, at, size)
+    if N > 5:
         _put(row, 0, 5, x0, x5, K)
         _put(row, 1, 5, x1, x5, K)
         _put(row, 2, 5, x2, x5, K)
         _put(row, 3, 5, x3, x5, K)
         _put(row, 4, 5, x4, x5, K)
         _put(row, 5, 5, x5, x5, K)
-    if K > 6:
-        x6 = _read(v6, at, size)
+    if N > 6:
         _put(row, 0, 6, x0, x6, K)
         _put(row, 1, 6, x1, x6, K)
         _put(row, 2, 6, x2, x6, K)
@@ -184,8 +175,7 @@ def _gram(
         _put(row, 4, 6, x4, x6, K)
         _put(row, 5, 6, x5, x6, K)
         _put(row, 6, 6, x6, x6, K)
-    if K > 7:
-        x7 = _read(v7, at, size)
+    if N > 7:
         _put(row, 0, 7, x0, x7, K)
         _put(row, 1, 7, x1, x7, K)
         _put(row, 2, 7, x2, x7, K)
@@ -194,6 +184,31 @@ def _gram(
         _put(row, 5, 7, x5, x7, K)
         _put(row, 6, 7, x6, x7, K)
         _put(row, 7, 7, x7, x7, K)
+
+
+@triton.jit
+def _read_if(there: tl.constexpr, vector, at, size, instead):
+    x = instead
+    if there:
+        x = _read(vector, at, size)
+    return x
+
+
+@triton.jit
+def _gram(
+    v0, v1, v2, v3, v4, v5, v6, v7, rows, size, K: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    at = program * TILE + tl.arange(0, TILE)
+    x0 = _read(v0, at, size)
+    x1 = _read_if(K > 1, v1, at, size, x0)
+    x2 = _read_if(K > 2, v2, at, size, x0)
+    x3 = _read_if(K > 3, v3, at, size, x0)
+    x4 = _read_if(K > 4, v4, at, size, x0)
+    x5 = _read_if(K > 5, v5, at, size, x0)
+    x6 = _read_if(K > 6, v6, at, size, x0)
+    x7 = _read_if(K > 7, v7, at, size, x0)
+    _put_triangle(rows + program * K * K, x0, x1, x2, x3, x4, x5, x6, x7, K, K)
 
 
 @triton.jit
@@ -255,27 +270,10 @@ def _elementwise_gram(
     differs = (x != u).to(tl.float64)
     u = u.to(tl.float64)
     x = x.to(tl.float64)
-    _put(row, 0, 0, u, u, K)
-    _put(row, 0, 1, u, x, K)
-    _put(row, 1, 1, x, x, K)
-    if R > 0:
-        y0 = _read(r0, at, size)
-        _put(row, 0, 2, u, y0, K)
-        _put(row, 1, 2, x, y0, K)
-        _put(row, 2, 2, y0, y0, K)
-    if R > 1:
-        y1 = _read(r1, at, size)
-        _put(row, 0, 3, u, y1, K)
-        _put(row, 1, 3, x, y1, K)
-        _put(row, 2, 3, y0, y1, K)
-        _put(row, 3, 3, y1, y1, K)
-    if R > 2:
-        y2 = _read(r2, at, size)
-        _put(row, 0, 4, u, y2, K)
-        _put(row, 1, 4, x, y2, K)
-        _put(row, 2, 4, y0, y2, K)
-        _put(row, 3, 4, y1, y2, K)
-        _put(row, 4, 4, y2, y2, K)
+    y0 = _read_if(R > 0, r0, at, size, u)
+    y1 = _read_if(R > 1, r1, at, size, u)
+    y2 = _read_if(R > 2, r2, at, size, u)
+    _put_triangle(row, u, x, y0, y1, y2, u, u, u, 2 + R, K)
     for i in tl.static_range(K - 1):
         tl.store(row + i * K + K - 1, 0.0)
         tl.store(row + (K - 1) * K + i, 0.0)
