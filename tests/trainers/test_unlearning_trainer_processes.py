@@ -14,7 +14,7 @@ from geffect.objectives import NPO, GradDiff
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny, two_ranks
 from tests.utils.trainers import Sharding, whole
-from tests.utils.unlearning_runs import arguments
+from tests.utils.unlearning_runs import alike_items, arguments
 
 
 class ShardingUnlearning(Sharding, UnlearningTrainer):
@@ -35,28 +35,17 @@ RUNS = [
 ]
 
 
-def items(count: int, seed: int) -> list[dict[str, Any]]:
-    """Samples with as many answer tokens each: means of means are the mean."""
-    rows = []
-    for i in range(count):
-        item = {name: value[0] for name, value in tiny.batch(seed + i, rows=1).items()}
-        item["labels"] = item["input_ids"].clone()
-        item["labels"][:4] = -100
-        rows.append(item)
-    return rows
-
-
 def end(folder: Path, kind: type[UnlearningTrainer], rectified: str, **options: Any) -> Any:
     """The parameters after training, and what evaluation then says."""
     model: Any = tiny.llama()
     model.model.layers = model.model.layers[:1]  # parts are slow to put together on a CPU
-    data = {"forget": items(12, 0), "retain": items(14, 100)}
+    data = {"forget": alike_items(12, 0), "retain": alike_items(14, 100)}
     path = folder / f"{rectified}.h5"
     trainer = kind(
         model,
         arguments(folder, max_grad_norm=0.5, num_train_epochs=1, **options),
         objective=GradDiff(forget=NPO(beta=0.1), weight=0.01),
-        eval_dataset={"odd": items(5, 200)},
+        eval_dataset={"odd": alike_items(5, 200)},
         rectifier=RECTIFIERS[rectified](model),
         recorder=None if rectified == "ordinary" else partial(Recorder, path=path),
         **data,

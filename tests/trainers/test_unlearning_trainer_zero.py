@@ -16,23 +16,12 @@ from geffect.objectives import NPO, GradDiff
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny, two_ranks
 from tests.utils.engines import loaded, whole_parameters
-from tests.utils.unlearning_runs import arguments
+from tests.utils.unlearning_runs import alike_items, arguments
 
 pytest.importorskip("deepspeed")
 
 RECTIFIED: dict[str, Any] = {"gradient": {}, "update": {"space": "update"}}
 CASES = [(space, window) for space in RECTIFIED for window in (1, 2)]
-
-
-def items(count: int, seed: int) -> list[dict[str, Any]]:
-    """Samples with as many answer tokens each: means of means are the mean."""
-    rows = []
-    for i in range(count):
-        item = {name: value[0] for name, value in tiny.batch(seed + i, rows=1).items()}
-        item["labels"] = item["input_ids"].clone()
-        item["labels"][:4] = -100
-        rows.append(item)
-    return rows
 
 
 def trainer_of(
@@ -57,8 +46,8 @@ def trainer_of(
         objective=GradDiff(forget=NPO(beta=0.1), weight=0.01),
         rectifier=Rectifier(model, **RECTIFIED[space]),
         recorder=partial(Recorder, path=folder / "run.h5"),
-        forget=items(12, 0),
-        retain=items(14, 100),
+        forget=alike_items(12, 0),
+        retain=alike_items(14, 100),
     )  # fmt: skip
 
 

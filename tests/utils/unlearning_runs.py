@@ -49,6 +49,17 @@ def items(count: int, seed: int) -> list[Item]:
     return [{name: value[0] for name, value in row.items()} for row in rows]
 
 
+def alike_items(count: int, seed: int) -> list[Item]:
+    """Samples with as many answer tokens each: means of means are the mean."""
+    rows = []
+    for i in range(count):
+        item = {name: value[0] for name, value in tiny.batch(seed + i, rows=1).items()}
+        item["labels"] = item["input_ids"].clone()
+        item["labels"][:4] = -100
+        rows.append(item)
+    return rows
+
+
 FORGET, RETAIN, WORLD = items(5, 30), items(8, 130), items(4, 230)
 """Two epochs of 3 micro-batches of a pair or two: windows of 2 and 1, and no retain item twice."""
 
