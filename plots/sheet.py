@@ -14,7 +14,7 @@ from geffect.scores import LEVEL, blocks_of, in_common
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
 from .heatmap import heatmap
 from .lines import profile, trajectory
-from .style import framed, heading, longest, new_figure, title, write_labels
+from .style import SIDE, framed, heading, longest, new_figure, title, write_labels
 
 
 def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
@@ -38,7 +38,9 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     names = levels(table[by])
     tall = -(-len(names) // columns)
     wide = -(-len(names) // tall)
-    figure = new_figure(2.9 * wide + 1.4, 2.7 * tall + 0.5)
+    units = max(len(units_in(table[table[by].astype(str) == name])) for name in names)
+    further = max(units - 1, 0)  # scales on the right of each panel
+    figure = new_figure((2.9 + 2 * SIDE * further) * wide + 1.4, (2.7 + 0.6 * further) * tall + 0.5)
     # A colour belongs to a name; categories keep it where a panel lacks some of the names.
     kept = {
         column: pd.Categorical(table[column].astype(str), those, ordered=True)

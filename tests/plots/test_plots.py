@@ -486,6 +486,20 @@ def test_panels_of_two_units_have_the_same_scales(plot, layers: list[str]) -> No
     pyplot.close(lefts[0].figure)
 
 
+@pytest.mark.parametrize(("plot", "layers"), [(profile, LAYERS), (trajectory, ["model"])])
+def test_panels_of_two_units_have_room_for_their_labels(plot, layers: list[str]) -> None:
+    table = of_two_units(layers)
+    figure = facets(stack(dict.fromkeys("abc", table), "run"), plot, "run")
+    figure.draw_without_rendering()
+    lefts = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    rights = [ax for ax in figure.axes if ax.get_ylabel().startswith("G-effect of the update")]
+    inside = [ax.get_window_extent() for ax in lefts]
+    assert all(box.width > 1.5 * figure.dpi and box.height > 1.3 * figure.dpi for box in inside)
+    for right, left in zip(rights, lefts[1:], strict=False):
+        ends = right.yaxis.label.get_window_extent().x1
+        assert ends < left.yaxis.label.get_window_extent().x0
+
+
 @pytest.mark.parametrize("plot", [heatmap, profile, trajectory, sheet])
 @pytest.mark.parametrize("value", [lambda v: v.astype(str), lambda v: v.astype(object)])
 def test_values_that_are_no_numbers_are_refused(plot, value) -> None:
