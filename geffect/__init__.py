@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import analysis, capture, effects, objectives, plots, projection, trainers
     from .capture import Recorder
-    from .checkpoints.options import ReplayOptions
     from .checkpoints.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Recorder",
     "Rectifier",
-    "ReplayOptions",
     "Run",
     "RunFileError",
     "__version__",
@@ -48,7 +46,6 @@ __all__ = [
 _HOMES = {
     "Recorder": "capture",
     "Rectifier": "projection",
-    "ReplayOptions": "checkpoints.options",
     "Run": "store",
     "RunFileError": "store",
     "open_run": "store",

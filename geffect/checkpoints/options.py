@@ -1,12 +1,12 @@
 """The options of a replay: its models, its data files, its run file."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from geffect.capture.store_options import StoreOptions
+from geffect.near import meant
 
 from .loading import Folder
 
@@ -18,58 +18,56 @@ Shown = Callable[[str, str], None]
 scored between [[ and ]]."""
 
 
-@dataclass(frozen=True)
-class ReplayOptions:
-    """The options of `geffect.replay`: its models, its data files, its run file.
+class ReplayOptions(TypedDict, total=False):
+    """The options of `geffect.replay`, each a keyword of it."""
 
-    Models:
+    reference: Folder | None
+    base: Folder | None
+    device: str | torch.device | None
+    tokenizer: Any
+    template: bool
+    max_length: int | None
+    batch_size: int
+    seed: int | None
+    update: bool
+    store: str | StoreOptions
+    metadata: Mapping[str, Any] | None
+    overwrite: bool
+    report: OnBatch | None
+    show: Shown | None
 
-    - `reference`: the model before unlearning, for an objective that compares with it; by default
-      the model that adapters are for, else the first checkpoint. Where likelihoods of the forget
-      answers are all it asks for, nothing else is kept of that model.
-    - `base`: the model that adapters are for, where it is not at the place that they name.
-    - `device`: a device of torch; by default cuda where there is one.
 
-    Data files; batches that are ready are taken as they are:
+DEFAULTS: ReplayOptions = {
+    "reference": None,
+    "base": None,
+    "device": None,
+    "tokenizer": None,
+    "template": True,
+    "max_length": None,
+    "batch_size": 4,
+    "seed": 0,
+    "update": False,
+    "store": "gram",
+    "metadata": None,
+    "overwrite": False,
+    "report": None,
+    "show": None,
+}
 
-    - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
-    - `template`, `max_length`: as for `geffect.data.examples.read`.
-    - `batch_size`: rows in a batch, at most; fewer for more batches, if the estimator needs these.
-    - `seed`: shuffles the rows; None keeps their order.
 
-    The run file:
+def resolved(options: ReplayOptions) -> ReplayOptions:
+    """All options, with their defaults where they are not given.
 
-    - `update`: also records the way to the next checkpoint, theta_{c+1} - theta_c, as the source
-      `update`, so that `predicted_change` says what it does to each risk to first order. The last
-      checkpoint has none.
-    - `store`: what is kept beside the Gram matrices, as by a `Recorder`.
-    - `metadata`: facts of yours, kept with the run.
-    - `overwrite`: replaces an existing run file.
-
-    To follow the replay:
-
-    - `report(checkpoint, done, total)` is called after each batch.
-    - `show(set, text)` is called with the first row of each file, its scored part between
-      [[ and ]].
-
-    >>> ReplayOptions(batch_size=8, update=True).store
-    'gram'
+    >>> resolved({"batch_size": 8})["seed"]
+    0
+    >>> resolved({"batchsize": 8})
+    Traceback (most recent call last):
+    TypeError: An option of `replay` should be one of reference, base, ... Found `batchsize`. ...
     """
-
-    reference: Folder | None = None
-    base: Folder | None = None
-    device: str | torch.device | None = None
-    tokenizer: Any = None
-    template: bool = True
-    max_length: int | None = None
-    batch_size: int = 4
-    seed: int | None = 0
-    update: bool = False
-    store: str | StoreOptions = "gram"
-    metadata: Mapping[str, Any] | None = None
-    overwrite: bool = False
-    report: OnBatch | None = None
-    show: Shown | None = None
-
-
-DEFAULTS = ReplayOptions()
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(
+                f"An option of `replay` should be one of {', '.join(DEFAULTS)}. Found `{name}`."
+                f"{meant(name, DEFAULTS)} Choose one of those."
+            )
+    return {**DEFAULTS, **options}

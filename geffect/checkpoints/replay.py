@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -38,7 +38,7 @@ from .loading import (
     positions_of,
     tokenizer_of,
 )
-from .options import DEFAULTS, ReplayOptions
+from .options import ReplayOptions, resolved
 from .reference import model_before, reference_of
 from .traits import Estimator, Traits, traits_of
 
@@ -55,7 +55,7 @@ def replay(
     retain: Data,
     risks: Mapping[str, Data] | None = None,
     estimator: Estimator = split_batch,
-    options: ReplayOptions = DEFAULTS,
+    **options: Unpack[ReplayOptions],
 ) -> Run:
     """The run of checkpoints that exist: one step each, with the gradients at its parameters.
 
@@ -68,8 +68,37 @@ def replay(
       Every batch is used; where a set has more of them than another, several stand together.
     - `estimator`: one of `geffect.checkpoints.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
-    - `options`: the models, how data files are read, and what the run file keeps; see
-      `ReplayOptions`.
+
+    Models:
+
+    - `reference`: the model before unlearning, for an objective that compares with it; by default
+      the model that adapters are for, else the first checkpoint. Where likelihoods of the forget
+      answers are all it asks for, nothing else is kept of that model.
+    - `base`: the model that adapters are for, where it is not at the place that they name.
+    - `device`: a device of torch; by default cuda where there is one.
+
+    Data files; batches that are ready are taken as they are:
+
+    - `tokenizer`: one, or the folder of one; by default that of the first checkpoint that has one.
+    - `template`, `max_length`: as for `geffect.data.examples.read`.
+    - `batch_size`: rows in a batch, at most, 4 by default; fewer for more batches, if the estimator
+      needs these.
+    - `seed`: shuffles the rows, 0 by default; None keeps their order.
+
+    The run file:
+
+    - `update`: also records the way to the next checkpoint, theta_{c+1} - theta_c, as the source
+      `update`, so that `predicted_change` says what it does to each risk to first order. The last
+      checkpoint has none.
+    - `store`: what is kept beside the Gram matrices, as by a `Recorder`; "gram" by default.
+    - `metadata`: facts of yours, kept with the run.
+    - `overwrite`: replaces an existing run file.
+
+    To follow the replay:
+
+    - `report(checkpoint, done, total)` is called after each batch.
+    - `show(set, text)` is called with the first row of each file, its scored part between
+      [[ and ]].
 
     Returns the run, as `geffect.open_run` does. Raises ValueError for an objective, data or
     checkpoints that do not go together.
@@ -94,20 +123,20 @@ def replay(
     """
     folders = by_step([checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints)
     given = {FORGET: forget, RETAIN: retain, **(risks or {})}
-    _check_options(options)
-    traits, keep = traits_of(estimator), kept(options.store)
-    minimised, reference = as_objective(objective), options.reference
-    _check(minimised, given, risks or {}, options.update, len(folders))
+    options = resolved(options)
+    traits, keep = traits_of(estimator), kept(options["store"])
+    minimised, reference = as_objective(objective), options["reference"]
+    _check(minimised, given, risks or {}, options["update"], len(folders))
     _check_kept(keep, traits, estimator)
     for folder in [*folders.values(), *([] if reference is None else [reference])]:
         check_folder(folder)
     first = next(iter(folders.values()))
     own_base = base_of(first)
-    _check_models(minimised, reference, options.base, own_base, first)
-    base = options.base or own_base
+    _check_models(minimised, reference, options["base"], own_base, first)
+    base = options["base"] or own_base
     configured = first if own_base is None or base is None else base
     _check_files(given, configured)
-    device = _there(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _there(options["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
     sets = _sets(given, traits, options, around, positions_of(configured), device)
     counts = {name: len(batches) for name, batches in sets.items()}
@@ -119,20 +148,20 @@ def replay(
         loader.load(first),
         path,
         metadata={
-            **(options.metadata or {}),
+            **(options["metadata"] or {}),
             "checkpoints": {str(step): folder.name for step, folder in folders.items()},
         },
         store=keep,
         steps=_rows(folders, traits, keep, counts),
-        existing=IfExists(overwrite=options.overwrite),
+        existing=IfExists(overwrite=options["overwrite"]),
         provenance={
             "rows": "matrices" if traits.matrices else ESTIMATES,
             "objective": provenance(minimised, before.described if before else None),
             "replay": {
                 "estimator": _name_of(estimator),
                 "biased": traits.biased,
-                "batch_size": options.batch_size,
-                "seed": options.seed,
+                "batch_size": options["batch_size"],
+                "seed": options["seed"],
                 "batches": counts,
                 "batches_used": traits.used(counts),
             },
@@ -141,7 +170,7 @@ def replay(
     following = [*folders.values()][1:]
     complete = False
     try:
-        recording.announce([OBJECTIVE, *sets, *([UPDATE] if options.update else [])])
+        recording.announce([OBJECTIVE, *sets, *([UPDATE] if options["update"] else [])])
         compared = reference_of(before, minimised, sets[FORGET], loader, new_loader)
         for (step, folder), after in zip_longest(folders.items(), following):
             sources = Sources(
@@ -149,9 +178,9 @@ def replay(
                 minimised,
                 sets,
                 reference=compared,
-                update=loader.change(after) if options.update and after is not None else None,
+                update=loader.change(after) if options["update"] and after is not None else None,
                 collector=partial(_collector, recording, keep, step),
-                report=partial(options.report, folder.name) if options.report else None,
+                report=partial(options["report"], folder.name) if options["report"] else None,
             )
             with _losses_of(folder):
                 for row, measured in enumerate(estimator(sources)):
@@ -173,14 +202,6 @@ def _losses_of(folder: Path) -> Iterator[None]:
             "this checkpoint out; or see whether its numbers are too large for its precision, and "
             "save it in float32."
         ) from error
-
-
-def _check_options(options: object) -> None:
-    if not isinstance(options, ReplayOptions):
-        raise TypeError(
-            f"`options` should be a ReplayOptions. Found `{type(options).__name__}`. Pass, say, "
-            "ReplayOptions(batch_size=2)."
-        )
 
 
 def _check(
@@ -314,7 +335,7 @@ def _sets(
 
     @cache
     def tokenizer() -> Any:
-        named = options.tokenizer
+        named = options["tokenizer"]
         if isinstance(named, str | os.PathLike):
             return tokenizer_of([named])
         return tokenizer_of(folders) if named is None else named
@@ -325,17 +346,17 @@ def _sets(
             items = read(
                 data,
                 tokenizer(),
-                template=options.template,
-                max_length=options.max_length,
+                template=options["template"],
+                max_length=options["max_length"],
                 positions=positions,
             )
-            if options.show is not None:
-                options.show(name, spelled(items[0], tokenizer()))
+            if options["show"] is not None:
+                options["show"](name, spelled(items[0], tokenizer()))
             data = batched(
                 items,
-                options.batch_size,
+                options["batch_size"],
                 pad_token_id=pad_token_of(tokenizer()),
-                seed=options.seed,
+                seed=options["seed"],
                 least=traits.batches,
                 even=traits.even,
             )

@@ -162,7 +162,6 @@ def command(
     from transformers.utils.logging import disable_progress_bar
 
     from geffect.checkpoints import estimators
-    from geffect.checkpoints.options import ReplayOptions
     from geffect.checkpoints.replay import replay
 
     from .progress import Told, shown
@@ -195,21 +194,19 @@ def command(
             estimator=(
                 estimators.reference_ema if reference_ema else getattr(estimators, name.value)
             ),
-            options=ReplayOptions(
-                reference=reference,
-                base=base,
-                device=device,
-                tokenizer=tokenizer,
-                template=template,
-                max_length=max_length,
-                batch_size=batch_size,
-                seed=None if reference_ema else seed,
-                update=update,
-                store=store.value,
-                overwrite=overwrite,
-                report=report,
-                show=show_row,
-            ),
+            reference=reference,
+            base=base,
+            device=device,
+            tokenizer=tokenizer,
+            template=template,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=None if reference_ema else seed,
+            update=update,
+            store=store.value,
+            overwrite=overwrite,
+            report=report,
+            show=show_row,
         )
     facts = _facts(run, output)
     if form is Format.TABLE:

@@ -19,7 +19,6 @@ from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading as folders
 from geffect.checkpoints.estimators import full, same_batch
 from geffect.checkpoints.loading import Loader
-from geffect.checkpoints.options import ReplayOptions
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO
 from tests.utils import reference, tiny
@@ -35,7 +34,7 @@ def test_one_model_is_made_and_the_weights_of_each_are_read(
     replay(
         [run_folder / f"checkpoint-{step}" for step in (5, 10, 15)], tmp_path / "run.h5",
         objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full,
-        options=ReplayOptions(update=True),
+        update=True,
     )  # fmt: skip
     assert made == [run_folder / "checkpoint-5"]
 
@@ -77,7 +76,7 @@ def test_adapters(adapters: Path, tmp_path: Path) -> None:
     run = replay(
         [adapters / "checkpoint-0", adapters / "checkpoint-8"], tmp_path / "run.h5",
         objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch,
-        options=ReplayOptions(update=True),
+        update=True,
     )  # fmt: skip
     assert run.steps.tolist() == [0, 8]
     assert all(p.module.endswith(("lora_A", "lora_B")) for p in run.layers)
@@ -153,7 +152,7 @@ def test_the_base_of_adapters_that_change_it_is_read_from_its_folder(
     run = replay(
         tmp_path / "checkpoint-2", tmp_path / "run.h5", objective=NPO(beta=0.5),
         forget=FORGET[:2], retain=RETAIN[:2], estimator=same_batch,
-        options=ReplayOptions(base=tmp_path / "base"),
+        base=tmp_path / "base",
     )  # fmt: skip
     model = peft.PeftModel.from_pretrained(
         loaded(tmp_path / "base"), tmp_path / "checkpoint-2", is_trainable=True
@@ -188,7 +187,7 @@ def test_adapters_on_head_and_embedding_are_rows_of_one_run(
     run = replay(
         [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"], tmp_path / "run.h5",
         objective=GA, forget=FORGET, retain=RETAIN, estimator=same_batch,
-        options=ReplayOptions(base=tmp_path / "base"),
+        base=tmp_path / "base",
     )  # fmt: skip
     assert run.steps.tolist() == [1, 2]
     for step, value in zip((1, 2), expected, strict=True):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from geffect.checkpoints.estimators import same_batch
-from geffect.checkpoints.options import ReplayOptions
 from geffect.checkpoints.replay import replay
 from geffect.objectives import (
     NPO,
@@ -67,7 +66,7 @@ def test_the_reference_is_asked_once_for_each_batch_and_let_go(
     replay(
         [run_folder / "checkpoint-10", run_folder / "checkpoint-15"], tmp_path / "run.h5",
         objective=NPO(), forget=FORGET, retain=RETAIN,
-        options=ReplayOptions(reference=run_folder / "checkpoint-5"),
+        reference=run_folder / "checkpoint-5",
     )  # fmt: skip
     assert len(asked) == len(FORGET)
 
@@ -75,7 +74,7 @@ def test_the_reference_is_asked_once_for_each_batch_and_let_go(
 def test_another_reference(run_folder: Path, tmp_path: Path) -> None:
     run = replay(
         run_folder / "checkpoint-10", tmp_path / "run.h5", objective=NPO(beta=0.5),
-        forget=FORGET, retain=RETAIN, options=ReplayOptions(reference=run_folder / "checkpoint-15"),
+        forget=FORGET, retain=RETAIN, reference=run_folder / "checkpoint-15",
         estimator=same_batch,
     )  # fmt: skip
     model = loaded(run_folder / "checkpoint-10")
@@ -116,8 +115,7 @@ def test_a_first_checkpoint_that_has_unlearned_is_no_reference_in_silence(
         caplog.clear()
         fine: dict[str, Any] = {"objective": NPO(), "forget": FORGET, "retain": RETAIN}
         checkpoint = given.pop("checkpoint", run_folder / "checkpoint-5")
-        options = ReplayOptions(overwrite=True, reference=given.pop("reference", None))
-        replay(checkpoint, tmp_path / "run.h5", options=options, **fine | given)
+        replay(checkpoint, tmp_path / "run.h5", overwrite=True, **fine | given)
         return caplog.text
 
     assert "`checkpoint-5` is taken" in told() and "--reference" in caplog.text

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from geffect.capture.recorder import Recorder
 from geffect.checkpoints import estimators
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
 from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
-from geffect.checkpoints.options import ReplayOptions
 from geffect.checkpoints.replay import _tell_rows, replay
 from geffect.data.collate import batched
 from geffect.data.examples import read
@@ -59,7 +58,8 @@ def test_each_step_is_a_checkpoint(run_folder: Path, tmp_path: Path, objective: 
         forget=FORGET,
         retain=RETAIN,
         estimator=same_batch,
-        options=ReplayOptions(metadata={"method": "mine"}, report=lambda *news: told.append(news)),
+        metadata={"method": "mine"},
+        report=lambda *news: told.append(news),
     )
     assert run.steps.tolist() == [5, 10, 15] and run.rows.tolist() == [4, 4, 4]
     assert run.sources == ("objective", "forget", "retain") and run.state == "complete"
@@ -101,7 +101,7 @@ def test_the_update_is_the_way_to_the_next_checkpoint(run_folder: Path, tmp_path
     run = replay(
         paths, tmp_path / "run.h5",
         objective=GA, forget=FORGET, retain=RETAIN, estimator=full,
-        options=ReplayOptions(update=True),
+        update=True,
     )  # fmt: skip
     table = predicted_change(run, by="model").set_index(["step", "risk"])["value"]
     for here, there in pairwise(paths):
@@ -168,7 +168,7 @@ def test_sides_with_several_answers_are_replayed(tmp_path: Path, estimator: Any)
     for objective in (PrefersTheAlternate(), as_objective({"forget.alternate": 2.0})):
         run = replay(
             tmp_path / "checkpoint-0", tmp_path / "run.h5", objective=objective, forget=[forget],
-            retain=[retain], estimator=estimator, options=ReplayOptions(overwrite=True),
+            retain=[retain], estimator=estimator, overwrite=True,
         )  # fmt: skip
         pair = {"forget": forget, "retain": retain}
         before = FrozenModel(copy.deepcopy(model))
@@ -233,8 +233,7 @@ def test_data_from_files(run_folder: Path, tmp_path: Path) -> None:
     rows = [{"question": "Where?", "answer": f"In {n} Paris."} for n in range(6)]
     forget, retain = written(tmp_path / "f", *rows), written(tmp_path / "r", *rows[::-1])
     given = {"objective": GA, "forget": forget, "retain": retain}
-    of_two = ReplayOptions(batch_size=2)
-    run = replay(tmp_path / "checkpoint-3", tmp_path / "run.h5", options=of_two, **given)
+    run = replay(tmp_path / "checkpoint-3", tmp_path / "run.h5", batch_size=2, **given)
     # Batches of two would be three, and one row: smaller ones make as many rows as there can be.
     assert run.manifest["replay"]["batches"] == {"forget": 6, "retain": 6}
     assert run.rows.tolist() == [3]
@@ -243,7 +242,7 @@ def test_data_from_files(run_folder: Path, tmp_path: Path) -> None:
         tmp_path / "same.h5",
         **given,
         estimator=same_batch,
-        options=of_two,
+        batch_size=2,
     )  # its bias is that of the size that was asked for
     assert same.manifest["replay"]["batches"] == {"forget": 3, "retain": 3}
     by_hand = batched(read(forget, tokenizer), 2, seed=7)
@@ -256,8 +255,7 @@ def test_data_from_files(run_folder: Path, tmp_path: Path) -> None:
     assert K[1, 2] == pytest.approx(K[1, 1], rel=1e-5) and K[1, 2] == pytest.approx(
         K[2, 2], rel=1e-5
     )
-    in_order = replace(of_two, seed=None)
-    ordered = replay(tmp_path / "checkpoint-3", tmp_path / "o.h5", options=in_order, **given)
+    ordered = replay(tmp_path / "checkpoint-3", tmp_path / "o.h5", batch_size=2, seed=None, **given)
     assert ordered.manifest["replay"]["seed"] is None
     assert not np.allclose(ordered.gram(), run.gram(), rtol=1e-3)
 
@@ -301,7 +299,7 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
     [
         ({"checkpoints": []}, "Found none"),
         ({"checkpoints": ["nowhere"]}, "Found nothing at"),
-        ({"options": ReplayOptions(reference="nowhere")}, "Found nothing at"),
+        ({"reference": "nowhere"}, "Found nothing at"),
         ({"objective": {"sun": 1.0}}, "`objective` should be of the sets forget, retain. .*sun"),
         ({"objective": {}}, "not all zero"),
         ({"objective": "magic"}, "`objective` should be one of ga, wga.* Found `magic`"),
@@ -310,16 +308,19 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
         ({"risks": {"forget": RETAIN}}, "names of their own"),
         ({"risks": {"objective.x": RETAIN}}, "names of their own"),
         ({"risks": {"forgte": RETAIN}}, "Did you mean `forget`"),
-        ({"options": {"update": True}}, r"`options` should be a ReplayOptions\. Found `dict`"),
+        (
+            {"batchsize": 2},
+            r"should be one of reference, .*Found `batchsize`\. Did you mean `batch_size`",
+        ),
         ({"estimator": "full"}, "`estimator` should be a function .* Found 'full'"),
-        ({"options": ReplayOptions(update=True)}, "two or more"),
+        ({"update": True}, "two or more"),
         ({"forget": []}, "`forget` should have a batch or more"),
         (
-            {"options": ReplayOptions(device="cuda:99")},
+            {"device": "cuda:99"},
             r"`device` should be one of this machine.*Found `cuda:99`",
         ),
         (
-            {"options": ReplayOptions(device="magic")},
+            {"device": "magic"},
             r"`device` should be one of this machine.*Found `magic`",
         ),
         ({"forget": FORGET[:1]}, "two batches or more"),
@@ -440,7 +441,7 @@ def test_sketches_are_those_of_the_mean_gradients(
             for k, name in ((0, "forget"), (50, "retain"))}  # fmt: skip
     run = replay(
         run_folder / "checkpoint-5", tmp_path / "run.h5", objective=GradDiff(), **sets,
-        estimator=estimator, options=ReplayOptions(store="sketch"),
+        estimator=estimator, store="sketch",
     )  # fmt: skip
     assert validate(run.path).whole and len(run.read("sketches", 0)) == run.rows.sum()
     model = loaded(run_folder / "checkpoint-5")
@@ -477,7 +478,7 @@ def test_drift_between_checkpoints(
     paths = [run_folder / f"checkpoint-{step}" for step in (5, 10)]
     run = replay(
         paths, tmp_path / "run.h5", objective=GA, **sets, estimator=estimator,
-        options=ReplayOptions(store=store),
+        store=store,
     )  # fmt: skip
     assert validate(run.path).whole
     table = drift(run, "forget", by="model")
@@ -501,7 +502,7 @@ def test_gradients_that_all_rows_share_are_kept_once(
     sets = {
         name: [tiny.batch(s + k) for s in range(8)] for k, name in ((0, "forget"), (50, "retain"))
     }
-    given = {"objective": GA, **sets, "options": ReplayOptions(store="bf16")}
+    given = {"objective": GA, **sets, "store": "bf16"}
     whole = replay(run_folder / "checkpoint-5", tmp_path / "f.h5", **given, estimator=full)
     assert (whole.read("stored", 0) >= 0).tolist() == [True] + [False] * 15
     assert "will take" in caplog.text
@@ -543,7 +544,7 @@ def test_the_tokenizer_of_the_base_of_an_adapter(adapters: Path, tmp_path: Path)
     shown = []
     run = replay(
         tmp_path / "checkpoint-8", tmp_path / "run.h5", objective=GA, forget=data, retain=data,
-        options=ReplayOptions(show=lambda name, text: shown.append((name, text))),
+        show=lambda name, text: shown.append((name, text)),
     )  # fmt: skip
     assert run.state == "complete"
     assert shown[0] == ("forget", "Ada[[Paris <eos>]]") and [name for name, _ in shown] == [
@@ -565,5 +566,5 @@ def test_rows_and_batches_that_are_longer_than_the_model(tmp_path: Path) -> None
         replay(tmp_path / "original", forget=data, **given)
     with pytest.raises(ValueError, match=r"batch 1 of `forget` should have at most 32 tokens"):
         replay(tmp_path / "original", forget=[FORGET[0], tiny.batch(0, length=33)], **given)
-    run = replay(tmp_path / "original", forget=data, options=ReplayOptions(max_length=32), **given)
+    run = replay(tmp_path / "original", forget=data, max_length=32, **given)
     assert run.state == "complete"

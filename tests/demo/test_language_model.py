@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from geffect.checkpoints.estimators import full
-from geffect.checkpoints.options import ReplayOptions
 from geffect.checkpoints.replay import replay
 from geffect.data.collate import collate
 from geffect.data.examples import read
@@ -217,7 +216,7 @@ def test_checkpoints_are_replayed_with_questions_and_answers_from_a_file(
         objective={"forget": -1.0},
         **files,
         estimator=full,
-        options=ReplayOptions(show=lambda name, text: shown.update({name: text})),
+        show=lambda name, text: shown.update({name: text}),
     )
     first = corpus.forget[0]
     assert shown["forget"] == f"<bos> {first.question}<sep>[[ {first.answer}<eos>]]"
