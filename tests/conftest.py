@@ -9,6 +9,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # The suite is one of the CPU: what looks for a device of CUDA or of accelerate finds none.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TRITON_INTERPRET"] = "1"  # Triton runs kernels on the CPU
 # Tiny tensors gain nothing from threads, and lose much to them where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

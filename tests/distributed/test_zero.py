@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from tests.utils import two_ranks
 from tests.utils.engines import OPTIMIZERS, SETTINGS, engine, groups, risks, whole_parameters
 from tests.utils.layouts import Small, ddp
 
-pytest.importorskip("deepspeed")
+if find_spec("deepspeed") is None:  # nothing but an engine needs to load it
+    pytest.skip("needs deepspeed", allow_module_level=True)
 
-STEPS = 3
+STEPS = 2
 ALL = list(SETTINGS)
 
 
@@ -205,7 +207,7 @@ def test_the_update_is_rectified_as_under_ddp(tmp_path: Path) -> None:
 def test_windows_of_micro_batches_are_rectified_as_under_ddp(
     optimizer: str, tmp_path: Path
 ) -> None:
-    windows = {"clip": 0.5, "windows": (3, 3, 2)}
+    windows = {"clip": 0.5, "windows": (3, 2)}
     jobs = {space: {**windows, "rectified": {"space": space}} for space in ("gradient", "update")}
     assert_same(tmp_path, jobs, optimizer=optimizer)
 

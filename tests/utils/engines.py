@@ -31,10 +31,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def loaded() -> Any:
     """DeepSpeed, on the CPU."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
+    os.environ |= {
+        "LOCAL_RANK": str(dist.get_rank()),
+        "LOCAL_SIZE": str(dist.get_world_size()),  # or a program is asked for it, many times
+    }
     import deepspeed
 
     deepspeed.logger.setLevel(logging.ERROR)
+    deepspeed.utils.nvtx.enable_nvtx = False  # every call is announced to a profiler otherwise
     # It would be compiled at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():

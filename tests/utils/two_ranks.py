@@ -30,6 +30,7 @@ PRELOADED = [
     "geffect.projection",
     "tests.utils.tiny",
     "tests.utils.trainers",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # nine tenths of what an engine loads
 ]
 GRACE = 3.0
 """How long the others have to say what they have, after one has failed."""
