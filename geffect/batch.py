@@ -54,7 +54,14 @@ def side_of(pair: Mapping[str, Any], name: str) -> Batch:
     {'labels': 2}
     """
     outer, _, inner = name.partition(".")
-    found: Batch = pair[name] if name in pair else pair[outer][inner]
+    found = pair.get(name, pair.get(outer, {}).get(inner))
+    if not isinstance(found, Mapping):
+        sides = ", ".join(side or "one batch" for side, _ in batches_in(pair)) if pair else "none"
+        raise ValueError(
+            f"The batches should be of the sides that are asked for, `{name}` among them. Found "
+            f"{sides}. Pass a batch of each side by its name; a side with several "
+            f'answers is such as {{"{ORIGINAL}": ..., "{inner or "alternate"}": ...}}.'
+        )
     return found
 
 

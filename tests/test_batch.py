@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening
 
-from geffect.batch import is_packed
+from geffect.batch import is_packed, side_of
 from geffect.data.collate import collate
 from geffect.effects import direction, sample_effects, token_effects
 from geffect.objectives import (
@@ -169,3 +169,18 @@ def test_packed_items_are_not_joined_by_the_mask_of_a_batch() -> None:
     assert is_packed(batch) and batch["position_ids"].tolist() == [[0, 1, 0, 1]]
     with pytest.raises(ValueError, match=r"`LlamaForCausalLM` should keep the texts .* apart"):
         nll(tiny.llama(), batch)
+
+
+@pytest.mark.parametrize(
+    ("pair", "name", "says"),
+    [
+        ({"forget": {"labels": 1}}, "retain", "`retain` among them. Found forget. Pass"),
+        ({"forget": {"labels": 1}}, "forget.alternate", "`forget.alternate` among them. Found"),
+        ({"forget": {"original": {"labels": 1}}}, "forget.third", r"Found forget\.original\. Pass"),
+        ({"labels": 1}, "forget", "Found one batch"),
+        ({}, "forget.third", "Found none"),
+    ],
+)
+def test_a_side_that_is_not_there_is_named(pair: Any, name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        side_of(pair, name)

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import torch
 
-from geffect.batch import Batch, batches_in, on_device
+from geffect.batch import Batch, on_device
 from geffect.capture.collector import Collector
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
@@ -21,7 +21,7 @@ from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.losses import NotFinite
-from geffect.objectives import Objective, as_objective, provenance
+from geffect.objectives import Objective, answers_of, as_objective, check_sides, provenance
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
@@ -212,23 +212,20 @@ def _check(
     count: int,
 ) -> None:
     check_risks("risks", risks, taken=(FORGET, RETAIN))
-    ready = {
-        name: data[0]
-        for name, data in given.items()
-        if not isinstance(data, str | os.PathLike) and len(data)
-    }
-    known = {*given, *(side for side, _ in batches_in(ready))}
-    missing = [side for side in objective.sides if side not in known]
-    if missing:
-        raise ValueError(
-            f"`objective` should be of the sets {', '.join(given)}. Found {objective!r}, which "
-            f'takes {", ".join(missing)} as well. Pass risks={{"{missing[0]}": ...}}.'
-        )
+    first = {name: _first(data, answers_of(objective, name)) for name, data in given.items()}
+    check_sides(objective, first, add='Pass risks={{"{side}": ...}}.')
     if update and count < 2:
         raise ValueError(
             "`checkpoints` should be two or more for `update`, the way from one to the next. Found "
             "one. Name more, or leave `update` out."
         )
+
+
+def _first(data: Data, answers: Sequence[str]) -> Mapping[str, Any]:
+    """The first batch of a set; rows of a file say what they have when they are read."""
+    if isinstance(data, str | os.PathLike):
+        return {answer: {} for answer in answers}
+    return data[0] if len(data) else {}
 
 
 def _check_models(

@@ -12,6 +12,7 @@ from .preference import NPO, TNPO, WTNPO
 from .reference import AdapterBase, FrozenModel, Reference
 from .reference_likelihoods import Likelihoods
 from .retain import GradDiff, GradientDescent, Regularised
+from .sides import answers_of, check_sides
 from .simnpo import SimNPO
 from .weights import statistics
 
@@ -35,7 +36,9 @@ __all__ = [
     "SharedForward",
     "SimNPO",
     "WeightedGradientAscent",
+    "answers_of",
     "as_objective",
+    "check_sides",
     "named",
     "nll",
     "options_of",

@@ -12,7 +12,9 @@ from .data import RiskSet, as_batches, check_data, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
 from .likelihood import (
     check_answers,
+    for_labels,
     inputs_of,
+    label_logits,
     log_likelihood,
     nll,
     scored_tokens,
@@ -31,7 +33,9 @@ __all__ = [
     "check_data",
     "check_differentiable",
     "check_loaded",
+    "for_labels",
     "inputs_of",
+    "label_logits",
     "log_likelihood",
     "mean_nll",
     "nll",

@@ -25,8 +25,24 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     - `model`: returns `.logits` of shape (sample, position, token) for `inputs_of` the batch.
     - `batch`: labels are -100 where a token is not scored. Of several answers it is the original.
     """
-    is_next = predicts_next(model)
-    labels = _predicted(model, batch, is_next)
+    logits, labels = label_logits(model, batch)
+    return log_likelihood(logits, labels), labels != IGNORED
+
+
+def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits for every label, `Float[sample, position, token]`, and the labels.
+
+    Positions, `model` and `batch` are those of `token_log_probabilities`; the logits are in the
+    type that the model returns.
+
+    >>> from types import SimpleNamespace
+    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+    >>> ids = torch.tensor([[0, 1, 2]])
+    >>> logits, labels = label_logits(uniform, {"input_ids": ids, "labels": ids})
+    >>> logits.shape, labels
+    (torch.Size([1, 2, 4]), tensor([[1, 2]]))
+    """
+    labels = _predicted(model, batch, predicts_next(model))
     inputs = inputs_of(model, batch)
     if is_packed(batch):
         check_apart(unwrapped(model), batch, inputs)
@@ -37,8 +53,7 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             f"`{type(unwrapped(model)).__name__}`. Pass a language model, or let yours return "
             "types.SimpleNamespace(logits=logits)."
         )
-    if is_next:
-        logits = logits[:, :-1]
+    logits = for_labels(model, logits)
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             "`model` should return logits for each position of `labels`. Found them for "
@@ -46,7 +61,12 @@ def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             "Pass labels as long as the inputs, and a language model that puts no tokens of its "
             "own before them, as prompt tuning does; prefix tuning and other adapters do not."
         )
-    return log_likelihood(logits, labels), labels != IGNORED
+    return logits, labels
+
+
+def for_labels(model: Any, logits: Tensor) -> Tensor:
+    """Of logits at all positions, such as those of a reference, those that predict a label."""
+    return logits[:, :-1] if predicts_next(model) else logits
 
 
 def scored_tokens(model: Any, batch: Batch) -> Tensor:

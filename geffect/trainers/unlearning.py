@@ -24,6 +24,7 @@ from geffect.objectives import (
     Reference,
     SharedForward,
     as_objective,
+    check_sides,
     step_losses,
 )
 from geffect.projection import Rectifier
@@ -256,14 +257,7 @@ class UnlearningTrainer(Trainer):
 
     def _check(self, model: nn.Module, batch: Batches) -> None:
         """Refuse a micro-batch without a side that the objective takes, or without answers."""
-        found = {*batch, *(side for side, _ in batches_in(batch))}
-        missing = [side for side in self.objective.sides if side not in found]
-        if missing:
-            raise ValueError(
-                "`train_dataset` should give the sides that the objective takes, "
-                f"{', '.join(self.objective.sides)}. Found {', '.join(batch)}. Add "
-                f"{', '.join(missing)} to its items."
-            )
+        check_sides(self.objective, batch, add="Add {side} to the items of `train_dataset`.")
         check_answers(model, batch)
 
     def _wanted(self, sets: Iterable[str]) -> list[str]:
@@ -386,20 +380,7 @@ def _check_sides(objective: Objective, sets: Mapping[str, Items]) -> None:
                 f"whose risk is recorded, protected and evaluated. Found {', '.join(answers)}. "
                 f'Name that answer "{ORIGINAL}".'
             )
-    missing = [side for side in objective.sides if side not in {*sets, *inside}]
-    outer, _, inner = missing[0].partition(".") if missing else ("", "", "")
-    if outer in sets:
-        raise ValueError(
-            f"Items of `{outer}` should have the answers that the objective takes. Found "
-            f"{objective!r}, which takes {missing[0]}, and items without. Pass items such as "
-            f'{{"{ORIGINAL}": ..., "{inner}": ...}}.'
-        )
-    if missing:
-        raise ValueError(
-            f"`objective` should be of the sets that are given, {', '.join(sets)}. Found "
-            f"{objective!r}, which takes {', '.join(missing)} as well. Pass "
-            f"retain={{'{RETAIN}': ..., '{missing[0]}': ...}}."
-        )
+    check_sides(objective, first, add=f"Pass retain={{{{'{RETAIN}': ..., '{{side}}': ...}}}}.")
 
 
 def _value(objective: Loss, values: Mapping[str, Tensor]) -> Tensor:

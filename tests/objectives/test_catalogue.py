@@ -35,9 +35,9 @@ from geffect.objectives.table import page
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
 from tests.utils.command_line import Ask
+from tests.utils.sides import batches_of, items_of, pair_of
 from tests.utils.unlearning_runs import arguments
 
-FORGET, RETAIN = ([tiny.batch(seed + i, rows=2) for i in range(2)] for seed in (0, 20))
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=4),
     unlearning=UnlearningConfig(forget_batch=2, retain_batch=2, most_steps=1, relearning_steps=1),
@@ -60,21 +60,18 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Data]:
     return model, Data.of(corpus, tokenizer)
 
 
-def items(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    return [
-        dict(zip(batch, row, strict=True))
-        for batch in batches
-        for row in zip(*batch.values(), strict=True)
-    ]
-
-
 def kept(path: Path) -> dict[str, Any]:
     return dict(open_run(path).manifest["objective"])
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_is_replayed(name: str, checkpoint: Path, tmp_path: Path) -> None:
-    run = replay(checkpoint, tmp_path / "run.h5", objective=name, forget=FORGET, retain=RETAIN)
+    sets = batches_of(named(name))
+    further = {of: batches for of, batches in sets.items() if of not in ("forget", "retain")}
+    run = replay(
+        checkpoint, tmp_path / "run.h5", objective=name, forget=sets["forget"],
+        retain=sets["retain"], risks=further,
+    )  # fmt: skip
     needed = named(name).reference != "none"
     assert kept(run.path) == provenance(
         named(name), "checkpoint-0, the first checkpoint" if needed else None
@@ -84,10 +81,10 @@ def test_every_entry_is_replayed(name: str, checkpoint: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.h5"
+    path, sets = tmp_path / "run.h5", items_of(named(name), 4)
     trainer = UnlearningTrainer(
-        tiny.llama(), arguments(tmp_path, max_steps=1), objective=name, forget=items(FORGET),
-        retain=items(RETAIN), recorder=partial(Recorder, path=path),
+        tiny.llama(), arguments(tmp_path, max_steps=1), objective=name, forget=sets.pop("forget"),
+        retain=sets, recorder=partial(Recorder, path=path),
     )  # fmt: skip
     trainer.train()
     needed = named(name).reference != "none"
@@ -130,7 +127,7 @@ def test_its_fields_are_its_options(objective: Objective) -> None:
     assert (
         objective.reductions.keys()
         == objective.components(
-            tiny.gpt2(), tiny.pairs(1)[0], FrozenModel(tiny.gpt2(1).eval())
+            tiny.gpt2(), pair_of(objective), FrozenModel(tiny.gpt2(1).eval())
         ).keys()
     )
     assert json.loads(json.dumps(provenance(objective))) == provenance(objective)

@@ -195,5 +195,6 @@ def test_a_reference_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
 def test_pairs_without_a_side_that_is_taken_are_refused(recorded: bool, tmp_path: Path) -> None:
     pairs = [{"forget": item} for item in FORGET]
     data = {"train_dataset": pairs, "forget": None, "retain": None}
-    with pytest.raises(ValueError, match=r"sides .* forget, retain\. Found forget\. Add retain to"):
+    says = r"of the sets forget\. Found GradDiff.*takes retain as well\. Add retain to the items of"
+    with pytest.raises(ValueError, match=says):
         trained(tmp_path, tiny.llama(), GradDiff(), recorded, **data)
