@@ -41,7 +41,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench.page
 
 stress: $(VENV)/installed-test
-	GEFFECT_KILLS=216 $(BIN)/python -m pytest tests/store/test_kill.py \
+	GEFFECT_KILLS=216 $(BIN)/python -m pytest -n auto --dist worksteal tests/store/test_kill.py \
 		tests/capture/test_recorder_interrupted.py tests/trainers/test_interrupted.py \
 		tests/projection/test_rectifier_interrupted.py $(ARGS)
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from .layout import Columns
@@ -45,7 +46,6 @@ class BackgroundWriter:
         self._writer = writer
         self._bound = bound_bytes
         self._rows: deque[Row] = deque()  # the first of them is being written
-        self._bytes = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._failed = self._ended = False
@@ -60,13 +60,12 @@ class BackgroundWriter:
         """Hand over one row."""
         self.check_open()
         size = row.nbytes
-        if self._thread is None:
+        if not self._is_writing:
             self._start()
         with self._changed:
-            self._changed.wait_for(lambda: not self._rows or self._bytes + size <= self._bound)
+            self._wait_until(lambda: not self._rows or self._waiting_bytes + size <= self._bound)
             self._raise()
             self._rows.append(row)
-            self._bytes += size
             self._changed.notify_all()
 
     def amend(self, row: Row) -> None:
@@ -109,9 +108,8 @@ class BackgroundWriter:
     def _start(self) -> None:
         """Start the thread, which keeps the writer alive until it is closed."""
         atexit.register(self._drain)  # of a program that ends without closing
-        thread = threading.Thread(target=self._write, name="run file", daemon=True)
-        thread.start()
-        self._thread = thread
+        self._thread = threading.Thread(target=self._write, name="run file", daemon=True)
+        self._thread.start()
 
     def _write(self) -> None:
         while True:
@@ -124,11 +122,9 @@ class BackgroundWriter:
             with self._changed:
                 self._error = error
                 self._failed = error is not None
-                self._bytes -= row.nbytes
                 self._rows.popleft()
                 if error is not None:
                     self._rows.clear()
-                    self._bytes = 0
                 self._changed.notify_all()
             del row
 
@@ -147,7 +143,16 @@ class BackgroundWriter:
         if not self._home.is_here:
             return
         with self._changed:
-            self._changed.wait_for(lambda: not (self._rows and self._is_writing))
+            self._wait_until(lambda: not (self._rows and self._is_writing))
+
+    def _wait_until(self, come: Callable[[], bool]) -> None:
+        """Wait for the thread, which may not know its last row yet: an interrupt came before."""
+        self._changed.notify_all()
+        self._changed.wait_for(come)
+
+    @property
+    def _waiting_bytes(self) -> int:
+        return sum(row.nbytes for row in self._rows)
 
     @property
     def _is_writing(self) -> bool:

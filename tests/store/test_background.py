@@ -50,6 +50,46 @@ def test_no_more_bytes_wait_than_allowed(
     assert len(open_run(slow.path).steps) == room + 1
 
 
+@pytest.mark.parametrize("then", ["append", "close", "keep", "amend"])
+def test_a_row_that_was_interrupted_as_it_was_handed_over_holds_nothing_up(
+    tmp_path: Path, then: str
+) -> None:
+    to = BackgroundWriter(RunWriter(tmp_path / "a.h5", PARAMETERS), bound_bytes=0)
+    to.begin(PLAIN)
+    to.append(row_of(0))
+    to.keep("done", {"rows": np.array([1])})  # the thread waits for the next row
+    to._rows.append(row_of(1))  # and is not told of it
+    calls = {
+        "append": lambda: to.append(row_of(2)),
+        "keep": lambda: to.keep("done", {"rows": np.array([2])}),
+        "amend": lambda: to.amend(row_of(1)),
+        "close": lambda: None,
+    }
+    ending = threading.Thread(target=lambda: (calls[then](), to.close(complete=True)), daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive()
+    assert len(open_run(tmp_path / "a.h5").steps) == 2 + (then == "append")
+
+
+def test_a_thread_that_was_interrupted_before_it_began_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = BackgroundWriter(RunWriter(tmp_path / "a.h5", PARAMETERS), bound_bytes=10**6)
+    to.begin(PLAIN)
+
+    def interrupt(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            to.append(row_of(0))
+    to.append(row_of(0))
+    to.close(complete=True)
+    assert len(open_run(tmp_path / "a.h5").steps) == 1
+
+
 @pytest.mark.parametrize("then", ["append", "close", "keep"])
 def test_what_goes_wrong_behind_the_caller_is_raised_once(
     tmp_path: Path, then: str, monkeypatch: pytest.MonkeyPatch
