@@ -32,19 +32,19 @@ class CommandOfObjectives(Command):
         for parameter in own:
             text = getattr(parameter, "help", None)
             if text and CATALOGUED in text:
-                from geffect.objectives import CATALOGUE
+                from geffect.objectives import spelt
 
-                parameter.help = text.replace(CATALOGUED, ", ".join(CATALOGUE))
+                parameter.help = text.replace(CATALOGUED, spelt())
         return [*own[:-1], *_options(), *own[-1:]]  # --help stays the last
 
 
 def objective_of(ctx: typer.Context, name: str) -> "Objective":
     """The objective of a name, with the options that were given for it."""
-    from geffect.objectives import CATALOGUE, named, options_of
+    from geffect.objectives import named, options_of
 
-    defaults = options_of(CATALOGUE[name]) if name in CATALOGUE else {}
     texts = ctx.meta.get(GIVEN, {})
     try:
+        defaults = options_of(named(name))
         return named(name, {o: _value(o, text, defaults.get(o)) for o, text in texts.items()})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -103,10 +103,10 @@ def _keep_once(ctx: typer.Context, option: str, text: str) -> None:
 @cache
 def _options() -> list[Any]:
     """An option for each field, with the objectives that have it and their defaults."""
-    from geffect.objectives import CATALOGUE, options_of
+    from geffect.objectives import CATALOGUE, REGULARISERS, options_of
 
     having: dict[str, list[str]] = {}
-    for name, objective in CATALOGUE.items():
+    for name, objective in {**CATALOGUE, **{f"+{n}": r for n, r in REGULARISERS.items()}}.items():
         for option, default in options_of(objective).items():
             having.setdefault(option, []).append(f"{name} ({default})")
     named = typer.Option(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from geffect import Rectifier
 
 METHODS = ("ga", "wga", "npo", "graddiff", "npo+gd")
-"""The objectives of a study that names none, by their names in `geffect.objectives.CATALOGUE`."""
+"""The objectives of a study that names none, as `geffect.objectives.named` knows them."""
 
 
 def _no_rule() -> None:
@@ -153,7 +153,7 @@ EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rate
 class RunSpec:
     """One run of a study in every seed: a method in a variant, at a learning rate, with a feed.
 
-    `method` is a name of the catalogue of objectives, and `options` are those that are set apart
+    `method` is a name of an objective, and `options` are those that are set apart
     from its defaults. `heldout` is how many retain authors never feed the retain gradient.
     """
 

@@ -126,14 +126,14 @@ class Plan:
 
 
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
-    from geffect.objectives import CATALOGUE, named
+    from geffect.objectives import named, names, spelt
 
-    unknown = [method for method in methods if method not in CATALOGUE]
+    unknown = [method for method in methods if method not in names()]
     if unknown:
         raise ValueError(
-            f"`methods` should be some of {', '.join(CATALOGUE)}. "
+            f"`methods` should be some of {spelt()}. "
             f"Found {', '.join(f'`{method}`' for method in unknown)}."
-            f"{meant(unknown[0], CATALOGUE)} Choose from those."
+            f"{meant(unknown[0], names())} Choose from those."
         )
     for method in methods:
         named(method, options)

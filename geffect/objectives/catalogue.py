@@ -1,16 +1,19 @@
 """The catalogue: objectives by the names that people type, each with its default options."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from geffect.near import meant
 
 from .base import Objective
 from .combination import Combination
+from .kl import KL
 from .likelihood import GradientAscent, WeightedGradientAscent
-from .options import with_options
+from .options import options_of, with_options
 from .preference import NPO, TNPO, WTNPO
-from .retain import GradDiff
+from .retain import GradDiff, Regularised
+from .rr import RR
 from .simnpo import SimNPO
 
 CATALOGUE: Mapping[str, Objective] = {
@@ -20,23 +23,68 @@ CATALOGUE: Mapping[str, Objective] = {
     "tnpo": TNPO(),
     "wtnpo": WTNPO(),
     "graddiff": GradDiff(),
-    "npo+gd": GradDiff(NPO()),
     "simnpo": SimNPO(),
 }
+"""Objectives by name."""
+
+REGULARISERS: Mapping[str, Regularised] = {
+    "gd": GradDiff(),
+    "kl": Regularised(GradientAscent(), KL()),
+    "rr": Regularised(GradientAscent(), RR()),
+}
+"""Regularisers by name, each beside GA: any objective may take its place, `npo+kl`."""
 
 
 def named(name: str, options: Mapping[str, Any] | None = None) -> Objective:
     """The objective of a name, with other values of some of its options.
 
+    A name of the catalogue alone, or with one of the regularisers behind it.
+
     >>> named("npo+gd", {"beta": 0.5})
     GradDiff(forget=NPO(beta=0.5), weight=1.0)
+    >>> named("npo+kl", {"weight": 20.0})
+    Regularised(forget=NPO(beta=0.1), regulariser=KL(legacy_kl=False), weight=20.0)
     """
-    if name not in CATALOGUE:
+    if name not in names():
         raise ValueError(
-            f"`objective` should be one of {', '.join(CATALOGUE)}. Found `{name}`."
-            f"{meant(name, CATALOGUE)} Choose one of those."
+            f"`objective` should be one of {spelt()}. Found `{name}`.{meant(name, names())} Choose "
+            "one of those."
         )
-    return with_options(CATALOGUE[name], options or {})
+    forget, plus, regulariser = name.partition("+")
+    objective = CATALOGUE[forget]
+    if plus:
+        _check_apart(forget, regulariser)
+        objective = replace(REGULARISERS[regulariser], forget=objective)
+    return with_options(objective, options or {})
+
+
+def names() -> list[str]:
+    """All names: those of the catalogue, alone and with each regulariser.
+
+    >>> "npo+kl" in names(), "kl" in names(), "npo+gd+kl" in names()
+    (True, False, False)
+    """
+    return [*CATALOGUE, *(f"{name}+{added}" for name in CATALOGUE for added in REGULARISERS)]
+
+
+def spelt() -> str:
+    """The names that there are, for errors and help texts."""
+    *some, last = (f"+{name}" for name in REGULARISERS)
+    return f"{', '.join(CATALOGUE)}, alone or with {', '.join(some)} or {last} behind it"
+
+
+def _check_apart(forget: str, regulariser: str) -> None:
+    """Refuse a regulariser beside an objective that has one of its own."""
+    objective, added = CATALOGUE[forget], REGULARISERS[regulariser]
+    twice = {"weight", *options_of(added.regulariser)} & options_of(objective).keys()
+    twice |= objective.reductions.keys() & added.regulariser.reductions.keys()
+    if twice:
+        raise ValueError(
+            f"`objective` should be without a part of its own for `{', '.join(sorted(twice))}` "
+            f"where +{regulariser} is added. Found `{forget}`, {objective!r}. Choose another one, "
+            f"such as ga+{regulariser}; or make a Regularised of geffect.objectives with other "
+            "parts."
+        )
 
 
 def as_objective(given: Objective | Mapping[str, float] | str) -> Objective:

@@ -20,7 +20,10 @@ from geffect.demo.study import Plan
 from geffect.demo.unlearning import Data, unlearn
 from geffect.objectives import (
     CATALOGUE,
+    KL,
     NPO,
+    REGULARISERS,
+    RR,
     FrozenModel,
     GradDiff,
     Objective,
@@ -28,6 +31,7 @@ from geffect.objectives import (
     SimNPO,
     as_objective,
     named,
+    names,
     options_of,
     provenance,
 )
@@ -43,6 +47,8 @@ TINY = EmbeddedConfig(
     unlearning=UnlearningConfig(forget_batch=2, retain_batch=2, most_steps=1, relearning_steps=1),
     layers=1, hidden=16, heads=2, epochs=1,
 )  # fmt: skip
+
+NAMES = [*CATALOGUE, *(f"npo+{name}" for name in REGULARISERS)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def kept(path: Path) -> dict[str, Any]:
     return dict(open_run(path).manifest["objective"])
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_entry_is_replayed(name: str, checkpoint: Path, tmp_path: Path) -> None:
     sets = batches_of(named(name))
     further = {of: batches for of, batches in sets.items() if of not in ("forget", "retain")}
@@ -79,7 +85,7 @@ def test_every_entry_is_replayed(name: str, checkpoint: Path, tmp_path: Path) ->
     assert torch.as_tensor(run.gram()).isfinite().all()
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
     path, sets = tmp_path / "run.h5", items_of(named(name), 4)
     trainer = UnlearningTrainer(
@@ -91,7 +97,7 @@ def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
     assert kept(path) == provenance(named(name), "a frozen copy of the model" if needed else None)
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_entry_is_studied(name: str, subject: tuple[nn.Module, Data], tmp_path: Path) -> None:
     path, (model, data) = tmp_path / "run.h5", subject
     assert name in {spec.method for spec in Plan(methods=(name,)).specs()}
@@ -112,6 +118,15 @@ def test_every_entry_is_documented(name: str) -> None:
     for option, default in options_of(CATALOGUE[name]).items():
         assert f"`{option}` {default}" in row
     assert f"`{CATALOGUE[name]!r}`" in row
+
+
+@pytest.mark.parametrize("name", REGULARISERS)
+def test_every_regulariser_is_documented(name: str) -> None:
+    row = next(line for line in page().splitlines() if line.startswith(f"| `+{name}` |"))
+    regulariser = REGULARISERS[name].regulariser
+    for option, default in {"weight": 1.0, **options_of(regulariser)}.items():
+        assert f"`{option}` {default}" in row
+    assert f"`{regulariser!r}`" in row
 
 
 def test_the_page_on_disk_is_the_one_that_is_generated() -> None:
@@ -136,7 +151,7 @@ def test_its_fields_are_its_options(objective: Objective) -> None:
 
 
 def test_the_study_names_objectives_of_the_catalogue() -> None:
-    assert set(METHODS) <= set(CATALOGUE)
+    assert set(METHODS) <= set(names())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +182,50 @@ def test_what_stands_for_an_objective() -> None:
     declared = as_objective({"forget": -1.0, "retain": 1.0})
     assert torch.equal(declared(model, pair), GradDiff()(model, pair))
     assert declared.sides == GradDiff().sides == ("forget", "retain")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_objective_goes_with_every_regulariser(name: str) -> None:
+    alone, _, added = name.partition("+")
+    regulariser = REGULARISERS[added].regulariser if added else None
+    if regulariser is not None and "retain" in CATALOGUE[alone].sides:
+        with pytest.raises(ValueError, match=rf"without a part of its own .* Found `{alone}`"):
+            named(name)
+        return
+    assert set(options_of(named(name))) == {
+        *options_of(CATALOGUE[alone]), *(["weight", *options_of(regulariser)] if added else [])
+    }  # fmt: skip
+    pair, before = pair_of(named(name)), FrozenModel(tiny.gpt2(1).eval())
+    found = named(name)(tiny.gpt2(), pair, before)
+    expected = CATALOGUE[alone](tiny.gpt2(), pair, before)
+    if regulariser is not None:
+        expected = expected + regulariser(tiny.gpt2(), pair, before)
+    assert torch.equal(found, expected)
+
+
+def test_options_go_to_the_part_that_has_them() -> None:
+    assert named("npo+kl", {"beta": 0.5, "weight": 20.0, "legacy_kl": True}) == Regularised(
+        NPO(0.5), KL(legacy_kl=True), weight=20.0
+    )
+    assert named("ga+rr", {"retain_layer": 2}) == Regularised(CATALOGUE["ga"], RR(2))
+    with pytest.raises(ValueError, match=r"it has: `beta`, `legacy_kl`, `weight`. Found `layer`"):
+        named("npo+kl", {"layer": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("npo+lk", r"with \+gd, \+kl or \+rr behind it. Found `npo\+lk`. Did you mean `npo\+kl`"),
+        ("noo+kl", r"one of ga, wga, .* Did you mean `npo\+kl`\?"),
+        ("kl", "Found `kl`"),
+        ("npo+", r"Found `npo\+`"),
+        ("npo+gd+kl", r"Found `npo\+gd\+kl`"),
+        ("graddiff+gd", r"for `retain, weight` where \+gd is added. .* such as ga\+gd"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_none_is_refused(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        named(name)
 
 
 def test_parts_of_one_name_are_refused() -> None:

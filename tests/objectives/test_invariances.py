@@ -12,6 +12,7 @@ from geffect.batch import batches_in, original_of, side_of
 from geffect.data.collate import PaddingSide
 from geffect.objectives import (
     CATALOGUE,
+    REGULARISERS,
     FrozenModel,
     Likelihoods,
     Objective,
@@ -22,7 +23,10 @@ from geffect.objectives import (
 from tests.utils import reference, tiny
 from tests.utils.sides import extreme, pair_of
 
-OBJECTIVES: dict[str, Objective] = {**CATALOGUE}
+OBJECTIVES: dict[str, Objective] = {
+    **CATALOGUE,
+    **{f"ga+{name}": objective for name, objective in REGULARISERS.items()},
+}
 
 REVERSED: set[str] = set()
 """What learns first, to be negated afterwards: the forget risk falls."""
