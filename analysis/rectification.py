@@ -38,6 +38,7 @@ SCORES = {
     "applied_fresh": Score("fall of the risk along the retain gradient", PER_TOKEN),
     "cosine_applied": Score(f"cosine of the applied step {_ALONG}", COSINE),
     "violated": VIOLATION,
+    "unmet": Score("steps that are not what the rule promises", YES_OR_NO),
 }
 """What each quantity is. Inner products of a step, in update space, are nats per token."""
 
@@ -61,6 +62,8 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
       gradient of the step itself; in nats per token. The second is the `predicted_change`.
     - cosine_applied: applied_average over both lengths, from -1 to 1.
     - violated: 1 where the applied update opposes r beyond rounding, else 0, as in `violation`.
+    - unmet: 1 where the rule could not keep what it promises, as a gain of `hamu` that takes too
+      long a step, else 0.
 
     Columns: step, `by`, against (the retain set), quantity, value, score, unit. Blocks are those of
     the rectifier or larger ones; products and squares are summed over them. Values are NaN where a
@@ -87,9 +90,11 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
         indices = [
             [names.index(_name(part, against, sets)) for part in parts[block]] for block in blocks
         ]
-        by_set[against] = _reported(numbers, indices) | _applied(
-            run, K, against, _rounded(run, by, against), numbers, indices
-        )
+        by_set[against] = {
+            **_reported(numbers, indices),
+            **_applied(run, K, against, _rounded(run, by, against), numbers, indices),
+            "unmet": _anywhere(numbers["unmet"], indices),
+        }
     tables = {
         quantity: stack(
             {
@@ -115,7 +120,7 @@ def _reported(numbers: Numbers, indices: Indices) -> dict[str, Floats]:
     coefficient = numbers["coefficient"]
     energy = inner(before, 0, 0)
     return {
-        "fired": np.stack([numbers["fired"][:, own].max(axis=1) for own in indices], axis=1),
+        "fired": _anywhere(numbers["fired"], indices),
         "inner_before": inner(before, 0, 1),
         "inner_after": inner(after, 0, 1),
         "cosine_before": cosine(before, 0, 1),
@@ -188,6 +193,11 @@ def _gram(numbers: Numbers, when: str, indices: Indices) -> Floats:
     squares = numbers[f"norm_{when}"] ** 2, numbers["retain_norm"] ** 2
     K = np.stack([squares[0], product, product, squares[1]], axis=-1)
     return _summed(K.reshape(*product.shape, 2, 2), indices)
+
+
+def _anywhere(marks: Floats, indices: Indices) -> Floats:
+    """1 where one of the blocks is marked."""
+    return np.stack([marks[:, own].max(axis=1) for own in indices], axis=1)
 
 
 def _summed(values: Floats, indices: Indices) -> Floats:

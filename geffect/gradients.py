@@ -190,8 +190,8 @@ class Rectification:
     |r|, and `coefficient` the weight that r got: NaN where no multiple of r was added. `applied` is
     <step, r> of the step that the optimizer took, theta before minus theta after, against the
     average and against the retain gradient of this step: NaN where it was not followed. A negative
-    inner product harms what should stay. Against several retain sets there is a number for each
-    block and set.
+    inner product harms what should stay. `unmet` is 1 where the rule could not keep what it
+    promises. Against several retain sets there is a number for each block and set.
     """
 
     blocks: tuple[str, ...]
@@ -204,6 +204,7 @@ class Rectification:
     retain_norm: tuple[float, ...]
     applied_average: tuple[float, ...]
     applied_fresh: tuple[float, ...]
+    unmet: tuple[float, ...]
 
 
 def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:

@@ -195,7 +195,7 @@ def _write_example(
             sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
             weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
             rectification=(
-                np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan]])
+                np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0]])
                 if rectified
                 else None
             ),

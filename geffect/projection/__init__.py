@@ -1,15 +1,19 @@
 """Gradient rectification: rules on Gram matrices, and the rectifier that applies them."""
 
+from .collapse import Collapse
 from .elementwise import SAGO, Elementwise
 from .from_torchjd import from_torchjd
+from .hamu import free_forgetting, hamu
 from .memory import State
 from .rectifier import Rectifier
-from .rules import Rule, a_gem, blur, gru, nearest, off_span, orthogonal, pcgrad
+from .rules import Promise, Rule, a_gem, blur, gru, nearest, off_span, orthogonal, pcgrad
 from .selection import SaliencyMask, Salient, Selection
 
 __all__ = [
     "SAGO",
+    "Collapse",
     "Elementwise",
+    "Promise",
     "Rectifier",
     "Rule",
     "SaliencyMask",
@@ -18,8 +22,10 @@ __all__ = [
     "State",
     "a_gem",
     "blur",
+    "free_forgetting",
     "from_torchjd",
     "gru",
+    "hamu",
     "nearest",
     "off_span",
     "orthogonal",

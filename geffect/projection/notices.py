@@ -16,6 +16,17 @@ class Notices:
 
     def __init__(self) -> None:
         self.skipped = 0
+        self._told_unmet = False
+
+    def unmet(self, what: str) -> None:
+        """Say, once, that a step is not what its rule promises."""
+        if not self._told_unmet:
+            warnings.warn(
+                f"A step is not what its rule promises. {what}. Such steps are marked `unmet` in "
+                "the report and in the run file; this is said once.",
+                stacklevel=6,
+            )
+        self._told_unmet = True
 
     def skip(self, reason: str) -> None:
         """Count a step that was not rectified."""

@@ -6,6 +6,7 @@ axes are blocks, each with a constraint of its own. A retain gradient that is ze
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, update_wrapper
 from itertools import chain, combinations
 
@@ -18,6 +19,18 @@ Weights = Callable[[Tensor], Tensor]
 """The weights of the new gradient, as a function of the Gram matrix."""
 
 
+@dataclass(frozen=True)
+class Promise:
+    """What a rule says that the new gradient is, where there may be none that is.
+
+    - `broken`: from the Gram matrix and the weights to `Bool[...]`: where it is not.
+    - `said`: what it then is instead, for the warning of a rectifier.
+    """
+
+    broken: Callable[[Tensor, Tensor], Tensor]
+    said: str
+
+
 class Rule:
     """A rule: weights as a function of the Gram matrix, and what a rectifier has to know of it.
 
@@ -27,8 +40,12 @@ class Rule:
       retain data too. Such a rule makes something else of a retain gradient that is twice as long:
       a step of an optimizer has no length in common with it, so update space refuses the rule.
     - `one_retain`: whether it takes one retain gradient and no more.
+    - `sets_length`: whether it says how long the new gradient is, so that it is also asked about a
+      block without a retain gradient.
+    - `promise`: what may not be possible. A rectifier warns of it once, and marks each such step in
+      its report and in the run file: `unmet`.
 
-    A function given as it is to a `Rectifier` counts as one that declares neither. Nothing tries it
+    A function given as it is to a `Rectifier` counts as one that declares nothing. Nothing tries it
     out: declare what holds.
 
     >>> @partial(Rule, adds_retain=True)
@@ -42,9 +59,16 @@ class Rule:
     __qualname__: str
 
     def __init__(
-        self, weights: Weights, *, adds_retain: bool = False, one_retain: bool = False
+        self,
+        weights: Weights,
+        *,
+        adds_retain: bool = False,
+        one_retain: bool = False,
+        sets_length: bool = False,
+        promise: Promise | None = None,
     ) -> None:
         self.weights, self.adds_retain, self.one_retain = weights, adds_retain, one_retain
+        self.sets_length, self.promise = sets_length, promise
         update_wrapper(self, weights)
 
     def __call__(self, K: Tensor) -> Tensor:

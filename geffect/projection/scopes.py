@@ -134,6 +134,7 @@ class Change:
 
     make: Callable[[], None]
     report: PendingRectification
+    unmet: str | None = None  # why the step is not what its rule promises, if it is not
 
 
 class Constraint:
@@ -152,6 +153,10 @@ class Constraint:
             return None
         # The rule is asked before anything is changed: it may refuse.
         weights = self._weights(K[:, asked, asked])
+        promise = self._rule.promise
+        unmet = torch.zeros(len(K), dtype=torch.bool)
+        if promise is not None:
+            unmet = promise.broken(K[:, asked, asked], weights).reshape(len(K)).cpu()
         changed = (weights != _alone(weights)).any(dim=1)
         fired = changed | torch.tensor(terms.mask is not None)
         inner_after = torch.einsum("bk,bkr->br", weights, K[:, added, seen])[:, 1:]
@@ -177,8 +182,10 @@ class Constraint:
             norm_after=norm_after,
             coefficient=weights[:, 1:],
             fired=fired,
+            unmet=unmet,
         )
-        return Change(make, lambda: report)
+        told = f"{self._rule!r}: {promise.said}" if promise is not None and unmet.any() else None
+        return Change(make, lambda: report, told)
 
     def _gram(
         self,
@@ -239,7 +246,7 @@ class Constraint:
     def _weights(self, K: Tensor) -> Tensor:
         """The weights of u and the averages; (1, 0, ...) where there is no average."""
         untouched = _alone(K[:, 0])
-        asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1)
+        asked = (K.diagonal(dim1=1, dim2=2)[:, 1:] > 0).any(dim=1) | self._rule.sets_length
         if not asked.any():
             return untouched
         given = self._rule(K).to(K)
@@ -332,6 +339,7 @@ class Coordinates:
             norm_after=norm(K, x),
             coefficient=torch.full((len(K), len(self._sets)), torch.nan),
             fired=inner(K, count, count) > 0,
+            unmet=torch.zeros(len(K), dtype=torch.bool),
         )
 
 
@@ -388,6 +396,7 @@ def reported(
     norm_after: Tensor,
     coefficient: Tensor,
     fired: Tensor,
+    unmet: Tensor,
 ) -> Rectification:
     """The report of a step, with a number for each block and retain set."""
     count = len(sets)
@@ -407,13 +416,14 @@ def reported(
         retain_norm=numbers(before.diagonal(dim1=1, dim2=2)[:, 1:] ** 0.5),
         applied_average=unknown,
         applied_fresh=unknown,
+        unmet=numbers(unmet[:, None]),
     )
 
 
 def skipped(blocks: tuple[str, ...]) -> Rectification:
     """The report of a step that was left alone because a gradient was zero or not finite."""
     nothing, unknown = (0.0,) * len(blocks), (float("nan"),) * len(blocks)
-    return Rectification(blocks, nothing, nothing, *[unknown] * 7)
+    return Rectification(blocks, nothing, nothing, *[unknown] * 8)
 
 
 def without_retain(report: Rectification) -> Rectification:

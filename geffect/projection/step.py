@@ -259,6 +259,8 @@ class RectifiedStep:
             self._skip("the gradient or the step is not finite")
             return
         self._report = self._told(change.report)
+        if change.unmet is not None:
+            self._notices.unmet(change.unmet)
 
     def _told(self, report: PendingRectification) -> PendingRectification:
         return report if self._counts else lambda: without_retain(report())

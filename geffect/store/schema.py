@@ -92,6 +92,7 @@ RECTIFICATION_COLUMNS = (
     "retain_norm",
     "applied_average",
     "applied_fresh",
+    "unmet",
 )
 """Those of `geffect.gradients.Rectification`. A file may hold fewer: the last came later."""
 

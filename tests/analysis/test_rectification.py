@@ -51,6 +51,7 @@ class Made:
         self.fresh = {name: vectors() for name in sets}
         self.fired = rng.integers(2, size=(STEPS, len(PARAMETERS))).astype(float)
         self.coefficient = rng.random((STEPS, len(PARAMETERS), len(sets)))
+        self.unmet = rng.integers(2, size=(STEPS, len(PARAMETERS))).astype(float)
 
     def write(
         self, path: Path, scope: str, *, update: bool, rows: Sequence[int] = range(STEPS)
@@ -110,6 +111,7 @@ class Made:
             dot(x, x, members) ** 0.5,
             dot(r, r, members) ** 0.5,
             *applied,
+            self.unmet[step, members[0]],
         )
 
 
@@ -152,6 +154,7 @@ def expected(
         "applied_fresh": -dot(D, g, members),
         "cosine_applied": along,
         "violated": float(along < -1e-6),
+        "unmet": max(made.unmet[step, part[0]] for part in parts),
     }
 
 
@@ -189,7 +192,7 @@ def test_every_quantity(
     table = rectification(made.write(tmp_path / "run.h5", scope, update=update), by)
     assert list(table.columns) == ["step", by, "against", "quantity", "value", "score", "unit"]
     own = _members(by)
-    assert len(table) == STEPS * len(own) * len(sets) * 12
+    assert len(table) == STEPS * len(own) * len(sets) * 13
     for block, members in own.items():
         for name in sets:
             part = table[(table[by] == block) & (table["against"] == name)]

@@ -216,7 +216,7 @@ def test_several_retain_sets_are_logged_by_their_names() -> None:
     nan, log = (math.nan,) * 2, RectificationLog()
     report = Rectification(
         ("model, retain", "model, world"), (1.0, 1.0), (0.0, 0.5), (1.0, -2.0), (1.0, 0.0),
-        (2.0, 2.0), (1.0, 1.0), (1.0, 4.0), nan, nan,
+        (2.0, 2.0), (1.0, 1.0), (1.0, 4.0), nan, nan, (0.0, 1.0),
     )  # fmt: skip
     log.take(report)
     log.take(report)
@@ -225,6 +225,7 @@ def test_several_retain_sets_are_logged_by_their_names() -> None:
     assert means["rectify/cosine_before_retain"] == 0.5
     assert means["rectify/cosine_before_world"] == -0.25
     assert means["rectify/removed_world"] == 0.75
+    assert (means["rectify/unmet_retain"], means["rectify/unmet_world"]) == (0.0, 1.0)
     assert not any("applied" in name for name in means)
 
 
