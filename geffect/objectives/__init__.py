@@ -7,6 +7,7 @@ from .base import Component, Objective, Reduction, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, spelt
 from .combination import Combination
 from .kl import KL
+from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, provenance, with_options
 from .preference import NPO, TNPO, WTNPO
@@ -27,6 +28,7 @@ __all__ = [
     "TNPO",
     "WTNPO",
     "AdapterBase",
+    "AdversarialLabels",
     "Combination",
     "Component",
     "FrozenModel",
@@ -35,6 +37,7 @@ __all__ = [
     "GradientDescent",
     "Likelihoods",
     "Objective",
+    "RandomLabels",
     "Reduction",
     "Reference",
     "Regularised",

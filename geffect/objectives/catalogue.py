@@ -9,6 +9,7 @@ from geffect.near import meant
 from .base import Objective
 from .combination import Combination
 from .kl import KL
+from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, with_options
 from .preference import NPO, TNPO, WTNPO
@@ -24,6 +25,8 @@ CATALOGUE: Mapping[str, Objective] = {
     "wtnpo": WTNPO(),
     "graddiff": GradDiff(),
     "simnpo": SimNPO(),
+    "random-labels": RandomLabels(),
+    "adversarial-labels": AdversarialLabels(),
 }
 """Objectives by name."""
 
