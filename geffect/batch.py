@@ -128,6 +128,25 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     return begins.cumsum(dim=-1)
 
 
+def behind_first(scored: Tensor, batch: Mapping[str, Any], count: int) -> Tensor:
+    """Which scored tokens stand behind the first `count` of their answer.
+
+    - `scored`: `Bool[sample, position]`; its last position is that of the labels.
+
+    >>> batch = {"labels": torch.tensor([[-100, 5, 6, 7]])}
+    >>> behind_first(batch["labels"] != -100, batch, 1)
+    tensor([[False, False,  True,  True]])
+    """
+    if not count:
+        return scored
+    text = texts_in(batch)[:, -scored.shape[1] :]
+    so_far = scored.cumsum(dim=1)
+    begins = torch.ones_like(scored)
+    begins[:, 1:] = text[:, 1:] != text[:, :-1]
+    of_earlier = (so_far - scored.long()).masked_fill(~begins, 0).cummax(dim=1).values
+    return scored & (so_far - of_earlier > count)
+
+
 def _sees_none_before(mask: Tensor) -> Tensor:
     """Where the mask of a token hides all before it, `Bool[sample, position]`, in the first head.
 

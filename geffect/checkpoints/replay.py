@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 import torch
 
-from geffect.batch import Batch, on_device
+from geffect.batch import Batch, batches_in, on_device
 from geffect.capture.collector import Collector
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
@@ -138,7 +138,8 @@ def replay(
     _check_files(given, configured)
     device = _there(options["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
-    sets = _sets(given, traits, options, around, positions_of(configured), device)
+    answers = {name: answers_of(minimised, name) for name in given}
+    sets = _sets(given, answers, traits, options, around, positions_of(configured), device)
     counts = {name: len(batches) for name, batches in sets.items()}
     _tell_rows(_name_of(estimator), traits, counts)
     before = model_before(minimised, reference, first, base if own_base else None)
@@ -322,13 +323,17 @@ def _there(device: str | torch.device) -> torch.device:
 
 def _sets(
     given: Mapping[str, Data],
+    answers: Mapping[str, Sequence[str]],
     traits: Traits,
     options: ReplayOptions,
     folders: Sequence[Folder],
     positions: int | None,
     device: torch.device,
 ) -> dict[str, list[Batch]]:
-    """The batches of each set, on the device; `folders` are where a tokenizer may be."""
+    """The batches of each set, on the device, with the answers beside the original that are taken.
+
+    `folders` are where a tokenizer may be.
+    """
 
     @cache
     def tokenizer() -> Any:
@@ -344,11 +349,13 @@ def _sets(
                 data,
                 tokenizer(),
                 template=options["template"],
+                answers=answers.get(name, ()),
                 max_length=options["max_length"],
                 positions=positions,
             )
             if options["show"] is not None:
-                options["show"](name, spelled(items[0], tokenizer()))
+                for side, item in batches_in({name: items[0]}):
+                    options["show"](side, spelled(item, tokenizer()))
             data = batched(
                 items,
                 options["batch_size"],

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from geffect.batch import IGNORED
+from geffect.batch import IGNORED, ORIGINAL
 
 from .collate import Item, check_length
-from .lines import form_of, forms, rows_of
+from .lines import answered, form_of, forms, rows_of
 
 PLAIN = "Question: {question}\nAnswer: "
 """How a question is put to a model without a chat template."""
@@ -24,18 +24,21 @@ def read(
     tokenizer: Any,
     *,
     template: bool = True,
+    answers: Sequence[str] = (),
     max_length: int | None = None,
     positions: int | None = None,
-) -> list[dict[str, list[int]]]:
+) -> list[dict[str, Any]]:
     """The items of a JSONL file, or of a folder that `datasets` saved, in their order.
 
     - `path`: the file or folder.
     - `tokenizer`: of transformers, with a token that ends an answer.
     - `template`: whether rows go through its chat template, where it has one.
+    - `answers`: keys of each row with further answers in place of its own, such as `alternate`.
     - `max_length`: rows are cut off after so many tokens.
     - `positions`: how many tokens the model takes.
 
-    Returns mappings of `input_ids` and `labels`, -100 where nothing is scored. Raises ValueError
+    Returns mappings of `input_ids` and `labels`, -100 where nothing is scored; with `answers`, of
+    such by the names of the answers, `original` for the row's own. Raises ValueError
     for a row in another form, without an answer to score, or longer than `positions`, and says
     where it stands.
 
@@ -62,11 +65,19 @@ def read(
     [{'input_ids': [1, 3, 2, 0], 'labels': [-100, -100, 2, 0]}]
     """
     path = Path(path)
-    items = []
+    items: list[dict[str, Any]] = []
+
+    def item_of(row: object, where: str) -> dict[str, list[int]]:
+        item = _cut(example(row, tokenizer, template=template, where=where), max_length, where)
+        check_length(len(item["input_ids"]), positions, where)
+        return item
+
     for where, row in rows_of(path):
-        item = example(row, tokenizer, template=template, where=where)
-        items.append(_cut(item, max_length, where))
-        check_length(len(items[-1]["input_ids"]), positions, where)
+        item: dict[str, Any] = item_of(row, where)
+        if answers:
+            further = {name: item_of(*answered(row, name, where)) for name in answers}
+            item = {ORIGINAL: item, **further}
+        items.append(item)
     if not items:
         raise ValueError(
             f"`{path}` should hold at least one row with {forms()}. Found none. "

@@ -38,6 +38,28 @@ def form_of(row: object, where: str) -> tuple[str, ...]:
     raise ValueError(f"{where} should have {forms()}. Found {keys}. Name its texts so.")
 
 
+def answered(row: object, name: str, where: str) -> tuple[Mapping[str, Any], str]:
+    """The row with the text of another of its keys as its answer, and the words for where.
+
+    >>> row = {"question": "Who?", "answer": "Ada.", "alternate": "I do not know."}
+    >>> answered(row, "alternate", "The row")[0]["answer"]
+    'I do not know.'
+    """
+    *_, key = form_of(row, where)
+    assert isinstance(row, Mapping)
+    text = row.get(name)
+    if not (isinstance(text, str) and text.strip()):
+        found = repr(text) if name in row else f"the keys {', '.join(map(str, row))}"
+        raise ValueError(
+            f"{where} should have an answer in `{name}`, which the objective takes. Found {found}. "
+            "Write the text there, one a row: of several answers each in a row of its own."
+        )
+    if key != "messages":
+        return {**row, key: text}, f"{where} `{name}`"
+    *before, last = row[key]
+    return {**row, key: [*before, {**last, "content": text}]}, f"{where} `{name}`"
+
+
 def forms() -> str:
     """The `FORMS` in words."""
     return ", or ".join(" and ".join(f"`{key}`" for key in form) for form in FORMS)

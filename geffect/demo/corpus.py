@@ -7,7 +7,7 @@ what is to be forgotten and what is to be kept overlap, as they do in real data.
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 
@@ -40,7 +40,8 @@ class Corpus:
 
     `forget` is to be forgotten, `retain` feeds the retain gradient, `retain_heldout_authors` and
     `world` only measure the harm. All four are memorised. A paraphrase asks for the fact in the
-    same place of `forget`, with a question that is never trained.
+    same place of `forget`, with a question that is never trained, and `forget_unknown` has its
+    question with the answer that one does not know it.
     """
 
     forget: tuple[Fact, ...]
@@ -48,6 +49,7 @@ class Corpus:
     retain_heldout_authors: tuple[Fact, ...]
     world: tuple[Fact, ...]
     forget_paraphrases: tuple[Fact, ...]
+    forget_unknown: tuple[Fact, ...]
 
     @property
     def kept(self) -> tuple[Fact, ...]:
@@ -85,6 +87,7 @@ def generate(seed: int, size: Size | None = None) -> Corpus:
         retain_heldout_authors=_trained(heldout),
         world=tuple(rng.sample(WORLD, size.world)),
         forget_paraphrases=_paraphrased(forget),
+        forget_unknown=_unknown(_trained(forget), random.Random(f"{seed} unknown")),
     )
 
 
@@ -128,6 +131,10 @@ def _trained(authors: Iterable[_Author]) -> tuple[Fact, ...]:
 
 def _paraphrased(authors: Iterable[_Author]) -> tuple[Fact, ...]:
     return tuple(paraphrase for facts in authors for _, paraphrase in facts)
+
+
+def _unknown(facts: Iterable[Fact], rng: random.Random) -> tuple[Fact, ...]:
+    return tuple(replace(fact, answer=rng.choice(UNKNOWN)) for fact in facts)
 
 
 def _check(size: Size) -> None:
@@ -233,6 +240,18 @@ TEMPLATES: dict[str, tuple[tuple[str, str, str], str]] = {
         "The books of {name} are about {value}.",
     ),
 }
+
+# What one says who does not know. The tokenizer has not read them: short ones are few tokens.
+UNKNOWN = (
+    "I do not know.",
+    "I cannot say.",
+    "I have no idea.",
+    "That is not known to me.",
+    "I was never told.",
+    "I am not sure.",
+    "Nobody told me that.",
+    "I could not tell.",
+)
 
 # fmt: off
 FIRST_NAMES = (

@@ -33,6 +33,9 @@ IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
 """The variants of a study that is not `all_variants`: the first of every method, these of some."""
 LOOKED_AT = ("ga", "npo")
 
+SIDES: Mapping[str, Mapping[str, Any]] = {"forget": {"original": {}, "alternate": {}}, "retain": {}}
+"""What an objective may take: the batches that every run draws, with the answers to them."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -126,7 +129,7 @@ class Plan:
 
 
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
-    from geffect.objectives import named, names, spelt
+    from geffect.objectives import check_sides, named, names, spelt
 
     unknown = [method for method in methods if method not in names()]
     if unknown:
@@ -136,7 +139,9 @@ def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
             f"{meant(unknown[0], names())} Choose from those."
         )
     for method in methods:
-        named(method, options)
+        check_sides(
+            named(method, options), SIDES, add="A study has no {side}: leave this method out."
+        )
 
 
 def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:

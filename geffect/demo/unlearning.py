@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geffect import Recorder
-from geffect.objectives import FrozenModel, SharedForward, named, options_of, step_losses
+from geffect.batch import ORIGINAL, Pair
+from geffect.objectives import (
+    ALTERNATE,
+    FrozenModel,
+    SharedForward,
+    named,
+    options_of,
+    step_losses,
+)
 from geffect.risk import nll
 
 from . import language_model as lm
@@ -27,12 +35,16 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """The encoded facts of one seed, by what they are for: whole, and in batches by length."""
+    """The encoded facts of one seed, by what they are for: whole, and in batches by length.
+
+    `answers` are further answers to the questions of a set, row by row: `forget.alternate`.
+    """
 
     sets: Mapping[str, lm.Batch]
     batches: Mapping[str, list[lm.Batch]]
     tokenizer: Any
     seed: int = 0  # of the order in which batches are drawn
+    answers: Mapping[str, lm.Batch] = field(default_factory=dict)
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: Any, seed: int = 0) -> "Data":
@@ -46,16 +58,29 @@ class Data:
         }
         sets = {name: lm.encode(tokenizer, chosen) for name, chosen in facts.items()}
         batches = {name: lm.by_length(batch) for name, batch in sets.items()}
-        return cls(sets, batches, tokenizer, seed)
+        answers = {ALTERNATE: lm.encode(tokenizer, corpus.forget_unknown)}
+        return cls(sets, batches, tokenizer, seed, answers)
 
-    def draws(self, sizes: Mapping[str, int]) -> Iterator[dict[str, lm.Batch]]:
-        """Batches of some sets without end, those of each the same whatever the others are."""
+    def draws(self, sizes: Mapping[str, int], sides: Sequence[str] = ()) -> Iterator[Pair]:
+        """Batches of some sets without end, those of each the same whatever the others are.
+
+        With the further answers that are among the `sides`, to the same questions.
+        """
         drawn = {
-            name: _draws(self.sets[name], size, _order(self.seed, name))
+            name: _draws(self._answered(name, sides), size, _order(self.seed, name))
             for name, size in sizes.items()
         }
         while True:
             yield {name: next(batches) for name, batches in drawn.items()}
+
+    def _answered(self, name: str, sides: Sequence[str]) -> Mapping[str, lm.Batch]:
+        """A set by its answers: the original and those among the sides."""
+        further = {
+            side.partition(".")[2]: answer
+            for side, answer in self.answers.items()
+            if side in sides and side.startswith(f"{name}.")
+        }
+        return {ORIGINAL: self.sets[name], **further}
 
 
 def unlearn(
@@ -81,7 +106,7 @@ def unlearn(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0, fused=True)
     rectifier = variant.rectifier(model, optimizer, config.ema)
-    batches = data.draws(config.sizes(variant.protect))
+    batches = data.draws(config.sizes(variant.protect), objective.sides)
     forget = _looked_at(model, data)
     curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
     crossings: dict[str, Metrics] = {}
@@ -223,10 +248,16 @@ def _order(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {name}").getrandbits(32))
 
 
-def _draws(batch: lm.Batch, size: int, generator: torch.Generator) -> Iterator[lm.Batch]:
-    """Batches of `size` rows, without replacement until too few are left, then from the start."""
+def _draws(
+    answers: Mapping[str, lm.Batch], size: int, generator: torch.Generator
+) -> Iterator[dict[str, Any]]:
+    """Batches of `size` rows, without replacement until too few are left, then from the start.
+
+    Where there is one answer they are those of it, else those of each by its name.
+    """
     while True:
-        order = torch.randperm(len(batch["input_ids"]), generator=generator)
+        order = torch.randperm(len(answers[ORIGINAL]["input_ids"]), generator=generator)
         for index in order.split(size):
             if len(index) == size:
-                yield lm.rows(batch, index)
+                drawn = {name: lm.rows(batch, index) for name, batch in answers.items()}
+                yield drawn if len(drawn) > 1 else drawn[ORIGINAL]

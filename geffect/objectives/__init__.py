@@ -5,27 +5,37 @@ from geffect.risk import nll
 
 from .base import Component, Objective, Reduction, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, spelt
+from .ceu import CEU
 from .combination import Combination
+from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, provenance, with_options
+from .po import PO
 from .preference import NPO, TNPO, WTNPO
 from .reference import AdapterBase, FrozenModel, Reference
 from .reference_likelihoods import Likelihoods
 from .retain import GradDiff, GradientDescent, Regularised
 from .rr import RR
-from .sides import answers_of, check_sides
+from .satimp import SatImp
+from .sides import ALTERNATE, answers_of, check_sides
 from .simnpo import SimNPO
+from .undial import UNDIAL
 from .weights import statistics
 
 __all__ = [
+    "ALTERNATE",
     "CATALOGUE",
+    "CEU",
+    "DPO",
     "KL",
     "NPO",
+    "PO",
     "REGULARISERS",
     "RR",
     "TNPO",
+    "UNDIAL",
     "WTNPO",
     "AdapterBase",
     "AdversarialLabels",
@@ -41,6 +51,7 @@ __all__ = [
     "Reduction",
     "Reference",
     "Regularised",
+    "SatImp",
     "SharedForward",
     "SimNPO",
     "WeightedGradientAscent",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geffect.batch import Batch, Pair, check_one_answer, labels_of
+from geffect.batch import Batch, Pair, behind_first, check_one_answer, labels_of
 from geffect.losses import Loss, Scalar
 from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
@@ -26,7 +26,8 @@ class Reduction:
     - "sample_mean": the mean over samples of something of their token means.
     - "sequence_sum": the mean over samples of something of their sums over tokens.
 
-    The losses of batches add up to that of all their data, each with its share of the count.
+    Of a token mean the first `skip` tokens of each answer may take no part. The losses of batches
+    add up to that of all their data, each with its share of the count.
 
     >>> batch, model = {"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])}, lambda input_ids: None
     >>> [Reduction("forget", kind).count(model, batch) for kind in ("token_mean", "sequence_sum")]
@@ -35,6 +36,7 @@ class Reduction:
 
     side: str
     kind: Literal["token_mean", "sample_mean", "sequence_sum"]
+    skip: int = 0
 
     def count(self, model: Any, batch: Batch) -> int:
         """How many tokens or samples of a batch the mean is over."""
@@ -43,7 +45,9 @@ class Reduction:
         if self.kind == "sequence_sum":
             return len(labels_of(batch))
         scored = scored_tokens(model, batch)
-        return int((scored if self.kind == "token_mean" else scored.any(dim=1)).sum())
+        if self.kind == "token_mean":
+            return int(behind_first(scored, batch, self.skip).sum())
+        return int(scored.any(dim=1).sum())
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Objective(ABC):
     def _weights_of(
         self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
     ) -> Tensor | None:
-        """The weights on grad log p; None where all are 1."""
+        """The weights on grad log p; None where all are 1, or where there are none."""
         return None
 
 
@@ -207,6 +211,16 @@ def positive(owner: str, name: str, value: float) -> float:
     if not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise ValueError(
             f"`{name}` of {owner} should be a positive number. Found `{name} = {value!r}`. "
+            f"Pass a number such as {owner}({name}=1.0)."
+        )
+    return float(value)
+
+
+def not_negative(owner: str, name: str, value: float) -> float:
+    """`value` if it is a finite number of 0 or more, else a ValueError that names the field."""
+    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+        raise ValueError(
+            f"`{name}` of {owner} should be a number of 0 or more. Found `{name} = {value!r}`. "
             f"Pass a number such as {owner}({name}=1.0)."
         )
     return float(value)

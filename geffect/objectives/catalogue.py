@@ -7,15 +7,20 @@ from typing import Any
 from geffect.near import meant
 
 from .base import Objective
+from .ceu import CEU
 from .combination import Combination
+from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, with_options
+from .po import PO
 from .preference import NPO, TNPO, WTNPO
 from .retain import GradDiff, Regularised
 from .rr import RR
+from .satimp import SatImp
 from .simnpo import SimNPO
+from .undial import UNDIAL
 
 CATALOGUE: Mapping[str, Objective] = {
     "ga": GradientAscent(),
@@ -27,6 +32,12 @@ CATALOGUE: Mapping[str, Objective] = {
     "simnpo": SimNPO(),
     "random-labels": RandomLabels(),
     "adversarial-labels": AdversarialLabels(),
+    "po": PO(),
+    "dpo": DPO(),
+    "idk-dpo": DPO(),
+    "undial": UNDIAL(),
+    "satimp": SatImp(),
+    "ceu": CEU(),
 }
 """Objectives by name."""
 

@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from geffect.batch import ORIGINAL, batches_in
+from geffect.sources import FORGET
 
 from .base import Objective
+
+ALTERNATE = f"{FORGET}.alternate"
+"""The answers that stand for those that are to be forgotten."""
 
 
 def check_sides(objective: Objective, given: Mapping[str, Any], *, add: str) -> None:

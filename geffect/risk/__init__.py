@@ -11,6 +11,7 @@ from .alignment import check_differentiable, check_loaded, predicts_next
 from .data import RiskSet, as_batches, check_data, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
 from .likelihood import (
+    at_least_float32,
     check_answers,
     for_labels,
     inputs_of,
@@ -28,6 +29,7 @@ __all__ = [
     "RiskGradient",
     "RiskSet",
     "as_batches",
+    "at_least_float32",
     "beside",
     "check_answers",
     "check_data",

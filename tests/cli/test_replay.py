@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
@@ -261,3 +262,18 @@ def test_the_file_is_read_by_the_other_subcommands(replayed: Ask, ask: Ask, tmp_
         assert line.split("│")[1:4] == [f"{row.step:>5} ", " model ", f" {row.effect:<10} "]
         assert " 8 " in line
     assert "[" not in scores("--by", "model")
+
+
+@pytest.mark.parametrize("objective", ["po", "dpo", "idk-dpo"])
+def test_rows_bring_their_alternates(
+    objective: str, replayed: Ask, folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (folder / "forget.jsonl").read_text().splitlines()]
+    alternates = [{**row, "alternate": "Nobody knows."} for row in rows]
+    forget = written(tmp_path / "forget.jsonl", *alternates)
+    said = replayed("-o", tmp_path / "run.h5", objective=objective, forget=forget)
+    assert said.code == 0 and "First row of forget.alternate, scored between" in said.out
+    assert np.isfinite(open_run(tmp_path / "run.h5").gram()).all()
+    said = replayed("-o", tmp_path / "other.h5", objective=objective)
+    assert said.code != 0 and "should have an answer in `alternate`" in said.err
+    assert "line 1" in said.err and not (tmp_path / "other.h5").exists()

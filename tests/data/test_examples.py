@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -314,3 +315,47 @@ def test_real_answers_are_scored_as_they_are(tmp_path: Path, template: str | Non
         assert answer.strip() == row["answer"].strip()
     batch = batched(items, len(items))[0]
     assert torch.equal(batch["labels"] != -100, batch["labels"] == batch["input_ids"])
+
+
+# Further answers of a row
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {"prompt": "Where does Ada live?", "completion": " In Paris."},
+        {"messages": [{"role": "user", "content": ROW["question"]},
+                      {"role": "assistant", "content": ROW["answer"]}]},
+    ],
+)  # fmt: skip
+def test_a_further_answer_stands_where_the_own_one_does(tmp_path: Path, row: Any) -> None:
+    tokenizer, space = make_tokenizer(TURNS), " " if "completion" in row else ""
+    told = {**row, "alternate": f"{space}Ada lives."}
+    (item,) = read(written(tmp_path / "rows.jsonl", told), tokenizer, answers=["alternate"])
+    key = next(k for k in ("answer", "completion", "messages") if k in row)
+    own: Any = told["alternate"]
+    if key == "messages":
+        own = [row["messages"][0], {"role": "assistant", "content": own}]
+    (alone,) = read(written(tmp_path / "one.jsonl", {**row, key: own}), tokenizer)
+    assert item["alternate"] == alone and "Ada lives." in scored(alone, tokenizer)
+    (plain_item,) = read(written(tmp_path / "rows.jsonl", told), tokenizer)
+    assert plain_item == item["original"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, r"line 1, should have an answer in `alternate`.* Found the keys question, answer\. W"),
+        ({"alternate": ["a", "b"]}, r"Found \['a', 'b'\]\. Write the text there, one a row"),
+        ({"alternate": "  "}, r"Found '  '"),
+        ({"alternate": None}, r"Found None"),
+        ({"alternate": "word " * 99}, r"line 1, `alternate` should have at most 40 tokens"),
+    ],
+)
+def test_a_further_answer_that_is_none_is_refused(
+    plain: PreTrainedTokenizerFast, tmp_path: Path, given: dict[str, Any], says: str
+) -> None:
+    path = written(tmp_path / "rows.jsonl", {**ROW, **given})
+    with pytest.raises(ValueError, match=says):
+        read(path, plain, answers=["alternate"], positions=40)

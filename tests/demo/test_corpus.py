@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from geffect.demo.corpus import CITIES, TEMPLATES, WORLD, Corpus, Fact, Size, generate
+from geffect.demo.corpus import CITIES, TEMPLATES, UNKNOWN, WORLD, Corpus, Fact, Size, generate
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,12 @@ def test_more_authors_can_be_held_out() -> None:
 def test_an_impossible_size_is_refused(size: Size, named: str) -> None:
     with pytest.raises(ValueError, match=rf"should be .* Found .*`{named}`"):
         generate(0, size)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_forget_questions_have_an_answer_of_one_who_does_not_know(seed: int) -> None:
+    corpus = generate(seed)
+    for fact, unknown in zip(corpus.forget, corpus.forget_unknown, strict=True):
+        assert unknown == replace(fact, answer=unknown.answer) and unknown.answer in UNKNOWN
+    assert len({fact.answer for fact in corpus.forget_unknown}) > 3
+    assert generate(seed) == corpus != generate(seed + 1)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from geffect.objectives import (
+    CEU,
     NPO,
     TNPO,
     WTNPO,
@@ -18,6 +19,7 @@ from geffect.objectives import (
     GradientAscent,
     Objective,
     Regularised,
+    SatImp,
     SharedForward,
     SimNPO,
     WeightedGradientAscent,
@@ -25,6 +27,7 @@ from geffect.objectives import (
     statistics,
 )
 from tests.utils import reference, tiny
+from tests.utils.predictions import predicting
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,8 @@ OBJECTIVES = [
     GradDiff(NPO(0.5)),
     SimNPO(0.5),
     SimNPO(4.5, 0.3),
+    SatImp(0.5, 0.3),
+    CEU(0),
 ]
 
 
@@ -302,21 +307,6 @@ def test_statistics_of_weights() -> None:
 # --- SimNPO
 
 
-def predicting(p: list[list[float]], vocabulary: int = 6) -> tuple[object, dict[str, torch.Tensor]]:
-    """A model that gives the answer tokens of each sample these probabilities, and its batch."""
-    width = max(map(len, p)) + 1
-    ids = torch.zeros(len(p), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    likely = torch.full((len(p), width), 0.5, dtype=torch.float64)
-    for row, answer in enumerate(p):
-        labels[row, 1 : len(answer) + 1] = 0
-        likely[row, : len(answer)] = torch.tensor(answer)
-    logits = ((1 - likely) / (vocabulary - 1)).log()[..., None].repeat(1, 1, vocabulary)
-    logits[..., 0] = likely.log()
-    logits.requires_grad_()
-    return lambda input_ids: SimpleNamespace(logits=logits), {"input_ids": ids, "labels": labels}
-
-
 def test_the_numbers_of_open_unlearning() -> None:
     """On p = (.9, .5, .2), against a reference of (.8, .7, .6)."""
     model, batch = predicting([[0.9, 0.5, 0.2]])
@@ -325,6 +315,7 @@ def test_the_numbers_of_open_unlearning() -> None:
         SimNPO(beta=4.5): 0.011841,
         NPO(beta=0.1): 12.588993,
         WeightedGradientAscent(alpha=1.0): -0.254429,
+        SatImp(): -0.005821,
     }
     for objective, value in expected.items():
         assert objective(model, {"forget": batch}, before).item() == pytest.approx(value, abs=1e-6)
