@@ -1,5 +1,6 @@
 """Analyzers: from a run to a tidy table of scores. They need neither torch nor the model."""
 
+from .compare import Comparison, compare
 from .conflict import conflict
 from .cosine import cosine
 from .drift import drift
@@ -16,7 +17,9 @@ from .violation import violation
 __all__ = [
     "SAMPLES",
     "TOKENS",
+    "Comparison",
     "as_columns",
+    "compare",
     "conflict",
     "cosine",
     "drift",

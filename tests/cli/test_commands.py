@@ -327,6 +327,7 @@ HELP = {
     "scores": ["RUN", "--score", "--by", "--between", "--format"],
     "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],
     "report": ["RUN...", "--output"],
+    "compare": ["RUN", "OTHER", "--format", "json"],
     "validate": ["RUN", "--format", "json"],
 }
 

@@ -13,7 +13,7 @@ from geffect.cli.main import app
 from geffect.cli.objectives import CommandOfObjectives
 from tests.utils.command_line import answering
 
-COMMANDS = ["demo", "info", "scores", "plot", "report", "replay", "validate"]
+COMMANDS = ["demo", "info", "scores", "plot", "report", "replay", "compare", "validate"]
 SCRIPT = [str(Path(sys.executable).with_name("geffect"))]
 MODULE = [sys.executable, "-m", "geffect"]
 

@@ -1,0 +1,341 @@
+"""Where two runs part: the first step, the layers, and what that says of the cause."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from geffect.layers import in_network_order
+from geffect.scores import Score, tidy
+from geffect.sources import UPDATE, is_reserved
+from geffect.store import Run
+
+from .base import Floats, check_run
+
+SCORE = Score("difference of Gram matrices, over the lengths of the gradients")
+
+TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 16 * 2**-10, "bfloat16": 16 * 2**-7}
+"""What counts as rounding, by the type of the parameters: for short types 16 times its epsilon."""
+
+ALIKE = 1e-3
+"""How far a common factor of two updates may differ from layer to layer."""
+
+Level = Literal["identical", "rounding", "diverged"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs, held against each other step by step.
+
+    - `level`: "identical" bit for bit, equal but for "rounding", or "diverged".
+    - `step`: the first one at which they differ by more than rounding, else None.
+    - `layers`: where the difference begins, in network order; none where it is not of layers.
+    - `sentence`: what was found, for people.
+    - `table`: how far apart they are; columns step, parameter, value, score, unit.
+    """
+
+    level: Level
+    step: int | None
+    layers: tuple[str, ...]
+    sentence: str
+    table: pd.DataFrame = field(repr=False, compare=False)
+
+
+def compare(run: Run, other: Run) -> Comparison:
+    """Whether two runs are the same, and where they part if they are not.
+
+    At a step, and for a parameter, K and L are the Gram matrices of the two runs. Their difference
+    is max_ij |K_ij - L_ij| / sqrt(m_i m_j), where m is the larger of the squared lengths K_ii and
+    L_ii: 0 for the same gradients, and 2 for opposite ones. Up to 1e-5 it counts as rounding of
+    float32; up to 16 epsilon where a run has parameters of a shorter type.
+
+    The first step with a larger difference tells the cause, since every row has the losses, the
+    gradients and the update of one step:
+
+    - The update alone differs: the optimizer. In all layers by one factor: the learning rate.
+    - Gradients differ, losses do not: the backward pass, from the last layer that differs on.
+    - Losses differ: the data of those sources, or the model that ran forward.
+
+    Steps and sources that both have are compared. Raises a ValueError for runs of other parameters,
+    or with no step or source in common.
+
+    >>> compare(example_run(), example_run()).sentence
+    'The runs are identical: their one step is the same, bit for bit.'
+    """
+    check_run(run)
+    check_run(other)
+    pair = _Pair.of(run, other)
+    distance = pair.distance(pair.sources)
+    table = tidy(
+        distance,
+        SCORE,
+        steps=pair.steps,
+        blocks=[parameter.name for parameter in run.layers],
+        by="parameter",
+    )
+    apart = (distance > pair.tolerance).any(axis=1) | pair.losses_differ.any(axis=1)
+    if not apart.any():
+        level: Level = "identical" if pair.is_identical else "rounding"
+        return Comparison(level, None, (), pair.told(_same(pair, distance)), table)
+    at = int(np.argmax(apart))
+    layers, cause = _origin(pair, at)
+    step = int(pair.steps[at])
+    return Comparison(
+        "diverged", step, layers, pair.told(f"The runs part at step {step}: {cause}."), table
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The steps and sources that two runs share: Gram matrices, losses, and what is rounding."""
+
+    run: Run
+    other: Run
+    steps: NDArray[np.int64]
+    sources: tuple[str, ...]
+    gram: tuple[Floats, Floats]
+    losses: tuple[Floats, Floats]
+    tolerance: float
+
+    @classmethod
+    def of(cls, run: Run, other: Run) -> "_Pair":
+        _check_parameters(run, other)
+        sources = tuple(name for name in run.sources if name in other.sources)
+        keys = [[*zip(r.column("request"), r.steps, strict=True)] for r in (run, other)]
+        shared = [key for key in keys[0] if key in {*keys[1]}]
+        if not sources or not shared:
+            raise ValueError(
+                "Runs that are compared should have a step and a source in common. Found "
+                f"{_listed(run.sources)} at {len(run.steps)} steps, and "
+                f"{_listed(other.sources)} at {len(other.steps)}. Compare runs of one training."
+            )
+        gram, losses = [], []
+        for one, own in zip((run, other), keys, strict=True):
+            at = [own.index(key) for key in shared]
+            of = [one.index(name) for name in sources]
+            gram.append(one.gram()[at][..., of, :][..., of])
+            known = one.losses()
+            nothing = np.full(len(one.steps), np.nan)
+            losses.append(np.stack([known.get(name, nothing)[at] for name in sources], axis=1))
+        types = {parameter.dtype for r in (run, other) for parameter in r.layers}
+        return cls(
+            run, other, np.array([step for _, step in shared]), sources,
+            (gram[0], gram[1]), (losses[0], losses[1]),
+            max(TOLERANCE.get(dtype, TOLERANCE["float32"]) for dtype in types),
+        )  # fmt: skip
+
+    @property
+    def is_identical(self) -> bool:
+        return (
+            len(self.steps) == len(self.run.steps) == len(self.other.steps)
+            and self.run.sources == self.other.sources
+            and np.array_equal(*self.gram, equal_nan=True)
+            and np.array_equal(*self.losses, equal_nan=True)
+        )
+
+    @property
+    def losses_differ(self) -> NDArray[np.bool_]:
+        """Bool[step, source], of the losses that are no sums of others: those may cancel out."""
+        a, b = self.losses
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(a - b) > self.tolerance / 10 * np.maximum(np.abs(a), np.abs(b))
+        declared = self.run.manifest.get("losses", {})
+        is_sum = [isinstance(declared.get(name), dict) for name in self.sources]
+        apart = (apart | (np.isnan(a) != np.isnan(b))) & ~np.array(is_sum)
+        return np.asarray(apart, dtype=np.bool_)
+
+    def distance(self, sources: Sequence[str], factor: Floats | float = 1.0) -> Floats:
+        """Float64[step, parameter] over these sources; `factor` scales the updates of the first.
+
+        What is not there in both is infinitely far, but for the update of the last step of a run,
+        which that run does not know.
+        """
+        of = [self.sources.index(name) for name in sources]
+        K, L = (one[..., of, :][..., of].copy() for one in self.gram)
+        if UPDATE in sources:
+            u = sources.index(UPDATE)
+            K[..., u, :] *= factor
+            K[..., :, u] *= factor
+            unknown = np.isnan(K[..., u, u]) | np.isnan(L[..., u, u])
+            for one in (K, L):
+                one[unknown, u, :] = one[unknown, :, u] = 0.0
+        lengths = np.sqrt(np.maximum(*(np.einsum("...ii->...i", one) for one in (K, L))))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # One length after the other: the product of two tiny ones would underflow.
+            apart = np.abs(K - L) / lengths[..., :, np.newaxis] / lengths[..., np.newaxis, :]
+        apart[(K == L) | (np.isnan(K) & np.isnan(L))] = 0.0
+        apart[np.isnan(apart)] = np.inf
+        return np.asarray(apart.max(axis=(-1, -2), initial=0.0), dtype=np.float64)
+
+    def layers_where(self, apart: NDArray[np.bool_]) -> tuple[str, ...]:
+        """The layers of the parameters, in network order."""
+        own = [p for p, differs in zip(self.run.layers, apart, strict=True) if differs]
+        return tuple(in_network_order(own, [parameter.layer for parameter in own]))
+
+    def told(self, sentence: str) -> str:
+        """The sentence, with what only one of the runs has."""
+        remarks = []
+        for one, rest in ((self.run, self.other), (self.other, self.run)):
+            further = [name for name in one.sources if name not in self.sources]
+            if further:
+                remarks.append(f"Only `{one.name}` has {_listed(further)}.")
+            more = len(one.steps) - len(self.steps)
+            if more:
+                remarks.append(f"`{one.name}` has {more} steps that `{rest.name}` has not.")
+        different = [key for key in _SAID if _said(self.run, key) != _said(self.other, key)]
+        if different:
+            remarks.append(f"Their files say another {_listed(different)}.")
+        return " ".join([sentence, *remarks])
+
+
+_SAID = ("objective", "losses", "optimizer", "rectifier")
+"""What the manifest says of how a run was made."""
+
+
+def _said(run: Run, key: str) -> Any:
+    return run.manifest.get(key)
+
+
+def _same(pair: _Pair, distance: Floats) -> str:
+    count = len(pair.steps)
+    if pair.is_identical:
+        which = "their one step is" if count == 1 else f"all {count} steps are"
+        return f"The runs are identical: {which} the same, bit for bit."
+    if not distance.any():
+        return f"The runs are the same, bit for bit, in the {count} steps that both have."
+    at, which_one = np.unravel_index(distance.argmax(), distance.shape)
+    types = sorted({p.dtype for run in (pair.run, pair.other) for p in run.layers})
+    return (
+        f"The runs agree to rounding: they are apart by {distance.max():.2g} at most, at step "
+        f"{pair.steps[at]} in `{pair.run.layers[which_one].name}`; up to {pair.tolerance:.2g} "
+        f"counts as rounding of {_listed(types)}."
+    )
+
+
+def _origin(pair: _Pair, at: int) -> tuple[tuple[str, ...], str]:
+    """The layers where a difference begins, and the cause, in words."""
+    for is_meant, told in _CAUSES:
+        sources = [name for name in pair.sources if is_meant(name)]
+        apart = pair.distance(sources)[at] > pair.tolerance
+        losses = [
+            name
+            for name, differs in zip(pair.sources, pair.losses_differ[at], strict=True)
+            if differs and name in sources
+        ]
+        if apart.any() or losses:
+            return told(pair, at, apart, losses)
+    # The products of two kinds differ, and those of neither kind.
+    everything = pair.distance(pair.sources)[at] > pair.tolerance
+    return pair.layers_where(everything), "directions of the update against the gradients"
+
+
+def _of_gradients(
+    pair: _Pair, at: int, apart: NDArray[np.bool_], losses: list[str]
+) -> tuple[tuple[str, ...], str]:
+    if losses:
+        return (), _forward(pair, at, losses)
+    layers = pair.layers_where(apart)
+    before = f", unless {_unseen(pair, at)} differ a little" if _unseen(pair, at) else ""
+    return layers[-1:], (
+        f"backward. Losses are equal and gradients differ, in {_listed(layers)}; of these "
+        f"{layers[-1]} is nearest to the loss, and the others inherit what it passes on{before}"
+    )
+
+
+def _forward(pair: _Pair, at: int, losses: list[str]) -> str:
+    known = ~np.isnan(pair.losses[0][at]) & [not is_reserved(name) for name in pair.sources]
+    declared = pair.run.manifest.get("losses", {})
+    own = [
+        name
+        for name, there in zip(pair.sources, known, strict=True)
+        if there and not isinstance(declared.get(name), dict)
+    ]
+    if len(losses) < len(own):
+        one = len(losses) == 1
+        return (
+            f"forward, source{'' if one else 's'} {_listed(losses)}. The other losses are equal, "
+            f"so the data of {'this one' if one else 'these'} differ"
+        )
+    before = f", or {_unseen(pair, at)}" if _unseen(pair, at) else ""
+    return f"forward, all losses. The data of every source differ, or the model{before}"
+
+
+def _unseen(pair: _Pair, at: int) -> str:
+    """What came before a step and is in no row."""
+    if at == 0:
+        return "the parameters to begin with"
+    if UPDATE not in pair.sources:
+        return f"the parameters after step {pair.steps[at - 1]}, whose update is not recorded,"
+    return ""
+
+
+def _of_rectifier(
+    pair: _Pair, at: int, apart: NDArray[np.bool_], losses: list[str]
+) -> tuple[tuple[str, ...], str]:
+    layers = pair.layers_where(apart)
+    return layers, (
+        "rectifier. Gradients of the losses are equal; its average or the gradient that it made "
+        f"differs, in {_listed(layers)}"
+    )
+
+
+def _of_update(
+    pair: _Pair, at: int, apart: NDArray[np.bool_], losses: list[str]
+) -> tuple[tuple[str, ...], str]:
+    layers, u = pair.layers_where(apart), _at(pair, UPDATE)
+    squares = [one[at, :, u, u] for one in pair.gram]
+    moved = (squares[0] > 0) | (squares[1] > 0)
+    total = np.nansum(squares[0]), np.nansum(squares[1])
+    if apart[moved].all() and all(total):
+        factor = float(np.sqrt(total[1] / total[0]))
+        if (pair.distance(pair.sources, factor)[at] <= max(ALIKE, pair.tolerance)).all():
+            return layers, f"update, all layers, factor {factor:.4g}: the learning rate"
+    where = "all layers" if apart[moved].all() else _listed(layers)
+    still = [
+        f"`{run.name}` does not move {_listed(fixed)}"
+        for run, square, against in zip((pair.run, pair.other), squares, squares[::-1], strict=True)
+        if (fixed := pair.layers_where(apart & (square == 0) & (against > 0)))
+    ]
+    return layers, "; ".join([f"update, {where}: the optimizer, or what it may move", *still])
+
+
+def _is_gradient(source: str) -> bool:
+    return not is_reserved(source)
+
+
+def _is_made(source: str) -> bool:
+    return is_reserved(source) and source != UPDATE
+
+
+Told = Callable[[_Pair, int, NDArray[np.bool_], list[str]], tuple[tuple[str, ...], str]]
+
+_CAUSES: tuple[tuple[Callable[[str], bool], Told], ...] = (
+    (_is_gradient, _of_gradients),
+    (_is_made, _of_rectifier),
+    (lambda source: source == UPDATE, _of_update),
+)
+"""The kinds of sources in the order in which a step makes them, and what a difference tells."""
+
+
+def _at(pair: _Pair, source: str) -> int:
+    return pair.sources.index(source)
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _check_parameters(run: Run, other: Run) -> None:
+    here, there = ([(p.name, p.shape) for p in one.layers] for one in (run, other))
+    if here != there:
+        differing = sorted({name for name, _ in {*here} ^ {*there}}) or ["their order"]
+        shown = ", ".join(f"`{name}`" for name in differing[:3])
+        raise ValueError(
+            f"Runs that are compared should have the same parameters. Found {len(differing)} that "
+            f"differ between `{run.name}` and `{other.name}`, among them {shown}. Compare runs of "
+            "one model."
+        )
