@@ -12,7 +12,7 @@ from geffect.gradients import Gradients, peak
 from geffect.layers import trainable
 from geffect.losses import Loss
 from geffect.sources import OBJECTIVE
-from geffect.steps import check_descends
+from geffect.steps import check_descends, tensors_of
 
 from .options import Options
 
@@ -90,11 +90,24 @@ def check_optimizer(options: Options, optimizer: torch.optim.Optimizer | None) -
     """Refuse a step of an optimizer that is needed and not known, or that climbs."""
     if optimizer is not None:
         check_descends(optimizer)
+        if options.correction == "adam":
+            check_adam(optimizer)
     elif options.needs_optimizer:
         raise ValueError(
             '`optimizer` should be given before a step with space="update" or '
             "measure_update=True. Found none. Pass Rectifier(..., optimizer=optimizer), or "
             "call rectifier.attach(optimizer)."
+        )
+
+
+def check_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose own metric is not known."""
+    owned = {str(i): tensor for i, tensor in enumerate(tensors_of(optimizer))}
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) or distributed.pieces(owned):
+        raise ValueError(
+            'correction="adam" should go with Adam or AdamW of torch, whose second moment it '
+            f"measures in, and not with ZeRO. Found {type(optimizer).__name__}, or parameters that "
+            'an engine holds in pieces. Take correction="retain_adam", or such an optimizer.'
         )
 
 
@@ -107,7 +120,7 @@ def check_state(
             f"The state of a rectifier should have format {format}. Found "
             f"{state.get('format')!r}. Pass what `state_dict()` of a rectifier gave."
         )
-    if {"ema_start": "first", **state["options"]} != options:  # which came later
+    if {"ema_start": "first", "history": 0, **state["options"]} != options:  # which came later
         raise ValueError(
             "The rectifier should be set up as the one whose state it takes: "
             f"{state['options']}. Found {options}. Make it with the same arguments."

@@ -50,13 +50,17 @@ class State:
 
 
 class RetainMemory:
-    """The running averages of the retain gradients, and of their squares where that is wanted.
+    """The running averages of the retain gradients, and what else of them is wanted.
 
     average <- weight r + (1 - weight) average, one for each retain set, started at the first
     gradient, or `from_zero` (arXiv 2503.09117; its gamma weighs the new gradient, the opposite of
     momentum).
     v <- 0.999 v + 0.001 (sum of r^2 over the sets), one for all, started at zero. A parameter that
     no retain loss has reached yet has None.
+
+    With a `history` of one retain set and weight 1, the gradients of that many earlier steps are
+    kept as they are, and the oldest makes room for the newest: 1 + history vectors of the model's
+    size in all.
 
     A gradient does not count if it is zero (float32 below its normal numbers is zero too), not
     finite, or rounding noise, as a distance to the model's own outputs leaves it at the start. It
@@ -78,8 +82,10 @@ class RetainMemory:
         second_moment: bool,
         state: State,
         from_zero: bool = False,
+        history: int = 0,
     ) -> None:
         self.weight, self.state, self.from_zero = weight, state, from_zero
+        self._earlier = [_Kept(state) for _ in range(history)]  # the newest first
         self._averages = {name: _Kept(state) for name in sets}
         self._squares = _Kept(state) if second_moment else None
         self._count = 0
@@ -110,9 +116,10 @@ class RetainMemory:
                 return problem if len(news) == 1 else f"{problem} for `{name}`"
         weight = self.weight if self.ready or self.from_zero else 1.0
         counted, smallest, once = self._count + 1, min(peaks.values()), Once()
+        averages, earlier = self._turned()
         changes: list[tuple[_Kept, Sequence[Sequence[Tensor | None]], Change]] = [
             (average, [[tensor] for tensor in new], partial(_mix, weight=weight))
-            for average, new in zip(self._averages.values(), news.values(), strict=True)
+            for average, new in zip(averages.values(), news.values(), strict=True)
         ]
         if self._squares is not None:
             changes.append((self._squares, list(zip(*news.values(), strict=True)), _add_squares))
@@ -122,6 +129,7 @@ class RetainMemory:
         def take_in() -> None:
             once.begin()
             self._count, self._smallest = counted, smallest
+            self._averages, self._earlier = averages, earlier
             # Each tensor of each step is rounded by random numbers of its own, and by the same ones
             # on another process and in a run that was resumed. A new tensor changes two kept ones
             # at most.
@@ -157,8 +165,12 @@ class RetainMemory:
         return put_back
 
     def retain(self, i: int) -> list[Tensor | None]:
-        """The averages of parameter i, one a set: float32, on the parameter's device."""
-        return [average[i] if self.ready else None for average in self._averages.values()]
+        """The averages of parameter i, one a set, and behind them the earlier gradients.
+
+        They are float32, on the parameter's device.
+        """
+        kept = [*self._averages.values(), *self._earlier]
+        return [vector[i] if vector.tensors else None for vector in kept]
 
     def vector(self, name: str) -> Vector:
         """The average of one set, as it is whenever it is looked at; empty before the first."""
@@ -193,8 +205,8 @@ class RetainMemory:
         if state.keys() != (wanted := {"count": 0, "floor": 0, **vectors}).keys():
             raise ValueError(
                 f"`state` should hold {_listed(wanted)}. Found {_listed(state)}. "
-                "Make the rectifier with the retain sets, `select` and `correction` that the saved "
-                "one had."
+                "Make the rectifier with the retain sets, `select`, `correction` and `history` "
+                "that the saved one had."
             )
         for key in vectors:
             _check_saved(key, state[key], parameters)
@@ -211,6 +223,14 @@ class RetainMemory:
             return "zero"
         return NOISE if 0.0 < largest < self._floor else None
 
+    def _turned(self) -> "tuple[dict[str, _Kept], list[_Kept]]":
+        """Where a gradient goes, and where the one before it then is: nothing is copied."""
+        if not self._earlier:
+            return self._averages, self._earlier
+        ((name, newest),) = self._averages.items()
+        *others, oldest = self._earlier
+        return {name: oldest}, [newest, *others]
+
     def _clear(self) -> None:
         for kept in self._vectors().values():
             kept.clear()
@@ -218,7 +238,9 @@ class RetainMemory:
 
     def _vectors(self) -> "dict[str, _Kept]":
         averages = {f"average.{name}": kept for name, kept in self._averages.items()}
-        return averages if self._squares is None else averages | {"second_moment": self._squares}
+        squares = {} if self._squares is None else {"second_moment": self._squares}
+        earlier = {f"earlier.{age}": kept for age, kept in enumerate(self._earlier, 1)}
+        return averages | squares | earlier
 
 
 Make = Callable[[Callable[[], object]], object]

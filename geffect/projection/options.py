@@ -9,13 +9,13 @@ from geffect.layers import Parameter
 from geffect.sources import RETAIN, is_risk
 
 from .elementwise import Elementwise, Halt
-from .rules import Rule, Weights, check_one_retain, gru
+from .rules import MOST_CONSTRAINTS, Rule, Weights, check_one_retain, gru
 from .selection import SaliencyMask, Salient, Selection
 
 Scope = Literal["model", "group", "layer", "parameter", "coordinate"]
 SpaceName = Literal["gradient", "update"]
 Part = Literal["total", "forget"]
-Correction = Literal["retain", "retain_adam"]
+Correction = Literal["retain", "retain_adam", "adam"]
 Start = Literal["first", "zero"]
 
 LABELS: Mapping[str, Callable[[Parameter], str]] = {
@@ -26,6 +26,8 @@ LABELS: Mapping[str, Callable[[Parameter], str]] = {
     "coordinate": lambda parameter: "model",
 }
 """The block that a parameter belongs to, in each scope."""
+
+MOST_HISTORY = MOST_CONSTRAINTS - 1
 
 ALWAYS_TOLD = frozenset({"rule", "protect", "scope", "space", "ema"})
 """The options that a rectifier shows; others where they are not the default."""
@@ -44,6 +46,7 @@ class Options:
     ema_start: Start = "first"
     select: float | Selection | None = None
     correction: Correction = "retain"
+    history: int = 0
     measure_update: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +60,12 @@ class Options:
             _fraction("select", self.select)
         self._check_scope()
         self._check_space()
+        self._check_history()
+
+    @property
+    def constraints(self) -> int:
+        """How many retain gradients a rule is given."""
+        return len(self.protect) + self.history
 
     @property
     def needs_optimizer(self) -> bool:
@@ -120,13 +129,16 @@ class Options:
             "ema_start": self.ema_start,
             "select": self.select if isinstance(self.select, int | float) else _name(self.select),
             "correction": self.correction,
+            "history": self.history,
         }
 
     def __repr__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {field.name for field in fields(self) if given[field.name] == field.default}
+        memory = {"history": f"{self.history}: {self.constraints} vectors of the model's size"}
         told = given.keys() - (plain - ALWAYS_TOLD)
-        return ", ".join(f"{n}={_unaddressed(v)}" for n, v in given.items() if n in told)
+        said = {name: _unaddressed(value) for name, value in given.items() if name in told}
+        return ", ".join(f"{name}={memory.get(name, value)}" for name, value in said.items())
 
     @property
     def _asked(self) -> Rule | Elementwise | None:
@@ -152,7 +164,22 @@ class Options:
             )
         asked = self._asked
         if asked is not None and asked.one_retain:
-            check_one_retain(_unaddressed(asked), len(names))
+            check_one_retain(_unaddressed(asked), self.constraints)
+
+    def _check_history(self) -> None:
+        count = self.history
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_HISTORY:
+            raise ValueError(
+                "`history` of Rectifier should be how many earlier retain gradients constrain a "
+                f"step, a whole number from 0 to {MOST_HISTORY}. Found `history = {count!r}`. Pass "
+                "one such as history=8."
+            )
+        if count and (len(self.protect) > 1 or self.ema != 1.0 or self.rule is None):
+            raise ValueError(
+                "`history` should go with a rule, one retain loss and ema=1.0: each constraint is "
+                f"the gradient of one step. Found rule={_name(self.rule)}, protect={self.protect} "
+                f"and ema={self.ema}. Add the losses up, leave `ema` out, or leave `history` out."
+            )
 
     def _check_space(self) -> None:
         if self.space == "gradient" and self.correction != "retain":

@@ -26,7 +26,7 @@ from .scopes import (
     Retain,
     Terms,
 )
-from .spaces import Space, UpdateSpace, copied
+from .spaces import Space, UpdateSpace, copied, widened
 
 EPSILON = 1e-8
 
@@ -85,8 +85,18 @@ class Projector:
 
         return mask
 
-    def change(self, space: Space, mask: Mask | None, *, counts: bool) -> Change | None:
-        """What is to be done to the space; None where a Gram matrix is not finite."""
+    def change(
+        self,
+        space: Space,
+        mask: Mask | None,
+        *,
+        counts: bool,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Change | None:
+        """What is to be done to the space; None where a Gram matrix is not finite.
+
+        `optimizer` is the one whose step the space is.
+        """
         retain = self._retain(counts)
         if self.options.by_coordinate:
             coordinates = self._coordinates()
@@ -95,8 +105,11 @@ class Projector:
             return Change(make, coordinates.report)
         rule = self.options.rule
         assert rule is not None and not isinstance(rule, Elementwise)
-        constraint = Constraint(self.blocks, self.parameters, self.options.protect, rule)
-        return constraint.planned(space, Terms(retain, mask, self._metric))
+        options = self.options
+        constraint = Constraint(
+            self.blocks, self.parameters, options.protect, rule, count=options.constraints
+        )
+        return constraint.planned(space, Terms(retain, mask, self._metric(optimizer)))
 
     def drawn(self) -> Callable[[], None]:
         """What takes back the random numbers that a selection draws from now on."""
@@ -131,23 +144,44 @@ class Projector:
         return step, coordinates.report
 
     def _retain(self, counts: bool) -> Retain:
-        absent: list[Tensor | None] = [None] * len(self.options.protect)
+        absent: list[Tensor | None] = [None] * self.options.constraints
         return self.memory.retain if counts else lambda i: absent
 
     def _coordinates(self) -> Coordinates:
         options = self.options
-        return Coordinates(self.blocks, self.parameters, options.protect, options.elementwise)
+        return Coordinates(
+            self.blocks,
+            self.parameters,
+            options.protect,
+            options.elementwise,
+            count=options.constraints,
+        )
 
-    @property
-    def _metric(self) -> Metric | None:
+    def _metric(self, optimizer: torch.optim.Optimizer | None) -> Metric | None:
         if self.options.correction == "retain":
             return None
+        if self.options.correction == "adam":
+            assert optimizer is not None
+            return metric_of_adam(optimizer, self.parameters)
 
         def scale(i: int) -> Tensor | None:
             root = self.memory.scale(i)
             return None if root is None else distributed.local(root) + EPSILON
 
         return scale
+
+
+def metric_of_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Metric:
+    """sqrt(v) + eps of each parameter, v the second moment that the optimizer has by now."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def scale(i: int) -> Tensor | None:
+        known = optimizer.state.get(parameters[i], {})
+        group = groups.get(id(parameters[i]), {})
+        square = known.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+        return None if square is None else widened(distributed.local(square)).sqrt() + group["eps"]
+
+    return scale
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import check_reached, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
-from geffect.steps import DirectionWatch, check_descends, check_owned, unwrapped
+from geffect.steps import DirectionWatch, check_owned, unwrapped
 
 from . import checks
 from .attachment import Attachment, check_steps_alone, check_unattached
@@ -51,13 +51,16 @@ class Rectifier:
       losses in `protect`, and adds that behind, unless the rule adds the retain gradient itself.
     - `optimizer`: needed in update space, here or by `attach`; it is not wrapped. In gradient space
       it is needed where it does not step all parameters: the others then take no part.
-    - `ema`: the weight of the new gradient in the average, between 0 and 1.
+    - `ema`: the weight of the new gradient in the average, from 0 to 1: 0.8 if left out.
+    - `history`: how many earlier retain gradients constrain the step too, each by itself, beside
+      the newest: for `nearest`. `ema` is then 1.0. Memory: 1 + history vectors of the model's size.
     - `ema_start`: the average starts at the "first" gradient, or at "zero" as in public ports of
       GRU, so that it has another direction in its first steps.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses. That comes before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
-      "retain_adam" of r / sqrt(v), v the running mean square of the retain gradients.
+      "retain_adam" of r / sqrt(v), v the running mean square of the retain gradients; "adam" takes
+      v of the optimizer, an Adam or AdamW of torch.
     - `state`: how the averages are kept, see `State`.
     - `measure_update`: also measure what the optimizer makes of the step, `report.applied_average`
       and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
@@ -99,36 +102,31 @@ class Rectifier:
         space: SpaceName = "gradient",
         part: Part = "total",
         optimizer: torch.optim.Optimizer | None = None,
-        ema: float = 0.8,
+        ema: float | None = None,
         ema_start: Start = "first",
         select: float | Selection | None = None,
         correction: Correction = "retain",
+        history: int = 0,
         state: State | None = None,
         measure_update: bool = False,
     ) -> None:
         sets = (protect,) if isinstance(protect, str) else tuple(protect)
+        weight = (1.0 if history else 0.8) if ema is None else ema
         self._options = options = Options(
-            as_rule(rule),
-            sets,
-            scope,
-            space,
-            part,
-            ema,
-            ema_start,
-            select,
-            correction,
+            as_rule(rule), sets, scope, space, part, weight, ema_start, select, correction, history,
             measure_update,
-        )
+        )  # fmt: skip
         self.options: Mapping[str, object] = options.record
         self.protect, self.part = options.protect, options.part
         self.needs_optimizer = options.needs_optimizer  # before a step, to be attached to it
         self._model, self._names = model, list(trainable(model))
         self._memory = RetainMemory(
             sets,
-            ema,
+            weight,
             second_moment=options.needs_second_moment,
             state=state or State(),
             from_zero=ema_start == "zero",
+            history=history,
         )
         self._blocks = Blocks.of([*map(LABELS[scope], describe(model))])
         self.blocks = block_names(self._blocks, sets)  # what a report has a number for
@@ -265,8 +263,8 @@ class Rectifier:
         """
         optimizer = unwrapped(optimizer)
         check_owned(optimizer, trainable(self._model).values())
-        check_descends(optimizer)
         check_steps_alone(optimizer)
+        checks.check_optimizer(self._options, optimizer)
         check_unattached(optimizer, self)
         self.detach()
         self._attachment = Attachment(optimizer, self._before_step, self._after_step)

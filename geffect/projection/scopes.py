@@ -141,13 +141,21 @@ class Constraint:
     """One constraint for each block, kept by a rule on the Gram matrix of the block."""
 
     def __init__(
-        self, blocks: Blocks, parameters: Sequence[Tensor], sets: Sequence[str], rule: Rule
+        self,
+        blocks: Blocks,
+        parameters: Sequence[Tensor],
+        sets: Sequence[str],
+        rule: Rule,
+        *,
+        count: int,
     ) -> None:
         self._blocks, self._parameters, self._sets, self._rule = blocks, parameters, sets, rule
+        self._count = count  # of retain gradients: those of the sets, of which is told, come first
 
     def planned(self, space: Space, terms: Terms) -> Change | None:
         """What keeps it; None where a gradient is not finite."""
-        seen, asked, added = terms.slices(1 + len(self._sets))
+        seen, asked, added = terms.slices(1 + self._count)
+        told = slice(0, len(self._sets))
         K = self._gram(space, terms, size=added.stop)
         if not K[:, seen, seen].isfinite().all():
             return None
@@ -177,15 +185,15 @@ class Constraint:
         report = reported(
             self._blocks,
             self._sets,
-            K[:, seen, seen],
-            inner_after=inner_after,
+            K[:, seen, seen][:, : told.stop + 1, : told.stop + 1],
+            inner_after=inner_after[:, told],
             norm_after=norm_after,
-            coefficient=weights[:, 1:],
+            coefficient=weights[:, 1:][:, told],
             fired=fired,
             unmet=unmet,
         )
-        told = f"{self._rule!r}: {promise.said}" if promise is not None and unmet.any() else None
-        return Change(make, lambda: report, told)
+        said = f"{self._rule!r}: {promise.said}" if promise is not None and unmet.any() else None
+        return Change(make, lambda: report, said)
 
     def _gram(
         self,
@@ -201,7 +209,7 @@ class Constraint:
         """
         # Nearly parallel retain gradients, which a rule tells apart, leave no digit over; nor do
         # products that cancel out once each is taken in another metric.
-        quick = len(self._sets) == 1 and terms.metric is None and not space.rounds
+        quick = self._count == 1 and terms.metric is None and not space.rounds
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
         for i, block in enumerate(self._blocks.index):
             averages, kept, scale = terms.of(i)
@@ -278,10 +286,12 @@ class Coordinates:
         parameters: Sequence[Tensor],
         sets: Sequence[str],
         rule: Elementwise | None,
+        *,
+        count: int,
     ) -> None:
         self._blocks, self._sets, self._rule = blocks, sets, rule
         # u, x and the averages, and how many coordinates were changed.
-        self._tally = GramAccumulator(blocks, parameters, 3 + len(sets))
+        self._tally = GramAccumulator(blocks, parameters, 3 + count)
 
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""

@@ -209,7 +209,7 @@ class RectifiedStep:
 
         def plan() -> Change | None:
             kept = None if masks is None else masks.__getitem__
-            change = projector.change(space, kept, counts=self._counts)
+            change = projector.change(space, kept, counts=self._counts, optimizer=optimizer)
             self._done(change)
             return change
 
@@ -246,10 +246,12 @@ class RectifiedStep:
     def _measure(self, update: UpdateSpace) -> None:
         """Take the inner products of the step that was applied."""
         projector = self._projector
-        size = 1 + 2 * len(projector.options.protect)
+        sets = len(projector.options.protect)
+        size = 1 + 2 * sets
         tally = GramAccumulator(projector.blocks, projector.parameters, size)
         for i in range(len(projector.parameters)):
-            others = held([*projector.memory.retain(i), *(vector[i] for vector in self._fresh)])
+            average = projector.memory.retain(i)[:sets]
+            others = held([*average, *(vector[i] for vector in self._fresh)])
             for part, where in enumerate(update.parts(i)):
                 tally.add(i, part, [update.direction(i, where), *parts(others, where)])
         self._applied = tally

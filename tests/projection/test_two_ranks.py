@@ -19,7 +19,7 @@ from geffect import Rectifier, distributed
 from geffect.gradients import reduced
 from geffect.layers import trainable
 from geffect.losses import plan
-from geffect.projection import SAGO, SaliencyMask, nearest, selection
+from geffect.projection import SAGO, SaliencyMask, hamu, nearest, selection
 from geffect.projection.memory import RetainMemory, State
 from tests.utils import tiny, two_ranks
 from tests.utils.layouts import LAYOUTS, Small, labelled, nothing_is_gathered, without_reduction
@@ -119,6 +119,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "rule": nearest, "protect": ("retain", "world"), "space": "update",
     },
     "SAGO": {"rule": SAGO(0.5), "part": "forget", "ema": 1.0},
+    "HAMU": {"rule": hamu(0.01, radius=0.1), "part": "forget", "ema": 1.0},
+    "GU": {"rule": nearest, "history": 2, "space": "update", "correction": "adam"},
     "scaled correction": {"space": "update", "correction": "retain_adam"},
     "followed": {"measure_update": True},
 }  # fmt: skip
