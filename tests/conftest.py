@@ -38,7 +38,7 @@ from geffect.objectives import SharedForward, nll
 from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
-from tests.utils import tiny
+from tests.utils import forks, tiny
 from tests.utils.command_line import Ask, answering
 
 # Where memory has room it holds the files of tests, which are small, many, and soon gone: a disk
@@ -71,6 +71,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.collect()
         gc.freeze()
     return done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server() -> None:
+    """Before all else, so that what is forked from it begins where no test has run."""
+    forks.start_server()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A recording process is killed at random moments: every row it had counted is in the file."""
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
@@ -9,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +28,7 @@ from geffect.store import (
 )
 from geffect.store.background import BackgroundWriter
 from geffect.store.writer import RunWriter
-from tests.utils import two_ranks
+from tests.utils import forks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process to kill")
 
@@ -203,8 +201,8 @@ class Recorders:
     """The test's end of that process."""
 
     def __init__(self) -> None:
-        self._pipe, theirs = forks().Pipe()
-        self._process = forks().Process(target=serve, args=(theirs,))
+        self._pipe, theirs = forks.context().Pipe()
+        self._process = forks.context().Process(target=serve, args=(theirs,))
         self._process.start()
         theirs.close()
 
@@ -226,13 +224,6 @@ def recorders() -> Iterator[Recorders]:
     serving = Recorders()
     yield serving
     assert serving.end() == 0
-
-
-def forks() -> ForkServerContext:
-    """Processes that have imported what they need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(two_ranks.PRELOADED)
-    return context
 
 
 def serve(pipe: Connection) -> None:
@@ -286,8 +277,8 @@ STEPS, EVERY = 12, 3
 def trained(folder: Path, *, kill_after: int | None, seconds: float = 0.0) -> bool:
     """Train until the end, or until so many steps were taken and some time has passed."""
     folder.mkdir(exist_ok=True)
-    steps, stepping = forks().Pipe(duplex=False)
-    process = forks().Process(target=train, args=(folder, stepping, kill_after is None))
+    steps, stepping = forks.context().Pipe(duplex=False)
+    process = forks.context().Process(target=train, args=(folder, stepping, kill_after is None))
     process.start()
     stepping.close()
     if kill_after is not None:

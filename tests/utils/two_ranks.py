@@ -2,7 +2,6 @@
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -10,28 +9,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from time import monotonic
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.utils import forks
+
 RANKS = 2
 SECONDS = 60.0
-PRELOADED = [
-    "tests.utils.no_garbage",
-    "pytest",
-    "torch.distributed.fsdp",
-    "torch.nn.parallel",
-    "geffect.capture",
-    "geffect.projection",
-    "tests.utils.tiny",
-    "tests.utils.trainers",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # nine tenths of what an engine loads
-]
 GRACE = 3.0
 """How long the others have to say what they have, after one has failed."""
 
@@ -43,10 +31,11 @@ def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
+        context = forks.context()
         for rank in range(RANKS):
-            ours, theirs = _context().Pipe(duplex=False)
+            ours, theirs = context.Pipe(duplex=False)
             told = (theirs, rank, os.path.join(folder, "store"), function, arguments)
-            process = _context().Process(target=_rank, args=told, daemon=True)
+            process = context.Process(target=_rank, args=told, daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -63,14 +52,6 @@ def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     if failures or silent:
         raise AssertionError("\n".join([*failures, *silent]))
     return [said[rank][1] for rank in range(RANKS)]
-
-
-@cache
-def _context() -> ForkServerContext:
-    # One process imports what is heavy; those of a test are forks of it, there at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
 
 
 def _collected(pipes: list[Connection]) -> dict[int, tuple[str, Any]]:
