@@ -3,6 +3,7 @@
 from geffect.forwards import SharedForward
 from geffect.risk import nll
 
+from .acquisition import SKU, SSUAcquire
 from .base import Component, Objective, Reduction, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, spelt
 from .ceu import CEU
@@ -34,6 +35,7 @@ __all__ = [
     "PO",
     "REGULARISERS",
     "RR",
+    "SKU",
     "TNPO",
     "UNDIAL",
     "WTNPO",
@@ -51,6 +53,7 @@ __all__ = [
     "Reduction",
     "Reference",
     "Regularised",
+    "SSUAcquire",
     "SatImp",
     "SharedForward",
     "SimNPO",

@@ -6,6 +6,7 @@ from typing import Any
 
 from geffect.near import meant
 
+from .acquisition import SKU, SSUAcquire
 from .base import Objective
 from .ceu import CEU
 from .combination import Combination
@@ -38,6 +39,8 @@ CATALOGUE: Mapping[str, Objective] = {
     "undial": UNDIAL(),
     "satimp": SatImp(),
     "ceu": CEU(),
+    "ssu-acquire": SSUAcquire(),
+    "sku": SKU(),
 }
 """Objectives by name."""
 

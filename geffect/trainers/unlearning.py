@@ -16,6 +16,7 @@ from geffect import distributed
 from geffect.batch import ORIGINAL, batches_in
 from geffect.capture import Recorder
 from geffect.data.collate import collate
+from geffect.data.others import WithOthers, among_others
 from geffect.data.pairs import Items, Pairing, Pairs
 from geffect.losses import Loss, Scalar
 from geffect.objectives import (
@@ -23,6 +24,7 @@ from geffect.objectives import (
     Objective,
     Reference,
     SharedForward,
+    answers_of,
     as_objective,
     check_sides,
     step_losses,
@@ -57,7 +59,9 @@ class UnlearningTrainer(Trainer):
     Each forget item is met once an epoch, with a retain item beside it (`Pairing`, by the seed of
     the arguments). Items have `input_ids` and `labels`; the model is called with these and every
     further column, as `geffect.data.collate` puts them into batches. An item may hold several
-    answers, {"original": item, "alternate": item}: its risk is that of the original.
+    answers, {"original": item, "alternate": item}: its risk is that of the original. Answers of
+    other items, `random1` and so on, are drawn where an objective takes them and items have none
+    (`geffect.data.others`, by the same seed).
 
     The loss of a step is the mean over its micro-batches, and over the processes, of the objective
     on each, which has a reduction of its own; so are the risks. Gradients are accumulated over the
@@ -107,8 +111,12 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         minimised = as_objective(objective)
         sets = _training_sets(forget, retain, given=train_dataset is not None)
+        args = args or TrainingArguments("tmp_trainer")  # as a Trainer has it
+        seed = args.seed if args.data_seed is None else args.data_seed
+        trained = sets
         if train_dataset is None:
-            _check_sides(minimised, sets)
+            trained = _answered(minimised, sets, seed)
+            _check_sides(minimised, trained)
         if not isinstance(eval_dataset, Mapping | None):
             raise TypeError(
                 "`eval_dataset` should be sets of items by their names. Found "
@@ -125,7 +133,7 @@ class UnlearningTrainer(Trainer):
             model,
             args,
             data_collator=data_collator or collate,
-            train_dataset=Pairs(sets) if train_dataset is None else train_dataset,
+            train_dataset=Pairs(trained) if train_dataset is None else train_dataset,
             eval_dataset={**sets, **(eval_dataset or {})},
             compute_metrics=_mean_nll,
             **options,
@@ -143,10 +151,7 @@ class UnlearningTrainer(Trainer):
             copied = FrozenModel.copied(model)
             self.reference, self._copied = copied, copied.model
             self._reference_is = "a frozen copy of the model"
-        self._pairing = Pairing(
-            tuple(map(len, sets.values())),
-            self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
+        self._pairing = Pairing(tuple(map(len, sets.values())), seed)
         self._recorder: Recorder | None = None
         self._until_trained = ExitStack()
         self._risks: dict[str, list[Tensor]] = {}  # of the micro-batches since the last log
@@ -367,6 +372,17 @@ def _training_sets(
             "data is evaluated and protected, also where the objective does not use it."
         )
     return found
+
+
+def _answered(objective: Objective, sets: Mapping[str, Items], seed: int) -> dict[str, Items]:
+    """The sets with those answers of other items that the objective takes and they lack."""
+
+    def answered(name: str, items: Items) -> Items:
+        drawn = among_others(answers_of(objective, name))
+        lacking = [answer for answer in drawn if len(items) and answer not in items[0]]
+        return WithOthers(items, lacking, seed=seed) if lacking else items
+
+    return {name: answered(name, items) for name, items in sets.items()}
 
 
 def _check_sides(objective: Objective, sets: Mapping[str, Items]) -> None:

@@ -28,8 +28,8 @@ OBJECTIVES: dict[str, Objective] = {
     **{f"ga+{name}": objective for name, objective in REGULARISERS.items()},
 }
 
-REVERSED: set[str] = set()
-"""What learns first, to be negated afterwards: the forget risk falls."""
+REVERSED = {"ssu-acquire", "sku"}
+"""What learns first, to be negated afterwards: the forget risk falls where it is not low yet."""
 
 every = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -206,13 +206,15 @@ def memorised() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_descent_on_the_objective_raises_the_forget_risk(name: str, memorised: nn.Module) -> None:
-    objective, moved = OBJECTIVES[name], copy.deepcopy(memorised)
-    pair = pair_of(objective)
-    grads = reference.gradient(moved, objective(moved, pair, FrozenModel.copied(memorised)))
+def test_descent_on_the_objective_raises_the_forget_risk(
+    name: str, model: nn.Module, memorised: nn.Module
+) -> None:
+    objective, start = OBJECTIVES[name], model if name in REVERSED else memorised
+    moved, pair = copy.deepcopy(start), pair_of(objective)
+    grads = reference.gradient(moved, objective(moved, pair, FrozenModel.copied(start)))
     norm = math.sqrt(reference.inner(grads, grads))
     with torch.no_grad():
         for parameter, grad in zip(moved.parameters(), grads.values(), strict=True):
             parameter -= 1e-4 / norm * grad
-    rises = nll(moved, pair["forget"]) > nll(memorised, pair["forget"])
+    rises = nll(moved, pair["forget"]) > nll(start, pair["forget"])
     assert rises == (name not in REVERSED)
