@@ -350,6 +350,7 @@ def _sets(
                 tokenizer(),
                 template=options["template"],
                 answers=answers.get(name, ()),
+                seed=options["seed"] or 0,
                 max_length=options["max_length"],
                 positions=positions,
             )

@@ -14,6 +14,7 @@ from geffect.batch import IGNORED, ORIGINAL
 
 from .collate import Item, check_length
 from .lines import answered, form_of, forms, rows_of
+from .others import WithOthers, among_others
 
 PLAIN = "Question: {question}\nAnswer: "
 """How a question is put to a model without a chat template."""
@@ -25,6 +26,7 @@ def read(
     *,
     template: bool = True,
     answers: Sequence[str] = (),
+    seed: int = 0,
     max_length: int | None = None,
     positions: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -34,6 +36,8 @@ def read(
     - `tokenizer`: of transformers, with a token that ends an answer.
     - `template`: whether rows go through its chat template, where it has one.
     - `answers`: keys of each row with further answers in place of its own, such as `alternate`.
+      Those called `random1` and so on are drawn from the other rows, by `seed`, where the first row
+      has no such key: see `geffect.data.others`.
     - `max_length`: rows are cut off after so many tokens.
     - `positions`: how many tokens the model takes.
 
@@ -66,6 +70,7 @@ def read(
     """
     path = Path(path)
     items: list[dict[str, Any]] = []
+    drawn = among_others(answers)
 
     def item_of(row: object, where: str) -> dict[str, list[int]]:
         item = _cut(example(row, tokenizer, template=template, where=where), max_length, where)
@@ -73,16 +78,23 @@ def read(
         return item
 
     for where, row in rows_of(path):
+        if not items and isinstance(row, Mapping):
+            drawn = tuple(name for name in drawn if name not in row)
         item: dict[str, Any] = item_of(row, where)
-        if answers:
-            further = {name: item_of(*answered(row, name, where)) for name in answers}
-            item = {ORIGINAL: item, **further}
+        further = [name for name in answers if name not in drawn]
+        if further:
+            read_too = {name: item_of(*answered(row, name, where)) for name in further}
+            item = {ORIGINAL: item, **read_too}
         items.append(item)
     if not items:
         raise ValueError(
             f"`{path}` should hold at least one row with {forms()}. Found none. "
             "Write one JSON object a line."
         )
+    if drawn:
+        limits = {"max_length": max_length, "positions": positions}
+        with_others = WithOthers(items, drawn, seed=seed, **limits)
+        items = [with_others[index] for index in range(len(items))]
     return items
 
 

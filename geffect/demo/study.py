@@ -33,8 +33,8 @@ IN_A_LOOK = (*EVERYWHERE, "gru-coordinate", "select")
 """The variants of a study that is not `all_variants`: the first of every method, these of some."""
 LOOKED_AT = ("ga", "npo")
 
-SIDES: Mapping[str, Mapping[str, Any]] = {"forget": {"original": {}, "alternate": {}}, "retain": {}}
-"""What an objective may take: the batches that every run draws, with the answers to them."""
+ANSWERS = ("original", "alternate")
+"""The answers to forget questions that a corpus has; those of other rows are drawn."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class Plan:
 
 
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
-    from geffect.objectives import check_sides, named, names, spelt
+    from geffect.data.others import among_others
+    from geffect.objectives import answers_of, check_sides, named, names, spelt
 
     unknown = [method for method in methods if method not in names()]
     if unknown:
@@ -139,9 +140,13 @@ def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
             f"{meant(unknown[0], names())} Choose from those."
         )
     for method in methods:
-        check_sides(
-            named(method, options), SIDES, add="A study has no {side}: leave this method out."
-        )
+        objective = named(method, options)
+        drawn = among_others(answers_of(objective, "forget"))
+        sides: dict[str, dict[str, Any]] = {
+            "forget": {answer: {} for answer in (*ANSWERS, *drawn)},
+            "retain": {},
+        }
+        check_sides(objective, sides, add="A study has no {side}: leave this method out.")
 
 
 def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from geffect import Recorder
 from geffect.batch import ORIGINAL, Pair
+from geffect.data.collate import collate, pad_token_of
+from geffect.data.others import WithOthers, among_others
 from geffect.objectives import (
     ALTERNATE,
     FrozenModel,
@@ -37,7 +39,8 @@ Metrics = dict[str, Any]
 class Data:
     """The encoded facts of one seed, by what they are for: whole, and in batches by length.
 
-    `answers` are further answers to the questions of a set, row by row: `forget.alternate`.
+    `answers` are further answers to the questions of a set, row by row: `forget.alternate`. Those
+    of other rows are drawn by the seed.
     """
 
     sets: Mapping[str, lm.Batch]
@@ -80,7 +83,20 @@ class Data:
             for side, answer in self.answers.items()
             if side in sides and side.startswith(f"{name}.")
         }
-        return {ORIGINAL: self.sets[name], **further}
+        own = [side.partition(".")[2] for side in sides if side.startswith(f"{name}.")]
+        return {ORIGINAL: self.sets[name], **further, **self._of_others(name, among_others(own))}
+
+    def _of_others(self, name: str, answers: Sequence[str]) -> dict[str, lm.Batch]:
+        """Answers of other rows to the questions of a set."""
+        if not answers:
+            return {}
+        batch = self.sets[name]
+        rows = [{c: values[i] for c, values in batch.items()} for i in range(len(batch["labels"]))]
+        drawn = WithOthers(rows, answers, seed=self.seed)
+        answered = collate(
+            [drawn[i] for i in range(len(rows))], pad_token_id=pad_token_of(self.tokenizer)
+        )
+        return {answer: answered[answer] for answer in answers}
 
 
 def unlearn(

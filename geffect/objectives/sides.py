@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from geffect.batch import ORIGINAL, batches_in
+from geffect.data.others import among_others
 from geffect.sources import FORGET
 
 from .base import Objective
@@ -29,10 +30,15 @@ def check_sides(objective: Objective, given: Mapping[str, Any], *, add: str) -> 
         return
     outer, _, inner = missing[0].partition(".")
     if inner and outer in given:
+        rows = (
+            "whose rows they are drawn from"
+            if among_others([inner])
+            else f"whose rows have `{inner}`"
+        )
         raise ValueError(
             f"Items of `{outer}` should have the answers that the objective takes. Found "
             f"{objective!r}, which takes {missing[0]}, and items without. Pass items such as "
-            f'{{"{ORIGINAL}": ..., "{inner}": ...}}, or a file whose rows have `{inner}`.'
+            f'{{"{ORIGINAL}": ..., "{inner}": ...}}, or a file {rows}.'
         )
     raise ValueError(
         f"`objective` should be of the sets {', '.join(given)}. Found {objective!r}, which takes "

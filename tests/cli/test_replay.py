@@ -277,3 +277,11 @@ def test_rows_bring_their_alternates(
     said = replayed("-o", tmp_path / "other.h5", objective=objective)
     assert said.code != 0 and "should have an answer in `alternate`" in said.err
     assert "line 1" in said.err and not (tmp_path / "other.h5").exists()
+
+
+def test_random_answers_are_drawn_from_the_rows(replayed: Ask, tmp_path: Path) -> None:
+    said = replayed("-o", tmp_path / "run.h5", "--eps", "2", objective="ssu-acquire")
+    assert said.code == 0 and "First row of forget.random3, scored between" in said.out
+    run = open_run(tmp_path / "run.h5")
+    assert np.isfinite(run.gram()).all()
+    assert run.manifest["objective"]["options"] == {"eps": 2.0, "answers": 3}

@@ -343,6 +343,38 @@ def test_a_further_answer_stands_where_the_own_one_does(tmp_path: Path, row: Any
     assert plain_item == item["original"]
 
 
+def test_random_answers_are_of_other_rows(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rows = [{"question": f"Who is {i}?", "answer": f"It is {i}."} for i in range(4)]
+    path, names = written(tmp_path / "rows.jsonl", *rows), ["random1", "random2"]
+    items = read(path, plain, answers=names, seed=3)
+    assert items == read(path, plain, answers=names, seed=3) != read(path, plain, answers=names)
+    for i, item in enumerate(items):
+        others = {scored(item[name], plain) for name in names}
+        assert len(others) == 2 and scored(item["original"], plain) not in others
+        assert others <= {scored(other["original"], plain) for other in items}
+        for name in names:
+            j = next(
+                j
+                for j in range(4)
+                if scored(items[j]["original"], plain) == scored(item[name], plain)
+            )
+            joined = written(tmp_path / "one.jsonl", {**rows[i], "answer": rows[j]["answer"]})
+            assert [item[name]] == read(joined, plain)
+
+
+def test_random_answers_that_rows_have_are_read(
+    plain: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{**ROW, "random1": "Nobody knows."}, {**ROW, "random1": "Somebody knows."}]
+    path = written(tmp_path / "rows.jsonl", *rows)
+    items = read(path, plain, answers=["random1", "random2"])
+    assert [scored(item["random1"], plain) for item in items] != [
+        scored(item["random2"], plain) for item in items
+    ]
+    (alone,) = read(written(tmp_path / "one.jsonl", {**ROW, "answer": "Nobody knows."}), plain)
+    assert items[0]["random1"] == alone and items[0]["random2"] == items[1]["original"]
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

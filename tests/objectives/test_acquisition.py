@@ -1,9 +1,11 @@
 """Objectives that learn what is to go, against naive loops, and the Gram matrix of their parts."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,14 @@ from torch import Tensor, nn
 from geffect import Recorder, Rectifier, open_run
 from geffect.checkpoints.estimators import full
 from geffect.checkpoints.replay import replay
+from geffect.data.collate import collate
+from geffect.data.others import WithOthers, others
 from geffect.objectives import SKU, FrozenModel, Objective, SSUAcquire, step_losses
 from geffect.projection import SaliencyMask
+from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import reference, tiny
 from tests.utils.sides import batches_of, pair_of
+from tests.utils.unlearning_runs import arguments
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +196,37 @@ def test_the_mask_acts_on_the_summed_gradient(objective: Objective, before: nn.M
     for name, parameter in model.named_parameters():
         kept = torch.where(summed[name].abs() >= bound, summed[name], 0.0)
         torch.testing.assert_close(parameter.grad, kept, rtol=1e-8, atol=1e-12)
+
+
+def plain_item(number: int) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(number)
+    ids = torch.randint(0, tiny.VOCABULARY, (5 + number,), generator=draw)
+    return {"input_ids": ids, "labels": torch.cat([torch.full((2,), -100), ids[2:]])}
+
+
+def test_the_trainer_draws_random_answers(tmp_path: Path) -> None:
+    items = [plain_item(i) for i in range(5)]
+    paths = [tmp_path / "drawn.h5", tmp_path / "given.h5"]
+    with_others = [WithOthers(items, others(3), seed=42)[i] for i in range(5)]
+    for path, forget in zip(paths, (items, with_others), strict=True):
+        trainer = UnlearningTrainer(
+            tiny.llama(), arguments(tmp_path, max_steps=2, seed=42), objective="ssu-acquire",
+            forget=forget, retain=items, recorder=partial(Recorder, path=path),
+        )  # fmt: skip
+        trainer.train()
+    drawn, given = map(open_run, paths)
+    assert np.array_equal(drawn.gram(), given.gram())
+    assert not np.array_equal(drawn.gram(), np.zeros_like(drawn.gram()))
+
+
+def test_the_trainer_evaluates_the_answers_that_are_there(tmp_path: Path) -> None:
+    items = [plain_item(i) for i in range(5)]
+    trainer = UnlearningTrainer(
+        tiny.llama(), arguments(tmp_path), objective="ssu-acquire", forget=items, retain=items
+    )
+    assert trainer.evaluate()["eval_forget_nll"] == pytest.approx(
+        reference.nll(trainer.model, collate(items)).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
