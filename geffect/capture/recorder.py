@@ -24,7 +24,7 @@ from geffect.losses import (
     of_objective,
     plan,
 )
-from geffect.objectives import Objective, as_objective, provenance
+from geffect.objectives import Objective, as_objective
 from geffect.steps import check_descends
 
 from .implicit_weights import ImplicitWeights, asked_with
@@ -256,11 +256,11 @@ class Recorder:
     def note_objective(
         self, objective: Objective | Mapping[str, float] | str, *, reference: str | None = None
     ) -> None:
-        """Keep name, options and reduction of the objective with the run, before its first step.
+        """Keep the objective and what it has of the run in the file, before its first step.
 
         `reference` tells in words where the model is from that it compares with.
         """
-        self._recording.note_objective(provenance(as_objective(objective), reference))
+        self._recording.note_objective(as_objective(objective), reference)
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as the effects of samples or tokens.

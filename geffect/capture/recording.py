@@ -22,6 +22,7 @@ from geffect import distributed, dots
 from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.interrupts import to_the_end
 from geffect.layers import Parameter, describe, trainable
+from geffect.objectives import Objective, provenance
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.labels import is_text
 from geffect.store.paths import place_of
@@ -158,19 +159,23 @@ class Recording:
             collector.take(index, {name: vector[index] for name, vector in vectors.items()})
         return collector.measured(losses)
 
-    def note_objective(self, objective: Mapping[str, Any]) -> None:
-        """Keep what is said of the objective with the run, before its first row.
+    def note_objective(self, objective: Objective, reference: str | None = None) -> None:
+        """Keep name, options and reduction of the objective with the run, before its first row.
 
-        A run that is continued is held to what its file says.
+        Of one that has begun, the tables of what it has of the run as well. `reference` tells where
+        its reference is from. A run that is continued is held to what its file says.
         """
         self.check_here()
-        told, known = as_json(objective, "objective"), self.header.objective
+        told = as_json(provenance(objective, reference), "objective")
+        known = self.header.objective
         if known is not None and not _is_same(known, told):
             raise ValueError(
                 f"`objective` should be that of the run in `{self.path}`: {dict(known)}. Found "
                 f"{told}. Pass the same, or record into another file."
             )
         self.header.objective = self._provenance["objective"] = told
+        for name, table in objective.tables.items():
+            self.keep_table(name, table)
 
     def announce(self, sources: Sequence[str]) -> None:
         """Tell how large the file will be, and refuse a run that would not fit the disk; once."""

@@ -21,7 +21,7 @@ from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.losses import NotFinite
-from geffect.objectives import Objective, answers_of, as_objective, check_sides, provenance
+from geffect.objectives import Objective, answers_of, as_objective, check_sides
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
 from geffect.store.schema import ESTIMATES
@@ -145,8 +145,10 @@ def replay(
     before = model_before(minimised, reference, first, base if own_base else None)
     new_loader = partial(Loader, base=base, device=device)
     loader = new_loader()
+    model = loader.load(first)
+    running = minimised.begin(model)
     recording = Recording(
-        loader.load(first),
+        model,
         path,
         metadata={
             **(options["metadata"] or {}),
@@ -157,7 +159,6 @@ def replay(
         existing=IfExists(overwrite=options["overwrite"]),
         provenance={
             "rows": "matrices" if traits.matrices else ESTIMATES,
-            "objective": provenance(minimised, before.described if before else None),
             "replay": {
                 "estimator": _name_of(estimator),
                 "biased": traits.biased,
@@ -172,11 +173,12 @@ def replay(
     complete = False
     try:
         recording.announce([OBJECTIVE, *sets, *([UPDATE] if options["update"] else [])])
+        recording.note_objective(running, before.described if before else None)
         compared = reference_of(before, minimised, sets[FORGET], loader, new_loader)
         for (step, folder), after in zip_longest(folders.items(), following):
             sources = Sources(
                 loader.load(folder),
-                minimised,
+                running,
                 sets,
                 reference=compared,
                 update=loader.change(after) if options["update"] and after is not None else None,

@@ -23,7 +23,8 @@ CATALOGUED = "{catalogue}"
 class CommandOfObjectives(Command):
     """A subcommand that is told options of objectives: `--beta 0.1`, `--objective-option beta=0.1`.
 
-    They are made when they are asked for, since the objectives need torch.
+    They are made when they are asked for, since the objectives need torch. An option that the
+    subcommand has itself, such as `--seed`, is told by `--objective-option` alone.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -35,7 +36,9 @@ class CommandOfObjectives(Command):
                 from geffect.objectives import spelt
 
                 parameter.help = text.replace(CATALOGUED, spelt())
-        return [*own[:-1], *_options(), *own[-1:]]  # --help stays the last
+        taken = {parameter.name for parameter in own}
+        further = [option for option in _options() if option.name not in taken]
+        return [*own[:-1], *further, *own[-1:]]  # --help stays the last
 
 
 def objective_of(ctx: typer.Context, name: str) -> "Objective":
@@ -66,12 +69,22 @@ def _value(option: str, text: str, default: Any) -> Any:
     if isinstance(default, bool) and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return text if default is None or isinstance(default, bool) else type(default)(text)
+        if default is None:
+            return _number_in(text)
+        return text if isinstance(default, bool) else type(default)(text)
     except ValueError as error:
         raise ValueError(
             f"`{option}` should be a number such as {default}. Found `{text}`. Pass, say, "
             f"--objective-option {option}={default}."
         ) from error
+
+
+def _number_in(text: str) -> Any:
+    """The number that a text is, if it is one: what has no default says no type."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _keep(ctx: typer.Context, param: typer.CallbackParam, value: str | None) -> None:

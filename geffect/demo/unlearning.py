@@ -117,7 +117,7 @@ def unlearn(
     is interpolated linearly between the two steps around the first crossing; relearning starts from
     the step after it.
     """
-    objective = named(spec.method, dict(spec.options))
+    objective = named(spec.method, dict(spec.options)).begin(model)
     original = None if objective.reference == "none" else FrozenModel.copied(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0, fused=True)
@@ -152,6 +152,7 @@ def unlearn(
             )
             optimizer.step()
             optimizer.zero_grad()
+            objective.advance()
             before, forget = forget, _looked_at(model, data)
             if not math.isfinite(forget["forget_nll"]):
                 break

@@ -12,12 +12,15 @@ from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
+from .of_run import OfRun
 from .options import options_of, provenance, with_options
+from .pdu import PDU
 from .po import PO
 from .preference import NPO, TNPO, WTNPO
 from .reference import AdapterBase, FrozenModel, Reference
 from .reference_likelihoods import Likelihoods
 from .retain import GradDiff, GradientDescent, Regularised
+from .rmu import RMU
 from .rr import RR
 from .satimp import SatImp
 from .sides import ALTERNATE, answers_of, check_sides
@@ -32,8 +35,10 @@ __all__ = [
     "DPO",
     "KL",
     "NPO",
+    "PDU",
     "PO",
     "REGULARISERS",
+    "RMU",
     "RR",
     "SKU",
     "TNPO",
@@ -49,6 +54,7 @@ __all__ = [
     "GradientDescent",
     "Likelihoods",
     "Objective",
+    "OfRun",
     "RandomLabels",
     "Reduction",
     "Reference",

@@ -1,11 +1,13 @@
 """What an objective is: the parts of its loss, what it asks for, and how it is evaluated."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from geffect.losses import Loss, Scalar
 from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
 
+from .of_run import OfRun
 from .reference import Need, Reference
 from .weights import inverse_confidence
 
@@ -82,6 +85,10 @@ class Objective(ABC):
     - `sides`: whose batches it takes.
     - `source`: where its formula is from.
 
+    What an objective has of one run, a target that is drawn or a weight that changes from step to
+    step, `begin(model)` gives it: trainer, replay and study run what that returns, which for nearly
+    all is the objective itself. In a loop of one's own, call `advance()` after each step.
+
     An objective of one's own:
 
     >>> @dataclass(frozen=True)
@@ -134,6 +141,44 @@ class Objective(ABC):
         """
         return {}
 
+    def begin(self, model: Any) -> Self:
+        """The objective as a run of this model uses it, with what it has of the run."""
+        return self
+
+    @property
+    def of_run(self) -> Mapping[str, OfRun]:
+        """What it has of a run that has begun, by name."""
+        return {}
+
+    @property
+    def tables(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """What a run file keeps of that as a whole: columns by the name of a table."""
+        return {name: own.table for name, own in self.of_run.items() if own.table}
+
+    def advance(self) -> None:
+        """The optimizer has taken a step."""
+        for own in self.of_run.values():
+            own.advance()
+
+    def of_step(self) -> dict[str, Tensor]:
+        """What it has of the run in this step, as `Recorder.backward` takes weights; often none."""
+        values = {name: v for own in self.of_run.values() for name, v in own.values.items()}
+        return {name: torch.tensor([v], dtype=torch.float64) for name, v in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has of the run, for a checkpoint."""
+        return {name: own.state_dict() for name, own in self.of_run.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what it had of the run at a checkpoint."""
+        if state.keys() != self.of_run.keys():
+            raise ValueError(
+                f"The state of {type(self).__name__} should be of {_names(self.of_run)}. Found "
+                f"that of {_names(state)}. Resume with the objective that the checkpoint is of."
+            )
+        for name, own in self.of_run.items():
+            own.load_state_dict(state[name])
+
     def __call__(self, model: Any, batch: Pair, reference: Reference | None = None) -> Tensor:
         """The loss: the weighted sum of the components."""
         return total(self.components(model, batch, reference))
@@ -146,13 +191,18 @@ class Objective(ABC):
         "inverse confidence" is 1/p of every answer token, the weight of a log-likelihood's gradient
         on grad p. An objective that weighs grad log p as well has "weight": of every answer token,
         or of every sample where the objective weighs whole answers. With the `SharedForward` of
-        the step, after the loss, they cost no forward.
+        the step, after the loss, they cost no forward. What changes with the steps of a run is
+        among them (`of_step`).
         """
         with torch.no_grad():
             log_p, scored = token_log_probabilities(model, batch[FORGET])
             weights = self._weights_of(batch, log_p, scored, reference)
         further = {} if weights is None else {"weight": weights}
-        return {**further, "inverse confidence": inverse_confidence(log_p, scored)}
+        return {
+            **further,
+            "inverse confidence": inverse_confidence(log_p, scored),
+            **self.of_step(),
+        }
 
     def compared(self, reference: Reference | None) -> Reference:
         """The reference; a ValueError where there is none."""
@@ -170,6 +220,21 @@ class Objective(ABC):
     ) -> Tensor | None:
         """The weights on grad log p; None where all are 1, or where there are none."""
         return None
+
+
+Of = TypeVar("Of", bound=Objective)
+
+
+def begun(objective: Of, **values: Any) -> Of:
+    """A copy of an objective with what it has of a run, in fields that are no options."""
+    own = copy.copy(objective)
+    for name, value in values.items():
+        object.__setattr__(own, name, value)
+    return own
+
+
+def _names(of_run: Mapping[str, Any]) -> str:
+    return ", ".join(of_run) or "nothing"
 
 
 def total(parts: Mapping[str, Component]) -> Tensor:

@@ -15,9 +15,11 @@ from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
 from .likelihood import GradientAscent, WeightedGradientAscent
 from .options import options_of, with_options
+from .pdu import PDU
 from .po import PO
 from .preference import NPO, TNPO, WTNPO
 from .retain import GradDiff, Regularised
+from .rmu import RMU
 from .rr import RR
 from .satimp import SatImp
 from .simnpo import SimNPO
@@ -31,6 +33,8 @@ CATALOGUE: Mapping[str, Objective] = {
     "wtnpo": WTNPO(),
     "graddiff": GradDiff(),
     "simnpo": SimNPO(),
+    "rmu": RMU(),
+    "pdu": PDU(),
     "random-labels": RandomLabels(),
     "adversarial-labels": AdversarialLabels(),
     "po": PO(),

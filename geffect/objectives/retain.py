@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -11,8 +11,9 @@ from geffect.batch import Pair
 from geffect.risk import nll
 from geffect.sources import RETAIN
 
-from .base import Component, Objective, Reduction, positive
+from .base import Component, Objective, Reduction, begun, positive
 from .likelihood import GradientAscent
+from .of_run import OfRun
 from .reference import NEEDS, Need, Reference
 
 
@@ -80,6 +81,16 @@ class Regularised(Objective):
     def source(self) -> str:
         return self.forget.source
 
+    def begin(self, model: Any) -> Self:
+        """With both parts begun."""
+        return begun(
+            self, forget=self.forget.begin(model), regulariser=self.regulariser.begin(model)
+        )
+
+    @property
+    def of_run(self) -> Mapping[str, OfRun]:
+        return {**self.forget.of_run, **self.regulariser.of_run}
+
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
@@ -103,8 +114,8 @@ class Regularised(Objective):
     def implicit_weights(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Tensor]:
-        """Those of `forget`."""
-        return self.forget.implicit_weights(model, batch, reference)
+        """Those of `forget`, and what either part has of the step."""
+        return self.forget.implicit_weights(model, batch, reference) | self.of_step()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from geffect.risk import (
 )
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
-from . import rectifier_state
+from . import objective_state, rectifier_state
 from .loop import check_continued, check_gradients_can_be_had
 from .rectification_log import RectificationLog
 
@@ -142,6 +142,7 @@ class UnlearningTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.rectifier, self.recorder = rectifier, recorder
         self.objective: Objective = minimised
+        self._running: Objective = minimised
         self.reference = reference
         self._reference_is = "given"
         self._copied: nn.Module | None = None
@@ -159,7 +160,8 @@ class UnlearningTrainer(Trainer):
         self.add_callback(_Events(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as a `Trainer` does."""
+        """Train as a `Trainer` does. What the objective has of a run begins anew."""
+        self._running = self.objective.begin(self.model)
         with ExitStack() as self._until_trained:
             return super().train(*args, **kwargs)
 
@@ -173,7 +175,7 @@ class UnlearningTrainer(Trainer):
         """The objective, and what the model returns for the forget batch where that is asked."""
         self._check(model, inputs)
         shared = SharedForward(model)
-        loss = self.objective(shared, inputs, self.reference)
+        loss = self._running(shared, inputs, self.reference)
         if not return_outputs:
             return loss
         return loss, shared(**inputs_of(model, inputs[FORGET]))
@@ -252,7 +254,7 @@ class UnlearningTrainer(Trainer):
         """
         self._check(model, batch)
         shared = SharedForward(model) if distributed.shares_forwards(model.parameters()) else model
-        parts = self.objective.components(shared, batch, self.reference)
+        parts = self._running.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
         apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
         losses = step_losses(parts, apart=apart)
@@ -275,7 +277,9 @@ class UnlearningTrainer(Trainer):
         backward: Callable[..., None]
         accumulate, scaler = not self.accelerator.sync_gradients, self.accelerator.scaler
         if self._recorder is not None:
-            backward = partial(self._recorder.backward, rectifier=self.rectifier)
+            backward = partial(
+                self._recorder.backward, rectifier=self.rectifier, weights=self._running.of_step()
+            )
         elif self.rectifier is not None:
             backward = self.rectifier.backward
         else:
@@ -308,7 +312,7 @@ class UnlearningTrainer(Trainer):
             resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
             made = self.recorder(self.model_wrapped, **resumed)
             recorder = self._until_trained.enter_context(made)
-        recorder.note_objective(self.objective, reference=self._reference_is)
+        recorder.note_objective(self._running, reference=self._reference_is)
         return recorder
 
     def _get_train_sampler(self, *args: Any) -> Any:
@@ -326,15 +330,18 @@ class UnlearningTrainer(Trainer):
     def _remove_unused_columns(self, dataset: Any, description: Any = None) -> Any:
         return dataset
 
-    # The state of a rectifier goes where that of the optimizer does.
+    # The state of a rectifier and of the objective goes where that of the optimizer does.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        objective_state.save(self._running, output_dir, writes=self.args.should_save)
         if self.rectifier is not None:
             rectifier_state.save(self.rectifier, output_dir, writes=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            objective_state.restore(self._running, checkpoint)
         if self.rectifier is not None and checkpoint is not None:
             distributed.check_layout(self.model_wrapped)  # what the state is of
             rectifier_state.restore(self.rectifier, checkpoint)
@@ -356,6 +363,8 @@ class _Events(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer.rectifier is not None:
             self._trainer._rectifications.take(self._trainer.rectifier.report)
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._trainer._running.advance()
 
 
 def _training_sets(

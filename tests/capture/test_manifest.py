@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from geffect import Recorder, open_run
-from geffect.capture.recorder import provenance
-from geffect.objectives import NPO, GradDiff, Objective
+from geffect.objectives import NPO, GradDiff, Objective, provenance
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import tiny
 from tests.utils.command_line import Ask

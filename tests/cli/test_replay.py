@@ -13,7 +13,18 @@ from geffect import open_run
 from geffect.analysis import g_effect, intervals
 from geffect.capture.store_options import STORES
 from geffect.cli.replay import StoreName
-from geffect.objectives import NPO, WTNPO, GradDiff, Objective, WeightedGradientAscent, provenance
+from geffect.objectives import (
+    KL,
+    NPO,
+    PDU,
+    RMU,
+    WTNPO,
+    GradDiff,
+    Objective,
+    Regularised,
+    WeightedGradientAscent,
+    provenance,
+)
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 from tests.utils.command_line import Answer, Ask
@@ -124,6 +135,10 @@ def test_what_may_be_kept_has_a_name_on_the_command_line(name: StoreName) -> Non
          WTNPO(alpha=1.0, legacy_eps=1e-5), True),
         ("graddiff", ["--weight", "0.5"], GradDiff(weight=0.5), False),
         ("npo+gd", ["--beta", "2", "--weight", "3"], GradDiff(NPO(2.0), weight=3.0), True),
+        ("npo+kl", ["--weight", "20"], Regularised(NPO(), KL(), weight=20.0), True),
+        ("rmu", ["--layer", "1", "--objective-option", "seed=4"], RMU(layer=1, seed=4), False),
+        ("pdu", ["--epsilon", "0.5", "--legacy-mask", "true"],
+         PDU(epsilon=0.5, legacy_mask=True), False),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip

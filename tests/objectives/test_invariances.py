@@ -28,6 +28,9 @@ OBJECTIVES: dict[str, Objective] = {
     **{f"ga+{name}": objective for name, objective in REGULARISERS.items()},
 }
 
+UNSIGNED = {"rmu"}
+"""What pulls to a random target: the forget risk rises in the end, not with every step."""
+
 REVERSED = {"ssu-acquire", "sku"}
 """What learns first, to be negated afterwards: the forget risk falls where it is not low yet."""
 
@@ -205,7 +208,7 @@ def memorised() -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in UNSIGNED])
 def test_descent_on_the_objective_raises_the_forget_risk(
     name: str, model: nn.Module, memorised: nn.Module
 ) -> None:
