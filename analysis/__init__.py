@@ -4,6 +4,7 @@ from .compare import Comparison, compare
 from .conflict import conflict
 from .cosine import cosine
 from .drift import drift
+from .edited import edited
 from .g_effect import g_effect
 from .implicit_weights import implicit_weights
 from .instances import instances
@@ -23,6 +24,7 @@ __all__ = [
     "conflict",
     "cosine",
     "drift",
+    "edited",
     "g_effect",
     "implicit_weights",
     "instances",

@@ -1,7 +1,8 @@
 """geffect: what an unlearning run does to a model, layer by layer, and how to mend it.
 
 `Recorder` writes the gradients of a training loop into a run file, `replay` those of checkpoints
-that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `Rectifier` keeps
+that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `edit` makes an edit of
+`geffect.edits` and records what it does. `Rectifier` keeps
 unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
 `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
 samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
@@ -17,8 +18,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import analysis, capture, effects, objectives, plots, projection, trainers
+    from . import analysis, capture, edits, effects, objectives, plots, projection, trainers
     from .capture import Recorder
+    from .checkpoints.edited import edit, record_edit
     from .checkpoints.replay import replay
     from .projection import Rectifier
     from .store import Run, RunFileError, open_run
@@ -33,11 +35,14 @@ __all__ = [
     "__version__",
     "analysis",
     "capture",
+    "edit",
+    "edits",
     "effects",
     "objectives",
     "open_run",
     "plots",
     "projection",
+    "record_edit",
     "replay",
     "trainers",
 ]
@@ -48,10 +53,21 @@ _HOMES = {
     "Rectifier": "projection",
     "Run": "store",
     "RunFileError": "store",
+    "edit": "checkpoints.edited",
     "open_run": "store",
+    "record_edit": "checkpoints.edited",
     "replay": "checkpoints.replay",
 }
-_ROOMS = ("analysis", "capture", "effects", "objectives", "plots", "projection", "trainers")
+_ROOMS = (
+    "analysis",
+    "capture",
+    "edits",
+    "effects",
+    "objectives",
+    "plots",
+    "projection",
+    "trainers",
+)
 
 
 def __getattr__(name: str) -> Any:

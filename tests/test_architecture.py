@@ -29,7 +29,7 @@ LAYERS = {
     "gradients": 3, "sketch": 3, "groups": 3,
     "risk": 4, "store": 4, "projection": 4,
     "objectives": 5, "effects": 5, "evaluation": 5,
-    "capture": 6, "analysis": 6,
+    "capture": 6, "analysis": 6, "edits": 6,
     "checkpoints": 7, "demo": 7, "trainers": 7,
     "cli": 8,
     "__main__": 9,
@@ -58,6 +58,7 @@ THIRD_PARTY = {
         "evaluation",
         "projection",
         "capture",
+        "edits",
         "checkpoints",
         "trainers",
         "demo",
@@ -83,6 +84,7 @@ FORBIDDEN = {
     "projection": ["store", "capture"],
     "plots": ["analysis", "store"],
     "analysis": ["capture", "projection"],
+    "edits": ["capture", "store", "projection", "analysis"],
 }
 
 HEAVY = ["torch", "matplotlib", "pandas", "transformers", "h5py"]

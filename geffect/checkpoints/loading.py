@@ -180,6 +180,33 @@ class Loader:
         return self._model
 
 
+def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) -> nn.Module:
+    """A checkpoint as a model without adapters, all of it trainable, in eval mode.
+
+    An adapter is merged into the model that it is for: `base`, or the one that it names.
+    """
+    loaded: Any = Loader(base=base, device=device).load(folder)
+    if base_of(folder) is not None:
+        loaded = loaded.merge_and_unload()
+    check_differentiable(loaded, folder)
+    model: nn.Module = loaded.requires_grad_().eval()
+    return model
+
+
+def save(model: Any, folder: Folder, configured: Folder, tokenizers: Iterable[Folder]) -> None:
+    """Save a loaded model, with the first tokenizer that one of some folders has.
+
+    `configured` is the checkpoint whose configuration it has.
+    """
+    if hasattr(kept := _config_of(configured), "use_cache"):
+        model.config.use_cache = kept.use_cache  # which is turned off where a model is loaded
+    model.save_pretrained(folder)
+    for named in tokenizers:
+        if (Path(named) / "tokenizer_config.json").is_file():
+            tokenizer_of([named]).save_pretrained(folder)
+            return
+
+
 def base_of(folder: Folder) -> str | None:
     """Where an adapter says that its base model is, a folder or a name; None if it is none."""
     path = Path(folder) / ADAPTER_CONFIG

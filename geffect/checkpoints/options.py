@@ -1,6 +1,7 @@
-"""The options of a replay: its models, its data files, its run file."""
+"""The options of a replay and of an edit: models, data files, the run file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -18,40 +19,72 @@ Shown = Callable[[str, str], None]
 scored between [[ and ]]."""
 
 
-class ReplayOptions(TypedDict, total=False):
-    """The options of `geffect.replay`, each a keyword of it."""
+class DataOptions(TypedDict, total=False):
+    """How data files are read."""
 
-    reference: Folder | None
-    base: Folder | None
-    device: str | torch.device | None
     tokenizer: Any
     template: bool
     max_length: int | None
     batch_size: int
     seed: int | None
+    show: Shown | None
+
+
+class ReplayOptions(DataOptions, total=False):
+    """The options of `geffect.replay`, each a keyword of it."""
+
+    reference: Folder | None
+    base: Folder | None
+    device: str | torch.device | None
     update: bool
     store: str | StoreOptions
     metadata: Mapping[str, Any] | None
     overwrite: bool
     report: OnBatch | None
-    show: Shown | None
 
 
-DEFAULTS: ReplayOptions = {
-    "reference": None,
-    "base": None,
-    "device": None,
+OF_DATA: DataOptions = {
     "tokenizer": None,
     "template": True,
     "max_length": None,
     "batch_size": 4,
     "seed": 0,
+    "show": None,
+}
+
+DEFAULTS: ReplayOptions = {
+    "reference": None,
+    "base": None,
+    "device": None,
     "update": False,
     "store": "gram",
     "metadata": None,
     "overwrite": False,
     "report": None,
-    "show": None,
+    **OF_DATA,
+}
+
+
+class EditOptions(DataOptions, total=False):
+    """The options of `geffect.edit`, each a keyword of it."""
+
+    run: Path | str | None
+    base: Folder | None
+    merge: bool
+    device: str | torch.device | None
+    store: str | StoreOptions
+    metadata: Mapping[str, Any] | None
+
+
+OF_EDITS: EditOptions = {
+    "run": None,
+    "base": None,
+    "merge": False,
+    "device": None,
+    "store": "gram",
+    "metadata": None,
+    **OF_DATA,
+    "seed": None,
 }
 
 
@@ -64,10 +97,24 @@ def resolved(options: ReplayOptions) -> ReplayOptions:
     Traceback (most recent call last):
     TypeError: An option of `replay` should be one of reference, base, ... Found `batchsize`. ...
     """
-    for name in options:
-        if name not in DEFAULTS:
-            raise TypeError(
-                f"An option of `replay` should be one of {', '.join(DEFAULTS)}. Found `{name}`."
-                f"{meant(name, DEFAULTS)} Choose one of those."
-            )
+    _check_known("replay", options, DEFAULTS)
     return {**DEFAULTS, **options}
+
+
+def resolved_edit(options: EditOptions) -> EditOptions:
+    """The same of the options of an edit.
+
+    >>> resolved_edit({"merge": True})["batch_size"]
+    4
+    """
+    _check_known("edit", options, OF_EDITS)
+    return {**OF_EDITS, **options}
+
+
+def _check_known(of: str, options: Collection[str], known: Collection[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"An option of `{of}` should be one of {', '.join(known)}. Found `{name}`."
+                f"{meant(name, known)} Choose one of those."
+            )

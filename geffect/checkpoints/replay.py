@@ -5,20 +5,15 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-
-from geffect.batch import Batch, batches_in, on_device
 from geffect.capture.collector import Collector
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
-from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
-from geffect.data.examples import read, spelled
 from geffect.gradients import Weights
 from geffect.losses import NotFinite
 from geffect.objectives import Objective, answers_of, as_objective, check_sides
@@ -34,16 +29,12 @@ from .loading import (
     base_of,
     by_step,
     check_folder,
-    encodes_apart,
     positions_of,
-    tokenizer_of,
 )
 from .options import ReplayOptions, resolved
 from .reference import model_before, reference_of
+from .sets import Data, check_files, sets_of, there
 from .traits import Estimator, Traits, traits_of
-
-Data = str | os.PathLike[str] | Sequence[Batch]
-"""A file or folder that `geffect.data.examples.read` reads, or batches that are ready."""
 
 
 def replay(
@@ -106,7 +97,7 @@ def replay(
     One model holds the weights of each checkpoint in turn, in eval mode. The folders stay as they
     are.
 
-    >>> import tempfile, geffect
+    >>> import tempfile, torch
     >>> from pathlib import Path
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> folder = Path(tempfile.mkdtemp())
@@ -135,11 +126,19 @@ def replay(
     _check_models(minimised, reference, options["base"], own_base, first)
     base = options["base"] or own_base
     configured = first if own_base is None or base is None else base
-    _check_files(given, configured)
-    device = _there(options["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_files(given, configured)
+    device = there(options["device"])
     around = [folder for folder in (*folders.values(), reference, base) if folder is not None]
-    answers = {name: answers_of(minimised, name) for name in given}
-    sets = _sets(given, answers, traits, options, around, positions_of(configured), device)
+    sets = sets_of(
+        given,
+        options,
+        around,
+        device,
+        answers={name: answers_of(minimised, name) for name in given},
+        positions=positions_of(configured),
+        least=traits.batches,
+        even=traits.even,
+    )
     counts = {name: len(batches) for name, batches in sets.items()}
     _tell_rows(_name_of(estimator), traits, counts)
     before = model_before(minimised, reference, first, base if own_base else None)
@@ -251,17 +250,6 @@ def _check_models(
         )
 
 
-def _check_files(given: Mapping[str, Data], model: Folder) -> None:
-    files = [name for name, data in given.items() if isinstance(data, str | os.PathLike)]
-    if files and encodes_apart(model):
-        raise ValueError(
-            f"`{files[0]}` should be batches for an encoder-decoder such as `{Path(model).name}`: "
-            "rows of a file are read for a causal model, with the answer behind its question. "
-            "Found a file. Tokenize question and answer apart, and pass "
-            "geffect.data.collate.batched(items, batch_size)."
-        )
-
-
 def _check_kept(keep: StoreOptions, traits: Traits, estimator: Estimator) -> None:
     if keep.gradients is not None and not traits.vectors:
         raise ValueError(
@@ -311,73 +299,3 @@ def _collector(
     if keep.sketch is None and not any(parameter.experts for parameter in recording.table):
         return None
     return Collector(recording.table, recording.parameters, weights, sketch=keep.sketch)
-
-
-def _there(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise ValueError(
-            "`device` should be one of this machine, such as cpu or cuda:0. Found "
-            f"`{device}`: {str(error).splitlines()[0]}. Choose another."
-        ) from error
-
-
-def _sets(
-    given: Mapping[str, Data],
-    answers: Mapping[str, Sequence[str]],
-    traits: Traits,
-    options: ReplayOptions,
-    folders: Sequence[Folder],
-    positions: int | None,
-    device: torch.device,
-) -> dict[str, list[Batch]]:
-    """The batches of each set, on the device, with the answers beside the original that are taken.
-
-    `folders` are where a tokenizer may be.
-    """
-
-    @cache
-    def tokenizer() -> Any:
-        named = options["tokenizer"]
-        if isinstance(named, str | os.PathLike):
-            return tokenizer_of([named])
-        return tokenizer_of(folders) if named is None else named
-
-    sets: dict[str, list[Batch]] = {}
-    for name, data in given.items():
-        if isinstance(data, str | os.PathLike):
-            items = read(
-                data,
-                tokenizer(),
-                template=options["template"],
-                answers=answers.get(name, ()),
-                seed=options["seed"] or 0,
-                max_length=options["max_length"],
-                positions=positions,
-            )
-            if options["show"] is not None:
-                for side, item in batches_in({name: items[0]}):
-                    options["show"](side, spelled(item, tokenizer()))
-            data = batched(
-                items,
-                options["batch_size"],
-                pad_token_id=pad_token_of(tokenizer()),
-                seed=options["seed"],
-                least=traits.batches,
-                even=traits.even,
-            )
-        else:
-            _check_ready(name, data, positions)
-        sets[name] = [on_device(batch, device) for batch in data]
-    return sets
-
-
-def _check_ready(name: str, batches: Sequence[Batch], positions: int | None) -> None:
-    if not batches:
-        raise ValueError(
-            f"`{name}` should have a batch or more. Found none. Pass some, or a data file."
-        )
-    for number, batch in enumerate(batches):
-        for length in lengths_of(batch):
-            check_length(length, positions, f"batch {number} of `{name}`")

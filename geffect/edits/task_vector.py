@@ -1,0 +1,77 @@
+"""Negation of a task vector: away from where training on the forget data leads.
+
+"Editing Models with Task Arithmetic" (ICLR 2023, arXiv 2212.04089).
+"""
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor, nn
+
+from geffect.layers import is_adapter, trainable
+
+from .base import Data, Edit, Outcome, state_of
+from .options import check_option, is_number
+
+
+@dataclass(frozen=True)
+class TaskVectorNegation(Edit):
+    """Task-vector negation: theta - alpha tau, with tau = theta_tuned - theta.
+
+    `tuned` is the model after training on what is to be forgotten, given in the data of the edit.
+    The model that is edited is the one before that training.
+
+    - `alpha`: how far, in lengths of tau; 1 by default. 0 changes nothing.
+
+    Factors of adapters are refused: their product is the weight, and the difference of factors is
+    no task vector. Merge both models first.
+
+    >>> before, tuned = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.constant_(before.weight, 1.0), nn.init.constant_(tuned.weight, 1.5)
+    >>> TaskVectorNegation(alpha=2.0).displacement(before, {"tuned": tuned})
+    {'weight': tensor([[-1.]])}
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        finite = is_number(self.alpha) and isfinite(self.alpha)
+        check_option(self, "alpha", finite, "a finite number")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return ("tuned",)
+
+    @property
+    def source(self) -> str:
+        return "arXiv 2212.04089"
+
+    def outcome(self, model: nn.Module, data: Data) -> Outcome:
+        parameters = trainable(model)
+        check_weights(parameters, type(self).__name__)
+        tuned = state_of("tuned", data["tuned"], parameters)
+        # Of what does not move every bit stays, the sign of a zero among them.
+        values = {
+            name: _moved(parameter.detach(), tuned[name], self.alpha)
+            for name, parameter in parameters.items()
+            if self.alpha and not torch.equal(parameter, tuned[name])
+        }
+        return Outcome(values)
+
+
+def check_weights(parameters: dict[str, Tensor], owner: str) -> None:
+    """Refuse factors of adapters, whose products are the weights."""
+    factor = next(filter(is_adapter, parameters), None)
+    if factor is not None:
+        raise ValueError(
+            f"{owner} should be of weights. Found `{factor}`, a factor of an adapter, whose "
+            "products are the weights. Merge the adapter into its model first, by "
+            "`merge_and_unload()`; on the command line with --merge."
+        )
+
+
+def _moved(theta: Tensor, tuned: Tensor, alpha: float) -> Tensor:
+    exact = theta.double()
+    tau = tuned.double() - exact
+    return torch.where(tau == 0, theta, (exact - alpha * tau).to(theta.dtype))
