@@ -44,8 +44,11 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13])
-@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 8195])
+@pytest.mark.parametrize(
+    ("k", "size"),
+    [(k, size) for k in (*range(1, 10), 12, 13) for size in (0, 1, 1023, 1024, 1025)]
+    + [(k, 8195) for k in (1, 2, 5, 9)],
+)
 def test_gram_equals_float64(k: int, size: int) -> None:
     vectors = mixed(k, size)
     check(kernels.gram(vectors), vectors)
@@ -140,7 +143,7 @@ def trained(choice: Mapping[str, Any], dtype: torch.dtype) -> tuple[list[torch.T
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     rectifier = Rectifier(model, optimizer=optimizer, **choice)
     reports = []
-    for step in range(3):
+    for step in range(2):
         rectifier.backward(objective={"forget": -1.0}, **model.losses(step))
         optimizer.step()
         optimizer.zero_grad()

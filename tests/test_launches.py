@@ -22,6 +22,10 @@ RECTIFIED: dict[str, tuple[dict[str, Any], int]] = {
 """Options of a rectifier, and the launches that it may add for each tensor."""
 
 
+SIZES = (4, 12)
+"""Of how many tensors the models are that are compared."""
+
+
 def third_step(
     tensors: int, backward: Callable[[Spread, Any, int], None], patch: pytest.MonkeyPatch
 ) -> Counted:
@@ -46,14 +50,14 @@ def plain(model: Spread, _: Any, step: int) -> None:
 
 def added(few: Counted, many: Counted, patch: pytest.MonkeyPatch) -> float:
     """The launches that each tensor adds to those of a plain step."""
-    without = [third_step(n, plain, patch).launches.total() for n in (10, 30)]
+    without = [third_step(n, plain, patch).launches.total() for n in SIZES]
     found = [few.launches.total(), many.launches.total()]
-    return ((found[1] - without[1]) - (found[0] - without[0])) / 20
+    return ((found[1] - without[1]) - (found[0] - without[0])) / (SIZES[1] - SIZES[0])
 
 
 def test_a_recorded_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for tensors in (10, 30):
+    for tensors in SIZES:
         recorders: list[Recorder] = []
 
         def backward(model: Spread, _: Any, step: int, kept: list[Recorder] = recorders) -> None:
@@ -72,7 +76,7 @@ def test_a_recorded_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_rectified_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, most = RECTIFIED[name]
     found = []
-    for tensors in (10, 30):
+    for tensors in SIZES:
         rectifiers: list[Rectifier] = []
 
         def backward(

@@ -212,7 +212,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 def test_compiled_and_plain_models_give_one_table() -> None:
     model = tiny.llama()
-    assert describe(torch.compile(model)) == describe(model)
+    assert describe(torch.compile(model, backend="eager")) == describe(model)
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Which label a position predicts, and the models that are refused."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -102,10 +103,12 @@ def adapted(model: nn.Module) -> nn.Module:
 WRAPPERS = {
     "none": lambda model: model,
     "data parallel": nn.DataParallel,
-    "compiled": torch.compile,
+    "compiled": partial(torch.compile, backend="eager"),
     "adapter": adapted,
     "shared forward": SharedForward,
-    "all of them": lambda model: SharedForward(nn.DataParallel(torch.compile(adapted(model)))),
+    "all of them": lambda model: SharedForward(
+        nn.DataParallel(torch.compile(adapted(model), backend="eager"))
+    ),
 }
 
 

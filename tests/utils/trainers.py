@@ -2,17 +2,21 @@
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, imports
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from geffect import distributed
 from tests.utils import tiny
+
+# Every Trainer asks for some twenty packages, each time on the disk.
+imports._is_package_available = cache(imports._is_package_available)
 
 
 def samples(count: int = 5, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -1,0 +1,199 @@
+"""What several tests share: runs to read, and one quick study for the whole session."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _pytest.logging import (
+    LogCaptureHandler,
+    caplog_handler_key,
+    caplog_records_key,
+    catching_logs,
+)
+from filelock import FileLock
+from torch import nn
+
+from geffect import Recorder, Rectifier, Run, open_run
+from geffect.layers import Parameter
+from geffect.objectives import SharedForward, nll
+from geffect.sketch import Sketch
+from geffect.store.schema import VERSION, Contents, Row
+from geffect.store.writer import RunWriter
+from tests.utils import forks, tiny
+from tests.utils.command_line import Ask, answering
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server() -> None:
+    """Before all else, so that what is forked from it begins where no test has run."""
+    forks.start_server()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that the command line has run, and what it said meanwhile."""
+
+    out: Path
+    said: str
+    complained: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        summary: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+        return summary
+
+
+@pytest.fixture(scope="session")
+def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Study:
+    """The quick study of GA, run once: the first process to need it runs it for all."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder if worker_id == "master" else folder.parent
+    out, said = folder / "quick study", folder / "quick study.json"
+    with FileLock(f"{said}.lock"):
+        if not said.exists():
+            script = Path(sys.executable).with_name("geffect")
+            # One worker: other tests keep the other cores busy, and each loads torch anew.
+            told = [script, "demo", "--quick", "--methods", "ga", "--workers", "1", "--out", out]
+            ended = subprocess.run(told, capture_output=True, text=True, check=False)
+            assert ended.returncode == 0, ended.stderr
+            said.write_text(json.dumps([ended.stdout, ended.stderr]), encoding="utf-8")
+    return Study(out, *json.loads(said.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file with every source: GA with GRU and AdamW on a tiny Llama."""
+    path = tmp_path_factory.mktemp("recorded") / "tiny.h5"
+    model = tiny.llama(tied=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rectifier = Rectifier(model)
+    with Recorder(model, path, metadata={"method": "ga"}, update=True) as recorder:
+        for batch in tiny.pairs(4):
+            shared = SharedForward(model)
+            recorder.backward(
+                objective={"forget": -1.0},
+                forget=nll(shared, batch["forget"]),
+                retain=nll(shared, batch["retain"]),
+                rectifier=rectifier,
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    return path
+
+
+@pytest.fixture(scope="session")
+def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file without the update and without a rectifier, of a model without layers."""
+    path = tmp_path_factory.mktemp("unwatched") / "plain.h5"
+    model = nn.Linear(3, 1)
+    with Recorder(model, path) as recorder:
+        for step in range(2):
+            forget, retain = model(torch.eye(3)[step]).sum() ** 2, model(torch.ones(3)).sum() ** 2
+            recorder.backward(objective={"forget": -1.0}, forget=forget, retain=retain)
+    return path
+
+
+@pytest.fixture(scope="session")
+def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
+
+    def example_run(
+        *,
+        update: bool = False,
+        sketch: bool = False,
+        weights: bool = False,
+        rectified: bool = False,
+        tables: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Run:
+        path = tmp_path_factory.mktemp("example") / "example.h5"
+        weighted = ("npo",) if weights else ()
+        kept = tables or {}
+        _write_example(path, update, Sketch() if sketch else None, weighted, rectified, kept)
+        return open_run(path)
+
+    return example_run
+
+
+def _write_example(
+    path: Path,
+    update: bool,
+    sketch: Sketch | None,
+    weights: tuple[str, ...],
+    rectified: bool,
+    tables: Mapping[str, Mapping[str, Any]],
+) -> None:
+    forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
+    vectors = {"objective": -forget, "forget": forget, "retain": retain}
+    if update or rectified:
+        left = retain - forget if rectified else -forget  # GRU takes out what is along `retain`
+        vectors |= {"retain_ema": retain, "update": -0.1 * left}
+    stacked = np.stack([*vectors.values()])
+    losses = {"objective": -1.0, "forget": 1.0, "retain": 0.5}
+    parameter = Parameter(
+        name="model.layers.0.mlp.up_proj.weight", layer="layer 0", group="shallow", index=0,
+        module="mlp.up_proj", shape=(2, 2), dtype="float32", tied_to=(),
+    )  # fmt: skip
+    writer = RunWriter(path, [parameter])
+    manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
+    contents = Contents(
+        sources=tuple(vectors), manifest=manifest, sketch=sketch, weights=weights,
+        blocks=("model",) if rectified else (),
+    )  # fmt: skip
+    writer.begin(contents)
+    folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
+    writer.append(
+        Row(
+            step=0,
+            lr=0.1,
+            losses=np.array([losses.get(name, np.nan) for name in vectors]),
+            gram=(stacked @ stacked.T)[None],
+            sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
+            weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
+            rectification=(
+                np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0]])
+                if rectified
+                else None
+            ),
+        )
+    )
+    for name, columns in tables.items():
+        writer.keep(name, columns)
+    writer.close(complete=True)
+
+
+@pytest.fixture
+def caplog(request: pytest.FixtureRequest) -> Iterator[pytest.LogCaptureFixture]:
+    """That of pytest, without its plugin, which searches thousands of loggers in every test."""
+    handler, stash = LogCaptureHandler(), request.node.stash
+    stash[caplog_handler_key], stash[caplog_records_key] = handler, {}
+    with catching_logs(handler):
+        kept = pytest.LogCaptureFixture(request.node, _ispytest=True)
+        yield kept
+        kept._finalize()
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """The command line, run here."""
+    return answering(monkeypatch, capsys)
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """A test of plots leaves the reader's settings as they were, and draws on Agg."""
+    import matplotlib as mpl
+    from matplotlib import pyplot
+
+    mpl.use("Agg")
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+    pyplot.close("all")
