@@ -8,6 +8,7 @@ from .base import Component, Objective, Reduction, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, spelt
 from .ceu import CEU
 from .combination import Combination
+from .control import LikelihoodControl, LowestLossAscent, TemperedAscent
 from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
@@ -52,7 +53,9 @@ __all__ = [
     "GradDiff",
     "GradientAscent",
     "GradientDescent",
+    "LikelihoodControl",
     "Likelihoods",
+    "LowestLossAscent",
     "Objective",
     "OfRun",
     "RandomLabels",
@@ -63,6 +66,7 @@ __all__ = [
     "SatImp",
     "SharedForward",
     "SimNPO",
+    "TemperedAscent",
     "WeightedGradientAscent",
     "answers_of",
     "as_objective",

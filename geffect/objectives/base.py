@@ -29,8 +29,9 @@ class Reduction:
     - "sample_mean": the mean over samples of something of their token means.
     - "sequence_sum": the mean over samples of something of their sums over tokens.
 
-    Of a token mean the first `skip` tokens of each answer may take no part. The losses of batches
-    add up to that of all their data, each with its share of the count.
+    Of a token mean the first `skip` tokens of each answer may take no part, or all but a `fraction`
+    of them, `share_of` their number. The losses of batches add up to that of all their data, each
+    with its share of the count.
 
     >>> batch, model = {"labels": torch.tensor([[3, 5, -100], [7, 2, 9]])}, lambda input_ids: None
     >>> [Reduction("forget", kind).count(model, batch) for kind in ("token_mean", "sequence_sum")]
@@ -40,16 +41,18 @@ class Reduction:
     side: str
     kind: Literal["token_mean", "sample_mean", "sequence_sum"]
     skip: int = 0
+    fraction: float = 1.0
 
     def count(self, model: Any, batch: Batch) -> int:
         """How many tokens or samples of a batch the mean is over."""
-        if self.kind != "token_mean":
+        if self.kind != "token_mean" or self.fraction != 1.0:
             check_one_answer(batch, f"a {self.kind.replace('_', ' ')}")
         if self.kind == "sequence_sum":
             return len(labels_of(batch))
         scored = scored_tokens(model, batch)
         if self.kind == "token_mean":
-            return int(behind_first(scored, batch, self.skip).sum())
+            counts = behind_first(scored, batch, self.skip).sum(dim=1)
+            return int(share_of(counts, self.fraction).sum())
         return int(scored.any(dim=1).sum())
 
 
@@ -269,6 +272,17 @@ def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Los
         weights[name] = weights.get(name, 0.0) + component.weight
         losses.setdefault(name, component.given)
     return {OBJECTIVE: weights, **losses}
+
+
+def share_of(counts: Tensor, fraction: float) -> Tensor:
+    """How many tokens a fraction of each answer is: rounded down, but one where there are any.
+
+    >>> share_of(torch.tensor([0, 1, 5, 10]), 0.8)
+    tensor([0, 1, 4, 8])
+    """
+    # A fraction such as 0.29 of 100 is a hair less than 29 in floating point.
+    share = (counts.double() * fraction + 1e-9).floor().long()
+    return share.clamp(min=1).minimum(counts)
 
 
 def positive(owner: str, name: str, value: float) -> float:

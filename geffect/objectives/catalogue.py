@@ -10,6 +10,7 @@ from .acquisition import SKU, SSUAcquire
 from .base import Objective
 from .ceu import CEU
 from .combination import Combination
+from .control import LikelihoodControl, LowestLossAscent, TemperedAscent
 from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
@@ -43,6 +44,9 @@ CATALOGUE: Mapping[str, Objective] = {
     "undial": UNDIAL(),
     "satimp": SatImp(),
     "ceu": CEU(),
+    "likelihood-control": LikelihoodControl(),
+    "ga-temperature": TemperedAscent(),
+    "ga-lowest": LowestLossAscent(),
     "ssu-acquire": SSUAcquire(),
     "sku": SKU(),
 }

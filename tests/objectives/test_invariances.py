@@ -14,6 +14,7 @@ from geffect.objectives import (
     CATALOGUE,
     REGULARISERS,
     FrozenModel,
+    LikelihoodControl,
     Likelihoods,
     Objective,
     Reference,
@@ -25,6 +26,7 @@ from tests.utils.sides import extreme, pair_of
 
 OBJECTIVES: dict[str, Objective] = {
     **CATALOGUE,
+    "likelihood-control": LikelihoodControl(delta=60.0),  # above the answers of the tiny models
     **{f"ga+{name}": objective for name, objective in REGULARISERS.items()},
 }
 
