@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from geffect.near import meant
-
 from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
@@ -130,14 +128,14 @@ class Plan:
 
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
     from geffect.data.others import among_others
-    from geffect.objectives import answers_of, check_sides, named, names, spelt
+    from geffect.objectives import answers_of, check_sides, named, names, probable, spelt
 
     unknown = [method for method in methods if method not in names()]
     if unknown:
         raise ValueError(
             f"`methods` should be some of {spelt()}. "
             f"Found {', '.join(f'`{method}`' for method in unknown)}."
-            f"{meant(unknown[0], names())} Choose from those."
+            f"{probable(unknown[0])} Choose from those."
         )
     for method in methods:
         objective = named(method, options)

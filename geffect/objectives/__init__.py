@@ -5,7 +5,7 @@ from geffect.risk import nll
 
 from .acquisition import SKU, SSUAcquire
 from .base import Component, Objective, Reduction, step_losses
-from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, spelt
+from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, probable, spelt
 from .ceu import CEU
 from .combination import Combination
 from .control import LikelihoodControl, LowestLossAscent, TemperedAscent
@@ -75,6 +75,7 @@ __all__ = [
     "names",
     "nll",
     "options_of",
+    "probable",
     "provenance",
     "spelt",
     "statistics",

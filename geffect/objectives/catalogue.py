@@ -72,8 +72,8 @@ def named(name: str, options: Mapping[str, Any] | None = None) -> Objective:
     """
     if name not in names():
         raise ValueError(
-            f"`objective` should be one of {spelt()}. Found `{name}`.{meant(name, names())} Choose "
-            "one of those."
+            f"`objective` should be one of {spelt()}. Found `{name}`.{probable(name)} Choose one "
+            "of those."
         )
     forget, plus, regulariser = name.partition("+")
     objective = CATALOGUE[forget]
@@ -90,6 +90,19 @@ def names() -> list[str]:
     (True, False, False)
     """
     return [*CATALOGUE, *(f"{name}+{added}" for name in CATALOGUE for added in REGULARISERS)]
+
+
+CALLED = {"idk": "po", "altpo": "dpo"}
+"""What else objectives are called, for their data."""
+
+
+def probable(name: str) -> str:
+    """A question that names the objective that was probably meant; empty where none is near.
+
+    >>> probable("idk"), probable("nop"), probable("magic")
+    (' Did you mean `po`?', ' Did you mean `npo`?', '')
+    """
+    return meant(CALLED.get(name.lower(), name), names())
 
 
 def spelt() -> str:

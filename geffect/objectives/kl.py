@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from geffect.batch import IGNORED, Batch, Pair
-from geffect.risk import for_labels, inputs_of, label_logits, token_mean
+from geffect.risk import inputs_of, label_logits, token_mean
 from geffect.risk.likelihood import at_least_float32
 from geffect.sources import RETAIN
 
 from .base import Component, Objective, Reduction
-from .reference import Reference
+from .reference import Reference, logits_before
 
 PART = "kl"
 """The name of its component."""
@@ -64,7 +64,7 @@ class KL(Objective):
     def _over_answers(self, model: Any, batch: Batch, known: Reference) -> Tensor:
         logits, labels = label_logits(model, batch)
         scored = labels != IGNORED
-        before = for_labels(model, known.logits(batch))
+        before = logits_before(known, model, batch, logits)
         values = logits.new_zeros(labels.shape, dtype=at_least_float32(logits))
         values[scored] = divergence(before[scored], logits[scored]).to(values)
         return token_mean(values, scored)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.batch import IGNORED, Batch, Pair
-from geffect.risk import for_labels, label_logits, log_likelihood, token_mean
+from geffect.batch import IGNORED, Pair
+from geffect.risk import label_logits, log_likelihood, token_mean
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction
 from .draws import check_seed, drawn
-from .reference import Reference
+from .reference import Reference, logits_before
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class AdversarialLabels(Objective):
 
         def loss() -> Tensor:
             logits, labels = label_logits(model, batch[FORGET])
-            return _taught(logits, labels, _most_likely(model, batch[FORGET], labels, known))
+            before = logits_before(known, model, batch[FORGET], logits)
+            return _taught(logits, labels, _most_likely(before, labels))
 
         return {FORGET: Component(loss)}
 
@@ -87,11 +88,10 @@ class AdversarialLabels(Objective):
         return {FORGET: Reduction(FORGET, "token_mean")}
 
 
-def _most_likely(model: Any, batch: Batch, labels: Tensor, known: Reference) -> Tensor:
+def _most_likely(before: Tensor, labels: Tensor) -> Tensor:
     """What the reference finds most likely but for the labels, `Int[sample, position]`."""
     scored = labels != IGNORED
-    before = for_labels(model, known.logits(batch))[scored]
-    others = before.scatter(-1, labels[scored][:, None], -torch.inf)
+    others = before[scored].scatter(-1, labels[scored][:, None], -torch.inf)
     return labels.masked_scatter(scored, others.argmax(dim=-1))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.batch import Batch
-from geffect.risk import inputs_of, token_log_probabilities
+from geffect.risk import for_labels, inputs_of, token_log_probabilities
 
 Need = Literal["none", "likelihoods", "logits", "hidden states"]
 """What an objective asks of its reference: nothing, the likelihoods of the scored forget tokens, or
@@ -31,6 +31,22 @@ class Reference(Protocol):
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, ...]:
         """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
+
+
+def logits_before(reference: Reference, model: Any, batch: Batch, own: Tensor) -> Tensor:
+    """The logits of the reference for the labels of a batch, beside the model's `own` for these.
+
+    Both are `Float[sample, position, token]`, as `geffect.risk.label_logits` gives them. Raises
+    ValueError for a reference with other tokens or positions.
+    """
+    found = for_labels(model, reference.logits(batch))
+    if found.shape != own.shape:
+        raise ValueError(
+            "`reference` should give logits for the tokens that the model has, at its positions. "
+            f"Found the shape {tuple(found.shape)} beside {tuple(own.shape)}. Pass the model as it "
+            "was before unlearning, with its vocabulary."
+        )
+    return found
 
 
 class FrozenModel:

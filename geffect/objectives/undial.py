@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from geffect.batch import IGNORED, Pair
-from geffect.risk import at_least_float32, check_answers, for_labels, label_logits
+from geffect.risk import at_least_float32, check_answers, label_logits
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive
-from .reference import Reference
+from .reference import Reference, logits_before
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,11 @@ class UNDIAL(Objective):
 
     def __post_init__(self) -> None:
         positive("UNDIAL", "beta", self.beta)
+        if not isinstance(self.legacy, bool):
+            raise ValueError(
+                "`legacy` of UNDIAL should be True or False. Found "
+                f"`legacy = {self.legacy!r}`. Leave it out for the mean over answer tokens."
+            )
 
     def teacher(self, reference_logits: Tensor, labels: Tensor) -> Tensor:
         """q_i = softmax(z_{o,i} - beta onehot(y_i)), `Float[..., token]`."""
@@ -56,7 +60,7 @@ class UNDIAL(Objective):
 
         def loss() -> Tensor:
             logits, labels = label_logits(model, batch[FORGET])
-            before = for_labels(model, known.logits(batch[FORGET]))
+            before = logits_before(known, model, batch[FORGET], logits)
             scored = labels != IGNORED
             if self.legacy:
                 labels = _from_the_end(labels, logits.shape[-1])
@@ -64,7 +68,9 @@ class UNDIAL(Objective):
             elif not scored.any():
                 check_answers(model, {FORGET: batch[FORGET]})
             student, taught = (z[scored].to(at_least_float32(z)) for z in (logits, before))
-            return F.cross_entropy(student, self.teacher(taught, labels[scored]))
+            q, log_p = self.teacher(taught, labels[scored]), student.log_softmax(-1)
+            # A token that both rule out adds nothing.
+            return -(q * log_p.where(q > 0, torch.zeros_like(log_p))).sum(-1).mean()
 
         return {FORGET: Component(loss)}
 

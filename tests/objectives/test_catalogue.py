@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from geffect import Recorder, open_run
+from geffect import Recorder, Rectifier, open_run
 from geffect.checkpoints.replay import replay
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
@@ -97,6 +97,23 @@ def test_every_entry_is_trained(name: str, tmp_path: Path) -> None:
     assert kept(path) == provenance(named(name), "a frozen copy of the model" if needed else None)
 
 
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_entry_is_rectified(name: str, tmp_path: Path) -> None:
+    """What is stepped by opposes the retain risk no more, whatever the objective asked for."""
+    path, sets = tmp_path / "run.h5", items_of(named(name), 4)
+    model = tiny.llama()
+    UnlearningTrainer(
+        model, arguments(tmp_path, max_steps=2), objective=name, forget=sets.pop("forget"),
+        retain=sets, rectifier=Rectifier(model, ema=1.0), recorder=partial(Recorder, path=path),
+    ).train()  # fmt: skip
+    run = open_run(path)
+    at = [*run.sources].index
+    K = run.gram().sum(axis=1)
+    assert (K[:, at("objective"), at("objective")] > 0).all()
+    agree = K[:, at("retain"), at("rectified")]
+    assert (agree >= -1e-6 * K[:, at("retain"), at("retain")]).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_entry_is_studied(name: str, subject: tuple[nn.Module, Data], tmp_path: Path) -> None:
     path, (model, data) = tmp_path / "run.h5", subject
@@ -158,6 +175,7 @@ def test_the_study_names_objectives_of_the_catalogue() -> None:
     ("options", "says"),
     [
         (["--methods", "simnpo,ga", "--beta", "1"], "it has: none. Found `beta`"),
+        (["--methods", "idk"], "Found `idk`. Did you mean `po`?"),
         (["--methods", "simnpo,magic"], "should be some of ga, wga"),
         (["--methods", "simnpo", "--delta", "x"], "`delta` should be a number such as 0.0"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.objectives import UNDIAL, FrozenModel
+from geffect.objectives import CATALOGUE, REGULARISERS, UNDIAL, FrozenModel, Objective
 from tests.utils import reference, tiny
 from tests.utils.predictions import predicting
 from tests.utils.sides import pair_of
@@ -53,6 +53,10 @@ def table(rows: int, length: int, vocabulary: int, seed: int) -> Any:
     logits = torch.randn(rows, length, vocabulary, generator=draw, dtype=torch.float64)
     logits.requires_grad_()
     return logits, lambda input_ids: SimpleNamespace(logits=logits[:, : input_ids.shape[1]])
+
+
+def _giving(logits: Tensor) -> Any:
+    return lambda input_ids: SimpleNamespace(logits=logits)
 
 
 def test_the_legacy_form_counts_every_position_and_the_hundredth_last_token() -> None:
@@ -102,7 +106,7 @@ def test_at_the_teacher_its_gradient_is_none() -> None:
         now[0, position - 1, labels[0, position]] -= 3.0
     now.requires_grad_()
     pair = {"forget": {"input_ids": labels.clamp(min=0), "labels": labels}}
-    loss = UNDIAL(3.0)(lambda input_ids: SimpleNamespace(logits=now), pair, FrozenModel(other))
+    loss = UNDIAL(3.0)(_giving(now), pair, FrozenModel(other))
     (gradient,) = torch.autograd.grad(loss, now)
     assert gradient.abs().max() < 1e-15
 
@@ -113,3 +117,37 @@ def test_a_legacy_loss_declares_no_reduction_and_an_empty_batch_is_refused() -> 
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="`forget` should have an answer token"):
         UNDIAL()(model, {"forget": batch}, FrozenModel(model))
+
+
+def test_a_token_that_both_models_rule_out_adds_nothing() -> None:
+    (now, _), (then, _) = (table(1, 5, 7, seed) for seed in (0, 1))
+    labels = torch.tensor([[-100, 1, 2, 3, 4]])
+    pair = {"forget": {"input_ids": labels.clamp(min=0), "labels": labels}}
+    ruled_out = torch.zeros(7, dtype=torch.float64)
+    ruled_out[6] = -torch.inf
+    model, other = (_giving(logits + ruled_out) for logits in (now, then))
+    loss = UNDIAL()(model, pair, FrozenModel(other))
+    expected = naive(now[..., :6], then[..., :6], labels, 10.0, False)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, now))
+
+
+@pytest.mark.parametrize("value", ["yes", "no", 1, None])
+def test_a_legacy_that_is_neither_true_nor_false_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="`legacy` of UNDIAL should be True or False"):
+        UNDIAL(legacy=value)
+
+
+OF_LOGITS = [o for o in (*CATALOGUE.values(), *REGULARISERS.values()) if o.reference == "logits"]
+
+
+@pytest.mark.parametrize("objective", OF_LOGITS, ids=repr)
+@pytest.mark.parametrize("vocabulary", [1, 7, tiny.VOCABULARY + 1])
+def test_a_reference_of_another_vocabulary_is_refused(
+    objective: Objective, vocabulary: int
+) -> None:
+    def other(input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, vocabulary))
+
+    with pytest.raises(ValueError, match=rf"`reference` should give .* {vocabulary}\) beside \("):
+        objective(tiny.gpt2(), pair_of(objective), FrozenModel(other))
