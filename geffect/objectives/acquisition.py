@@ -15,7 +15,6 @@ from torch import Tensor
 from geffect.batch import IGNORED, Pair, check_one_answer, side_of
 from geffect.data.others import others
 from geffect.risk import (
-    for_labels,
     label_logits,
     nll,
     sequence_sum,
@@ -26,7 +25,7 @@ from geffect.sources import FORGET, RETAIN
 
 from . import kl
 from .base import Component, Objective, Reduction, positive
-from .reference import Reference
+from .reference import Reference, logits_before
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class SKU(Objective):
         def away() -> Tensor:
             logits, labels = label_logits(model, batch[RETAIN])
             scored = labels != IGNORED
-            before = for_labels(model, known.logits(batch[RETAIN]))
+            before = logits_before(known, model, batch[RETAIN], logits)
             distance = kl.divergence(before[scored], logits[scored])
             return -(distance.clamp(max=self.cap) if self.cap else distance).mean()
 
