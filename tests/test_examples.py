@@ -56,6 +56,7 @@ NAMES: dict[str, Callable[[Path], Any]] = {
     "unlearning_trainer": lambda folder: unlearning_trainers.unlearner(folder / "their trainer"),
     "forget_items": lambda folder: trainers.samples(4),
     "retain_items": lambda folder: trainers.samples(6, seed=50),
+    "general_items": lambda folder: trainers.samples(5, seed=90),
 }
 
 MODULES = sorted(

@@ -9,6 +9,7 @@ import torch
 
 from geffect import Rectifier
 from geffect.objectives import nll
+from geffect.projection import SaliencyMask
 from tests.utils import reference, tiny
 from tests.utils.rectified import cosines, losses_of, placed, run, two_layers
 
@@ -44,6 +45,27 @@ def test_a_selective_step_is_projected_within_its_coordinates() -> None:
     assert min(cosines(seen)) >= -1e-6
     for step, _ in seen[1:]:
         assert (step != 0).float().mean() < 0.15
+
+
+@pytest.mark.parametrize("c", [0.0, 1.0])
+def test_gru_projects_what_the_mask_of_ssu_leaves(c: float) -> None:
+    """The mask comes first: so what is stepped does not harm the retain gradient."""
+    model = tiny.llama()
+    losses = {side: nll(model, batch) for side, batch in tiny.pairs(1)[0].items()}
+    u = -reference.flat(reference.gradient(model, losses["forget"]))
+    r = reference.flat(reference.gradient(model, losses["retain"]))
+    size = u.abs().double()
+    kept = size >= size.mean() + c * size.std(correction=0)
+    expected = reference.gru(u * kept, r * kept)
+    other_order = reference.gru(u, r) * kept
+    assert torch.dot(u * kept, r) < 0 <= torch.dot(expected, r) + 1e-6
+    rectifier = Rectifier(model, select=SaliencyMask(c))
+    rectifier.backward(objective={"forget": -1.0}, **losses)
+    found = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(found, other_order, rtol=1e-4, atol=1e-7)
+    assert rectifier.options["select"] == f"SaliencyMask(c={c})"
+    assert str(rectifier.options["rule"]).startswith("gru")
 
 
 @pytest.mark.parametrize("options", [{"rule": None}, {}, {"scope": "coordinate"}], ids=str)
