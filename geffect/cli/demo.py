@@ -28,6 +28,7 @@ RULES = (
     Needs("--lora", "--model"),
     Apart("--layers", "--lora"),
     Apart("--quick", "--model"),
+    Apart("--variants", "--all-variants"),
     Apart("--resume", "--overwrite"),
 )
 
@@ -52,6 +53,13 @@ def command(
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Every method in every variant.")
     ] = False,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Every method in these variants alone, such as plain,gru,sago,hamu,gu,repselect.",
+        ),
+    ] = None,
     controls: Annotated[
         bool,
         typer.Option(
@@ -93,7 +101,7 @@ def command(
     Nothing is downloaded. DIR then holds a run file for each method and variant, summary.json,
     equal_forgetting.csv, figures, and report.html, which opens offline.
     """
-    from geffect.demo.methods import METHODS, RETAIN_SETS, VARIANTS
+    from geffect.demo.methods import METHODS, RETAIN_SETS, RIVALS, VARIANTS
     from geffect.demo.study import QUICK_METHODS, Plan, whole
 
     check_together(ctx, RULES)
@@ -117,6 +125,8 @@ def command(
             subject=subject,
             variants=subject.paced(VARIANTS) if subject else VARIANTS,
             retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,
+            rivals=subject.paced(RIVALS) if subject else RIVALS,
+            named=() if variants is None else tuple(name.strip() for name in variants.split(",")),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -41,6 +41,7 @@ KEEPING = (
     "gru-retain-adam",
     "gru-world-update",
     "nearest-update",
+    "gu",
 )
 """The variants that constrain the step that is applied."""
 

@@ -3,14 +3,17 @@
 What needs torch is imported where it is used: planning a study is done without.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
     from geffect import Rectifier
+
+    from .repselect import SingleShot
 
 METHODS = ("ga", "wga", "npo", "graddiff", "npo+gd")
 """The objectives of a study that names none, as `geffect.objectives.named` knows them."""
@@ -38,13 +41,20 @@ def _sago() -> Any:
     return SAGO(prefer_retain=True)
 
 
+def _hamu(**numbers: float) -> Any:
+    from geffect.projection.hamu import hamu
+
+    return hamu(**numbers)
+
+
 @dataclass(frozen=True)
 class Variant:
     """How a step is rectified, with the learning rates it is run at: its own, then others.
 
     `rule` makes the rule where it is used. `adds_retain`: the rule adds the retain gradient, so
     that a retain term of the objective is left to it. `duration` is that of a run beside the plain
-    one, both at their own learning rate.
+    one, both at their own learning rate. `whole`: a step draws all facts to forget, and all that
+    feed the retain gradient.
     """
 
     summary: str
@@ -53,6 +63,8 @@ class Variant:
     learning_rates: tuple[float, ...] = (3e-4, 1.5e-4, 6e-4)
     duration: float = 1.0
     adds_retain: bool = False
+    optimizer: Literal["AdamW", "SGD"] = "AdamW"
+    whole: bool = False
 
     def described(self) -> dict[str, Any]:
         """What summary.json says of it."""
@@ -61,6 +73,7 @@ class Variant:
             "learning_rate": self.learning_rates[0],
             "learning_rates": sorted(self.learning_rates),
             "options": dict(self.options),
+            "optimizer": self.optimizer,
         }
 
     @property
@@ -68,9 +81,19 @@ class Variant:
         """The retain sets that it protects."""
         return tuple(self.options.get("protect", ("retain",)))
 
+    def stepping(
+        self, parameters: "Sequence[torch.nn.Parameter]", learning_rate: float
+    ) -> "torch.optim.Optimizer":
+        """The optimizer of a run."""
+        import torch
+
+        if self.optimizer == "SGD":
+            return torch.optim.SGD(parameters, lr=learning_rate)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+
     def rectifier(
         self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", ema: float
-    ) -> "Rectifier":
+    ) -> "Rectifier | SingleShot":
         """The rectifier of this variant; that of the plain one only watches."""
         from geffect import Rectifier
 
@@ -84,6 +107,23 @@ class Variant:
             return dict(losses)
         terms = {name: w for name, w in losses["objective"].items() if name != "retain"}
         return {**losses, "objective": terms}
+
+
+class Collapsed(Variant):
+    """One gradient, collapsed and taken again at every step; `options` are of the collapse."""
+
+    @property
+    def protect(self) -> tuple[str, ...]:
+        return ("retain",)
+
+    def rectifier(
+        self, model: "torch.nn.Module", optimizer: "torch.optim.Optimizer", ema: float
+    ) -> "SingleShot":
+        from geffect.projection import Collapse
+
+        from .repselect import SingleShot
+
+        return SingleShot(model, Collapse(**self.options), ema)
 
 
 COORDINATE = {"space": "update", "scope": "coordinate"}
@@ -124,6 +164,54 @@ VARIANTS: dict[str, Variant] = {
         adds_retain=True,
     ),
 }
+
+
+def _by_gain(gain: float, radius: float | None) -> Variant:
+    within = "the length of the step down the retain gradient" if radius is None else f"{radius:g}"
+    return Variant(
+        f"HAMU: a step of gradient descent that forgets by {gain:g} nats, at the least retain cost "
+        f"within {within}",
+        partial(_hamu, gain=gain, **({} if radius is None else {"radius": radius})),
+        {"ema": 1.0},
+        learning_rates=(1.0, 0.5, 2.0),
+        adds_retain=True,
+        optimizer="SGD",
+    )
+
+
+def _one_shot(summary: str, **options: Any) -> Variant:
+    return Collapsed(
+        f"RepSelect, single shot: gradient descent along one gradient, collapsed: {summary}",
+        _no_rule,
+        options,
+        learning_rates=(0.05, 0.025, 0.1),
+        duration=3.0,
+        optimizer="SGD",
+        whole=True,
+    )
+
+
+RIVALS: dict[str, Variant] = {
+    "hamu": _by_gain(0.1, None),
+    "hamu-wide": _by_gain(0.1, 0.3),
+    "hamu-slow": _by_gain(0.02, 0.1),
+    "gu": Variant(
+        "GU: AdamW's own step, the nearest in its metric that harms none of the last retain "
+        "gradients",
+        _nearest,
+        {"space": "update", "correction": "adam", "history": 8, "ema": 1.0},
+        duration=3.0,
+    ),
+    "repselect": _one_shot("its own top directions made small", k=12, side="both", strength="soft"),
+    "repselect-retain": _one_shot(
+        "without the top directions of the retain gradient",
+        k=32,
+        side="both",
+        source="retain",
+        strength="hard",
+    ),
+}
+"""Further methods of the field, as baselines: a study runs those that are named."""
 
 RETAIN_SETS: dict[str, Variant] = {
     "gru-world": Variant("GRU against the world facts alone", options={"protect": ("world",)}),

@@ -141,7 +141,8 @@ def command(summary: Mapping[str, Any]) -> str:
     trained = recipe.get("trained") or {}
     methods = list(dict.fromkeys(run["method"] for run in summary["runs"]))
     small = config["quick"] or "source" in recipe
-    every = {run["variant"] for run in summary["runs"]} > set(IN_A_LOOK)
+    named = config.get("named", ())
+    every = not named and {run["variant"] for run in summary["runs"]} > set(IN_A_LOOK)
     layers, rank = trained.get("layers"), trained.get("lora")
     options = {
         "--model DIR": "source" in recipe,
@@ -151,6 +152,7 @@ def command(summary: Mapping[str, Any]) -> str:
         f"--methods {','.join(methods)}": methods != list(QUICK_METHODS if small else METHODS),
         **{f"--objective-option {o}={value}": True for o, value in config["options"].items()},
         "--quick": config["quick"],
+        f"--variants {','.join(named)}": named,
         "--all-variants": every,
         "--controls": summary["further_runs"],
     }

@@ -116,9 +116,14 @@ class Pretrained:
         return self.trained.of(model), tokenizer
 
     def paced(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
-        """The variants at the learning rates of a pretrained model."""
+        """The variants at the learning rates of a pretrained model.
+
+        Those of plain gradient descent are lengths of steps, or units of a gain: they stay.
+        """
         return {
             name: replace(variant, learning_rates=PACES.get(name, GENTLE))
+            if variant.optimizer == "AdamW"
+            else variant
             for name, variant in variants.items()
         }
 

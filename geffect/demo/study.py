@@ -9,10 +9,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from geffect.near import meant
+
 from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .findings import findings
 from .jobs import KINDS, Drawing, Kept, Training, Unlearning
-from .methods import EQUAL, FEW, METHODS, RATES, RETAIN_SETS, SETS, VARIANTS, RunSpec, Variant
+from .methods import (
+    EQUAL,
+    FEW,
+    METHODS,
+    RATES,
+    RETAIN_SETS,
+    RIVALS,
+    SETS,
+    VARIANTS,
+    RunSpec,
+    Variant,
+)
 from .tables import TABLES, write_tables
 from .workers import Job, OnProgress, working
 
@@ -39,7 +52,8 @@ ANSWERS = ("original", "alternate")
 class Plan:
     """What a study runs, on what.
 
-    With `all_variants` every method in every variant, run on to equal extraction strength. With
+    With `named` every method in the variants, or rivals, of these names, and in no others. With
+    `all_variants` every method in every variant, run on to equal extraction strength. With
     `controls` the same with few facts that feed the retain gradient and, of the first method, at
     three learning rates of every variant, and with several retain sets.
     """
@@ -56,6 +70,8 @@ class Plan:
     overwrite: bool = False  # a study with the same output, whose results are then gone
     subject: SubjectConfig | None = None  # none given: the embedded Llama, smaller if quick
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
+    rivals: Mapping[str, Variant] = field(default_factory=lambda: RIVALS)
+    named: Sequence[str] = ()
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
 
     def __post_init__(self) -> None:
@@ -68,6 +84,14 @@ class Plan:
             )
         if self.options or not {*self.methods} <= {*METHODS}:
             _check_methods(self.methods, self.options)
+        known = {**self.variants, **self.rivals}
+        strange = [name for name in self.named if name not in known]
+        if strange or len(set(self.named)) < len(self.named):
+            said = ", ".join(f"`{name}`" for name in strange or self.named)
+            raise ValueError(
+                f"`variants` should be some of {', '.join(known)}, each once. Found {said}."
+                f"{meant(strange[0], known) if strange else ''} Choose from those."
+            )
         repeated = len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(
             self.methods
         )
@@ -91,7 +115,8 @@ class Plan:
 
     def variant(self, spec: RunSpec) -> Variant:
         """The variant of a run."""
-        return (self.retain_sets if spec.part == SETS else self.variants)[spec.variant]
+        known = self.retain_sets if spec.part == SETS else {**self.variants, **self.rivals}
+        return known[spec.variant]
 
     def levels(self, spec: RunSpec) -> tuple[str, ...]:
         """What a run goes on to; a look and most controls end at equal forgetting."""
@@ -104,7 +129,9 @@ class Plan:
         first = self.methods[:1]
 
         def of(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
-            variants = self.retain_sets if part == SETS else self.variants
+            known = {**self.variants, **self.rivals}
+            chosen = {name: known[name] for name in self.named} or self.variants
+            variants = self.retain_sets if part == SETS else chosen
             return [
                 RunSpec(part, method, name, rate, heldout, tuple(self.options.items()))
                 for method in methods
@@ -117,7 +144,7 @@ class Plan:
         planned = of(EQUAL, self.methods, many)
         if self.controls:
             planned += of(FEW, self.methods, few) + of(RATES, first, many)
-        if not self.all_variants:
+        if not (self.all_variants or self.named):
             planned = [
                 spec
                 for spec in planned
@@ -305,6 +332,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         "recipe": asdict(subject),  # type: ignore[call-overload]
         "ema": unlearning.ema,
         "options": dict(plan.options),
+        "named": list(plan.named),
         "optimizer": "AdamW, betas (0.9, 0.999), no weight decay",
         "batch": {"forget": unlearning.forget_batch, "retain": unlearning.retain_batch},
         "most_steps": unlearning.most_steps,

@@ -120,9 +120,12 @@ def unlearn(
     objective = named(spec.method, dict(spec.options)).begin(model)
     original = None if objective.reference == "none" else FrozenModel.copied(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = variant.stepping(trained, spec.learning_rate)
     rectifier = variant.rectifier(model, optimizer, config.ema)
-    batches = data.draws(config.sizes(variant.protect), objective.sides)
+    sizes = config.sizes(variant.protect)
+    if variant.whole:
+        sizes = {name: len(data.sets[name]["input_ids"]) for name in sizes}
+    batches = data.draws(sizes, objective.sides)
     forget = _looked_at(model, data)
     curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
     crossings: dict[str, Metrics] = {}

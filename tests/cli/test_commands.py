@@ -322,7 +322,15 @@ def test_a_file_of_the_user_is_not_replaced_unasked(
 
 
 HELP = {
-    "demo": ["--out", "--seeds", "--methods", "--quick", "--all-variants", "--controls"],
+    "demo": [
+        "--out",
+        "--seeds",
+        "--methods",
+        "--quick",
+        "--all-variants",
+        "--variants",
+        "--controls",
+    ],
     "info": ["RUN", "--format", "json"],
     "scores": ["RUN", "--score", "--by", "--between", "--format"],
     "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],

@@ -89,6 +89,8 @@ def test_the_best_variants_are_those_of_a_loop() -> None:
         ({}, IN_A_LOOK, {}, "geffect demo --seeds 0,1 --methods ga"),
         ({}, [*IN_A_LOOK, "sago"], {"further_runs": [1]},
          "geffect demo --seeds 0,1 --methods ga --all-variants --controls"),
+        ({}, ["plain", "hamu"], {"named": ["plain", "hamu"]},
+         "geffect demo --seeds 0,1 --methods ga --variants plain,hamu"),
         ({"source": "smol", "trained": {"layers": [3, 9], "lora": None}}, ["plain"], {},
          "geffect demo --model DIR --layers 3..9 --seeds 0,1"),
         ({"source": "smol", "trained": {"layers": None, "lora": 8}}, ["plain"], {},
@@ -97,7 +99,7 @@ def test_the_best_variants_are_those_of_a_loop() -> None:
 )  # fmt: skip
 def test_the_command_of_a_study(recipe: Any, variants: Any, more: Any, said: str) -> None:
     runs = [{"method": "ga", "variant": variant} for variant in variants]
-    config = {"quick": False, "recipe": recipe, "options": {}}
+    config = {"quick": False, "recipe": recipe, "options": {}, "named": more.get("named", [])}
     assert (
         command({"seeds": [0, 1], "config": config, "runs": runs, "further_runs": [], **more})
         == said

@@ -16,7 +16,17 @@ from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
 from geffect.demo.findings import KEEPING, shares
 from geffect.demo.jobs import Kept, Unlearning
-from geffect.demo.methods import EQUAL, FEW, METHODS, RETAIN_SETS, SETS, VARIANTS, RunSpec
+from geffect.demo.methods import (
+    EQUAL,
+    FEW,
+    METHODS,
+    RATES,
+    RETAIN_SETS,
+    RIVALS,
+    SETS,
+    VARIANTS,
+    RunSpec,
+)
 from geffect.demo.study import Plan
 from geffect.demo.unlearning import Data, measure, unlearn
 from geffect.demo.workers import Say
@@ -31,7 +41,7 @@ TINY = EmbeddedConfig(
     batch=8,
     learning_rate=8e-3,
 )
-EVERY = VARIANTS | RETAIN_SETS
+EVERY = VARIANTS | RETAIN_SETS | RIVALS
 STUDY = Plan(all_variants=True, controls=True)
 
 Unlearn = Callable[..., dict[str, Any]]
@@ -56,6 +66,24 @@ def test_a_study_runs_every_method_in_every_variant_with_both_feeds() -> None:
         assert {spec.heldout for spec in run.values()} == {heldout}
         assert all(c.learning_rate == VARIANTS[c.variant].learning_rates[0] for c in run.values())
     assert {spec.variant for spec in specs if spec.part == SETS} == set(RETAIN_SETS)
+
+
+def test_named_variants_and_rivals_are_run_alone_by_every_method() -> None:
+    named = Plan(methods=("ga", "npo"), named=("sago", "hamu", "gu"))
+    assert [(spec.method, spec.variant) for spec in named.specs()] == [
+        (method, variant) for method in ("ga", "npo") for variant in ("sago", "hamu", "gu")
+    ]
+    assert {named.levels(spec) for spec in named.specs()} == {("forget_nll",)}
+    controlled = replace(named, controls=True).specs()
+    assert {s.variant for s in controlled if s.part in (FEW, RATES)} == {"sago", "hamu", "gu"}
+    assert {s.variant for s in controlled if s.part == SETS} == set(RETAIN_SETS)
+    for spec in controlled:
+        assert named.variant(spec) is EVERY[spec.variant]
+    assert not {spec.variant for spec in STUDY.specs()} & set(RIVALS)
+    assert not set(VARIANTS) & set(RIVALS)
+    for names, said in ((("hamo",), "`hamo`.*hamu.*Choose"), (("gu", "gu"), "each once.*`gu`")):
+        with pytest.raises(ValueError, match=f"`variants` should be some of .*{said}"):
+            Plan(named=names)
 
 
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
