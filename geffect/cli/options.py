@@ -1,6 +1,6 @@
 """Kinds of options: one of some names, a whole number, a format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ import typer
 from typer.models import OptionInfo
 
 from geffect.near import meant
+from geffect.sources import FORGET, RETAIN, check_risks
 
 
 def choice(option: str, names: type[StrEnum], says: str, metavar: str = "NAME") -> OptionInfo:
@@ -85,3 +86,32 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
             "it with --overwrite."
         )
+
+
+def risks_of(given: Iterable[str]) -> dict[str, Path]:
+    """The further risks of `--risk NAME=DATA`, by name."""
+    risks = paths_by_name("--risk", given, "facts=facts.jsonl")
+    try:
+        check_risks("--risk", risks, taken=(FORGET, RETAIN))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return risks
+
+
+def paths_by_name(option: str, given: Iterable[str], example: str) -> dict[str, Path]:
+    """The paths of an option that takes NAME=PATH and may be repeated."""
+    paths: dict[str, Path] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise typer.BadParameter(
+                f"`{option}` should be a name and its data. Found `{text}`. Pass, say, "
+                f"{option} {example}."
+            )
+        if name in paths:
+            raise typer.BadParameter(
+                f"`{option}` should be given once for each name. Found `{name}` twice. Choose "
+                "another name."
+            )
+        paths[name] = Path(path)
+    return paths

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from geffect.sources import FORGET, RETAIN, check_risks
-
 from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
-from .options import Format, FormatOption, OverwriteOption, check_output, choice, whole
+from .options import Format, FormatOption, OverwriteOption, check_output, choice, risks_of, whole
 from .selection import written_as
 from .terminal import say, show, terminal, write, write_table
 
@@ -169,7 +167,7 @@ def command(
     check_together(ctx, RULES)
     check_output(output, overwrite=overwrite)
     name = estimator or EstimatorName.SPLIT_BATCH
-    named_risks = _risks(risk or [])
+    named_risks = risks_of(risk or [])
     # What a script reads is all that stands on the standard output.
     console = terminal(stderr=form is not Format.TABLE)
     disable_progress_bar()  # there is one of our own
@@ -215,28 +213,6 @@ def command(
         write(json.dumps(facts) + "\n")
     else:
         write_table(pd.DataFrame(facts["effects"]), form)
-
-
-def _risks(given: list[str]) -> dict[str, Path]:
-    risks = {}
-    for text in given:
-        name, equals, data = text.partition("=")
-        if not (name and equals and data):
-            raise typer.BadParameter(
-                f"`--risk` should be a name and its data. Found `{text}`. Pass, say, "
-                "--risk facts=facts.jsonl."
-            )
-        if name in risks:
-            raise typer.BadParameter(
-                f"`--risk` should be given once for each name. Found `{name}` twice. Choose "
-                "another name."
-            )
-        risks[name] = Path(data)
-    try:
-        check_risks("--risk", risks, taken=(FORGET, RETAIN))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    return risks
 
 
 def _facts(run: "Run", output: Path) -> dict[str, Any]:

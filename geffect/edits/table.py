@@ -13,6 +13,16 @@ An edit changes the parameters of a model at once, without training. Its displac
 parameters minus the old ones, is profiled like a step of training: to first order a risk R falls by
 e_R(D) = -<grad R, D>, layer by layer. So edits and trained methods compare.
 
+```sh
+geffect edit run/checkpoint-10 --method ssd --fraction 0.01 \\
+    --forget forget.jsonl --retain retain.jsonl -o edited
+geffect report edited/edit.h5 -o edited.html
+```
+
+An option is a field of the class: `--alpha 5`, `--edit-option alpha=5`, `SSD(alpha=5.0)`. The
+command and `geffect.edit(model, output, "ssd", forget=..., retain=...)` copy a model into a new
+folder. A model that is loaded is edited in place, and given back:
+
 ```python
 import geffect
 from geffect.analysis import edited
@@ -42,7 +52,8 @@ change.apply()  # or kept, until change.revert()
 - The `alpha` of SSD does not carry over from one model to another. `fraction` says how much is
   selected, on any.
 
-Sets are data that an edit is made from, states other models, as `states={"tuned": folder}`.
+Sets are data that an edit is made from, states other models, as `--state tuned=DIR` or
+`states={"tuned": folder}`.
 
 This page is written by `python -m geffect.edits.table > docs/edits.md`.
 """

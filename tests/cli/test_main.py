@@ -13,7 +13,9 @@ from geffect.cli.main import app
 from geffect.cli.objectives import CommandOfObjectives
 from tests.utils.command_line import answering
 
-COMMANDS = ["demo", "info", "scores", "plot", "report", "replay", "compare", "validate"]
+COMMANDS = [
+    "demo", "info", "scores", "plot", "report", "replay", "edit", "compare", "validate",
+]  # fmt: skip
 SCRIPT = [str(Path(sys.executable).with_name("geffect"))]
 MODULE = [sys.executable, "-m", "geffect"]
 

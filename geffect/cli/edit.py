@@ -1,0 +1,210 @@
+"""`geffect edit`: an edited copy of a checkpoint, and what the edit does to each risk."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .fields import CATALOGUED, CommandOfFields, values_given
+from .options import Format, FormatOption, paths_by_name, risks_of, whole
+from .selection import written_as
+from .terminal import say, show, terminal, write, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from geffect.edits import Edit
+
+
+class CommandOfEdits(CommandOfFields):
+    """A subcommand that is told options of edits: `--alpha 5`, `--edit-option alpha=5`."""
+
+    kind = "edit"
+    example = "alpha=5"
+    metavar = "VALUE"
+
+    @staticmethod
+    def spelt() -> str:
+        """The names of the catalogue."""
+        from geffect.edits import CATALOGUE
+
+        return ", ".join(CATALOGUE)
+
+    @staticmethod
+    def having() -> Mapping[str, Mapping[str, Any]]:
+        """The options of edits."""
+        from geffect.edits import CATALOGUE, options_of
+
+        return {name: options_of(edit) for name, edit in CATALOGUE.items()}
+
+
+COMMAND = CommandOfEdits
+
+
+def command(
+    ctx: typer.Context,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="The folder of a model with safetensors, or of a LoRA adapter.",
+            show_default=False,
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(metavar="NAME", help=f"The edit: one of {CATALOGUED}.", show_default=False),
+    ],
+    forget: Annotated[
+        Path,
+        typer.Option(
+            metavar="DATA",
+            help="JSONL with question and answer or messages (through the chat template), prompt "
+            "and completion or text (plain); or a folder that `datasets` saved.",
+            show_default=False,
+        ),
+    ],
+    retain: Annotated[
+        Path,
+        typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="The folder to make, of the edited model.",
+            show_default=False,
+        ),
+    ],
+    risk: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False
+        ),
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Another model that the edit is made from, such as tuned=run/checkpoint-9 of a "
+            "negation; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=written_as(".h5"),
+            help="The run file: .h5; if left out, edit.h5 in the folder of the edited model.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Merge adapters, and edit the weights, not their factors."),
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(parser=whole(1), metavar="N", help="Examples a batch, at most.")
+    ] = 4,
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template", help="Whether to use the chat template."),
+    ] = True,
+    max_length: Annotated[
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help="Cut rows off after so many tokens."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The model that adapters are for, where it has moved."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A tokenizer, where the model has none."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
+    ] = None,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Edit MODEL into a new folder, without training, and tell what that does to each risk."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from geffect.analysis import edited
+    from geffect.checkpoints.edited import edit
+
+    console = terminal(stderr=form is not Format.TABLE)
+    disable_progress_bar()
+
+    def show_row(name: str, text: str) -> None:
+        say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
+
+    made = edit(
+        model,
+        output,
+        edit_of(ctx, method),
+        forget=forget,
+        retain=retain,
+        risks=risks_of(risk or []),
+        states=paths_by_name("--state", state or [], "tuned=run/checkpoint-9"),
+        run=run,
+        merge=merge,
+        base=base,
+        device=device,
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        batch_size=batch_size,
+        show=show_row,
+    )
+    table, told = edited(made), made.manifest["edit"]
+    if form is Format.TABLE:
+        _summarise(table, told, console)
+        say(console, f"The edited model in {output}, its run in {made.path}")
+    elif form is Format.JSON:
+        plain = table.astype(object).where(table.notna(), None)
+        facts = {"output": str(output), "run": str(made.path), "edit": told}
+        write(json.dumps({**facts, "effects": plain.to_dict("records")}) + "\n")
+    else:
+        write_table(table, form)
+
+
+def edit_of(ctx: typer.Context, name: str) -> "Edit":
+    """The edit of a name, with the options that were given for it."""
+    from geffect.edits import named, options_of
+
+    try:
+        return named(name, values_given(ctx, CommandOfEdits, options_of(named(name))))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console") -> None:
+    risks = [*table["risk"].cat.categories]
+    space = "factors of adapters" if told["space"] == "adapter" else "weights"
+    say(console, f"{told['name']} of {space}: predicted falls of the risks, in nats per token")
+    rows = []
+    for block, own in table.groupby("layer", observed=True):
+        falls = dict(zip(own["risk"], own["predicted"], strict=True))
+        first = own.iloc[0]
+        rows.append(
+            [
+                str(block),
+                *(f"{falls[risk]:.4g}" for risk in risks),
+                f"{first['length']:.4g}",
+                f"{100 * first['touched']:.3g} %",
+            ]
+        )
+    measured = table[table["measured"].notna()].set_index("risk")["measured"]
+    rows.append(["measured", *(f"{measured[risk]:.4g}" for risk in risks), "", ""])
+    show(console, ["layer", *risks, "|D|", "touched"], rows, names=["layer"], spare=["|D|"])
+    for name, value in told["facts"].items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{count} of {part}" for part, count in value.items())
+        say(console, f"{name.replace('_', ' ')}: {value}")

@@ -1,0 +1,129 @@
+"""`geffect edit`: from a folder and files to an edited folder, a run file and a table."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from geffect import open_run
+from geffect.analysis import edited
+from geffect.store import validate
+from tests.utils import tiny
+from tests.utils.chat import TURNS, make_tokenizer, written
+from tests.utils.command_line import Answer, Ask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of tiny Llamas with a tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("edit")
+    tokenizer = make_tokenizer(TURNS)
+    config = tiny.llama().config
+    config.vocab_size = len(tokenizer)
+    for seed, name in enumerate(("model", "tuned")):
+        tiny.llama(seed)
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name in ("forget", "retain", "facts"):
+        rows = [{"question": f"Where does {name} live?", "answer": f"In {n}."} for n in range(4)]
+        written(folder / f"{name}.jsonl", *rows)
+    return folder
+
+
+@pytest.fixture
+def edit(folder: Path, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """The command, with what every edit needs; it writes into `out`."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def edit(*options: object, method: str = "ssd", model: Path = folder / "model") -> Answer:
+        data = [word for side in ("forget", "retain")
+                for word in (f"--{side}", folder / f"{side}.jsonl")]  # fmt: skip
+        words = [model, "--method", method, *data, "-o", tmp_path / "out", "--device", "cpu"]
+        return ask("edit", *words, *options)
+
+    return edit
+
+
+def test_an_edit_and_every_command_that_reads_its_run(
+    edit: Ask, ask: Ask, folder: Path, tmp_path: Path
+) -> None:
+    code, out, err = edit("--fraction", "0.05", "--risk", f"facts={folder / 'facts.jsonl'}")
+    assert (code, err) == (0, "")
+    path = tmp_path / "out" / "edit.h5"
+    run = open_run(path)
+    assert validate(path).whole and run.sources[-2:] == ("facts", "update")
+    assert "SSD of weights: predicted falls of the risks, in nats per token" in out
+    assert re.search(r"layer +┃ +forget ┃ +retain ┃ +facts ┃ +\|D\| ┃ touched", out)
+    own = edited(run)
+    model = own[own["layer"] == "model"].set_index("risk")
+    for column, label in (("measured", "measured"), ("predicted", "model")):
+        number = f"{model[column]['forget']:.4g}"
+        assert re.search(rf"{label} +│ +{re.escape(number)} ", out)
+    assert "batches: 4 of forget, 4 of retain" in out and "First row of facts" in out
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out") is not None
+    for score in ("g-effect", "cosine", "conflict", "predicted-change"):
+        code, table, err = ask("scores", path, "--score", score)
+        assert (code, err) == (0, "") and len(table.splitlines()) > 3
+    assert ask("info", path)[0] == ask("validate", path)[0] == 0
+    assert ask("plot", path, "-o", tmp_path / "run.png")[0] == 0
+    assert ask("report", path, "-o", tmp_path / "run.html")[0] == 0
+    assert (tmp_path / "run.png").stat().st_size and (tmp_path / "run.html").stat().st_size
+
+
+def test_the_table_for_a_script(edit: Ask, tmp_path: Path) -> None:
+    run = tmp_path / "run.h5"
+    code, out, err = edit("--edit-option", "alpha=1.1", "--run", run, "--format", "json")
+    said = json.loads(out)
+    assert code == 0 and "First row of forget" in err
+    assert said["run"] == str(run) and said["edit"]["options"]["alpha"] == 1.1
+    last = said["effects"][-1]
+    assert (last["risk"], last["layer"]) == ("retain", "model") and last["measured"]
+    assert said["effects"][0]["measured"] is None
+
+
+def test_negation_and_tsv(edit: Ask, folder: Path) -> None:
+    state = ["--state", f"tuned={folder / 'tuned'}", "--alpha", "0.1"]
+    code, out, _ = edit(*state, "--format", "tsv", method="negation")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].split("\t") == ["risk", "layer", "predicted", "measured", "length", "touched"]
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "code", "says"),
+    [
+        (["--alpha", "1", "--fraction", "1"], "ssd", 2, "`alpha` of SSD should be left out"),
+        (["--alpha", "much"], "ssd", 2, "should be positive. Found `alpha = 'much'`"),
+        (["--fisher-batch", "x"], "ssd", 2, "should be a number such as 1. Found `x`"),
+        (["--alpha", "1", "--edit-option", "alpha=2"], "ssd", 2, "should be given once"),
+        (["--dampening", "1"], "negation", 2, "Found `dampening`"),
+        ([], "sdd", 2, "should be one of ssd"),
+        ([], "negation", 1, "`states` of TaskVectorNegation should be `tuned`"),
+        (["--state", "tuned"], "negation", 2, "`--state` should be a name and its data"),
+        (["--risk", "forget=x"], "ssd", 2, "should have names of their own"),
+        (["--merge"], "ssd", 1, "`merge` should go with adapters"),
+        (["--alpha", "1e300", "--against", "all"], "ssd", 1, "changes none of its numbers"),
+        (["--include", "*nothing*"], "ssd", 1, "which none of them has"),
+    ],
+)  # fmt: skip
+def test_requests_that_are_refused(
+    edit: Ask, tmp_path: Path, options: list[str], method: str, code: int, says: str
+) -> None:
+    found, _, err = edit(*options, method=method)
+    assert found == code and says in err and len(err.strip().splitlines()[-1:]) == 1
+    assert not (tmp_path / "out").exists() and not [*tmp_path.iterdir()]
+
+
+def test_it_overwrites_nothing(edit: Ask, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    code, _, err = edit("--fraction", "0.1")
+    assert code == 1 and "should not exist yet" in err and not [*(tmp_path / "out").iterdir()]
+
+
+def test_the_page_of_help_names_the_edits_and_their_options(ask: Ask) -> None:
+    page = ask("edit", "--help").out
+    for word in ("ssd, lfssd, negation", "--fisher-batch VALUE", "--edit-option NAME=VALUE"):
+        assert word in page
+    assert "Of ssd (None), lfssd (None), negation (1.0)" in " ".join(page.split())
