@@ -18,6 +18,7 @@ from .options import options_of, provenance, with_options
 from .pdu import PDU
 from .po import PO
 from .preference import NPO, TNPO, WTNPO
+from .proxy_kl import ProxyKL
 from .reference import AdapterBase, FrozenModel, Reference
 from .reference_likelihoods import Likelihoods
 from .retain import GradDiff, GradientDescent, Regularised
@@ -58,6 +59,7 @@ __all__ = [
     "LowestLossAscent",
     "Objective",
     "OfRun",
+    "ProxyKL",
     "RandomLabels",
     "Reduction",
     "Reference",

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.batch import IGNORED, Pair, check_one_answer, side_of
+from geffect.batch import Pair, check_one_answer, side_of
 from geffect.data.others import others
 from geffect.risk import (
-    label_logits,
     nll,
     sequence_sum,
     token_log_probabilities,
@@ -25,7 +24,7 @@ from geffect.sources import FORGET, RETAIN
 
 from . import kl
 from .base import Component, Objective, Reduction, positive
-from .reference import Reference, logits_before
+from .reference import Reference
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,8 @@ class SKU(Objective):
         known = self.compared(reference)
 
         def away() -> Tensor:
-            logits, labels = label_logits(model, batch[RETAIN])
-            scored = labels != IGNORED
-            before = logits_before(known, model, batch[RETAIN], logits)
-            distance = kl.divergence(before[scored], logits[scored])
-            return -(distance.clamp(max=self.cap) if self.cap else distance).mean()
+            values, scored = kl.of_answers(model, batch[RETAIN], known)
+            return -token_mean(values.clamp(max=self.cap) if self.cap else values, scored)
 
         return {
             "guided_distortion": Component(

@@ -19,6 +19,7 @@ from .options import options_of, with_options
 from .pdu import PDU
 from .po import PO
 from .preference import NPO, TNPO, WTNPO
+from .proxy_kl import ProxyKL
 from .retain import GradDiff, Regularised
 from .rmu import RMU
 from .rr import RR
@@ -56,6 +57,7 @@ REGULARISERS: Mapping[str, Regularised] = {
     "gd": GradDiff(),
     "kl": Regularised(GradientAscent(), KL()),
     "rr": Regularised(GradientAscent(), RR()),
+    "proxy-kl": Regularised(GradientAscent(), ProxyKL()),
 }
 """Regularisers by name, each beside GA: any objective may take its place, `npo+kl`."""
 

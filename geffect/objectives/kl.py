@@ -1,6 +1,6 @@
 """KL: the regulariser that holds the predictions on retain answers to those of before."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from .reference import Reference, logits_before
 
 PART = "kl"
 """The name of its component."""
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""How far apart two predictions are, from the logits of before and of now."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,27 @@ class KL(Objective):
         return {} if self.legacy_kl else {PART: Reduction(RETAIN, "token_mean")}
 
     def _over_answers(self, model: Any, batch: Batch, known: Reference) -> Tensor:
-        logits, labels = label_logits(model, batch)
-        scored = labels != IGNORED
-        before = logits_before(known, model, batch, logits)
-        values = logits.new_zeros(labels.shape, dtype=at_least_float32(logits))
-        values[scored] = divergence(before[scored], logits[scored]).to(values)
-        return token_mean(values, scored)
+        return token_mean(*of_answers(model, batch, known))
 
     def _over_all(self, model: Any, batch: Batch, known: Reference) -> Tensor:
         logits: Tensor = model(**inputs_of(model, batch)).logits
         return divergence(known.logits(batch), logits).mean()
+
+
+def of_answers(
+    model: Any, batch: Batch, known: Reference, measured: Measure | None = None
+) -> tuple[Tensor, Tensor]:
+    """KL(p_o || p_theta) of each scored token, `Float[sample, position]`, and the mask of these.
+
+    0 where nothing is scored; `measured` is another divergence of both logits.
+    """
+    logits, labels = label_logits(model, batch)
+    scored = labels != IGNORED
+    before = logits_before(known, model, batch, logits)
+    values = logits.new_zeros(labels.shape, dtype=at_least_float32(logits))
+    wide = (x[scored].to(at_least_float32(x)) for x in (before, logits))
+    values[scored] = (measured or divergence)(*wide).to(values)
+    return values, scored
 
 
 def divergence(before: Tensor, logits: Tensor) -> Tensor:
