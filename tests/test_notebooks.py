@@ -6,7 +6,8 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+
+from tests.utils import notebooks
 
 PLACE = Path(__file__).parents[1] / "notebooks"
 
@@ -52,16 +53,8 @@ def test_it_is_kept_without_outputs(notebook: Any) -> None:
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_it_runs(
-    name: str,
-    notebook: Any,
-    quick_study: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("GEFFECT_STUDY", str(quick_study.out))
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+def test_it_runs(name: str, notebook: Any, quick_study: Any, tmp_path: Path) -> None:
+    notebooks.run(notebook, tmp_path, {"GEFFECT_STUDY": str(quick_study.out)})
     drawn = {title.partition(":")[0]: n for title, n in pictures(notebook).items() if n}
     assert drawn == FIGURES[name]
     said = [output for cell in code(notebook) for output in cell.outputs]

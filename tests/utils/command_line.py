@@ -1,13 +1,18 @@
 """What the command line answers."""
 
+import multiprocessing
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 
 from geffect.cli.main import main
+from tests.utils import forks
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -22,6 +27,28 @@ class Answer(NamedTuple):
 
 Ask = Callable[..., Answer]
 """Called with the words after `geffect`."""
+
+
+def alone(*arguments: object) -> Answer:
+    """What the command line answers in a process of its own, whose workers are forks of it."""
+    return Answer(*forks.call(_alone, [*map(str, arguments)]))
+
+
+def _alone(words: list[str]) -> tuple[int, str, str]:
+    started = multiprocessing.get_context
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        for own, kept in ((1, out), (2, err)):
+            os.dup2(kept.fileno(), own)
+        sys.argv, sys.stdout, sys.stderr, code = ["geffect", *words], out, err, 0
+        with patch.object(multiprocessing, "get_context", lambda *_: started("fork")):
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        for kept in (out, err):
+            kept.flush()
+            kept.seek(0)
+        return code, out.read(), err.read()
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:

@@ -1,8 +1,6 @@
 """What several tests share: runs to read, and one quick study for the whole session."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import forks, tiny
-from tests.utils.command_line import Ask, answering
+from tests.utils.command_line import Ask, alone, answering
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,12 +57,11 @@ def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Stu
     out, said = folder / "quick study", folder / "quick study.json"
     with FileLock(f"{said}.lock"):
         if not said.exists():
-            script = Path(sys.executable).with_name("geffect")
-            # One worker: other tests keep the other cores busy, and each loads torch anew.
-            told = [script, "demo", "--quick", "--methods", "ga", "--workers", "1", "--out", out]
-            ended = subprocess.run(told, capture_output=True, text=True, check=False)
-            assert ended.returncode == 0, ended.stderr
-            said.write_text(json.dumps([ended.stdout, ended.stderr]), encoding="utf-8")
+            # One worker: other tests keep the other cores busy.
+            told = ["demo", "--quick", "--methods", "ga", "--workers", 1, "--out", out]
+            code, *written = alone(*told)
+            assert code == 0, written
+            said.write_text(json.dumps(written), encoding="utf-8")
     return Study(out, *json.loads(said.read_text(encoding="utf-8")))
 
 

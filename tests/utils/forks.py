@@ -3,17 +3,46 @@
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing import forkserver, util
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from typing import Any
 from unittest.mock import patch
 
 
 def context() -> ForkServerContext:
     """Processes of it are forks of the server, once that has started."""
     return multiprocessing.get_context("forkserver")
+
+
+def call(function: Callable[..., Any], *arguments: Any, seconds: float = 600.0) -> Any:
+    """What the function of a module returns in a process of its own, which ends with it."""
+    ours, theirs = context().Pipe(duplex=False)
+    process = context().Process(target=_called, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            raise AssertionError(f"`{function.__name__}` still runs after {seconds} s.")
+        error, result = ours.recv()
+    finally:
+        process.kill()
+        process.join()
+    if error:
+        raise AssertionError(error)
+    return result
+
+
+def _called(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        answer = "", function(*arguments)
+    except BaseException:
+        answer = traceback.format_exc(), None
+    pipe.send(answer)
 
 
 def start_server() -> None:
