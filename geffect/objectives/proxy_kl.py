@@ -22,15 +22,15 @@ PART = "proxy_kl"
 class ProxyKL(Objective):
     """Proxy KL: the mean of KL(p_theta^T || p_proxy^T) on the retain batch, p^T = softmax(z / T).
 
-    Over the answer tokens, in nats per token and in float32 or finer. The proxy is the reference
-    that is passed: a model that was trained a little on what may stay, of the same vocabulary. Left
-    out, it is the model before unlearning, and this is KL the other way around. An objective beside
-    it that compares with a reference compares with the same one: GA, WGA or SimNPO compare with
-    none. The paper weighs it by 0.5 to 1.
+    Over the answer tokens, in nats per token and in float32 or finer; T is `proxy_temperature`. The
+    proxy is the reference that is passed: a model that was trained a little on what may stay, of
+    the same vocabulary. Left out, it is the model before unlearning, and this is KL the other way
+    around. An objective beside it that compares with a reference compares with the same one: GA,
+    WGA or SimNPO compare with none. The paper weighs it by 0.5 to 1.
 
     Unverified: that it is over retain data, and over answer tokens.
 
-    >>> ProxyKL(temperature=1.0).reference, ProxyKL().sides
+    >>> ProxyKL(proxy_temperature=1.0).reference, ProxyKL().sides
     ('logits', ('retain',))
     """
 
@@ -38,10 +38,10 @@ class ProxyKL(Objective):
     reference = "logits"
     sides = (RETAIN,)
 
-    temperature: float = 2.0
+    proxy_temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        positive("ProxyKL", "temperature", self.temperature)
+        positive("ProxyKL", "proxy_temperature", self.proxy_temperature)
 
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
@@ -49,7 +49,7 @@ class ProxyKL(Objective):
         proxy = self.compared(reference)
 
         def flat(of_proxy: Tensor, logits: Tensor) -> Tensor:
-            return divergence(logits / self.temperature, of_proxy / self.temperature)
+            return divergence(logits / self.proxy_temperature, of_proxy / self.proxy_temperature)
 
         return {PART: Component(lambda: token_mean(*of_answers(model, batch[RETAIN], proxy, flat)))}
 
