@@ -45,6 +45,9 @@ class _Buffers(Protocol):
     def grad(self, parameter: Tensor) -> Tensor:
         """The piece of its gradient, where it lies, after a backward pass."""
 
+    def arrive(self) -> None:
+        """Wait for gradients that are on their way to where they lie."""
+
     def group_of(self, parameter: Tensor) -> int:
         """Which of the optimizer's groups of parameters has it."""
 
@@ -75,6 +78,7 @@ class Shards:
         stage = engine.zero_optimization_stage()  # type: ignore[operator]
         self._buffers: _Buffers = _OfStage3(zero) if stage == 3 else _OfStages1And2(zero)
         self._divides = True
+        self._writes = False  # whether the next step takes what lies in the stand-ins' `.grad`
         self.stage = int(stage)
         self.waiting: dict[str, dict[Tensor, tuple[Tensor | None, Tensor | None]]] = {}
         self.stand_ins: dict[Tensor, Tensor] = {
@@ -91,11 +95,12 @@ class Shards:
         """The loss as the engine's `backward` takes it: over its number of micro-batches."""
         return loss / self.engine.gradient_accumulation_steps() if self._divides else loss
 
-    def backward(self, name: str, loss: Tensor, *, retain_graph: bool) -> None:
+    def backward(self, name: str | None, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Leave in the stand-ins' `.grad` the gradient of this loss alone, of all processes.
 
         Stage 1 adds up the gradients of micro-batches in each process, and reduces the sum at the
-        last of them: until then a loss of this `name` leaves nothing.
+        last of them: until then a loss of this `name` leaves nothing. One without a name is
+        reduced at once.
         """
         engine, zero = self.engine, self.engine.optimizer
         if retain_graph and self.stage == 3:
@@ -107,46 +112,81 @@ class Shards:
         self._check_in_place()
         self._check_alone()
         boundary = engine._is_gradient_accumulation_boundary
-        reduces = self.stage > 1 or engine.is_gradient_accumulation_boundary()
+        reduces = self.stage > 1 or name is None or engine.is_gradient_accumulation_boundary()
         try:
             zero.clear_backward_seen_flag()  # as a forward right before would
             self._buffers.clear()
-            for parameter, kept in self.waiting.pop(name, {}).items():
+            for parameter, kept in self.waiting.pop(name or "", {}).items():
                 parameter.grad, parameter.grad_accum = kept  # type: ignore[attr-defined]
             engine.set_gradient_accumulation_boundary(reduces)
-            engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+            # Not its own one, which `passes_apart` replaces.
+            type(engine).backward(engine, loss, retain_graph=retain_graph, scale_wrt_gas=False)
         finally:
             engine._is_gradient_accumulation_boundary = boundary
             zero.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
         if not reduces:
-            self.waiting[name] = {
+            self.waiting[name or ""] = {
                 p: (p.grad, getattr(p, "grad_accum", None)) for p in self.stand_ins
             }
             zero.zero_grad(set_to_none=True)
             self._buffers.begin()
             return
         self._buffers.begin()
-        for parameter, stand_in in self.stand_ins.items():
-            # A copy, in the type in which the engine would add up those of micro-batches.
-            stand_in.grad = self._buffers.grad(parameter).to(
-                zero.gradient_accumulation_dtype, copy=True
-            )
+        self._read()
+
+    def forget(self) -> None:
+        """Leave nothing of a pass that was no part of a step, here and in the engine."""
+        if not self._writes:  # for which the engine's buffers have to be there
+            self._buffers.clear()
+        for stand_in in self.stand_ins.values():
+            stand_in.grad = None
 
     def take_over_step(self) -> None:
         """Have the engine's next step be one of `optimizer`, with what lies in `.grad` then."""
+        self._writes = True
         self.engine.optimizer.step = self._step
 
-    def write_and_step(self, *args: Any, **kwargs: Any) -> None:
-        """Have the engine step with the gradients in the stand-ins' `.grad`; none is zero."""
-        self._check_alone()
-        for parameter, stand_in in self.stand_ins.items():
-            kept, grad = self._buffers.grad(parameter), stand_in.grad
-            if grad is None:
-                kept.zero_()
-            else:
-                kept.copy_(grad)
-        self._buffers.settle(list(self.stand_ins))
+    def show_step(self) -> None:
+        """Have the engine's next step be one of `optimizer`, with the engine's gradients.
+
+        They lie in `.grad` for as long as that step lasts, before they are clipped.
+        """
+        self.engine.optimizer.step = self._step
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Have the engine step, with the gradients in the stand-ins' `.grad`; none is zero."""
+        if self._writes:
+            self._check_alone()
+            for parameter, stand_in in self.stand_ins.items():
+                kept, grad = self._buffers.grad(parameter), stand_in.grad
+                if grad is None:
+                    kept.zero_()
+                else:
+                    kept.copy_(grad)
+            self._buffers.settle(list(self.stand_ins))
         type(self.engine.optimizer).step(self.engine.optimizer, *args, **kwargs)
+
+    @contextmanager
+    def passes_apart(self) -> Iterator[None]:
+        """Where the engine's `backward` adds to the stand-ins' `.grad`, and its `step` waits."""
+        engine, stand_ins = self.engine, list(self.stand_ins.values())
+
+        def backward(
+            loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+        ) -> Tensor:
+            earlier = [stand_in.grad for stand_in in stand_ins]
+            own = loss / engine.gradient_accumulation_steps() if scale_wrt_gas else loss
+            self.backward(None, own, retain_graph=retain_graph)
+            for stand_in, grad in zip(stand_ins, earlier, strict=True):
+                if grad is not None and stand_in.grad is not None:
+                    stand_in.grad = grad.add_(stand_in.grad)
+            return own
+
+        engine.backward, engine.step = backward, lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            del engine.backward, engine.step
 
     @contextmanager
     def undivided(self) -> Iterator[None]:
@@ -158,13 +198,28 @@ class Shards:
             self._divides = True
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
-        self.optimizer.refresh()
-        self.optimizer.step(*args, **kwargs)
         del self.engine.optimizer.step
-        for stand_in in self.stand_ins.values():
-            stand_in.grad = None
+        self.optimizer.refresh()
+        if not self._writes:
+            self._check_in_place()
+            self._read()
+        try:
+            self.optimizer.step(*args, **kwargs)
+        finally:
+            self._writes = False
+            for stand_in in self.stand_ins.values():
+                stand_in.grad = None
         if self.optimizer.touched:
             self._buffers.publish()
+
+    def _read(self) -> None:
+        """Leave the engine's gradients in the stand-ins' `.grad`."""
+        self._buffers.arrive()
+        for parameter, stand_in in self.stand_ins.items():
+            # A copy, in the type in which the engine would add up those of micro-batches.
+            stand_in.grad = self._buffers.grad(parameter).to(
+                self.engine.optimizer.gradient_accumulation_dtype, copy=True
+            )
 
     def _stand_in(self, parameter: Tensor) -> Tensor:
         stand_in = self._buffers.master(parameter).detach().requires_grad_()
@@ -209,6 +264,12 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.refresh()
 
     @property
+    def skipped(self) -> bool:
+        """Whether the engine found no number in a gradient, and did not take its last step."""
+        shards = self._shards()
+        return shards is not None and bool(shards.engine.optimizer.overflow)
+
+    @property
     def touched(self) -> bool:
         """Whether parameters were changed since the engine's own step."""
         return self._versions != self._now()
@@ -222,10 +283,10 @@ class EngineOptimizer(torch.optim.Optimizer):
             group.update({key: v for key, v in known[place].items() if key != "params"})
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the gradients into the engine, and have it step."""
+        """Have the engine step, with the gradients in `.grad`."""
         shards = self._shards()
         assert shards is not None
-        shards.write_and_step(*args, **kwargs)
+        shards.step(*args, **kwargs)
         self._versions = self._now()
 
     def _now(self) -> list[int]:
@@ -239,18 +300,18 @@ _shards_of: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
 """Of stand-ins and of what they stand for."""
 
 
-def engine_in(model: nn.Module) -> Any:
-    """The DeepSpeed engine that the model is, or that a wrapper of the model holds."""
-    deepspeed: Any = sys.modules["deepspeed"]
-    return next((m for m in model.modules() if isinstance(m, deepspeed.DeepSpeedEngine)), None)
+def is_engine(module: nn.Module) -> bool:
+    """Whether it is an engine of DeepSpeed."""
+    # Not imported here: who has an engine has imported it.
+    kind = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def shards_in(model: nn.Module) -> Shards | None:
     """The stand-ins of a model in an engine; None where there is no engine."""
-    # Not imported here: who has an engine has imported it.
-    if not hasattr(sys.modules.get("deepspeed"), "DeepSpeedEngine"):
+    if "deepspeed" not in sys.modules:
         return None
-    engine = engine_in(model)
+    engine = next(filter(is_engine, model.modules()), None)
     if engine is None:
         known = next((known for p in model.parameters() if (known := shards_of(p))), None)
         if known is None and any(
@@ -330,6 +391,9 @@ class _OfStages1And2:
         kept: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
         return kept.detach().view(-1)
 
+    def arrive(self) -> None:
+        self.zero._wait_for_offload_copies()
+
     def group_of(self, parameter: Tensor) -> int:
         return self._groups[id(parameter)]
 
@@ -399,6 +463,9 @@ class _OfStage3:
         kept, _ = self.zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
         own: Tensor = kept.detach().view(-1)
         return own.narrow(0, 0, self._held(parameter))
+
+    def arrive(self) -> None:
+        pass  # a pass of this stage ends when they are there
 
     def group_of(self, parameter: Tensor) -> int:
         return int(self.zero.sub_group_to_group_id[self._sub_groups[id(parameter)]])

@@ -64,7 +64,11 @@ def risk_gradient(
     parameters = list(trainable(model).values())
     sums: list[Tensor | None] = [None] * len(parameters)
     loss, tokens = 0.0, 0
-    with undisturbed(model), distributed.gradient_sync(model):
+    with (
+        undisturbed(model),
+        distributed.gradient_sync(model),
+        distributed.beside_steps(parameters),
+    ):
         for risk, count in _risks(model, batches, autocast):
             for parameter in parameters:
                 parameter.grad = None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from geffect import distributed
 from geffect.beside import beside
 from geffect.interrupts import to_the_end
 
@@ -73,7 +74,7 @@ def _let_be_differentiated(model: nn.Module) -> None:
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
+    config = getattr(distributed.module_in(model), "config", None)
     if config is None:
         return True
     options = config.get_text_config().to_dict()

@@ -25,6 +25,7 @@ from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.store_options import StoreOptions
 from geffect.gradients import Gradients, GradientTransform
+from geffect.hooks import Hooks, weakly
 from geffect.layers import is_adapter
 from geffect.projection.listeners import listeners
 from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
@@ -41,7 +42,7 @@ from geffect.sources import (
 from geffect.steps import StepFollower, check_descends, unwrapped
 from geffect.store.paths import place_of
 
-from .loop import check_gradients_can_be_had, firing_loop, is_running
+from .loop import check_gradients_can_be_had, firing_loop, is_running, model_of, scale_left
 from .step import CapturedStep
 
 log = logging.getLogger(__name__)
@@ -97,9 +98,10 @@ class GEffectCallback(TrainerCallback):
     averages that the rectifier protects are sources too, as `retain_ema`, and the row tells what it
     did. In update space no gradient is rectified: what it did is seen in `update`.
 
-    When training begins, the callback raises an error for training without gradients to see, such
-    as DeepSpeed, for an optimizer that climbs, a schedule that finds no step in it, probes
-    without labels, and other sources than those of the file that it continues.
+    When training begins, the callback raises an error for training without gradients to see, for an
+    engine of DeepSpeed that keeps them to itself, an optimizer that climbs, a schedule that finds
+    no step in it, probes without labels, and other sources than those of the file that it
+    continues.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class GEffectCallback(TrainerCallback):
         self._recording: Recording | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._step: CapturedStep | None = None
+        self._inside = Hooks()  # around an engine's step, which comes before the events of it
         self._ours = False  # the file, begun by an attempt of this training that raised
 
     def close(self, *, complete: bool = False) -> None:
@@ -147,7 +150,7 @@ class GEffectCallback(TrainerCallback):
         self._let_go()
         self._take_over()
         model, trainer = kwargs["model"], firing_loop().trainer
-        check_gradients_can_be_had(trainer, model, kwargs["optimizer"])
+        check_gradients_can_be_had(trainer, kwargs["optimizer"])
         if kwargs["optimizer"] is not None:
             check_descends(unwrapped(kwargs["optimizer"]))
         with distributed.raise_on_all_ranks():
@@ -172,8 +175,13 @@ class GEffectCallback(TrainerCallback):
             provenance={"trainer": _provenance(trainer, args)},
         )
         self._follower = StepFollower(self._recording.parameters, updates=self._update)
+        self._in_engine = distributed.is_in_engine(self._recording.parameters[0])
         _open_callbacks.add(self)
         listeners.add(self)
+        if self._in_engine:
+            behind = unwrapped(kwargs["optimizer"])
+            self._inside.add(behind.register_step_pre_hook, weakly(self._before_step))
+            self._inside.add(behind.register_step_post_hook, weakly(self._after_step))
         self._trainer = weakref.ref(trainer)
         with self._let_go_if_it_fails():
             if continued := self._recording.header.sources:
@@ -212,12 +220,13 @@ class GEffectCallback(TrainerCallback):
                 last.amend(self._follower, recording, update=self._update)
         if not due:
             return
-        autocast = firing_loop().trainer.compute_loss_context_manager
-        probes = {}
+        trainer, probes = firing_loop().trainer, {}
+        autocast, model = trainer.compute_loss_context_manager, model_of(trainer)
         with self._let_go_if_it_fails():
             for name, batches in self._probes.items():
                 with noting_risk(name):
-                    probes[name] = risk_gradient(kwargs["model"], batches, autocast=autocast)
+                    probes[name] = risk_gradient(model, batches, autocast=autocast)
+        distributed.show_step(recording.parameters)
         self._step = CapturedStep(
             number=state.global_step,
             epoch=math.nan if state.epoch is None else state.epoch,
@@ -238,16 +247,13 @@ class GEffectCallback(TrainerCallback):
         step, recording = self._step, self._opened()
         if step is None:
             return
+        loop, optimizer = firing_loop(), kwargs["optimizer"]
         with self._let_go_if_it_fails():
-            check_descends(unwrapped(kwargs["optimizer"]))  # a schedule may have turned it
-            step.see(
-                recording.parameters,
-                firing_loop(),
-                args.max_grad_norm,
-                kwargs["optimizer"],
-                self._follower,
-                update=self._update,
-            )
+            if not self._in_engine:
+                self._see(optimizer, loop.trainer, step, copy=self._update)
+            left = scale_left(loop.trainer.accelerator.scaler, optimizer)
+            limit = distributed.norm_limit(recording.parameters, args.max_grad_norm)
+            step.note_clipping(loop.grad_norm, limit, scale=None if self._in_engine else left)
             if not self._update:
                 step.measure(recording)  # while the gradient is there
 
@@ -259,8 +265,8 @@ class GEffectCallback(TrainerCallback):
         if step is None:
             return
         with self._let_go_if_it_fails():
-            optimizer = kwargs["optimizer"]
-            step.move(self._follower, optimizer, firing_loop().trainer.accelerator.scaler)
+            if not self._in_engine:
+                self._move(kwargs["optimizer"], firing_loop().trainer, step)
             if self._update:
                 step.measure(recording)
             with distributed.raise_on_all_ranks():
@@ -304,6 +310,26 @@ class GEffectCallback(TrainerCallback):
         if not known.isdisjoint(map(id, recording.parameters)):
             step.meet(rectifier, gradients, recording.parameters)
 
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Take the gradients that an engine is about to clip, in copies that are ours."""
+        if self._step is not None:
+            with self._let_go_if_it_fails():
+                self._see(optimizer, firing_loop().trainer, self._step, copy=False)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Take what an engine's step has moved, while gradients tell what that was."""
+        if self._step is not None:
+            with self._let_go_if_it_fails():
+                self._move(optimizer, firing_loop().trainer, self._step)
+
+    def _see(self, optimizer: Any, trainer: Trainer, step: CapturedStep, *, copy: bool) -> None:
+        check_descends(unwrapped(optimizer))  # a schedule may have turned it
+        parameters = self._opened().parameters
+        step.see(parameters, self._follower, trainer.accelerator.scaler, copy=copy)
+
+    def _move(self, optimizer: Any, trainer: Trainer, step: CapturedStep) -> None:
+        step.move(self._follower, optimizer, trainer.accelerator.scaler)
+
     def _opened(self) -> Recording:
         if self._recording is None:
             raise RuntimeError(
@@ -314,6 +340,7 @@ class GEffectCallback(TrainerCallback):
 
     def _let_go(self, *, complete: bool = False) -> None:
         recording, self._recording, self._step = self._recording, None, None
+        self._inside.remove()
         _open_callbacks.discard(self)
         listeners.discard(self)
         if recording is not None:

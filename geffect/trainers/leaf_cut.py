@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geffect import distributed
 from geffect.interrupts import put_back_after
 
 
@@ -106,14 +107,21 @@ def _backward_into(
     def run() -> None:
         for parameter, tensor in zip(parameters, bank, strict=True):
             parameter.grad = tensor
-        loss.backward(factor)
-        bank[:] = [parameter.grad for parameter in parameters]
+        distributed.backward(parameters, loss, seed=factor)
+        bank[:] = map(_added, bank, [parameter.grad for parameter in parameters])
 
     def put_back() -> None:
         for parameter, tensor in zip(parameters, kept, strict=True):
             parameter.grad = tensor
 
     put_back_after(run, put_back)
+
+
+def _added(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Both, where an engine has put the gradient in place of the total, and has not added it."""
+    if total is None or grad is None or grad is total:
+        return total if grad is None else grad
+    return total.add_(grad)
 
 
 def _nodes(loss: Tensor) -> set[Any]:

@@ -2,8 +2,11 @@
 
 import inspect
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,8 @@ STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""
 
 INSTEAD = (
-    "What works: DDP or FSDP2 with an ordinary optimizer; under DeepSpeed, `UnlearningTrainer` or "
-    "a loop of the engine with `geffect.Recorder`; or train as you do, save checkpoints, and "
-    "record what `geffect.replay` finds in them."
+    "What works: an ordinary optimizer, also under DDP, FSDP2 or DeepSpeed ZeRO; or train as you "
+    "do, save checkpoints, and record what `geffect.replay` finds in them."
 )
 
 
@@ -99,20 +101,16 @@ def scale_left(scaler: GradScaler | None, optimizer: torch.optim.Optimizer) -> f
     return current_scale(scaler) if stage is OptState.READY else 1.0
 
 
-def check_gradients_can_be_had(
-    trainer: Trainer,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    steps_engine: bool = False,
-) -> None:
-    """Refuse training in which no gradient is there to be seen between backward and step.
+def model_of(trainer: Trainer) -> Any:
+    """What the Trainer computes losses with, less what averages gradients: model, or engine."""
+    return trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
 
-    `steps_engine`: whether the Trainer has an engine of DeepSpeed step itself, after that.
-    """
-    if steps_engine:
-        distributed.check_layout(model)
-    found = _without_gradients(trainer, model, optimizer, steps_engine=steps_engine)
+
+def check_gradients_can_be_had(trainer: Trainer, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse training in which no gradient is there to be seen between backward and step."""
+    model = model_of(trainer)
+    distributed.check_layout(model)
+    found = _without_gradients(model, optimizer)
     if found:
         raise RuntimeError(
             "Training should leave the gradient of the step in `.grad` until the optimizer steps. "
@@ -126,27 +124,31 @@ def check_gradients_can_be_had(
         if not getattr(parameter, "_replicated_grad_hook_registered", False)
         and not distributed.is_in_engine(parameter)
     )
-    distributed.check_layout(model)
 
 
-def check_continued(recorder: Recorder, step: int) -> None:
-    """Refuse a recorder that would number the steps of a resumed training otherwise than it."""
+def begun_recorder(
+    recorder: Recorder | Callable[..., Recorder], trainer: Trainer, until_trained: ExitStack
+) -> Recorder:
+    """The recorder of a training that begins: the one that is given, or one that is made now."""
+    step, model = trainer.state.global_step, model_of(trainer)
+    if not isinstance(recorder, Recorder):
+        resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
+        return until_trained.enter_context(recorder(model, **resumed))
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "`recorder` should be made for the engine that DeepSpeed trains, which is there when "
+            "training begins. Found one that was made before. Pass what makes it: "
+            'functools.partial(Recorder, path="run.h5").'
+        )
     if step and recorder.next_step != step:
         raise ValueError(
             f"`recorder` should go on with step {step}, as the checkpoint does. Found "
             f"{recorder.next_step}. Pass Recorder(..., resume=True, next_step={step})."
         )
+    return recorder
 
 
-def _without_gradients(
-    trainer: Trainer,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    *,
-    steps_engine: bool,
-) -> str | None:
-    if trainer.is_deepspeed_enabled and not steps_engine:
-        return "DeepSpeed, which steps inside of its backward pass and keeps gradients to itself."
+def _without_gradients(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
     kind = None if optimizer is None else type(unwrapped(optimizer)).__name__
     if kind in STEPS_IN_BACKWARD:
         return f"`{kind}`, which steps each layer inside of the backward pass."

@@ -8,8 +8,8 @@ exists already, as a script of TRL makes it, there is no seam: `rectify` gives i
 as its `__class__`, and `detach` gives back its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
 from . import rectifier_state
 from .leaf_cut import LeafCut, RetainTerm
-from .loop import check_continued, check_gradients_can_be_had, current_scale
+from .loop import begun_recorder, check_gradients_can_be_had, current_scale, model_of
 from .rectification_log import RectificationLog
 from .retain_batches import RetainBatches
 
@@ -53,7 +53,7 @@ class RectifyMixin(Trainer):
         *args: Any,
         rectifier: Rectifier,
         retain: RiskSet | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder | Callable[..., Recorder] | None = None,
         probes: Mapping[str, RiskSet] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,6 +76,11 @@ class RectifyMixin(Trainer):
             self._rectified.cut.check_apart(loss)
         return returned
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with a recorder that is closed when training ends if it was made for it."""
+        with ExitStack() as self._rectified.until_trained:
+            return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch; the last one of a step leaves the rectified gradient in `.grad`."""
         with _reduced_here(model), self._rectified.cutting():
@@ -96,6 +101,7 @@ class RectifyMixin(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            distributed.check_layout(model_of(self))  # what the state is of
             rectifier_state.restore(self._rectified.rectifier, checkpoint)
 
 
@@ -110,7 +116,7 @@ class _Steps(TrainerCallback):
         trainer: RectifyMixin,
         rectifier: Rectifier,
         retain: RiskSet | None,
-        recorder: Recorder | None,
+        recorder: Recorder | Callable[..., Recorder] | None,
         probes: Mapping[str, RiskSet] | None,
     ) -> None:
         check_risks("probes", probes or {}, taken=[RETAIN])
@@ -119,11 +125,13 @@ class _Steps(TrainerCallback):
                 "`recorder` should be given with `probes`, whose gradients it records. Found none. "
                 "Pass recorder=Recorder(model, path), or leave `probes` out."
             )
-        model: Any = trainer.model
         optimizer: Any = trainer.optimizer  # which there may not be yet
-        check_gradients_can_be_had(trainer, model, optimizer)
+        check_gradients_can_be_had(trainer, optimizer)
         _check_retain_gradient(trainer, rectifier, given=retain is not None)
-        self.trainer, self.rectifier, self.recorder = trainer, rectifier, recorder
+        self.trainer, self.rectifier = trainer, rectifier
+        self.given_recorder = recorder
+        self.recorder: Recorder | None = None
+        self.until_trained = ExitStack()
         self.probes = probes or {}
         self.batches = None if retain is None else RetainBatches(retain)
         self.log = RectificationLog()
@@ -140,9 +148,10 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse training in which no gradient can be had, and attach the optimizer."""
-        check_gradients_can_be_had(self.trainer, kwargs["model"], kwargs["optimizer"])
-        if self.recorder is not None:
-            check_continued(self.recorder, state.global_step)
+        check_gradients_can_be_had(self.trainer, kwargs["optimizer"])
+        self.recorder = None
+        if self.given_recorder is not None:
+            self.recorder = begun_recorder(self.given_recorder, self.trainer, self.until_trained)
         self.begin()
         self.log = RectificationLog()
         self.rectifier.attach(kwargs["optimizer"])
@@ -179,6 +188,7 @@ class _Steps(TrainerCallback):
         self.loss, self.micro = self.loss + loss.mean(), self.micro + 1
         if not self.trainer.accelerator.sync_gradients:
             return
+        distributed.take_over_step(list(trainable(self._model).values()))
         gradients, micro = self._gradients(), self.micro
         self.begin()
         if self.recorder is None:
@@ -186,9 +196,16 @@ class _Steps(TrainerCallback):
             self.rectifier.rectify(gradients)
         else:
             self.recorder.record(gradients, rectifier=self.rectifier, n_micro=micro)
+        distributed.take_step(self._model)
 
     def end(self) -> None:
         """Leave the step that is under way to the Trainer, and the optimizer alone."""
+        if self.micro and self.trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                "`detach` should be called between two steps under DeepSpeed, whose engine knows "
+                f"nothing of the gradients of a step under way. Found {self.micro} micro-batches "
+                "of one. Call it in `on_step_end`, or after training."
+            )
         if self.term is not None:
             self.term.put_back()
         self.rectifier.detach()
@@ -196,7 +213,7 @@ class _Steps(TrainerCallback):
     @property
     def _model(self) -> Any:
         """The model without what averages its gradients."""
-        return self.trainer.model
+        return model_of(self.trainer)
 
     @property
     def _scale(self) -> float:
@@ -269,7 +286,7 @@ def rectify(
     rectifier: Rectifier,
     *,
     retain: RiskSet | None = None,
-    recorder: Recorder | None = None,
+    recorder: Recorder | Callable[..., Recorder] | None = None,
     probes: Mapping[str, RiskSet] | None = None,
 ) -> Rectified:
     """Rectify the steps of any `transformers.Trainer`, those of TRL and open-unlearning among them.
@@ -283,7 +300,9 @@ def rectify(
       answer token, without dropout, over as many batches as a full step has micro-batches on all
       processes. A resumed training meets the batches that it would have met; all processes need
       the same ones, in one order.
-    - `recorder`: also writes every step into its run file; the caller closes it.
+    - `recorder`: also writes every step into its run file; the caller closes it. Or what makes one,
+      `partial(Recorder, path=...)`, as DeepSpeed needs it: that is called with the model when
+      training begins, and closed when it ends.
     - `probes`: with a recorder, further data by name, such as {"forget": batches}: the gradient of
       the risk on each is recorded too. G-effects need that on the forget data. `retain` is the
       retain loss of the Trainer, or the risk on `retain` batches: where the former is a distance to
@@ -294,8 +313,8 @@ def rectify(
     with its retain loss or does not ask for one.
 
     At the last micro-batch of a step the accumulated gradient is averaged over the processes and
-    rectified; then the Trainer clips and steps. It may use DDP or FSDP2, half precision with or
-    without a GradScaler, checkpointed activations and torch.compile.
+    rectified; then the Trainer clips and steps. It may use DDP, FSDP2 or DeepSpeed ZeRO, half
+    precision with or without a GradScaler, checkpointed activations and torch.compile.
 
     The retain gradient comes from the retain loss that the Trainer has behind a method
     `compute_retain_loss(model, retain_inputs, ...)`, on batches {"forget": ..., "retain": ...}: the
@@ -358,9 +377,12 @@ def _check_retain_gradient(trainer: RectifyMixin, rectifier: Rectifier, *, given
 
 @contextmanager
 def _reduced_here(model: nn.Module) -> Iterator[None]:
-    """Passes whose gradients DDP leaves to be averaged later, and FSDP2 reduces at once."""
-    no_sync = getattr(model, "no_sync", nullcontext)
-    with no_sync(), distributed.gradient_sync(model):
+    """Passes whose gradients DDP leaves to be averaged later, and FSDP2 and engines do at once."""
+    with (
+        distributed.unsynchronised(model),
+        distributed.gradient_sync(model),
+        distributed.passes_apart(model),
+    ):
         yield
 
 

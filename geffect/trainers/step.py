@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from geffect import gram
+from geffect import distributed, gram
 from geffect.capture.collector import Measurement
 from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
@@ -19,7 +19,7 @@ from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, RECTIFIED, UPDATE
 from geffect.steps import Move, StepFollower, described, unwrapped
 
-from .loop import INSTEAD, Loop, clip_scale, current_scale, scale_left
+from .loop import INSTEAD, clip_scale, current_scale
 
 SEEN = "seen"
 """The gradient as the optimizer sees it; a multiple of the objective's, or of the rectified one."""
@@ -66,14 +66,15 @@ class CapturedStep:
     def see(
         self,
         parameters: Sequence[Tensor],
-        loop: Loop,
-        max_grad_norm: float | None,
-        optimizer: torch.optim.Optimizer,
         follower: StepFollower,
+        scaler: GradScaler | None,
         *,
-        update: bool,
+        copy: bool,
     ) -> None:
-        """Take the gradient that the optimizer is about to see, and what to compare it with."""
+        """Take the gradient that lies in `.grad`, and what to compare it with.
+
+        `copy` where it is to be compared with the update: optimizers may use its memory.
+        """
         grads = [parameter.grad for parameter in parameters]
         if all(grad is None for grad in grads):
             raise RuntimeError(
@@ -83,17 +84,26 @@ class CapturedStep:
         self._vectors = {name: probe.vector for name, probe in self.probes.items()}
         self._weights = {name: {name: 1.0} for name in self.probes}
         follower.begin()
-        scaler = loop.trainer.accelerator.scaler
         self._loss_scale = current_scale(scaler)
-        if loop.grad_norm is not None:
-            self._grad_norm = float(loop.grad_norm)
-            if not math.isfinite(self._grad_norm):
-                return  # a gradient without direction
-        self.clip_scale = clip_scale(loop.grad_norm, max_grad_norm)
-        left = scale_left(scaler, optimizer)
-        # A copy, where it is to be compared with the update: optimizers may use its memory.
-        self._vectors[SEEN] = [None if g is None else g.clone() for g in grads] if update else grads
-        self._weights[self._handed_on] = {SEEN: 1 / (self.clip_scale * left)}
+        self._vectors[SEEN] = [None if g is None else g.clone() for g in grads] if copy else grads
+
+    def note_clipping(
+        self, grad_norm: Tensor | float | None, limit: float | None, *, scale: float | None
+    ) -> None:
+        """Take note of the norm before clipping, and of what the gradient is a multiple by.
+
+        `scale` is that of the gradient which was seen, as clipped; None if it was not clipped yet.
+        """
+        if grad_norm is not None:
+            self._grad_norm = float(grad_norm)
+            if not 0 <= self._grad_norm < math.inf:
+                self._vectors.pop(SEEN)  # a gradient without direction
+                return
+        self.clip_scale = clip_scale(grad_norm, limit)
+        if self.skipped:
+            return
+        seen = 1.0 if scale is None else self.clip_scale * scale
+        self._weights[self._handed_on] = {SEEN: 1 / seen}
         if self._own is not None:
             self._vectors[OBJECTIVE], self._weights[OBJECTIVE] = self._own, {OBJECTIVE: 1.0}
 
@@ -102,7 +112,8 @@ class CapturedStep:
     ) -> None:
         """Take what the optimizer made of it."""
         # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
-        self.skipped = current_scale(scaler) < self._loss_scale
+        overflowed = distributed.has_skipped(unwrapped(optimizer))
+        self.skipped = overflowed or current_scale(scaler) < self._loss_scale
         self.lr = float(optimizer.param_groups[0]["lr"])
         self.optimizer = described(unwrapped(optimizer))
         if not self.skipped:

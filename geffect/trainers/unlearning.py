@@ -1,7 +1,7 @@
 """A Trainer for unlearning: an objective on forget and retain batches, rectified and recorded."""
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from typing import Any
@@ -40,7 +40,7 @@ from geffect.risk import (
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import objective_state, rectifier_state
-from .loop import check_continued, check_gradients_can_be_had
+from .loop import begun_recorder, check_gradients_can_be_had
 from .rectification_log import RectificationLog
 
 Batches = dict[str, Any]
@@ -194,7 +194,7 @@ class UnlearningTrainer(Trainer):
         if hasattr(optimizer, "train"):  # as those have that need no schedule
             optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        with _unsynchronised(model), self.compute_loss_context_manager():
+        with distributed.unsynchronised(model), self.compute_loss_context_manager():
             losses = self._losses(model, inputs)
         # Where the Trainer does not say how many a window has, it divides by what was asked for.
         micro_batches = getattr(
@@ -203,7 +203,7 @@ class UnlearningTrainer(Trainer):
         values: dict[str, Tensor] = {}
 
         def share_of(name: str, scalar: Scalar) -> Tensor:
-            with _unsynchronised(model), self.compute_loss_context_manager():
+            with distributed.unsynchronised(model), self.compute_loss_context_manager():
                 loss = scalar if isinstance(scalar, Tensor) else scalar()
             if is_risk(name):
                 self._risks.setdefault(name, []).append(loss.detach())
@@ -287,7 +287,7 @@ class UnlearningTrainer(Trainer):
         with distributed.micro_batch(self.model_wrapped, last=not accumulate):
             backward(accumulate=accumulate, scaler=scaler, **losses)
 
-    def _begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Once model and optimizer are as they will be: bring what works on them to them."""
         if self._copied is not None:
             # For the precision that the model is trained in.
@@ -296,24 +296,14 @@ class UnlearningTrainer(Trainer):
             )
             self._copied = None
         if self.rectifier is not None or self.recorder is not None:
-            check_gradients_can_be_had(self, self.model_wrapped, optimizer, steps_engine=True)
+            check_gradients_can_be_had(self, optimizer)
         if self.rectifier is not None:
             self.rectifier.attach(optimizer)
             self._until_trained.callback(self.rectifier.detach)
-        self._recorder = self._begun_recorder(step)
-
-    def _begun_recorder(self, step: int) -> Recorder | None:
-        if self.recorder is None:
-            return None
-        if isinstance(self.recorder, Recorder):
-            check_continued(self.recorder, step)
-            recorder = self.recorder
-        else:
-            resumed = {"resume": True, "overwrite": False, "next_step": step} if step else {}
-            made = self.recorder(self.model_wrapped, **resumed)
-            recorder = self._until_trained.enter_context(made)
-        recorder.note_objective(self._running, reference=self._reference_is)
-        return recorder
+        self._recorder = None
+        if self.recorder is not None:
+            self._recorder = begun_recorder(self.recorder, self, self._until_trained)
+            self._recorder.note_objective(self._running, reference=self._reference_is)
 
     def _get_train_sampler(self, *args: Any) -> Any:
         if isinstance(self.train_dataset, Pairs):
@@ -355,7 +345,7 @@ class _Events(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Counted from here on: in the state an epoch that is cut short never comes to its end.
         self._epochs = count(int(state.epoch or 0))
-        self._trainer._begin(state.global_step, kwargs["optimizer"])
+        self._trainer._begin(kwargs["optimizer"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._pairing.epoch = next(self._epochs)
@@ -412,14 +402,6 @@ def _value(objective: Loss, values: Mapping[str, Tensor]) -> Tensor:
     """That of the objective, from the values of the losses."""
     terms = objective if isinstance(objective, Mapping) else {OBJECTIVE: 1.0}
     return torch.stack([weight * values[name] for name, weight in terms.items()]).sum()
-
-
-def _unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
-    """Where forwards have to be made for DDP not to reduce the gradient of the first loss only."""
-    if any(map(distributed.is_in_engine, model.parameters())):
-        return nullcontext()
-    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(model, "no_sync", nullcontext)
-    return no_sync()
 
 
 def _mean_nll(prediction: EvalPrediction) -> dict[str, float]:

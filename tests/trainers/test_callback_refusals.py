@@ -18,19 +18,6 @@ from tests.utils.trainers import At, trainer
 PROBES = {"forget": tiny.batch(50, rows=1), "retain": [tiny.batch(s) for s in (51, 52)]}
 
 
-def test_deepspeed_is_refused_before_training(tmp_path: Path) -> None:
-    def pretend(**_: Any) -> None:
-        training.is_deepspeed_enabled = True
-
-    training = trainer(
-        tmp_path, tiny.llama(), At("on_train_begin", 0, pretend),
-        GEffectCallback(tmp_path / "run.h5", probes=PROBES),
-    )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"Found DeepSpeed.*What works: DDP or FSDP2.*replay"):
-        training.train()
-    assert not (tmp_path / "run.h5").exists()
-
-
 def test_a_learning_rate_that_turns_negative_is_refused_at_its_step(tmp_path: Path) -> None:
     def turn(optimizer: Any, **_: Any) -> None:
         optimizer.param_groups[0]["lr"] = -0.1

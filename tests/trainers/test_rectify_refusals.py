@@ -34,9 +34,6 @@ def refused(trainer: Any, match: str, error: Any = ValueError, **told: Any) -> N
 def test_what_cannot_be_rectified_is_refused_before_training(tmp_path: Path) -> None:
     refused(unlearner(tmp_path, kind=GradAscent), r"`retain` should be given .* Found none in Grad")
     refused(unlearner(tmp_path, remove_unused_columns=True), "remove_unused_columns=False")
-    sharded = unlearner(tmp_path)
-    sharded.is_deepspeed_enabled = True
-    refused(sharded, "Found DeepSpeed.*What works: DDP or FSDP2.*replay", RuntimeError)
     trainer = unlearner(tmp_path)
     forget = Rectifier(trainer.model, part="forget")
     refused(trainer, r'left out with part="forget": GradDiff has', rectifier=forget, retain=RETAIN)

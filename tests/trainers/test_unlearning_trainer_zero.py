@@ -55,6 +55,7 @@ def trainer_of(
 
 def ended(trainer: UnlearningTrainer, **options: Any) -> dict[str, Any]:
     trainer.train(**options)
+    assert trainer.is_deepspeed_enabled == bool(trainer.args.deepspeed)
     fired = [log.get("rectify/fired") for log in trainer.state.log_history if "loss" in log]
     return {"parameters": whole_parameters(trainer.model_wrapped), "fired": fired}
 

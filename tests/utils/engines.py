@@ -35,6 +35,7 @@ def loaded() -> Any:
         "LOCAL_RANK": str(dist.get_rank()),
         "LOCAL_SIZE": str(dist.get_world_size()),  # or a program is asked for it, many times
     }
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with which a Trainer takes DDP in place of it
     import deepspeed
 
     deepspeed.logger.setLevel(logging.ERROR)
