@@ -234,10 +234,12 @@ def test_a_stage_of_zero_comes_to_what_ddp_does(
     assert run.sources == reference.sources
     norms = np.sqrt(np.einsum("stii->sti", reference.gram()))
     gap = abs(run.gram() - reference.gram()) / (norms[..., :, None] * norms[..., None, :])
-    # AdamW divides what is nearly zero by its own size, so that rounding has an effect.
+    # AdamW divides what is nearly zero by its own size, so that rounding has an effect: on its
+    # update, and on all that comes after it.
     assert np.nanmax(gap) < 1e-5
     gradients = [run.sources.index(source) for source in run.sources if source != "update"]
-    assert np.nanmax(gap[..., gradients, :][..., gradients]) < 2e-6
+    same = gap[..., gradients, :][..., gradients]
+    assert np.nanmax(same if case == "window" else same[:1]) < 1e-6
     for column in ("lr", "n_micro", "skipped"):
         np.testing.assert_array_equal(run.column(column), reference.column(column))
     np.testing.assert_allclose(run.column("clip_scale"), reference.column("clip_scale"), rtol=1e-5)
