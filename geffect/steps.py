@@ -259,7 +259,7 @@ class StepFollower:
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, updates: bool) -> None:
-        self._parameters, self._updates = parameters, updates
+        self.parameters, self._updates = parameters, updates
         self._own = frozenset(map(id, parameters))
         self._step: _FollowedStep | None = None
         # The last one is the innermost; each with what had a gradient when it began.
@@ -274,7 +274,7 @@ class StepFollower:
         """A gradient has been taken and lies in `.grad`."""
         # The optimizer whose closure this is steps what is its own.
         within = {id(tensor) for optimizer in self._inside for tensor in tensors_of(optimizer)}
-        parameters = self._parameters
+        parameters = self.parameters
         # With copies nothing has to be printed yet. What an optimizer stepped the time before is
         # expected to be stepped by one again.
         printed = [

@@ -98,10 +98,9 @@ class GEffectCallback(TrainerCallback):
     averages that the rectifier protects are sources too, as `retain_ema`, and the row tells what it
     did. In update space no gradient is rectified: what it did is seen in `update`.
 
-    When training begins, the callback raises an error for training without gradients to see, for an
-    engine of DeepSpeed that keeps them to itself, an optimizer that climbs, a schedule that finds
-    no step in it, probes without labels, and other sources than those of the file that it
-    continues.
+    When training begins, the callback raises an error for training without gradients to see, an
+    optimizer that climbs, a schedule that finds no step in it, probes without labels, and other
+    sources than those of the file that it continues.
     """
 
     def __init__(
@@ -221,11 +220,11 @@ class GEffectCallback(TrainerCallback):
         if not due:
             return
         trainer, probes = firing_loop().trainer, {}
-        autocast, model = trainer.compute_loss_context_manager, model_of(trainer)
+        autocast = trainer.compute_loss_context_manager
         with self._let_go_if_it_fails():
             for name, batches in self._probes.items():
                 with noting_risk(name):
-                    probes[name] = risk_gradient(model, batches, autocast=autocast)
+                    probes[name] = risk_gradient(model_of(trainer), batches, autocast=autocast)
         distributed.show_step(recording.parameters)
         self._step = CapturedStep(
             number=state.global_step,
@@ -248,12 +247,13 @@ class GEffectCallback(TrainerCallback):
         if step is None:
             return
         loop, optimizer = firing_loop(), kwargs["optimizer"]
+        scaler, before = loop.trainer.accelerator.scaler, self._in_engine
         with self._let_go_if_it_fails():
-            if not self._in_engine:
-                self._see(optimizer, loop.trainer, step, copy=self._update)
-            left = scale_left(loop.trainer.accelerator.scaler, optimizer)
+            if not before:
+                step.see(self._follower, optimizer, scaler, copy=self._update)
             limit = distributed.norm_limit(recording.parameters, args.max_grad_norm)
-            step.note_clipping(loop.grad_norm, limit, scale=None if self._in_engine else left)
+            scale = None if before else scale_left(scaler, optimizer)
+            step.note_clipping(loop.grad_norm, limit, scale=scale)
             if not self._update:
                 step.measure(recording)  # while the gradient is there
 
@@ -266,7 +266,8 @@ class GEffectCallback(TrainerCallback):
             return
         with self._let_go_if_it_fails():
             if not self._in_engine:
-                self._move(kwargs["optimizer"], firing_loop().trainer, step)
+                scaler = firing_loop().trainer.accelerator.scaler
+                step.move(self._follower, kwargs["optimizer"], scaler)
             if self._update:
                 step.measure(recording)
             with distributed.raise_on_all_ranks():
@@ -287,12 +288,9 @@ class GEffectCallback(TrainerCallback):
         if OBJECTIVE not in step.measured.names:
             return
         adapted = any(is_adapter(parameter.name) for parameter in self._opened().table)
-        asked = control.should_log
+        prefix, asked = "geffect/adapter" if adapted else "geffect", control.should_log
         # Not `trainer.log`: those of TRL would take their own averages for logged, and begin anew.
-        Trainer.log(
-            firing_loop().trainer,
-            _scores(step.measured, step.stepped, "geffect/adapter" if adapted else "geffect"),
-        )
+        Trainer.log(firing_loop().trainer, _scores(step.measured, step.stepped, prefix))
         control.should_log = asked  # which every log answers with "done"
 
     def on_train_end(
@@ -314,21 +312,13 @@ class GEffectCallback(TrainerCallback):
         """Take the gradients that an engine is about to clip, in copies that are ours."""
         if self._step is not None:
             with self._let_go_if_it_fails():
-                self._see(optimizer, firing_loop().trainer, self._step, copy=False)
+                self._step.see(self._follower, optimizer, None, copy=False)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Take what an engine's step has moved, while gradients tell what that was."""
         if self._step is not None:
             with self._let_go_if_it_fails():
-                self._move(optimizer, firing_loop().trainer, self._step)
-
-    def _see(self, optimizer: Any, trainer: Trainer, step: CapturedStep, *, copy: bool) -> None:
-        check_descends(unwrapped(optimizer))  # a schedule may have turned it
-        parameters = self._opened().parameters
-        step.see(parameters, self._follower, trainer.accelerator.scaler, copy=copy)
-
-    def _move(self, optimizer: Any, trainer: Trainer, step: CapturedStep) -> None:
-        step.move(self._follower, optimizer, trainer.accelerator.scaler)
+                self._step.move(self._follower, optimizer, None)
 
     def _opened(self) -> Recording:
         if self._recording is None:

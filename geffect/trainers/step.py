@@ -17,7 +17,7 @@ from geffect.capture.window import sources_of
 from geffect.gradients import Gradients, GradientTransform, Vector
 from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, RECTIFIED, UPDATE
-from geffect.steps import Move, StepFollower, described, unwrapped
+from geffect.steps import Move, StepFollower, check_descends, described, unwrapped
 
 from .loop import INSTEAD, clip_scale, current_scale
 
@@ -65,8 +65,8 @@ class CapturedStep:
 
     def see(
         self,
-        parameters: Sequence[Tensor],
         follower: StepFollower,
+        optimizer: torch.optim.Optimizer,
         scaler: GradScaler | None,
         *,
         copy: bool,
@@ -75,7 +75,8 @@ class CapturedStep:
 
         `copy` where it is to be compared with the update: optimizers may use its memory.
         """
-        grads = [parameter.grad for parameter in parameters]
+        check_descends(unwrapped(optimizer))  # a schedule may have turned it
+        grads = [parameter.grad for parameter in follower.parameters]
         if all(grad is None for grad in grads):
             raise RuntimeError(
                 "A parameter should have a gradient before the optimizer steps. Found none at step "
