@@ -1,7 +1,7 @@
 """Alternate answers that a model gives itself, as AltPO prefers them to what is to be forgotten."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from geffect.batch import IGNORED, ORIGINAL
 from geffect.beside import beside
 
-from .collate import Item
+from .collate import Item, check_length
 
 TRIES = 20
 """How often an alternate is drawn until it is another answer than the original."""
@@ -39,7 +39,8 @@ def sampled_alternates(
     - `items`: as `geffect.data.examples.read` makes them.
     - `prompts`: tokens that the model is given in place of the question of each item, as where it
       is asked for another answer than the true one. The items keep their questions.
-    - `longest`: tokens of an alternate, at most; twice those of the original if left out.
+    - `longest`: tokens of an alternate, at most, where the model has positions for these; twice
+      those of the original if left out.
 
     Returns items {"original": item, "alternate": item}, those of one question together. Raises
     ValueError for a model that says nothing but the original.
@@ -63,14 +64,15 @@ def sampled_alternates(
         for number, item in enumerate(items):
             question, answer = _parts(item, number)
             asked = question if prompts is None else list(prompts[number])
-            sample = _Sampler(model, asked, answer[-1], longest or 2 * len(answer), temperature)
+            most = _most(model, asked, longest or 2 * len(answer), number)
+            sample = _Sampler(model, asked, answer[-1], most, temperature)
             draws = [_generator(seed, question, asked, index) for index in range(count)]
             for found in _others(sample, answer, draws, number):
                 alternate = {
                     "input_ids": [*question, *found],
                     "labels": [*[IGNORED] * len(question), *found],
                 }
-                pairs.append({ORIGINAL: _plain(item), "alternate": alternate})
+                pairs.append({ORIGINAL: _plain(item, number), "alternate": alternate})
     return pairs
 
 
@@ -134,20 +136,36 @@ def _others(
     )
 
 
+def _most(model: Any, asked: Sequence[int], longest: int, number: int) -> int:
+    """How many tokens an answer may have, of those that the model has positions for."""
+    config = getattr(model, "config", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return longest
+    check_length(len(asked) + 2, positions, f"The question of item {number}, with an answer,")
+    return min(longest, positions - len(asked))
+
+
 def _parts(item: Item, number: int) -> tuple[list[int], list[int]]:
     """The tokens before the answer, and the answer with the token that ends it."""
-    plain = _plain(item)
-    scored = [i for i, label in enumerate(plain["labels"]) if label != IGNORED]
+    tokens, labels = _plain(item, number).values()
+    scored = [i for i, label in enumerate(labels) if label != IGNORED]
     if not scored or not scored[0]:
         found = "an answer without a question" if scored else "none"
         raise ValueError(
             f"Item {number} should have a question, and an answer that is scored. Found {found}. "
             "Pass items of rows with both."
         )
-    return plain["input_ids"][: scored[0]], plain["input_ids"][scored[0] : scored[-1] + 1]
+    return tokens[: scored[0]], tokens[scored[0] : scored[-1] + 1]
 
 
-def _plain(item: Item) -> dict[str, list[int]]:
+def _plain(item: Item, number: int) -> dict[str, list[int]]:
+    if not (isinstance(item, Mapping) and {"input_ids", "labels"} <= item.keys()):
+        found = ", ".join(item) if isinstance(item, Mapping) else repr(item)
+        raise ValueError(
+            f"Item {number} should have `input_ids` and `labels`. Found {found:.60}. Pass a list "
+            "of items, as `geffect.data.examples.read` makes them, of one answer each."
+        )
     return {name: [int(x) for x in item[name]] for name in ("input_ids", "labels")}
 
 

@@ -91,6 +91,11 @@ def test_an_answer_that_does_not_end_is_ended() -> None:
     assert answers(sampled_alternates(model, ITEMS[:1], count=1, longest=3)) == [(1, 1, END)]
 
 
+def test_an_alternate_is_no_longer_than_the_model() -> None:
+    pairs = sampled_alternates(tiny.gpt2(), ITEMS, longest=99, prompts=[[1] * 13] * 2)
+    assert max(map(len, answers(pairs))) == 3  # of 16 positions
+
+
 @pytest.mark.parametrize("caches", [True, False])
 def test_the_model_and_the_random_numbers_are_left_as_they_were(caches: bool) -> None:
     model: Any = tiny.llama(dropout=0.5).train()
@@ -116,6 +121,10 @@ def test_the_model_and_the_random_numbers_are_left_as_they_were(caches: bool) ->
         (tiny.gpt2, ITEMS, {"prompts": [[1]]}, "one for each item. Found 1 for 2"),
         (tiny.gpt2, [{"input_ids": [1, 2], "labels": [1, 2]}], {}, "without a question"),
         (tiny.gpt2, [{"input_ids": [1, 2], "labels": [-100, -100]}], {}, "scored. Found none"),
+        (tiny.gpt2, ["x"], {}, "Item 0 should have `input_ids` and `labels`. Found 'x'"),
+        (tiny.gpt2, ITEMS[0], {}, "Item 0 should have .* Found 'input_ids'. Pass a list"),
+        (tiny.gpt2, [{"original": ITEMS[0], "alternate": ITEMS[1]}], {}, "Found original, alt"),
+        (tiny.gpt2, ITEMS, {"prompts": [[1] * 15] * 2}, "item 0.* at most 16 .* Found 17"),
         (tiny.t5, ITEMS, {}, "Found an encoder-decoder, `T5ForConditionalGeneration`"),
     ],
 )

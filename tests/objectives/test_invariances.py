@@ -84,6 +84,31 @@ def test_order_changes_nothing(objective: Objective, model: nn.Module, before: R
 
 
 @every
+def test_packed_rows_are_so_many_answers_or_are_refused(objective: Objective) -> None:
+    """Several answers in one row, whose positions begin anew, are those answers in rows."""
+    model, known = (tiny.llama(seed).double().eval() for seed in (0, 1))
+    padded, before = pair_of(objective), FrozenModel(known)
+    if any(how.kind != "token_mean" for how in objective.reductions.values()):
+        with pytest.raises(ValueError, match="should have one answer a row for"):
+            objective(model, packed_of(padded), before)
+        return
+    packed = objective(model, packed_of(padded), before)
+    loss = objective(model, padded, before)
+    assert packed.item() == pytest.approx(loss.item(), rel=1e-9)
+    assert alike(gradient(model, packed), gradient(model, loss), 1e-7)
+
+
+def packed_of(side: dict[str, Any]) -> dict[str, Any]:
+    """All rows of each batch in one, without padding."""
+    if not isinstance(side.get("labels"), Tensor):
+        return {name: packed_of(inside) for name, inside in side.items()}
+    attended = side["attention_mask"] != 0
+    positions = torch.arange(attended.shape[1]).expand(attended.shape)
+    columns = {"input_ids": side["input_ids"], "labels": side["labels"], "position_ids": positions}
+    return {name: values[attended][None] for name, values in columns.items()}
+
+
+@every
 def test_labels_of_the_question_change_nothing(
     objective: Objective, model: nn.Module, before: Reference
 ) -> None:
