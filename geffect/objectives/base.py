@@ -285,6 +285,15 @@ def share_of(counts: Tensor, fraction: float) -> Tensor:
     return share.clamp(min=1).minimum(counts)
 
 
+def switch(owner: str, name: str, value: bool) -> None:
+    """Refuse what is neither True nor False in a ValueError that names the field."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"`{name}` of {owner} should be True or False. Found `{name} = {value!r}`. Leave it "
+            "out for False."
+        )
+
+
 def positive(owner: str, name: str, value: float) -> float:
     """`value` if it is a positive finite number, else a ValueError that names the field."""
     if not (isinstance(value, int | float) and 0 < value < float("inf")):

@@ -23,7 +23,7 @@ from geffect.risk import (
 )
 from geffect.sources import FORGET
 
-from .base import Component, Objective, Reduction, positive, share_of
+from .base import Component, Objective, Reduction, positive, share_of, switch
 from .reference import Reference
 
 
@@ -49,11 +49,7 @@ class LikelihoodControl(Objective):
 
     def __post_init__(self) -> None:
         positive("LikelihoodControl", "delta", self.delta)
-        if not isinstance(self.legacy, bool):
-            raise ValueError(
-                "`legacy` of LikelihoodControl should be True or False. Found "
-                f"`legacy = {self.legacy!r}`. Leave it out for the mean over all answers."
-            )
+        switch("LikelihoodControl", "legacy", self.legacy)
 
     def weights(self, loss: Tensor) -> Tensor:
         """w_s = 1 where l_s < delta and 0 elsewhere, from the summed NLLs."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.batch import IGNORED, Batch, Pair
+from geffect.batch import IGNORED, Batch, Pair, side_of
 from geffect.risk import inputs_of, label_logits, token_mean
 from geffect.risk.likelihood import at_least_float32
 from geffect.sources import RETAIN
 
-from .base import Component, Objective, Reduction
+from .base import Component, Objective, Reduction, switch
 from .reference import Reference, logits_before
 
 PART = "kl"
@@ -47,18 +47,14 @@ class KL(Objective):
     legacy_kl: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.legacy_kl, bool):
-            raise ValueError(
-                "`legacy_kl` of KL should be True or False. Found "
-                f"`legacy_kl = {self.legacy_kl!r}`. Leave it out for the mean over answer tokens."
-            )
+        switch("KL", "legacy_kl", self.legacy_kl)
 
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         known = self.compared(reference)
         of_batch = self._over_all if self.legacy_kl else self._over_answers
-        return {PART: Component(lambda: of_batch(model, batch[RETAIN], known))}
+        return {PART: Component(lambda: of_batch(model, side_of(batch, RETAIN), known))}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

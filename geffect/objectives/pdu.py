@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.batch import IGNORED, Batch, Pair, labels_of
+from geffect.batch import IGNORED, Batch, Pair, labels_of, side_of
 from geffect.risk import inputs_of, label_logits, nll, token_mean
 from geffect.risk.likelihood import at_least_float32
 from geffect.sources import FORGET, RETAIN
 
-from .base import Component, Objective, Reduction, begun
+from .base import Component, Objective, Reduction, begun, switch
 from .of_run import OfRun
 from .reference import Reference
 
@@ -106,11 +106,7 @@ class PDU(Objective):
             _not_negative(name, getattr(self, name))
         if self.epsilon is not None:
             _not_negative("epsilon", self.epsilon)
-        if not isinstance(self.legacy_mask, bool):
-            raise ValueError(
-                "`legacy_mask` of PDU should be True or False. Found "
-                f"`legacy_mask = {self.legacy_mask!r}`. Leave it out for the tokens themselves."
-            )
+        switch("PDU", "legacy_mask", self.legacy_mask)
 
     def begin(self, model: Any) -> Self:
         """The objective with a dual variable at its start."""
@@ -125,12 +121,12 @@ class PDU(Objective):
     ) -> dict[str, Component]:
         def flat() -> Tensor:
             of_batch = _at_answers if self.legacy_mask else _before_answers
-            logits, scored = of_batch(model, batch[FORGET])
+            logits, scored = of_batch(model, side_of(batch, FORGET))
             z = logits.to(at_least_float32(logits))
             return token_mean((z.amax(dim=-1) - z.mean(dim=-1)).square(), scored)
 
         def retained() -> Tensor:
-            risk = nll(model, batch[RETAIN])
+            risk = nll(model, side_of(batch, RETAIN))
             if self.variable is None:
                 return self.dual * risk
             self.variable.see(risk)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from geffect.batch import Pair
+from geffect.batch import Pair, side_of
 from geffect.risk import nll
 from geffect.sources import RETAIN
 
@@ -34,7 +34,7 @@ class GradientDescent(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        return {RETAIN: Component(partial(nll, model, batch[RETAIN]), risk=RETAIN)}
+        return {RETAIN: Component(partial(nll, model, side_of(batch, RETAIN)), risk=RETAIN)}
 
     @property
     def reductions(self) -> Mapping[str, Reduction]:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect.batch import Pair
-from geffect.risk import token_mean
+from geffect.batch import Pair, side_of
+from geffect.risk import sequence_sum, token_mean
 from geffect.risk.alignment import unwrapped
 from geffect.sources import FORGET
 
-from .base import Component, Objective, Reduction, begun, positive
+from .base import Component, Objective, Reduction, begun, positive, switch
 from .draws import check_seed
 from .hidden_states import THIRD, check_layer, chosen, hidden_states, of_answers
 from .of_run import OfRun
@@ -79,12 +79,8 @@ class RMU(Objective):
     def __post_init__(self) -> None:
         check_layer("RMU", "layer", self.layer)
         positive("RMU", "coefficient", self.coefficient)
-        for name in ("normalize_target", "legacy"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"`{name}` of RMU should be True or False. Found "
-                    f"`{name} = {getattr(self, name)!r}`. Leave it out for False."
-                )
+        switch("RMU", "normalize_target", self.normalize_target)
+        switch("RMU", "legacy", self.legacy)
         check_seed("RMU", self.seed)
 
     def begin(self, model: Any) -> Self:
@@ -116,8 +112,9 @@ class RMU(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         def loss() -> Tensor:
-            states = chosen(hidden_states(model, batch[FORGET]), self.layer, "layer")
-            found, scored = of_answers(model, states, batch[FORGET])
+            forget = side_of(batch, FORGET)
+            states = chosen(hidden_states(model, forget), self.layer, "layer")
+            found, scored = of_answers(model, states, forget)
             goal = self.coefficient * self._direction_for(found.shape[-1]).to(found)
             distances = (found - goal).square().mean(dim=-1)
             return (_broadcast_mean if self.legacy else token_mean)(distances, scored)
@@ -141,6 +138,10 @@ class RMU(Objective):
 
 
 def _broadcast_mean(distances: Tensor, scored: Tensor) -> Tensor:
-    """mean_i(s_i) mean_j(1/n_j) over samples, as the division of [b] by [b, 1] makes it."""
-    sums = distances.where(scored, torch.zeros_like(distances)).sum(dim=1)
-    return (sums / scored.sum(dim=1, keepdim=True)).mean()
+    """mean_i(s_i) mean_j(1/n_j) over samples, as the division of [b] by [b, 1] makes it.
+
+    Samples without an answer, where that is no number, take no part.
+    """
+    has_some = scored.any(dim=1)
+    sums, counts = sequence_sum(distances, scored)[has_some], scored.sum(dim=1)[has_some]
+    return (sums / counts[:, None]).mean()

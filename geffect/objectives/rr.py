@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geffect.batch import Pair
+from geffect.batch import Batch, Pair, side_of
 from geffect.risk import token_mean
 from geffect.sources import RETAIN
 
@@ -49,8 +49,15 @@ class RR(Objective):
         known = self.compared(reference)
 
         def loss() -> Tensor:
-            found, scored = self._of(hidden_states(model, batch[RETAIN]), model, batch)
-            before, _ = self._of(known.hidden_states(batch[RETAIN]), model, batch)
+            retain = side_of(batch, RETAIN)
+            found, scored = self._of(hidden_states(model, retain), model, retain)
+            before, _ = self._of(known.hidden_states(retain), model, retain)
+            if before.shape != found.shape:
+                raise ValueError(
+                    "`reference` should give hidden states of the size that the model has. Found "
+                    f"{before.shape[-1]} beside {found.shape[-1]}. Pass the model as it was before "
+                    "unlearning."
+                )
             return token_mean((found - before).square().sum(dim=-1), scored)
 
         return {PART: Component(loss)}
@@ -59,6 +66,6 @@ class RR(Objective):
     def reductions(self) -> Mapping[str, Reduction]:
         return {PART: Reduction(RETAIN, "token_mean")}
 
-    def _of(self, states: tuple[Tensor, ...], model: Any, batch: Pair) -> tuple[Tensor, Tensor]:
+    def _of(self, states: tuple[Tensor, ...], model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """The hidden states of the layer at the answer tokens, and what is scored."""
-        return of_answers(model, chosen(states, self.retain_layer, "retain_layer"), batch[RETAIN])
+        return of_answers(model, chosen(states, self.retain_layer, "retain_layer"), batch)

@@ -11,7 +11,7 @@ from geffect.batch import IGNORED, Pair
 from geffect.risk import at_least_float32, check_answers, label_logits
 from geffect.sources import FORGET
 
-from .base import Component, Objective, Reduction, positive
+from .base import Component, Objective, Reduction, positive, switch
 from .reference import Reference, logits_before
 
 
@@ -42,11 +42,7 @@ class UNDIAL(Objective):
 
     def __post_init__(self) -> None:
         positive("UNDIAL", "beta", self.beta)
-        if not isinstance(self.legacy, bool):
-            raise ValueError(
-                "`legacy` of UNDIAL should be True or False. Found "
-                f"`legacy = {self.legacy!r}`. Leave it out for the mean over answer tokens."
-            )
+        switch("UNDIAL", "legacy", self.legacy)
 
     def teacher(self, reference_logits: Tensor, labels: Tensor) -> Tensor:
         """q_i = softmax(z_{o,i} - beta onehot(y_i)), `Float[..., token]`."""

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from geffect import Recorder, Rectifier, open_run
+from geffect import Recorder, Rectifier, distributed, open_run
 from geffect.objectives import PDU, named
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny
+from tests.utils import reference, tiny, two_ranks
 from tests.utils.sides import items_of
 from tests.utils.unlearning_runs import arguments
 
@@ -177,6 +177,20 @@ def test_a_rectifier_takes_its_parts_apart(tmp_path: Path) -> None:
 def test_a_value_that_is_none_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` of PDU should be a number, 0 or more. Found"):
         PDU(**{name: value})
+
+
+def value_of_two() -> float:
+    """The dual variable of one of two processes, which see other risks."""
+    running = PDU(epsilon=0.5).begin(tiny.gpt2())
+    assert running.variable is not None
+    for risk in (1.0, 2.0 + distributed.rank()):
+        running.variable.see(torch.tensor(risk))
+    running.advance()
+    return running.variable.value
+
+
+def test_two_processes_have_one_dual_variable() -> None:
+    assert two_ranks.run(value_of_two) == [1.0 + (1.5 + 2.0) / 2 - 0.5] * 2
 
 
 def test_a_state_of_another_objective_is_refused() -> None:

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from geffect import Recorder, open_run
 from geffect.checkpoints.replay import replay
-from geffect.objectives import RMU, RR, FrozenModel, Regularised, SharedForward, named, nll
+from geffect.objectives import (
+    RMU,
+    RR,
+    AdapterBase,
+    FrozenModel,
+    Regularised,
+    SharedForward,
+    named,
+    nll,
+)
 from tests.utils import reference, tiny
 
 DIRECTION = torch.rand(12, generator=torch.Generator().manual_seed(3))
@@ -139,6 +149,36 @@ def test_a_regulariser_of_another_layer_reaches_further() -> None:
     assert objective == Regularised(RMU(layer=1), RR(retain_layer=2))
     found = reference.gradient(model, objective(model, pair, FrozenModel(before)))
     assert found["transformer.h.1.mlp.c_fc.weight"].abs().max() > 0
+
+
+def test_only_adapters_below_its_layer_are_reached() -> None:
+    model: Any = get_peft_model(
+        tiny.llama(),  # type: ignore[arg-type]
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    pair, objective = tiny.pairs(1)[0], named("rmu+rr", {"layer": 1, "retain_layer": 1})
+    begun = objective.begin(model)
+    begun(model, pair, AdapterBase(model)).backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == {n for n, p in model.named_parameters() if p.requires_grad and ".0." in n}
+
+
+def test_its_parts_share_a_forward_of_one_batch() -> None:
+    calls, model = [], tiny.llama()
+
+    def counted(**inputs: Any) -> object:
+        calls.append(1)
+        return model(**inputs)
+
+    batch = tiny.batch(0)
+    shared, before = SharedForward(counted), FrozenModel(SharedForward(tiny.llama(1).eval()))
+    named("rmu+rr")(shared, {"forget": batch, "retain": batch}, before)
+    assert len(calls) == 1
+
+
+def test_a_side_that_is_missing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`forget` among them. Found retain"):
+        RMU()(tiny.llama(), {"retain": tiny.batch(0)})
 
 
 def test_packed_rows_are_their_texts() -> None:

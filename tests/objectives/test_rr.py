@@ -47,6 +47,11 @@ def test_a_layer_that_the_model_has_not_is_refused() -> None:
         RR(3)(model, {"retain": tiny.batch(0)}, FrozenModel.copied(model))
 
 
+def test_a_reference_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"of the size that the model has. Found 16 beside 12"):
+        RR()(tiny.gpt2(), {"retain": tiny.batch(0)}, FrozenModel(tiny.llama().eval()))
+
+
 def test_a_model_without_hidden_states_is_refused() -> None:
     def model(output_hidden_states: bool = False, **inputs: torch.Tensor) -> object:
         return SimpleNamespace(logits=torch.zeros(3, 9, 4))
