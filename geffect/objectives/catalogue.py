@@ -101,8 +101,8 @@ CALLED = {"idk": "po", "altpo": "dpo"}
 def probable(name: str) -> str:
     """A question that names the objective that was probably meant; empty where none is near.
 
-    >>> probable("idk"), probable("nop"), probable("magic")
-    (' Did you mean `po`?', ' Did you mean `npo`?', '')
+    >>> probable("idk"), probable("simnop"), probable("magic")
+    (' Did you mean `po`?', ' Did you mean `simnpo`?', '')
     """
     return meant(CALLED.get(name.lower(), name), names())
 

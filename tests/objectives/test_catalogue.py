@@ -51,6 +51,10 @@ TINY = EmbeddedConfig(
 NAMES = [*CATALOGUE, *(f"npo+{name}" for name in REGULARISERS)]
 
 
+LIKELY = {"likelihood-control": {"delta": 60.0}}
+"""Options with which the answers of the tiny models are not done with at the start."""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("catalogue") / "checkpoint-0"
@@ -108,8 +112,9 @@ def test_every_entry_is_rectified(name: str, tmp_path: Path) -> None:
     path, sets = tmp_path / "run.h5", items_of(named(name), 4)
     model = tiny.llama()
     UnlearningTrainer(
-        model, arguments(tmp_path, max_steps=2), objective=name, forget=sets.pop("forget"),
-        retain=sets, rectifier=Rectifier(model, ema=1.0), recorder=partial(Recorder, path=path),
+        model, arguments(tmp_path, max_steps=2), objective=named(name, LIKELY.get(name)),
+        forget=sets.pop("forget"), retain=sets, rectifier=Rectifier(model, ema=1.0),
+        recorder=partial(Recorder, path=path),
     ).train()  # fmt: skip
     run = open_run(path)
     at = [*run.sources].index
