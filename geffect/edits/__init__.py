@@ -3,6 +3,7 @@
 from .base import Data, Edit, Outcome
 from .catalogue import CATALOGUE, as_edit, named, options_of
 from .change import Change
+from .mixing import Calibration, Mixing, calibrated
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
 
@@ -10,12 +11,15 @@ __all__ = [
     "CATALOGUE",
     "LFSSD",
     "SSD",
+    "Calibration",
     "Change",
     "Data",
     "Edit",
+    "Mixing",
     "Outcome",
     "TaskVectorNegation",
     "as_edit",
+    "calibrated",
     "named",
     "options_of",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from geffect.layers import canonical_name, is_adapter, trainable
@@ -114,38 +115,45 @@ def check_given(edit: Edit, data: Data) -> None:
         )
 
 
-def state_of(name: str, given: State, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of another model that stand for these parameters, by their names.
+def state_of(name: str, given: State, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of another model that stand for the parameters of this one, by their names.
 
-    Raises ValueError for a model that lacks some of them, or has them in other shapes.
+    Raises ValueError for a model that lacks some of them, has them in other shapes, or differs in
+    what an edit does not change: buffers, and parameters without a gradient.
     """
+    parameters = trainable(model)
+    whole = given.state_dict() if isinstance(given, nn.Module) else given
     found: dict[str, Tensor] = {}
-    named = (
-        given.named_parameters(remove_duplicate=False)
-        if isinstance(given, nn.Module)
-        else given.items()
-    )
-    for path, tensor in named:
+    for path, tensor in whole.items():
         found.setdefault(canonical_name(path), tensor.detach())
+    edited = {parameter.data_ptr() for parameter in parameters.values()}
+    should = f"`{name}` should have the parameters of the model that is edited. Found"
     absent = [key for key in parameters if key not in found]
     if absent:
         raise ValueError(
-            f"`{name}` should have the parameters of the model that is edited. Found "
-            f"{len(absent)} that it lacks, the first of them {absent[:3]}. Pass a model of the "
-            "same architecture; of adapters, either both or neither merged."
+            f"{should} {len(absent)} that it lacks, the first of them {absent[:3]}. Pass a model "
+            "of the same architecture; of adapters, either both or neither merged."
         )
     beside = sorted(filter(is_adapter, found.keys() - parameters.keys()))
     if beside:  # its weights are those of its base, under the same names
         raise ValueError(
-            f"`{name}` should have the parameters of the model that is edited. Found adapters "
-            f"beside them, `{beside[0]}` the first. Merge them before, by `merge_and_unload()`; on "
-            "the command line with --merge."
+            f"{should} adapters beside them, `{beside[0]}` the first. Merge them before, by "
+            "`merge_and_unload()`; on the command line with --merge."
         )
-    for key, parameter in parameters.items():
-        if found[key].shape != parameter.shape:
+    for path, tensor in model.state_dict().items():
+        key = canonical_name(path)
+        if key not in found:
+            continue
+        other = found[key]
+        if other.shape != tensor.shape:
             raise ValueError(
-                f"`{name}` should have the parameters of the model that is edited. Found `{key}` "
-                f"of shape {tuple(found[key].shape)}, not {tuple(parameter.shape)}. Pass a model "
-                "of the same architecture."
+                f"{should} `{key}` of shape {tuple(other.shape)}, not {tuple(tensor.shape)}. Pass "
+                "a model of the same architecture."
+            )
+        if tensor.data_ptr() not in edited and not torch.equal(other.to(tensor), tensor):
+            raise ValueError(
+                f"`{name}` should differ from the model that is edited in parameters that require "
+                f"a gradient alone. Found that `{key}` differs, which no edit changes. Call "
+                "requires_grad_() of it if it is a parameter."
             )
     return {key: found[key].to(parameter.device) for key, parameter in parameters.items()}

@@ -7,6 +7,7 @@ from typing import Any
 from geffect.near import meant
 
 from .base import Edit
+from .mixing import Mixing
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
 
@@ -14,6 +15,7 @@ CATALOGUE: Mapping[str, Edit] = {
     "ssd": SSD(),
     "lfssd": LFSSD(),
     "negation": TaskVectorNegation(),
+    "mix": Mixing(),
 }
 
 

@@ -50,7 +50,7 @@ class TaskVectorNegation(Edit):
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
         parameters = trainable(model)
         check_weights(parameters, type(self).__name__)
-        tuned = state_of("tuned", data["tuned"], parameters)
+        tuned = state_of("tuned", data["tuned"], model)
         # Of what does not move every bit stays, the sign of a zero among them.
         values = {
             name: _moved(parameter.detach(), tuned[name], self.alpha)

@@ -6,6 +6,7 @@ They take models and data and give reports; none takes a gradient.
 from .closure import Closure, Rule, Triple, close
 from .deep_unlearning import DeepUnlearning, deep_unlearning
 from .edu_relat import Family, Target
+from .extraction import extraction_strength
 from .minimal_sets import minimal_sets
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "Triple",
     "close",
     "deep_unlearning",
+    "extraction_strength",
     "minimal_sets",
 ]

@@ -15,7 +15,7 @@ from geffect import open_run, record_edit
 from geffect.analysis import conflict, cosine, edited, g_effect, predicted_change
 from geffect.checkpoints import edited as module
 from geffect.checkpoints.loading import Loader, whole_of
-from geffect.edits import SSD, Change, Edit, Outcome, TaskVectorNegation
+from geffect.edits import SSD, Change, Edit, Mixing, Outcome, TaskVectorNegation
 from geffect.layers import trainable
 from geffect.risk import mean_nll
 from geffect.store import validate
@@ -297,3 +297,16 @@ def test_a_run_of_training_is_no_edit(tmp_path: Path) -> None:
     recorder.close()
     with pytest.raises(ValueError, match="`run` should be of an edit"):
         edited(open_run(tmp_path / "run.h5"))
+
+
+def test_mixing_of_checkpoints(run_folder: Path, tmp_path: Path) -> None:
+    one, two = run_folder / "checkpoint-5", run_folder / "checkpoint-10"
+    for alpha, source in ((0.0, two), (0.5, None)):
+        out = tmp_path / str(alpha)
+        geffect.edit(one, out, Mixing(alpha=alpha), states={"before": two}, **SETS)
+        found, first, second = tensors(out), tensors(one), tensors(two)
+        for name, tensor in found.items():
+            half = (first[name].double() + second[name].double()) / 2
+            assert torch.equal(tensor, second[name] if source else half.to(tensor))
+    with pytest.raises(ValueError, match="changes none of its numbers"):
+        geffect.edit(one, tmp_path / "1", Mixing(alpha=1), states={"before": two}, **SETS)

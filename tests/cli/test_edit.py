@@ -55,7 +55,7 @@ def test_an_edit_and_every_command_that_reads_its_run(
     run = open_run(path)
     assert validate(path).whole and run.sources[-2:] == ("facts", "update")
     assert "SSD of weights: predicted falls of the risks, in nats per token" in out
-    assert re.search(r"layer +┃ +forget ┃ +retain ┃ +facts ┃ +\|D\| ┃ touched", out)
+    assert re.search(r"layer +┃ +forget ┃ +retain ┃ +facts ┃ +\|D\| ┃ +touched", out)
     own = edited(run)
     model = own[own["layer"] == "model"].set_index("risk")
     for column, label in (("measured", "measured"), ("predicted", "model")):
@@ -124,6 +124,6 @@ def test_it_overwrites_nothing(edit: Ask, tmp_path: Path) -> None:
 
 def test_the_page_of_help_names_the_edits_and_their_options(ask: Ask) -> None:
     page = ask("edit", "--help").out
-    for word in ("ssd, lfssd, negation", "--fisher-batch VALUE", "--edit-option NAME=VALUE"):
+    for word in ("ssd, lfssd, negation, mix", "--fisher-batch VALUE", "--edit-option NAME=VALUE"):
         assert word in page
-    assert "Of ssd (None), lfssd (None), negation (1.0)" in " ".join(page.split())
+    assert "Of ssd (None), lfssd (None), negation (1.0), mix (None)" in " ".join(page.split())

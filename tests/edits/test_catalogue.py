@@ -17,17 +17,36 @@ from geffect.layers import trainable
 from geffect.risk import mean_nll
 from tests.utils import tiny
 
-SETS = {"forget": [tiny.batch(1, rows=2), tiny.batch(2)], "retain": [tiny.batch(5, rows=4)]}
 
-
-def data_of(edit: Edit, model: nn.Module) -> dict[str, Any]:
-    """What an edit asks for."""
+def other_of(model: nn.Module) -> nn.Module:
+    """Another model of the same kind."""
     other = copy.deepcopy(model)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return {**{name: SETS[name] for name in edit.sets}, **dict.fromkeys(edit.states, other)}
+    return other
+
+
+def answered(seed: int, rows: int = 3) -> dict[str, torch.Tensor]:
+    """A batch whose last token is what the other model says, so that it knows something."""
+    batch = tiny.batch(seed, rows=rows)
+    with torch.no_grad():
+        logits = other_of(tiny.gpt2())(batch["input_ids"]).logits
+    for column in ("input_ids", "labels"):
+        batch[column][:, -1] = logits[:, -2].argmax(dim=-1)
+    return batch
+
+
+SETS = {"forget": [tiny.batch(1, rows=2), tiny.batch(2)], "retain": [answered(5, rows=4)]}
+
+
+def data_of(edit: Edit, model: nn.Module) -> dict[str, Any]:
+    """What an edit asks for."""
+    return {
+        **{name: SETS[name] for name in edit.sets},
+        **dict.fromkeys(edit.states, other_of(model)),
+    }
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -87,4 +87,16 @@ def test_adapters_are_refused_and_named() -> None:
     # Its base has the names and the weights of the model: no task vector would be found.
     with pytest.raises(ValueError, match="Found adapters beside them"):
         TaskVectorNegation().change(model, {"tuned": adapted})
-    assert state_of("tuned", model.state_dict(), trainable(model)).keys() == trainable(model).keys()
+    assert state_of("tuned", model.state_dict(), model).keys() == trainable(model).keys()
+
+
+def test_models_that_differ_elsewhere_are_refused() -> None:
+    """What has no gradient is not changed, and would be left of the other model in silence."""
+    model = tiny.llama()
+    tuned = tuned_of(model)
+    model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"Found that `lm_head.weight` differs"):
+        TaskVectorNegation().change(model, {"tuned": tuned})
+    with torch.no_grad():
+        tuned.lm_head.weight.copy_(model.lm_head.weight)
+    assert "lm_head.weight" not in TaskVectorNegation().displacement(model, {"tuned": tuned})

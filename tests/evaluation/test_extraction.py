@@ -1,0 +1,118 @@
+"""Extraction strength against greedy generation from every prefix."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from geffect.data.collate import collate
+from geffect.evaluation import extraction_strength
+from tests.utils import tiny
+
+
+def brute_force(model: nn.Module, batch: dict[str, Tensor], ends: set[int]) -> list[float]:
+    """1 - k/n with the smallest k from which greedy decoding says all of the rest."""
+    found = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        places = [i for i, label in enumerate(labels.tolist()) if label != -100 and i > 0]
+        if labels[places[-1]].item() in ends:
+            places = places[:-1]
+        answer = [ids[i].item() for i in places]
+        for k in range(len(answer) + 1):
+            said = ids[: places[0] + k].tolist()
+            while len(said) < places[-1] + 1:
+                with torch.no_grad():
+                    logits = model(input_ids=torch.tensor([said])).logits
+                said.append(logits[0, -1].argmax().item())
+            if said[places[0] :] == answer:
+                found.append(1 - k / len(answer))
+                break
+    return found
+
+
+def learnt(steps: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    model = tiny.llama(5)
+    batches = [tiny.batch(1), tiny.batch(2, rows=4), tiny.batch(7)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        for batch in batches[:2]:
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, batches
+
+
+@pytest.mark.parametrize("steps", [0, 12, 60])
+def test_one_forward_is_greedy_decoding(steps: int) -> None:
+    model, batches = learnt(steps)
+    ends = {int(batches[0]["labels"][0, -1])}
+    for own in (set(), ends):
+        found = extraction_strength(model, batches, ends=own)
+        expected = [value for batch in batches for value in brute_force(model, batch, own)]
+        assert found.tolist() == pytest.approx(expected) and len(found) == 10
+    assert np.ptp(found) > 0 or steps == 0
+
+
+def test_order_batching_and_padding_change_nothing() -> None:
+    model, batches = learnt(20)
+    model.train()
+    expected = extraction_strength(model, batches)
+    assert model.training and len(set(expected)) > 1
+    rows = [{n: v[i] for n, v in b.items()} for b in batches for i in range(len(b["labels"]))]
+    short = [{n: v[:7] for n, v in row.items()} for row in rows]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = extraction_strength(model, collate([rows[i] for i in order]))
+    assert shuffled.tolist() == expected[order].tolist()
+    padded = collate([*short, rows[0]])
+    apart = [extraction_strength(model, collate([row])).item() for row in short]
+    assert extraction_strength(model, padded)[:-1].tolist() == apart
+
+
+class Said(nn.Module):
+    """Says the same tokens whatever it is given."""
+
+    def __init__(self, tokens: list[int], ends: Any = None) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.generation_config = SimpleNamespace(eos_token_id=ends)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        said = torch.tensor([*self.tokens, 0]).expand(input_ids.shape)
+        return SimpleNamespace(logits=nn.functional.one_hot(said, 9).float())
+
+
+ROW = {"input_ids": torch.tensor([[1, 2, 3, 4, 5, 8]]),
+       "labels": torch.tensor([[-100, -100, 3, 4, 5, 8]])}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "strength", "with_end"),
+    [
+        ([0, 3, 4, 5, 8], 1.0, 1.0),
+        ([0, 3, 4, 0, 8], 0.0, 0.25),  # a wrong last token
+        ([0, 3, 0, 5, 8], 1 / 3, 0.5),
+        ([0, 0, 4, 5, 8], 2 / 3, 0.75),
+        ([0, 8, 8, 8, 8], 0.0, 0.25),  # ends at once: no match of what is left
+        ([0, 3, 4, 5, 0], 1.0, 0.0),
+        ([0, 0, 0, 0, 0], 0.0, 0.0),
+    ],
+)
+def test_counted_by_hand(said: list[int], strength: float, with_end: float) -> None:
+    for ends in (8, [8, 7]):
+        assert extraction_strength(Said(said, ends), ROW).item() == pytest.approx(strength)
+    ended = extraction_strength(Said(said, 8), ROW, include_end=True).item()
+    assert ended == extraction_strength(Said(said), ROW).item() == pytest.approx(with_end)
+
+
+def test_what_has_no_answer_is_refused() -> None:
+    alone = {**ROW, "labels": torch.tensor([[-100] * 5 + [8]])}
+    for batch in (alone, {**ROW, "labels": torch.full((1, 6), -100)}):
+        with pytest.raises(ValueError, match="Found none in sample 0"):
+            extraction_strength(Said([0] * 5, 8), batch)
+    assert extraction_strength(Said([0, 0, 0, 0, 8], 8), alone, include_end=True).item() == 1.0
+    packed = {**ROW, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]])}
+    with pytest.raises(ValueError, match="one answer a row"):
+        extraction_strength(Said([0] * 5), packed)
