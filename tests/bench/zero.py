@@ -1,4 +1,4 @@
-"""How far bfloat16 is from float32 under DeepSpeed ZeRO, and under DDP: `python -m tests.bench.zero`.
+"""How far bfloat16 is from float32 under ZeRO and DDP: `python -m tests.bench.zero`.
 
 One recorded and rectified step of SGD on two processes. Of the Gram matrices the largest error is
 told, in terms of |a| |b|; of the step its distance from that of float32, in terms of its length.
