@@ -1,19 +1,22 @@
 """`geffect demo`: the study, on the embedded model or a pretrained one, with its report."""
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .command import Apart, Needs, check_together
+from .command import Apart, Needs, Rule, check_together
+from .fields import texts_given
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
-from .options import whole
+from .options import choice, whole
 from .terminal import say, say_marked, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from geffect.demo.family_study import FamilyPlan
     from geffect.demo.pretrained import Pretrained
     from geffect.demo.study import Plan
 
@@ -21,15 +24,27 @@ PRETRAINED_METHODS = ("ga",)
 """A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
 
 
+class DataName(StrEnum):
+    """Data that a study is told of by name."""
+
+    edu_relat = "edu_relat"
+
+
 COMMAND = CommandOfObjectives
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Needs("--layers", "--model"),
     Needs("--lora", "--model"),
     Apart("--layers", "--lora"),
     Apart("--quick", "--model"),
     Apart("--variants", "--all-variants"),
     Apart("--resume", "--overwrite"),
+    Needs("--data", "--data-folder"),
+    Needs("--data-folder", "--data"),
+    *(
+        Apart("--data", other)
+        for other in ("--methods", "--quick", "--all-variants", "--controls", "--model")
+    ),
 )
 
 
@@ -81,6 +96,14 @@ def command(
         int | None,
         typer.Option(parser=whole(1), metavar="RANK", help="Train only adapters of --model."),
     ] = None,
+    data: Annotated[
+        DataName | None,
+        choice("--data", DataName, "Study these data instead of generated ones"),
+    ] = None,
+    data_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder of --data, with its JSON files."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +129,11 @@ def command(
 
     check_together(ctx, RULES)
     console = terminal()
+    if data is not None and data_folder is not None:
+        _study_family(
+            out, _family_plan(ctx, data_folder, seeds, workers, resume, overwrite), console
+        )
+        return
     named = () if methods is None else tuple(name.strip() for name in methods.split(","))
     try:
         subject = None if model is None else _subject(model, layers, lora)
@@ -166,6 +194,46 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
         say_marked(console, *mark, said)
     seconds = summary["wall_seconds"]["total"]
     say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
+
+
+def _family_plan(
+    ctx: typer.Context,
+    folder: Path,
+    seeds: str,
+    workers: int | None,
+    resume: bool,
+    overwrite: bool,
+) -> "FamilyPlan":
+    """The plan of a study of the family in a folder; one seed."""
+    from geffect.demo.family_study import FamilyPlan
+
+    try:
+        if texts_given(ctx):
+            raise ValueError(
+                "Options of objectives should be given with --methods. Found them with --data, "
+                f"which has none: {', '.join(texts_given(ctx))}. Leave them out."
+            )
+        numbers = _whole_numbers(seeds)
+        if len(numbers) > 1:
+            raise ValueError(
+                f"`--seeds` should be one seed with --data. Found `{seeds}`. Run the command for "
+                "each seed, with a folder of its own as --out."
+            )
+        return FamilyPlan(folder, numbers[0], workers or 2, resume, overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _study_family(out: Path, plan: "FamilyPlan", console: "Console") -> None:
+    """Run the study of the family, write its page, and say where that is."""
+    from geffect.demo.family_page import write_page
+    from geffect.demo.family_study import run_family
+
+    from .progress import shown
+
+    with shown(plan.weight, console) as report:
+        summary = run_family(out, plan, report)
+    say(console, f"{summary['wall_seconds']:.0f} s. Open {write_page(summary, out)}")
 
 
 def _subject(model: Path, layers: str | None, lora: int | None) -> "Pretrained":

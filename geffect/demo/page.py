@@ -191,7 +191,7 @@ def best(runs: pd.DataFrame) -> str:
                 f"{in_markdown(least['variant'])} ({COLUMNS[name][1].format(least[name])})"
             )
         lines.append(cells)
-    return _markdown(["method", "retain QA", *LOWEST.values(), *NEAREST.values()], lines)
+    return markdown(["method", "retain QA", *LOWEST.values(), *NEAREST.values()], lines)
 
 
 def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
@@ -204,7 +204,7 @@ def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for name, variant in variants.items()
     ]
-    return _markdown(["variant", "what is stepped", "learning rate", "of `Rectifier`"], lines)
+    return markdown(["variant", "what is stepped", "learning rate", "of `Rectifier`"], lines)
 
 
 def _finding(finding: Mapping[str, Any]) -> str:
@@ -222,7 +222,7 @@ def _single(found: Iterable[Row]) -> str:
         for row in found
     ]
     headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in SINGLE))]
-    return _markdown(headings, lines)
+    return markdown(headings, lines)
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:
@@ -234,7 +234,7 @@ def _folded(title: str, text: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{text}\n</details>"
 
 
-def _markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     shown = [headings, ["---"] * len(headings), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"
 

@@ -1,0 +1,54 @@
+"""Correlations against those of scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from geffect.evaluation.correlation import correlation, ranks
+
+
+@pytest.mark.parametrize("count", [4, 5, 20, 300])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e9])
+def test_r_and_its_interval_are_those_of_scipy(count: int, scale: float) -> None:
+    rng = np.random.default_rng(count)
+    x = rng.normal(size=count)
+    y = scale * (x + rng.normal(size=count))
+    found, known = correlation(x, y), stats.pearsonr(x, y)
+    low, high = known.confidence_interval(0.95)
+    assert (found.r, found.low, found.high) == pytest.approx((known.statistic, low, high))
+    assert found.count == count
+    narrower = correlation(x, y, level=0.5)
+    assert found.low < narrower.low < found.r < narrower.high < found.high
+
+
+def test_very_small_and_very_large_numbers_vary_too() -> None:
+    x, y = np.array([1.0, 2.0, 3.0, 5.0]), np.array([2.0, 1.0, 4.0, 6.0])
+    expected = correlation(x, y).r
+    for scale in (1e-250, 1e250):
+        assert correlation(scale * x, y).r == pytest.approx(expected)
+
+
+def test_ranks_are_those_of_scipy() -> None:
+    values = np.random.default_rng(0).integers(0, 6, size=40).astype(float)
+    assert ranks(values).tolist() == (stats.rankdata(values) - 1).tolist()
+
+
+@pytest.mark.parametrize(("x", "y"), [([1.0], [2.0]), ([], []), ([1, 2, 3, 4], [5, 5, 5, 5])])
+def test_what_does_not_vary_has_no_correlation(x: list[float], y: list[float]) -> None:
+    assert math.isnan(correlation(x, y).r)
+
+
+def test_a_few_pairs_have_no_interval() -> None:
+    found = correlation([1, 2, 3], [1, 3, 2])
+    assert found.r == pytest.approx(0.5) and math.isnan(found.low)
+    assert math.isnan(correlation([1, 2, 3, 4], [2, 4, 6, 8]).high)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [1, 2, 3]), ([1, math.nan], [1, 2]), ([[1, 2]], [[1, 2]])]
+)
+def test_what_is_no_pair_of_columns_is_refused(x: list[float], y: list[float]) -> None:
+    with pytest.raises(ValueError, match="as many finite numbers each"):
+        correlation(x, y)
