@@ -2,6 +2,9 @@
 # make test   set everything up and run ruff, mypy and pytest on all cores; ten minutes on two
 # make study  every method in every variant with its controls, three seeds, into runs/study, and
 #             from there docs/study.md with its picture; hours on two cores
+# make edu_relat DATA=DIR
+#             the study of the family whose data are in DIR, into runs/edu_relat, and from there
+#             docs/edu_relat.md; five minutes on two cores
 # make stress a writer killed, and a training of every kind interrupted, more than two hundred times
 # make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
 # make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
@@ -14,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test types suite stress fuzz bench clean
+.PHONY: demo study edu_relat test types suite stress fuzz bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -23,6 +26,10 @@ study: $(VENV)/installed
 	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants --controls $(ARGS)
 	cp runs/study/study.md docs/study.md
 	cp runs/study/figures/tradeoff.png docs/images/tradeoff.png
+
+edu_relat: $(VENV)/installed
+	$(BIN)/geffect demo --data edu_relat --data-folder $(DATA) --out runs/edu_relat $(ARGS)
+	cp runs/edu_relat/edu_relat.md docs/edu_relat.md
 
 test:
 	$(MAKE) --no-print-directory --jobs=2 types suite

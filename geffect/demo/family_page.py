@@ -50,9 +50,17 @@ follow from what the model still answers, or until the last step. Two moments ar
 the target itself is not answered any more, and the end.
 
 **Effects** are predicted changes e = -<grad R, displacement> of every applied step, summed over
-the steps: in {unit}, positive where the risk falls. R is the risk of a group of facts: the minimal
-set without the target, the other facts that one rule instance holds together with the target
-(near), {sampled} of the other relationships (rest), and {sampled} biographies.
+the steps: in {unit}, positive where the risk falls. R is the risk of a group of facts:
+the minimal set without the target, the other facts that one rule instance holds together with the
+target (near), {sampled} of the other relationships (rest), and {sampled} biographies.
+"""
+
+READ = """\
+A claim holds where the whole interval has the sign that it says: a risk that rises has a negative
+effect, so that is a negative correlation for recall, and a positive one for accuracy. Two things
+enter by construction. The target itself is in its minimal set, so that recall is at least one over
+the size of the set once it is lost. And runs that have succeeded stop, so that those with the
+lowest recall at the end are those that went on longest.
 """
 
 RESTORED = """\
@@ -170,11 +178,7 @@ def _claims(targets: Sequence[Mapping[str, Any]]) -> str:
 def _few(targets: Sequence[Mapping[str, Any]]) -> str:
     deep = sum(target["points"][END]["succeeded"] for target in targets)
     lost = sum(LOST in target["points"] for target in targets)
-    return (
-        f"Of {len(targets)} targets {lost} were lost and {deep} unlearned deeply. Recall and "
-        "accuracy fall with the effect where a claim holds: a negative correlation for recall, a "
-        "positive one for accuracy."
-    )
+    return f"Of {len(targets)} targets {lost} were lost and {deep} unlearned deeply. {READ}"
 
 
 def _layers(targets: Sequence[Mapping[str, Any]]) -> str:
