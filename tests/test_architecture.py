@@ -84,7 +84,7 @@ FORBIDDEN = {
     "projection": ["store", "capture"],
     "plots": ["analysis", "store"],
     "analysis": ["capture", "projection"],
-    "edits": ["capture", "store", "projection", "analysis"],
+    "edits": ["capture", "store", "analysis"],
 }
 
 HEAVY = ["torch", "matplotlib", "pandas", "transformers", "h5py"]

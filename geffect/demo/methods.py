@@ -166,7 +166,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def _by_gain(gain: float, radius: float | None) -> Variant:
+def _by_gain(gain: float, radius: float | None, duration: float = 1.0) -> Variant:
     within = "the length of the step down the retain gradient" if radius is None else f"{radius:g}"
     return Variant(
         f"HAMU: a step of gradient descent that forgets by {gain:g} nats, at the least retain cost "
@@ -174,6 +174,7 @@ def _by_gain(gain: float, radius: float | None) -> Variant:
         partial(_hamu, gain=gain, **({} if radius is None else {"radius": radius})),
         {"ema": 1.0},
         learning_rates=(1.0, 0.5, 2.0),
+        duration=duration,
         adds_retain=True,
         optimizer="SGD",
     )
@@ -184,8 +185,8 @@ def _one_shot(summary: str, **options: Any) -> Variant:
         f"RepSelect, single shot: gradient descent along one gradient, collapsed: {summary}",
         _no_rule,
         options,
-        learning_rates=(0.05, 0.025, 0.1),
-        duration=3.0,
+        learning_rates=(0.5, 0.25, 1.0),
+        duration=5.0,
         optimizer="SGD",
         whole=True,
     )
@@ -193,8 +194,9 @@ def _one_shot(summary: str, **options: Any) -> Variant:
 
 RIVALS: dict[str, Variant] = {
     "hamu": _by_gain(0.1, None),
-    "hamu-wide": _by_gain(0.1, 0.3),
-    "hamu-slow": _by_gain(0.02, 0.1),
+    "hamu-fast": _by_gain(0.1, 0.3),
+    "hamu-even": _by_gain(0.05, 0.5, duration=2.0),
+    "hamu-slow": _by_gain(0.02, 0.1, duration=8.0),
     "gu": Variant(
         "GU: AdamW's own step, the nearest in its metric that harms none of the last retain "
         "gradients",

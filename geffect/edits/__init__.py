@@ -4,6 +4,7 @@ from .base import Data, Edit, Outcome
 from .catalogue import CATALOGUE, as_edit, named, options_of
 from .change import Change
 from .mixing import Calibration, Mixing, calibrated
+from .repselect import RepSelect
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
 
@@ -17,6 +18,7 @@ __all__ = [
     "Edit",
     "Mixing",
     "Outcome",
+    "RepSelect",
     "TaskVectorNegation",
     "as_edit",
     "calibrated",

@@ -8,6 +8,7 @@ from geffect.near import meant
 
 from .base import Edit
 from .mixing import Mixing
+from .repselect import RepSelect
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
 
@@ -16,6 +17,7 @@ CATALOGUE: Mapping[str, Edit] = {
     "lfssd": LFSSD(),
     "negation": TaskVectorNegation(),
     "mix": Mixing(),
+    "repselect": RepSelect(),
 }
 
 

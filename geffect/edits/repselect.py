@@ -1,0 +1,133 @@
+"""RepSelect in a single shot: one step up the forget loss, without what it shares with other text.
+
+The public code is filyp/RepSelect, whose single-shot version this is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import inf
+
+from torch import Tensor, nn
+
+from geffect.batch import Batch
+from geffect.layers import trainable
+from geffect.projection import Collapse
+from geffect.projection.collapse import Basis, Side, Strength
+from geffect.risk import RiskSet, as_batches, nll
+from geffect.sources import FORGET, RETAIN
+
+from .base import Data, Edit, Outcome
+from .importance import mean_importance
+from .options import check_option, is_count, is_number, patterns
+from .task_vector import check_weights
+
+
+@dataclass(frozen=True)
+class RepSelect(Edit):
+    """RepSelect: theta + length G' / |G'|, G' the forget gradient, each matrix of it collapsed.
+
+    G is the gradient of the NLL, a mean over batches of token means, of each matrix; G' is G after
+    `geffect.projection.Collapse` on the top k singular directions of the gradient of the basis.
+    |G'| is over all matrices together. Public code takes the same step again and again, until the
+    model is disrupted by a budget: choose `length` by that. The adapters that it may train before,
+    so that more is found to be removed, are left out.
+
+    - `k`: how many directions; where it is not given an eighth of the smaller side of each matrix.
+    - `side`: "input", "output" or "both".
+    - `basis`: whose gradient the directions are of, "forget" or "retain".
+    - `strength`: "hard", "soft" or "quadratic".
+    - `length`: |D|, in the unit of the parameters; 1 by default.
+    - `include`: patterns of the names of parameters, with commas between them; the matrices among
+      them change. By default those of MLPs.
+
+    Factors of adapters are refused: merge the adapter first.
+
+    >>> RepSelect(k=8, side="input", basis="retain", strength="hard").sets
+    ('forget', 'retain')
+    """
+
+    k: int | None = None
+    side: Side = "both"
+    basis: Basis = "forget"
+    strength: Strength = "soft"
+    length: float = 1.0
+    include: str = "*mlp*"
+
+    def __post_init__(self) -> None:
+        if self.k is not None:
+            check_option(self, "k", is_count(self.k), "a whole number from 1 on")
+        finite = is_number(self.length) and 0 < self.length < inf
+        check_option(self, "length", finite, "a positive number")
+        self._collapse(self.k or 1)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        return (FORGET,) if self.basis == "forget" else (FORGET, RETAIN)
+
+    @property
+    def source(self) -> str:
+        return "code filyp/RepSelect"
+
+    def outcome(self, model: nn.Module, data: Data) -> Outcome:
+        parameters = trainable(model)
+        check_weights(parameters, type(self).__name__)
+        names = self._matrices(parameters)
+        forget, *others = [_gradient(model, data[name], names) for name in self.sets]
+        (basis,) = others or (forget,)
+        turned = _input_first(model)
+        collapsed = {
+            name: self._collapsed(forget[name], basis[name], turned=id(parameters[name]) in turned)
+            for name in names
+        }
+        total = sum(x.square().sum().item() for x in collapsed.values()) ** 0.5
+        if not 0.0 < total < inf:
+            raise ValueError(
+                "The forget gradient of RepSelect should leave something when it is collapsed. "
+                f"Found a length of {total}. Give other data, or choose fewer directions."
+            )
+        values = {
+            name: parameters[name].detach().double() + self.length / total * x
+            for name, x in collapsed.items()
+            if x.any()
+        }
+        lengths = {name: x.norm().item() / total for name, x in collapsed.items()}
+        return Outcome(values, {"matrices": len(names), "share_of_length": lengths})
+
+    def _collapse(self, k: int) -> Collapse:
+        return Collapse(k, self.side, self.basis, self.strength)
+
+    def _collapsed(self, gradient: Tensor, basis: Tensor, *, turned: bool) -> Tensor:
+        collapse = self._collapse(self.k or max(1, min(gradient.shape) // 8))
+        return collapse(gradient.mT, basis.mT).mT if turned else collapse(gradient, basis)
+
+    def _matrices(self, parameters: dict[str, Tensor]) -> list[str]:
+        """The names of what changes."""
+        found = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.ndim == 2
+            and any(fnmatchcase(name, pattern) for pattern in patterns(self.include))
+        ]
+        if not found:
+            raise ValueError(
+                "`include` of RepSelect should have patterns of names of matrices. Found "
+                f"{self.include!r}, which none has, of names such as `{next(iter(parameters))}`. "
+                "Pass others."
+            )
+        return found
+
+
+def _gradient(model: nn.Module, batches: RiskSet, names: Sequence[str]) -> dict[str, Tensor]:
+    """The mean gradient of the NLL, in float64."""
+    every: Sequence[Batch] = [*as_batches(batches)]
+    return mean_importance(model, every, nll, lambda gradient: gradient, names)
+
+
+def _input_first(model: nn.Module) -> set[int]:
+    """The weights, by identity, that are stored with their input side first, as in GPT-2."""
+    return {
+        id(module.weight)
+        for module in model.modules()
+        if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor)
+    }
