@@ -16,6 +16,7 @@ from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.edits import Change, Edit, as_edit, options_of
 from geffect.interrupts import put_back_after
+from geffect.layers import trainable
 from geffect.risk import RiskSet, mean_nll, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
@@ -147,7 +148,10 @@ def record_edit(
     - `risks`: batches by name, "forget" and "retain" among them.
     - `edit`: for the manifest.
     - `metadata`, `store`: as for `geffect.Recorder`.
+
+    Raises ValueError for a change that is made already, or of another model.
     """
+    _check_unmade(model, change)
     recording = Recording(
         model,
         path,
@@ -195,6 +199,21 @@ def _after(model: nn.Module, change: Change, risks: Mapping[str, RiskSet]) -> di
         return {name: mean_nll(model, batches) for name, batches in risks.items()}
 
     return put_back_after(measured, change.revert)
+
+
+def _check_unmade(model: nn.Module, change: Change) -> None:
+    """Refuse a change whose gradients would be taken elsewhere than at the parameters before it."""
+    own = list(map(id, trainable(model).values()))
+    if own != list(map(id, change.parameters.values())):
+        raise ValueError(
+            "`change` should be of `model`. Found one of another model, or of other parameters "
+            "than those that require a gradient now. Make it by edit.change(model, data)."
+        )
+    if change.made:
+        raise ValueError(
+            "`change` should not be made yet: its effects are told at the parameters before it. "
+            "Found that it is. Call change.revert() before, and change.apply() afterwards."
+        )
 
 
 def _described(edit: Edit | None, change: Change) -> dict[str, Any]:

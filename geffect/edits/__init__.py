@@ -3,6 +3,7 @@
 from .base import Data, Edit, Outcome
 from .catalogue import CATALOGUE, as_edit, named, options_of
 from .change import Change
+from .linear import ClosedFormLinear, derived_input, layer_inputs
 from .mixing import Calibration, Mixing, calibrated
 from .repselect import RepSelect
 from .ssd import LFSSD, SSD
@@ -14,6 +15,7 @@ __all__ = [
     "SSD",
     "Calibration",
     "Change",
+    "ClosedFormLinear",
     "Data",
     "Edit",
     "Mixing",
@@ -22,6 +24,8 @@ __all__ = [
     "TaskVectorNegation",
     "as_edit",
     "calibrated",
+    "derived_input",
+    "layer_inputs",
     "named",
     "options_of",
 ]

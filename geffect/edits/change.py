@@ -72,6 +72,11 @@ class Change:
         return {name: _difference(after, self._before[name]) for name, after in self._after.items()}
 
     @property
+    def made(self) -> bool:
+        """Whether the model has the new values now."""
+        return self._made
+
+    @property
     def vector(self) -> Vector:
         """D as a gradient is given: a tensor a parameter, None where nothing changes."""
         return [self.displacement.get(name) for name in self.parameters]

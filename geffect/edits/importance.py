@@ -50,6 +50,12 @@ def mean_importance(
                     sums[name] += of(dense(parameter.grad).double())
             for parameter in parameters.values():
                 parameter.grad = None
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ValueError(
+                f"Gradients of an importance should be finite. Found NaN or infinity for `{name}`. "
+                "See whether the model is finite, and whether its losses are, in its precision."
+            )
     return {name: total / len(batches) for name, total in sums.items()}
 
 

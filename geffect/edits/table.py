@@ -55,6 +55,10 @@ change.apply()  # or kept, until change.revert()
 Sets are data that an edit is made from, states other models, as `--state tuned=DIR` or
 `states={"tuned": folder}`.
 
+`ClosedFormLinear` is not in the list: it is made of inputs of one layer, which no file holds. From
+Python it is an edit like the others, `layer_inputs` takes the inputs from batches, and
+`derived_input` finds the one that brings a concept back that was erased (RECE).
+
 This page is written by `python -m geffect.edits.table > docs/edits.md`.
 """
 

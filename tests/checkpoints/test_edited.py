@@ -310,3 +310,15 @@ def test_mixing_of_checkpoints(run_folder: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor, second[name] if source else half.to(tensor))
     with pytest.raises(ValueError, match="changes none of its numbers"):
         geffect.edit(one, tmp_path / "1", Mixing(alpha=1), states={"before": two}, **SETS)
+
+
+def test_a_change_that_is_made_or_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = tiny.llama()
+    change = Nudge().apply(model, {})
+    with pytest.raises(ValueError, match="should not be made yet"):
+        record_edit(model, change, tmp_path / "run.h5", risks=SETS)
+    change.revert()
+    with pytest.raises(ValueError, match="should be of `model`"):
+        record_edit(tiny.llama(), change, tmp_path / "run.h5", risks=SETS)
+    assert not any(tmp_path.iterdir())
+    assert record_edit(model, change, tmp_path / "run.h5", risks=SETS).state == "complete"

@@ -220,3 +220,14 @@ def test_data_that_are_refused() -> None:
     for kind in (SSD(), LFSSD()):
         with pytest.raises(ValueError, match="an answer token"):
             kind.change(model, {**DATA, "forget": unscored})
+
+
+@pytest.mark.parametrize("kind", [SSD(alpha=1.1), LFSSD(alpha=1.1), SSD(fraction=0.1)])
+def test_gradients_that_are_not_finite_are_refused(kind: Edit) -> None:
+    """They would select nothing, or anything, in silence."""
+    for odd in (math.nan, math.inf):
+        model = tiny.llama()
+        with torch.no_grad():
+            model.lm_head.weight[0, 0] = odd
+        with pytest.raises(ValueError, match="Gradients of an importance should be finite"):
+            kind.change(model, DATA)
