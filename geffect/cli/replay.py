@@ -68,7 +68,8 @@ def command(
         typer.Option(
             metavar="DATA",
             help="JSONL with question and answer or messages (through the chat template), prompt "
-            "and completion or text (plain); or a folder that `datasets` saved.",
+            "and completion or text (plain); or a folder that `datasets` saved. Objectives of two "
+            "answers, such as dpo, take the other one from alternate.",
             show_default=False,
         ),
     ],

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from geffect.demo import language_model as lm
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
-from geffect.demo.corpus import Size, generate
+from geffect.demo.corpus import UNKNOWN, Size, generate
 from geffect.demo.findings import KEEPING, shares
 from geffect.demo.jobs import Kept, Unlearning
 from geffect.demo.methods import (
@@ -176,6 +176,23 @@ def test_what_is_drawn_of_a_set_does_not_depend_on_the_others(
         assert torch.equal(a["retain"]["input_ids"], b["retain"]["input_ids"])
     other = next(replace(data, seed=4).draws({"retain": 5}))["retain"]["input_ids"]
     assert not torch.equal(other, alone[0]["retain"]["input_ids"])
+
+
+def test_alternates_are_drawn_with_the_answers_to_the_same_questions() -> None:
+    corpus = generate(0, Size(authors=4, forget=1, heldout=1, world=4))
+    data = Data.of(corpus, lm.train_tokenizer(corpus), seed=3)
+    alone = islice(data.draws({"forget": 3}), 4)
+    both = islice(data.draws({"forget": 3}, ("forget", "forget.alternate")), 4)
+    for original, drawn in zip(alone, both, strict=True):
+        forget: Any = drawn["forget"]
+        assert torch.equal(forget["original"]["input_ids"], original["forget"]["input_ids"])
+        texts = [
+            [data.tokenizer.decode(row).split("<sep>") for row in forget[answer]["input_ids"]]
+            for answer in ("original", "alternate")
+        ]
+        for (asked, answer), (again, unknown) in zip(*texts, strict=True):
+            assert asked == again and answer != unknown
+            assert unknown.replace("<eos>", "").replace("<pad>", "").strip() in UNKNOWN
 
 
 def test_a_run_goes_on_until_both_levels_are_crossed(run: Unlearn) -> None:
