@@ -31,6 +31,11 @@ def are_right(
             "`answers` should be one text for each item. Found "
             f"{len(answers)} for {len(said)}. Pass the answers in the order of the items."
         )
+    if not all(answer.strip() for answer in answers):
+        raise ValueError(
+            "`answers` should be texts. Found an empty one, which stands in everything that is "
+            "said. Leave that question out."
+        )
     return [
         answer.strip().casefold() in tokenizer.decode(tokens).casefold()
         for tokens, answer in zip(said, answers, strict=True)
@@ -57,6 +62,10 @@ def greedy(
     >>> greedy(Next(), [item], end=6, longest=10)
     [[3, 4, 5]]
     """
+    if longest < 1:
+        raise ValueError(
+            f"`longest` should be at least 1. Found `longest = {longest}`. Pass, say, 10."
+        )
     questions = [_question(item, index) for index, item in enumerate(items)]
     device = next(model.parameters(), torch.empty(0)).device
     said: list[list[int]] = [[] for _ in questions]

@@ -23,6 +23,14 @@ class Rule:
     body: tuple[Triple, ...]
     head: Triple
 
+    def __post_init__(self) -> None:
+        bound = {variable for first, _, second in self.body for variable in (first, second)}
+        if not {self.head[0], self.head[2]} <= bound:
+            raise ValueError(
+                "The variables of the head should stand in the body of a rule. Found the head "
+                f"{self.head} and the body {self.body}. Bind each variable of the head."
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Closure:

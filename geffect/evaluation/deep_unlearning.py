@@ -50,6 +50,11 @@ def deep_unlearning(
     Of several maximisers M* is the one with the highest accuracy, then the smallest, then the
     first. Minimal sets are a sample, so that recall is a lower bound. From arXiv 2410.15153.
     """
+    if not target.minimal_sets:
+        raise ValueError(
+            f"`target` should have minimal sets. Found none for the fact {target.fact}. Take some "
+            "from geffect.evaluation.minimal_sets."
+        )
     right = _flags("relationships_right", relationships_right, len(family.relationships))
     kept = _flags("biographies_right", biographies_right, len(family.biographies))
     before = right | True

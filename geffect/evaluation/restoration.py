@@ -35,7 +35,7 @@ def recovery(
 
     Sums are in float64. Raises ValueError where the models do not have the same tensors, or where
     clean and corrupted do not differ: there is then nothing to recover. A layer that corruption
-    has not changed has NaN. From RESTOR (arXiv 2411.00204).
+    has not changed has NaN, and one with numbers that are none. From RESTOR (arXiv 2411.00204).
 
     >>> clean, corrupted, halfway = (nn.Linear(1, 1, bias=False) for _ in range(3))
     >>> for model, weight in ((clean, 0.0), (corrupted, 4.0), (halfway, 2.0)):
@@ -89,7 +89,9 @@ def _of(products: Tensor) -> Recovery:
     length = (gone * way) ** 0.5
     nothing = float("nan")
     return Recovery(
-        cosine=max(-1.0, min(1.0, inner / length)) if length else nothing,
+        cosine=float(torch.tensor(inner / length, dtype=torch.float64).clamp(-1.0, 1.0))
+        if length
+        else nothing,
         residual=(left / way) ** 0.5 if way else nothing,
     )
 

@@ -115,3 +115,11 @@ def test_answers_are_one_an_item() -> None:
     tokenizer: Any = make_tokenizer(TURNS)
     with pytest.raises(ValueError, match="Found 1 for 2"):
         are_right(tiny.llama(), tokenizer, items(2), ["Ada"], longest=1)
+
+
+def test_an_empty_answer_and_no_token_are_refused() -> None:
+    tokenizer: Any = make_tokenizer(TURNS)
+    with pytest.raises(ValueError, match="Found an empty one"):
+        are_right(tiny.llama(), tokenizer, items(2), ["Ada", " "], longest=1)
+    with pytest.raises(ValueError, match="Found `longest = 0`"):
+        greedy(tiny.llama(), items(1), end=None, longest=0)

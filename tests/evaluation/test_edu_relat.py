@@ -206,6 +206,15 @@ def test_flags_that_are_none_are_refused(flags: Any) -> None:
         deep_unlearning(family, family.targets[0], flags, [True, True])
 
 
+def test_a_target_without_minimal_sets_and_a_rule_without_body_are_refused() -> None:
+    family = small_family()
+    target = replace(family.targets[0], minimal_sets=())
+    with pytest.raises(ValueError, match="Found none for the fact 3"):
+        deep_unlearning(family, target, [True] * 4, [True] * 2)
+    with pytest.raises(ValueError, match="should stand in the body"):
+        Rule((), (0, "wife", 1))
+
+
 # The data themselves
 
 
@@ -293,8 +302,8 @@ def test_a_folder_without_the_data_is_refused(tmp_path: Path) -> None:
         ("relationships.json", lambda rows: [{**rows[0], "object": -1}], "a person 69 or -1"),
         ("relationships.json", lambda rows: [{**rows[0], "object": [1]}], "[1] for a number"),
         ("biographies.json", lambda rows: [{**rows[0], "qa_main": {}}], "KeyError: 'question'"),
-        ("rules.json", lambda rows: [{**rows[0], "head": [0, "wife", 7]}], "no body binds"),
-        ("rules.json", lambda rows: [{**rows[0], "body": []}], "no body binds"),
+        ("rules.json", lambda rows: [{**rows[0], "head": [0, "wife", 7]}], "stand in the body"),
+        ("rules.json", lambda rows: [{**rows[0], "body": []}], "stand in the body"),
         ("targets.json", lambda rows: [{**rows[0], "fact_id": 1}], "for the target 1"),
         ("targets.json", lambda rows: [{**rows[0], "minimal_sets": []}], "no minimal set"),
         (

@@ -95,6 +95,15 @@ def test_tied_tensors_count_once() -> None:
     assert report.residual == pytest.approx(((u - c).norm() / (k - c).norm()).item())
 
 
+def test_numbers_that_are_none_recover_nothing() -> None:
+    clean = tiny.llama()
+    corrupted, broken = moved(clean, 1), moved(clean, 2)
+    with torch.no_grad():
+        next(iter(trainable(broken).values())).fill_(float("nan"))
+    report = recovery(clean, corrupted, broken)["model"]
+    assert math.isnan(report.cosine) and math.isnan(report.residual)
+
+
 def test_states_that_do_not_compare_are_refused() -> None:
     clean = tiny.llama()
     with pytest.raises(ValueError, match="Found the same parameters"):
