@@ -67,9 +67,8 @@ def recorded(
 ARCHITECTURES = ["llama", "gpt2", "qwen2", "mixtral", "nanogpt", "t5", "vit", "cnn", "lstm"]
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradients_are_those_of_tensors_to_the_bit(name: str, way: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_tensors_to_the_bit(name: str, tmp_path: Path) -> None:
     sides = ("forget", "retain", "world")
     batches = {side: batch_for(name, seed) for seed, side in enumerate(sides)}
     objectives: list[Any] = [{"forget": -1.0}, {"forget": -1.0, "retain": 0.5}]
@@ -80,13 +79,15 @@ def test_gradients_are_those_of_tensors_to_the_bit(name: str, way: str, tmp_path
             risks = {s: partial(loss_of, name, model, batch) for s, batch in batches.items()}
             return {"objective": objective, **risks}
 
-        paths = (tmp_path / f"{number} {which}.h5" for which in "ab")
-        expected = recorded(model, as_tensors(functions(), model), next(paths), update=update)
-        model.zero_grad()
-        found = recorded(model, WAYS[way](functions(), model), next(paths), update=update)
-        assert np.array_equal(found[0], expected[0], equal_nan=True)
-        assert same(found[1], expected[1])
-        assert found[2] == expected[2]
+        path = tmp_path / f"{number} tensors.h5"
+        expected = recorded(model, as_tensors(functions(), model), path, update=update)
+        for way, given in WAYS.items():
+            model.zero_grad()
+            path = tmp_path / f"{number} {way}.h5"
+            found = recorded(model, given(functions(), model), path, update=update)
+            assert np.array_equal(found[0], expected[0], equal_nan=True), way
+            assert same(found[1], expected[1]), way
+            assert found[2] == expected[2], way
 
 
 class Dropped(nn.Module):
@@ -131,14 +132,14 @@ def functions_of(model: nn.Module, step: int, *, objective: Any, world: bool = T
 def trained(
     path: Path | None, way: str, objective: Any, rectifier: Any, *, micro: int = 1, **how: Any
 ) -> dict[str, Tensor]:
-    """Three steps with dropout; the model, the optimizer and random numbers after them."""
+    """Two steps with dropout; the model, the optimizer and random numbers after them."""
     model = Dropped()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     torch.manual_seed(1)
     placed = {} if rectifier in (None, {}) else {"optimizer": optimizer}
     rectifies = None if rectifier is None else Rectifier(model, **rectifier, **placed)
     recorder = None if path is None else Recorder(model, path, **how)
-    for step in range(3):
+    for step in range(2):
         for part in range(micro):
             losses = functions_of(
                 model, step + 100 * part, objective=objective, world=recorder is not None
@@ -171,7 +172,7 @@ def assert_alike(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> No
     assert [name for name, x in some.items() if not torch.equal(x, others[name])] == []
 
 
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("update", [False, True])
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -203,13 +203,17 @@ def test_the_update_is_rectified_as_under_ddp(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [("adamw", ALL), ("sgd", ["stage 1", "stage 2, offload", "stage 3"])],
+    ids=["adamw", "sgd"],
+)
 def test_windows_of_micro_batches_are_rectified_as_under_ddp(
-    optimizer: str, tmp_path: Path
+    optimizer: str, settings: list[str], tmp_path: Path
 ) -> None:
     windows = {"clip": 0.5, "windows": (3, 2)}
     jobs = {space: {**windows, "rectified": {"space": space}} for space in ("gradient", "update")}
-    assert_same(tmp_path, jobs, optimizer=optimizer)
+    assert_same(tmp_path, jobs, settings, optimizer)
 
 
 def in_half_precision(folder: Path) -> None:
