@@ -1,6 +1,7 @@
 """Trainers of tiny models, and one that notes what goes on inside of it."""
 
 import copy
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, imports
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, imports, other
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -17,6 +18,9 @@ from tests.utils import tiny
 
 # Every Trainer asks for some twenty packages, each time on the disk.
 imports._is_package_available = cache(imports._is_package_available)
+# It asks whether a model is an engine: where nobody has loaded DeepSpeed, none is. Loading it would
+# have us, too, look for engines from then on.
+other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 def samples(count: int = 5, seed: int = 0) -> list[dict[str, Tensor]]:
