@@ -1,5 +1,6 @@
 """The callback and `rectify` under DeepSpeed: two processes, against DDP and against themselves."""
 
+import math
 import os
 import re
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from transformers import Trainer
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.trainers import GEffectCallback, rectify
@@ -84,10 +86,19 @@ def small() -> Any:
     return model
 
 
+class Overflowing(Trainer):
+    """The loss of its second step is infinite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * (
+            math.inf if self.state.global_step == 1 else 1
+        )
+
+
 def watched(stage: str, case: str, folder: Path, *callbacks: Any, **options: Any) -> Any:
-    resume = options.pop("resume", None)
+    resume, kind = options.pop("resume", None), options.pop("kind", Trainer)
     trainer = trainers.trainer(
-        folder, small(), *callbacks, data=trainers.samples(8),
+        folder, small(), *callbacks, data=trainers.samples(8), kind=kind,
         **told(stage, folder, **WATCHED[case] | options),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -159,6 +170,8 @@ def resumed_or_refused(folder: Path) -> Any:
         resumed = end(through(own, beside(own), resume=resume, **saving))
         own = own / "straight"
         said[stage] = resumed, end(through(own, beside(own), **STEPS))
+    overflows = GEffectCallback(folder / "overflow.h5", probes=PROBES)
+    watched("stage 3", "adamw", folder, overflows, kind=Overflowing)
     return said | refusals(folder)
 
 
@@ -263,6 +276,15 @@ def test_a_training_that_was_resumed_ends_and_is_recorded_as_one_that_did_not_st
         assert again.steps.tolist() == straight.steps.tolist() == [0, 1, 2, 3]
         np.testing.assert_array_equal(again.gram(), straight.gram())
         assert all(np.isfinite(again.gram()[1:]).ravel())
+
+
+@pytest.mark.usefixtures("more")
+def test_a_step_that_an_engine_skips_is_marked(folder: Path) -> None:
+    run = open_run(folder / "overflow.h5")
+    assert run.column("skipped").tolist() == [0, 1, 0, 0]
+    own = [run.sources.index(source) for source in ("objective", "update")]
+    assert np.isnan(run.gram()[1][:, own, own]).all()
+    assert np.isfinite(run.gram()[[0, 2, 3]]).all()
 
 
 def test_what_cannot_be_had_is_refused(more: Any, folder: Path) -> None:
