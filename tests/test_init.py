@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, is_typeddict
 
 import pytest
 
@@ -56,7 +56,8 @@ def public() -> Iterator[tuple[str, Callable[..., Any]]]:
         listed = getattr(module, "__all__", [n for n in vars(module) if not n.startswith("_")])
         for name, found in ((name, getattr(module, name)) for name in listed):
             ours = getattr(found, "__module__", "").startswith("geffect") and callable(found)
-            if not ours or found is geffect.RunFileError:  # as any error, which has no signature
+            # Errors have no signature, and neither have the keywords of a function as a type.
+            if not ours or found is geffect.RunFileError or is_typeddict(found):
                 continue
             yield f"{module.__name__}.{name}", found
             for method, function in inspect.getmembers(found, inspect.isroutine):
