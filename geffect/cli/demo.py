@@ -60,8 +60,9 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,NAME,...",
-            help=f"Some of {CATALOGUED}, with commas between them; ga, wga, npo, graddiff, npo+gd "
-            "if left out, ga of a quick study or a pretrained model.",
+            help=f"Some of {CATALOGUED}, with commas between them, or all for every objective in the "
+            "variants plain, gru-update, gru-coordinate, select; ga, wga, npo, graddiff, npo+gd if "
+            "left out, ga of a quick study or a pretrained model.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
@@ -124,7 +125,7 @@ def command(
     Nothing is downloaded. DIR then holds a run file for each method and variant, summary.json,
     equal_forgetting.csv, figures, and report.html, which opens offline.
     """
-    from geffect.demo.methods import METHODS, RETAIN_SETS, RIVALS, VARIANTS
+    from geffect.demo.methods import METHODS, OF_ALL, RETAIN_SETS, RIVALS, VARIANTS
     from geffect.demo.study import QUICK_METHODS, Plan, whole
 
     check_together(ctx, RULES)
@@ -134,7 +135,12 @@ def command(
             out, _family_plan(ctx, data_folder, seeds, workers, resume, overwrite), console
         )
         return
-    named = () if methods is None else tuple(name.strip() for name in methods.split(","))
+    named = _names(methods)
+    in_variants = _names(variants)
+    if named == ("all",):
+        from geffect.objectives import CATALOGUE
+
+        named, in_variants = tuple(CATALOGUE), in_variants or (() if all_variants else OF_ALL)
     try:
         subject = None if model is None else _subject(model, layers, lora)
         chosen = named or (PRETRAINED_METHODS if subject else QUICK_METHODS if quick else METHODS)
@@ -154,7 +160,7 @@ def command(
             variants=subject.paced(VARIANTS) if subject else VARIANTS,
             retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,
             rivals=subject.paced(RIVALS) if subject else RIVALS,
-            named=() if variants is None else tuple(name.strip() for name in variants.split(",")),
+            named=in_variants,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -170,6 +176,10 @@ def command(
             f"`{out}`. The same command with --resume goes on from there.",
         )
         raise typer.Exit(130) from None
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return () if given is None else tuple(name.strip() for name in given.split(","))
 
 
 def _study(out: Path, plan: "Plan", console: "Console") -> None:

@@ -235,6 +235,9 @@ RETAIN_SETS: dict[str, Variant] = {
 """Beside the variants above, which protect the authors alone: several retain sets."""
 
 
+OF_ALL = ("plain", "gru-update", "gru-coordinate", "select")
+"""The variants of a study of all objectives that names none."""
+
 EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rates", "retain sets"
 """What a run is there for: the comparison itself, or one of its controls."""
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from geffect.analysis import conflict, cosine, g_effect, predicted_change, viola
 from geffect.demo import figures
 from geffect.demo.config import QUICK
 from geffect.demo.jobs import Unlearning
-from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
-from geffect.demo.study import IN_A_LOOK
-from geffect.objectives import SimNPO
+from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec
+from geffect.demo.study import IN_A_LOOK, Plan
+from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
 from tests.utils import tiny
 from tests.utils.command_line import Ask
@@ -466,3 +467,14 @@ def assert_self_contained(page: str) -> None:
     assert not re.search(r"https?://|@import|<script|<link", page)
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page)
     assert not re.search(r"url\((?!data:)", page)
+
+
+def test_a_study_of_all_objectives(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr("geffect.cli.demo._study", lambda out, plan, console: plans.append(plan))
+    for further in ([], ["--variants", "plain"], ["--all-variants"]):
+        assert ask("demo", "--methods", "all", *further, "--out", tmp_path).code == 0
+    ran = [{(spec.method, spec.variant) for spec in plan.specs()} for plan in plans]
+    assert ran == [{*product(CATALOGUE, names)} for names in (OF_ALL, ("plain",), VARIANTS)]
