@@ -60,7 +60,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,NAME,...",
-            help=f"Some of {CATALOGUED}, with commas between them, or all for every objective in the "
+            help=f"Some of {CATALOGUED}, with commas between them, or all: every objective in the "
             "variants plain, gru-update, gru-coordinate, select; ga, wga, npo, graddiff, npo+gd if "
             "left out, ga of a quick study or a pretrained model.",
         ),
