@@ -17,7 +17,7 @@ from tests.fuzz.originals import Original, originals
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks what may crash")
 
-MUTANTS, AT_ONCE = 240, 60
+MUTANTS, AT_ONCE = 500, 125
 
 
 @pytest.fixture(scope="module")

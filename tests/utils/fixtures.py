@@ -9,12 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _pytest.logging import (
-    LogCaptureHandler,
-    caplog_handler_key,
-    caplog_records_key,
-    catching_logs,
-)
 from filelock import FileLock
 from torch import nn
 
@@ -164,17 +158,6 @@ def _write_example(
     for name, columns in tables.items():
         writer.keep(name, columns)
     writer.close(complete=True)
-
-
-@pytest.fixture
-def caplog(request: pytest.FixtureRequest) -> Iterator[pytest.LogCaptureFixture]:
-    """That of pytest, without its plugin, which searches thousands of loggers in every test."""
-    handler, stash = LogCaptureHandler(), request.node.stash
-    stash[caplog_handler_key], stash[caplog_records_key] = handler, {}
-    with catching_logs(handler):
-        kept = pytest.LogCaptureFixture(request.node, _ispytest=True)
-        yield kept
-        kept._finalize()
 
 
 @pytest.fixture
