@@ -114,16 +114,17 @@ class Sketch:
         import torch
 
         index = {layer: i for i, layer in enumerate(layers_of(parameters))}
+        nothing = torch.zeros(len(index), self.width, dtype=torch.float32, device="cpu")
         # One sum a device: each is waited for once.
         sums: dict[device, Tensor] = {}
         for vector, parameter in zip(vectors, parameters, strict=True):
             if vector is None:
                 continue
             if vector.device not in sums:
-                sums[vector.device] = torch.zeros(len(index), self.width, device=vector.device)
+                sums[vector.device] = nothing.to(vector.device, copy=True)
             folded = self.fold(vector.detach().reshape(-1), parameter.name)
             sums[vector.device][index[parameter.layer]] += folded
-        return sum((part.cpu() for part in sums.values()), torch.zeros(len(index), self.width))
+        return sum((part.cpu() for part in sums.values()), nothing)
 
     def _hashes(self, name: str, count: int) -> list[int]:
         """The first `count` of the endless row of hashes of a parameter."""

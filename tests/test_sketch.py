@@ -100,6 +100,17 @@ def test_sums_do_not_round() -> None:
     assert (found - exact).norm() <= 1e-6 * exact.norm()
 
 
+def test_layers_are_summed_in_float32_whatever_type_tensors_have(
+    default_dtype: torch.dtype,
+) -> None:
+    model = tiny.gpt2()
+    vectors = [drawn(*p.shape).float() for p in model.parameters()]
+    found = Sketch().layers(vectors, parameters := describe(model))
+    assert found.dtype == torch.float32
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, Sketch().layers(vectors, parameters))
+
+
 def correlated() -> Iterator[tuple[str, Tensor, Tensor]]:
     """Pairs of gradients of matrices, as difficult as those of a network."""
     heavy = drawn(3, 64, 256, power=3)

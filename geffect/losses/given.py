@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from geffect.numbers import is_number
 from geffect.sources import OBJECTIVE
 
 Scalar = Tensor | Callable[[], Tensor]
@@ -152,8 +153,7 @@ def _checked(name: str, value: float) -> float:
 
 
 def _are_weights(values: Collection[object]) -> bool:
-    numbers = [value for value in values if isinstance(value, int | float)]
-    return len(numbers) == len(values) and all(map(math.isfinite, numbers)) and any(numbers)
+    return all(map(is_number, values)) and any(values)
 
 
 def seeds_of(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from geffect.batch import Batch, Pair, behind_first, check_one_answer, labels_of
 from geffect.losses import Loss, Scalar
+from geffect.numbers import is_number
 from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
 
@@ -296,19 +297,19 @@ def switch(owner: str, name: str, value: bool) -> None:
 
 def positive(owner: str, name: str, value: float) -> float:
     """`value` if it is a positive finite number, else a ValueError that names the field."""
-    if not (isinstance(value, int | float) and 0 < value < float("inf")):
+    if not (is_number(value) and value > 0):
         raise ValueError(
-            f"`{name}` of {owner} should be a positive number. Found `{name} = {value!r}`. "
-            f"Pass a number such as {owner}({name}=1.0)."
+            f"`{name}` of {owner} should be a positive number. Found "
+            f"`{name} = {value!r:.60}`. Pass a number such as {owner}({name}=1.0)."
         )
     return float(value)
 
 
 def not_negative(owner: str, name: str, value: float) -> float:
     """`value` if it is a finite number of 0 or more, else a ValueError that names the field."""
-    if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+    if not (is_number(value) and value >= 0):
         raise ValueError(
-            f"`{name}` of {owner} should be a number of 0 or more. Found `{name} = {value!r}`. "
-            f"Pass a number such as {owner}({name}=1.0)."
+            f"`{name}` of {owner} should be a number of 0 or more. Found "
+            f"`{name} = {value!r:.60}`. Pass a number such as {owner}({name}=1.0)."
         )
     return float(value)

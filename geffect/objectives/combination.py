@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any
 
 from geffect.batch import Pair, side_of
+from geffect.numbers import is_number
 from geffect.risk import nll
 
 from .base import Component, Objective, Reduction
@@ -28,8 +28,8 @@ class Combination(Objective):
     weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        numbers = [w for w in self.weights.values() if isinstance(w, int | float) and isfinite(w)]
-        if len(numbers) < len(self.weights) or not any(numbers):
+        weights = self.weights.values()
+        if not (all(map(is_number, weights)) and any(weights)):
             raise ValueError(
                 "`weights` of Combination should be finite numbers by the names of sides, not all "
                 f'zero. Found {dict(self.weights)!r}. Pass, say, {{"forget": -1.0}}.'

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from geffect.batch import Batch, is_packed, labels_of
+from geffect.numbers import is_number
 from geffect.risk import inputs_of, predicts_next, scored_tokens
 from geffect.risk.alignment import unwrapped
 from geffect.risk.likelihood import at_least_float32
@@ -22,8 +23,7 @@ def check_layer(owner: str, option: str, layer: float) -> None:
     Traceback (most recent call last):
     ValueError: `layer` of RMU should be an index of hidden states, 0 for the embedding, or a ...
     """
-    is_number = isinstance(layer, int | float) and not isinstance(layer, bool)
-    if is_number and (0 < layer < 1 or (0 <= layer < float("inf") and layer == floor(layer))):
+    if is_number(layer) and (0 < layer < 1 or (layer >= 0 and layer == floor(layer))):
         return
     raise ValueError(
         f"`{option}` of {owner} should be an index of hidden states, 0 for the embedding, or a "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.batch import IGNORED, Batch, Pair, labels_of, side_of
+from geffect.numbers import is_number
 from geffect.risk import inputs_of, label_logits, nll, token_mean
 from geffect.risk.likelihood import at_least_float32
 from geffect.sources import FORGET, RETAIN
@@ -153,9 +154,8 @@ def _at_answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _not_negative(name: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 <= value < float("inf")):
+    if not (is_number(value) and value >= 0):
         raise ValueError(
-            f"`{name}` of PDU should be a number, 0 or more. Found `{name} = {value!r}`. Pass, "
+            f"`{name}` of PDU should be a number, 0 or more. Found `{name} = {value!r:.60}`. Pass, "
             f"say, PDU({name}=1.0)."
         )

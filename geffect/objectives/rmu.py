@@ -105,7 +105,9 @@ class RMU(Objective):
         >>> RMU(normalize_target=True).direction(64).norm()
         tensor(1.)
         """
-        drawn = torch.rand(size, generator=torch.Generator().manual_seed(self.seed))
+        # Whatever type and device the process takes for its own: the draw depends on both.
+        draw = torch.Generator().manual_seed(self.seed)
+        drawn = torch.rand(size, generator=draw, dtype=torch.float32, device="cpu")
         return drawn / drawn.norm() if self.normalize_target else drawn
 
     def components(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geffect.batch import Pair, check_one_answer
+from geffect.numbers import is_number
 from geffect.risk import sequence_sum, token_log_probabilities, token_mean
 from geffect.sources import FORGET
 
@@ -38,7 +38,7 @@ class SimNPO(Objective):
 
     def __post_init__(self) -> None:
         positive("SimNPO", "beta", self.beta)
-        if not (isinstance(self.delta, int | float) and isfinite(self.delta)):
+        if not is_number(self.delta):
             raise ValueError(
                 "`delta` of SimNPO should be a finite number. Found "
                 f"`delta = {self.delta!r}`. Pass a number such as SimNPO(delta=0.0)."

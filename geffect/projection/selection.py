@@ -87,7 +87,7 @@ class Salient(Selection):
         if total > SAMPLE:
             picks = torch.randint(total, (SAMPLE,), generator=generator).sort().values
         apart = any(distributed.is_sharded(gradient) for _, gradient in present)
-        sample = torch.zeros(len(picks), device=present[0][1].device)
+        sample = torch.zeros(len(picks), dtype=torch.float32, device=present[0][1].device)
         start = 0
         for i, gradient in present:
             if not apart or distributed.is_first_holder(gradient):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,6 +73,47 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Data]:
 
 def kept(path: Path) -> dict[str, Any]:
     return dict(open_run(path).manifest["objective"])
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name in [*CATALOGUE, *(f"ga+{added}" for added in REGULARISERS)]
+        for option, default in options_of(named(name)).items()
+        if not isinstance(default, bool)
+    ],
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "0.1",
+        True,
+        float("nan"),
+        float("inf"),
+        np.bool_(True),
+        np.float32(0.5),
+        torch.tensor(0.5),
+        [1],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_option_that_is_no_number_is_refused(name: str, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"`{option}` .* should be .* Found .* Pass"):
+        named(name, {option: value})
+
+
+@pytest.mark.parametrize("option", ["npo beta", "rmu layer", "pdu dual", "simnpo delta", "sku cap"])
+def test_an_option_beyond_all_floats_is_refused(option: str) -> None:
+    name, field = option.split()
+    with pytest.raises(ValueError, match=rf"`{field}` .* should be .* Found .* Pass"):
+        named(name, {field: 10**400})
+
+
+@pytest.mark.parametrize("weight", ["1.0", True, float("nan"), 10**400, None])
+def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
+    with pytest.raises(ValueError, match="should be finite numbers"):
+        as_objective({"forget": -1.0, "retain": weight})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -45,6 +45,14 @@ def naive(
     ]
 
 
+def test_the_target_is_that_of_the_seed_whatever_type_tensors_have(
+    default_dtype: torch.dtype,
+) -> None:
+    drawn = RMU(seed=3).direction(12)
+    assert drawn.dtype == torch.float32
+    assert torch.equal(drawn, DIRECTION)
+
+
 @pytest.mark.parametrize(
     ("objective", "k", "goal"),
     [

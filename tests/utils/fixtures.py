@@ -43,6 +43,15 @@ class Study:
         return summary
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The type that a process has set for tensors of which none is told."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="session")
 def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Study:
     """The quick study of GA, run once: the first process to need it runs it for all."""
