@@ -184,9 +184,9 @@ class Rectifier:
 
         Under DDP, losses that are tensors are computed inside of `with model.no_sync():`.
         """
-        check_no_loss_asked()
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
+        check_no_loss_asked()
         with distributed.raise_on_all_ranks() as ranks:
             checks.check_losses(losses, self._options)
             parameters = self._begun().parameters

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -111,8 +112,12 @@ class RectifiedStep:
         ahead = self._ahead
         if ahead is not None:
             try:
-                without_graph(lambda: to_the_end(ahead.finish))
+                to_the_end(lambda: without_graph(ahead.finish))
             except BaseException:
+                if not ahead.over:
+                    # The interrupt came before the first line of what waits for it, or it fails.
+                    with suppress(Exception):
+                        to_the_end(lambda: without_graph(ahead.finish))
                 if not ahead.over:
                     without_graph(lambda: to_the_end(ahead.undo))
                 raise

@@ -50,12 +50,12 @@ class Training:
             placed = {"optimizer": self.optimizer} if needed else {}
             self.rectifier = Rectifier(self.model, **options, **placed)
 
-    def run(self, first: int = 0) -> Iterator[Moment]:
-        """The moments of the steps from one on."""
+    def run(self, first: int = 0, part: int = 0) -> Iterator[Moment]:
+        """The moments of the steps from one on, whose first micro-batches are taken already."""
         for step in range(first, STEPS):
             self.optimizer.zero_grad()
             yield step, "begun"
-            for micro in range(self.setup.micro):
+            for micro in range(part if step == first else 0, self.setup.micro):
                 last = micro + 1 == self.setup.micro
                 self._backward(10 * step + 3 * micro, accumulate=not last)
                 yield step, "taken" if last else f"part {micro}"
@@ -149,6 +149,11 @@ def goes_on(training: Training, last: Moment, seen: Mapping[Moment, Seen]) -> bo
         training.optimizer.step()
         _finish(training, step + 1)
         return True
+    if now.is_like(before) and done.startswith("part") and _has_window(training):
+        # The interrupt was the caller's: it came before the first line of the next call.
+        torch.set_rng_state(before.random)
+        _finish(training, step, part=1 + int(done.removeprefix("part ")))
+        return True
     if now.is_like(before) or now.is_like(seen[after]):
         torch.set_rng_state(seen[step, "begun"].random)
         _finish(training, step)
@@ -161,6 +166,10 @@ def goes_on(training: Training, last: Moment, seen: Mapping[Moment, Seen]) -> bo
     return False
 
 
-def _finish(training: Training, step: int) -> None:
-    for _ in training.run(step):
+def _has_window(training: Training) -> bool:
+    return training.recorder is None and vars(training.rectifier)["_window"] is not None
+
+
+def _finish(training: Training, step: int, part: int = 0) -> None:
+    for _ in training.run(step, part):
         pass

@@ -113,7 +113,7 @@ def grads_of(model: nn.Module) -> list[Tensor | None]:
 
 def same(some: list[Tensor | None], others: list[Tensor | None]) -> bool:
     """Whether these are the same numbers, bit for bit."""
-    return all(
+    return len(some) == len(others) and all(
         a is b or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(some, others, strict=True)
     )
