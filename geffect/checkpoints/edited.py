@@ -152,6 +152,11 @@ def record_edit(
     Raises ValueError for a change that is made already, or of another model.
     """
     _check_unmade(model, change)
+    if not risks:
+        raise ValueError(
+            "`risks` of an edit should be batches by name, one set or more. Found none. Pass, say, "
+            '{"forget": batches}.'
+        )
     recording = Recording(
         model,
         path,

@@ -122,11 +122,15 @@ def state_of(name: str, given: State, model: nn.Module) -> dict[str, Tensor]:
     what an edit does not change: buffers, and parameters without a gradient.
     """
     parameters = trainable(model)
+    if not isinstance(given, nn.Module | Mapping):
+        raise TypeError(
+            f"`{name}` should be a model, or its tensors by name. Found `{type(given).__name__}`. "
+            "Load the model, and pass it."
+        )
     whole = given.state_dict() if isinstance(given, nn.Module) else given
     found: dict[str, Tensor] = {}
     for path, tensor in whole.items():
         found.setdefault(canonical_name(path), tensor.detach())
-    edited = {parameter.data_ptr() for parameter in parameters.values()}
     should = f"`{name}` should have the parameters of the model that is edited. Found"
     absent = [key for key in parameters if key not in found]
     if absent:
@@ -140,7 +144,15 @@ def state_of(name: str, given: State, model: nn.Module) -> dict[str, Tensor]:
             f"{should} adapters beside them, `{beside[0]}` the first. Merge them before, by "
             "`merge_and_unload()`; on the command line with --merge."
         )
-    for path, tensor in model.state_dict().items():
+    own = model.state_dict()
+    foreign = sorted(found.keys() - set(map(canonical_name, own)))
+    if foreign:
+        raise ValueError(
+            f"{should} {len(foreign)} tensors beside them, the first of them {foreign[:3]}. Pass "
+            "a model of the same architecture."
+        )
+    first = {parameter.data_ptr(): key for key, parameter in parameters.items()}
+    for path, tensor in own.items():
         key = canonical_name(path)
         if key not in found:
             continue
@@ -150,7 +162,13 @@ def state_of(name: str, given: State, model: nn.Module) -> dict[str, Tensor]:
                 f"{should} `{key}` of shape {tuple(other.shape)}, not {tuple(tensor.shape)}. Pass "
                 "a model of the same architecture."
             )
-        if tensor.data_ptr() not in edited and not torch.equal(other.to(tensor), tensor):
+        tied = first.get(tensor.data_ptr())
+        if tied is not None and not torch.equal(other, found[tied]):
+            raise ValueError(
+                f"{should} `{key}` apart from `{tied}`, which are one tensor here. Pass a model "
+                "that ties them as well, or untie both."
+            )
+        if tied is None and not torch.equal(other.to(tensor), tensor):
             raise ValueError(
                 f"`{name}` should differ from the model that is edited in parameters that require "
                 f"a gradient alone. Found that `{key}` differs, which no edit changes. Call "

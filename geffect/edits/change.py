@@ -46,10 +46,12 @@ class Change:
         values: Mapping[str, Tensor],
         facts: Mapping[str, Any] | None = None,
     ) -> None:
+        self._model = model
         self.parameters = trainable(model)
         self.facts = dict(facts or {})
         check_whole(self.parameters)
         _check_names(values, self.parameters)
+        _check_apart(values, self.parameters)
         self._after = {
             name: _as_in(name, values[name], parameter)
             for name, parameter in self.parameters.items()
@@ -93,7 +95,14 @@ class Change:
         """Make the change. If it is interrupted, nothing is changed."""
         if self._made:
             return
+        now = trainable(self._model)
         for name, before in self._before.items():
+            if now.get(name) is not self.parameters[name]:
+                raise ValueError(
+                    f"The model should have the parameters that the change was made for. Found "
+                    f"that `{name}` is another one, or requires no gradient any more. Make another "
+                    "change of the model as it is."
+                )
             if not torch.equal(_bits(self.parameters[name].detach()), _bits(before)):
                 raise ValueError(
                     f"The model should have the parameters that the change was made for. Found "
@@ -147,6 +156,24 @@ def _check_names(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             f"names in `geffect.layers.trainable`. Found {len(foreign)} other names, the first of "
             f"them {foreign[:3]}. Name others, or call requires_grad_() of these parameters."
         )
+
+
+def _check_apart(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that share their memory: the last one to be written would count."""
+    first: dict[tuple[torch.device, int], str] = {}
+    spans = {
+        name: (parameter.device, parameter.data_ptr())
+        for name, parameter in parameters.items()
+        if parameter.numel()
+    }
+    for name, span in spans.items():
+        other = first.setdefault(span, name)
+        if other != name and (name in values or other in values):
+            raise ValueError(
+                "The parameters of an edit should each have memory of their own. Found that "
+                f"`{name}` and `{other}` share it as two parameters. Tie them as one: assign the "
+                "same nn.Parameter to both modules."
+            )
 
 
 def _as_in(name: str, value: Tensor, parameter: Tensor) -> Tensor:

@@ -63,12 +63,15 @@ class ClosedFormLinear(Edit):
         parameters = trainable(model)
         check_weights(parameters, type(self).__name__)
         weight = parameters.get(self.layer)
-        if weight is None or weight.ndim != 2:
-            matrices = [name for name, p in parameters.items() if p.ndim == 2]
+        linear = {id(module.weight) for module in _linear(model)}
+        if weight is None or id(weight) not in linear:
+            matrices = [name for name, p in parameters.items() if id(p) in linear]
             raise ValueError(
-                "`layer` of ClosedFormLinear should be the weight of a linear layer that requires "
-                f"a gradient. Found `{self.layer}`. Name one such as {matrices[:3]}."
+                "`layer` of ClosedFormLinear should be the weight of a linear layer (nn.Linear) "
+                f"that requires a gradient. Found `{self.layer}`. "
+                + (f"Name one such as {matrices[:3]}." if matrices else "The model has none.")
             )
+        _check_alone(model, weight, self.layer)
         own = weight.detach().double()
         erased, targets, preserved = (
             _inputs(data, name, own) for name in ("erased", "targets", "preserved")
@@ -152,6 +155,25 @@ def layer_inputs(model: nn.Module, layer: str, batches: RiskSet) -> Tensor:
     finally:
         handle.remove()
     return torch.cat(found)
+
+
+def _linear(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def _check_alone(model: nn.Module, weight: Tensor, layer: str) -> None:
+    """Refuse a weight that is an embedding too: other rows would be looked up in silence."""
+    users = [
+        name
+        for name, module in model.named_modules()
+        if any(own is weight for own in module._parameters.values())
+    ]
+    if len(users) > 1:
+        raise ValueError(
+            f"`layer` of ClosedFormLinear should be a weight of one module. Found that `{layer}` "
+            f"is one of {', '.join(f'`{name}`' for name in users)}, whose outputs would change as "
+            "well. Choose another layer, or untie them."
+        )
 
 
 def _inputs(data: Data, name: str, weight: Tensor) -> Tensor:

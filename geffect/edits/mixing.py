@@ -138,6 +138,7 @@ def calibrated(
     >>> round(calibrated(unlearned, before, lambda model: model.weight.item()).alpha, 2)
     0.1
     """
+    Mixing(level=level, tolerance=tolerance)  # refuses what neither can be
     values: dict[float, float] = {}
 
     def at(alpha: float) -> float:
@@ -160,8 +161,7 @@ def calibrated(
     grid = [i / (POINTS - 1) for i in range(POINTS)]
     low = max(alpha for alpha in grid if at(alpha) >= wanted)
     high = min((alpha for alpha in grid if alpha > low), default=low)
-    while high - low > tolerance:
-        middle = (low + high) / 2
+    while high - low > tolerance and low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if at(middle) >= wanted else (low, middle)
     curve = tuple(sorted(values.items()))
     kept = [value for _, value in curve]

@@ -103,12 +103,19 @@ class RepSelect(Edit):
 
     def _matrices(self, parameters: dict[str, Tensor]) -> list[str]:
         """The names of what changes."""
-        found = [
+        included = [
             name
-            for name, parameter in parameters.items()
-            if parameter.ndim == 2
-            and any(fnmatchcase(name, pattern) for pattern in patterns(self.include))
+            for name in parameters
+            if any(fnmatchcase(name, pattern) for pattern in patterns(self.include))
         ]
+        for name in included:
+            if parameters[name].ndim > 2:
+                raise ValueError(
+                    "`include` of RepSelect should have patterns of names of matrices. Found "
+                    f"`{name}` of shape {tuple(parameters[name].shape)}, as of experts in one "
+                    "tensor, of which no matrix is collapsed. Pass patterns that leave it out."
+                )
+        found = [name for name in included if parameters[name].ndim == 2]
         if not found:
             raise ValueError(
                 "`include` of RepSelect should have patterns of names of matrices. Found "

@@ -38,7 +38,7 @@ class SSD(Edit):
     - `alpha`: how many times more important for the forget data a number has to be, 10 where
       `fraction` is not given either. It does not carry over between models.
     - `fraction`: in its place, which part of the numbers is selected, those with the largest
-      I_f / I_r.
+      I_f / I_r, and among infinite ones those with the largest I_f.
     - `dampening`: lambda, 1 by default.
     - `against`: whose importance I_r is: "retain", or "all" for the rows of both sets, as in the
       paper. With "all" the ratio is at most the number of all rows over that of forget rows.
@@ -155,7 +155,15 @@ class SSD(Edit):
                 "Choose a smaller fraction."
             )
         threshold = whole.kthvalue(len(whole) - count + 1).values.item()
-        return {name: r >= threshold for name, r in ratios.items()}, {"alpha": _told(threshold)}
+        masks = {name: ratio >= threshold for name, ratio in ratios.items()}
+        if (
+            threshold == inf
+        ):  # more than were asked for: those that matter most for what is forgotten
+            strengths = {name: torch.where(mask, forget[name], 0.0) for name, mask in masks.items()}
+            every = torch.cat([strength.flatten().cpu() for strength in strengths.values()])
+            least = every.kthvalue(len(every) - count + 1).values.item()
+            masks = {name: strength >= least for name, strength in strengths.items()}
+        return masks, {"alpha": _told(threshold)}
 
 
 @dataclass(frozen=True)

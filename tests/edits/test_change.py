@@ -182,3 +182,19 @@ def test_a_model_that_has_moved_since_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`model.norm.weight` has moved since"):
         change.apply()
     assert bits(model) == before != bits(other)
+
+
+def test_a_parameter_that_was_replaced_since_is_refused() -> None:
+    model = tiny.llama()
+    change = Change(model, shifted(model))
+    model.lm_head = nn.Linear(16, tiny.VOCABULARY, bias=False)
+    with pytest.raises(ValueError, match=r"`lm_head.weight` is another one"):
+        change.apply()
+
+
+def test_two_parameters_of_one_memory_are_refused() -> None:
+    model = tiny.llama()
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    with pytest.raises(ValueError, match=r"`lm_head.weight` and `model.embed_tokens.weight` share"):
+        Change(model, {"lm_head.weight": torch.ones(tiny.VOCABULARY, 16)})
+    assert Change(model, {"model.norm.weight": torch.ones(16)})

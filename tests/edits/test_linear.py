@@ -109,3 +109,24 @@ def test_what_is_refused() -> None:
         derived_input([], [], torch.ones(2))
     with pytest.raises(ValueError, match="`ridge` should be positive"):
         derived_input([torch.eye(2)], [torch.eye(2)], torch.ones(2), ridge=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"),
+    [
+        (tiny.gpt2, "transformer.h.0.attn.c_proj.weight"),  # square, with its input side first
+        (tiny.gpt2, "transformer.wpe.weight"),
+        (tiny.llama, "model.embed_tokens.weight"),
+    ],
+)
+def test_matrices_that_are_no_linear_layer_are_refused(make: Any, layer: str) -> None:
+    width = trainable(make())[layer].shape[1]
+    data = {"erased": inputs(1, width=width), "targets": inputs(2, width=width)}
+    with pytest.raises(ValueError, match="should be the weight of a linear layer"):
+        ClosedFormLinear(layer).change(make(), data)
+
+
+def test_a_head_that_is_an_embedding_too_is_refused() -> None:
+    data = {"erased": inputs(1), "targets": inputs(2)}
+    with pytest.raises(ValueError, match=r"one of `model.embed_tokens`, `lm_head`"):
+        ClosedFormLinear("model.embed_tokens.weight").change(tiny.llama(tied=True), data)

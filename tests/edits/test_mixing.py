@@ -172,3 +172,15 @@ def test_what_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:
     with pytest.raises(ValueError, match="Found that `mean` differs"):
         Mixing(alpha=0.5).change(unlearned, {"before": before})
     assert isinstance(Mixing(alpha=0.5).change(unlearned, {"before": pair[0]}), Change)
+
+
+def test_a_calibration_of_no_such_level_is_refused_and_a_tiny_tolerance_ends(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    unlearned, before = pair
+    for options in ({"level": 5.0}, {"level": math.nan}, {"tolerance": 0.0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` of Mixing should be"):
+            calibrated(unlearned, before, lambda _: 1.0, **options)
+    values = iter([1.0, *[0.99] * 5] + [0.5] * 200)
+    found = calibrated(unlearned, before, lambda _: next(values), tolerance=1e-300)
+    assert found.alpha < 1.0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from geffect.edits import RepSelect
 from geffect.layers import trainable
@@ -100,3 +101,15 @@ def test_a_gradient_of_which_nothing_is_left_is_refused() -> None:
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RepSelect(**options)
+
+
+def test_experts_in_one_tensor_are_not_left_out_in_silence() -> None:
+    config = MixtralConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj` of shape \(2, 16, 16\)"):
+        RepSelect().change(model, DATA)
+    changed = RepSelect(include="*mlp.gate.weight").change(model, DATA).touched
+    assert [*changed] == ["model.layers.0.mlp.gate.weight"]

@@ -231,3 +231,14 @@ def test_gradients_that_are_not_finite_are_refused(kind: Edit) -> None:
             model.lm_head.weight[0, 0] = odd
         with pytest.raises(ValueError, match="Gradients of an importance should be finite"):
             kind.change(model, DATA)
+
+
+@pytest.mark.parametrize("kind", [SSD, LFSSD])
+def test_a_fraction_holds_where_retain_knows_nothing_of_more(kind: type[SSD]) -> None:
+    """Rows of an embedding that only the forget data uses have an infinite ratio, all of them."""
+    model = tiny.llama()
+    data = {"forget": [tiny.batch(1, rows=2)], "retain": [tiny.batch(5, rows=4)]}
+    total = sum(p.numel() for p in model.parameters())
+    for count in (1, 5):
+        change = kind(fraction=count / total).change(model, data)
+        assert (change.facts["selected"], change.facts["alpha"]) == (count, "infinity")

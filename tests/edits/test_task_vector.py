@@ -100,3 +100,17 @@ def test_models_that_differ_elsewhere_are_refused() -> None:
     with torch.no_grad():
         tuned.lm_head.weight.copy_(model.lm_head.weight)
     assert "lm_head.weight" not in TaskVectorNegation().displacement(model, {"tuned": tuned})
+
+
+def test_models_with_more_tensors_are_refused() -> None:
+    """More layers, or a head apart from an embedding that is tied here, would be left out."""
+    model = tiny.llama()
+    deeper = copy.deepcopy(model)
+    deeper.model.layers.append(copy.deepcopy(deeper.model.layers[0]))
+    with pytest.raises(ValueError, match=r"Found 9 tensors beside them"):
+        TaskVectorNegation().change(model, {"tuned": deeper})
+    with pytest.raises(ValueError, match=r"`lm_head.weight` apart from `model.embed_tokens"):
+        TaskVectorNegation().change(tiny.llama(tied=True), {"tuned": tiny.llama(1)})
+    assert TaskVectorNegation().change(model, {"tuned": tiny.llama(1, tied=True)}).touched
+    with pytest.raises(TypeError, match=r"a model, or its tensors by name. Found `str`"):
+        TaskVectorNegation().change(model, {"tuned": "folder"})
