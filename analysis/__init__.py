@@ -11,6 +11,7 @@ from .instances import instances
 from .intervals import intervals
 from .predicted_change import predicted_change
 from .rectification import rectification
+from .requests import revivals, task_vectors
 from .tables import SAMPLES, TOKENS, as_columns, kept
 from .tokens import tokens
 from .violation import violation
@@ -32,6 +33,8 @@ __all__ = [
     "kept",
     "predicted_change",
     "rectification",
+    "revivals",
+    "task_vectors",
     "tokens",
     "violation",
 ]

@@ -2,7 +2,8 @@
 
 `Recorder` writes the gradients of a training loop into a run file, `replay` those of checkpoints
 that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `edit` makes an edit of
-`geffect.edits` and records what it does. `Rectifier` keeps
+`geffect.edits` and records what it does, `Requests` what requests to forget do one after
+the other. `Rectifier` keeps
 unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
 `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
 samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .checkpoints.edited import edit, record_edit
     from .checkpoints.replay import replay
     from .projection import Rectifier
+    from .requests import Requests
     from .store import Run, RunFileError, open_run
 
     __version__: str
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Recorder",
     "Rectifier",
+    "Requests",
     "Run",
     "RunFileError",
     "__version__",
@@ -51,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Recorder": "capture",
     "Rectifier": "projection",
+    "Requests": "requests",
     "Run": "store",
     "RunFileError": "store",
     "edit": "checkpoints.edited",

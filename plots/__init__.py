@@ -3,6 +3,7 @@
 from .contours import contours
 from .heatmap import heatmap
 from .lines import profile, trajectory
+from .pairs import pairs
 from .rectification import rectification
 from .sheet import facets, sheet
 from .spans import spans
@@ -13,6 +14,7 @@ __all__ = [
     "contours",
     "facets",
     "heatmap",
+    "pairs",
     "profile",
     "rectification",
     "sheet",

@@ -30,7 +30,7 @@ LAYERS = {
     "risk": 4, "store": 4, "projection": 4,
     "objectives": 5, "effects": 5, "evaluation": 5,
     "capture": 6, "analysis": 6, "edits": 6,
-    "checkpoints": 7, "demo": 7, "trainers": 7,
+    "checkpoints": 7, "demo": 7, "trainers": 7, "requests": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
@@ -60,6 +60,7 @@ THIRD_PARTY = {
         "capture",
         "edits",
         "checkpoints",
+        "requests",
         "trainers",
         "demo",
     ],

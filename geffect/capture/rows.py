@@ -29,6 +29,7 @@ class Entry:
     step: int
     measured: Measurement
     declared: Declared
+    request: int = 0
     batch: int = 0
     epoch: float = float("nan")
     lr: float = float("nan")
@@ -56,6 +57,7 @@ def row(
     measured = entry.measured
     sketches = measured.sketches
     return Row(
+        request=entry.request,
         step=entry.step,
         batch=entry.batch,
         epoch=entry.epoch,

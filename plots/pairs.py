@@ -1,0 +1,55 @@
+"""Pairs of requests, in colour."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from geffect.scores import score_of
+
+from .style import colours_of, drawn, dress, longest, new_axes, wrapped
+
+
+def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """A cell for each two requests, with its number: the later one in a row, below the earlier.
+
+    - `table`: `request`, `other` and `value`, one row for each two requests.
+    - `ax`: the axes to draw on; new ones if left out.
+
+    Returns the axes. Raises ValueError for a table with several rows of two requests.
+
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"request": ["b"], "other": ["a"], "model": ["model"], "value": [0.5],
+    ...                       "score": ["overlap"], "unit": [""]})
+    >>> ax = pairs(table, ax=Figure().subplots())
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['b']
+    """
+    keys = ["request", "other"]
+    if table.duplicated(keys).any():
+        raise ValueError(
+            "`table` should have one row for each two requests. Found several, of other blocks or "
+            "quantities. Choose, say, table[table['quantity'] == 'cosine'] of by=\"model\"."
+        )
+    grid = table.pivot(index="request", columns="other", values="value")
+    cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
+    later, earlier = [*map(str, grid.index)], [*map(str, grid.columns)]
+    if ax is None:
+        ax = new_axes(2.2 + 0.6 * len(earlier) + 0.06 * longest(later), 1.2 + 0.4 * len(later))
+    cmap, norm = colours_of(table)
+    mesh = ax.pcolormesh(cells, cmap=cmap, norm=norm)
+    ax.invert_yaxis()
+    ax.set_xticks(np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right")
+    ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
+    ax.set_xlabel("other", fontsize="medium")
+    ax.set_ylabel("request", fontsize="medium")
+    for row, column in np.argwhere(~np.ma.getmaskarray(cells)):
+        value = cells[row, column]
+        red, green, blue, _ = cmap(norm(value))
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        ink = "white" if is_dark else "black"
+        ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
+    dress(ax, frame=False)
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06)
+    bar.set_label(wrapped(score_of(table).full), fontsize="medium")
+    bar.outline.set_visible(False)
+    return ax
