@@ -26,6 +26,7 @@ import geffect
 from geffect import Run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.cli.main import app, main
+from geffect.risk import nll
 from geffect.store import validate
 from tests.utils import tiny, trainers, unlearning_trainers
 from tests.utils.chat import TURNS, make_tokenizer, written
@@ -41,6 +42,14 @@ def _side(side: str) -> list[dict[str, torch.Tensor]]:
     return [pair[side] for pair in tiny.pairs(3)]
 
 
+def _ascended(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for batch in batches:
+        (-nll(model, batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # What a page takes for granted, made for those that name it.
 NAMES: dict[str, Callable[[Path], Any]] = {
     "accelerator": lambda folder: Accelerator(cpu=True),
@@ -51,6 +60,9 @@ NAMES: dict[str, Callable[[Path], Any]] = {
     "batches": lambda folder: tiny.pairs(3),
     "forget_batches": lambda folder: _side("forget"),
     "retain_batches": lambda folder: _side("retain"),
+    "march_batches": lambda folder: _side("forget")[:1],
+    "april_batches": lambda folder: _side("forget")[1:],
+    "unlearn": lambda folder: _ascended,
     "trainer": lambda folder: trainers.trainer(folder / "trainer", tiny.llama()),
     "tokenizer": lambda folder: None,
     "unlearning_trainer": lambda folder: unlearning_trainers.unlearner(folder / "their trainer"),
