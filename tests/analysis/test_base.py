@@ -16,8 +16,9 @@ LOOKS: dict[str, Callable[[Any], object]] = {
     **{
         name: getattr(analysis, name)
         for name in analysis.__all__
-        if name.islower() and name not in {*OF_A_MODEL, "intervals", "kept", "cosine"}
+        if name.islower() and name not in {*OF_A_MODEL, "intervals", "kept", "cosine", "compare"}
     },
+    "compare": lambda run: analysis.compare(run, run),
     "cosine": lambda run: analysis.cosine(run, "forget", "retain"),
     "intervals": lambda run: intervals(g_effect, run),
     "kept": lambda run: kept(run, "samples"),

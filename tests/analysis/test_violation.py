@@ -14,7 +14,7 @@ from geffect.layers import Parameter
 from geffect.projection import SAGO
 from geffect.projection.rules import nearest
 from geffect.scores import LEVEL
-from geffect.store.schema import VERSION, Contents, Row
+from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
 from tests.utils.rectified import losses_of
@@ -174,7 +174,7 @@ def made(path: Path, dtype: str, length: float, update: float = 1.0) -> Run:
     vectors = np.stack([r, r, r, d])
     gram = (vectors @ vectors.T)[None]
     lengths = np.array([length])
-    numbers = np.full((1, 9), np.nan)
+    numbers = np.full((1, len(RECTIFICATION_COLUMNS)), np.nan)
     row = Row(step=0, losses=np.zeros(4), gram=gram, lengths=lengths, rectification=numbers)
     writer.append(row)
     writer.close(complete=True)
