@@ -70,7 +70,7 @@ THIRD_PARTY = {
     "h5py": ["store"],
     "pandas": ["scores", "analysis", "plots", "demo", "cli"],
     "matplotlib": ["plots", "demo.figures", "cli"],
-    "scipy": ["analysis", "plots"],
+    "scipy": ["analysis", "plots", "evaluation"],
     "seaborn": ["plots", "demo.figures", "cli"],
     "transformers": ["demo", "trainers", "checkpoints", "cli"],
     "tokenizers": ["demo"],

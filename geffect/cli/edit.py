@@ -8,9 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .fields import CATALOGUED, CommandOfFields, values_given
-from .options import Format, FormatOption, paths_by_name, risks_of, whole
+from .options import (
+    DATA_FORMS,
+    BaseOption,
+    BatchSizeOption,
+    DeviceOption,
+    Format,
+    FormatOption,
+    MaxLengthOption,
+    RetainOption,
+    RiskOption,
+    TemplateOption,
+    paths_by_name,
+    risks_of,
+)
 from .selection import written_as
-from .terminal import say, show, terminal, write, write_table
+from .terminal import say, show, showing_rows, terminal, write, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,15 +75,11 @@ def command(
         Path,
         typer.Option(
             metavar="DATA",
-            help="JSONL with question and answer or messages (through the chat template), prompt "
-            "and completion or text (plain); or a folder that `datasets` saved.",
+            help=DATA_FORMS,
             show_default=False,
         ),
     ],
-    retain: Annotated[
-        Path,
-        typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False),
-    ],
+    retain: RetainOption,
     output: Annotated[
         Path,
         typer.Option(
@@ -81,12 +90,7 @@ def command(
             show_default=False,
         ),
     ],
-    risk: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False
-        ),
-    ] = None,
+    risk: RiskOption = None,
     state: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,29 +112,15 @@ def command(
         bool,
         typer.Option("--merge", help="Merge adapters, and edit the weights, not their factors."),
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option(parser=whole(1), metavar="N", help="Examples a batch, at most.")
-    ] = 4,
-    template: Annotated[
-        bool,
-        typer.Option("--template/--no-template", help="Whether to use the chat template."),
-    ] = True,
-    max_length: Annotated[
-        int | None,
-        typer.Option(parser=whole(1), metavar="N", help="Cut rows off after so many tokens."),
-    ] = None,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The model that adapters are for, where it has moved."),
-    ] = None,
+    batch_size: BatchSizeOption = 4,
+    template: TemplateOption = True,
+    max_length: MaxLengthOption = None,
+    base: BaseOption = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A tokenizer, where the model has none."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
-    ] = None,
+    device: DeviceOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:
     """Edit MODEL into a new folder, without training, and tell what that does to each risk."""
@@ -141,9 +131,6 @@ def command(
 
     console = terminal(stderr=form is not Format.TABLE)
     disable_progress_bar()
-
-    def show_row(name: str, text: str) -> None:
-        say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
 
     made = edit(
         model,
@@ -161,7 +148,7 @@ def command(
         template=template,
         max_length=max_length,
         batch_size=batch_size,
-        show=show_row,
+        show=showing_rows(console),
     )
     table, told = edited(made), made.manifest["edit"]
     if form is Format.TABLE:

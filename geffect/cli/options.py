@@ -79,6 +79,39 @@ OverwriteOption = Annotated[
 ]
 
 
+RiskOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False),
+]
+RetainOption = Annotated[
+    Path, typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False)
+]
+BatchSizeOption = Annotated[
+    int, typer.Option(parser=whole(1), metavar="N", help="Examples a batch, at most.")
+]
+TemplateOption = Annotated[
+    bool, typer.Option("--template/--no-template", help="Whether to use the chat template.")
+]
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(parser=whole(1), metavar="N", help="Cut rows off after so many tokens."),
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="The model that adapters are for, where it has moved."),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
+]
+
+DATA_FORMS = (
+    "JSONL with question and answer or messages (through the chat template), prompt and completion "
+    "or text (plain); or a folder that `datasets` saved."
+)
+"""The data files that are read, for help texts."""
+
+
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse to write where a file is that nobody said is to be replaced."""
     if output.exists() and not overwrite:

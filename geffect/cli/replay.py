@@ -10,9 +10,25 @@ import typer
 
 from .command import Apart, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
-from .options import Format, FormatOption, OverwriteOption, check_output, choice, risks_of, whole
+from .options import (
+    DATA_FORMS,
+    BaseOption,
+    BatchSizeOption,
+    DeviceOption,
+    Format,
+    FormatOption,
+    MaxLengthOption,
+    OverwriteOption,
+    RetainOption,
+    RiskOption,
+    TemplateOption,
+    check_output,
+    choice,
+    risks_of,
+    whole,
+)
 from .selection import written_as
-from .terminal import say, show, terminal, write, write_table
+from .terminal import say, show, showing_rows, terminal, write, write_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,16 +83,12 @@ def command(
         Path,
         typer.Option(
             metavar="DATA",
-            help="JSONL with question and answer or messages (through the chat template), prompt "
-            "and completion or text (plain); or a folder that `datasets` saved. Objectives of two "
+            help=f"{DATA_FORMS} Objectives of two "
             "answers, such as dpo, take the other one from alternate.",
             show_default=False,
         ),
     ],
-    retain: Annotated[
-        Path,
-        typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False),
-    ],
+    retain: RetainOption,
     output: Annotated[
         Path,
         typer.Option(
@@ -88,12 +100,7 @@ def command(
             show_default=False,
         ),
     ],
-    risk: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False
-        ),
-    ] = None,
+    risk: RiskOption = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -120,20 +127,12 @@ def command(
             "of the files.",
         ),
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option(parser=whole(1), metavar="N", help="Examples a batch, at most.")
-    ] = 4,
+    batch_size: BatchSizeOption = 4,
     seed: Annotated[
         int, typer.Option(parser=whole(), metavar="N", help="Of the order of the examples.")
     ] = 0,
-    template: Annotated[
-        bool,
-        typer.Option("--template/--no-template", help="Whether to use the chat template."),
-    ] = True,
-    max_length: Annotated[
-        int | None,
-        typer.Option(parser=whole(1), metavar="N", help="Cut rows off after so many tokens."),
-    ] = None,
+    template: TemplateOption = True,
+    max_length: MaxLengthOption = None,
     store: Annotated[
         StoreName,
         choice("--store", StoreName, "What is kept beside the Gram matrices", "NAME"),
@@ -141,18 +140,12 @@ def command(
     update: Annotated[
         bool, typer.Option("--update", help="Record the way to the next checkpoint, too.")
     ] = False,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The model that adapters are for, where it has moved."),
-    ] = None,
+    base: BaseOption = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A tokenizer, where the checkpoints have none."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
-    ] = None,
+    device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     form: FormatOption = Format.TABLE,
 ) -> None:
@@ -180,9 +173,6 @@ def command(
             if done == total:
                 take(Told(checkpoint, "replay", 1.0, 1.0, "done"))
 
-        def show_row(name: str, text: str) -> None:
-            say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
-
         run = replay(
             checkpoints,
             output,
@@ -205,7 +195,7 @@ def command(
             store=store.value,
             overwrite=overwrite,
             report=report,
-            show=show_row,
+            show=showing_rows(console),
         )
     facts = _facts(run, output)
     if form is Format.TABLE:

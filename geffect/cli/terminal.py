@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
@@ -55,6 +55,15 @@ def say(console: Console, *said: object) -> None:
 def say_marked(console: Console, mark: str, colour: str, text: object) -> None:
     """Print a line of text behind a word in colour."""
     console.print(Text.assemble("  ", (mark, colour), " ", plain(text)))
+
+
+def showing_rows(console: Console) -> Callable[[str, str], None]:
+    """What shows the first row of a data set as the model reads it."""
+
+    def show_row(name: str, text: str) -> None:
+        say(console, f"First row of {name}, scored between [[ and ]]:", *text.split("\n"))
+
+    return show_row
 
 
 def write(data: str) -> None:

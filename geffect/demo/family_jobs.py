@@ -7,6 +7,7 @@ from typing import Any
 from geffect.evaluation.edu_relat import read
 
 from .family import Facts, FamilyConfig
+from .jobs import learn
 from .workers import Say
 
 
@@ -55,18 +56,8 @@ class Learning(FamilyJob):
         return f"family-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        facts = self.facts
-        self.model_folder.mkdir(parents=True, exist_ok=True)
-        self.config.subject.learn(
-            self.model_folder,
-            facts.corpus,
-            facts.all,
-            self.seed,
-            lambda done, total: say(done / total, f"step {done} of {total}"),
-        )
+        facts, subject = self.facts, self.config.subject
+        learn(subject, self.model_folder, facts.corpus, facts.all, self.seed, say)
         right = self.known().right(self.model(), range(len(facts.all)))
         split = len(facts.family.relationships)
         return {

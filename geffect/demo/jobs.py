@@ -4,18 +4,33 @@ A job is described where the study is planned and run in a worker, which imports
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .config import SubjectConfig
-from .corpus import generate
+from .corpus import Corpus, Fact, generate
 from .methods import RunSpec, Variant
 from .workers import Job, Say
 
 KINDS = ("original", "gold")
 """The model that has memorised all facts, and the one that never saw the forget set."""
+
+
+def learn(
+    subject: SubjectConfig, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, say: Say
+) -> None:
+    """Make the model of a subject learn facts, and save it in a folder, which is made."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # that of saving a checkpoint; the study has its own
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def told(done: int, total: int) -> None:
+        say(done / total, f"step {done} of {total}")
+
+    subject.learn(folder, corpus, facts, seed, told)
 
 
 @dataclass(frozen=True)
@@ -34,22 +49,12 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from transformers.utils.logging import disable_progress_bar
-
         from .unlearning import Data, measure, relearn
 
-        disable_progress_bar()  # that of saving a checkpoint; the study has its own
         subject, folder = self.subject, self.out / "models" / self.name
-        folder.mkdir(parents=True, exist_ok=True)
         corpus = generate(self.seed, subject.corpus)
         facts = corpus.memorised if self.kind == "original" else corpus.kept
-        subject.learn(
-            folder,
-            corpus,
-            facts,
-            self.seed,
-            lambda done, total: say(done / total, f"step {done} of {total}"),
-        )
+        learn(subject, folder, corpus, facts, self.seed, say)
         model, tokenizer = subject.load(folder)
         data = Data.of(corpus, tokenizer)
         few = generate(self.seed, replace(subject.corpus, heldout=subject.few_heldout))

@@ -71,7 +71,7 @@ class Change:
 
         It is what the model is moved by, after rounding to its type.
         """
-        return {name: _difference(after, self._before[name]) for name, after in self._after.items()}
+        return {name: difference(after, self._before[name]) for name, after in self._after.items()}
 
     @property
     def made(self) -> bool:
@@ -193,7 +193,8 @@ def _as_in(name: str, value: Tensor, parameter: Tensor) -> Tensor:
     return rounded
 
 
-def _difference(after: Tensor, before: Tensor) -> Tensor:
+def difference(after: Tensor, before: Tensor) -> Tensor:
+    """After minus before, in float32 or finer."""
     # In half precision the difference of two numbers has more digits than either.
     exact = torch.promote_types(after.dtype, torch.float32)
     return after.to(exact) - before.to(exact)

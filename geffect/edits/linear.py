@@ -6,17 +6,17 @@ Efficient Concept Erasure" (ECCV 2024, arXiv 2407.12383), for any `nn.Linear`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor, nn
 
 from geffect.batch import on_device
 from geffect.layers import canonical_name, trainable
+from geffect.numbers import is_number
 from geffect.risk import RiskSet, as_batches, inputs_of, scored_tokens, undisturbed
 
 from .base import Data, Edit, Outcome
-from .options import check_option, is_number
+from .options import check_option
 from .task_vector import check_weights
 
 
@@ -52,8 +52,8 @@ class ClosedFormLinear(Edit):
     def __post_init__(self) -> None:
         for name in ("erase", "preserve"):
             value = getattr(self, name)
-            check_option(self, name, is_number(value) and 0 <= value < inf, "0 or positive")
-        check_option(self, "stay", is_number(self.stay) and 0 < self.stay < inf, "positive")
+            check_option(self, name, is_number(value) and value >= 0, "0 or positive")
+        check_option(self, "stay", is_number(self.stay) and self.stay > 0, "positive")
 
     @property
     def source(self) -> str:
@@ -109,7 +109,7 @@ def derived_input(
             "`edited` should have a weight for each of `originals`, one or more. Found "
             f"{len(edited)} for {len(originals)}. Pass the same layers before and after the edit."
         )
-    if not (is_number(ridge) and 0 < ridge < inf):
+    if not (is_number(ridge) and ridge > 0):
         raise ValueError(f"`ridge` should be positive. Found {ridge!r}. Pass, say, ridge=0.1.")
     pairs = [
         (w.detach().double(), v.detach().double()) for w, v in zip(originals, edited, strict=True)

@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import inf, isfinite
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from geffect.evaluation import extraction_strength
 from geffect.layers import trainable
+from geffect.numbers import is_number
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome, State, state_of
 from .change import Change
-from .options import check_option, is_number
+from .options import check_option
 from .task_vector import check_weights
 
 Metric = Callable[[nn.Module], float]
@@ -77,7 +78,7 @@ class Mixing(Edit):
             check_option(self, "alpha", within, "from 0 to 1")
         check_option(self, "level", is_number(self.level) and 0 < self.level <= 1, "from 0 to 1")
         check_option(
-            self, "tolerance", is_number(self.tolerance) and 0 < self.tolerance < inf, "positive"
+            self, "tolerance", is_number(self.tolerance) and self.tolerance > 0, "positive"
         )
 
     @property

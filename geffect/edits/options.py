@@ -1,12 +1,7 @@
 """What the options of edits may be."""
 
-from collections.abc import Sequence
-from math import isnan
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a number, infinity among them."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not isnan(value)
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 
 def is_count(value: object) -> bool:
@@ -36,3 +31,12 @@ def patterns(text: str) -> Sequence[str]:
     ['*.mlp.*', 'lm_head.weight']
     """
     return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def matching(names: Iterable[str], text: str) -> list[str]:
+    """The names that one of the patterns in a text is of, in their order.
+
+    >>> matching(["mlp.weight", "head"], "*.weight, x")
+    ['mlp.weight']
+    """
+    return [name for name in names if any(fnmatchcase(name, one) for one in patterns(text))]

@@ -5,13 +5,13 @@ The public code is filyp/RepSelect, whose single-shot version this is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import inf
 
 from torch import Tensor, nn
 
 from geffect.batch import Batch
 from geffect.layers import trainable
+from geffect.numbers import is_number
 from geffect.projection import Collapse
 from geffect.projection.collapse import Basis, Side, Strength
 from geffect.risk import RiskSet, as_batches, nll
@@ -19,7 +19,7 @@ from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .importance import mean_importance
-from .options import check_option, is_count, is_number, patterns
+from .options import check_option, is_count, matching
 from .task_vector import check_weights
 
 
@@ -57,7 +57,7 @@ class RepSelect(Edit):
     def __post_init__(self) -> None:
         if self.k is not None:
             check_option(self, "k", is_count(self.k), "a whole number from 1 on")
-        finite = is_number(self.length) and 0 < self.length < inf
+        finite = is_number(self.length) and self.length > 0
         check_option(self, "length", finite, "a positive number")
         self._collapse(self.k or 1)
 
@@ -103,11 +103,7 @@ class RepSelect(Edit):
 
     def _matrices(self, parameters: dict[str, Tensor]) -> list[str]:
         """The names of what changes."""
-        included = [
-            name
-            for name in parameters
-            if any(fnmatchcase(name, pattern) for pattern in patterns(self.include))
-        ]
+        included = matching(parameters, self.include)
         for name in included:
             if parameters[name].ndim > 2:
                 raise ValueError(

@@ -6,7 +6,6 @@ arXiv 2308.07707); its form without labels is "Loss-Free Machine Unlearning" (ar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import inf
 from typing import Any, Literal, get_args
 
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 
 from geffect.batch import Batch
 from geffect.layers import trainable
+from geffect.numbers import is_number
 from geffect.risk import nll
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .importance import Loss, mean_importance, of_size, output_energy
-from .options import check_option, is_count, is_number, patterns
+from .options import check_option, is_count, matching, patterns
 
 Against = Literal["retain", "all"]
 
@@ -62,12 +62,13 @@ class SSD(Edit):
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
-            check_option(self, "alpha", is_number(self.alpha) and self.alpha > 0, "positive")
+            threshold = self.alpha == inf or (is_number(self.alpha) and self.alpha > 0)
+            check_option(self, "alpha", threshold, "positive")
             check_option(self, "alpha", self.fraction is None, "left out beside `fraction`")
         if self.fraction is not None:
             within = is_number(self.fraction) and 0 < self.fraction <= 1
             check_option(self, "fraction", within, "above 0 and at most 1")
-        finite = is_number(self.dampening) and 0 <= self.dampening < inf
+        finite = is_number(self.dampening) and self.dampening >= 0
         check_option(self, "dampening", finite, "0 or a positive number")
         check_option(self, "against", self.against in get_args(Against), '"retain" or "all"')
         check_option(self, "fisher_batch", is_count(self.fisher_batch), "a whole number from 1 on")
@@ -117,18 +118,14 @@ class SSD(Edit):
         every = list(trainable(model))
         for option in ("include", "exclude"):
             for pattern in patterns(getattr(self, option)):
-                if not any(fnmatchcase(name, pattern) for name in every):
+                if not matching(every, pattern):
                     raise ValueError(
                         f"`{option}` of {type(self).__name__} should have patterns of names of "
                         f"parameters. Found `{pattern}`, which none of them has, such as "
                         f"`{every[0]}`. Mend it, or leave it out."
                     )
-        chosen = [
-            name
-            for name in every
-            if any(fnmatchcase(name, pattern) for pattern in patterns(self.include))
-            and not any(fnmatchcase(name, pattern) for pattern in patterns(self.exclude))
-        ]
+        excluded = matching(every, self.exclude)
+        chosen = [name for name in matching(every, self.include) if name not in excluded]
         if not chosen:
             raise ValueError(
                 f"`include` and `exclude` of {type(self).__name__} should leave parameters to "

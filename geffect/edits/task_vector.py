@@ -3,16 +3,17 @@
 "Editing Models with Task Arithmetic" (ICLR 2023, arXiv 2212.04089).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from geffect.layers import is_adapter, trainable
+from geffect.numbers import is_number
 
 from .base import Data, Edit, Outcome, state_of
-from .options import check_option, is_number
+from .options import check_option
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class TaskVectorNegation(Edit):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        finite = is_number(self.alpha) and isfinite(self.alpha)
-        check_option(self, "alpha", finite, "a finite number")
+        check_option(self, "alpha", is_number(self.alpha), "a finite number")
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -53,14 +53,14 @@ class TaskVectorNegation(Edit):
         tuned = state_of("tuned", data["tuned"], model)
         # Of what does not move every bit stays, the sign of a zero among them.
         values = {
-            name: _moved(parameter.detach(), tuned[name], self.alpha)
+            name: negated(parameter.detach(), tuned[name], self.alpha)
             for name, parameter in parameters.items()
             if self.alpha and not torch.equal(parameter, tuned[name])
         }
         return Outcome(values)
 
 
-def check_weights(parameters: dict[str, Tensor], owner: str) -> None:
+def check_weights(parameters: Mapping[str, Tensor], owner: str) -> None:
     """Refuse factors of adapters, whose products are the weights."""
     factor = next(filter(is_adapter, parameters), None)
     if factor is not None:
@@ -71,7 +71,8 @@ def check_weights(parameters: dict[str, Tensor], owner: str) -> None:
         )
 
 
-def _moved(theta: Tensor, tuned: Tensor, alpha: float) -> Tensor:
+def negated(theta: Tensor, tuned: Tensor, alpha: float) -> Tensor:
+    """theta - alpha tau in the type of theta; what tau leaves alone keeps its bits."""
     exact = theta.double()
     tau = tuned.double() - exact
     return torch.where(tau == 0, theta, (exact - alpha * tau).to(theta.dtype))

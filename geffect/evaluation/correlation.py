@@ -1,12 +1,11 @@
 """The correlation of two columns of numbers, and how certain it is."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,12 @@ def correlation(first: ArrayLike, second: ArrayLike, level: float = 0.95) -> Cor
     nothing = float("nan")
     if len(x) < 2 or _is_constant(x) or _is_constant(y):
         return Correlation(nothing, nothing, nothing, len(x))
-    # To the same size first: squares of very small or large numbers are none.
-    a, b = (v / np.abs(v).max() for v in (x - x.mean(), y - y.mean()))
-    r = float(np.clip(a @ b / math.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
+    found = stats.pearsonr(x, y)
+    r = float(found.statistic)
     if len(x) < 4 or abs(r) == 1.0:
         return Correlation(r, nothing, nothing, len(x))
-    half = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(len(x) - 3)
-    return Correlation(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half), len(x))
+    low, high = found.confidence_interval(level)
+    return Correlation(r, float(low), float(high), len(x))
 
 
 def _is_constant(values: np.ndarray) -> bool:
@@ -57,7 +55,4 @@ def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     >>> ranks([10.0, 30.0, 10.0]).tolist()
     [0.5, 2.0, 0.5]
     """
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last = counts.cumsum() - 1
-    shared: np.ndarray = (last - (counts - 1) / 2)[inverse]
-    return shared
+    return np.asarray(stats.rankdata(values) - 1)

@@ -4,6 +4,7 @@ Formulas: "Rethinking LLM Unlearning Objectives: A Gradient Perspective and Go B
 (arXiv 2502.19301).
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,42 @@ class GradientAscent(Objective):
 
 
 @dataclass(frozen=True)
-class WeightedGradientAscent(Objective):
+class WeightedLikelihood(Objective):
+    """(1/N) sum_i w_i log p_i, token mean, with weights of p_i alone that are held constant.
+
+    >>> @dataclass(frozen=True)
+    ... class Halved(WeightedLikelihood):
+    ...     def weights(self, log_p):
+    ...         return 0.5 * log_p.detach().exp()
+    >>> Halved().reductions["forget"].kind
+    'token_mean'
+    """
+
+    @abstractmethod
+    def weights(self, log_p: Tensor) -> Tensor:
+        """w_i from log p_i, detached."""
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        def loss() -> Tensor:
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            return token_mean(self.weights(log_p) * log_p, scored)
+
+        return {FORGET: Component(loss)}
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "token_mean")}
+
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor:
+        return self.weights(log_p)[scored]
+
+
+@dataclass(frozen=True)
+class WeightedGradientAscent(WeightedLikelihood):
     """WGA: (1/N) sum_i w_i log p_i with w_i = p_i^alpha held constant in the gradient.
 
     Token mean. The weight cancels the 1/p by which GA grows on what is already forgotten, so WGA
@@ -67,21 +103,3 @@ class WeightedGradientAscent(Objective):
     def weights(self, log_p: Tensor) -> Tensor:
         """w_i = p_i^alpha, detached."""
         return (self.alpha * log_p.detach()).exp()
-
-    def components(
-        self, model: Any, batch: Pair, reference: Reference | None = None
-    ) -> dict[str, Component]:
-        def loss() -> Tensor:
-            log_p, scored = token_log_probabilities(model, batch[FORGET])
-            return token_mean(self.weights(log_p) * log_p, scored)
-
-        return {FORGET: Component(loss)}
-
-    @property
-    def reductions(self) -> Mapping[str, Reduction]:
-        return {FORGET: Reduction(FORGET, "token_mean")}
-
-    def _weights_of(
-        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
-    ) -> Tensor:
-        return self.weights(log_p)[scored]

@@ -1,21 +1,15 @@
 """SatImp: GA whose tokens are weighed by how far they are from forgotten, and how important."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from geffect.batch import Pair
-from geffect.risk import token_log_probabilities, token_mean
-from geffect.sources import FORGET
-
-from .base import Component, Objective, Reduction, not_negative
-from .reference import Reference
+from .base import not_negative
+from .likelihood import WeightedLikelihood
 
 
 @dataclass(frozen=True)
-class SatImp(Objective):
+class SatImp(WeightedLikelihood):
     """SatImp: (1/N) sum_i w_i log p_i with w_i = p_i^beta1 (1 - p_i)^beta2 held constant.
 
     Token mean. p^beta1, saturation, spares what is forgotten already, as WGA does; (1 - p)^beta2,
@@ -41,21 +35,3 @@ class SatImp(Objective):
         """w_i = p_i^beta1 (1 - p_i)^beta2, detached."""
         known = log_p.detach()
         return (self.beta1 * known).exp() * (-known.expm1()).clamp(min=0).pow(self.beta2)
-
-    def components(
-        self, model: Any, batch: Pair, reference: Reference | None = None
-    ) -> dict[str, Component]:
-        def loss() -> Tensor:
-            log_p, scored = token_log_probabilities(model, batch[FORGET])
-            return token_mean(self.weights(log_p) * log_p, scored)
-
-        return {FORGET: Component(loss)}
-
-    @property
-    def reductions(self) -> Mapping[str, Reduction]:
-        return {FORGET: Reduction(FORGET, "token_mean")}
-
-    def _weights_of(
-        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
-    ) -> Tensor:
-        return self.weights(log_p)[scored]

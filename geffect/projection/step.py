@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -111,13 +112,14 @@ class RectifiedStep:
         """Change what the optimizer has made of the step, if it was not taken here."""
         ahead = self._ahead
         if ahead is not None:
+            finish = partial(without_graph, ahead.finish)
             try:
-                to_the_end(lambda: without_graph(ahead.finish))
+                to_the_end(finish)
             except BaseException:
                 if not ahead.over:
                     # The interrupt came before the first line of what waits for it, or it fails.
                     with suppress(Exception):
-                        to_the_end(lambda: without_graph(ahead.finish))
+                        to_the_end(finish)
                 if not ahead.over:
                     without_graph(lambda: to_the_end(ahead.undo))
                 raise

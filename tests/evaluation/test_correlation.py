@@ -1,4 +1,4 @@
-"""Correlations against those of scipy."""
+"""Correlations against those of scipy, and by hand."""
 
 import math
 
@@ -19,6 +19,11 @@ def test_r_and_its_interval_are_those_of_scipy(count: int, scale: float) -> None
     low, high = known.confidence_interval(0.95)
     assert (found.r, found.low, found.high) == pytest.approx((known.statistic, low, high))
     assert found.count == count
+    u, v = x - x.mean(), y - y.mean()
+    by_hand = float(u @ v / np.sqrt((u @ u) * (v @ v)))
+    half = 1.959963984540054 / math.sqrt(count - 3)
+    around = [math.tanh(math.atanh(by_hand) + sign * half) for sign in (-1, 1)]
+    assert (found.r, found.low, found.high) == pytest.approx((by_hand, *around))
     narrower = correlation(x, y, level=0.5)
     assert found.low < narrower.low < found.r < narrower.high < found.high
 
@@ -33,6 +38,8 @@ def test_very_small_and_very_large_numbers_vary_too() -> None:
 def test_ranks_are_those_of_scipy() -> None:
     values = np.random.default_rng(0).integers(0, 6, size=40).astype(float)
     assert ranks(values).tolist() == (stats.rankdata(values) - 1).tolist()
+    by_hand = [(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]
+    assert ranks(values).tolist() == by_hand
 
 
 @pytest.mark.parametrize(("x", "y"), [([1.0], [2.0]), ([], []), ([1, 2, 3, 4], [5, 5, 5, 5])])
