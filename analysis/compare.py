@@ -144,7 +144,9 @@ class _Pair:
             apart = np.abs(a - b) > self.tolerance / 10 * np.maximum(np.abs(a), np.abs(b))
         declared = self.run.manifest.get("losses", {})
         is_sum = [isinstance(declared.get(name), dict) for name in self.sources]
-        apart = (apart | (np.isnan(a) != np.isnan(b))) & ~np.array(is_sum)
+        # No difference of infinities is a number.
+        odd = (a != b) & ~(np.isfinite(a) & np.isfinite(b)) & ~(np.isnan(a) & np.isnan(b))
+        apart = (apart | odd) & ~np.array(is_sum)
         return np.asarray(apart, dtype=np.bool_)
 
     def distance(self, sources: Sequence[str], factor: Floats | float = 1.0) -> Floats:

@@ -14,8 +14,11 @@ from geffect import distributed
 from geffect.capture.header import Declared
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
+from geffect.edits.change import difference
+from geffect.edits.task_vector import check_weights, negated
 from geffect.interrupts import put_back_after
-from geffect.layers import is_adapter, trainable
+from geffect.layers import trainable
+from geffect.numbers import is_number
 from geffect.risk import RiskSet, check_data, mean_nll, noting_risk, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 
@@ -39,7 +42,8 @@ class Requests:
     - `retain` and further `risks` by name: what should stay.
     - `negate`: None leaves what was learned; a number alpha is for training that learns what is to
       be forgotten (SSU, TaskVectorNegation): tau is taken, and theta - alpha tau set in its place.
-    - `share`: of all numbers of the model those that count as moved most, for the overlap.
+    - `share`: of all numbers of the model those that count as moved most, for the overlap; those
+      that moved as far as the last of them count too.
     - `metadata`, `overwrite`: as for `geffect.Recorder`.
 
     It keeps the displacement of every request and a mask of it in the memory of the host: a copy of
@@ -128,9 +132,10 @@ class Requests:
                 with noting_risk(risk):
                     found[risk] = risk_gradient(self._model, batches)
             yield name, self._sets[name]
+            self._check_same(name)
             self._set_back(before)
             displacement = [
-                _difference(p.detach(), b)
+                difference(p.detach(), b)
                 for p, b in zip(self._parameters.values(), before, strict=True)
             ]
             _check_moved(name, displacement)
@@ -140,6 +145,22 @@ class Requests:
             self._keep(name, displacement, losses)
         self._complete = True
 
+    def _check_same(self, name: str) -> None:
+        """Refuse parameters that others have taken the place of, or that are frozen since."""
+        now = trainable(self._model)
+        moved = [
+            key
+            for key in {**self._parameters, **now}
+            if now.get(key) is not self._parameters.get(key)
+        ]
+        if moved:
+            raise ValueError(
+                f"Request `{name}` should train the parameters of the model in place. Found other "
+                f"ones, or frozen ones, in the place of {len(moved)}, the first of them "
+                f"`{moved[0]}`. Load weights by `load_state_dict`, and put adapters and frozen "
+                "parts in place before Requests is made."
+            )
+
     @torch.no_grad()
     def _set_back(self, before: list[Tensor]) -> None:
         """theta - alpha tau, where tau is what was learned."""
@@ -148,13 +169,12 @@ class Requests:
         alpha, pairs = self._negate, [*zip(self._parameters.values(), before, strict=True)]
         tuned = [p.detach().clone() for p, _ in pairs]
 
-        def negated() -> None:
+        def write() -> None:
             for (parameter, old), new in zip(pairs, tuned, strict=True):
-                moved = old.double() - alpha * (new.double() - old.double())
-                parameter.copy_(torch.where(new == old, old, moved.to(old.dtype)))
+                parameter.copy_(negated(old, new, alpha))
 
         # It writes the same again: an interrupt in its midst leaves the whole of it behind.
-        put_back_after(lambda: None, negated)
+        put_back_after(lambda: None, write)
 
     def _write(
         self, number: int, name: str, vectors: Mapping[str, Any], losses: Mapping[str, float]
@@ -211,20 +231,14 @@ class Requests:
             self._recording.keep_table(PAIRS, {**names, **columns})
 
 
-def _difference(after: Tensor, before: Tensor) -> Tensor:
-    """theta after minus theta before, in float32 or finer, which half precision has no room for."""
-    exact = torch.promote_types(after.dtype, torch.float32)
-    return after.to(exact) - before.to(exact)
-
-
 def _check_options(negate: float | None, share: float) -> None:
-    if negate is not None and not (isinstance(negate, int | float) and 0 < negate < float("inf")):
+    if negate is not None and not (is_number(negate) and negate > 0):
         raise ValueError(
             "`negate` of Requests should be None, or a positive number of task vectors. Found "
             f"`negate = {negate!r}`. Pass None where the blocks unlearn, or 1.0 where they learn "
             "what is to be forgotten."
         )
-    if not (isinstance(share, int | float) and 0 < share <= 1):
+    if not (is_number(share) and 0 < share <= 1):
         raise ValueError(
             "`share` of Requests should be a part of all numbers, above 0 and up to 1. Found "
             f"`share = {share!r}`. Pass, say, 0.01."
@@ -249,12 +263,8 @@ def _check_model(parameters: Mapping[str, Tensor], negate: float | None) -> None
             "processes, or parameters in shards. Save the model after each request, and record "
             "the change between what was saved."
         )
-    factor = next(filter(is_adapter, parameters), None)
-    if negate is not None and factor is not None:
-        raise ValueError(
-            f"`negate` should be of weights. Found `{factor}`, a factor of an adapter, whose "
-            "products are the weights. Merge the adapter before, or pass None."
-        )
+    if negate is not None:
+        check_weights(parameters, "`negate` of Requests")
 
 
 def _check_moved(name: str, displacement: list[Tensor]) -> None:

@@ -16,8 +16,10 @@ from geffect import Recorder, Rectifier, Run, open_run
 from geffect.analysis import compare
 from geffect.projection import gru
 from geffect.risk import nll
+from geffect.store.writer import RunWriter
 from tests.utils import tiny
 from tests.utils.command_line import Ask
+from tests.utils.runs import PARAMETERS, PLAIN, row_of
 
 STEPS = 9
 
@@ -186,6 +188,19 @@ def test_without_the_update_what_is_not_known_is_said(tmp_path: Path) -> None:
     found = compare(a, b)
     assert found.step == 8
     assert "or the parameters after step 7, whose update is not recorded" in found.sentence
+
+
+def test_a_loss_that_is_infinite_in_one_run_is_a_difference(tmp_path: Path) -> None:
+    for name, loss in (("a", 1.0), ("b", np.inf)):
+        writer = RunWriter(tmp_path / f"{name}.h5", PARAMETERS)
+        writer.begin(PLAIN)
+        writer.append(row_of(0))
+        writer.append(row_of(1, losses=np.array([1.0, loss, 1.0])))
+        writer.close(complete=True)
+    a, b = (open_run(tmp_path / f"{name}.h5") for name in "ab")
+    for found in (compare(a, b), compare(b, a)):
+        assert found.step == 1 and "forward, source forget" in found.sentence
+    assert compare(b, b).level == "identical"
 
 
 def test_other_models_are_refused(whole: Run, tmp_path: Path) -> None:

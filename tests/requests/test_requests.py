@@ -182,6 +182,8 @@ def test_a_request_that_fails_is_not_recorded(tmp_path: Path) -> None:
         ({"risks": {"a": RETAIN}}, "names of their own"),
         ({"negate": -1.0}, "`negate` of Requests should be None, or a positive number"),
         ({"share": 0}, "`share` of Requests should be a part of all numbers"),
+        ({"share": True}, "`share` of Requests should be a part of all numbers"),
+        ({"negate": True}, "`negate` of Requests should be None, or a positive number"),
         ({"retain": []}, "should yield a batch"),
     ],
 )
@@ -196,6 +198,27 @@ def test_a_request_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     requests = Requests(tiny.gpt2(), tmp_path / "run.h5", forget=FORGET, retain=RETAIN)
     with requests, pytest.raises(ValueError, match="`a` should change the model"):
         list(requests)
+
+
+def wrapped(model: nn.Module) -> None:
+    model.lm_head = nn.Linear(12, 23, bias=False).double()
+
+
+def frozen(model: nn.Module) -> None:
+    next(model.parameters()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("replace", [wrapped, frozen])
+def test_parameters_that_are_replaced_in_a_request_are_refused(
+    tmp_path: Path, replace: Any
+) -> None:
+    model = tiny.gpt2()
+    requests = Requests(model, tmp_path / "run.h5", forget=FORGET, retain=RETAIN)
+    with requests, pytest.raises(ValueError, match="`a` should train the parameters of the model"):
+        for _, batches in requests:
+            descended(model, batches)
+            replace(model)
+    assert not (tmp_path / "run.h5").exists() or not len(open_run(tmp_path / "run.h5").steps)
 
 
 def test_requests_are_gone_through_once(tmp_path: Path) -> None:
