@@ -164,7 +164,8 @@ class _Pair:
             unknown = np.isnan(K[..., u, u]) | np.isnan(L[..., u, u])
             for one in (K, L):
                 one[unknown, u, :] = one[unknown, :, u] = 0.0
-        lengths = np.sqrt(np.maximum(*(np.einsum("...ii->...i", one) for one in (K, L))))
+        # What is estimated from disjoint batches may be a negative square.
+        lengths = np.sqrt(np.maximum(*(np.abs(np.einsum("...ii->...i", one)) for one in (K, L))))
         with np.errstate(invalid="ignore", divide="ignore"):
             # One length after the other: the product of two tiny ones would underflow.
             apart = np.abs(K - L) / lengths[..., :, np.newaxis] / lengths[..., np.newaxis, :]
@@ -187,14 +188,21 @@ class _Pair:
             more = len(one.steps) - len(self.steps)
             if more:
                 remarks.append(f"`{one.name}` has {more} steps that `{rest.name}` has not.")
-        different = [key for key in _SAID if _said(self.run, key) != _said(self.other, key)]
+        different = [
+            word for key, word in _SAID.items() if _said(self.run, key) != _said(self.other, key)
+        ]
         if different:
             remarks.append(f"Their files say another {_listed(different)}.")
         return " ".join([sentence, *remarks])
 
 
-_SAID = ("objective", "losses", "optimizer", "rectifier")
-"""What the manifest says of how a run was made."""
+_SAID = {
+    "objective": "objective",
+    "losses": "declaration of losses",
+    "optimizer": "optimizer",
+    "rectifier": "rectifier",
+}
+"""What the manifest says of how a run was made, in words."""
 
 
 def _said(run: Run, key: str) -> Any:

@@ -14,8 +14,8 @@ from .predicted_change import predicted_change
 RISKS, PAIRS = "request_risks", "request_pairs"
 """The tables that `geffect.Requests` keeps with a run."""
 
-ALIKE = Score("cosine of the displacements of two requests", COSINE)
-OVERLAP = Score("overlap of what two requests move most, of 1")
+ALIKE = Score("cosine of two displacements", COSINE)
+OVERLAP = Score("overlap of what moves most")
 FALL = Score("fall of the risk", PER_TOKEN)
 
 

@@ -10,7 +10,7 @@ from .style import colours_of, drawn, dress, longest, new_axes, wrapped
 
 
 def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """A cell for each two requests, with its number: the later one in a row, below the earlier.
+    """A cell for each two requests, with its number: the later one in a row, the earlier below.
 
     - `table`: `request`, `other` and `value`, one row for each two requests.
     - `ax`: the axes to draw on; new ones if left out.
@@ -34,20 +34,31 @@ def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
     later, earlier = [*map(str, grid.index)], [*map(str, grid.columns)]
     if ax is None:
-        ax = new_axes(2.2 + 0.6 * len(earlier) + 0.06 * longest(later), 1.2 + 0.4 * len(later))
+        # The label of the scale is on its side, and the names below are slanted.
+        tall = max(2.4, 0.4 * len(later)) + 0.05 * longest(earlier)
+        ax = new_axes(max(1.6, 0.6 * len(earlier)) + 0.08 * longest(later) + 1.4, tall)
     cmap, norm = colours_of(table)
-    mesh = ax.pcolormesh(cells, cmap=cmap, norm=norm)
+    mesh = ax.pcolormesh(cells, cmap=cmap.with_extremes(bad="none"), norm=norm)
     ax.invert_yaxis()
     ax.set_xticks(np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right")
     ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
-    ax.set_xlabel("other", fontsize="medium")
+    ax.set_xlabel("earlier request", fontsize="medium")
     ax.set_ylabel("request", fontsize="medium")
-    for row, column in np.argwhere(~np.ma.getmaskarray(cells)):
-        value = cells[row, column]
-        red, green, blue, _ = cmap(norm(value))
+    columns, rows = ({name: place for place, name in enumerate(of)} for of in (earlier, later))
+    for pair in table.to_dict("records"):
+        value = pair["value"]
+        is_known = bool(np.isfinite(value))
+        red, green, blue, _ = cmap(norm(value)) if is_known else (1.0, 1.0, 1.0, 1.0)
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        ink = "white" if is_dark else "black"
-        ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=ink)
+        ax.text(
+            columns[str(pair["other"])] + 0.5,
+            rows[str(pair["request"])] + 0.5,
+            f"{value:.2f}" if is_known else "undefined",
+            ha="center",
+            va="center",
+            color="white" if is_dark else "black",
+            fontsize="medium" if is_known else "small",
+        )
     dress(ax, frame=False)
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06)
     bar.set_label(wrapped(score_of(table).full), fontsize="medium")

@@ -19,7 +19,7 @@ from geffect.risk import nll
 from geffect.store.writer import RunWriter
 from tests.utils import tiny
 from tests.utils.command_line import Ask
-from tests.utils.runs import PARAMETERS, PLAIN, row_of
+from tests.utils.runs import PARAMETERS, PLAIN, SOURCES, row_of
 
 STEPS = 9
 
@@ -201,6 +201,22 @@ def test_a_loss_that_is_infinite_in_one_run_is_a_difference(tmp_path: Path) -> N
     for found in (compare(a, b), compare(b, a)):
         assert found.step == 1 and "forward, source forget" in found.sentence
     assert compare(b, b).level == "identical"
+
+
+def test_negative_estimates_of_squares_are_compared_too(tmp_path: Path) -> None:
+    shape = (len(PARAMETERS), len(SOURCES), len(SOURCES))
+    estimates = np.random.default_rng(0).normal(size=shape)
+    estimates = estimates + estimates.swapaxes(1, 2)
+    assert (np.einsum("pii->pi", estimates) < 0).any()
+    runs = []
+    for name, factor in (("a", 1.0), ("b", 1.0 + 1e-9), ("c", 1.1)):
+        writer = RunWriter(tmp_path / f"{name}.h5", PARAMETERS)
+        writer.begin(PLAIN)
+        writer.append(row_of(0, gram=factor * estimates))
+        writer.close(complete=True)
+        runs.append(open_run(tmp_path / f"{name}.h5"))
+    a, b, c = runs
+    assert (compare(a, b).level, compare(a, c).level) == ("rounding", "diverged")
 
 
 def test_other_models_are_refused(whole: Run, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
 from geffect import Requests, Run, open_run
 from geffect.analysis import cosine, g_effect, predicted_change, revivals, task_vectors
-from geffect.analysis.requests import PAIRS
+from geffect.analysis.requests import ALIKE, PAIRS
 from geffect.layers import trainable
 from geffect.objectives import NPO, FrozenModel
 from geffect.plots import pairs
@@ -241,8 +242,19 @@ def test_pairs_are_drawn_with_their_numbers(three: Any) -> None:
     overlap = table[table["quantity"] == "overlap"]
     ax = pairs(overlap)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c"]
-    assert [text.get_text() for text in ax.texts] == [
-        f"{value:.2f}" for value in overlap.sort_values(["request", "other"])["value"]
-    ]
+    assert [text.get_text() for text in ax.texts] == [f"{value:.2f}" for value in overlap["value"]]
+    unknown = overlap.assign(value=overlap["value"].where(overlap["request"] == "b"))
+    assert [text.get_text() for text in pairs(unknown).texts].count("undefined") == 2
     with pytest.raises(ValueError, match="one row for each two requests"):
         pairs(table)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a name that is long, of people", "b", "c"]])
+def test_nothing_of_pairs_is_clipped(names: list[str], tmp_path: Path) -> None:
+    rows = [(later, other, 0.5) for i, later in enumerate(names) for other in names[:i]]
+    table = pd.DataFrame(rows, columns=["request", "other", "value"]).assign(model="model")
+    figure = pairs(table.assign(score=ALIKE.label, unit=ALIKE.unit)).figure
+    figure.canvas.draw()
+    shown = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert shown.x0 >= 0 and shown.y0 >= 0 and shown.x1 <= width and shown.y1 <= height
