@@ -105,8 +105,8 @@ def test_labels_that_are_shifted_already_are_refused(rows: int, last: int) -> No
     batch = tiny.batch(1, rows=rows, length=12)
     own = batch["input_ids"].clone()
     shifted = torch.cat([own[:, 1:], torch.full((rows, 1), last)], dim=1)
-    asked = shifted.where(torch.arange(12) > 4, torch.tensor(-100))
-    for labels in (shifted, asked):
+    asked = [shifted.where(torch.arange(12) > first, torch.tensor(-100)) for first in (4, 8, 9)]
+    for labels in (shifted, *asked):
         for ask in (nll, lambda model, b: check_answers(model, {"forget": b})):
             with pytest.raises(ValueError, match=r"should stand at their own tokens.* Found .* co"):
                 ask(tiny.llama(), {**batch, "labels": labels})
