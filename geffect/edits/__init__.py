@@ -5,6 +5,7 @@ from .catalogue import CATALOGUE, as_edit, named, options_of
 from .change import Change
 from .linear import ClosedFormLinear, derived_input, layer_inputs
 from .mixing import Calibration, Mixing, calibrated
+from .newton import Newton
 from .repselect import RepSelect
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
@@ -19,6 +20,7 @@ __all__ = [
     "Data",
     "Edit",
     "Mixing",
+    "Newton",
     "Outcome",
     "RepSelect",
     "TaskVectorNegation",

@@ -8,6 +8,7 @@ from geffect.near import meant
 
 from .base import Edit
 from .mixing import Mixing
+from .newton import Newton
 from .repselect import RepSelect
 from .ssd import LFSSD, SSD
 from .task_vector import TaskVectorNegation
@@ -18,6 +19,7 @@ CATALOGUE: Mapping[str, Edit] = {
     "negation": TaskVectorNegation(),
     "mix": Mixing(),
     "repselect": RepSelect(),
+    "newton": Newton(),
 }
 
 

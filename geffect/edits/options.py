@@ -40,3 +40,32 @@ def matching(names: Iterable[str], text: str) -> list[str]:
     ['mlp.weight']
     """
     return [name for name in names if any(fnmatchcase(name, one) for one in patterns(text))]
+
+
+def chosen(owner: object, names: Iterable[str]) -> list[str]:
+    """The names that `include` of an edit has a pattern of, and `exclude` has none.
+
+    Raises ValueError for a pattern that no name has, and where nothing is left.
+
+    >>> from geffect.edits import SSD
+    >>> chosen(SSD(include="*mlp*", exclude="*bias"), ["mlp.weight", "mlp.bias", "head.weight"])
+    ['mlp.weight']
+    """
+    every, kind = list(names), type(owner).__name__
+    texts = {option: getattr(owner, option) for option in ("include", "exclude")}
+    for option, text in texts.items():
+        for pattern in patterns(text):
+            if not matching(every, pattern):
+                raise ValueError(
+                    f"`{option}` of {kind} should have patterns of names of parameters. Found "
+                    f"`{pattern}`, which none of them has, such as `{every[0]}`. Mend it, or leave "
+                    "it out."
+                )
+    excluded = matching(every, texts["exclude"])
+    found = [name for name in matching(every, texts["include"]) if name not in excluded]
+    if not found:
+        raise ValueError(
+            f"`include` and `exclude` of {kind} should leave parameters to select from. Found "
+            f"none: {texts['include']!r} without {texts['exclude']!r}. Exclude less."
+        )
+    return found

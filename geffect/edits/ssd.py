@@ -20,7 +20,7 @@ from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .importance import Loss, mean_importance, of_size, output_energy
-from .options import check_option, is_count, matching, patterns
+from .options import check_option, chosen, is_count
 
 Against = Literal["retain", "all"]
 
@@ -82,7 +82,7 @@ class SSD(Edit):
         return "arXiv 2308.07707"
 
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
-        names = self._chosen(model)
+        names = chosen(self, trainable(model))
         sets = {name: of_size(name, data[name], self.fisher_batch) for name in self.sets}
         compared = sets[RETAIN] if self.against == "retain" else [*sets[RETAIN], *sets[FORGET]]
         forget = self._importance(model, sets[FORGET], names)
@@ -112,26 +112,6 @@ class SSD(Edit):
     ) -> dict[str, Tensor]:
         loss: Loss = nll
         return mean_importance(model, batches, loss, torch.square, names)
-
-    def _chosen(self, model: nn.Module) -> list[str]:
-        """The names of the parameters that may be selected."""
-        every = list(trainable(model))
-        for option in ("include", "exclude"):
-            for pattern in patterns(getattr(self, option)):
-                if not matching(every, pattern):
-                    raise ValueError(
-                        f"`{option}` of {type(self).__name__} should have patterns of names of "
-                        f"parameters. Found `{pattern}`, which none of them has, such as "
-                        f"`{every[0]}`. Mend it, or leave it out."
-                    )
-        excluded = matching(every, self.exclude)
-        chosen = [name for name in matching(every, self.include) if name not in excluded]
-        if not chosen:
-            raise ValueError(
-                f"`include` and `exclude` of {type(self).__name__} should leave parameters to "
-                f"select from. Found none: {self.include!r} without {self.exclude!r}. Exclude less."
-            )
-        return chosen
 
     def _selected(
         self, forget: Mapping[str, Tensor], other: Mapping[str, Tensor]
