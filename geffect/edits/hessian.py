@@ -93,7 +93,7 @@ class Hessian:
         return [max(self.every, key=self.tokens.__getitem__)]
 
     def product(self, vector: Vector, among: Sequence[int] | None = None) -> Vector:
-        """The product with the Hessian of the mean over the answer tokens of some batches, or all."""
+        """The product with the Hessian of the mean over the answer tokens of some batches."""
         indices = self.every if among is None else among
         total = sum(self.tokens[index] for index in indices)
         sums = {name: torch.zeros_like(own) for name, own in vector.items()}
@@ -156,7 +156,7 @@ def _check_precision(model: nn.Module) -> None:
     if short:
         raise ValueError(
             "The parameters of Newton should be of float32 or float64. Found "
-            f"{sorted(short)[0]}, in whose rounding second derivatives are lost. Call "
+            f"{min(short)}, in whose rounding second derivatives are lost. Call "
             "model.float(), or save the checkpoint in float32."
         )
 
@@ -164,7 +164,7 @@ def _check_precision(model: nn.Module) -> None:
 def gradient_of(model: nn.Module, batches: RiskSet, names: Sequence[str]) -> Vector:
     """The gradient of the risk in float64, zero where it reaches nothing."""
     parameters = trainable(model)
-    found = dict(zip(parameters, riskgradient_of(model, batches).vector, strict=True))
+    found = dict(zip(parameters, risk_gradient(model, batches).vector, strict=True))
     return {
         name: torch.zeros_like(parameters[name], dtype=torch.float64)
         if (own := found[name]) is None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,20 @@ def test_requests_that_are_refused(
     found, _, err = edit(*options, method=method)
     assert found == code and says in err and len(err.strip().splitlines()[-1:]) == 1
     assert not (tmp_path / "out").exists() and not [*tmp_path.iterdir()]
+
+
+def test_newton_on_a_checkpoint(edit: Ask, tmp_path: Path, folder: Path) -> None:
+    code, out, err = edit("--scale", "300", "--steps", "15", method="newton")
+    assert (code, err) == (0, "")
+    told = open_run(tmp_path / "out" / "edit.h5").manifest["edit"]
+    assert told["facts"]["residual"] < 0.01 and "Newton of weights" in out
+    half = LlamaForCausalLM.from_pretrained(folder / "model").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    make_tokenizer(TURNS).save_pretrained(tmp_path / "half")
+    shutil.rmtree(tmp_path / "out")
+    code, out, err = edit(method="newton", model=tmp_path / "half")
+    assert code and "float32 or float64. Found torch.bfloat16" in err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_overwrites_nothing(edit: Ask, tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ def answered(seed: int, rows: int = 3) -> dict[str, torch.Tensor]:
     return batch
 
 
+QUICK = {"newton": {"scale": 300.0, "steps": 15}}
+"""Options of edits whose defaults take long."""
+
 SETS = {"forget": [tiny.batch(1, rows=2), tiny.batch(2)], "retain": [answered(5, rows=4)]}
 
 
@@ -51,7 +54,7 @@ def data_of(edit: Edit, model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_it_is_taken_back_to_the_bit(name: str) -> None:
-    model, edit = tiny.gpt2(), CATALOGUE[name]
+    model, edit = tiny.gpt2(), named(name, QUICK.get(name))
     data = data_of(edit, model)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     displacement = edit.displacement(model, data)
@@ -71,7 +74,7 @@ def test_it_is_taken_back_to_the_bit(name: str) -> None:
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_its_effects(name: str, tmp_path: Path) -> None:
     """e_R(eps D)/eps is the slope of the risk along D, and layers add up to the model."""
-    model, edit = tiny.gpt2(), CATALOGUE[name]
+    model, edit = tiny.gpt2(), named(name, QUICK.get(name))
     change = edit.change(model, data_of(edit, model))
     run = record_edit(model, change, tmp_path / "run.h5", risks=SETS, edit=edit)
     table = edited(run)
