@@ -52,10 +52,10 @@ change.apply()  # or kept, until change.revert()
 - The `alpha` of SSD does not carry over from one model to another. `fraction` says how much is
   selected, on any.
 
-- **Newton** is called certified by nobody here: no noise is added, and no bound is known. Its scale has
-  to exceed half of the largest curvature, its damping the most negative one; both are refused where
-  the solve shows otherwise. Second derivatives are held against differences of gradients, along the
-  gradient and along the step; where a backward pass leaves them out the edit is refused.
+- **Newton** is not called certified: no noise is added, and no bound is known. Its scale has to
+  exceed half of the largest curvature, its damping the most negative one; the edit is refused where
+  the solve shows otherwise. Second derivatives are held against differences of gradients, along
+  the gradient and along the step, and refused where a backward pass leaves them out.
 
 Sets are data that an edit is made from, states other models, as `--state tuned=DIR` or
 `states={"tuned": folder}`.
