@@ -132,8 +132,8 @@ class _Pair:
         return (
             len(self.steps) == len(self.run.steps) == len(self.other.steps)
             and self.run.sources == self.other.sources
-            and np.array_equal(*self.gram, equal_nan=True)
-            and np.array_equal(*self.losses, equal_nan=True)
+            and _are_the_same(*self.gram)
+            and _are_the_same(*self.losses)
         )
 
     @property
@@ -207,6 +207,13 @@ _SAID = {
 
 def _said(run: Run, key: str) -> Any:
     return run.manifest.get(key)
+
+
+def _are_the_same(a: Floats, b: Floats) -> bool:
+    """Bit for bit, the sign of a zero too; of NaN there is one."""
+    numbers = ~np.isnan(a)
+    signs = np.array_equal(np.signbit(a) & numbers, np.signbit(b) & numbers)
+    return signs and np.array_equal(a, b, equal_nan=True)
 
 
 def _same(pair: _Pair, distance: Floats) -> str:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.batch import IGNORED, Batch, Pair, labels_of, side_of
-from geffect.numbers import is_number
 from geffect.risk import inputs_of, label_logits, nll, token_mean
 from geffect.risk.likelihood import at_least_float32
 from geffect.sources import FORGET, RETAIN
 
-from .base import Component, Objective, Reduction, begun, switch
+from .base import Component, Objective, Reduction, begun, not_negative, switch
 from .of_run import OfRun
 from .reference import Reference
 
@@ -104,9 +103,14 @@ class PDU(Objective):
 
     def __post_init__(self) -> None:
         for name in ("dual", "step", "rise", "warmup"):
-            _not_negative(name, getattr(self, name))
+            not_negative("PDU", name, getattr(self, name))
+        if self.warmup != int(self.warmup):
+            raise ValueError(
+                "`warmup` of PDU should be a whole number of steps. Found "
+                f"`warmup = {self.warmup!r}`. Pass, say, PDU(warmup=2)."
+            )
         if self.epsilon is not None:
-            _not_negative("epsilon", self.epsilon)
+            not_negative("PDU", "epsilon", self.epsilon)
         switch("PDU", "legacy_mask", self.legacy_mask)
 
     def begin(self, model: Any) -> Self:
@@ -151,11 +155,3 @@ def _before_answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def _at_answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The logits at the labels, and where there is one."""
     return model(**inputs_of(model, batch)).logits, labels_of(batch) != IGNORED
-
-
-def _not_negative(name: str, value: Any) -> None:
-    if not (is_number(value) and value >= 0):
-        raise ValueError(
-            f"`{name}` of PDU should be a number, 0 or more. Found `{name} = {value!r:.60}`. Pass, "
-            f"say, PDU({name}=1.0)."
-        )

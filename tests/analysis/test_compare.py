@@ -219,6 +219,17 @@ def test_negative_estimates_of_squares_are_compared_too(tmp_path: Path) -> None:
     assert (compare(a, b).level, compare(a, c).level) == ("rounding", "diverged")
 
 
+def test_the_sign_of_a_zero_is_a_bit(tmp_path: Path) -> None:
+    for name, loss in (("a", 0.0), ("b", -0.0), ("c", np.nan)):
+        writer = RunWriter(tmp_path / f"{name}.h5", PARAMETERS)
+        writer.begin(PLAIN)
+        writer.append(row_of(0, losses=np.array([1.0, loss, 1.0])))
+        writer.close(complete=True)
+    a, b, c = (open_run(tmp_path / f"{name}.h5") for name in "abc")
+    assert (compare(a, b).level, compare(b, a).level) == ("rounding", "rounding")
+    assert [compare(run, run).level for run in (a, b, c)] == ["identical"] * 3
+
+
 def test_other_models_are_refused(whole: Run, tmp_path: Path) -> None:
     other = recorded(tmp_path / "other.h5", steps=1, layers=2)
     with pytest.raises(ValueError, match=r"same parameters\. Found \d+ that differ between"):

@@ -175,8 +175,15 @@ def test_a_rectifier_takes_its_parts_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dual", "step", "rise", "warmup", "epsilon"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "much", True])
 def test_a_value_that_is_none_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"`{name}` of PDU should be a number, 0 or more. Found"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` of PDU should be a number of 0 or more. Found"
+    ):
         PDU(**{name: value})
+
+
+def test_a_warm_up_of_half_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`warmup` of PDU should be a whole number of steps. Fo"):
+        PDU(warmup=0.5)  # type: ignore[arg-type]
 
 
 def value_of_two() -> float:
