@@ -186,7 +186,7 @@ def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) ->
     An adapter is merged into the model that it is for: `base`, or the one that it names.
     """
     loaded: Any = Loader(base=base, device=device).load(folder)
-    if base_of(folder) is not None:
+    if is_adapter(folder):
         loaded = loaded.merge_and_unload()
     check_differentiable(loaded, folder)
     model: nn.Module = loaded.requires_grad_().eval()
@@ -205,6 +205,11 @@ def save(model: Any, folder: Folder, configured: Folder, tokenizers: Iterable[Fo
         if (Path(named) / "tokenizer_config.json").is_file():
             tokenizer_of([named]).save_pretrained(folder)
             return
+
+
+def is_adapter(folder: Folder) -> bool:
+    """Whether a folder holds an adapter, which may name no model that it is for."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def base_of(folder: Folder) -> str | None:

@@ -1,0 +1,126 @@
+"""The models of an audit: the original, the one to audit, and maybe one that never knew."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geffect.checkpoints.loading import check_folder, is_adapter, whole_of
+from geffect.checkpoints.sets import there
+
+ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"
+ROLES = (ORIGINAL, RETRAINED, UNLEARNED)
+"""The model that has learned all data; one that was trained without what is to be forgotten; and
+the one that is audited."""
+
+GGUF = ".gguf"
+
+Source = nn.Module | str | os.PathLike[str]
+"""A model, or where one is saved: a folder as `save_pretrained` leaves it, of a model or of an
+adapter, or a GGUF file."""
+
+
+@dataclass(frozen=True)
+class AuditModels(Mapping[str, Source]):
+    """The models of an audit by their roles, of which one at a time is loaded.
+
+    - `base`: the model that adapters are for, where it is not at the place that they name.
+    - `device`: where models are loaded; a model that is given stays where it is.
+
+    >>> models = AuditModels(unlearned=nn.Linear(1, 1), original=nn.Linear(1, 1))
+    >>> [*models]
+    ['original', 'unlearned']
+    """
+
+    unlearned: Source
+    original: Source
+    retrained: Source | None = None
+    base: str | os.PathLike[str] | None = None
+    device: str | torch.device | None = None
+
+    def __post_init__(self) -> None:
+        for role in ROLES:
+            _check_source(role, getattr(self, role))
+        if not any(kind_of(self[role]) == "adapter" for role in self) and self.base is not None:
+            raise ValueError(
+                f"`base` should go with an adapter, which it is the model of. Found `{self.base}`, "
+                "and no adapter. Leave it out."
+            )
+
+    def __getitem__(self, role: str) -> Source:
+        source: Source | None = getattr(self, role, None) if role in ROLES else None
+        if source is None:
+            raise KeyError(role)
+        return source
+
+    def __iter__(self) -> Iterator[str]:
+        return (role for role in ROLES if getattr(self, role) is not None)
+
+    def __len__(self) -> int:
+        return len([*iter(self)])
+
+    def loaded(self, role: str) -> nn.Module:
+        """The model of a role: what was given, or what is read now, in eval mode.
+
+        An adapter is merged into its model; a GGUF file is dequantised.
+        """
+        source = self[role]
+        if isinstance(source, nn.Module):
+            return source
+        device = there(self.device)
+        if kind_of(source) == "gguf":
+            model: nn.Module = _of_gguf(Path(source)).to(device)
+            return model
+        base = self.base if kind_of(source) == "adapter" else None
+        return whole_of(source, base, device)
+
+
+def kind_of(source: Source) -> str:
+    """What a model is given as: "model", "folder", "adapter" or "gguf"."""
+    if isinstance(source, nn.Module):
+        return "model"
+    if Path(source).suffix == GGUF:
+        return "gguf"
+    return "adapter" if is_adapter(source) else "folder"
+
+
+def named(source: Source) -> str:
+    """What a model is called in a report."""
+    return type(source).__name__ if isinstance(source, nn.Module) else Path(source).name
+
+
+def _check_source(role: str, source: Source | None) -> None:
+    """Refuse what is no model before anything is loaded."""
+    if isinstance(source, nn.Module) or (source is None and role == RETRAINED):
+        return
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"`{role}` should be a model, a folder of one, or a GGUF file. Found "
+            f"{type(source).__name__}. Pass one of those."
+        )
+    path = Path(source)
+    if path.suffix == GGUF:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`{role}` should be a file that exists. Found nothing at `{path}`. Check the path."
+            )
+        return
+    check_folder(path)
+
+
+def _of_gguf(path: Path) -> Any:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"`gguf` should be installed to read `{path}`. Found no such package. Run `pip install "
+            "gguf`, or pass the folder of the model that it was made of."
+        ) from error
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    return loaded.eval()

@@ -1,0 +1,351 @@
+"""The sets of an audit: items that are scored, and beside them the texts that they are made of."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from geffect.data.collate import check_length
+from geffect.data.examples import example
+from geffect.data.lines import answered, form_of, rows_of
+from geffect.near import meant
+
+FORGET, RETAIN, NEIGHBOURS = "forget", "retain", "neighbours"
+HOLDOUT, TEXT, WORLD = "holdout", "text", "world"
+
+NEEDED = (FORGET, RETAIN)
+NAMES = (*NEEDED, NEIGHBOURS, HOLDOUT, TEXT, WORLD)
+"""What sets are called: to be forgotten; kept; kept and of the same kind; seen by no model; running
+text; general knowledge."""
+
+KEPT = (RETAIN, NEIGHBOURS, WORLD)
+"""The sets of questions that unlearning should leave alone."""
+
+LISTS = ("answers", "wrong", "paraphrases")
+"""The keys of a row that hold lists of texts: further answers, wrong ones, further questions."""
+
+WINDOW = 512
+"""The tokens of a window of running text."""
+
+Item = Mapping[str, Any]
+"""`input_ids` and `labels`, and maybe `attention_mask`, as `geffect.data.examples.example` makes
+them."""
+
+Items = tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class AuditSet:
+    """Questions and answers that an audit asks about, as tokens and as texts, row by row.
+
+    - `items`: the rows as the model reads them.
+    - `questions`, `answers`: their texts; "" for a question where a row is running text.
+    - `subjects`: what each row is about: rows of one are drawn together by a bootstrap.
+    - `entities`: the part of each answer that counts, such as a name; "" for all of it.
+    - `wrong`, `alternatives`: answers to each question that are not right, as texts and as items.
+    - `reworded`: items of further right answers to each question, those of the rows' `answers`.
+    - `paraphrases`, `paraphrased`: other questions with the same answer, as texts and as items.
+
+    All have an entry a row. Those that nobody gave are empty in each: `of` fills them.
+
+    >>> AuditSet.of("forget", [{"input_ids": [1, 2], "labels": [-100, 2]}]).subjects
+    ('0',)
+    """
+
+    name: str
+    items: Items
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    subjects: tuple[str, ...]
+    entities: tuple[str, ...]
+    wrong: tuple[tuple[str, ...], ...]
+    paraphrases: tuple[tuple[str, ...], ...]
+    alternatives: tuple[Items, ...]
+    reworded: tuple[Items, ...]
+    paraphrased: tuple[Items, ...]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ValueError(
+                f"The set `{self.name}` should have an item or more. Found none. Give it some, or "
+                "leave the set out."
+            )
+        for column, values in self._columns():
+            if len(values) != len(self.items):
+                raise ValueError(
+                    f"`{column}` of the set `{self.name}` should have an entry for each of its "
+                    f"{len(self.items)} items. Found {len(values)}. Give one for each."
+                )
+
+    @classmethod
+    def of(cls, name: str, items: Iterable[Item], **columns: Sequence[Any]) -> "AuditSet":
+        """A set of ready items, whose further columns are empty where they are not given.
+
+        A row without a subject is about itself.
+        """
+        items = tuple(items)
+        _check_items(name, items)
+        unknown = [column for column in columns if column not in COLUMNS]
+        if unknown:
+            raise ValueError(
+                f"The columns of the set `{name}` should be some of {', '.join(COLUMNS)}. Found "
+                f"`{unknown[0]}`.{meant(unknown[0], COLUMNS)} Choose from those."
+            )
+        filled = {c: tuple(columns.get(c, [empty] * len(items))) for c, empty in COLUMNS.items()}
+        subjects = columns.get("subjects") or map(str, range(len(items)))
+        return cls(name, items, **{**filled, "subjects": tuple(subjects)})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def some(self, rows: Iterable[int]) -> "AuditSet":
+        """The set of some of the rows, in the order given."""
+        rows = list(rows)
+        chosen = {column: tuple(values[i] for i in rows) for column, values in self._columns()}
+        return AuditSet(self.name, tuple(self.items[i] for i in rows), **chosen)
+
+    def _columns(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        return ((column, getattr(self, column)) for column in COLUMNS)
+
+
+COLUMNS: Mapping[str, Any] = {
+    "questions": "", "answers": "", "subjects": "", "entities": "", "wrong": (), "paraphrases": (),
+    "alternatives": (), "reworded": (), "paraphrased": (),
+}  # fmt: skip
+"""What a set has beside its items, and what an entry is where nobody gives it."""
+
+
+@dataclass(frozen=True)
+class AuditSets(Mapping[str, AuditSet]):
+    """The sets of an audit by name, and how their texts become tokens.
+
+    - `sets`: some of `NAMES`; "forget" and "retain" have to be among them.
+    - `tokenizer`: what the items were made with; None for ready items, without which no attack
+      that writes prompts of its own can run.
+    - `template`: whether its chat template was used.
+    """
+
+    sets: Mapping[str, AuditSet]
+    tokenizer: Any = None
+    template: bool = True
+    sources: Mapping[str, str] = field(default_factory=dict)  # where each set was read
+
+    def __post_init__(self) -> None:
+        check_names(self.sets)
+
+    def __getitem__(self, name: str) -> AuditSet:
+        return self.sets[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in NAMES if name in self.sets)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The names of the sets that unlearning should leave alone."""
+        return tuple(name for name in KEPT if name in self.sets)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse sets without those that an audit needs, and with names that it does not know."""
+    names = list(names)
+    unknown = [name for name in names if name not in NAMES]
+    missing = [name for name in NEEDED if name not in names]
+    if unknown or missing:
+        found = f"`{unknown[0]}`" if unknown else f"no `{missing[0]}`"
+        raise ValueError(
+            f"The sets of an audit should be {' and '.join(NEEDED)}, and maybe some of "
+            f"{', '.join(NAMES[len(NEEDED) :])}. Found {found}."
+            f"{meant(unknown[0], NAMES) if unknown else ''} Name them so."
+        )
+
+
+def sets_of(
+    given: Mapping[str, Any],
+    tokenizer: Any = None,
+    *,
+    template: bool = True,
+    positions: int | None = None,
+) -> AuditSets:
+    """The sets of an audit from files, rows or ready items, each by its name.
+
+    - `given`: for each name a JSONL file or a folder of `datasets`, a sequence of rows as such a
+      file has them, a sequence of items, or an `AuditSet`. For "text" also a file of plain text.
+    - `tokenizer`: of transformers; needed for files and rows.
+    - `template`, `positions`: as for `geffect.data.examples.read`.
+
+    A row has a form of `geffect.data.examples.read`, and may have more keys: `subject`; `entity`,
+    a part of the answer; and lists of texts, `answers` (also right), `wrong`, and `paraphrases` (of
+    the question). Raises ValueError for names that an audit does not know and for rows in another
+    form, and says where they stand.
+
+    >>> sets = sets_of({name: [{"input_ids": [1, 2], "labels": [-100, 2]}]
+    ...                 for name in ("retain", "forget")})
+    >>> [*sets], len(sets["forget"])
+    (['forget', 'retain'], 1)
+    """
+    check_names(given)
+    reading = _Reading(tokenizer, template, positions)
+    sets = {name: reading.set_of(name, given[name]) for name in NAMES if name in given}
+    files = {n: str(d) for n, d in given.items() if isinstance(d, str | os.PathLike)}
+    return AuditSets(sets, tokenizer, template, files)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How rows become items."""
+
+    tokenizer: Any
+    template: bool
+    positions: int | None
+
+    def set_of(self, name: str, data: Any) -> AuditSet:
+        if isinstance(data, AuditSet):
+            return data if data.name == name else AuditSet(**{**vars(data), "name": name})
+        if isinstance(data, str | os.PathLike):
+            path = Path(data)
+            self._check_tokenizer(name)
+            if name == TEXT and path.is_file() and path.suffix not in (".jsonl", ".json"):
+                return self._windows(path)
+            return self._of_rows(name, list(rows_of(path)))
+        if isinstance(data, Sequence) and not isinstance(data, str | bytes):
+            if all(isinstance(row, Mapping) and "input_ids" in row for row in data):
+                return AuditSet.of(name, data)
+            self._check_tokenizer(name)
+            return self._of_rows(
+                name, [(f"Row {i} of `{name}`", row) for i, row in enumerate(data)]
+            )
+        raise ValueError(
+            f"`{name}` should be a file, rows, items of `input_ids` and `labels`, or an AuditSet. "
+            f"Found {type(data).__name__}. Pass one of those."
+        )
+
+    def _check_tokenizer(self, name: str) -> None:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"`tokenizer` should be given with rows of text, such as those of `{name}`. Found "
+                "none. Pass the model's tokenizer, or items of `input_ids` and `labels`."
+            )
+
+    def _of_rows(self, name: str, rows: Sequence[tuple[str, Any]]) -> AuditSet:
+        columns: dict[str, list[Any]] = {"items": [], **{column: [] for column in COLUMNS}}
+        for where, row in rows:
+            for column, value in self._columns_of(row, where).items():
+                columns[column].append(value)
+        items = columns.pop("items")
+        own = [str(index) for index in range(len(items))]
+        columns["subjects"] = [
+            number if subject is None else subject
+            for subject, number in zip(columns["subjects"], own, strict=True)
+        ]
+        return AuditSet.of(name, items, **columns)
+
+    def _columns_of(self, row: object, where: str) -> dict[str, Any]:
+        *before, key = form_of(row, where)
+        assert isinstance(row, Mapping)
+        further = {name: _texts(row, name, where) for name in LISTS}
+        if further["paraphrases"] and key == "text":
+            raise ValueError(
+                f"{where} should have a question to have `paraphrases` of it. Found `text` alone. "
+                "Write rows of `question` and `answer`."
+            )
+        item = self._item(row, where)
+        answer = _last(row) if key == "messages" else row[key]
+        entity = _text(row, "entity", where) or ""
+        if entity not in answer:
+            raise ValueError(
+                f"{where} should have an `entity` that stands in its answer. Found {entity!r}, and "
+                f"the answer {answer!r}. Copy it from the answer."
+            )
+
+        def other(texts: Sequence[str], name: str) -> Items:
+            said = {**row, **{f"{name} {i}": text for i, text in enumerate(texts)}}
+            return tuple(
+                self._item(*answered(said, f"{name} {i}", where)) for i in range(len(texts))
+            )
+
+        return {
+            "items": item,
+            "questions": _asked(row, before, key),
+            "answers": answer,
+            "subjects": _text(row, "subject", where),
+            "entities": entity,
+            "wrong": further["wrong"],
+            "paraphrases": further["paraphrases"],
+            "alternatives": other(further["wrong"], "wrong"),
+            "reworded": other(further["answers"], "answers"),
+            "paraphrased": tuple(
+                self._item(asking(row, text, where), f"{where} `paraphrases`")
+                for text in further["paraphrases"]
+            ),
+        }
+
+    def _item(self, row: object, where: str) -> Item:
+        item = example(row, self.tokenizer, template=self.template, where=where)
+        check_length(len(item["input_ids"]), self.positions, where)
+        return item
+
+    def _windows(self, path: Path) -> AuditSet:
+        """A file of plain text in windows, without the first token of each."""
+        text = path.read_text(encoding="utf-8")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        width = min(WINDOW, self.positions or WINDOW)
+        parts = [ids[start : start + width] for start in range(0, len(ids), width)]
+        items = [{"input_ids": p, "labels": [-100, *p[1:]]} for p in parts if len(p) > 1]
+        return AuditSet.of(
+            TEXT, items, answers=[self.tokenizer.decode(i["input_ids"]) for i in items]
+        )
+
+
+def asking(row: Mapping[str, Any], question: str, where: str = "The row") -> Mapping[str, Any]:
+    """The row with another question.
+
+    >>> asking({"question": "Who?", "answer": "Ada."}, "Who was it?")
+    {'question': 'Who was it?', 'answer': 'Ada.'}
+    """
+    *before, key = form_of(row, where)
+    if key != "messages":
+        return {**row, before[0]: question}
+    *earlier, last, answer = row["messages"]
+    return {**row, "messages": [*earlier, {**last, "content": question}, answer]}
+
+
+def _asked(row: Mapping[str, Any], before: Sequence[str], key: str) -> str:
+    if key != "messages":
+        return str(row[before[0]]) if before else ""
+    return str(row["messages"][-2]["content"]) if len(row["messages"]) > 1 else ""
+
+
+def _last(row: Mapping[str, Any]) -> str:
+    return str(row["messages"][-1]["content"])
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(
+        f"{where} should have text in `{key}`. Found {value!r}. Quote it, or leave it out."
+    )
+
+
+def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = row.get(key, ())
+    if isinstance(value, list | tuple) and all(isinstance(t, str) and t.strip() for t in value):
+        return tuple(value)
+    raise ValueError(
+        f"{where} should have a list of texts in `{key}`. Found {value!r}. Write a list, or leave "
+        "it out."
+    )
+
+
+def _check_items(name: str, items: Sequence[Item]) -> None:
+    for index, item in enumerate(items):
+        if not (isinstance(item, Mapping) and {"input_ids", "labels"} <= item.keys()):
+            raise ValueError(
+                f"Item {index} of `{name}` should have `input_ids` and `labels`. Found "
+                f"{item!r:.80}. Make items with geffect.data.examples.example."
+            )

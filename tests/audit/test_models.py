@@ -1,0 +1,57 @@
+"""The models of an audit: what is given, and what is loaded when it is asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from geffect.audit.models import AuditModels, kind_of, named
+from tests.utils import tiny
+
+
+def test_models_are_listed_in_one_order_and_loaded_when_asked(tmp_path: Path) -> None:
+    original = tiny.llama(0)
+    original.save_pretrained(tmp_path / "original")
+    models = AuditModels(unlearned=tiny.llama(1), original=tmp_path / "original")
+    assert [*models] == ["original", "unlearned"]
+    assert models.loaded("unlearned") is models["unlearned"]
+    loaded = models.loaded("original")
+    assert not loaded.training
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(loaded.parameters(), original.parameters(), strict=True)
+    )
+    assert (kind_of(tmp_path / "original"), named(tmp_path / "original")) == ("folder", "original")
+    with pytest.raises(KeyError):
+        models["retrained"]
+
+
+def test_an_adapter_is_merged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = tiny.llama(0)
+    base.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(tiny.llama(0), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    models = AuditModels(tmp_path / "adapter", tmp_path / "base", base=tmp_path / "base")
+    loaded = models.loaded("unlearned")
+    batch = tiny.batch(0)["input_ids"]
+    torch.testing.assert_close(loaded(batch).logits, adapted(batch).logits, rtol=1e-5, atol=1e-5)
+    assert kind_of(tmp_path / "adapter") == "adapter"
+    assert "lora" not in " ".join(name for name, _ in loaded.named_parameters())
+
+
+def test_what_is_no_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"`original` should be a model.*Found int"):
+        AuditModels(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`unlearned` should be a model.*Found NoneType"):
+        AuditModels(None, model)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="A checkpoint should be a folder"):
+        AuditModels(model, tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="should be a file that exists"):
+        AuditModels(model, tmp_path / "none.gguf")
+    with pytest.raises(ValueError, match="`base` should go with an adapter"):
+        AuditModels(model, model, base=tmp_path)

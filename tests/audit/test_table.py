@@ -1,0 +1,87 @@
+"""Means over items, and the bootstrap that bounds them, against loops."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from geffect.audit.table import (
+    interval,
+    per_item,
+    resampled_means,
+    resamples,
+    summed,
+    units_of,
+    value_of,
+)
+
+SUBJECTS = [*"aabbccddee"]
+
+
+def rows(values: object, model: str = "original", subjects: list[str] = SUBJECTS) -> pd.DataFrame:
+    return per_item("memorised", "nll", "forget", model, values, subjects)  # type: ignore[arg-type]
+
+
+def test_means_of_draws_are_those_of_a_loop() -> None:
+    values = np.array([1.0, 2.0, np.nan, 4.0, 5.0, 0.0, 1.0, 7.0, 3.0, 2.0])
+    weights = resamples(units_of(SUBJECTS), draws=50)
+    naive = []
+    for weight in weights:
+        drawn = [v for v, w in zip(values, weight, strict=True) for _ in range(int(w))]
+        naive.append(np.nanmean(drawn))
+    np.testing.assert_allclose(resampled_means(values, weights), naive, rtol=1e-12)
+
+
+def test_subjects_are_drawn_whole() -> None:
+    weights = resamples(units_of(SUBJECTS), draws=100)
+    assert (weights[:, ::2] == weights[:, 1::2]).all()
+    assert (weights.sum(axis=1) == len(SUBJECTS)).all()
+
+
+def test_items_are_drawn_where_subjects_are_few() -> None:
+    assert units_of(["a"] * 4 + ["b"] * 4).tolist() == [*range(8)]
+
+
+def test_the_same_items_are_drawn_for_every_model() -> None:
+    values = np.arange(10.0)
+    table = summed(pd.concat([rows(values), rows(values + 3, "unlearned")]))
+    original = value_of(table, model="original")
+    unlearned = value_of(table, model="unlearned")
+    assert original is not None and unlearned is not None
+    for name in ("value", "low", "high"):
+        assert unlearned[name] - original[name] == pytest.approx(3)
+    assert value_of(table, model="retrained") is None
+
+
+def test_the_order_of_items_changes_nothing() -> None:
+    table = rows(np.random.default_rng(0).normal(size=10))
+    mixed = table.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(summed(mixed), summed(table))
+
+
+def test_an_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    draw, covered = np.random.default_rng(0), 0
+    subjects = [str(i) for i in range(40)]
+    for _ in range(200):
+        row = value_of(summed(rows(draw.normal(size=40), subjects=subjects), draws=300))
+        assert row is not None
+        covered += row["low"] <= 0 <= row["high"]
+    assert 0.88 < covered / 200 < 0.99
+
+
+def test_what_has_no_interval() -> None:
+    one = summed(rows([2.0], subjects=["a"])).iloc[0]
+    none = summed(rows([np.nan] * 10)).iloc[0]
+    assert (one["value"], one["n"]) == (2.0, 1)
+    assert np.isnan(one["low"]) and np.isnan(none["value"]) and none["n"] == 0
+    assert np.isnan(interval(np.array([np.nan, np.nan, 1.0]))).all()
+
+
+def test_values_without_their_items_are_refused() -> None:
+    with pytest.raises(ValueError, match="one for each of the 10 items"):
+        rows([1.0])
+    with pytest.raises(ValueError, match="none called `metric`"):
+        summed(rows([1.0] * 10).drop(columns="metric"))
+    with pytest.raises(ValueError, match="each once"):
+        summed(pd.concat([rows([1.0] * 10)] * 2))
+    with pytest.raises(ValueError, match="Found 2"):
+        value_of(summed(pd.concat([rows([1.0] * 10), rows([1.0] * 10, "unlearned")])))
