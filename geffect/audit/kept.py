@@ -1,0 +1,93 @@
+"""A model that an attack may change, and that gets every bit back."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from geffect import distributed
+from geffect.interrupts import to_the_end
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of weights that may be trained or rounded."""
+
+
+@contextmanager
+def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A block that may write to these parameters, which have every bit of before afterwards.
+
+    What they were lies in the memory of the host meanwhile. Whether they require a gradient is put
+    back, too; their `.grad` is not looked at.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> before = model.weight.item()
+    >>> with kept(model.parameters()), torch.no_grad():
+    ...     _ = model.weight.add_(1.0)
+    >>> model.weight.item() == before
+    True
+    """
+    before = [(p, p.requires_grad, p.detach().to("cpu", copy=True)) for p in parameters]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for parameter, required, bits in before:
+                parameter.requires_grad_(required)
+                parameter.copy_(bits)
+
+    try:
+        yield
+    finally:
+        to_the_end(put_back)
+
+
+def check_weights(model: nn.Module, attack: str) -> None:
+    """Refuse a model whose weights are not numbers that lie whole in this process.
+
+    >>> check_weights(nn.Linear(2, 2).to(torch.float8_e4m3fn), "Rounding")
+    Traceback (most recent call last):
+    ValueError: Rounding should be of weights in float16, bfloat16, float32 or float64. Found ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{attack} should be of a model, a torch.nn.Module. Found `{type(model).__name__}`. "
+            "Wrap what you have in a module whose parameters are its weights."
+        )
+    named = dict(model.named_parameters())
+    if distributed.world_size() > 1 or any(map(distributed.is_sharded, named.values())):
+        raise ValueError(
+            f"{attack} should be in one process that holds the whole model. Found several "
+            "processes, or parameters in shards. Save the model, and load it in one."
+        )
+    for name, parameter in named.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{attack} should be of weights that are in memory. Found that `{name}` was "
+                "offloaded. Load the model without a device map, or on a larger device."
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{attack} should be of weights that may be written to. Found that `{name}` was "
+                "made under torch.inference_mode(). Load the model outside of it."
+            )
+    packed = next(_packed(model), None)
+    if packed is not None:
+        raise ValueError(
+            f"{attack} should be of weights in float16, bfloat16, float32 or float64. Found "
+            f"{packed}, as in a model that is quantised already: its codes are no weights. Load "
+            "the model in floating point, or call its dequantize()."
+        )
+
+
+def _packed(model: nn.Module) -> Iterator[str]:
+    """Tensors that hold weights in another form than as numbers."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            yield f"`{name}` of `{type(parameter).__name__}`"
+        elif parameter.dtype not in FLOATS and (parameter.ndim > 1 or parameter.is_complex()):
+            yield f"`{name}` of {parameter.dtype}"
+    for name, buffer in model.named_buffers():
+        last = name.rpartition(".")[2].lower()
+        whole = not (buffer.is_floating_point() or buffer.dtype == torch.bool)
+        if whole and buffer.ndim > 1 and ("weight" in last or last in ("w_q", "codes")):
+            yield f"`{name}` of {buffer.dtype}"

@@ -1,0 +1,320 @@
+"""The rounding of a model to few bits, which may bring back what unlearning only moved a little.
+
+Of "Catastrophic Failure of LLM Unlearning via Quantization" (arXiv 2410.16454): an update that
+stays inside the cells of a quantiser is gone when the weights are rounded.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from geffect.layers import canonical_name, is_adapter
+from geffect.places import EXPERT, HEAD, places
+
+from .kept import check_weights, kept
+from .quantisers import NF4, Q4_0, Int4, Int8, Quantiser
+
+Form = Literal["merged", "base"]
+"""What is rounded of a model with an adapter: its weights with what the adapter adds, or those
+below the adapter, which stays in floating point."""
+
+ROUNDED = "linear layer"
+
+NARROW = 512
+"""A model that has a layer with fewer inputs than this is a small one."""
+
+_ATTACK = "Rounding"
+
+
+def quantisers_for(model: nn.Module) -> tuple[Quantiser, ...]:
+    """The quantisers of an audit, each an attack of its own: int8, int4, nf4 and gguf_q4_0.
+
+    Groups of int4 are 128 inputs wide, of a small model 32.
+    """
+    check_weights(model, _ATTACK)
+    narrowest = min(_oriented(weight).shape[-1] for weight in _to_round(model, Int8()))
+    return Int8(), Int4(32 if narrowest < NARROW else 128), NF4(), Q4_0()
+
+
+@contextmanager
+def rounded(
+    model: nn.Module, quantiser: Quantiser, *, adapter: Form = "merged"
+) -> Iterator[nn.Module]:
+    """A block in which the weights of a model are those that its rounded form stands for.
+
+    Rounded are the weights of all linear layers but the output head, which `rounding_table` lists;
+    embeddings, norms and biases stay as they are. The values are computed in float32 and given in
+    the type of the weight.
+
+    - `quantiser`: of `geffect.audit.quantisers`.
+    - `adapter`: of a model with an adapter (LoRA) what is rounded, "merged" or "base".
+
+    Yields the model, or for "merged" a copy of it with its adapter merged. Afterwards every weight
+    has its bits back, whatever is raised inside. It keeps one copy of what is rounded. Raises
+    ValueError for a model that is quantised already, or without layers to round.
+
+    >>> from geffect.audit.quantisers import Int8
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
+    >>> model.get_output_embeddings = lambda: model[1]
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 0.3], [-0.5, 2.0]]))
+    >>> with rounded(model, Int8()):
+    ...     model[0].weight.detach()
+    tensor([[ 1.0000,  0.2992],
+            [-0.5039,  2.0000]])
+    >>> model[0].weight[0, 1].item()
+    0.30000...
+    """
+    with _deployed(model, adapter) as plain:
+        chosen = _to_round(plain, quantiser)
+        with kept(weight.parameter for weight in chosen):
+            for weight in chosen:
+                with torch.no_grad():
+                    _oriented(weight).copy_(_codes(weight, quantiser).values)
+            yield plain
+
+
+def rounding_table(
+    model: nn.Module, quantiser: Quantiser, *, adapter: Form = "merged"
+) -> pd.DataFrame:
+    """What is rounded and what is not: columns weight, numbers, rounded, reason.
+
+    A row is a parameter by its canonical name, once where it is tied; `numbers` is how many it
+    holds.
+
+    >>> from geffect.audit.quantisers import Q4_0
+    >>> model = nn.Sequential(nn.Linear(32, 4, bias=False), nn.Linear(4, 3, bias=False))
+    >>> model.get_output_embeddings = lambda: model[1]
+    >>> rounding_table(model, Q4_0())
+         weight  numbers  rounded        reason
+    0  0.weight      128     True  linear layer
+    1  1.weight       12    False   output head
+    """
+    rows = []
+    with _deployed(model, adapter) as plain:
+        for weight in _weights(plain):
+            reason = weight.kept or _misfit(weight, quantiser) or ROUNDED
+            rows.append((weight.name, weight.parameter.numel(), reason == ROUNDED, reason))
+    return pd.DataFrame(rows, columns=["weight", "numbers", "rounded", "reason"])
+
+
+def same_codes(
+    original: nn.Module, unlearned: nn.Module, quantiser: Quantiser, *, adapter: Form = "merged"
+) -> float:
+    """The share of all rounded weights that have one and the same code in both models.
+
+    A large share is needed for rounding to undo what unlearning did, and is not enough for it.
+    Raises ValueError for models that do not have the same weights.
+
+    >>> from geffect.audit.quantisers import Int8
+    >>> one, other = (nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 3)) for _ in range(2))
+    >>> for model, weights in ((one, [1.0, 0.3]), (other, [1.0, 0.5])):
+    ...     model.get_output_embeddings = lambda model=model: model[1]
+    ...     _ = model[0].weight.data.copy_(torch.tensor([weights]))
+    >>> same_codes(one, other, Int8())
+    0.5
+    """
+    same, total = 0, 0
+    with _deployed(original, adapter) as before, _deployed(unlearned, adapter) as after:
+        sides = [_to_round(plain, quantiser) for plain in (before, after)]
+        shapes = [{w.name: tuple(w.parameter.shape) for w in side} for side in sides]
+        if shapes[0] != shapes[1]:
+            other = min({*shapes[0].items()} ^ {*shapes[1].items()})[0]
+            raise ValueError(
+                "`unlearned` should have the weights of `original`, in their shapes. Found that "
+                f"`{other}` differs. Pass models of one architecture."
+            )
+        for one, other_one in zip(*sides, strict=True):
+            codes = _codes(one, quantiser).codes
+            same += int((codes == _codes(other_one, quantiser).codes.to(codes.device)).sum())
+            total += codes.numel()
+    return same / total
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter: whether its inputs come before its outputs, and why it is kept, "" if not."""
+
+    name: str
+    parameter: Tensor
+    turned: bool
+    kept: str
+
+
+@contextmanager
+def _deployed(model: nn.Module, adapter: Form) -> Iterator[nn.Module]:
+    """The model as it is rounded: itself, or a copy that has merged its adapters."""
+    if adapter not in ("merged", "base"):
+        raise ValueError(
+            f'`adapter` should be "merged" or "base". Found {adapter!r}. Choose one of them.'
+        )
+    check_weights(model, _ATTACK)
+    tuners = [*_tuners(model)]
+    if adapter == "base" and any(tuner.merged for tuner in tuners):
+        raise ValueError(
+            "The adapter should stand beside the weights that are rounded. Found that it is merged "
+            'into them. Call `unmerge_adapter()`, or pass adapter="merged".'
+        )
+    yield merged(model) if adapter == "merged" and tuners else model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a model whose weights have in them what its active adapters add.
+
+    The layers of the adapters stay, and add nothing more.
+    """
+    whole = copy.deepcopy(model)
+    for tuner in _tuners(whole):
+        if not tuner.disable_adapters:
+            try:
+                tuner.merge()
+            except Exception as error:
+                raise ValueError(
+                    f"The adapter of `{type(model).__name__}` should be one that can be merged "
+                    f'into its weights. Found: {error} Pass adapter="base".'
+                ) from error
+    return whole
+
+
+def _tuners(model: nn.Module) -> Iterator[Any]:
+    """The layers of an adapter, around those of the model that they change."""
+    return (m for m in model.modules() if hasattr(m, "merged_adapters") and hasattr(m, "merge"))
+
+
+def _to_round(model: nn.Module, quantiser: Quantiser) -> list[_Weight]:
+    weights = [w for w in _weights(model) if not w.kept and not _misfit(w, quantiser)]
+    if not weights:
+        raise ValueError(
+            "The model should have linear layers beside its output head, with weights that "
+            f"{quantiser.name} takes. Found none in `{type(model).__name__}`. See "
+            "`geffect.audit.rounding.rounding_table` for why."
+        )
+    return weights
+
+
+def _misfit(weight: _Weight, quantiser: Quantiser) -> str:
+    inputs = _oriented(weight).shape[-1]
+    if inputs % quantiser.multiple:
+        return f"{inputs} inputs are no multiple of {quantiser.multiple}"
+    return ""
+
+
+def _oriented(weight: _Weight) -> Tensor:
+    """The weight as `Float[..., output, input]`, in the memory of the parameter."""
+    found = weight.parameter.detach()
+    return found.transpose(-1, -2) if weight.turned else found
+
+
+def _codes(weight: _Weight, quantiser: Quantiser) -> Any:
+    try:
+        return quantiser(_oriented(weight))
+    except ValueError as error:
+        error.add_note(f"It was found in `{weight.name}`.")
+        raise
+
+
+def _weights(model: nn.Module) -> list[_Weight]:
+    """All parameters, each once, with why they are not rounded."""
+    head = {id(p) for p in _head(model)}
+    embedded = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+        for p in m.parameters()
+    }
+    turned = dict(_linear(model))
+    beside = {id(p) for p in _beside(model)}
+    experts = _experts(model)
+
+    def reason(name: str, parameter: Tensor) -> str:
+        if id(parameter) in embedded:
+            return "embedding" + (" and output head" if id(parameter) in head else "")
+        if id(parameter) in head:
+            return "output head"
+        if id(parameter) in beside or is_adapter(name):
+            return "adapter"
+        if id(parameter) in turned:
+            return ""
+        if name in experts:
+            raise ValueError(
+                "Experts that lie in one tensor should say which of its dimensions are inputs, by "
+                f"`is_transposed` of their module. Found `{name}` of shape "
+                f"{tuple(parameter.shape)}, whose module does not. Load the model by a newer "
+                "transformers, or set that attribute to whether inputs come before outputs."
+            )
+        return "no linear layer" if parameter.ndim > 1 else "vector"
+
+    return [
+        _Weight(
+            canonical_name(name),
+            parameter,
+            turned.get(id(parameter), False),
+            reason(canonical_name(name), parameter),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[int, bool]]:
+    """The weights of linear layers, and whether their inputs come before their outputs."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or _is_conv1d(module):
+            weight = module._parameters.get("weight")
+            if weight is None:
+                raise ValueError(
+                    "Linear layers should hold their weight as a parameter. Found that that of "
+                    f"`{path}` is computed from others. Make it one: "
+                    "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')."
+                )
+            yield id(weight), not isinstance(module, nn.Linear)
+        elif isinstance(vars(module).get("is_transposed"), bool):
+            for weight in module.parameters(recurse=False):
+                if weight.ndim == 3:  # a matrix for each expert
+                    yield id(weight), module.is_transposed is True
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of GPT-2, which has its inputs first."""
+    return type(module).__name__ == "Conv1D" and getattr(module.weight, "ndim", 0) == 2
+
+
+def _experts(model: nn.Module) -> set[str]:
+    """The canonical names of tensors of three dimensions that hold several experts."""
+    shapes = {canonical_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    found = places(shapes)
+    return {n for n, shape in shapes.items() if len(shape) == 3 and found[n].role == EXPERT}
+
+
+def _beside(model: nn.Module) -> Iterator[Tensor]:
+    """The parameters that an adapter has beside those of the model."""
+    for tuner in _tuners(model):
+        base = {id(p) for p in tuner.get_base_layer().parameters()}
+        yield from (p for p in tuner.parameters() if id(p) not in base)
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name or "prompt_encoder." in name:
+            yield parameter
+
+
+def _head(model: nn.Module) -> Sequence[Tensor]:
+    """The parameters of the output head, as the model says, or by its name."""
+    try:
+        given = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        given = None
+    if isinstance(given, nn.Module):
+        return [*given.parameters()]
+    named = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    found = places({name: tuple(p.shape) for name, p in named.items()})
+    head = [p for name, p in named.items() if found[name].part == HEAD]
+    if not head:
+        raise ValueError(
+            "The model should tell which layer is its output head, which is not rounded. Found "
+            f"neither `get_output_embeddings` of `{type(model).__name__}` nor a layer called so. "
+            "Give it that method, which returns the layer, or call the layer `lm_head`."
+        )
+    return head
