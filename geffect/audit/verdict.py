@@ -1,0 +1,275 @@
+"""The verdict of an audit: a function of its table of means, and of nothing else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isnan
+
+import pandas as pd
+
+from .models import RETRAINED, UNLEARNED
+from .sets import FORGET
+from .table import SUMMED
+from .thresholds import Thresholds
+
+MEMORISED, PRIVACY, UTILITY = "memorised", "privacy", "utility"
+"""The batteries whose values count: of what is to be forgotten, of membership, of what stays."""
+
+DIRECT, RECOVERABLE, DIFFERENCE = "direct share", "recoverable share", "auc difference"
+"""What is made of them beside a model that never knew, and judged."""
+
+NLL, KEPT, DEGENERATE, UNIFORM = "nll", "kept share", "degenerate", "uniform nll"
+NEAR_TIES, PRIVLEAK = "near ties", "privleak"
+
+BROKEN, REMEMBERS, HIDDEN = "broken", "remembers", "hidden"
+NEVER_KNEW, PARTLY = "never knew", "partly forgotten"
+NOT_RECOVERED, UNDECIDED = "not recovered by these attacks", "undecided"
+
+EXIT_CODES = {
+    NEVER_KNEW: 0, NOT_RECOVERED: 0, PARTLY: 0, UNDECIDED: 1, HIDDEN: 3, REMEMBERS: 4, BROKEN: 5,
+}  # fmt: skip
+"""What the command ends with, by verdict."""
+
+OVER_FORGOTTEN, FLOOR_ESTIMATED, TIED = "over-forgotten", "floor estimated", "near ties"
+FEW_ITEMS, NO_AUC, NO_INTERVAL = "n too small", "no AUC", "no interval"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an audit says of a model, why, and what a reader has to know beside it.
+
+    - `verdict`: a key of `EXIT_CODES`.
+    - `reasons`: sentences, the decisive one first.
+    - `flags`: each a word and, behind a colon, what it means here.
+    - `attack`: what brought most back; None where nothing was attacked.
+    """
+
+    verdict: str
+    reasons: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    attack: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command ends with."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict and why, in one line."""
+        return f"{self.verdict}: {' '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table: what it is of, its value and its interval."""
+
+    metric: str
+    of: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def told(self) -> str:
+        """The value as a percentage, with its interval where there is one."""
+        percent = f"{100 * self.value:.0f} %"
+        if isnan(self.low):
+            return percent
+        return f"{percent} ({100 * self.low:.0f} to {100 * self.high:.0f})"
+
+    def within(self, limit: float) -> bool:
+        """Whether the value and its interval are closer to 0 than a limit."""
+        return -limit <= self.low and self.high <= limit and abs(self.value) <= limit
+
+
+def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict:
+    """The verdict from the table of an audit: the first of these that applies.
+
+    1. `broken`: what should stay is gone, by the share of a retained set that is kept, by answers
+       that are degenerate, or by an NLL above that of a uniform guess.
+    2. `remembers`: asked directly, the model still knows.
+    3. `hidden`: an attack brings back what a model that never knew does not show.
+    4. `never knew`: every share, and every difference of AUC, is close to that of the retrained
+       model, with its interval.
+    5. `partly forgotten`: none of these. Without a retrained model the best verdict is `not
+       recovered by these attacks`; without attacks, or without retained sets, it is `undecided`.
+
+    - `table`: rows of `battery, metric, set, model, value, low, high, n`, in any order. Direct and
+      recoverable shares are rows of the batteries "direct share" and "recoverable share".
+
+    Raises ValueError for a table without these columns.
+
+    >>> row = {"battery": "direct share", "metric": "prob", "set": "forget", "model": "unlearned",
+    ...        "value": 0.9, "low": 0.8, "high": 1.0, "n": 20}
+    >>> judged(pd.DataFrame([row])).verdict
+    'remembers'
+    """
+    limits = thresholds or Thresholds()
+    _check(table)
+    told = _Told(table.sort_values([*SUMMED], ignore_index=True), limits)
+    flags = tuple(told.flags())
+    attack = told.strongest.metric if told.strongest else None
+    for verdict, reasons in told.worst():
+        if reasons:
+            return Verdict(verdict, tuple(reasons), flags, attack)
+    if not told.attacked or not told.kept:
+        lacking = "No attack was made" if told.kept else "No set that should stay was looked at"
+        return Verdict(UNDECIDED, (f"{lacking}: nothing says that it is gone.",), flags, attack)
+    if not told.has_retrained:
+        return Verdict(NOT_RECOVERED, tuple(told.nothing_came_back()), flags, attack)
+    far = told.far()
+    if far:
+        return Verdict(PARTLY, tuple(far), flags, attack)
+    return Verdict(NEVER_KNEW, tuple(told.nothing_came_back()), flags, attack)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a table says of the unlearned model, in an order that is its own."""
+
+    table: pd.DataFrame
+    limits: Thresholds
+
+    def rows(self, battery: str, metric: str | None = None) -> list[_Row]:
+        found = self.table[(self.table["battery"] == battery) & (self.table["model"] == UNLEARNED)]
+        if metric is not None:
+            found = found[found["metric"] == metric]
+        rows = [
+            _Row(r["metric"], r["set"], r["value"], r["low"], r["high"], int(r["n"]))
+            for r in found.to_dict("records")
+        ]
+        return [row for row in rows if not isnan(row.value)]
+
+    @property
+    def has_retrained(self) -> bool:
+        return bool((self.table["model"] == RETRAINED).any())
+
+    @property
+    def direct(self) -> list[_Row]:
+        return self.rows(DIRECT)
+
+    @property
+    def attacked(self) -> list[_Row]:
+        return self.rows(RECOVERABLE)
+
+    @property
+    def kept(self) -> list[_Row]:
+        return self.rows(UTILITY, KEPT)
+
+    @property
+    def differences(self) -> list[_Row]:
+        """Differences of AUC between enough items."""
+        return [row for row in self.rows(DIFFERENCE) if row.n >= self.limits.fewest_auc]
+
+    @property
+    def strongest(self) -> _Row | None:
+        """The attack that brings most back, among those that prove to bring something back."""
+        proven = [row for row in self.attacked if self._proven(row)]
+        return max(proven or self.attacked, key=lambda row: row.value, default=None)
+
+    def worst(self) -> Iterator[tuple[str, list[str]]]:
+        """The verdicts that something speaks for, the worst first, each with what does."""
+        yield BROKEN, [*self._broken()]
+        yield REMEMBERS, [*self._remembers()]
+        yield HIDDEN, [*self._hidden()]
+
+    def _broken(self) -> Iterator[str]:
+        for row in self.kept:
+            if row.value < self.limits.kept:
+                yield f"Of {row.of} {row.told} is kept, less than {100 * self.limits.kept:.0f} %."
+        for row in self.rows(UTILITY, DEGENERATE):
+            if row.value > self.limits.degenerate:
+                yield f"{row.told} of the answers to {row.of} are degenerate."
+        uniform = self._uniform()
+        for row in self.rows(UTILITY, NLL):
+            if uniform is not None and row.value > uniform:
+                yield (
+                    f"The NLL of {row.of} is {row.value:.2f} nats, worse than a uniform guess "
+                    f"({uniform:.2f})."
+                )
+
+    def _remembers(self) -> Iterator[str]:
+        best = max(self.direct, key=lambda row: row.value, default=None)
+        if best is not None and best.value >= self.limits.remembers:
+            yield (
+                f"Asked directly, {best.told} of what the original knows is there, by "
+                f"{best.metric}."
+            )
+
+    def _hidden(self) -> Iterator[str]:
+        proven = [row for row in self.attacked if self._proven(row)]
+        for row in sorted(proven, key=lambda row: -row.value):
+            yield f"{row.told} of what the original knows comes back by {row.metric}."
+
+    def _proven(self, row: _Row) -> bool:
+        return row.value >= self.limits.hidden and row.low > self.limits.hidden_low
+
+    def nothing_came_back(self) -> Iterator[str]:
+        attack = self.strongest
+        assert attack is not None
+        yield f"Of {len(self.attacked)} attacks {attack.metric} brings most back: {attack.told}."
+        if self.direct:
+            best = max(self.direct, key=lambda row: row.value)
+            yield f"Asked directly, {best.told} is there, by {best.metric}."
+
+    def far(self) -> list[str]:
+        """What is not close to the retrained model."""
+        limit = self.limits.close
+        kinds = (
+            ("The direct share by", self.direct),
+            ("The recoverable share by", self.attacked),
+            ("The difference of AUC by", self.differences),
+        )
+        far = [
+            f"{kind} {row.metric} is {row.told}, not within {100 * limit:.0f} % of the retrained "
+            "model."
+            for kind, rows in kinds
+            for row in sorted(rows, key=lambda row: -row.value)
+            if not row.within(limit)
+        ]
+        return far if self.direct else ["Nothing was asked directly.", *far]
+
+    def flags(self) -> Iterator[str]:
+        forget = [row for row in self.rows(MEMORISED, NLL) if row.of == FORGET]
+        uniform = self._uniform()
+        for row in forget:
+            if uniform is not None and row.value > uniform:
+                yield (
+                    f"{OVER_FORGOTTEN}: the forget NLL of {row.value:.2f} nats is worse than a "
+                    f"uniform guess ({uniform:.2f})."
+                )
+        for row in self.rows(PRIVACY):
+            leaks = row.metric.startswith(PRIVLEAK) and row.n >= self.limits.fewest_auc
+            if leaks and row.value > self.limits.over_forgotten:
+                yield f"{OVER_FORGOTTEN}: {row.metric} is {row.value:+.0f}, beyond retraining."
+        if not self.has_retrained:
+            yield f"{FLOOR_ESTIMATED}: no retrained model was given to compare with."
+        for row in self.rows(MEMORISED, NEAR_TIES):
+            if row.value > 0:
+                yield f"{TIED}: two tokens are nearly as likely in {row.told} of the places."
+        counted = [row.n for row in (*forget, *self.direct, *self.attacked)]
+        if counted and min(counted) < self.limits.fewest_items:
+            yield (
+                f"{FEW_ITEMS}: {min(counted)} forget items, fewer than {self.limits.fewest_items}."
+            )
+        if len(self.rows(DIFFERENCE)) > len(self.differences):
+            yield (
+                f"{NO_AUC}: fewer than {self.limits.fewest_auc} items on a side: membership is "
+                "not judged."
+            )
+        if any(isnan(row.low) for row in (*self.direct, *self.attacked)):
+            yield f"{NO_INTERVAL}: too few items bound some of the shares."
+
+    def _uniform(self) -> float | None:
+        found = self.rows(UTILITY, UNIFORM)
+        return found[0].value if found else None
+
+
+def _check(table: pd.DataFrame) -> None:
+    missing = [column for column in SUMMED if column not in table]
+    if missing:
+        raise ValueError(
+            f"The table of an audit should have the columns {', '.join(SUMMED)}. Found none "
+            f"called `{missing[0]}`. Pass the `table` of a report."
+        )

@@ -1,0 +1,195 @@
+"""Verdicts of tables written by hand, which is all that a verdict sees."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from geffect.audit.thresholds import Thresholds
+from geffect.audit.verdict import EXIT_CODES, judged
+
+GOOD: dict[tuple[str, str, str], float] = {
+    ("memorised", "nll", "forget"): 3.9,
+    ("utility", "kept share", "retain"): 0.99,
+    ("utility", "degenerate", "retain"): 0.02,
+    ("utility", "nll", "retain"): 0.01,
+    ("utility", "uniform nll", "forget"): 6.9,
+    ("direct share", "prob", "forget"): 0.01,
+    ("direct share", "ES", "forget"): -0.02,
+    ("recoverable share", "benign relearning", "forget"): 0.03,
+    ("recoverable share", "int4", "forget"): 0.0,
+    ("auc difference", "loss", "forget"): 0.02,
+    ("privacy", "privleak loss", "forget"): 3.0,
+}
+"""What a model that never knew looks like."""
+
+
+def table(
+    changed: dict[tuple[str, str, str], Any] | None = None,
+    *,
+    half: float = 0.01,
+    n: int = 60,
+    retrained: bool = True,
+) -> pd.DataFrame:
+    """A table of these values with intervals of a half width; None leaves a row out."""
+    values = {**GOOD, **(changed or {})}
+    rows = [
+        {
+            "battery": b, "metric": m, "set": s, "model": "unlearned",
+            "value": v, "low": v - half, "high": v + half, "n": n,
+        }
+        for (b, m, s), v in values.items()
+        if v is not None
+    ]  # fmt: skip
+    if retrained:
+        rows.append({**rows[0], "model": "retrained"})
+    return pd.DataFrame(rows)
+
+
+CASES = {
+    "never knew": {},
+    "partly forgotten": {("recoverable share", "int4", "forget"): 0.12},
+    "hidden": {("recoverable share", "int4", "forget"): 0.4},
+    "remembers": {("direct share", "prob", "forget"): 0.8},
+    "broken": {("utility", "kept share", "retain"): 0.3},
+}
+
+
+@pytest.mark.parametrize(("verdict", "changed"), CASES.items())
+def test_each_verdict(verdict: str, changed: dict[tuple[str, str, str], float]) -> None:
+    assert judged(table(changed)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {("utility", "kept share", "neighbours"): 0.49},
+        {("utility", "degenerate", "retain"): 0.51},
+        {("utility", "nll", "world"): 7.0},
+    ],
+)
+def test_what_breaks_a_model_comes_before_all_else(
+    changed: dict[tuple[str, str, str], float],
+) -> None:
+    worst = {("direct share", "ES", "forget"): 1.0, ("recoverable share", "int4", "forget"): 1.0}
+    assert judged(table({**changed, **worst})).verdict == "broken"
+    assert judged(table(worst)).verdict == "remembers"
+
+
+def test_hiding_is_told_with_its_attack_and_how_much() -> None:
+    found = judged(
+        table(
+            {
+                ("recoverable share", "benign relearning", "forget"): 0.35,
+                ("recoverable share", "int4", "forget"): 0.6,
+            }
+        )
+    )
+    assert found.verdict == "hidden" and found.attack == "int4"
+    assert found.reasons[0] == ("60 % (59 to 61) of what the original knows comes back by int4.")
+    assert "35 %" in found.reasons[1] and "benign relearning" in found.reasons[1]
+    assert found.exit_code == 3
+
+
+def test_a_share_has_to_be_large_and_its_interval_above_a_limit() -> None:
+    key = ("recoverable share", "int4", "forget")
+    assert judged(table({key: 0.149})).verdict == "partly forgotten"
+    assert judged(table({key: 0.15})).verdict == "hidden"
+    assert judged(table({key: 0.3}, half=0.26)).verdict == "partly forgotten"
+    assert judged(table({key: 0.3}, half=0.24)).verdict == "hidden"
+    # A larger share that is not proven does not hide a smaller one that is.
+    mixed = table({key: 0.2})
+    wide = {**mixed.iloc[0], "battery": "recoverable share", "metric": "wide", "value": 0.9}
+    wide |= {"low": -0.9, "high": 2.0}
+    found = judged(pd.concat([mixed, pd.DataFrame([wide])]))
+    assert found.verdict == "hidden" and found.attack == "int4"
+
+
+@pytest.mark.parametrize("key", [k for k in GOOD if "share" in k[0] or "difference" in k[0]])
+@pytest.mark.parametrize("value", [0.095, -0.095, -0.3])
+def test_a_model_that_never_knew_is_close_in_all_with_the_intervals(
+    key: tuple[str, str, str], value: float
+) -> None:
+    found = judged(table({key: value}))
+    assert found.verdict == "partly forgotten"
+    assert key[1] in found.reasons[0]
+    assert judged(table({key: value}), Thresholds(close=0.32)).verdict == "never knew"
+
+
+def test_without_a_retrained_model_nothing_proves_that_it_never_knew() -> None:
+    found = judged(table(retrained=False))
+    assert found.verdict == "not recovered by these attacks" and found.exit_code == 0
+    assert any(flag.startswith("floor estimated") for flag in found.flags)
+    for verdict in ("hidden", "remembers", "broken"):
+        assert judged(table(CASES[verdict], retrained=False)).verdict == verdict
+
+
+def test_what_was_not_looked_at_is_not_decided() -> None:
+    unattacked = {key: None for key in GOOD if key[0] == "recoverable share"}
+    unkept = {key: None for key in GOOD if key[1] == "kept share"}
+    assert judged(table(unattacked)).verdict == "undecided"
+    assert judged(table(unkept)).verdict == "undecided"
+    assert judged(table(unkept)).exit_code == 1
+    assert judged(table({**unattacked, **CASES["remembers"]})).verdict == "remembers"
+    assert judged(table({**unkept, **CASES["hidden"]})).verdict == "hidden"
+    unasked = {key: None for key in GOOD if key[0] == "direct share"}
+    assert judged(table(unasked)).verdict == "partly forgotten"
+
+
+def test_values_that_are_undefined_count_as_not_looked_at() -> None:
+    undefined = {key: float("nan") for key in GOOD if key[0] == "recoverable share"}
+    assert judged(table(undefined)).verdict == "undecided"
+
+
+def test_an_auc_of_few_items_is_not_judged() -> None:
+    key = ("auc difference", "loss", "forget")
+    assert judged(table({key: 0.4}, n=49)).verdict == "never knew"
+    assert judged(table({key: 0.4}, n=50)).verdict == "partly forgotten"
+    flags = judged(table({key: 0.4}, n=49)).flags
+    assert [flag.partition(":")[0] for flag in flags] == ["no AUC"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "n", "flag"),
+    [
+        ({("privacy", "privleak loss", "forget"): 26.0}, 60, "over-forgotten"),
+        ({("memorised", "nll", "forget"): 8.0}, 60, "over-forgotten"),
+        ({("memorised", "near ties", "forget"): 0.03}, 60, "near ties"),
+        ({("auc difference", "loss", "forget"): None}, 19, "n too small"),
+    ],
+)
+def test_flags_stand_beside_a_verdict(changed: dict[Any, Any], n: int, flag: str) -> None:
+    found = judged(table(changed, n=n))
+    assert [told.partition(":")[0] for told in found.flags] == [flag]
+    assert found.verdict == "never knew"
+    assert judged(table()).flags == ()
+
+
+def test_without_an_interval_a_model_is_not_said_to_have_never_known() -> None:
+    bare = table({("auc difference", "loss", "forget"): None}, n=60).assign(low=None, high=None)
+    found = judged(bare.astype({"low": float, "high": float}))
+    assert found.verdict == "partly forgotten"
+    assert "no interval" in found.flags[-1]
+
+
+@pytest.mark.parametrize("changed", [*CASES.values(), {("privacy", "privleak x", "forget"): 90.0}])
+def test_the_order_of_rows_changes_nothing(changed: dict[Any, Any]) -> None:
+    made = table(changed)
+    for seed in range(5):
+        assert judged(made.sample(frac=1, random_state=seed)) == judged(made)
+
+
+def test_every_verdict_has_an_exit_code() -> None:
+    assert EXIT_CODES["hidden"] == 3 and EXIT_CODES["remembers"] == 4 and EXIT_CODES["broken"] == 5
+    assert 2 not in EXIT_CODES.values()
+
+
+def test_thresholds_and_tables_of_other_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="`hidden` of the thresholds should be a number"):
+        Thresholds(hidden="much")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="should not fall"):
+        Thresholds(hidden=0.6)
+    with pytest.raises(ValueError, match="`close` of the thresholds"):
+        Thresholds(close=float("nan"))
+    with pytest.raises(ValueError, match="none called `low`"):
+        judged(table().drop(columns="low"))
