@@ -27,6 +27,7 @@ from transformers import (
 from geffect.batch import IGNORED
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.examples import example
+from geffect.evaluation.extraction import strengths
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after
 from geffect.risk import log_likelihood, mean_nll
@@ -234,7 +235,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch]) -> Evaluation:
         logits, targets = _scored(model, batch)
         loss -= float(log_likelihood(logits, targets).sum())
         scored += len(targets)
-        strength += float(_suffix_share(logits.argmax(-1) == targets, batch).sum())
+        strength += float(strengths(*_said(logits.argmax(-1) == targets, batch)).sum())
         count += len(batch["labels"])
     return Evaluation(loss / scored, strength / count)
 
@@ -315,12 +316,10 @@ def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return -log_likelihood(*_scored(model, batch)).mean()
 
 
-def _suffix_share(right: Tensor, batch: Batch) -> Tensor:
-    """Extraction strength of every row, from which of its scored tokens are `right`."""
+def _said(right: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens are said rightly, and which are those of an answer without its eos, by row."""
     scored = batch["labels"][:, 1:] != IGNORED
-    # What follows the answer is counted as right, and then taken off again.
-    after = scored.flip(1).cumsum(1).flip(1) <= 1
-    completed = after.clone()
-    completed[scored] |= right
-    suffix = completed.flip(1).cumprod(1).sum(1) - after.sum(1)
-    return suffix / (scored.sum(1) - 1)
+    answer = scored & (scored.flip(1).cumsum(1).flip(1) > 1)
+    said = torch.zeros_like(scored)
+    said[scored] = right
+    return said, answer

@@ -1,13 +1,20 @@
 """Evaluators: what a model knows and what is gone, from its answers and from its parameters.
 
-They take models and data and give reports; none takes a gradient.
+They take models and data and give reports; none changes a model.
 """
 
+from .answers import generated
 from .closure import Closure, Rule, Triple, close
 from .deep_unlearning import DeepUnlearning, deep_unlearning
 from .edu_relat import Family, Target
+from .ends import ends_of
 from .extraction import extraction_strength
+from .memorised import memorised
 from .minimal_sets import minimal_sets
+from .rouge import rouge
+from .tofu import forget_quality, model_utility
+from .tokens import TokenTable, evaluate_tokens
+from .truth_ratio import prob_options, truth_ratio
 
 __all__ = [
     "Closure",
@@ -15,9 +22,19 @@ __all__ = [
     "Family",
     "Rule",
     "Target",
+    "TokenTable",
     "Triple",
     "close",
     "deep_unlearning",
+    "ends_of",
+    "evaluate_tokens",
     "extraction_strength",
+    "forget_quality",
+    "generated",
+    "memorised",
     "minimal_sets",
+    "model_utility",
+    "prob_options",
+    "rouge",
+    "truth_ratio",
 ]

@@ -1,6 +1,9 @@
 """What a model answers by itself: the most likely token again and again, after a question."""
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -8,7 +11,10 @@ from torch import Tensor, nn
 
 from geffect.batch import IGNORED
 from geffect.data.collate import Item
-from geffect.risk import undisturbed
+from geffect.risk import predicts_next, undisturbed
+from geffect.risk.alignment import unwrapped
+
+from .ends import ends_of
 
 
 def are_right(
@@ -42,14 +48,50 @@ def are_right(
     ]
 
 
+def generated(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    ends: Collection[int] | None = None,
+    times: float = 1.5,
+    least: int = 32,
+) -> list[str]:
+    """What the model says by itself to each question, as text: the most likely token each time.
+
+    - `items`: questions with their answers, as `geffect.data.examples.example` makes them. To an
+      item without an answer nothing is said, "".
+    - `ends`: tokens that end an answer; by default those of the model and the tokenizer.
+    - `times`, `least`: an answer has at most so many times the tokens of the right one, or so many
+      if that is more.
+    """
+    ended = set(ends_of(model, tokenizer) if ends is None else ends)
+    lengths = [_length_of_answer(item, ended) for item in items]
+    asked = [index for index, length in enumerate(lengths) if length is not None]
+    limits = [max(least, math.ceil(times * (lengths[index] or 0))) for index in asked]
+    said = greedy(model, [items[index] for index in asked], end=ended, longest=limits)
+    texts = dict(zip(asked, said, strict=True))
+    return [
+        tokenizer.decode(texts.get(index, []), skip_special_tokens=True)
+        for index in range(len(items))
+    ]
+
+
 def greedy(
-    model: nn.Module, items: Sequence[Item], *, end: int | None, longest: int, at_once: int = 64
+    model: nn.Module,
+    items: Sequence[Item],
+    *,
+    end: int | Collection[int] | None,
+    longest: int | Sequence[int],
+    at_once: int = 64,
 ) -> list[list[int]]:
     """The tokens that follow each question where the most likely one is always taken.
 
-    - `items`: rows whose first scored token ends the question; what follows it is not looked at.
-    - `end`: the token that ends an answer, which is left out.
-    - `longest`: the most tokens of an answer.
+    - `items`: rows whose first scored token ends the question; what follows it is not looked at. Of
+      an encoder-decoder the question is all of `input_ids`.
+    - `end`: the token that ends an answer, or several such, which is left out.
+    - `longest`: the most tokens of an answer, for all items or for each. Where a model has no more
+      positions an answer ends earlier.
     - `at_once`: rows of a forward, all as long as each other, so that none is padded.
 
     Eval mode; the model stays as it was.
@@ -62,30 +104,83 @@ def greedy(
     >>> greedy(Next(), [item], end=6, longest=10)
     [[3, 4, 5]]
     """
-    if longest < 1:
+    limits = [longest] * len(items) if isinstance(longest, int) else list(longest)
+    if len(limits) != len(items) or min(limits, default=1) < 1:
         raise ValueError(
-            f"`longest` should be at least 1. Found `longest = {longest}`. Pass, say, 10."
+            f"`longest` should be at least 1, for all of {len(items)} items or for each. Found "
+            f"`longest = {longest}`. Pass, say, 10."
         )
-    questions = [_question(item, index) for index, item in enumerate(items)]
+    ended = {end} if isinstance(end, int) else set(end or ())
+    is_next = predicts_next(model)
+    questions = [
+        _question(item, index) if is_next else _attended(item) for index, item in enumerate(items)
+    ]
     device = next(model.parameters(), torch.empty(0)).device
     said: list[list[int]] = [[] for _ in questions]
     with undisturbed(model), torch.no_grad():
         for rows in _of_one_length(questions, at_once):
             ids = torch.tensor([questions[row] for row in rows], device=device)
-            for row, tokens in zip(rows, _continued(model, ids, end, longest), strict=True):
-                said[row] = tokens
+            found = _continued(model, ids, ended, max(limits[row] for row in rows), is_next)
+            for row, tokens in zip(rows, found, strict=True):
+                said[row] = tokens[: limits[row]]
     return said
 
 
-def _continued(model: nn.Module, ids: Tensor, end: int | None, longest: int) -> list[list[int]]:
-    start, ended = ids.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while ids.shape[1] < start + longest and not ended.all():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+def _continued(
+    model: nn.Module, ids: Tensor, ended: set[int], longest: int, is_next: bool
+) -> list[list[int]]:
+    """What is said to questions of one length, up to and without the token that ends it."""
+    asked = {} if is_next else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    said = ids if is_next else torch.full_like(ids[:, :1], _first_of_decoder(model))
+    start, over = said.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    stop = min(start + longest, _positions_of(model))
+    if stop <= start:
+        raise ValueError(
+            f"A question should leave room for an answer in the model's {stop} positions. Found "
+            f"one of {start} tokens. Leave it out."
+        )
+    ends = torch.tensor(sorted(ended), dtype=ids.dtype, device=ids.device)
+    while said.shape[1] < stop and not over.all():
+        logits = model(**asked, **_so_far(said, is_next)).logits
         token = logits[:, -1].argmax(-1)
-        ids = torch.cat([ids, token[:, None]], dim=1)
-        ended |= token == (-1 if end is None else end)
-    rows: list[list[int]] = ids[:, start:].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+        said = torch.cat([said, token[:, None]], dim=1)
+        over |= torch.isin(token, ends)
+    rows: list[list[int]] = said[:, start:].tolist()
+    return [list(takewhile(lambda token: token not in ended, row)) for row in rows]
+
+
+def _so_far(said: Tensor, is_next: bool) -> dict[str, Tensor]:
+    if is_next:
+        return {"input_ids": said, "attention_mask": torch.ones_like(said)}
+    return {"decoder_input_ids": said}
+
+
+def _first_of_decoder(model: Any) -> int:
+    config = unwrapped(model).config
+    first = getattr(config, "decoder_start_token_id", None)
+    if first is None:
+        raise ValueError(
+            f"`{type(unwrapped(model)).__name__}` should name the token that its decoder begins "
+            "with. Found no `decoder_start_token_id` in its config. Set it."
+        )
+    return int(first)
+
+
+def _positions_of(model: Any) -> int:
+    config = getattr(unwrapped(model), "config", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return sys.maxsize if positions is None else positions
+
+
+def _length_of_answer(item: Item, ended: set[int]) -> int | None:
+    """How many tokens an answer has, without the one that ends it; None where nothing is scored."""
+    scored = [int(label) for label in item["labels"] if int(label) != IGNORED]
+    return len(scored) - (scored[-1] in ended) if scored else None
+
+
+def _attended(item: Item) -> list[int]:
+    mask = item.get("attention_mask", [1] * len(item["input_ids"]))
+    return [int(t) for t, seen in zip(item["input_ids"], mask, strict=True) if seen]
 
 
 def _question(item: Item, index: int) -> list[int]:

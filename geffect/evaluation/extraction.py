@@ -1,7 +1,6 @@
 """Extraction strength: how much of an answer has to be given for the model to say the rest."""
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from geffect.batch import IGNORED, check_one_answer, on_device
 from geffect.risk import RiskSet, as_batches, label_logits, undisturbed
+
+from .ends import ends_of
 
 
 def extraction_strength(
@@ -40,39 +41,49 @@ def extraction_strength(
     >>> extraction_strength(Next(), {"input_ids": ids, "labels": ids}, ends=[5])
     array([1. , 0.5])
     """
-    ended = set(_ends_of(model) if ends is None else ends)
+    ended = set(ends_of(model) if ends is None else ends)
     device = next(model.parameters(), torch.empty(0)).device
     found: list[float] = []
     with undisturbed(model), torch.no_grad():
         for batch in as_batches(batches):
             check_one_answer(batch, "an extraction strength")
             logits, labels = label_logits(model, on_device(batch, device))
-            right = (logits.argmax(dim=-1) == labels).cpu()
-            for row, answer in zip(right, labels.cpu(), strict=True):
-                found.append(_strength(row, answer, set() if include_end else ended, len(found)))
+            right, labels = (logits.argmax(dim=-1) == labels).cpu(), labels.cpu()
+            answer = labels != IGNORED
+            if not include_end:
+                answer &= ~_are_ends(labels, ended)
+            of_batch = strengths(right, answer)
+            if bool(of_batch.isnan().any()):
+                raise _without_answer(len(found) + int(of_batch.isnan().nonzero()[0]))
+            found += of_batch.tolist()
     return np.array(found)
 
 
-def _strength(right: Tensor, labels: Tensor, ended: set[int], index: int) -> float:
-    (places,) = torch.where(labels != IGNORED)
-    if len(places) and int(labels[places[-1]]) in ended:
-        places = places[:-1]
-    if not len(places):
-        raise ValueError(
-            "Each sample should have an answer token: a label that is not -100, before a token "
-            f"that ends the answer. Found none in sample {index}. Leave it out, or mark its answer."
-        )
-    (wrong,) = torch.where(~right[places])
-    return 1.0 - (int(wrong[-1]) + 1) / len(places) if len(wrong) else 1.0
+def strengths(right: Tensor, answer: Tensor) -> Tensor:
+    """1 - k/n of every row, `Float64[row]`, where n tokens are its answer; NaN where none is.
+
+    - `right`: whether a token is the most likely one behind all before it, `Bool[row, position]`.
+    - `answer`: which tokens are those of the answer, in the same shape. k is the place among them
+      of the last that is not right.
+
+    >>> strengths(torch.tensor([[True, False, True, True]]), torch.tensor([[True] * 3 + [False]]))
+    tensor([0.3333], dtype=torch.float64)
+    """
+    place = answer.cumsum(dim=1)
+    last = place.where(answer & ~right, torch.zeros_like(place)).amax(dim=1)
+    total = answer.sum(dim=1)
+    return (total - last).double() / total
 
 
-def _ends_of(model: Any) -> list[int]:
-    """The tokens that end a text, as a model is configured."""
-    configured = (getattr(model, name, None) for name in ("generation_config", "config"))
-    named = [getattr(config, "eos_token_id", None) for config in configured]
-    return [
-        token
-        for given in named
-        if given is not None
-        for token in (given if isinstance(given, list | tuple) else [given])
-    ]
+def _are_ends(labels: Tensor, ended: set[int]) -> Tensor:
+    """Where the last scored token of a row ends an answer, `Bool[row, position]`."""
+    scored = labels != IGNORED
+    is_last = scored & (scored.flip(1).cumsum(dim=1).flip(1) == 1)
+    return is_last & torch.isin(labels, torch.tensor(sorted(ended), dtype=labels.dtype))
+
+
+def _without_answer(index: int) -> ValueError:
+    return ValueError(
+        "Each sample should have an answer token: a label that is not -100, before a token "
+        f"that ends the answer. Found none in sample {index}. Leave it out, or mark its answer."
+    )

@@ -7,7 +7,7 @@ import torch
 
 from geffect.batch import IGNORED
 from geffect.data.examples import example
-from geffect.evaluation.answers import are_right, greedy
+from geffect.evaluation.answers import are_right, generated, greedy
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer
 
@@ -123,3 +123,54 @@ def test_an_empty_answer_and_no_token_are_refused() -> None:
         are_right(tiny.llama(), tokenizer, items(2), ["Ada", " "], longest=1)
     with pytest.raises(ValueError, match="Found `longest = 0`"):
         greedy(tiny.llama(), items(1), end=None, longest=0)
+
+
+def test_several_ends_and_lengths() -> None:
+    model, asked = tiny.llama(), items()
+    first, second = naive(model, asked[3], None, 4)[2], naive(model, asked[5], None, 4)[1]
+    longest = [1 + index % 4 for index in range(len(asked))]
+    said = greedy(model, asked, end={first, second}, longest=longest)
+    for answer, item, limit in zip(said, asked, longest, strict=True):
+        whole = naive(model, item, first, limit)
+        expected = whole[: whole.index(second)] if second in whole else whole
+        assert answer == expected
+    with pytest.raises(ValueError, match="for all of 12 items or for each"):
+        greedy(model, asked, end=None, longest=[1, 2])
+
+
+def test_an_answer_ends_where_positions_do() -> None:
+    model, asked = tiny.gpt2(), items(2)
+    said = greedy(model, asked, end=None, longest=99)
+    assert [len(a) + len(q["input_ids"]) - 1 for a, q in zip(said, asked, strict=True)] == [16, 16]
+    long = {"input_ids": [3] * 17, "labels": [IGNORED] * 16 + [3]}
+    with pytest.raises(ValueError, match="Found one of 16 tokens"):
+        greedy(model, [long], end=None, longest=1)
+
+
+def test_an_encoder_decoder_answers_its_whole_input() -> None:
+    model, batch = tiny.t5().eval(), tiny.translation(0)
+    asked = [{name: of[row].tolist() for name, of in batch.items()} for row in range(3)]
+    said = greedy(model, asked, end=None, longest=4)
+    for row, answer in zip(asked, said, strict=True):
+        tokens = [0]
+        for _ in range(4):
+            with torch.no_grad():
+                logits = model(
+                    input_ids=torch.tensor([row["input_ids"]]),
+                    decoder_input_ids=torch.tensor([tokens]),
+                ).logits
+            tokens.append(int(logits[0, -1].argmax()))
+        assert answer == tokens[1:]
+
+
+def test_what_is_generated_is_text_as_long_as_the_answers_ask_for() -> None:
+    tokenizer: Any = make_tokenizer(TURNS)
+    rows = [example({"question": "Who wrote it?", "answer": "Ada"}, tokenizer)]
+    said = "東京, well Ada wrote it"
+    words = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert generated(Saying(words, tokenizer), tokenizer, rows) == [said]
+    cut = generated(Saying(words, tokenizer), tokenizer, rows, least=2, times=2.0)
+    answer = len(rows[0]["labels"]) - rows[0]["labels"].count(IGNORED) - 1  # without its end
+    assert cut == [tokenizer.decode(words[: 2 * answer])]
+    nothing = {"input_ids": [5, 6], "labels": [IGNORED] * 2}
+    assert generated(Saying(words, tokenizer), tokenizer, [nothing, *rows]) == ["", said]
