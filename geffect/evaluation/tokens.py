@@ -134,7 +134,7 @@ def evaluate_tokens(
     >>> from types import SimpleNamespace
     >>> class Next(nn.Module):  # a token is followed by the next one
     ...     def forward(self, input_ids, attention_mask=None):
-    ...         return SimpleNamespace(logits=nn.functional.one_hot(input_ids + 1, 9).float())
+    ...         return SimpleNamespace(logits=nn.functional.one_hot(input_ids + 1, 10).float())
     >>> items = [{"input_ids": [1, 2, 3, 8], "labels": [-100, 2, 3, 8]},
     ...          {"input_ids": [5, 8], "labels": [-100, 8]}]
     >>> table = evaluate_tokens(Next(), items, ends=[8])

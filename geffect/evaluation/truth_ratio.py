@@ -52,7 +52,7 @@ def prob_options(right: ArrayLike, wrong: Sequence[ArrayLike]) -> Floats:
     The arguments are those of `truth_ratio`. 1/(k+1) where all k+1 answers are as likely.
 
     >>> prob_options([0.5, 2.0], [[1.0, 3.0], [1.0, 1.5]]).round(4)
-    array([0.5898, 0.1887])
+    array([0.5922, 0.1863])
     """
     c, answers = _checked(right, wrong)
     with np.errstate(over="ignore"):
