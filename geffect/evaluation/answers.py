@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,6 +16,7 @@ from geffect.risk import predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
 
 from .ends import ends_of
+from .tokens import in_float64
 
 
 def are_right(
@@ -104,12 +106,7 @@ def greedy(
     >>> greedy(Next(), [item], end=6, longest=10)
     [[3, 4, 5]]
     """
-    limits = [longest] * len(items) if isinstance(longest, int) else list(longest)
-    if len(limits) != len(items) or min(limits, default=1) < 1:
-        raise ValueError(
-            f"`longest` should be at least 1, for all of {len(items)} items or for each. Found "
-            f"`longest = {longest}`. Pass, say, 10."
-        )
+    limits = _limits(longest, len(items))
     ended = {end} if isinstance(end, int) else set(end or ())
     is_next = predicts_next(model)
     questions = [
@@ -126,14 +123,101 @@ def greedy(
     return said
 
 
+def sampled(
+    model: nn.Module,
+    items: Sequence[Item],
+    *,
+    end: int | Collection[int] | None,
+    longest: int | Sequence[int],
+    count: int,
+    temperature: float = 1.0,
+    at_once: int = 64,
+) -> list[list[list[int]]]:
+    """Some answers to each question, drawn token by token: of each item `count` rows of tokens.
+
+    p(token) is the softmax of logits / temperature. The random numbers of an answer are those of
+    its question and its number: neither other items nor batches change it, nor the random numbers
+    of torch. The parameters are those of `greedy`; the model stays as it was.
+
+    >>> from types import SimpleNamespace
+    >>> class Even(nn.Module):  # 0 or 2, one as likely as the other
+    ...     def forward(self, input_ids, attention_mask=None):
+    ...         logits = torch.tensor([0.0, -torch.inf, 0.0])
+    ...         return SimpleNamespace(logits=logits.expand(*input_ids.shape, 3))
+    >>> item = {"input_ids": [1, 2], "labels": [-100, 2]}
+    >>> sampled(Even(), [item], end=None, longest=4, count=2)
+    [[[2, 0, 0, 0], [2, 0, 2, 2]]]
+    """
+    if count < 1 or not temperature > 0:
+        raise ValueError(
+            "`count` should be at least 1 and `temperature` above 0. Found "
+            f"`count = {count}` and `temperature = {temperature}`. Pass, say, 8 and 1.0."
+        )
+    limits = _limits(longest, len(items))
+    ended = {end} if isinstance(end, int) else set(end or ())
+    is_next = predicts_next(model)
+    questions = [
+        _question(item, index) if is_next else _attended(item) for index, item in enumerate(items)
+    ]
+    device = next(model.parameters(), torch.empty(0)).device
+    said: list[list[list[int]]] = [[[] for _ in range(count)] for _ in questions]
+    each = [(row, number) for row in range(len(questions)) for number in range(count)]
+    with undisturbed(model), torch.no_grad():
+        for group in _of_one_length([questions[row] for row, _ in each], at_once):
+            chosen = [each[place] for place in group]
+            ids = torch.tensor([questions[row] for row, _ in chosen], device=device)
+            most = max(limits[row] for row, _ in chosen)
+            draws = torch.stack([_draws(questions[row], number, most) for row, number in chosen])
+
+            def choose(logits: Tensor, step: int, draws: Tensor = draws) -> Tensor:
+                shares = (in_float64(logits) / temperature).softmax(-1).cumsum(-1)
+                at = draws[:, step : step + 1].to(shares.device) * shares[:, -1:]
+                return torch.searchsorted(shares, at, right=True)[:, 0].to(logits.device)
+
+            found = _continued(model, ids, ended, most, is_next, choose)
+            for (row, number), tokens in zip(chosen, found, strict=True):
+                said[row][number] = tokens[: limits[row]]
+    return said
+
+
+def _draws(question: Sequence[int], number: int, count: int) -> Tensor:
+    """Numbers from 0 to 1 for the tokens of an answer to a question, `Float64[token]`."""
+    seed = zlib.crc32(repr((list(question), number)).encode())
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(count, generator=draw, dtype=torch.float64)
+
+
+def _limits(longest: int | Sequence[int], count: int) -> list[int]:
+    """The most tokens of each answer."""
+    limits = [longest] * count if isinstance(longest, int) else list(longest)
+    if len(limits) != count or min(limits, default=1) < 1:
+        raise ValueError(
+            f"`longest` should be at least 1, for all of {count} items or for each. Found "
+            f"`longest = {longest}`. Pass, say, 10."
+        )
+    return limits
+
+
+def _most_likely(logits: Tensor, step: int) -> Tensor:
+    return logits.argmax(-1)
+
+
 def _continued(
-    model: nn.Module, ids: Tensor, ended: set[int], longest: int, is_next: bool
+    model: nn.Module,
+    ids: Tensor,
+    ended: set[int],
+    longest: int,
+    is_next: bool,
+    choose: Callable[[Tensor, int], Tensor] = _most_likely,
 ) -> list[list[int]]:
-    """What is said to questions of one length, up to and without the token that ends it."""
+    """What is said to questions of one length, up to and without the token that ends it.
+
+    `choose(logits, step)` takes a token for each row.
+    """
     asked = {} if is_next else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     said = ids if is_next else torch.full_like(ids[:, :1], _first_of_decoder(model))
     start, over = said.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    stop = min(start + longest, _positions_of(model))
+    stop = min(start + longest, positions_of(model))
     if stop <= start:
         raise ValueError(
             f"A question should leave room for an answer in the model's {stop} positions. Found "
@@ -142,7 +226,7 @@ def _continued(
     ends = torch.tensor(sorted(ended), dtype=ids.dtype, device=ids.device)
     while said.shape[1] < stop and not over.all():
         logits = model(**asked, **_so_far(said, is_next)).logits
-        token = logits[:, -1].argmax(-1)
+        token = choose(logits[:, -1], said.shape[1] - start)
         said = torch.cat([said, token[:, None]], dim=1)
         over |= torch.isin(token, ends)
     rows: list[list[int]] = said[:, start:].tolist()
@@ -166,7 +250,8 @@ def _first_of_decoder(model: Any) -> int:
     return int(first)
 
 
-def _positions_of(model: Any) -> int:
+def positions_of(model: Any) -> int:
+    """How many tokens a model takes in a row, as it is configured."""
     config = getattr(unwrapped(model), "config", None)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return sys.maxsize if positions is None else positions

@@ -147,7 +147,7 @@ def evaluate_tokens(
     """
     _check(items, batch, subjects)
     is_next = predicts_next(model)
-    rows = [_bare(item, index) if is_next else item for index, item in enumerate(items)]
+    rows = [bare(item, index) if is_next else item for index, item in enumerate(items)]
     scored = [index for index, row in enumerate(rows) if _is_scored(row, is_next)]
     if not scored:
         raise ValueError(
@@ -206,7 +206,7 @@ def said_to(model: nn.Module, batch: Mapping[str, Any]) -> tuple[pd.DataFrame, i
 def _columns(logits: Tensor, token: Tensor) -> dict[str, Tensor]:
     """What is told of some tokens by the logits at their places, `Float[token, vocabulary]`."""
     largest = logits.argmax(dim=-1)
-    exact = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    exact = in_float64(logits)
     token = token.to(exact.device)
     log_p = exact.log_softmax(dim=-1)
     p = log_p.exp()
@@ -227,6 +227,11 @@ def _columns(logits: Tensor, token: Tensor) -> dict[str, Tensor]:
     }
 
 
+def in_float64(logits: Tensor) -> Tensor:
+    """The logits in float64, on the CPU where their device has no such type."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
+
+
 def _check(items: Sequence[Item], batch: int, subjects: Sequence[Hashable] | None) -> None:
     if batch < 1:
         raise ValueError(f"`batch` should be at least 1. Found {batch}. Pass, say, 32.")
@@ -243,7 +248,7 @@ def _check(items: Sequence[Item], batch: int, subjects: Sequence[Hashable] | Non
         )
 
 
-def _bare(item: Item, index: int) -> Item:
+def bare(item: Item, index: int) -> Item:
     """An item without the padding at its ends."""
     mask = item.get("attention_mask")
     if mask is None or np.ndim(_array(mask)) != 1 or len(mask) != len(item["input_ids"]):
