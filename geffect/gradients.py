@@ -6,7 +6,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -37,6 +37,7 @@ class Gradients:
     linear combination of them, so that a declared combination costs no pass and no memory. `others`
     are leaves beside the parameters, such as a soft prompt, whose tensors follow in the vectors.
     `scale` is that of a GradScaler, by which the vectors are too large, and the sources are not.
+    `peaks` are the largest coordinates of sources, where they were read together with the losses.
     """
 
     parameters: Sequence[Tensor]
@@ -45,6 +46,7 @@ class Gradients:
     weights: Weights
     losses: dict[str, float]
     scale: float = 1.0
+    peaks: dict[str, float] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -141,6 +143,7 @@ class Gradients:
                     vector[place] = _added(own, tensor, in_place=True)
         for name, value in later.losses.items():
             self.losses[name] += value
+        self.peaks.clear()
 
     def _summed(self, source: str) -> list[Tensor | None]:
         terms = [(self.vectors[name], weight) for name, weight in self.weights[source].items()]
@@ -222,8 +225,13 @@ def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> G
     return separate(parameters, plan(parameters, losses))
 
 
-def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
-    """The gradients that the passes leave, each by itself, and `.grad` as it was."""
+def separate(
+    parameters: Sequence[Tensor], passes: Passes, *, peaks_of: Collection[str] = ()
+) -> Gradients:
+    """The gradients that the passes leave, each by itself, and `.grad` as it was.
+
+    A device that has to be waited for tells the largest coordinates of `peaks_of` with the losses.
+    """
     taken: dict[str, list[Tensor | None]] = {}
     kept = _Kept(passes.leaves)
 
@@ -235,16 +243,33 @@ def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
     width = len(passes.leaves)
     vectors = {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in passes.names}
     others = passes.leaves[len(parameters) :]
-    return Gradients(parameters, others, vectors, passes.weights, passes.losses, passes.scale)
+    peaks: dict[str, float] = {}
+    if passes.values.coming:
+        # Of what is a vector as it is: no sum is made for it.
+        ends = {
+            name: largest(vectors[name][: len(parameters)])
+            for name in peaks_of
+            if passes.weights[name] == {name: 1.0}
+        }
+        peaks = dict(zip(ends, passes.values.read(*ends.values()), strict=True))
+    return Gradients(
+        parameters, others, vectors, passes.weights, passes.losses, passes.scale, peaks
+    )
 
 
-def reduced(model: nn.Module, parameters: Sequence[Tensor], passes: Passes) -> Gradients:
+def reduced(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    passes: Passes,
+    *,
+    peaks_of: Collection[str] = (),
+) -> Gradients:
     """The same on several processes: each gradient by itself, of all of their data.
 
     Under DDP the forwards were made inside of `no_sync()`, and the gradients are averaged here.
     """
     with distributed.gradient_sync(model):
-        gradients = separate(parameters, passes)
+        gradients = separate(parameters, passes, peaks_of=peaks_of)
     distributed.take_over_step(parameters)
     if distributed.averages(model):
         gradients.vectors.update(distributed.average(parameters, gradients.vectors))
@@ -328,6 +353,7 @@ def stream(
                 take(place, fresh)
 
     put_back_after(lambda: _in_order(passes, run), kept.put_back)
+    passes.values.read()  # what is not finite is known before `.grad` is written
     _add_to_grads(leaves, left.get)
 
 
@@ -368,9 +394,16 @@ def peak(vector: Iterable[Tensor | None]) -> float:
 
     It tells zero and infinity, and unlike a sum of squares it neither under- nor overflows.
     """
+    return float(largest(vector))
+
+
+def largest(vector: Iterable[Tensor | None]) -> Tensor:
+    """The same as a tensor, which no device has been waited for."""
     parts = [dots.dense(distributed.local(t)).detach() for t in vector if t is not None]
     ends = _ends([part for part in parts if part.numel()])
-    return torch.cat([end.to(ends[0].device) for end in ends]).abs().max().item() if ends else 0.0
+    if not ends:
+        return torch.zeros(())
+    return torch.cat([end.to(ends[0].device) for end in ends]).abs().max()
 
 
 def _ends(parts: Iterable[Tensor]) -> list[Tensor]:

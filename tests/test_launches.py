@@ -1,13 +1,16 @@
 """How many operations a step launches on a device, and how often it waits for it."""
 
+import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from geffect import Recorder, Rectifier
+from geffect import Recorder, Rectifier, open_run
+from geffect.losses import NotFinite
 from geffect.projection import SAGO
 from tests.utils.far_device import Counted, Spread, counting, moved_far
 
@@ -22,8 +25,19 @@ RECTIFIED: dict[str, tuple[dict[str, Any], int]] = {
 """Options of a rectifier, and the launches that it may add for each tensor."""
 
 
-SIZES = (4, 12)
+SIZES = (2, 6)
 """Of how many tensors the models are that are compared."""
+
+
+KINDS = ("tensors", "functions")
+"""What losses are given as."""
+
+
+def given(model: Spread, step: int, kind: str) -> dict[str, Any]:
+    """The losses of a step."""
+    if kind == "tensors":
+        return dict(model.losses(step))
+    return {side: lambda side=side: model.losses(step)[side] for side in ("forget", "retain")}
 
 
 def third_step(
@@ -41,21 +55,35 @@ def third_step(
     return counted
 
 
-def plain(model: Spread, _: Any, step: int) -> None:
-    losses = model.losses(step)
-    losses["retain"].backward()
-    model.zero_grad()
-    (-losses["forget"]).backward()
+def plain(kind: str) -> Callable[[Spread, Any, int], None]:
+    """A step of the same passes, with nothing beside them."""
+
+    def backward(model: Spread, _: Any, step: int) -> None:
+        losses = given(model, step, kind)
+        for side, sign in (("retain", 1.0), ("forget", -1.0)):
+            model.zero_grad()
+            loss = losses[side] if kind == "tensors" else losses[side]()
+            (sign * loss).backward()
+
+    return backward
 
 
-def added(few: Counted, many: Counted, patch: pytest.MonkeyPatch) -> float:
+@cache
+def launches(tensors: int, kind: str) -> int:
+    """Of a plain step."""
+    with pytest.MonkeyPatch.context() as patch:
+        return third_step(tensors, plain(kind), patch).launches.total()
+
+
+def added(few: Counted, many: Counted, kind: str) -> float:
     """The launches that each tensor adds to those of a plain step."""
-    without = [third_step(n, plain, patch).launches.total() for n in SIZES]
+    without = [launches(n, kind) for n in SIZES]
     found = [few.launches.total(), many.launches.total()]
     return ((found[1] - without[1]) - (found[0] - without[0])) / (SIZES[1] - SIZES[0])
 
 
-def test_a_recorded_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for tensors in SIZES:
         recorders: list[Recorder] = []
@@ -63,17 +91,18 @@ def test_a_recorded_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         def backward(model: Spread, _: Any, step: int, kept: list[Recorder] = recorders) -> None:
             if not kept:
                 kept.append(Recorder(model, tmp_path / f"{len(model.weights)}.h5"))
-            kept[0].backward(objective={"forget": -1.0}, **model.losses(step))
+            kept[0].backward(objective={"forget": -1.0}, **given(model, step, kind))
 
         found.append(third_step(tensors, backward, monkeypatch))
         recorders[0].close()
-    assert added(*found, monkeypatch) <= 4
+    assert added(*found, kind) <= 4
     # The losses together, and all Gram matrices together.
     assert [counted.waits.total() for counted in found] == [2, 2]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RECTIFIED)
-def test_a_rectified_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rectified_step(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, most = RECTIFIED[name]
     found = []
     for tensors in SIZES:
@@ -84,12 +113,51 @@ def test_a_rectified_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ) -> None:
             if not kept:
                 kept.append(Rectifier(model, optimizer=optimizer, **options))
-            kept[0].backward(objective={"forget": -1.0}, **model.losses(step))
+            kept[0].backward(objective={"forget": -1.0}, **given(model, step, kind))
 
         found.append(third_step(tensors, backward, monkeypatch))
         report = rectifiers[0].report
         assert report is not None
         assert report.fired == (1.0,)
-    assert added(*found, monkeypatch) <= most
-    # The losses together, the peak of the retain gradient, and what the rule is asked about.
-    assert [counted.waits.total() for counted in found] == [3, 3]
+    assert added(*found, kind) <= most
+    # The losses with the peak of the retain gradient, and what the rule is asked about.
+    assert [counted.waits.total() for counted in found] == [2, 2]
+
+
+def averages(rectifier: Rectifier) -> list[Any]:
+    """What a rectifier remembers."""
+    (average,) = rectifier.watched.values()
+    return [None if tensor is None else tensor.tolist() for tensor in average]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["forget", "retain"])
+@pytest.mark.parametrize("by", ["recorder", "rectifier", "both"])
+def test_a_loss_of_a_device_that_is_not_finite_leaves_nothing(
+    by: str, side: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Spread(2)
+    moved_far(model)
+    rectifier, path = Rectifier(model), tmp_path / "run.h5"
+    with counting(monkeypatch), Recorder(model, path) as recorder:
+
+        def backward(**losses: Any) -> None:
+            losses["objective"] = {"forget": -1.0}
+            if by == "rectifier":
+                rectifier.backward(**losses)
+            else:
+                recorder.backward(**losses, rectifier=rectifier if by == "both" else None)
+
+        backward(**given(model, 0, kind))
+        model.zero_grad()
+        before = averages(rectifier)
+        broken = {name: loss * math.inf for name, loss in model.losses(1).items() if name == side}
+        losses = given(model, 1, kind)
+        losses[side] = broken[side] if kind == "tensors" else lambda: broken[side]
+        with pytest.raises(NotFinite, match=f"Loss `{side}` should be finite. Found inf"):
+            backward(**losses)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert averages(rectifier) == before
+    if by != "rectifier":
+        assert len(open_run(path).steps) == 1

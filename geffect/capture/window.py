@@ -120,7 +120,12 @@ class Window:
         if self._streams:
             self._stream(passes, last=last)
             return
-        gradients = reduced(self.of.model, self.of.parameters, passes)
+        gradients = reduced(
+            self.of.model,
+            self.of.parameters,
+            passes,
+            peaks_of=protected(self.declared, self.rectifier),
+        )
         if self.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
             needed = self.of.update or not last or self.micro > 1

@@ -132,18 +132,48 @@ class NotFinite(ValueError):
         return NotFinite, (self.name, self.value)  # the other processes raise it too
 
 
-def values_of(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """The values of losses; a device that holds all of them is waited for once."""
-    devices = {loss.device for loss in losses.values()}
-    if len(devices) > 1 or torch.device("cpu") in devices or not losses:
-        return {name: finite(name, loss) for name, loss in losses.items()}
-    numbers = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()]).tolist()
-    return {name: _checked(name, value) for name, value in zip(losses, numbers, strict=True)}
+class Values:
+    """The values of losses, which have to be finite.
 
+    Those on a CPU are looked at when they come. Where others are there, the device is waited for
+    once, when `read` is called, for all of them and for what else is to be read then.
+    """
 
-def finite(name: str, loss: Tensor) -> float:
-    """The value of a loss."""
-    return _checked(name, loss.item())
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+        self._coming: dict[str, Tensor] = {}
+
+    def add(self, name: str, loss: Tensor) -> None:
+        """Take in a loss."""
+        if loss.device.type == "cpu":
+            self._known[name] = _checked(name, loss.item())
+        else:
+            self._coming[name] = loss.detach()
+
+    @property
+    def coming(self) -> bool:
+        """Whether a device has to be waited for."""
+        return bool(self._coming)
+
+    def read(self, *further: Tensor) -> list[float]:
+        """Wait for the losses that are coming; the values of further tensors of one number each.
+
+        Raises NotFinite.
+        """
+        coming, self._coming = self._coming, {}
+        there = [tensor.detach().double().reshape(()) for tensor in (*coming.values(), *further)]
+        if not there:
+            return []
+        # Between devices nothing is waited for.
+        numbers = torch.stack([number.to(there[0].device) for number in there]).tolist()
+        for name, value in zip(coming, numbers, strict=False):
+            self._known[name] = _checked(name, value)
+        return numbers[len(coming) :]
+
+    def __getitem__(self, name: str) -> float:
+        if name in self._coming:
+            self.read()
+        return self._known[name]
 
 
 def _checked(name: str, value: float) -> float:

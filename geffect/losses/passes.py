@@ -17,7 +17,7 @@ from geffect.hooks import BEFORE_STEPS, Hooks
 from geffect.interrupts import put_back_after
 from geffect.sources import OBJECTIVE
 
-from .given import Loss, Scalar, check_loss, finite, resolved, seeds_of, tensors_among, values_of
+from .given import Loss, Scalar, Values, check_loss, resolved, seeds_of, tensors_among
 from .graph import accumulates_once, is_compiled, needed_later_of, other_leaves, reaches
 
 
@@ -44,7 +44,7 @@ class Passes:
     leaves: list[Tensor]
     scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
     model: nn.Module | None = None
-    values: dict[str, float] = field(default_factory=dict)  # of the scalars that are known
+    values: Values = field(default_factory=Values)  # of the scalars that are known
     sharing: Sharing = field(default_factory=Sharing)
 
     @property
@@ -72,7 +72,10 @@ class Passes:
 
     @property
     def losses(self) -> dict[str, float]:
-        """The values of the sources; to be read once every loss has been asked."""
+        """The values of the sources; to be read once every loss has been asked.
+
+        Raises NotFinite, of losses on a device whose values were not read before.
+        """
         return {
             source: sum(weight * self.values[name] for name, weight in terms.items())
             for source, terms in self.terms.items()
@@ -85,7 +88,7 @@ class Passes:
             return scalar
         with distributed.raise_on_all_ranks():
             loss = distributed.share_of(self.parameters, self._asked(name, scalar))
-            self.values[name] = finite(name, loss)
+            self._value(name, loss)
             if not reaches(loss, self.parameters):
                 raise _of_another_model(name, self.parameters)
         self.leaves.extend(other_leaves([loss], self.leaves))
@@ -106,6 +109,11 @@ class Passes:
                 "that are functions share a forward pass by `geffect.objectives.SharedForward`."
             ) from error
         self.sharing.pass_made(freed=not keeps, is_aside=name in self.aside)
+
+    def _value(self, name: str, loss: Tensor) -> None:
+        self.values.add(name, loss)
+        if _asks_others(self.parameters):
+            self.values.read()
 
     def of(self, sources: Collection[str]) -> "Passes":
         """The passes that some of the sources need, in the same order."""
@@ -200,7 +208,11 @@ def plan(
         for name, loss in found.items()
     }
     tensors = tensors_among(given)
-    values = values_of(tensors)
+    values = Values()
+    for name, loss in tensors.items():
+        values.add(name, loss)
+    if _asks_others(parameters):
+        values.read()
     single = seeds_of(terms)
     seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
     turns = _turns(given, terms, protected)
@@ -278,6 +290,11 @@ def _turns(
         return (1, False, False) if name in of_objective else (2, is_other, not is_there)
 
     return {name: turn(name) for name in given}
+
+
+def _asks_others(parameters: Sequence[Tensor]) -> bool:
+    """Whether a loss that is not finite has to be known before its pass, for all to leave it."""
+    return distributed.world_size() > 1 or distributed.is_in_engine(parameters[0])
 
 
 def _of_another_model(name: str, parameters: Sequence[Tensor]) -> ValueError:

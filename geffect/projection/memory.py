@@ -102,14 +102,25 @@ class RetainMemory:
         """Whether `compare` is to be told of the objective gradient."""
         return self.ready and self._floor == 0.0
 
-    def update(self, gradients: Mapping[str, Vector], *, agree: bool = True) -> str | None:
+    def update(
+        self,
+        gradients: Mapping[str, Vector],
+        *,
+        agree: bool = True,
+        peaks: Mapping[str, float] | None = None,
+    ) -> str | None:
         """Take in a gradient of every set, or none of them and say why.
 
         What is zero or not finite on any process is left out on all. With agree=False they do not
-        ask each other: left out is only what is not finite here, and only here.
+        ask each other: left out is only what is not finite here, and only here. `peaks` are the
+        largest coordinates of those that they are known of.
         """
         news = {name: gradients[name] for name in self._averages}
-        peaks = {name: _peak(new, agree=agree) for name, new in news.items()}
+        known = peaks or {}
+        peaks = {
+            name: _over_all(known[name] if name in known else peak(new), agree=agree)
+            for name, new in news.items()
+        }
         for name, largest in peaks.items():
             problem = self._problem(largest, agree=agree)
             if problem is not None:
@@ -351,8 +362,7 @@ def _rounded(exact: Tensor, seed: int) -> Tensor:
     return bits.add_(exact.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
 
 
-def _peak(gradient: Vector, *, agree: bool) -> float:
-    largest = peak(gradient)
+def _over_all(largest: float, *, agree: bool) -> float:
     return distributed.max_over_ranks(largest) if agree else largest
 
 

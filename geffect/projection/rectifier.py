@@ -205,10 +205,10 @@ class Rectifier:
         whole = not accumulate and window is None and scale == 1.0
         if apart and whole and not self._options.measure_update:
             # So that the two gradients are never in memory at once: the average takes the first in.
-            self.observe(reduced(self._model, parameters, retain))
+            self.observe(reduced(self._model, parameters, retain, peaks_of=self.protect))
             self.rectify(reduced(self._model, parameters, objective))
             return
-        gradients = reduced(self._model, parameters, passes)
+        gradients = reduced(self._model, parameters, passes, peaks_of=self.protect)
         if window is None:
             window = gradients
         else:

@@ -292,9 +292,9 @@ def test_the_two_gradients_of_a_step_are_not_in_memory_at_once(
 ) -> None:
     taken: list[list[weakref.ref[Tensor]]] = []
 
-    def watching(*args: Any) -> Any:
+    def watching(*args: Any, **named: Any) -> Any:
         assert all(tensor() is None for tensor in (taken[-1] if len(taken) % 2 else []))
-        gradients = reduced(*args)
+        gradients = reduced(*args, **named)
         vectors = gradients.vectors.values()
         taken.append([weakref.ref(t) for v in vectors for t in v if t is not None])
         return gradients
