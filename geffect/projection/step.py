@@ -59,9 +59,7 @@ class RectifiedStep:
             return  # the GradScaler skips this step, as if it had not been
         projector = self._projector
         retain = {name: gradients.of(name) for name in projector.options.protect}
-        problem = projector.memory.update(
-            retain, agree=not projector.alone, peaks=gradients.peaks
-        )
+        problem = projector.memory.update(retain, agree=not projector.alone, peaks=gradients.peaks)
         self._counts = problem is None
         if problem is not None:
             self._skip(f"the retain gradient is {problem}")
