@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import analysis, capture, edits, effects, objectives, plots, projection, trainers
-    from .capture import Recorder
+    from .capture import Recorder, StopWhen
     from .checkpoints.edited import edit, record_edit
     from .checkpoints.replay import replay
     from .projection import Rectifier
@@ -35,6 +35,7 @@ __all__ = [
     "Requests",
     "Run",
     "RunFileError",
+    "StopWhen",
     "__version__",
     "analysis",
     "capture",
@@ -57,6 +58,7 @@ _HOMES = {
     "Requests": "requests",
     "Run": "store",
     "RunFileError": "store",
+    "StopWhen": "capture",
     "edit": "checkpoints.edited",
     "open_run": "store",
     "record_edit": "checkpoints.edited",

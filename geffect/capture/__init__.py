@@ -2,6 +2,7 @@
 
 from .recorder import Recorder
 from .schedule import at, every, logspaced
+from .stopping import Stop, StopWhen
 from .store_options import StoreOptions
 
-__all__ = ["Recorder", "StoreOptions", "at", "every", "logspaced"]
+__all__ = ["Recorder", "Stop", "StopWhen", "StoreOptions", "at", "every", "logspaced"]

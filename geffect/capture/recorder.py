@@ -31,6 +31,7 @@ from .implicit_weights import ImplicitWeights, asked_with
 from .pending_row import PendingRow
 from .recording import IfExists, OnError, Recording
 from .schedule import EACH, Schedule
+from .stopping import StopWhen
 from .store_options import StoreOptions
 from .window import Watched, Window, protected
 
@@ -60,6 +61,7 @@ class Recorder:
     - `next_step`: the number of the step that comes first, where training goes on from a
       checkpoint. Steps of the file from there on are given up, since they come again.
     - `on_error`: "raise" ends training when the file cannot be written, "warn" says so once.
+    - `stop`: a `StopWhen`, a rule that looks at each row and says when training may end.
 
     A step lasts from one gradient to the next. What it moves is followed whatever moves it: an
     optimizer, with or without a closure, a second one, a wrapper, or the loop by hand. The row says
@@ -96,14 +98,11 @@ class Recorder:
         resume: bool = False,
         next_step: int | None = None,
         on_error: OnError = "raise",
+        stop: StopWhen | None = None,
     ) -> None:
-        if resume and next_step is None and when is not EACH:
-            raise ValueError(
-                "`next_step` should be given to continue a run that captures some "
-                "steps only: the file does not tell which one training goes on with. Found None. "
-                "Pass the number of steps that the checkpoint has behind it."
-            )
-        self._when = when
+        if resume and next_step is None:
+            _check_captures_all(when)
+        self._when, self.stop = when, stop
         self._recording = Recording(
             model,
             path,
@@ -121,6 +120,7 @@ class Recorder:
         self._pending = PendingRow(self._recording.parameters, updates=update)
         with ExitStack() as undone:
             undone.callback(self._recording.close, complete=False)
+            self._recording.watch(stop)
             if resume:
                 self._watched.check_continued()
             if objective is not None:
@@ -334,3 +334,13 @@ class Recorder:
         self._recording.check_here()
         self._pending.write(at_gradient=True)
         self._pending.end()
+
+
+def _check_captures_all(when: Schedule) -> None:
+    """Refuse to continue a run by its file alone where that does not have every step."""
+    if when is not EACH:
+        raise ValueError(
+            "`next_step` should be given to continue a run that captures some steps only: the file "
+            "does not tell which one training goes on with. Found None. Pass the number of steps "
+            "that the checkpoint has behind it."
+        )

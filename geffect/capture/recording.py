@@ -5,6 +5,7 @@ their own; what a run file is told of them, and what happens when it cannot be w
 """
 
 import logging
+import math
 import os
 import secrets
 import time
@@ -23,12 +24,13 @@ from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.interrupts import to_the_end
 from geffect.layers import Parameter, describe, trainable
 from geffect.objectives import Objective, provenance
+from geffect.sources import FORGET
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.labels import is_text
 from geffect.store.paths import place_of
 from geffect.store.processes import Home
 from geffect.store.reader import Run
-from geffect.store.schema import MARKS, Row
+from geffect.store.schema import MARKS, STOP, Row
 from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter
 from geffect.text import plain
@@ -37,6 +39,7 @@ from .collector import Collector, Measurement
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
+from .stopping import StopWhen, as_table, rows_seen, seen_of
 from .storage import Storage
 from .store_options import StoreOptions, kept
 
@@ -106,6 +109,8 @@ class Recording:
         self._storage = Storage(kept(store), self.table, self.parameters, steps)
         self._on_error = on_error
         self._begun = self._closed = False
+        self._stop: StopWhen | None = None
+        self._continued: Run | None = None
         self._home = Home()
         # Rounding that is the same in two runs would look like a likeness of their gradients.
         self._salt = os.urandom(8).hex()
@@ -177,10 +182,23 @@ class Recording:
         for name, table in objective.tables.items():
             self.keep_table(name, table)
 
+    def watch(self, stop: StopWhen | None) -> None:
+        """Let a rule look at every row, and at those that the file has already."""
+        self._stop = stop
+        if stop is not None:
+            earlier = [] if self._continued is None else [*rows_seen(self._continued)]
+            stop.begin(self._model, distributed.broadcast(earlier))
+            self._provenance["stop"] = as_json(stop.options, "stop")
+
     def announce(self, sources: Sequence[str]) -> None:
-        """Tell how large the file will be, and refuse a run that would not fit the disk; once."""
+        """Tell how large the file will be, and refuse a run that would not fit the disk; once.
+
+        And one without what its rule to stop looks at.
+        """
         if self._announced:
             return
+        if self._stop is not None:
+            self._stop.check_sources(sources)
         self._announced = True
         if not distributed.is_main_process():
             return
@@ -214,6 +232,7 @@ class Recording:
         self._guarded(append)
         self.agree()
         self.header.last_step = entry.step
+        self._show(entry)
 
     def amend(self, entry: Entry) -> None:
         """Write a row again, of the step that was written last."""
@@ -222,6 +241,7 @@ class Recording:
             written = self._row(entry)
             self._guarded(lambda: self._writer.amend(written))
             self.agree()
+            self._show(entry)
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
@@ -263,6 +283,23 @@ class Recording:
             self._closed = True
         self._lost.detach()
 
+    def _show(self, entry: Entry) -> None:
+        """Show the row to the rule that stops, and keep what it says at last."""
+        stop = self._stop
+        if stop is None or stop.fired is not None or entry.skipped:
+            return
+        measured = entry.measured
+        fired = stop.see(
+            seen_of(
+                entry.step, measured.names, measured.gram.numpy(),
+                risk=measured.losses.get(FORGET, math.nan), lr=entry.lr, stepped=entry.stepped,
+            )
+        )  # fmt: skip
+        if fired is not None:
+            self.keep_table(STOP, as_table(fired))
+            if distributed.is_main_process():
+                log.warning("Training should stop, by `%s`: %s.", fired.clause, fired.message)
+
     def _tell_size(self, sources: Sequence[str]) -> None:
         begun = self.header.stored or self.header.last_step >= 0
         told = self._storage.check_room(self.path, sources, continued=bool(begun))
@@ -292,9 +329,11 @@ class Recording:
             return RunHeader(mark=1 + secrets.randbelow(MARKS - 1))
         try:
             self._check_metadata(run)
-            known = RunHeader.of(run, writer.gradient_rows)
+            known, self._continued = RunHeader.of(run, writer.gradient_rows), run
             # What is to be kept has to be what the file keeps: refused now, not after a step.
             self._writer.begin(self._storage.contents(known, run.manifest))
+            if STOP in run.tables and not np.isin(run.table(STOP).get("step", []), run.steps).all():
+                self._writer.keep(STOP, as_table(None))  # of a step that comes again
             return known
         except BaseException:
             writer.close(complete=False)

@@ -2,6 +2,7 @@
 
 import json
 from textwrap import indent
+from typing import TYPE_CHECKING, Any
 
 from geffect.layers import in_network_order, layers_of, part_of
 from geffect.places import OTHER
@@ -10,6 +11,9 @@ from geffect.text import plain
 from .options import FactsFormat, FactsFormatOption
 from .selection import RunArgument
 from .terminal import say, terminal, write
+
+if TYPE_CHECKING:
+    from geffect.store import Run
 
 
 def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> None:
@@ -32,6 +36,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         "layers": layers_of(opened.layers),
         "other": [row.name for row in opened.layers if part_of(row) == OTHER],
         **opened.manifest,
+        **_stopped(opened),
     }
     if form is FactsFormat.JSON:
         write(json.dumps(facts, indent=1) + "\n")
@@ -40,6 +45,16 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
     for name, value in facts.items():
         said = indent(_said(value), " " * room)[room:]
         say(console, *f"{plain(name).replace('_', ' '):{room}}{said}".split("\n"))
+
+
+def _stopped(run: "Run") -> dict[str, Any]:
+    """What stopped the run, where a rule did."""
+    from geffect.store.schema import STOP
+
+    table = run.table(STOP) if STOP in run.tables else {}
+    if not {"clause", "message"} <= table.keys() or not len(table["message"]):
+        return {}
+    return {"stopped": f"{table['clause'][0]}: {table['message'][0]}"}
 
 
 def _said(value: object) -> str:

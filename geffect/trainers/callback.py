@@ -23,6 +23,7 @@ from geffect.capture.collector import Measurement
 from geffect.capture.recording import IfExists, OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
+from geffect.capture.stopping import StopWhen
 from geffect.capture.store_options import StoreOptions
 from geffect.gradients import Gradients, GradientTransform
 from geffect.hooks import Hooks, weakly
@@ -42,7 +43,14 @@ from geffect.sources import (
 from geffect.steps import StepFollower, check_descends, unwrapped
 from geffect.store.paths import place_of
 
-from .loop import check_gradients_can_be_had, firing_loop, is_running, model_of, scale_left
+from .loop import (
+    check_gradients_can_be_had,
+    firing_loop,
+    is_running,
+    model_of,
+    scale_left,
+    stop_if_due,
+)
 from .step import CapturedStep
 
 log = logging.getLogger(__name__)
@@ -77,6 +85,7 @@ class GEffectCallback(TrainerCallback):
       `geffect/unlearning_g_effect`, `geffect/retaining_g_effect`, `geffect/cosine_objective_retain`
       and so on. Those of adapters are effects in the space of their factors, and do not compare
       with others: they are `geffect/adapter/unlearning_g_effect` and so on.
+    - `stop`: a `StopWhen`, which ends training at the step that is captured when it fires.
     - `store`, `metadata`, `overwrite`, `on_error`: as those of `Recording`.
 
     Step s of the file is the one that begins at `state.global_step == s`, from 0; the Trainer logs
@@ -116,21 +125,15 @@ class GEffectCallback(TrainerCallback):
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         on_error: OnError = "raise",
+        stop: StopWhen | None = None,
     ) -> None:
-        check_risks("probes", probes)
-        if not probes:
-            raise ValueError(
-                "`probes` should have at least one set of batches. Found none. Pass "
-                'probes={"forget": ..., "retain": ...}.'
-            )
-        for name, batches in probes.items():
-            with noting_risk(name):
-                as_batches(batches)
+        _check_probes(probes)
         self._path = place_of(path)
         self._probes = dict(probes)
         self._due = every_kth(every) if when is None else when
         self._update, self._log, self._store = update, log, store
         self._metadata, self._overwrite, self._on_error = metadata, overwrite, on_error
+        self._stop = stop
         self._recording: Recording | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._step: CapturedStep | None = None
@@ -182,11 +185,14 @@ class GEffectCallback(TrainerCallback):
             self._inside.add(behind.register_step_pre_hook, weakly(self._before_step))
             self._inside.add(behind.register_step_post_hook, weakly(self._after_step))
         self._trainer = weakref.ref(trainer)
+        ours = [OBJECTIVE, *self._probes, *([UPDATE] if self._update else [])]
         with self._let_go_if_it_fails():
+            if self._stop is not None:
+                self._stop.check_sources(ours)
+            self._recording.watch(self._stop)
             if continued := self._recording.header.sources:
                 # What a rectifier adds is known when it acts.
                 own = [s for s in continued if s != RECTIFIED and not s.endswith(AVERAGE)]
-                ours = [OBJECTIVE, *self._probes, *([UPDATE] if self._update else [])]
                 _check_sources(self._path, own, ours)
             elif steps and not due:
                 raise ValueError(
@@ -281,8 +287,9 @@ class GEffectCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hand the scores of the step to what the Trainer reports to."""
+        """Hand the scores of the step to what the Trainer reports to, and stop if that is due."""
         step = self._step
+        stop_if_due(self._stop, control)
         if not self._log or step is None or step.measured is None:
             return
         if OBJECTIVE not in step.measured.names:
@@ -352,6 +359,18 @@ class GEffectCallback(TrainerCallback):
             trainer = other._trainer and other._trainer()
             if other._path == self._path and not (trainer and is_running(trainer)):
                 other._let_go()
+
+
+def _check_probes(probes: Mapping[str, RiskSet]) -> None:
+    check_risks("probes", probes)
+    if not probes:
+        raise ValueError(
+            "`probes` should have at least one set of batches. Found none. Pass "
+            'probes={"forget": ..., "retain": ...}.'
+        )
+    for name, batches in probes.items():
+        with noting_risk(name):
+            as_batches(batches)
 
 
 def _check_sources(path: Path, recorded: Sequence[str], found: Sequence[str]) -> None:

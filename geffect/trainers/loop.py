@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from geffect import distributed
-from geffect.capture import Recorder
+from geffect.capture import Recorder, StopWhen
 from geffect.losses import check_no_step_inside
 from geffect.steps import unwrapped
 
@@ -146,6 +146,12 @@ def begun_recorder(
             f"{recorder.next_step}. Pass Recorder(..., resume=True, next_step={step})."
         )
     return recorder
+
+
+def stop_if_due(stop: StopWhen | None, control: TrainerControl) -> None:
+    """Tell a Trainer to end after this step, if a rule says so."""
+    if stop is not None and stop.fired is not None:
+        control.should_training_stop = True
 
 
 def _without_gradients(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:

@@ -33,7 +33,13 @@ from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
 from . import rectifier_state
 from .leaf_cut import LeafCut, RetainTerm
-from .loop import begun_recorder, check_gradients_can_be_had, current_scale, model_of
+from .loop import (
+    begun_recorder,
+    check_gradients_can_be_had,
+    current_scale,
+    model_of,
+    stop_if_due,
+)
 from .rectification_log import RectificationLog
 from .retain_batches import RetainBatches
 
@@ -161,6 +167,8 @@ class _Steps(TrainerCallback):
     ) -> None:
         """Take note of what was done, which in update space is known from now on."""
         self.log.take(self.rectifier.report)
+        if self.recorder is not None:
+            stop_if_due(self.recorder.stop, control)
 
     @contextmanager
     def cutting(self) -> Iterator[None]:

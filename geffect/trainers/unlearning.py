@@ -40,7 +40,7 @@ from geffect.risk import (
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
 from . import objective_state, rectifier_state
-from .loop import begun_recorder, check_gradients_can_be_had
+from .loop import begun_recorder, check_gradients_can_be_had, stop_if_due
 from .rectification_log import RectificationLog
 
 Batches = dict[str, Any]
@@ -355,6 +355,8 @@ class _Events(TrainerCallback):
             self._trainer._rectifications.take(self._trainer.rectifier.report)
         if not self._trainer.accelerator.optimizer_step_was_skipped:
             self._trainer._running.advance()
+        if self._trainer._recorder is not None:
+            stop_if_due(self._trainer._recorder.stop, control)
 
 
 def _training_sets(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from geffect import StopWhen, open_run
 from geffect.demo import language_model as lm
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import UNKNOWN, Size, generate
@@ -205,6 +206,18 @@ def test_a_run_goes_on_until_both_levels_are_crossed(run: Unlearn) -> None:
     short = run("ga", "plain", {"forget_nll": 1.0})
     assert short["at_level"] == result["at_level"]
     assert short["at_es"] is None
+
+
+@pytest.mark.parametrize("method", ["wga", "npo+gd"])
+def test_a_rule_of_the_level_stops_where_the_study_interpolates(method: str, run: Unlearn) -> None:
+    """Within two steps, as the batches of a run tell it; and that saves retain data."""
+    result = run(method, "plain", {"forget_nll": 2.0}, steps_beyond=3, curve_every=1)
+    stop = StopWhen(level=2.0).would_stop(open_run(result["file"]))
+    assert stop is not None and stop.clause == "level"
+    updates = stop.step + 1
+    assert abs(updates - result["at_level"]["step"]) <= 2
+    retain = result["curve"]["retain_nll"]
+    assert retain[updates] <= retain[-1]
 
 
 def test_a_level_that_is_not_reached_has_no_values(run: Unlearn) -> None:

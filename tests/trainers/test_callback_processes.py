@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 
-from geffect import RunFileError, distributed, open_run
+from geffect import RunFileError, StopWhen, distributed, open_run
 from geffect.store.writer import RunWriter
 from geffect.trainers import GEffectCallback
 from tests.utils import tiny, trainers, two_ranks
@@ -91,10 +91,12 @@ def of_kind(kind: str, folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         counted = Counted(patch)
         train("run", counted, store="full")
+    stopped = train("stopped", stop=StopWhen(level=1.0, vocabulary=10**6))
     with full_disk(1):  # which rank 0 alone finds
         train("warned", on_error="warn")
         train("raised", on_error="raise")
-    return {"ends": ends, "exchanges": np.diff(counted.at_ends).tolist()}
+    steps = stopped.state.global_step
+    return {"ends": ends, "exchanges": np.diff(counted.at_ends).tolist(), "stopped": steps}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,15 @@ def test_two_processes_record_what_one_does(
     K = [run.gram().sum(axis=1) for run in (alone, together)]
     np.testing.assert_allclose(K[0][0, :3, :3], K[1][0, :3, :3], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(K[0], K[1], rtol=1e-2, atol=1e-3 * K[0].max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rule_that_stops_stops_all_processes(
+    kind: str, said: list[dict[str, Any]], folder: Path
+) -> None:
+    assert [of_rank[kind]["stopped"] for of_rank in said] == [1, 1]
+    run = open_run(folder / kind / "stopped.h5")
+    assert (run.steps.tolist(), run.table("stop")["clause"].tolist()) == ([0], ["level"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
