@@ -204,7 +204,8 @@ class StopWhen:
         Without a `vocabulary` there is no clause on it: a run does not tell that of its model.
 
         >>> StopWhen(level=1.3).would_stop(example_run(update=True)).message
-        'the forget risk has reached the level of 1.3: it is 1.4 after step 0'
+        'the forget risk has reached the level of 1.3: it is 1.4 after step 0, and crossed it after
+        0.8 updates'
         """
         twin = StopWhen(**self.options)
         twin.check_sources(run.sources)

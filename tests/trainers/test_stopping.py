@@ -85,6 +85,6 @@ def test_probes_that_a_clause_looks_at_are_asked_for_before_training(tmp_path: P
         tmp_path / "run.h5", probes={"forget": PROBES["forget"]}, stop=StopWhen(exchange_rate=0.5)
     )
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="`stop` should be a rule on what.*Record retain too"):
+    with pytest.raises(ValueError, match=r"`stop` should be a rule on what.*Record retain too"):
         trainer(tmp_path, model, watching).train()
     assert same(before, model.state_dict())
