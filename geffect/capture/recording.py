@@ -5,7 +5,6 @@ their own; what a run file is told of them, and what happens when it cannot be w
 """
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -24,7 +23,6 @@ from geffect.gradients import GradientTransform, Vector, Weights
 from geffect.interrupts import to_the_end
 from geffect.layers import Parameter, describe, trainable
 from geffect.objectives import Objective, provenance
-from geffect.sources import FORGET
 from geffect.store.background import BackgroundWriter, Writer
 from geffect.store.labels import is_text
 from geffect.store.paths import place_of
@@ -39,7 +37,7 @@ from .collector import Collector, Measurement
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
-from .stopping import StopWhen, as_table, rows_seen, seen_of
+from .stopping import StopWhen, as_table, rows_seen
 from .storage import Storage
 from .store_options import StoreOptions, kept
 
@@ -186,15 +184,11 @@ class Recording:
         """Let a rule look at every row, and at those that the file has already."""
         self._stop = stop
         if stop is not None:
-            earlier = [] if self._continued is None else [*rows_seen(self._continued)]
-            stop.begin(self._model, distributed.broadcast(earlier))
+            stop.begin(self._model, distributed.broadcast([*rows_seen(self._continued)]))
             self._provenance["stop"] = as_json(stop.options, "stop")
 
     def announce(self, sources: Sequence[str]) -> None:
-        """Tell how large the file will be, and refuse a run that would not fit the disk; once.
-
-        And one without what its rule to stop looks at.
-        """
+        """Tell how large the file will be, and refuse what would not fit or lacks sources; once."""
         if self._announced:
             return
         if self._stop is not None:
@@ -285,16 +279,7 @@ class Recording:
 
     def _show(self, entry: Entry) -> None:
         """Show the row to the rule that stops, and keep what it says at last."""
-        stop = self._stop
-        if stop is None or stop.fired is not None or entry.skipped:
-            return
-        measured = entry.measured
-        fired = stop.see(
-            seen_of(
-                entry.step, measured.names, measured.gram.numpy(),
-                risk=measured.losses.get(FORGET, math.nan), lr=entry.lr, stepped=entry.stepped,
-            )
-        )  # fmt: skip
+        fired = self._stop and self._stop.look(entry)
         if fired is not None:
             self.keep_table(STOP, as_table(fired))
             if distributed.is_main_process():
@@ -328,7 +313,7 @@ class Recording:
         if run is None:
             return RunHeader(mark=1 + secrets.randbelow(MARKS - 1))
         try:
-            self._check_metadata(run)
+            _check_metadata(run, self._metadata)
             known, self._continued = RunHeader.of(run, writer.gradient_rows), run
             # What is to be kept has to be what the file keeps: refused now, not after a step.
             self._writer.begin(self._storage.contents(known, run.manifest))
@@ -342,14 +327,6 @@ class Recording:
     def _behind(self, writer: Writer) -> Writer:
         """What writes behind the training where there is much to write."""
         return BackgroundWriter(writer, WAITING_BYTES) if self._storage.keeps_gradients else writer
-
-    def _check_metadata(self, run: Run) -> None:
-        if run.metadata != self._metadata:
-            raise ValueError(
-                f"`metadata` should be that of the run in `{run.path}` to continue it: "
-                f"{dict(run.metadata)}. Found {self._metadata}. Pass the same, or record into "
-                "another file."
-            )
 
     def _begin(
         self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
@@ -387,6 +364,14 @@ def _is_same(known: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
     """Whether two objectives are one, as GA and {"forget": -1.0} are."""
     of_risks = told.get("risks") is not None and told["risks"] == known.get("risks")
     return of_risks or {**known, "reference": None} == {**told, "reference": None}
+
+
+def _check_metadata(run: Run, found: Mapping[str, Any]) -> None:
+    if run.metadata != found:
+        raise ValueError(
+            f"`metadata` should be that of the run in `{run.path}` to continue it: "
+            f"{dict(run.metadata)}. Found {found}. Pass the same, or record into another file."
+        )
 
 
 def _lengths(parameters: Sequence[Tensor]) -> np.ndarray:

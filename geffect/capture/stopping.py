@@ -14,6 +14,8 @@ from geffect.numbers import is_number
 from geffect.sources import FORGET, RETAIN, UPDATE
 from geffect.store.reader import Run
 
+from .rows import Entry
+
 STEPS = 5
 """Over so many steps risks and rates are averaged: those of single batches are noise."""
 
@@ -198,6 +200,12 @@ class StopWhen:
                 self.fired = self.fired or clause()
         return self.fired
 
+    def look(self, entry: Entry) -> Stop | None:
+        """Look at a row that was written; what it makes fire, if that is the first."""
+        if self.fired is not None or entry.skipped:
+            return None
+        return self.see(entry_seen(entry))
+
     def would_stop(self, run: Run) -> Stop | None:
         """What would have stopped a run that is recorded; None where nothing would.
 
@@ -296,35 +304,34 @@ def as_table(stop: Stop | None) -> Mapping[str, NDArray[Any] | list[str]]:
     }
 
 
-def seen_of(
-    step: int,
-    names: Sequence[str],
-    gram: Floats,
-    *,
-    risk: float,
-    lr: float,
-    stepped: Sequence[bool] | NDArray[np.bool_] | None,
-) -> Seen:
-    """A row as a rule sees it, of a Gram matrix a parameter."""
-    moved = gram if stepped is None else gram[np.asarray(stepped, dtype=np.bool_)]
-    summed = moved.sum(axis=0) if len(moved) else np.full(gram.shape[1:], np.nan)
-    K = np.full((len(WATCHED), len(WATCHED)), np.nan)
-    there = [i for i, name in enumerate(WATCHED) if name in names]
-    of = [list(names).index(WATCHED[i]) for i in there]
-    K[np.ix_(there, there)] = summed[np.ix_(of, of)]
-    return Seen(step, risk, K, lr)
+def entry_seen(entry: Entry) -> Seen:
+    """A row that is about to be written, as a rule sees it."""
+    measured = entry.measured
+    risk, gram = measured.losses.get(FORGET, math.nan), measured.gram.numpy()
+    K = _watched(measured.names, gram if entry.stepped is None else gram[[*entry.stepped]])
+    return Seen(entry.step, risk, K, entry.lr)
 
 
-def rows_seen(run: Run) -> Iterator[Seen]:
+def rows_seen(run: Run | None) -> Iterator[Seen]:
     """The steps of a run that a rule looks at: those that were not skipped."""
+    if run is None:
+        return
     gram, stepped, lr, skipped = run.gram(), run.stepped(), run.column("lr"), run.column("skipped")
     risks = run.losses().get(FORGET, np.full(len(run.steps), np.nan))
     for row, step in enumerate(run.steps):
         if not skipped[row]:
-            yield seen_of(
-                int(step), run.sources, gram[row], risk=float(risks[row]), lr=float(lr[row]),
-                stepped=stepped[row],
-            )  # fmt: skip
+            K = _watched(run.sources, gram[row, stepped[row]])
+            yield Seen(int(step), float(risks[row]), K, float(lr[row]))
+
+
+def _watched(names: Sequence[str], gram: Floats) -> Floats:
+    """Float64[3, 3], of what a rule looks at, from the Gram matrices of what the step moves."""
+    summed = gram.sum(axis=0) if len(gram) else np.full(gram.shape[1:], np.nan)
+    K = np.full((len(WATCHED), len(WATCHED)), np.nan)
+    there = [i for i, name in enumerate(WATCHED) if name in names]
+    of = [list(names).index(WATCHED[i]) for i in there]
+    K[np.ix_(there, there)] = summed[np.ix_(of, of)]
+    return K
 
 
 def _risk_at_last(rows: Sequence[Seen]) -> tuple[int, float]:
