@@ -9,8 +9,10 @@ from .deep_unlearning import DeepUnlearning, deep_unlearning
 from .edu_relat import Family, Target
 from .ends import ends_of
 from .extraction import extraction_strength
+from .membership import Membership, Scores, auc, membership, privleak
 from .memorised import memorised
 from .minimal_sets import minimal_sets
+from .privacy import grad_norm, privacy
 from .rouge import rouge
 from .tofu import forget_quality, model_utility
 from .tokens import TokenTable, evaluate_tokens
@@ -20,10 +22,13 @@ __all__ = [
     "Closure",
     "DeepUnlearning",
     "Family",
+    "Membership",
     "Rule",
+    "Scores",
     "Target",
     "TokenTable",
     "Triple",
+    "auc",
     "close",
     "deep_unlearning",
     "ends_of",
@@ -31,9 +36,13 @@ __all__ = [
     "extraction_strength",
     "forget_quality",
     "generated",
+    "grad_norm",
+    "membership",
     "memorised",
     "minimal_sets",
     "model_utility",
+    "privacy",
+    "privleak",
     "prob_options",
     "rouge",
     "truth_ratio",

@@ -95,6 +95,12 @@ class TokenTable:
         rows = self.counted
         return np.split(rows[column].to_numpy(), np.cumsum(self.lengths)[:-1])
 
+    def is_of_the_tokens_of(self, other: "TokenTable") -> bool:
+        """Whether both are records of the same tokens, of which the same count."""
+        of = ["item", "position", "token"]
+        mine, others = (table.counted[of].to_numpy() for table in (self, other))
+        return self.items == other.items and np.array_equal(mine, others)
+
     def tidy(self, values: Mapping[str, Floats], name: str = "metric") -> pd.DataFrame:
         """A value an item for each name, one below the other: columns item, subject, `name`, value.
 
@@ -171,6 +177,23 @@ def evaluate_tokens(
     tokens.insert(1, "subject", [of[item] for item in tokens["item"]])
     tokens.insert(3, "is_end", is_last & tokens["token"].isin(ended))
     return TokenTable(tokens, tuple(of), vocabulary, include_end)
+
+
+def counted_labels(model: nn.Module, item: Item, ended: Collection[int]) -> list[int] | None:
+    """The labels of an item without a token at its end that is one of `ended`.
+
+    None where then nothing is scored.
+
+    >>> item = {"input_ids": [4, 5, 2], "labels": [-100, 5, 2]}
+    >>> counted_labels(nn.Linear(1, 1), item, {2})
+    [-100, 5, -100]
+    """
+    labels = _array(item["labels"]).tolist()
+    first = int(predicts_next(model))
+    scored = [i for i, label in enumerate(labels) if label != IGNORED and i >= first]
+    if scored and labels[scored[-1]] in ended:
+        labels[scored.pop()] = IGNORED
+    return labels if scored else None
 
 
 def said_to(model: nn.Module, batch: Mapping[str, Any]) -> tuple[pd.DataFrame, int]:
