@@ -7,7 +7,7 @@ import torch
 
 from geffect.batch import IGNORED
 from geffect.data.examples import example
-from geffect.evaluation.answers import are_right, generated, greedy
+from geffect.evaluation.answers import are_right, generated, greedy, sampled
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer
 
@@ -174,3 +174,28 @@ def test_what_is_generated_is_text_as_long_as_the_answers_ask_for() -> None:
     assert cut == [tokenizer.decode(words[: 2 * answer])]
     nothing = {"input_ids": [5, 6], "labels": [IGNORED] * 2}
     assert generated(Saying(words, tokenizer), tokenizer, [nothing, *rows]) == ["", said]
+
+
+def test_samples_are_drawn_by_question_and_number_alone() -> None:
+    model, asked = tiny.llama(), items(6)
+    state = torch.get_rng_state()
+    said = sampled(model, asked, end=3, longest=4, count=3)
+    assert [len(answers) for answers in said] == [3] * 6
+    assert len({tuple(answer) for answers in said for answer in answers}) > 9
+    back = sampled(model, asked[::-1], end=3, longest=[4] * 6, count=2, at_once=1)
+    assert back[::-1] == [answers[:2] for answers in said]
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    cold = sampled(model, asked, end=3, longest=4, count=1, temperature=1e-6)
+    assert [answer for (answer,) in cold] == greedy(model, asked, end=3, longest=4)
+    with pytest.raises(ValueError, match="`temperature = 0"):
+        sampled(model, asked, end=3, longest=4, count=1, temperature=0.0)
+
+
+def test_samples_follow_the_probabilities() -> None:
+    model, asked = tiny.llama(), items(1)
+    said = sampled(model, asked, end=None, longest=1, count=4000, at_once=4000)
+    with torch.no_grad():
+        ids = torch.tensor([asked[0]["input_ids"][:-1]])
+        expected = model.eval()(input_ids=ids).logits[0, -1].softmax(-1)
+    found = torch.bincount(torch.tensor([answer[0] for answer in said[0]]), minlength=23) / 4000
+    assert (found - expected).abs().max() < 0.03
