@@ -233,9 +233,10 @@ class Q8_0(Quantiser):
 def _blocks(weight: Tensor, size: int) -> Tensor:
     """The last dimension in blocks, `Float[..., block, size]`; zeros fill up the last."""
     filled = F.pad(weight, (0, -weight.shape[-1] % size))
-    return filled.unflatten(-1, (-1, size))
+    return filled.view(*filled.shape[:-1], -1, size)
 
 
 def _quotient(weight: Tensor, scale: Tensor) -> Tensor:
     """Weights by their scale; 0 where that is 0, as of weights that are all as good as 0."""
-    return (weight / scale).masked_fill(scale == 0, 0.0)
+    quotient: Tensor = weight / scale
+    return quotient.masked_fill(scale == 0, 0.0)

@@ -4,11 +4,10 @@ Of "Catastrophic Failure of LLM Unlearning via Quantization" (arXiv 2410.16454):
 stays inside the cells of a quantiser is gone when the weights are rounded.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,12 +16,9 @@ from torch import Tensor, nn
 from geffect.layers import canonical_name, is_adapter
 from geffect.places import EXPERT, HEAD, places
 
+from .adapters import Form, deployed, tuners
 from .kept import check_weights, kept
 from .quantisers import NF4, Q4_0, Int4, Int8, Quantiser
-
-Form = Literal["merged", "base"]
-"""What is rounded of a model with an adapter: its weights with what the adapter adds, or those
-below the adapter, which stays in floating point."""
 
 ROUNDED = "linear layer"
 
@@ -70,13 +66,13 @@ def rounded(
     >>> model[0].weight[0, 1].item()
     0.30000...
     """
-    with _deployed(model, adapter) as plain:
-        chosen = _to_round(plain, quantiser)
-        with kept(weight.parameter for weight in chosen):
-            for weight in chosen:
-                with torch.no_grad():
-                    _oriented(weight).copy_(_codes(weight, quantiser).values)
-            yield plain
+    plain = _of(model, adapter)
+    chosen = _to_round(plain, quantiser)
+    with kept(weight.parameter for weight in chosen):
+        for weight in chosen:
+            with torch.no_grad():
+                _oriented(weight).copy_(_codes(weight, quantiser).values)
+        yield plain
 
 
 def rounding_table(
@@ -96,10 +92,9 @@ def rounding_table(
     1  1.weight       12    False   output head
     """
     rows = []
-    with _deployed(model, adapter) as plain:
-        for weight in _weights(plain):
-            reason = weight.kept or _misfit(weight, quantiser) or ROUNDED
-            rows.append((weight.name, weight.parameter.numel(), reason == ROUNDED, reason))
+    for weight in _weights(_of(model, adapter)):
+        reason = weight.kept or _misfit(weight, quantiser) or ROUNDED
+        rows.append((weight.name, weight.parameter.numel(), reason == ROUNDED, reason))
     return pd.DataFrame(rows, columns=["weight", "numbers", "rounded", "reason"])
 
 
@@ -119,20 +114,19 @@ def same_codes(
     >>> same_codes(one, other, Int8())
     0.5
     """
+    sides = [_to_round(_of(model, adapter), quantiser) for model in (original, unlearned)]
+    shapes = [{weight.name: tuple(weight.parameter.shape) for weight in side} for side in sides]
+    if shapes[0] != shapes[1]:
+        other = min({*shapes[0].items()} ^ {*shapes[1].items()})[0]
+        raise ValueError(
+            "`unlearned` should have the weights of `original`, in their shapes. Found that "
+            f"`{other}` differs. Pass models of one architecture."
+        )
     same, total = 0, 0
-    with _deployed(original, adapter) as before, _deployed(unlearned, adapter) as after:
-        sides = [_to_round(plain, quantiser) for plain in (before, after)]
-        shapes = [{w.name: tuple(w.parameter.shape) for w in side} for side in sides]
-        if shapes[0] != shapes[1]:
-            other = min({*shapes[0].items()} ^ {*shapes[1].items()})[0]
-            raise ValueError(
-                "`unlearned` should have the weights of `original`, in their shapes. Found that "
-                f"`{other}` differs. Pass models of one architecture."
-            )
-        for one, other_one in zip(*sides, strict=True):
-            codes = _codes(one, quantiser).codes
-            same += int((codes == _codes(other_one, quantiser).codes.to(codes.device)).sum())
-            total += codes.numel()
+    for before, after in zip(*sides, strict=True):
+        codes = _codes(before, quantiser).codes
+        same += int((codes == _codes(after, quantiser).codes.to(codes.device)).sum())
+        total += codes.numel()
     return same / total
 
 
@@ -146,44 +140,9 @@ class _Weight:
     kept: str
 
 
-@contextmanager
-def _deployed(model: nn.Module, adapter: Form) -> Iterator[nn.Module]:
-    """The model as it is rounded: itself, or a copy that has merged its adapters."""
-    if adapter not in ("merged", "base"):
-        raise ValueError(
-            f'`adapter` should be "merged" or "base". Found {adapter!r}. Choose one of them.'
-        )
+def _of(model: nn.Module, adapter: Form) -> nn.Module:
     check_weights(model, _ATTACK)
-    tuners = [*_tuners(model)]
-    if adapter == "base" and any(tuner.merged for tuner in tuners):
-        raise ValueError(
-            "The adapter should stand beside the weights that are rounded. Found that it is merged "
-            'into them. Call `unmerge_adapter()`, or pass adapter="merged".'
-        )
-    yield merged(model) if adapter == "merged" and tuners else model
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A copy of a model whose weights have in them what its active adapters add.
-
-    The layers of the adapters stay, and add nothing more.
-    """
-    whole = copy.deepcopy(model)
-    for tuner in _tuners(whole):
-        if not tuner.disable_adapters:
-            try:
-                tuner.merge()
-            except Exception as error:
-                raise ValueError(
-                    f"The adapter of `{type(model).__name__}` should be one that can be merged "
-                    f'into its weights. Found: {error} Pass adapter="base".'
-                ) from error
-    return whole
-
-
-def _tuners(model: nn.Module) -> Iterator[Any]:
-    """The layers of an adapter, around those of the model that they change."""
-    return (m for m in model.modules() if hasattr(m, "merged_adapters") and hasattr(m, "merge"))
+    return deployed(model, adapter)
 
 
 def _to_round(model: nn.Module, quantiser: Quantiser) -> list[_Weight]:
@@ -292,7 +251,7 @@ def _experts(model: nn.Module) -> set[str]:
 
 def _beside(model: nn.Module) -> Iterator[Tensor]:
     """The parameters that an adapter has beside those of the model."""
-    for tuner in _tuners(model):
+    for tuner in tuners(model):
         base = {id(p) for p in tuner.get_base_layer().parameters()}
         yield from (p for p in tuner.parameters() if id(p) not in base)
     for name, parameter in model.named_parameters():
