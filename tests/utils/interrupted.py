@@ -167,7 +167,12 @@ def goes_on(training: Training, last: Moment, seen: Mapping[Moment, Seen]) -> bo
 
 
 def _has_window(training: Training) -> bool:
-    return training.recorder is None and vars(training.rectifier)["_window"] is not None
+    rectifier = training.rectifier
+    return (
+        training.recorder is None
+        and rectifier is not None
+        and vars(rectifier)["_window"] is not None
+    )
 
 
 def _finish(training: Training, step: int, part: int = 0) -> None:
