@@ -6,6 +6,7 @@ They take models and data and give reports; none changes a model.
 from .answers import generated
 from .closure import Closure, Rule, Triple, close
 from .deep_unlearning import DeepUnlearning, deep_unlearning
+from .degenerate import degenerate
 from .edu_relat import Family, Target
 from .ends import ends_of
 from .extraction import extraction_strength
@@ -17,6 +18,7 @@ from .rouge import rouge
 from .tofu import forget_quality, model_utility
 from .tokens import TokenTable, evaluate_tokens
 from .truth_ratio import prob_options, truth_ratio
+from .utility import divergence, kept_share, multiple_choice, perplexity, windows
 
 __all__ = [
     "Closure",
@@ -31,19 +33,25 @@ __all__ = [
     "auc",
     "close",
     "deep_unlearning",
+    "degenerate",
+    "divergence",
     "ends_of",
     "evaluate_tokens",
     "extraction_strength",
     "forget_quality",
     "generated",
     "grad_norm",
+    "kept_share",
     "membership",
     "memorised",
     "minimal_sets",
     "model_utility",
+    "multiple_choice",
+    "perplexity",
     "privacy",
     "privleak",
     "prob_options",
     "rouge",
     "truth_ratio",
+    "windows",
 ]

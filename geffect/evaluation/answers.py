@@ -68,7 +68,7 @@ def generated(
       if that is more.
     """
     ended = set(ends_of(model, tokenizer) if ends is None else ends)
-    lengths = [_length_of_answer(item, ended) for item in items]
+    lengths = [length_of_answer(item, ended) for item in items]
     asked = [index for index, length in enumerate(lengths) if length is not None]
     limits = [max(least, math.ceil(times * (lengths[index] or 0))) for index in asked]
     said = greedy(model, [items[index] for index in asked], end=ended, longest=limits)
@@ -108,10 +108,7 @@ def greedy(
     """
     limits = _limits(longest, len(items))
     ended = {end} if isinstance(end, int) else set(end or ())
-    is_next = predicts_next(model)
-    questions = [
-        _question(item, index) if is_next else _attended(item) for index, item in enumerate(items)
-    ]
+    is_next, questions = predicts_next(model), questions_of(model, items)
     device = next(model.parameters(), torch.empty(0)).device
     said: list[list[int]] = [[] for _ in questions]
     with undisturbed(model), torch.no_grad():
@@ -155,10 +152,7 @@ def sampled(
         )
     limits = _limits(longest, len(items))
     ended = {end} if isinstance(end, int) else set(end or ())
-    is_next = predicts_next(model)
-    questions = [
-        _question(item, index) if is_next else _attended(item) for index, item in enumerate(items)
-    ]
+    is_next, questions = predicts_next(model), questions_of(model, items)
     device = next(model.parameters(), torch.empty(0)).device
     said: list[list[list[int]]] = [[[] for _ in range(count)] for _ in questions]
     each = [(row, number) for row in range(len(questions)) for number in range(count)]
@@ -257,10 +251,18 @@ def positions_of(model: Any) -> int:
     return sys.maxsize if positions is None else positions
 
 
-def _length_of_answer(item: Item, ended: set[int]) -> int | None:
+def length_of_answer(item: Item, ended: set[int]) -> int | None:
     """How many tokens an answer has, without the one that ends it; None where nothing is scored."""
     scored = [int(label) for label in item["labels"] if int(label) != IGNORED]
     return len(scored) - (scored[-1] in ended) if scored else None
+
+
+def questions_of(model: nn.Module, items: Sequence[Item]) -> list[list[int]]:
+    """The tokens of each question: those before the answer, or all inputs of an encoder-decoder."""
+    is_next = predicts_next(model)
+    return [
+        _question(item, index) if is_next else _attended(item) for index, item in enumerate(items)
+    ]
 
 
 def _attended(item: Item) -> list[int]:

@@ -3,7 +3,7 @@
 Metrics of answers, and of membership, are sums over the rows of this table.
 """
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,7 +151,34 @@ def evaluate_tokens(
     >>> table.skipped
     (1,)
     """
-    _check(items, batch, subjects)
+    of = list(range(len(items)) if subjects is None else subjects)
+    if len(of) != len(items):
+        raise ValueError(
+            f"`subjects` should be one for each item. Found {len(of)} for {len(items)} items. Pass "
+            "them in the order of the items."
+        )
+    found: list[pd.DataFrame] = []
+    vocabulary = 0
+    with undisturbed(model), torch.no_grad():
+        for chosen, collated in alike(model, items, batch, pad_token_id):
+            part, vocabulary = said_to(model, collated)
+            found.append(part.assign(item=chosen[part["item"]]))
+    tokens = pd.concat(found).sort_values(["item", "position"], ignore_index=True)
+    ended = set(ends_of(model) if ends is None else ends)
+    is_last = ~tokens["item"].duplicated(keep="last")
+    tokens.insert(1, "subject", [of[item] for item in tokens["item"]])
+    tokens.insert(3, "is_end", is_last & tokens["token"].isin(ended))
+    return TokenTable(tokens, tuple(of), vocabulary, include_end)
+
+
+def alike(
+    model: nn.Module, items: Sequence[Item], size: int, pad_token_id: int = 0
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    """The items with something scored in batches of one length, as far as possible.
+
+    Each with the numbers of its items.
+    """
+    _check(items, size)
     is_next = predicts_next(model)
     rows = [bare(item, index) if is_next else item for index, item in enumerate(items)]
     scored = [index for index, row in enumerate(rows) if _is_scored(row, is_next)]
@@ -162,21 +189,10 @@ def evaluate_tokens(
             "answers in the labels."
         )
     order = sorted(scored, key=lambda index: len(rows[index]["input_ids"]))
-    found: list[pd.DataFrame] = []
-    vocabulary = 0
-    with undisturbed(model), torch.no_grad():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            collated = collate([rows[index] for index in chosen], pad_token_id=pad_token_id)
-            part, vocabulary = said_to(model, collated)
-            found.append(part.assign(item=np.array(chosen)[part["item"]]))
-    tokens = pd.concat(found).sort_values(["item", "position"], ignore_index=True)
-    ended = set(ends_of(model) if ends is None else ends)
-    of = list(range(len(items)) if subjects is None else subjects)
-    is_last = ~tokens["item"].duplicated(keep="last")
-    tokens.insert(1, "subject", [of[item] for item in tokens["item"]])
-    tokens.insert(3, "is_end", is_last & tokens["token"].isin(ended))
-    return TokenTable(tokens, tuple(of), vocabulary, include_end)
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batch = collate([rows[index] for index in chosen], pad_token_id=pad_token_id)
+        yield np.array(chosen), batch
 
 
 def counted_labels(model: nn.Module, item: Item, ended: Collection[int]) -> list[int] | None:
@@ -255,7 +271,7 @@ def in_float64(logits: Tensor) -> Tensor:
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
-def _check(items: Sequence[Item], batch: int, subjects: Sequence[Hashable] | None) -> None:
+def _check(items: Sequence[Item], batch: int) -> None:
     if batch < 1:
         raise ValueError(f"`batch` should be at least 1. Found {batch}. Pass, say, 32.")
     if isinstance(items, Mapping | str) or not all(isinstance(item, Mapping) for item in items):
@@ -263,11 +279,6 @@ def _check(items: Sequence[Item], batch: int, subjects: Sequence[Hashable] | Non
             "`items` should be a list of items with `input_ids` and `labels`. Found "
             f"`{type(items).__name__}` of something else. Make them of texts by "
             "`geffect.data.examples`, or take a batch apart."
-        )
-    if subjects is not None and len(subjects) != len(items):
-        raise ValueError(
-            f"`subjects` should be one for each item. Found {len(subjects)} for {len(items)} "
-            "items. Pass them in the order of the items."
         )
 
 
