@@ -57,6 +57,8 @@ NAMES: dict[str, Callable[[Path], Any]] = {
         str(folder / "our trainer"), num_train_epochs=1, use_cpu=True, report_to=[]
     ),
     "model": lambda folder: tiny.llama(),
+    "original_model": lambda folder: tiny.llama(1),
+    "retrained_model": lambda folder: tiny.llama(2),
     "batches": lambda folder: tiny.pairs(3),
     "forget_batches": lambda folder: _side("forget"),
     "retain_batches": lambda folder: _side("retain"),

@@ -10,6 +10,7 @@ from .degenerate import degenerate
 from .edu_relat import Family, Target
 from .ends import ends_of
 from .extraction import extraction_strength
+from .geometry import geometry
 from .membership import Membership, Scores, auc, membership, privleak
 from .memorised import memorised
 from .minimal_sets import minimal_sets
@@ -40,6 +41,7 @@ __all__ = [
     "extraction_strength",
     "forget_quality",
     "generated",
+    "geometry",
     "grad_norm",
     "kept_share",
     "membership",
