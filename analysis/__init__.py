@@ -10,6 +10,7 @@ from .implicit_weights import implicit_weights
 from .instances import instances
 from .intervals import intervals
 from .predicted_change import predicted_change
+from .recommended_layers import Recommendation, recommended_layers
 from .rectification import rectification
 from .requests import revivals, task_vectors
 from .tables import SAMPLES, TOKENS, as_columns, kept
@@ -20,6 +21,7 @@ __all__ = [
     "SAMPLES",
     "TOKENS",
     "Comparison",
+    "Recommendation",
     "as_columns",
     "compare",
     "conflict",
@@ -32,6 +34,7 @@ __all__ = [
     "intervals",
     "kept",
     "predicted_change",
+    "recommended_layers",
     "rectification",
     "revivals",
     "task_vectors",

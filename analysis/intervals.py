@@ -67,12 +67,12 @@ def intervals(
     rows = table["step"].map(pd.Series(run.rows, index=run.steps).groupby(level=0).min())
     bounds = np.full((2, len(table)), np.nan)
     for count in rows[rows >= ENOUGH_ROWS].unique():
-        share, own = _share_below(level, count), (rows == count).to_numpy()
+        share, own = share_below(level, count), (rows == count).to_numpy()
         bounds[:, own] = np.quantile(np.vstack(values)[:, own], [share, 1 - share], axis=0)
     return table.assign(rows=rows, low=bounds[0], high=bounds[1])
 
 
-def _share_below(level: float, rows: int) -> float:
+def share_below(level: float, rows: int) -> float:
     """What share of the replicates lies below an interval of means of so many rows."""
     freedom = rows - 1
     t = stdtrit(freedom, (1 + level) / 2)  # the quantile of Student's t

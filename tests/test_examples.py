@@ -179,7 +179,7 @@ def run_shell(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for line in block.replace("\\\n", " ").splitlines():
         match shlex.split(line.partition(" > ")[0], comments=True):
-            case ["geffect", "demo" | "plot" | "report" | "compare" as name, *options]:
+            case ["geffect", "demo" | "plot" | "report" | "compare" | "layers" as name, *options]:
                 group: Any = typer.main.get_command(app)
                 group.commands[name].make_context(name, options)
             case ["geffect", *options]:

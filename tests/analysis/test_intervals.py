@@ -12,7 +12,7 @@ import pytest
 
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect, intervals, predicted_change
-from geffect.analysis.intervals import ENOUGH_ROWS, _share_below
+from geffect.analysis.intervals import ENOUGH_ROWS, share_below
 from geffect.checkpoints import estimators
 from geffect.layers import Parameter
 from geffect.store import committed_rows
@@ -118,7 +118,7 @@ def test_it_covers_as_often_as_it_says(tmp_path: Path, rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [8, 30, 2000])
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
-def test_the_share_below_is_that_of_student(rows: int, level: float) -> None:
+def test_theshare_below_is_that_of_student(rows: int, level: float) -> None:
     """The density of t, added up step by step until it is a half of the level on either side."""
     x = np.linspace(0, 60, 600_001)
     freedom = rows - 1
@@ -126,7 +126,7 @@ def test_the_share_below_is_that_of_student(rows: int, level: float) -> None:
     share = np.cumsum(density) - density / 2 - density[0] / 2
     t = np.interp(level, share / share[-1], x)
     expected = NormalDist().cdf(-t * math.sqrt(rows / freedom))
-    assert _share_below(level, rows) == pytest.approx(expected, rel=1e-3)
+    assert share_below(level, rows) == pytest.approx(expected, rel=1e-3)
 
 
 def test_few_rows_have_no_interval(tmp_path: Path) -> None:

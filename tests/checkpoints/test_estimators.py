@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.analysis.intervals import _share_below
+from geffect.analysis.intervals import share_below
 from geffect.checkpoints import batch_gradients
 from geffect.checkpoints.batch_gradients import Sources
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
@@ -270,7 +270,7 @@ def test_intervals_of_unequal_sets_hold_the_truth(forget: int, retain: int) -> N
         sources = Sources(Linear(20), GA, {"forget": draws(f, 1), "retain": draws(r, 1)})
         rows = np.array([float(row.gram[0, 0, 2]) for row in split_batch(sources)])
         means = rows[draw.integers(len(rows), size=(400, len(rows)))].mean(axis=1)
-        share = _share_below(0.95, len(rows))
+        share = share_below(0.95, len(rows))
         held.append(np.quantile(means, share) <= -1.8 <= np.quantile(means, 1 - share))
     assert len(rows) >= 8 and np.mean(held) >= 0.9
 

@@ -103,7 +103,7 @@ def unwatched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """The run of the examples in the docstrings: one step of GA with rate 0.1, one tensor."""
+    """The run of the examples in the docstrings: a step of GA with rate 0.1, one tensor."""
 
     def example_run(
         *,
@@ -112,11 +112,13 @@ def example_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         weights: bool = False,
         rectified: bool = False,
         tables: Mapping[str, Mapping[str, Any]] | None = None,
+        steps: int = 1,
     ) -> Run:
         path = tmp_path_factory.mktemp("example") / "example.h5"
         weighted = ("npo",) if weights else ()
         kept = tables or {}
-        _write_example(path, update, Sketch() if sketch else None, weighted, rectified, kept)
+        sketched = Sketch() if sketch else None
+        _write_example(path, update, sketched, weighted, rectified, kept, steps)
         return open_run(path)
 
     return example_run
@@ -129,6 +131,7 @@ def _write_example(
     weights: tuple[str, ...],
     rectified: bool,
     tables: Mapping[str, Mapping[str, Any]],
+    steps: int,
 ) -> None:
     forget, retain = np.array([1.0, 1.0, 1.0, -1.0]), np.full(4, 0.5)
     vectors = {"objective": -forget, "forget": forget, "retain": retain}
@@ -149,21 +152,22 @@ def _write_example(
     )  # fmt: skip
     writer.begin(contents)
     folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
-    writer.append(
-        Row(
-            step=0,
-            lr=0.1,
-            losses=np.array([losses.get(name, np.nan) for name in vectors]),
-            gram=(stacked @ stacked.T)[None],
-            sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
-            weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
-            rectification=(
-                np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0]])
-                if rectified
-                else None
-            ),
+    for step in range(steps):
+        writer.append(
+            Row(
+                step=step,
+                lr=0.1,
+                losses=np.array([losses.get(name, np.nan) for name in vectors]),
+                gram=(stacked @ stacked.T)[None],
+                sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
+                weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
+                rectification=(
+                    np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0]])
+                    if rectified
+                    else None
+                ),
+            )
         )
-    )
     for name, columns in tables.items():
         writer.keep(name, columns)
     writer.close(complete=True)

@@ -1,0 +1,93 @@
+"""`geffect layers`: what each layer gains and costs, and which to train."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .command import Apart, check_together
+from .options import Format, FormatOption, whole
+from .selection import RunArgument
+from .terminal import say, show, terminal, write, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RULES = (Apart("--recommend", "--gain"),)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = float("nan")
+    if not 0 < share <= 1:
+        raise typer.BadParameter(
+            f"should be a share above 0 and at most 1. Found `{text}`. Pass, say, 0.5."
+        )
+    return share
+
+
+def command(
+    ctx: typer.Context,
+    run: RunArgument,
+    recommend: Annotated[
+        int | None,
+        typer.Option(parser=whole(1), metavar="N", help="How many layers to choose, at most."),
+    ] = None,
+    gain: Annotated[
+        float | None,
+        typer.Option(
+            parser=_share,
+            metavar="SHARE",
+            help="Choose until so much of the gain is had; 0.5 if neither is given.",
+        ),
+    ] = None,
+    form: FormatOption = Format.TABLE,
+) -> None:
+    """Tell for each layer how much a run forgets there and what that costs, and which to train.
+
+    Needs a run of at least 8 steps that was recorded with its updates.
+    """
+    from geffect import open_run
+    from geffect.analysis import recommended_layers
+
+    check_together(ctx, RULES)
+    chosen = recommended_layers(open_run(run), count=recommend, share=gain)
+    if form is Format.JSON:
+        rows = json.loads(chosen.table.to_json(orient="records", double_precision=15))
+        facts = {"layers": chosen.layers, "pattern": chosen.pattern, "warnings": chosen.warnings}
+        write(json.dumps({**facts, "table": rows}) + "\n")
+        return
+    if form is not Format.TABLE:
+        write_table(chosen.table, form)
+        return
+    console = terminal()
+    _show(chosen.table)
+    if chosen.layers:
+        say(console, f"To train: {', '.join(chosen.layers)}", f"Parameters: {chosen.pattern}")
+    else:
+        say(console, "No layer is certain to forget.")
+    say(console, *chosen.warnings)
+
+
+def _show(table: "pd.DataFrame") -> None:
+    names = ["layer", "chosen"]
+    lines = [
+        [
+            str(row["layer"]),
+            f"{row['gain']:.4g} [{row['low']:.3g}, {row['high']:.3g}]",
+            f"{row['harm']:.4g}",
+            f"{row['ratio']:.3g}",
+            _chosen(row["fraction"]),
+        ]
+        for row in table.to_dict("records")
+    ]
+    console = terminal()
+    say(console, "Rise of the forget risk and of the others, in nats to first order:")
+    show(console, ["layer", "gain", "harm", "gain/harm", "chosen"], lines, names=names)
+
+
+def _chosen(fraction: float) -> str:
+    """How much of a layer is needed."""
+    return "" if not fraction else "yes" if fraction == 1 else f"{fraction:.0%} of it"
