@@ -14,8 +14,6 @@ below the adapter, which stays as it is."""
 def deployed(model: nn.Module, adapter: Form = "merged") -> nn.Module:
     """The model whose weights are attacked: itself, or a copy that has merged its adapters.
 
-    The layers of merged adapters stay in the copy, and add nothing more.
-
     >>> model = nn.Linear(1, 1)
     >>> deployed(model) is model
     True
@@ -39,14 +37,22 @@ def tuners(model: nn.Module) -> Iterator[Any]:
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    whole = copy.deepcopy(model)
-    for tuner in tuners(whole):
-        if not tuner.disable_adapters:
-            try:
-                tuner.merge()
-            except Exception as error:
-                raise ValueError(
-                    f"The adapter of `{type(model).__name__}` should be one that can be merged "
-                    f"into its weights. Found: {error} Save the model merged, as its library does."
-                ) from error
+    whole: Any = copy.deepcopy(model)
+    enabled = [tuner for tuner in tuners(whole) if not tuner.disable_adapters]
+    try:
+        if enabled and hasattr(whole, "merge_and_unload"):
+            return whole.merge_and_unload()  # type: ignore[no-any-return]
+        for tuner in enabled:
+            tuner.merge()
+    except Exception as error:
+        raise ValueError(
+            f"The adapter of `{type(model).__name__}` should be one that can be merged into its "
+            f"weights. Found: {error} Save the model merged, as its library does."
+        ) from error
+    if enabled and any(hasattr(module, "modules_to_save") for module in whole.modules()):
+        raise ValueError(
+            f"The adapter of `{type(model).__name__}` should be one of the package peft where it "
+            "replaces whole layers. Found it in the model itself. Load the model by "
+            "`peft.PeftModel.from_pretrained`."
+        )
     return whole

@@ -86,6 +86,9 @@ def _packed(model: nn.Module) -> Iterator[str]:
             yield f"`{name}` of `{type(parameter).__name__}`"
         elif parameter.dtype not in FLOATS and (parameter.ndim > 1 or parameter.is_complex()):
             yield f"`{name}` of {parameter.dtype}"
+    for name, module in model.named_modules():
+        if hasattr(module, "_packed_params"):
+            yield f"`{name}` of `{type(module).__module__}`"
     for name, buffer in model.named_buffers():
         last = name.rpartition(".")[2].lower()
         whole = not (buffer.is_floating_point() or buffer.dtype == torch.bool)

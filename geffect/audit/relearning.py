@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from geffect.batch import on_device
 from geffect.data.collate import Item, collate
+from geffect.dots import dense
 from geffect.evaluation.memorised import nll as item_nll
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.numbers import is_number
@@ -366,7 +367,7 @@ class _Stepping:
         (loss * self._scale).backward()
         for moved, parameter in zip(self._moved, self._trained, strict=True):
             if parameter.grad is not None:
-                moved.grad = parameter.grad.to(moved.dtype)
+                moved.grad = dense(parameter.grad).to(moved.dtype)
                 if self._scale != 1:
                     moved.grad /= self._scale
             if moved is not parameter:

@@ -69,9 +69,12 @@ def rounded(
     plain = _of(model, adapter)
     chosen = _to_round(plain, quantiser)
     with kept(weight.parameter for weight in chosen):
+        written = set()
         for weight in chosen:
-            with torch.no_grad():
-                _oriented(weight).copy_(_codes(weight, quantiser).values)
+            if weight.parameter.data_ptr() not in written:  # two parameters may share their memory
+                with torch.no_grad():
+                    _oriented(weight).copy_(_codes(weight, quantiser).values)
+                written.add(weight.parameter.data_ptr())
         yield plain
 
 

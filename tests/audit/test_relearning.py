@@ -2,6 +2,7 @@
 
 import copy
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,24 @@ def test_architectures(name: str) -> None:
     found = curve(relearning(model, FORGET, RETAIN, learning_rate=RATE, budget=budget))
     assert found["value"].iloc[-1] < 0.9 * found["value"].iloc[0]
     assert bits(model) == before
+
+
+def test_sparse_gradients_and_functions_of_the_model_itself() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(tiny.VOCABULARY, 8, sparse=True)
+            self.lm_head = nn.Linear(8, tiny.VOCABULARY)
+            self.whole = lambda ids: self.lm_head(self.embed(ids))  # a copy of it is this one
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: Any = None) -> Any:
+            return SimpleNamespace(logits=self.whole(input_ids))
+
+    model = Own()
+    before = bits(model)
+    budget = RelearningBudget(steps=(8,), rates=(1.0,), seeds=(0,), sources=("full",))
+    found = curve(relearning(model, FORGET, RETAIN, learning_rate=0.1, budget=budget))["value"]
+    assert found.iloc[-1] < 0.8 * found.iloc[0] and bits(model) == before
 
 
 def test_a_run_that_diverges_has_no_values_from_there_on() -> None:

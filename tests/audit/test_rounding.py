@@ -191,6 +191,66 @@ def test_an_adapter_is_merged_or_stays_beside_what_is_rounded(lora: nn.Module) -
         rounding_table(lora, Int8(), adapter="base")
 
 
+def test_layers_that_an_adapter_replaces_are_rounded_with_it() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["down_proj"])
+    model = peft.get_peft_model(tiny.llama(), config)
+    for name, p in model.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(p, std=0.1)
+    before = bits(model)
+    merged = copy.deepcopy(model).merge_and_unload()
+    table = rounding_table(model, Int8()).set_index("weight")["rounded"]
+    assert table["model.layers.0.mlp.down_proj.weight"] and table.sum() == 14
+    with rounded(model, Int4(32)) as found:
+        for path, weight in linear(merged).items():
+            assert torch.equal(found.get_submodule(path).weight, Int4(32)(weight).values)
+    beside = rounding_table(model, Int8(), adapter="base")
+    kept = beside[beside["weight"].str.contains("modules_to_save")]
+    assert set(kept["reason"]) == {"adapter"} and len(kept) == 2
+    assert bits(model) == before
+    model.disable_adapter_layers()
+    with rounded(model, Int4(32)) as found, torch.no_grad():
+        plain = tiny.llama()
+        with rounded(plain, Int4(32)) as right:
+            batch = tiny.batch(0)
+            assert torch.equal(found(**batch).logits, right(**batch).logits)
+
+
+def test_adapters_inside_of_a_model() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(2)
+    model = tiny.llama()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    weights = [layer.self_attn.q_proj.get_base_layer().weight for layer in model.model.layers]
+    deltas = [layer.self_attn.q_proj.get_delta_weight("default") for layer in model.model.layers]
+    with rounded(model, Int4(32)) as found:
+        assert found is not model
+        for layer, weight, delta in zip(found.model.layers, weights, deltas, strict=True):
+            right = Int4(32)((weight + delta).detach()).values
+            assert torch.equal(layer.self_attn.q_proj.get_base_layer().weight, right)
+    whole = tiny.llama()
+    whole.add_adapter(
+        peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["down_proj"])
+    )
+    with pytest.raises(ValueError, match="should be one of the package peft where it replaces"):
+        rounding_table(whole, Int8())
+
+
+def test_two_parameters_of_one_memory_are_rounded_once() -> None:
+    memory = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(32, 8), nn.Linear(8, 3))
+    model[0].weight, model[1].weight = nn.Parameter(memory), nn.Parameter(memory)
+    model.get_output_embeddings = lambda: model[2]  # type: ignore[assignment]
+    before = memory.clone()
+    with rounded(model, Int4()):
+        assert torch.equal(model[1].weight, Int4()(before).values)
+    assert torch.equal(model[0].weight, before)
+
+
 def test_inputs_that_make_no_blocks_stay() -> None:
     model = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 64), nn.Linear(64, 3))
     model.get_output_embeddings = lambda: model[2]  # type: ignore[assignment]
@@ -252,6 +312,11 @@ def test_models_that_have_no_weights_to_round_are_refused() -> None:
         same_codes(codes, codes, Int8())
     with pytest.raises(ValueError, match="should tell which layer is its output head"):
         rounding_table(nn.Sequential(nn.Linear(2, 2)), Int8())
+    dynamic = tiny.llama()  # as of torch.ao.quantization.quantize_dynamic
+    dynamic.model.layers[1].mlp.up_proj = nn.Module()
+    dynamic.model.layers[1].mlp.up_proj._packed_params = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"Found `model\.layers\.1\.mlp\.up_proj` of `torch"):
+        rounding_table(dynamic, Int8())
     with pytest.raises(TypeError, match="should be of a model"):
         rounding_table(lambda input_ids: None, Int8())  # type: ignore[arg-type]
     computed = nn.utils.parametrizations.weight_norm(tiny.llama().model.layers[0].mlp.up_proj)
