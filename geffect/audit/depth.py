@@ -122,7 +122,7 @@ class DepthProbe:
         """
         states = self._states(source)
         rows = []
-        with undisturbed(self.original), torch.no_grad():
+        with undisturbed(self.original, recompute=False), torch.no_grad():
             for layer, block in enumerate(self._blocks):
                 found = [
                     self._run(block, batch, values[layer])
@@ -190,7 +190,7 @@ class DepthProbe:
 
     def _decoded(self, states: BlockStates) -> NDArray[np.float64]:
         """Log p of the tokens by the original's final norm and head, `Float64[layer, token]`."""
-        with undisturbed(self.original), torch.no_grad():
+        with undisturbed(self.original, recompute=False), torch.no_grad():
             by_batch = [
                 np.stack([self._decode(value, tokens) for value in values])
                 for values, tokens in zip(states.values, states.tokens, strict=True)
@@ -365,29 +365,40 @@ def _read_batch(
         return _log_p(*_scored(model, batch))
 
     log_p = put_back_after(run, hooks.remove)
-    if any(len(outputs) != 1 for outputs in seen):
-        raise ValueError(
-            "Each block of the model should run once in a forward. Found one of "
-            f"`{type(model).__name__}` that ran {max(map(len, seen))} times, or not at all. Leave "
-            "depth out for it."
-        )
+    for block, outputs in zip(blocks, seen, strict=True):
+        _check_once(block, len(outputs))
     return torch.stack([output for (output,) in seen]), log_p
 
 
 def _hooked(block: nn.Module, hook: Callable[..., Any], run: Callable[[], Any]) -> Any:
-    """What a run returns while a hook changes the output of a block."""
-    hooks = Hooks()
+    """What a run returns while a hook changes the output of a block, once."""
+    hooks, outputs = Hooks(), []
+
+    def counted(*call: Any) -> Any:
+        outputs.append(hook(*call))
+        return outputs[-1]
 
     def body() -> Any:
-        hooks.add(block.register_forward_hook, hook)
+        hooks.add(block.register_forward_hook, counted)
         return run()
 
-    return put_back_after(body, hooks.remove)
+    found = put_back_after(body, hooks.remove)
+    _check_once(block, len(outputs))
+    return found
+
+
+def _check_once(block: nn.Module, times: int) -> None:
+    if times != 1:
+        raise ValueError(
+            "Each block of a model should run once in a forward, and call its hooks. Found "
+            f"`{type(block).__name__}`, which did so {times} times. Leave depth out for this model; "
+            "of a compiled one, pass the model that was compiled."
+        )
 
 
 def _hidden(output: Any, batch: dict[str, Tensor]) -> Tensor:
     """The states in the output of a block: it, or the first of several."""
-    hidden = output[0] if isinstance(output, tuple) and output else output
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor) or hidden.shape[:-1] != batch["input_ids"].shape:
         shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(
@@ -400,6 +411,8 @@ def _hidden(output: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _like(output: Any, hidden: Tensor) -> Any:
     """The output of a block with other states."""
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

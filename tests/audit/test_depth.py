@@ -268,7 +268,7 @@ def test_a_block_that_runs_twice_is_refused() -> None:
                 x = layer(x)
             return SimpleNamespace(logits=self.head(x))
 
-    with pytest.raises(ValueError, match=r"should run once in a forward. Found one of `Twice`"):
+    with pytest.raises(ValueError, match=r"Found `Linear`, which did so 2 times"):
         DepthProbe(Twice(), items(2))
 
 
