@@ -391,8 +391,8 @@ def _check_once(block: nn.Module, times: int) -> None:
     if times != 1:
         raise ValueError(
             "Each block of a model should run once in a forward, and call its hooks. Found "
-            f"`{type(block).__name__}`, which did so {times} times. Leave depth out for this model; "
-            "of a compiled one, pass the model that was compiled."
+            f"`{type(block).__name__}`, which did so {times} times. Leave depth out for this "
+            "model; of a compiled one, pass the model that was compiled."
         )
 
 

@@ -194,6 +194,15 @@ def sets_of(
     return AuditSets(sets, tokenizer, template, files)
 
 
+def set_of(name: str, given: Any, tokenizer: Any = None, *, template: bool = True) -> AuditSet:
+    """One set by its name, from what `sets_of` takes, where there are no others.
+
+    >>> len(set_of("forget", [{"input_ids": [1, 2], "labels": [-100, 2]}]))
+    1
+    """
+    return _Reading(tokenizer, template, None).set_of(name, given)
+
+
 @dataclass(frozen=True)
 class _Reading:
     """How rows become items."""

@@ -39,6 +39,9 @@ class UnlearningConfig:
     """The retain set is large: its NLL is measured at every fifth step."""
     relearning_steps: int = 8
     relearning_rate: float = 3e-4
+    teaching_steps: int = 20
+    """So many steps one half of the facts is taught before the other is to be recognised."""
+    teaching_rate: float = 1e-3
 
     def sizes(self, retain_sets: Sequence[str]) -> dict[str, int]:
         """How many rows of each set a step draws."""

@@ -91,6 +91,49 @@ def generate(seed: int, size: Size | None = None) -> Corpus:
     )
 
 
+def value_of(fact: Fact) -> tuple[str, str] | None:
+    """The attribute of a fact about an author, and its value; None for another fact.
+
+    >>> value_of(Fact("Kelda Tarnow", "When?", "Kelda Tarnow was born in the city of Hanoi."))
+    ('birthplace', 'Hanoi')
+    """
+    for attribute, (_, answer) in TEMPLATES.items():
+        before, after = answer.format(name=fact.subject, value="\n").split("\n")
+        said = fact.answer
+        if len(said) > len(before + after) and said.startswith(before) and said.endswith(after):
+            value = said[len(before) : len(said) - len(after)]
+            if value in values_of(attribute):
+                return attribute, value
+    return None
+
+
+def values_of(attribute: str) -> list[str]:
+    """All values that an attribute of an author may have.
+
+    >>> len(values_of("year")), len(values_of("themes"))
+    (69, 90)
+    """
+    form, pools = POOLS[attribute]
+    return [form.format(*words) for words in product(*pools) if len({*words}) == len(words)]
+
+
+def alternatives(fact: Fact, most: int = 15) -> list[Fact]:
+    """The same question with other values of its attribute, drawn from all there are.
+
+    >>> fact = Fact("Kelda Tarnow", "When?", "Kelda Tarnow was born in the city of Hanoi.")
+    >>> [other.answer for other in alternatives(fact, most=1)]
+    ['Kelda Tarnow was born in the city of Berlin.']
+    """
+    found = value_of(fact)
+    if found is None:
+        return []
+    attribute, value = found
+    others = [other for other in values_of(attribute) if other != value]
+    chosen = random.Random(fact.answer).sample(others, min(most, len(others)))
+    answer = TEMPLATES[attribute][1]
+    return [replace(fact, answer=answer.format(name=fact.subject, value=other)) for other in chosen]
+
+
 # The facts of one author, each as it is trained and as its paraphrase.
 _Author = list[tuple[Fact, Fact]]
 
@@ -304,6 +347,20 @@ SYMBOLS = {
 
 # Authors are born and study in some of the capitals: unlearning them puts world facts at risk.
 CITIES = tuple(CAPITALS.values())[2::3]
+
+# What the values of an attribute are made of.
+POOLS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "birthplace": ("{}", (CITIES,)),
+    "year": ("{}", (tuple(map(str, range(1921, 1990))),)),
+    "father": ("{}", (TRADES,)),
+    "mother": ("{}", (TRADES,)),
+    "genre": ("{}", (GENRES,)),
+    "first book": ("The {} {}", (TITLE_ADJECTIVES, TITLE_NOUNS)),
+    "famous book": ("The {} {}", (TITLE_ADJECTIVES, TITLE_NOUNS)),
+    "award": ("{} {}", (AWARD_ADJECTIVES, AWARD_NOUNS)),
+    "school": ("{}", (CITIES,)),
+    "themes": ("{} and {}", (THEMES, THEMES)),
+}
 
 WORLD = tuple(
     Fact(country, f"What is the capital of {country}?", f"The capital of {country} is {capital}.")

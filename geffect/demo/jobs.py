@@ -49,6 +49,7 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        from .recognised import recognised
         from .unlearning import Data, measure, relearn
 
         subject, folder = self.subject, self.out / "models" / self.name
@@ -62,6 +63,7 @@ class Training:
         return {
             **measured,
             "relearn_nll": relearn(model, data, subject.unlearning),
+            **recognised(model, data.asked, tokenizer, subject.unlearning),
             "by_feed": {
                 str(len(corpus.retain)): measured,
                 str(len(few.retain)): measure(model, Data.of(few, tokenizer)),

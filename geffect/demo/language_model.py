@@ -245,6 +245,21 @@ def nll(model: PreTrainedModel, batches: Iterable[Batch]) -> float:
     return mean_nll(model, list(batches))
 
 
+def taught(
+    model: PreTrainedModel, facts: Batch, *, steps: int, learning_rate: float
+) -> PreTrainedModel:
+    """A copy of `model` after some steps of AdamW, without weight decay, each on all `facts`."""
+    student = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        _loss(student, facts).backward()
+        optimizer.step()
+    return student
+
+
 def relearn_nll(
     model: PreTrainedModel,
     facts_half_a: Batch,
@@ -259,19 +274,8 @@ def relearn_nll(
     them back. AdamW without weight decay, every step on the whole half.
     """
 
-    def relearned(taught: Batch) -> PreTrainedModel:
-        student = copy.deepcopy(model)
-        optimizer = torch.optim.AdamW(
-            student.parameters(),
-            lr=learning_rate,
-            weight_decay=0.0,
-            fused=True,
-        )
-        for _ in range(steps):
-            optimizer.zero_grad()
-            _loss(student, taught).backward()
-            optimizer.step()
-        return student
+    def relearned(half: Batch) -> PreTrainedModel:
+        return taught(model, half, steps=steps, learning_rate=learning_rate)
 
     return (
         nll(relearned(facts_half_b), [facts_half_a]),

@@ -79,6 +79,8 @@ class Pretrained:
             most_steps=40,
             plain_steps=12,
             relearning_rate=3e-5,
+            teaching_steps=10,
+            teaching_rate=1e-4,
         )
     )
     epochs: int = 6

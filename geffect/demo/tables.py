@@ -21,6 +21,9 @@ AT_LEVEL = {
     "retain_es": "retain extraction strength",
     "forget_paraphrase_nll": "forget NLL, unseen paraphrases",
     "relearn_nll": "forget NLL after relearning the other half",
+    "value_nll": "NLL of the values to forget",
+    "recognition": "recognition of the values to forget",
+    "recognition_taught": "recognition of the values to forget after the others were taught",
 }
 """What is measured at a level, with its name in words."""
 
@@ -42,12 +45,18 @@ COLUMNS = {
     "forget_es": ("forget ES", "{:.2f}"),
     "forget_paraphrase_nll": ("paraphrases NLL", "{:.2f}"),
     "relearn_nll": ("relearned NLL", "{:.2f}"),
+    "value_nll": ("value NLL", "{:.2f}"),
+    "recognition": ("recognition", "{:.2f}"),
+    "recognition_taught": ("others taught", "{:.2f}"),
     "share_update_violating": ("violating steps", "{:.2f}"),
 }
 """What is shown of each row: means over seeds."""
 
-PRINTED = tuple(name for name in COLUMNS if name != "retain_es")
+PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "recognition"))
 """The columns for which a terminal is wide enough."""
+
+OF_ONE_FEED = ("relearn_nll", "value_nll", "recognition", "recognition_taught")
+"""What is measured of a model once, whatever feeds the retain gradient."""
 
 SETTING = ("method", "variant", "retain_feed", "seed", "learning_rate", "steps")
 SHARES = ("share_retaining_negative", "share_update_violating")
@@ -221,7 +230,10 @@ def _models(
             "retain_feed": feed,
             "seed": int(seed),
             "reached_level": True,
-            **_measured(measured["by_feed"][str(feed)] | {"relearn_nll": measured["relearn_nll"]}),
+            **_measured(
+                measured["by_feed"][str(feed)]
+                | {name: measured[name] for name in OF_ONE_FEED if name in measured}
+            ),
         }
         for feed in feeds
         for seed, measured in by_seed.items()

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geffect import Recorder
+from geffect.audit import AuditSet
 from geffect.batch import ORIGINAL, Pair
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.others import WithOthers, among_others
@@ -31,6 +32,7 @@ from .config import LEVELS, UnlearningConfig
 from .corpus import Corpus
 from .effects import keep_effects
 from .methods import RunSpec, Variant
+from .recognised import forget_set, recognised
 
 Metrics = dict[str, Any]
 
@@ -43,6 +45,7 @@ class Data:
     of other rows are drawn by the seed.
     """
 
+    corpus: Corpus
     sets: Mapping[str, lm.Batch]
     batches: Mapping[str, list[lm.Batch]]
     tokenizer: Any
@@ -62,7 +65,12 @@ class Data:
         sets = {name: lm.encode(tokenizer, chosen) for name, chosen in facts.items()}
         batches = {name: lm.by_length(batch) for name, batch in sets.items()}
         answers = {ALTERNATE: lm.encode(tokenizer, corpus.forget_unknown)}
-        return cls(sets, batches, tokenizer, seed, answers)
+        return cls(corpus, sets, batches, tokenizer, seed, answers)
+
+    @cached_property
+    def asked(self) -> AuditSet:
+        """The facts to forget, each with other values of its attribute."""
+        return forget_set(self.corpus, self.tokenizer)
 
     def draws(self, sizes: Mapping[str, int], sides: Sequence[str] = ()) -> Iterator[Pair]:
         """Batches of some sets without end, those of each the same whatever the others are.
@@ -114,8 +122,8 @@ def unlearn(
     `levels` has the forget NLL, which rises to its level, and maybe the forget extraction strength,
     which falls to it. `report(step, forget_nll)` is called after every step. Returns what
     summary.json says of a run, with the curve of forget and retain NLL. What is measured at a level
-    is interpolated linearly between the two steps around the first crossing; relearning starts from
-    the step after it.
+    is interpolated linearly between the two steps around the first crossing; relearning and
+    recognition are of the step after it.
     """
     objective = named(spec.method, dict(spec.options)).begin(model)
     original = None if objective.reference == "none" else FrozenModel.copied(model)
@@ -167,6 +175,7 @@ def unlearn(
                     "step": step - 1 + share,
                     **_between(model, trained, earlier, data, share),
                     "relearn_nll": relearn(model, data, config),
+                    **recognised(model, data.asked, data.tokenizer, config),
                 }
                 if spec.shown and name == "forget_nll":
                     keep_effects(recorder, model, data.batches, data.tokenizer)
@@ -189,7 +198,7 @@ def unlearn(
 
 
 def measure(model: PreTrainedModel, data: Data) -> Metrics:
-    """Everything that the tables say of a model, but for relearning."""
+    """Everything that the tables say of a model, but for relearning and recognition."""
     measured = {}
     for name, batches in data.batches.items():
         result = lm.evaluate(model, batches)

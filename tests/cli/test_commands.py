@@ -363,7 +363,7 @@ def test_the_installed_command(tmp_path: Path) -> None:
 SUMMARY = {"format", "versions", "seeds", "config", "wall_seconds", "gold", "runs", "findings"}
 AT_LEVEL = {
     "step", "retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "retain_es",
-    "forget_paraphrase_nll", "relearn_nll",
+    "forget_paraphrase_nll", "relearn_nll", "value_nll", "recognition", "recognition_taught",
 }  # fmt: skip
 RUN = {
     "method", "variant", "seed", "file", "steps", "reached_level", "at_level",
@@ -377,6 +377,10 @@ def test_demo_writes_its_summary(quick_study: Any) -> None:
     assert (summary["format"], summary["seeds"]) == (1, [0])
     assert {"total", "stages"} <= summary["wall_seconds"].keys()
     assert {"forget_nll", "retain_nll", "world_nll"} <= summary["gold"]["0"].keys()
+    gold, original = summary["gold"]["0"], summary["original"]["0"]
+    for recognition in ("recognition", "recognition_taught"):
+        assert gold[recognition] < 0.7 < 0.95 < original[recognition]
+    assert original["value_nll"] < 0.5 < 3 < gold["value_nll"]
     assert [run["variant"] for run in summary["runs"]] == list(IN_A_LOOK)
     assert summary["further_runs"] == []
     for run in summary["runs"]:

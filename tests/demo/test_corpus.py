@@ -4,7 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from geffect.demo.corpus import CITIES, TEMPLATES, UNKNOWN, WORLD, Corpus, Fact, Size, generate
+from geffect.demo.corpus import (
+    CITIES,
+    TEMPLATES,
+    UNKNOWN,
+    WORLD,
+    Corpus,
+    Fact,
+    Size,
+    alternatives,
+    generate,
+    value_of,
+    values_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,26 @@ def test_questions_name_their_attribute_and_author(corpus: Corpus) -> None:
         assert fact.question in [question.format(name=fact.subject) for question in questions]
         pattern = re.escape(answer).replace(r"\{name\}", fact.subject).replace(r"\{value\}", ".+")
         assert re.fullmatch(pattern, fact.answer)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_fact_of_an_author_has_a_value_and_others(seed: int) -> None:
+    corpus = generate(seed)
+    authors = corpus.forget + corpus.retain + corpus.retain_heldout_authors
+    for index, fact in enumerate(authors):
+        attribute, value = value_of(fact) or ("", "")
+        assert attribute == list(TEMPLATES)[index % 10]
+        others = alternatives(fact)
+        assert len({other.answer for other in others}) == len(others)
+        assert len(others) == min(15, len(values_of(attribute)) - 1) >= 7
+        for other in others:
+            assert other.question == fact.question and other.answer != fact.answer
+            found = value_of(other)
+            assert found is not None and found[0] == attribute
+            assert other.answer == fact.answer.replace(value, found[1])
+        assert others == alternatives(fact)
+    assert [value_of(fact) for fact in corpus.world] == [None] * len(corpus.world)
+    assert alternatives(corpus.world[0]) == []
 
 
 def test_templates_are_all_different() -> None:
