@@ -11,7 +11,7 @@ from torch import nn
 from geffect import Recorder, open_run
 from geffect.objectives import NPO, GradDiff, Objective, provenance
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 from tests.utils.unlearning_runs import arguments
 

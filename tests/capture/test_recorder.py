@@ -12,7 +12,8 @@ from torch import nn
 from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import predicted_change
 from geffect.objectives import NPO, FrozenModel, SharedForward, WeightedGradientAscent, nll
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.interrupts import hooks_left
 
 

@@ -24,7 +24,7 @@ from geffect.objectives import (
     nll,
 )
 from geffect.risk import beside
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.architectures import batch_for, loss_of, made
 from tests.utils.interrupts import grads_of, hooks_left, same
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.projection import SAGO, nearest
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.rectified import Scaler, losses_of, placed
 from tests.utils.trainers import same
 

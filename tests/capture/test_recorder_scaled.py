@@ -13,7 +13,7 @@ from geffect import Recorder, Rectifier, open_run
 from geffect.gradients import Gradients, differentiate, separate
 from geffect.losses import plan
 from geffect.objectives import nll
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 
 def losses_of(model: nn.Module, pair: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from geffect.layers import describe
 from geffect.objectives import nll
 from geffect.sketch import Sketch
 from geffect.store import growing_file, validate
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 SOURCES = ("objective", "forget", "retain")
 
@@ -115,7 +115,7 @@ def test_sketches_are_those_of_the_gradients(way: str, tmp_path: Path) -> None:
 
 
 def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
-    model, path = tiny.llama(), tmp_path / "run.h5"
+    model, path = tiny.llama(layers=2), tmp_path / "run.h5"
     keep = StoreOptions(gradients="full", match=r"layers\.[01]\.mlp", when=every(2))
     exact = trained(model, path, store=keep, steps=4)
     run = open_run(path)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from geffect import Recorder, Rectifier, open_run
 from geffect.capture import at, every, logspaced
 from geffect.objectives import nll
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 WINDOWS = [[0, 1, 2], [3, 4]]  # the last one is partial
 

@@ -17,7 +17,7 @@ from geffect import Recorder, StopWhen, open_run
 from geffect.capture.stopping import Seen
 from geffect.projection import free_forgetting
 from geffect.risk import nll
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 STEEP = 0.5
 """The curvature of the forget risk of the toy."""

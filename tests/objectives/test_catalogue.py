@@ -38,7 +38,7 @@ from geffect.objectives import (
 )
 from geffect.objectives.table import page
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 from tests.utils.sides import batches_of, items_of, pair_of
 from tests.utils.unlearning_runs import arguments

@@ -16,21 +16,21 @@ from transformers import (
 VOCABULARY = 23
 
 
-def gpt2(seed: int = 0) -> nn.Module:
+def gpt2(seed: int = 0, *, layers: int = 2) -> nn.Module:
     """A tied GPT-2 in float64, which it computes throughout: checks reach 1e-10."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=2, n_head=2,
+        vocab_size=VOCABULARY, n_positions=16, n_embd=12, n_layer=layers, n_head=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config).double()
 
 
-def llama(seed: int = 0, *, tied: bool = False, dropout: float = 0.0) -> nn.Module:
+def llama(seed: int = 0, *, tied: bool = False, dropout: float = 0.0, layers: int = 2) -> nn.Module:
     """A Llama in float32."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
         num_attention_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
         attention_dropout=dropout,
     )  # fmt: skip
