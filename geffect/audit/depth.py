@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from geffect.batch import IGNORED, Batch, check_one_answer, on_device
 from geffect.data.collate import Item, batched
 from geffect.data.spans import without_end
-from geffect.evaluation.ends import ends_of
+from geffect.evaluation.ends import chosen_ends
 from geffect.evaluation.tokens import bare, in_float64
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after
@@ -309,7 +309,7 @@ class _Spans:
     ) -> "_Spans":
         if not items:
             raise ValueError("`items` should be one or more. Found none. Pass some.")
-        ended = set(ends_of(model) if ends is None else ends)
+        ended = chosen_ends(model, ends)
         kept = [
             {**item, "labels": without_end([int(x) for x in item["labels"]], ended)}
             for item in map(bare, items, count())

@@ -17,8 +17,8 @@ from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.data.examples import PLAIN, example
 from geffect.data.spans import narrowed, without_end
-from geffect.evaluation.answers import positions_of, sampled
-from geffect.evaluation.ends import ends_of
+from geffect.evaluation.answers import sampled
+from geffect.evaluation.ends import ends_of, positions_of
 from geffect.evaluation.memorised import METRICS
 from geffect.evaluation.rouge import rouge_l
 from geffect.evaluation.tokens import evaluate_tokens

@@ -1,7 +1,6 @@
 """What a model answers by itself: the most likely token again and again, after a question."""
 
 import math
-import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import takewhile
@@ -15,8 +14,8 @@ from geffect.data.collate import Item
 from geffect.risk import predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
 
-from .ends import ends_of
-from .tokens import in_float64
+from .ends import chosen_ends, ends_of, positions_of
+from .tokens import check_items, check_numbers, in_float64
 
 
 def are_right(
@@ -67,7 +66,8 @@ def generated(
     - `times`, `least`: an answer has at most so many times the tokens of the right one, or so many
       if that is more.
     """
-    ended = set(ends_of(model, tokenizer) if ends is None else ends)
+    check_items(items)
+    ended = set(ends_of(model, tokenizer)) if ends is None else chosen_ends(model, ends)
     lengths = [length_of_answer(item, ended) for item in items]
     asked = [index for index, length in enumerate(lengths) if length is not None]
     limits = [max(least, math.ceil(times * (lengths[index] or 0))) for index in asked]
@@ -220,6 +220,7 @@ def _continued(
     ends = torch.tensor(sorted(ended), dtype=ids.dtype, device=ids.device)
     while said.shape[1] < stop and not over.all():
         logits = model(**asked, **_so_far(said, is_next)).logits
+        check_numbers(model, logits[:, -1])
         token = choose(logits[:, -1], said.shape[1] - start)
         said = torch.cat([said, token[:, None]], dim=1)
         over |= torch.isin(token, ends)
@@ -242,13 +243,6 @@ def _first_of_decoder(model: Any) -> int:
             "with. Found no `decoder_start_token_id` in its config. Set it."
         )
     return int(first)
-
-
-def positions_of(model: Any) -> int:
-    """How many tokens a model takes in a row, as it is configured."""
-    config = getattr(unwrapped(model), "config", None)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return sys.maxsize if positions is None else positions
 
 
 def length_of_answer(item: Item, ended: set[int]) -> int | None:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,10 @@ from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.risk import predicts_next
 
-from .answers import greedy, length_of_answer, positions_of, questions_of
-from .ends import ends_of
+from .answers import greedy, length_of_answer, questions_of
+from .ends import chosen_ends, positions_of
 from .memorised import nll
-from .tokens import Floats, evaluate_tokens
+from .tokens import Floats, check_items, evaluate_tokens
 
 LEAST = 24
 """The tokens that any answer may have."""
@@ -61,7 +62,8 @@ def degenerate(
 
     Answers are greedy. Both models stay as they were.
     """
-    ended = set(ends_of(model) if ends is None else ends)
+    check_items(items)
+    ended = chosen_ends(model, ends)
     lengths = [length_of_answer(item, ended) for item in items]
     asked = [index for index, length in enumerate(lengths) if length is not None]
     if not asked:
@@ -74,7 +76,7 @@ def degenerate(
     said = greedy(model, chosen, end=ended, longest=limits, at_once=batch)
     often = Counter(map(tuple, said))
     risks, vocabulary = _nll_of(original, chosen, said, batch)
-    told = {
+    told: dict[str, Any] = {
         "empty": [not answer for answer in said],
         "repeats": [_repeated(answer) > REPEATED for answer in said],
         "unlikely": risks > UNLIKELY * math.log(vocabulary),

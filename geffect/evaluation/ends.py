@@ -1,8 +1,12 @@
-"""Which tokens end an answer."""
+"""Where texts end: the tokens that end an answer, and the positions that a model has."""
 
+import sys
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+
+from geffect.risk.alignment import unwrapped
 
 
 def ends_of(model: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
@@ -17,7 +21,8 @@ def ends_of(model: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
     >>> ends_of(model)
     (2, 7)
     """
-    configured = (getattr(model, name, None) for name in ("generation_config", "config"))
+    inner = unwrapped(model)
+    configured = (getattr(inner, name, None) for name in ("generation_config", "config"))
     named = [getattr(config, "eos_token_id", None) for config in configured]
     tokens = [
         token
@@ -30,3 +35,30 @@ def ends_of(model: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
         unknown = {tokenizer.unk_token_id, None}
         tokens += sorted({*tokenizer.all_special_ids, *marked} - unknown)
     return tuple(dict.fromkeys(tokens))
+
+
+def chosen_ends(model: nn.Module, ends: Collection[int] | None) -> set[int]:
+    """The tokens that end an answer: those given, or by default those of the model.
+
+    >>> chosen_ends(nn.Linear(1, 1), [7])
+    {7}
+    """
+    if ends is None:
+        return set(ends_of(model))
+    if isinstance(ends, str) or not isinstance(ends, Collection):
+        raise TypeError(
+            f"`ends` should be a list of tokens. Found {ends!r}. Pass, say, "
+            "[tokenizer.eos_token_id]."
+        )
+    return set(ends)
+
+
+def positions_of(model: nn.Module) -> int:
+    """How many tokens a model can read in a row, as far as its configuration limits them.
+
+    >>> positions_of(nn.Linear(1, 1)) == sys.maxsize
+    True
+    """
+    config = getattr(unwrapped(model), "config", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return sys.maxsize if positions is None else positions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from geffect.batch import IGNORED, check_one_answer, on_device
 from geffect.risk import RiskSet, as_batches, label_logits, undisturbed
 
-from .ends import ends_of
+from .ends import chosen_ends
 
 
 def extraction_strength(
@@ -41,7 +41,7 @@ def extraction_strength(
     >>> extraction_strength(Next(), {"input_ids": ids, "labels": ids}, ends=[5])
     array([1. , 0.5])
     """
-    ended = set(ends_of(model) if ends is None else ends)
+    ended = chosen_ends(model, ends)
     device = next(model.parameters(), torch.empty(0)).device
     found: list[float] = []
     with undisturbed(model), torch.no_grad():

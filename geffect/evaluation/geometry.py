@@ -119,7 +119,7 @@ def agreement(changes: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(harm['set'].unique())}. Name them so."
         )
     rows = [
-        (name, _rank_correlation(part["harm"], part["value"], least=3), len(part))
+        (name, _rank_correlation(*part[["harm", "value"]].to_numpy(float).T, least=3), len(part))
         for name, part in both.groupby("set", sort=False)
     ]
     return pd.DataFrame(rows, columns=["set", "rho", "n"])
@@ -133,7 +133,7 @@ def _fit(x: Floats, y: Floats) -> tuple[float, float]:
     return _rank_correlation(x, y, ENOUGH), float(spread @ y) / squares if finite else np.nan
 
 
-def _rank_correlation(x: Floats | pd.Series, y: Floats | pd.Series, least: int) -> float:
+def _rank_correlation(x: Floats, y: Floats, least: int) -> float:
     return correlation(ranks(x), ranks(y)).r if len(x) >= least else float("nan")
 
 

@@ -15,9 +15,9 @@ from torch import nn
 from geffect.data.collate import Item, collate
 from geffect.risk import risk_gradient
 
-from .ends import ends_of
+from .ends import chosen_ends
 from .memorised import nll
-from .tokens import Floats, TokenTable, counted_labels
+from .tokens import Floats, TokenTable, check_items, counted_labels
 
 
 def loss(table: TokenTable) -> Floats:
@@ -89,7 +89,8 @@ def grad_norm(
             "`model` should have parameters that require a gradient. Found none. Call "
             "`model.requires_grad_(True)`."
         )
-    ended = set(ends_of(model) if ends is None else ends)
+    check_items(items)
+    ended = chosen_ends(model, ends)
     labels = [counted_labels(model, item, set() if include_end else ended) for item in items]
     found = []
     for item, counted in zip(items, labels, strict=True):

@@ -63,10 +63,12 @@ def rouge(answers: Sequence[str], said: Sequence[str]) -> pd.DataFrame:
     2     0  rougeL_recall  1.000
     3     0      rougeL_f1  0.667
     """
-    if len(answers) != len(said):
+    are_texts = all(isinstance(text, str) for text in (*answers, *said))
+    if len(answers) != len(said) or isinstance(answers, str) or not are_texts:
         raise ValueError(
-            "`said` should be one text for each answer. Found "
-            f"{len(said)} for {len(answers)}. Pass them in one order."
+            "`said` should be one text for each text of `answers`. Found "
+            f"{len(said)} for {len(answers)}{'' if are_texts else ', some of them no text'}. Pass "
+            "two lists in one order."
         )
     tables = []
     for name, kind in (("rouge1", rouge_1), ("rougeL", rouge_l)):

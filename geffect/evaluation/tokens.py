@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from geffect.batch import IGNORED, check_one_answer, on_device
-from geffect.data.collate import Item, collate
+from geffect.data.collate import NEEDED, Item, check_length, collate
 from geffect.risk import label_logits, predicts_next, undisturbed
+from geffect.risk.alignment import unwrapped
 
-from .ends import ends_of
+from .ends import chosen_ends, positions_of
 
 Floats = NDArray[np.float64]
 
@@ -31,7 +32,7 @@ _SMALLEST = 1e-12
 """The variance of log p that z is divided by, at least: that of a uniform model is 0."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenTable:
     """Every scored token of some items, and what a model says to it.
 
@@ -164,7 +165,7 @@ def evaluate_tokens(
             part, vocabulary = said_to(model, collated)
             found.append(part.assign(item=chosen[part["item"]]))
     tokens = pd.concat(found).sort_values(["item", "position"], ignore_index=True)
-    ended = set(ends_of(model) if ends is None else ends)
+    ended = chosen_ends(model, ends)
     is_last = ~tokens["item"].duplicated(keep="last")
     tokens.insert(1, "subject", [of[item] for item in tokens["item"]])
     tokens.insert(3, "is_end", is_last & tokens["token"].isin(ended))
@@ -178,8 +179,10 @@ def alike(
 
     Each with the numbers of its items.
     """
-    _check(items, size)
-    is_next = predicts_next(model)
+    if size < 1:
+        raise ValueError(f"`batch` should be at least 1. Found {size}. Pass, say, 32.")
+    check_items(items)
+    is_next, positions = predicts_next(model), positions_of(model)
     rows = [bare(item, index) if is_next else item for index, item in enumerate(items)]
     scored = [index for index, row in enumerate(rows) if _is_scored(row, is_next)]
     if not scored:
@@ -188,6 +191,8 @@ def alike(
             f"position where a causal model is asked. Found none in {len(items)} items. Mark the "
             "answers in the labels."
         )
+    for index in scored if is_next else ():
+        check_length(len(rows[index]["input_ids"]), positions, f"Item {index}")
     order = sorted(scored, key=lambda index: len(rows[index]["input_ids"]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -227,16 +232,12 @@ def said_to(model: nn.Module, batch: Mapping[str, Any]) -> tuple[pd.DataFrame, i
             f"{int(token.min())} to {int(token.max())}. Pass the tokenizer of the model."
         )
     at_once = max(1, _AT_ONCE // vocabulary)
-    parts = [
-        _columns(logits[row[i : i + at_once], column[i : i + at_once]], token[i : i + at_once])
-        for i in range(0, len(token), at_once)
-    ]
+    parts = []
+    for i in range(0, len(token), at_once):
+        of_some = logits[row[i : i + at_once], column[i : i + at_once]]
+        check_numbers(model, of_some)
+        parts.append(_columns(of_some, token[i : i + at_once]))
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if bool(columns["entropy"].isnan().any()):
-        raise ValueError(
-            f"`{type(model).__name__}` should return logits that are numbers. Found some that are "
-            "NaN or infinite. Look at its parameters: a training that diverged leaves such."
-        )
     before = batch["labels"].shape[1] - labels.shape[1]  # a causal model predicts not the first
     named = {"item": row, "position": column + before, "token": token, **columns}
     return pd.DataFrame({name: value.cpu().numpy() for name, value in named.items()}), vocabulary
@@ -266,18 +267,33 @@ def _columns(logits: Tensor, token: Tensor) -> dict[str, Tensor]:
     }
 
 
+def check_numbers(model: nn.Module, logits: Tensor) -> None:
+    """Refuse logits of which no probability follows: NaN, infinite, or all of them minus infinity.
+
+    >>> check_numbers(nn.Linear(1, 1), torch.tensor([[0.0, torch.nan]]))
+    Traceback (most recent call last):
+    ValueError: `Linear` should return logits that are numbers. Found ... leaves such.
+    """
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise ValueError(
+            f"`{type(unwrapped(model)).__name__}` should return logits that are numbers. Found "
+            "some that are NaN or infinite. Look at its parameters: a training that diverged "
+            "leaves such."
+        )
+
+
 def in_float64(logits: Tensor) -> Tensor:
     """The logits in float64, on the CPU where their device has no such type."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
-def _check(items: Sequence[Item], batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"`batch` should be at least 1. Found {batch}. Pass, say, 32.")
-    if isinstance(items, Mapping | str) or not all(isinstance(item, Mapping) for item in items):
+def check_items(items: Sequence[Item]) -> None:
+    """Refuse what is no list of items, such as texts, or a batch."""
+    is_list = not isinstance(items, Mapping | str)
+    if not is_list or not all(isinstance(i, Mapping) and i.keys() >= {*NEEDED} for i in items):
         raise TypeError(
             "`items` should be a list of items with `input_ids` and `labels`. Found "
-            f"`{type(items).__name__}` of something else. Make them of texts by "
+            f"`{type(items).__name__}`{' of something else' * is_list}. Make them of texts by "
             "`geffect.data.examples`, or take a batch apart."
         )
 

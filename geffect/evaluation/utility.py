@@ -13,8 +13,17 @@ from geffect.batch import IGNORED, check_one_answer, on_device
 from geffect.data.collate import Item
 from geffect.risk import label_logits, undisturbed
 
-from .ends import ends_of
-from .tokens import Floats, TokenTable, alike, counted_labels, evaluate_tokens, in_float64
+from .ends import chosen_ends
+from .tokens import (
+    Floats,
+    TokenTable,
+    alike,
+    check_items,
+    check_numbers,
+    counted_labels,
+    evaluate_tokens,
+    in_float64,
+)
 
 WINDOW = 512
 """The tokens of a window of running text."""
@@ -38,7 +47,8 @@ def divergence(
     are those of `evaluate_tokens`; NaN for an item without a counted token. Both models stay as
     they were.
     """
-    ended = set() if include_end else set(ends_of(original) if ends is None else ends)
+    check_items(items)
+    ended = set() if include_end else chosen_ends(original, ends)
     labels = [counted_labels(original, item, ended) for item in items]
     counted = [
         {**item, "labels": own or [IGNORED] * len(item["labels"])}
@@ -177,7 +187,9 @@ def _scored_logits(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Ten
     device = next(model.parameters(), torch.empty(0)).device
     logits, labels = label_logits(model, on_device(batch, device))
     row, column = torch.nonzero(labels != IGNORED).unbind(1)
-    return logits[row, column], row
+    found = logits[row, column]
+    check_numbers(model, found)
+    return found, row
 
 
 def _divergences(first: Tensor, second: Tensor) -> Tensor:

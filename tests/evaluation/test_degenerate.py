@@ -95,6 +95,11 @@ def test_items_without_an_answer_are_nan_and_nothing_is_endless_without_ends() -
         degenerate(model, rows[-1:], model)
 
 
+def test_a_model_of_no_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="logits that are numbers"):
+        degenerate(Saying(GOLD, sure=math.nan), items(GOLD), Saying(GOLD), ends=[END])
+
+
 def test_positions_that_run_out_end_no_answer() -> None:
     model = tiny.gpt2().eval()
     ids = [3, 4, 5]

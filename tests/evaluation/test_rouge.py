@@ -94,3 +94,5 @@ def test_the_table_is_a_value_an_item() -> None:
     assert values["rouge1_recall"].tolist() == [0.625, 1.0]
     with pytest.raises(ValueError, match="Found 1 for 2"):
         rouge(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="some of them no text"):
+        rouge(["a"], [None])  # type: ignore[list-item]

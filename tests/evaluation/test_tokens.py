@@ -12,7 +12,7 @@ from torch import nn
 
 from geffect.data.collate import collate
 from geffect.data.examples import example
-from geffect.evaluation import TokenTable, ends_of, evaluate_tokens
+from geffect.evaluation import TokenTable, ends_of, evaluate_tokens, memorised, privacy
 from geffect.evaluation.tokens import said_to
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer
@@ -220,6 +220,8 @@ def test_numbers_that_are_none_are_refused() -> None:
         logits[1, 2] = value
         with pytest.raises(ValueError, match="logits that are numbers"):
             evaluate_tokens(Fixed(logits), [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    with pytest.raises(TypeError, match=r"`ends` should be a list of tokens\. Found 7"):
+        evaluate_tokens(tiny.llama(), items(1), ends=7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Found 9 to 9"):
         evaluate_tokens(Fixed(torch.zeros(3, 4)), [{"input_ids": [1, 2], "labels": [-100, 9]}])
 
@@ -236,7 +238,8 @@ def test_a_mask_of_the_pad_token_is_refused(mask: list[int], found: str) -> None
 
 
 def test_what_is_no_item_is_refused() -> None:
-    for given in (collate(items(2)), [collate(items(2))], ["text"], "text"):
+    no_labels = [{"input_ids": [1, 2]}]
+    for given in (collate(items(2)), [collate(items(2))], ["text"], "text", no_labels):
         with pytest.raises((TypeError, ValueError), match=r"items|token numbers|shape"):
             evaluate_tokens(tiny.llama(), given)
     with pytest.raises(ValueError, match="Found 1 for 2 items"):
@@ -246,6 +249,34 @@ def test_what_is_no_item_is_refused() -> None:
     packed = {**items(1)[0], "position_ids": [0, 1, 2, 0, 1]}
     with pytest.raises(ValueError, match="one answer a row"):
         evaluate_tokens(tiny.llama(), [packed])
+
+
+def test_a_row_longer_than_the_positions_is_refused() -> None:
+    row = {"input_ids": [3] * 17, "labels": [-100, *[3] * 16]}
+    with pytest.raises(ValueError, match="Item 1 should have at most 16 tokens in a row"):
+        evaluate_tokens(tiny.gpt2(), [{"input_ids": [3, 4], "labels": [-100, 4]}, row])
+
+
+def test_what_is_wrapped_around_a_model_changes_nothing() -> None:
+    """Least of all which tokens end an answer."""
+    model = tiny.llama()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    expected = evaluate_tokens(model, items(3))
+    assert 0 < len(expected.counted) < len(expected.tokens)
+    wrapped = evaluate_tokens(nn.DataParallel(model), items(3))
+    check_same(wrapped.counted, expected.counted)
+
+
+@pytest.mark.parametrize("measure", [memorised, privacy])
+def test_the_end_counts_in_all_metrics_or_in_none(measure: Any) -> None:
+    model, rows = tiny.llama(), items(4)
+    unended = [{**row, "labels": [*row["labels"][:-1], -100]} for row in rows]
+    without = measure(evaluate_tokens(model, rows, ends=[2]))["value"]
+    never = measure(evaluate_tokens(model, unended, ends=[]))["value"]
+    counted = measure(evaluate_tokens(model, rows, ends=[2], include_end=True))["value"]
+    by_label = measure(evaluate_tokens(model, rows, ends=[]))["value"]
+    assert without.tolist() == pytest.approx(never.tolist(), abs=1e-6)
+    assert counted.tolist() == pytest.approx(by_label.tolist(), abs=1e-6)
 
 
 def test_the_model_stays_as_it_was() -> None:

@@ -69,6 +69,8 @@ def test_a_model_does_not_diverge_from_itself() -> None:
         pytest.approx(math.log(2))
     )
     assert divergence(Fixed(torch.zeros(4, 2)), Fixed(impossible), [row], ends=[])[0] == math.inf
+    with pytest.raises(ValueError, match="logits that are numbers"):
+        divergence(Fixed(torch.zeros(4, 2)), Fixed(torch.full((4, 2), math.nan)), [row], ends=[])
     with pytest.raises(ValueError, match="Found 3 tokens for 2"):
         divergence(Fixed(torch.zeros(4, 2)), Fixed(torch.zeros(4, 3)), [row])
 
