@@ -5,6 +5,7 @@ from .conflict import conflict
 from .cosine import cosine
 from .drift import drift
 from .edited import edited
+from .evaluations import agreement, join, read_evaluations
 from .g_effect import g_effect
 from .implicit_weights import implicit_weights
 from .instances import instances
@@ -22,6 +23,7 @@ __all__ = [
     "TOKENS",
     "Comparison",
     "Recommendation",
+    "agreement",
     "as_columns",
     "compare",
     "conflict",
@@ -32,8 +34,10 @@ __all__ = [
     "implicit_weights",
     "instances",
     "intervals",
+    "join",
     "kept",
     "predicted_change",
+    "read_evaluations",
     "recommended_layers",
     "rectification",
     "revivals",

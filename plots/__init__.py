@@ -1,6 +1,7 @@
 """Pictures of score tables: a table goes in, labelled axes come out, nothing is computed."""
 
 from .contours import contours
+from .evaluations import evaluations
 from .heatmap import heatmap
 from .lines import profile, trajectory
 from .pairs import pairs
@@ -12,6 +13,7 @@ from .tradeoff import tradeoff
 
 __all__ = [
     "contours",
+    "evaluations",
     "facets",
     "heatmap",
     "pairs",

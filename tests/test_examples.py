@@ -68,6 +68,7 @@ NAMES: dict[str, Callable[[Path], Any]] = {
     "trainer": lambda folder: trainers.trainer(folder / "trainer", tiny.llama()),
     "tokenizer": lambda folder: None,
     "unlearning_trainer": lambda folder: unlearning_trainers.unlearner(folder / "their trainer"),
+    "TheirGradDiff": lambda folder: unlearning_trainers.GradDiff,
     "forget_items": lambda folder: trainers.samples(4),
     "retain_items": lambda folder: trainers.samples(6, seed=50),
     "general_items": lambda folder: trainers.samples(5, seed=90),
@@ -155,6 +156,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (5, 10):
         LlamaForCausalLM(config).save_pretrained(folder / "run" / f"checkpoint-{step}")
         tokenizer.save_pretrained(folder / "run" / f"checkpoint-{step}")
+    (folder / "TOFU_SUMMARY.json").write_text('{"model_utility": 0.6}')
     for name in ("forget", "retain"):
         rows = [{"question": f"Where does {name} live?", "answer": f"In {n}."} for n in range(16)]
         written(folder / f"{name}.jsonl", *rows)
@@ -179,7 +181,11 @@ def run_shell(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for line in block.replace("\\\n", " ").splitlines():
         match shlex.split(line.partition(" > ")[0], comments=True):
-            case ["geffect", "demo" | "plot" | "report" | "compare" | "layers" as name, *options]:
+            case [
+                "geffect",
+                "demo" | "plot" | "report" | "compare" | "layers" | "join" as name,
+                *options,
+            ]:
                 group: Any = typer.main.get_command(app)
                 group.commands[name].make_context(name, options)
             case ["geffect", *options]:

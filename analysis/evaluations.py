@@ -1,0 +1,223 @@
+"""Evaluations beside a run: what others measured at its checkpoints, over its predicted change."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from geffect.numbers import is_number
+from geffect.store import Run
+from geffect.text import plain
+
+from .base import Floats, check_run, risks_of
+from .predicted_change import predicted_change
+
+ENOUGH = 8
+"""Checkpoints below which a rank correlation says little."""
+
+
+def read_evaluations(files: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """The metrics in files of open-unlearning and their checkpoints: step, suite, metric, value.
+
+    - `files`: summaries such as `checkpoint-60/evals/TOFU_SUMMARY.json`, or the longer
+      `TOFU_EVAL.json` beside them. The step is that of the checkpoint in the path; for a file that
+      is not in one it stands before it: `60=evals/MUSE_SUMMARY.json`.
+
+    A metric that was not computed, as the forget quality without a retrained model, is left out.
+    Raises a ValueError for a file that holds no metrics, has no step, or contradicts another.
+
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp(), "TOFU_SUMMARY.json")
+    >>> _ = place.write_text('{"model_utility": 0.6, "forget_quality": null}')
+    >>> read_evaluations([f"60={place}"])
+       step suite         metric  value
+    0    60  TOFU  model_utility    0.6
+    """
+    found: dict[tuple[int, str, str], tuple[float, Path]] = {}
+    for file in files:
+        step, path = _placed(os.fspath(file))
+        suite = re.sub(r"_(EVAL|SUMMARY)$", "", path.stem)
+        for metric, value in _metrics(path):
+            known, where = found.setdefault((step, suite, metric), (value, path))
+            if known != value and not (np.isnan(known) and np.isnan(value)):
+                raise ValueError(
+                    f"`{plain(metric)}` of {plain(suite)} at step {step} should have one value. "
+                    f"Found {known:g} in `{where}` and {value:g} in `{path}`. Leave one file out."
+                )
+    rows = [(*key, value) for key, (value, _) in found.items()]
+    table = pd.DataFrame(rows, columns=["step", "suite", "metric", "value"])
+    return table.sort_values("step", kind="stable", ignore_index=True)
+
+
+def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
+    """Each metric at each checkpoint beside what the run had predicted for every risk by then.
+
+    Checkpoint N is the model after N updates: after steps 0 to N - 1 of the run. With the updates D
+    as the optimizer made them, and a risk R,
+
+        change(N) = sum_{t < N} -<grad R(theta_t), D_t>
+
+    the fall of the risk to first order, negative where it rises. `measured` is R at the first step
+    minus R at step N, as far as the run has it. Where a run has captured some steps only, each
+    stands for those up to the next, and `change` is an estimate.
+
+    - `evaluations`: a table with the columns step, metric and value, maybe suite, as
+      `read_evaluations` makes it.
+
+    Columns: step, suite, metric, risk, change, measured, value. Raises a ValueError for a run
+    without update, and for checkpoints outside of it.
+
+    >>> metrics = pd.DataFrame({"step": [0, 1], "metric": "ES", "value": [1.0, 0.8]})
+    >>> join(example_run(update=True), metrics)[["step", "metric", "risk", "change", "value"]]
+       step metric    risk  change  value
+    0     0     ES  forget     0.0    1.0
+    1     0     ES  retain     0.0    1.0
+    2     1     ES  forget    -0.4    0.8
+    3     1     ES  retain    -0.1    0.8
+    """
+    check_run(run)
+    lacking = {"step", "metric", "value"} - {*evaluations.columns}
+    if lacking or not len(evaluations):
+        raise ValueError(
+            "`evaluations` should be a table of metrics with the columns step, metric and value. "
+            f"Found {', '.join(map(str, evaluations.columns))}, {len(evaluations)} rows. Read "
+            "files with read_evaluations."
+        )
+    risks = risks_of(run)
+    changes = predicted_change(run, by="model")
+    of_risk = {risk: changes[changes["risk"] == risk]["value"].to_numpy() for risk in risks}
+    skipped, losses = run.column("skipped"), run.losses()
+    rows = []
+    for row in evaluations.to_dict("records"):
+        step = int(row["step"])
+        weights = _weights(run, step)
+        there = np.flatnonzero(run.steps == step)
+        for risk in risks:
+            values = np.where(skipped & (weights > 0), 0.0, of_risk[risk])
+            change = float((values[weights > 0] * weights[weights > 0]).sum())
+            loss = losses.get(risk)
+            known = loss is not None and len(there)
+            measured = float(loss[0] - loss[there[0]]) if loss is not None and known else np.nan
+            rows.append(
+                (step, row.get("suite", ""), row["metric"], risk, change, measured, row["value"])
+            )
+    columns = ["step", "suite", "metric", "risk", "change", "measured", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def agreement(joined: pd.DataFrame) -> pd.DataFrame:
+    """How far first-order effects explain each metric: a row a metric and risk.
+
+    Columns: suite, metric, risk, checkpoints; `rho`, the Spearman correlation of metric and change,
+    from 8 checkpoints on, else NaN; `slope`, of a line through both; `gap`, how far the change is
+    from what was measured, relative to that, at the last checkpoint where both are known. A |rho|
+    near 1 and a small gap say that the metric follows first-order effects. Extraction strength and
+    exact match saturate.
+
+    >>> steps = [*range(8)]
+    >>> table = pd.DataFrame({"step": steps, "suite": "", "metric": "ES", "risk": "forget",
+    ...     "change": [-0.1 * s for s in steps], "measured": [-0.1 * s for s in steps],
+    ...     "value": [1 - s / 10 for s in steps]})
+    >>> agreement(table).round(6)
+      suite metric    risk  checkpoints  rho  slope  gap
+    0           ES  forget            8  1.0    1.0  0.0
+    """
+    rows = []
+    for key, part in joined.groupby(["suite", "metric", "risk"], sort=False, observed=True):
+        known = part[np.isfinite(part["value"]) & np.isfinite(part["change"])]
+        change, value = (known[name].to_numpy(dtype=float) for name in ("change", "value"))
+        varies = len(known) > 1 and np.ptp(change) > 0
+        rho = np.nan
+        if len(known) >= ENOUGH and varies and np.ptp(value) > 0:
+            rho = float(spearmanr(change, value).statistic)
+        slope = float(np.polyfit(change, value, 1)[0]) if varies else np.nan
+        rows.append((*map(str, key), len(known), rho, slope, _gap(known)))
+    columns = ["suite", "metric", "risk", "checkpoints", "rho", "slope", "gap"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _gap(known: pd.DataFrame) -> float:
+    measured = known[known["measured"].notna() & (known["measured"] != 0)].sort_values("step")
+    if not len(measured):
+        return np.nan
+    last = measured.iloc[-1]
+    return float(abs(last["change"] - last["measured"]) / abs(last["measured"]))
+
+
+def _weights(run: Run, step: int) -> Floats:
+    """How many of the updates before a step each row of the run stands for."""
+    steps = run.steps.astype(np.float64)
+    if not len(steps):
+        raise ValueError(
+            f"`run` should have a step. Found none in `{run.path}`. Record a training first."
+        )
+    apart = np.diff(steps)
+    if (apart <= 0).any():
+        raise ValueError(
+            f"`run` should be one training, whose steps follow each other. Found {run.path.name}, "
+            "where they begin anew. Join a run of one request."
+        )
+    stride = float(np.median(apart)) if len(apart) else 1.0
+    ends = np.append(steps[1:], steps[-1] + stride)
+    if not steps[0] <= step <= ends[-1]:
+        raise ValueError(
+            f"A checkpoint should be one of the run, from {steps[0]:g} to {ends[-1]:g} updates. "
+            f"Found {step}. Leave it out, or name the run that it is of."
+        )
+    weights: Floats = np.clip(np.minimum(ends, step) - steps, 0.0, None)
+    return weights
+
+
+def _placed(file: str) -> tuple[int, Path]:
+    """The step of a file, and its path."""
+    told = re.match(r"(\d+)=(.+)", file, re.DOTALL)
+    if told:
+        return int(told[1]), Path(told[2])
+    steps = [
+        int(m[1]) for part in Path(file).parts if (m := re.fullmatch(r"checkpoint-(\d+)", part))
+    ]
+    if not steps:
+        raise ValueError(
+            "A file of metrics should be in the folder of its checkpoint, as "
+            f"checkpoint-60/evals/TOFU_SUMMARY.json, or told its step. Found `{file}`. Pass "
+            f"60={file}, with the number of updates before it."
+        )
+    return steps[-1], Path(file)
+
+
+def _metrics(path: Path) -> Iterator[tuple[str, float]]:
+    """The metrics of a file with their values."""
+    try:
+        held: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"`{path}` should be JSON. Found: {error}. Pass a summary of open-unlearning."
+        ) from error
+    if not isinstance(held, dict) or not held:
+        raise ValueError(
+            f"`{path}` should hold metrics by their names. Found {type(held).__name__}, "
+            f"{plain(str(held)[:40])}. Pass a summary of open-unlearning."
+        )
+    count = 0
+    for metric, entry in held.items():
+        value = entry.get("agg_value") if isinstance(entry, dict) else entry
+        if value is None:
+            continue
+        if not (is_number(value) or isinstance(value, float)):
+            raise ValueError(
+                f"`{plain(metric)}` in `{path}` should be a number, or have one as `agg_value`. "
+                f"Found {plain(str(value)[:40])}. Leave the file out, or mend it."
+            )
+        count += 1
+        yield metric, float(value)
+    if not count:
+        raise ValueError(
+            f"`{path}` should hold a metric that was computed. Found {', '.join(map(plain, held))} "
+            "without values. Evaluate the checkpoint again."
+        )
