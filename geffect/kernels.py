@@ -118,6 +118,129 @@ class Elementwise:
         )
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """A direction u and retain gradients, and the weighted sum x of them that takes its place.
+
+    u is what lies in `now`, or what `before` has that `now` has not, in float32 or less. It is seen
+    with the retain gradients r in up to three ways: as they are; as a rule is asked about them,
+    where a mask has left something; and as its weights go to them. With a metric s the second are
+    sqrt(s) u and r / sqrt(s), and the third are u and r / s. All tensors are contiguous.
+    """
+
+    now: Tensor
+    before: Tensor | None
+    retain: Sequence[Tensor]
+    mask: Tensor | None
+    metric: Tensor | None
+
+    def gram(self, ways: int, weights: Sequence[float] | None = None) -> Tensor:
+        """The Gram matrix of u and the retain gradients, seen in so many ways, one after the other.
+
+        With the weights of u and the retain gradients, that of what would be written of them in the
+        place of u.
+        """
+        side = ways * (1 + len(self.retain))
+        rows = self.now.new_empty(
+            triton.cdiv(self.now.numel(), TILE), side, side, dtype=torch.float64
+        )
+        self._launch(_weighted_gram, rows, weights, WRITTEN=weights is not None, K=side)
+        return rows.sum(dim=0)
+
+    def write(self, weights: Sequence[float], out: Tensor, *, anew: bool) -> None:
+        """Write what makes the direction the weighted sum, into `now` itself or into `out`.
+
+        With `anew` it is rounded once; otherwise u is scaled where it stands and the rest is added,
+        so that what does not move stays as it is to the bit.
+        """
+        self._launch(_weighted_write, out, weights, ANEW=anew)
+        increment_version(out)
+
+    def _launch(
+        self, kernel: Any, out: Tensor, weights: Sequence[float] | None, **constants: int
+    ) -> None:
+        size = self.now.numel()
+        if not size:
+            return
+        absent = self.now  # filled in, and not read
+        own, *others = weights or [1.0]
+        _launch(
+            kernel,
+            triton.cdiv(size, TILE),
+            self.now,
+            absent if self.before is None else self.before,
+            *self.retain,
+            *[absent] * (MOST_RETAIN - len(self.retain)),
+            absent if self.mask is None else self.mask.view(torch.uint8),
+            absent if self.metric is None else self.metric,
+            out,
+            size,
+            own,
+            *others,
+            *[0.0] * (MOST_RETAIN - len(others)),
+            R=len(self.retain),
+            STEP=self.before is not None,
+            MASKED=self.mask is not None,
+            METRIC=self.metric is not None,
+            TILE=TILE,
+            **constants,
+        )
+
+
+def take_salience(
+    gradient: Tensor,
+    square: Tensor | None,
+    share: float,
+    epsilon: float,
+    places: Tensor,
+    out: Tensor,
+) -> None:
+    """|u| / (sqrt(v / share) + epsilon) at some places, of a gradient u and the square v beside it.
+
+    It comes into `out`, float32.
+    """
+    _launch_salience(gradient, square, share, epsilon, out, places=places)
+
+
+def salient(
+    gradient: Tensor, square: Tensor | None, share: float, epsilon: float, threshold: Tensor
+) -> Tensor:
+    """Where that reaches a threshold that lies on the device, `Bool` of the gradient's shape."""
+    found = torch.empty_like(gradient, dtype=torch.bool)
+    out = found.view(torch.uint8)
+    _launch_salience(gradient, square, share, epsilon, out, threshold=threshold)
+    return found
+
+
+def _launch_salience(
+    gradient: Tensor,
+    square: Tensor | None,
+    share: float,
+    epsilon: float,
+    out: Tensor,
+    *,
+    places: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> None:
+    size = out.numel()
+    if size:
+        _launch(
+            _salience,
+            triton.cdiv(size, TILE),
+            gradient,
+            gradient if square is None else square,
+            gradient if places is None else places,
+            gradient if threshold is None else threshold,
+            out,
+            size,
+            share,
+            epsilon,
+            SQUARE=square is not None,
+            PLACES=places is not None,
+            TILE=TILE,
+        )
+
+
 def _launch(kernel: Any, programs: int, *arguments: Any, **constants: int) -> None:
     with torch.cuda.device_of(arguments[0]):
         kernel[programs,](*arguments, **constants, num_warps=8)
@@ -291,4 +414,174 @@ def _elementwise_write(
     if STEP:
         x = _wide(before, at, size, WIDE) - x
     here = tl.load(now + at, mask=at < size, other=0.0)
-    tl.store(out + at, tl.where(differs, x.to(here.dtype), here), mask=at < size)
+    tl.store(out + at, tl.where(differs, _cast(x, here), here), mask=at < size)
+
+
+@triton.jit
+def _cast(x, like):
+    # To bfloat16 by the bits, to nearest and even: the interpreter would cut them off.
+    if like.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(like.dtype)
+
+
+@triton.jit
+def _direction(now, before, at, size, STEP: tl.constexpr):
+    u = _wide(now, at, size, False)
+    if STEP:
+        u = _wide(before, at, size, False) - u
+    return u
+
+
+@triton.jit
+def _kept(x, mask, at, size, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.where(tl.load(mask + at, mask=at < size, other=0) != 0, x, 0.0)
+    return x
+
+
+@triton.jit
+def _asked(r, root, METRIC: tl.constexpr):
+    if METRIC:
+        r = tl.div_rn(r, root)
+    return r
+
+
+@triton.jit
+def _added(r, scale, METRIC: tl.constexpr):
+    if METRIC:
+        r = tl.div_rn(r, scale)
+    return r
+
+
+@triton.jit
+def _retain(
+    there: tl.constexpr, r, mask, scale, at, size, MASKED: tl.constexpr, METRIC: tl.constexpr
+):  # fmt: skip
+    # As it is, within the mask, and as a weight goes to it.
+    x = scale
+    kept = scale
+    added = scale
+    if there:
+        x = _wide(r, at, size, False)
+        kept = _kept(x, mask, at, size, MASKED)
+        added = _added(kept, scale, METRIC)
+    return x, kept, added
+
+
+@triton.jit
+def _summed(u, a0, a1, a2, own, w0, w1, w2, R: tl.constexpr):
+    x = u * own
+    if R > 0:
+        x += a0 * w0
+    if R > 1:
+        x += a1 * w1
+    if R > 2:
+        x += a2 * w2
+    return x
+
+
+@triton.jit
+def _scale(metric, at, size, like, METRIC: tl.constexpr):
+    scale = like
+    if METRIC:
+        scale = tl.load(metric + at, mask=at < size, other=1.0)
+    return scale
+
+
+@triton.jit
+def _weighted_gram(
+    now, before, r0, r1, r2, mask, metric, rows, size, own, w0, w1, w2, R: tl.constexpr,
+    STEP: tl.constexpr, MASKED: tl.constexpr, METRIC: tl.constexpr, WRITTEN: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    at = program * TILE + tl.arange(0, TILE)
+    u = _direction(now, before, at, size, STEP)
+    scale = _scale(metric, at, size, u, METRIC)
+    x0, k0, a0 = _retain(R > 0, r0, mask, scale, at, size, MASKED, METRIC)
+    x1, k1, a1 = _retain(R > 1, r1, mask, scale, at, size, MASKED, METRIC)
+    x2, k2, a2 = _retain(R > 2, r2, mask, scale, at, size, MASKED, METRIC)
+    if WRITTEN:
+        here = tl.load(now + at, mask=at < size, other=0.0)
+        kept = _kept(u, mask, at, size, MASKED)
+        x = _summed(kept, a0, a1, a2, own, w0, w1, w2, R)
+        if STEP:
+            old = _wide(before, at, size, False)
+            u = old - _cast(old - x, here).to(tl.float32)
+        if not STEP:
+            u = _cast(x, here).to(tl.float32)
+    kept = _kept(u, mask, at, size, MASKED)
+    asked = kept
+    if METRIC:
+        root = tl.sqrt_rn(scale)
+        asked = kept * root
+        k0 = _asked(k0, root, R > 0)
+        k1 = _asked(k1, root, R > 1)
+        k2 = _asked(k2, root, R > 2)
+    u, x0, x1, x2 = u.to(tl.float64), x0.to(tl.float64), x1.to(tl.float64), x2.to(tl.float64)
+    asked, kept = asked.to(tl.float64), kept.to(tl.float64)
+    k0, k1, k2 = k0.to(tl.float64), k1.to(tl.float64), k2.to(tl.float64)
+    a0 = a0.to(tl.float64)
+    row = rows + program * K * K
+    # With a metric and several retain gradients there are two ways at most.
+    if R == 0:
+        _put_triangle(row, u, asked, kept, u, u, u, u, u, K, K)
+    if R == 1:
+        _put_triangle(row, u, x0, asked, k0, kept, a0, u, u, K, K)
+    if R == 2:
+        _put_triangle(row, u, x0, x1, asked, k0, k1, u, u, K, K)
+    if R == 3:
+        _put_triangle(row, u, x0, x1, x2, asked, k0, k1, k2, K, K)
+
+
+@triton.jit
+def _weighted_write(
+    now, before, r0, r1, r2, mask, metric, out, size, own, w0, w1, w2, R: tl.constexpr,
+    STEP: tl.constexpr, MASKED: tl.constexpr, METRIC: tl.constexpr, ANEW: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    here = tl.load(now + at, mask=at < size, other=0.0)
+    u = _kept(_direction(now, before, at, size, STEP), mask, at, size, MASKED)
+    scale = _scale(metric, at, size, u, METRIC)
+    _, _, a0 = _retain(R > 0, r0, mask, scale, at, size, MASKED, METRIC)
+    _, _, a1 = _retain(R > 1, r1, mask, scale, at, size, MASKED, METRIC)
+    _, _, a2 = _retain(R > 2, r2, mask, scale, at, size, MASKED, METRIC)
+    if STEP:
+        old = _wide(before, at, size, False)
+        x = here.to(tl.float32)
+        if ANEW:
+            x = old - _summed(u, a0, a1, a2, own, w0, w1, w2, R)
+        if not ANEW:
+            if MASKED:
+                x = tl.where(tl.load(mask + at, mask=at < size, other=0) != 0, x, old)
+            x = x - _summed((own - 1) * u, a0, a1, a2, 1.0, w0, w1, w2, R)
+    if not STEP:
+        x = _summed(u, a0, a1, a2, own, w0, w1, w2, R)
+    tl.store(out + at, _cast(x, here), mask=at < size)
+
+
+@triton.jit
+def _salience(
+    gradient, square, places, threshold, out, size, share, epsilon, SQUARE: tl.constexpr,
+    PLACES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    here = at
+    if PLACES:
+        here = tl.load(places + at, mask=at < size, other=0)
+    below = tl.zeros_like(at).to(tl.float32)
+    if SQUARE:
+        mean = tl.load(square + here, mask=at < size, other=1.0).to(tl.float32)
+        below = tl.sqrt_rn(tl.div_rn(mean, below + share))
+    u = tl.load(gradient + here, mask=at < size, other=0.0).to(tl.float32)
+    found = tl.div_rn(tl.abs(u), below + epsilon)
+    if PLACES:
+        tl.store(out + at, found, mask=at < size)
+    if not PLACES:
+        reached = found >= tl.load(threshold).to(tl.float32)
+        tl.store(out + at, reached.to(tl.uint8), mask=at < size)

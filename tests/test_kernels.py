@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from geffect import Rectifier, devices, dots
+from geffect.projection import SaliencyMask, nearest
 from geffect.projection.elementwise import SAGO, Halt
 from tests.utils.far_device import Spread, kernels_on_the_cpu
 
@@ -138,9 +140,28 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(choice: Mapping[str, Any], dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any]]:
-    model = Spread(3, side=50).to(dtype)  # above one tile
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "select": {"select": 0.3},
+    "select, update space": {"select": 0.3, "space": "update"},
+    "SaliencyMask": {"select": SaliencyMask(0.5), "space": "update"},
+    "two sets and a mask": {"select": 0.3, "protect": ("retain", "forget"), "rule": nearest},
+    "metric": {"space": "update", "correction": "retain_adam"},
+    "metric and a mask": {"space": "update", "correction": "retain_adam", "select": 0.3},
+    "update space": {"space": "update"},
+    "gradient space": {},
+    "history": {"rule": nearest, "ema": 1.0, "history": 2, "space": "update"},
+}
+
+
+def trained(
+    choice: Mapping[str, Any],
+    dtype: torch.dtype,
+    *,
+    tensors: int = 3,
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> tuple[list[torch.Tensor], list[Any]]:
+    model = Spread(tensors, side=50).to(dtype)  # above one tile
+    optimizer = kind(model.parameters(), lr=0.01)
     rectifier = Rectifier(model, optimizer=optimizer, **choice)
     reports = []
     for step in range(2):
@@ -164,11 +185,39 @@ def test_kernels_change_coordinates_as_torch_does(
         without.setattr(devices, "has_kernels", lambda *_: False)
         by_torch, expected = trained(CHOICES[name], dtype)
     for a, b in zip(by_kernels, by_torch, strict=True):
-        if dtype == torch.bfloat16 and name.startswith("SAGO"):
-            # The interpreter cuts a number off where a GPU rounds it.
-            torch.testing.assert_close(a, b, rtol=2**-6, atol=0.03)
-        else:
+        assert torch.equal(a, b)
+    check_told(told, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CONSTRAINTS),
+        ("select", torch.bfloat16),
+    ],
+)
+def test_kernels_keep_constraints_as_torch_does(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    training = partial(trained, CONSTRAINTS[name], dtype, tensors=1, kind=torch.optim.SGD)
+    by_kernels, told = training()
+    called = {call[0].__name__ for call in calls}
+    assert ("_weighted_gram" in called) == (name != "gradient space")
+    assert ("_salience" in called) == ("select" in CONSTRAINTS[name])
+    with monkeypatch.context() as without:
+        without.setattr(devices, "has_kernels", lambda *_: False)
+        by_torch, expected = training()
+    for a, b in zip(by_kernels, by_torch, strict=True):
+        if dtype == torch.bfloat16:
             assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    check_told(told, expected, dtype)
+
+
+def check_told(told: list[Any], expected: list[Any], dtype: torch.dtype) -> None:
     for a, b in zip(told, expected, strict=True):
         assert a.blocks == b.blocks
         for column in dataclasses.fields(a)[1:]:
@@ -194,3 +243,50 @@ def test_what_a_kernel_writes_counts_as_a_change() -> None:
     kernels.Elementwise(now, None, [-torch.ones(3)], None, kernels.HALT).write()
     assert now.tolist() == [0.0] * 3
     assert now._version > version
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the interpreter
+def test_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    now = (torch.randn(3000, generator=torch.Generator().manual_seed(3)) * 1e3).to(dtype)
+    r = torch.randn(3000, generator=torch.Generator().manual_seed(4))
+    r[:3] = torch.tensor([torch.inf, torch.nan, 3.4e38])
+    expected = torch.where((now < 0) & (r > 0) | (now > 0) & (r < 0), (r * 0.7).to(dtype), now)
+    kernels.Elementwise(now, None, [r], None, kernels.SAGO, 0.7).write()
+    torch.testing.assert_close(now, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_salience_of_a_sample_is_that_of_the_mask() -> None:
+    draw = torch.Generator().manual_seed(0)
+    u, square = torch.randn(2500, generator=draw), torch.rand(2500, generator=draw)
+    square[::7] = 0.0
+    found, some = torch.empty(2500), torch.empty(3)
+    kernels.take_salience(u, square, 0.3, 1e-8, torch.arange(2500), found)
+    kernels.take_salience(u, square, 0.3, 1e-8, torch.tensor([7, 0, 2499]), some)
+    assert torch.equal(some, found[[7, 0, 2499]])
+    torch.testing.assert_close(found, u.abs() / ((square / 0.3).sqrt() + 1e-8))
+    for bound in found[:3]:
+        assert torch.equal(kernels.salient(u, square, 0.3, 1e-8, bound.double()), found >= bound)
+    assert torch.equal(kernels.salient(u, None, 0.3, 1.0, bound), u.abs() >= bound)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_written_is_what_was_measured(before: bool, half: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    dtype = torch.bfloat16 if half else torch.float32
+    now, then = torch.randn(2, 2100, generator=draw).to(dtype)
+    r, s = torch.randn(2, 2100, generator=draw)
+    mask = torch.rand(2100, generator=draw) < 0.5
+    kernel = kernels.Weighted(now, then if before else None, [r, s], mask, None)
+    weights = [0.5, 2.0, -1.0]
+    K = kernel.gram(2, weights)
+    new = torch.empty_like(now)
+    kernel.write(weights, new, anew=True)
+    u = (then.float() - now.float() if before else now.float()) * mask
+    x = 0.5 * u + 2.0 * r * mask - s * mask
+    expected = (then.float() - x if before else x).to(dtype)
+    torch.testing.assert_close(new, expected)
+    written = then.float() - new.float() if before else new.float()
+    vectors = [written, r, s]
+    check(K, [*vectors, *(v * mask for v in vectors)])

@@ -21,6 +21,8 @@ RECTIFIED: dict[str, tuple[dict[str, Any], int]] = {
     "update space": ({"space": "update"}, 6),
     "coordinates": ({"space": "update", "scope": "coordinate"}, 8),
     "SAGO": ({"rule": SAGO(), "ema": 1.0}, 8),
+    "select": ({"select": 0.1}, 10),
+    "select, update space": ({"select": 0.1, "space": "update"}, 10),
 }
 """Options of a rectifier, and the launches that it may add for each tensor."""
 
@@ -100,8 +102,10 @@ def test_a_recorded_step(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [counted.waits.total() for counted in found] == [2, 2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", RECTIFIED)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "tensors") for name in RECTIFIED), ("gradient space", "functions")],
+)
 def test_a_rectified_step(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options, most = RECTIFIED[name]
     found = []

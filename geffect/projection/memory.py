@@ -13,6 +13,8 @@ from geffect import distributed
 from geffect.gradients import Vector, peak, without_graph
 from geffect.interrupts import Once, to_the_end
 
+from .selection import Roots
+
 SECOND_MOMENT_DECAY = 0.999
 
 ROUNDING = 2.0**-23
@@ -192,10 +194,16 @@ class RetainMemory:
 
         None where no gradient has reached it, or squares are not remembered.
         """
-        square = None if self._squares is None or not self.ready else self._squares[i]
-        if square is None:
-            return None
-        return (square / (1 - SECOND_MOMENT_DECAY**self._count)).sqrt_()
+        return self.roots(i)
+
+    @property
+    def roots(self) -> Roots:
+        """The same of all parameters, which need not be taken whole."""
+        kept = self._squares if self.ready else None
+        return Roots(
+            lambda i: None if kept is None else kept[i],
+            share=1 - SECOND_MOMENT_DECAY**self._count,
+        )
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """All that is remembered, by the names of the parameters: the tensors in use, not copies.

@@ -11,6 +11,7 @@ from geffect import distributed
 from geffect.gradients import Rectification
 from geffect.steps import tensors_of
 
+from . import fused
 from .elementwise import Elementwise
 from .memory import RetainMemory
 from .options import Options
@@ -25,7 +26,9 @@ from .scopes import (
     PendingRectification,
     Retain,
     Terms,
+    held,
 )
+from .selection import Roots
 from .spaces import Space, UpdateSpace, copied, widened
 
 EPSILON = 1e-8
@@ -73,15 +76,19 @@ class Projector:
             distributed.laid_out_like(p.grad, p) if id(p) in among and p.grad is not None else None
             for p in self.parameters
         ]
-        threshold = selection.threshold(grads, memory.scale, self.generator)
+        roots = memory.roots if selection.needs_second_moment else Roots.none()
+        threshold = selection.threshold(grads, roots, self.generator)
 
         def mask(i: int) -> Tensor | None:
-            grad = grads[i]
-            if grad is None:
+            whole = grads[i]
+            if whole is None:
                 return None
-            scale = memory.scale(i) if selection.needs_second_moment else None
-            local = None if scale is None else distributed.local(scale)
-            return selection.mask(distributed.local(grad), local, threshold)
+            grad, square = distributed.local(whole), held([roots.squares(i)])[0]
+            if selection.epsilon is not None:
+                found = fused.salient(grad, square, roots.share, threshold, selection.epsilon)
+                if found is not None:
+                    return found
+            return selection.mask(grad, roots.root(square), threshold)
 
         return mask
 

@@ -8,22 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import add
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from geffect import devices, distributed, dots
+from geffect import distributed, dots
 from geffect.gradients import Rectification
 from geffect.gram import inner, norm
 
+from . import fused
 from .elementwise import Elementwise
 from .rounding import enlarged, harms
 from .rules import Rule
 from .spaces import Space, Where, widened
-
-if TYPE_CHECKING:
-    from geffect import kernels
 
 Vectors = list[Tensor | None]
 
@@ -117,8 +115,13 @@ class Terms:
         As they are, as a rule is asked about them, and as its weights go to them.
         """
         seen = slice(0, k)
-        asked = slice(k, 2 * k) if self.mask is not None or self.metric is not None else seen
-        return seen, asked, slice(2 * k, 3 * k) if self.metric is not None else asked
+        asked = slice(k, 2 * k) if self.ways > 1 else seen
+        return seen, asked, slice(2 * k, 3 * k) if self.ways > 2 else asked
+
+    @property
+    def ways(self) -> int:
+        """How many of these are different."""
+        return 3 if self.metric is not None else 2 if self.mask is not None else 1
 
 
 PendingRectification = Callable[[], Rectification]
@@ -213,6 +216,12 @@ class Constraint:
         tally = GramAccumulator(self._blocks, self._parameters, size, quick=quick)
         for i, block in enumerate(self._blocks.index):
             averages, kept, scale = terms.of(i)
+            kernel = fused.weighted(space, i, averages, kept, scale, ways=terms.ways)
+            if kernel is not None:
+                changes = written is not None and written[1][block]
+                own = written[0][block].tolist() if written is not None and changes else None
+                tally.put(i, kernel.gram(size, own))
+                continue
             for part, where in enumerate(space.parts(i)):
                 vectors = [space.direction(i, where), *parts(averages, where)]
                 if written is not None and written[1][block]:
@@ -228,6 +237,10 @@ class Constraint:
         for i, block in enumerate(self._blocks.index):
             if changed[block]:
                 averages, kept, scale = terms.of(i)
+                kernel = fused.weighted(space, i, averages, kept, scale, ways=terms.ways)
+                if kernel is not None:
+                    kernel.write(weights[block].tolist(), anew=True)
+                    continue
                 for where in space.parts(i):
                     vectors = [space.direction(i, where), *parts(averages, where)]
                     x = _summed(weights[block], vectors, *parts([kept, scale], where))
@@ -241,6 +254,11 @@ class Constraint:
                 continue
             averages, kept, scale = terms.of(i)
             own, *others = weights[block].tolist()
+            kernel = fused.weighted(space, i, averages, kept, scale, ways=terms.ways)
+            # Without a mask and a metric a sum in place is one operation too.
+            if kernel is not None and terms.ways > 1:
+                kernel.write([own, *others], anew=False)
+                continue
             for where in space.parts(i):
                 if kept is not None:
                     stays = ~kept[where]
@@ -296,7 +314,7 @@ class Coordinates:
     def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
         """Change the direction of one parameter."""
         local = held(averages)
-        kernel = self._kernel(space, i, local, mask)
+        kernel = fused.elementwise(space, i, local, mask, self._rule)
         if kernel is not None:
             if not self._tally.knows(i, 0):
                 found = [0, 1, *(2 + j for j, r in enumerate(local) if r is not None)]
@@ -315,26 +333,6 @@ class Coordinates:
             if not self._tally.knows(i, part):  # from before an interrupt, where u was as it was
                 self._tally.add(i, part, [u, x, *retain], count=changed.sum())
             space.replace(i, where, x, changed)
-
-    def _kernel(
-        self, space: Space, i: int, averages: Vectors, mask: Tensor | None
-    ) -> "kernels.Elementwise | None":
-        """What does it where the parameter lies, if there is a kernel for it."""
-        form = ("KEEP", 0.0) if self._rule is None else self._rule.form
-        source = space.source(i) if form is not None and any(space.parts(i)) else None
-        if form is None or source is None:
-            return None
-        retain = [r for r in averages if r is not None]
-        tensors = [t for t in (*source, *retain) if t is not None]
-        packed = all(t.is_contiguous() for t in (*tensors, *([] if mask is None else [mask])))
-        if not packed or not devices.has_kernels(*tensors):
-            return None
-        from geffect import kernels  # Triton is not everywhere
-
-        if len(retain) > kernels.MOST_RETAIN:
-            return None
-        name, alpha = form
-        return kernels.Elementwise(*source, retain, mask, getattr(kernels, name), alpha)
 
     def report(self) -> Rectification:
         """What was done."""

@@ -9,14 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from geffect import distributed
+from geffect import devices, distributed
 from geffect.distributed.processes import all_reduce
 from geffect.dots import BLOCK
+
+from . import fused
 
 Scale = Callable[[int], Tensor | None]
 """The root of the mean square of the retain gradient of a parameter; None where there is none."""
@@ -25,24 +27,53 @@ SAMPLE = 20_000
 EPSILON = 1e-8
 
 
+@dataclass(frozen=True)
+class Roots:
+    """A Scale that is taken from mean squares v when it is asked for: sqrt(v / share).
+
+    >>> Roots(lambda i: torch.tensor([2.0]), share=0.5)(0)
+    tensor([2.])
+    """
+
+    squares: Callable[[int], Tensor | None]
+    share: float
+
+    @classmethod
+    def none(cls) -> Self:
+        """Of parameters that have none."""
+        return cls(lambda i: None, share=1.0)
+
+    def __call__(self, i: int) -> Tensor | None:
+        return self.root(self.squares(i))
+
+    def root(self, square: Tensor | None) -> Tensor | None:
+        """The root of some mean squares."""
+        return None if square is None else (square / self.share).sqrt_()
+
+
 class Selection(ABC):
     """Which coordinates may move."""
 
     needs_second_moment: ClassVar[bool]
     """Whether it asks for the scale of the retain gradient, which costs a buffer."""
 
+    @property
+    def epsilon(self) -> float | None:
+        """That of |u| / (scale + epsilon), if it keeps what has at least the threshold of this."""
+        return None
+
     @abstractmethod
     def threshold(
         self, gradients: Sequence[Tensor | None], scale: Scale, generator: torch.Generator
-    ) -> float:
+    ) -> float | Tensor:
         """What the coordinates to keep have at least; NaN where there is no coordinate.
 
         None stands for a parameter that takes no part. The generator is in the same state on every
-        process.
+        process. A tensor of one number lets a device go on without being waited for.
         """
 
     @abstractmethod
-    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: float) -> Tensor:
+    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: Any) -> Tensor:
         """The coordinates of one parameter to keep, `Bool` of its shape."""
 
 
@@ -73,9 +104,14 @@ class Salient(Selection):
                 f"`fraction = {self.fraction!r}`. Pass a fraction such as 0.1."
             )
 
+    @property
+    def epsilon(self) -> float | None:
+        # Not of a class made from it, which may take something else.
+        return EPSILON if type(self) is Salient else None
+
     def threshold(
         self, gradients: Sequence[Tensor | None], scale: Scale, generator: torch.Generator
-    ) -> float:
+    ) -> float | Tensor:
         present = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
         total = sum(distributed.shape_of(gradient).numel() for _, gradient in present)
         if total == 0:
@@ -87,24 +123,20 @@ class Salient(Selection):
         if total > SAMPLE:
             picks = torch.randint(total, (SAMPLE,), generator=generator).sort().values
         apart = any(distributed.is_sharded(gradient) for _, gradient in present)
-        sample = torch.zeros(len(picks), dtype=torch.float32, device=present[0][1].device)
-        start = 0
-        for i, gradient in present:
-            if not apart or distributed.is_first_holder(gradient):
-                begin, end = (start + index for index in distributed.local_range(gradient))
-                first, last = torch.searchsorted(picks, torch.tensor([begin, end])).tolist()
-                if first < last:
-                    indices = (picks[first:last] - begin).to(gradient.device)
-                    sample[first:last] = _salience(
-                        _at(gradient, indices), None if (s := scale(i)) is None else _at(s, indices)
-                    )
-            start += distributed.shape_of(gradient).numel()
+        device = present[0][1].device
+        sample = torch.zeros(len(picks), dtype=torch.float32, device=device)
+        local, where = _places(picks, [gradient for _, gradient in present], apart=apart)
+        places = devices.sent(local, device)
+        for (i, gradient), own in zip(present, where, strict=True):
+            if own.start < own.stop:
+                _take_salience(gradient, scale, i, places[own], sample[own])
         if apart:
             sample = all_reduce(sample)  # each place was filled by one process
         # A value of the sample, not one between two of them: those may be infinite.
-        return float(torch.quantile(sample.double(), 1 - self.fraction, interpolation="higher"))
+        bound = torch.quantile(sample.double(), 1 - self.fraction, interpolation="higher")
+        return float(bound) if bound.device.type == "cpu" else bound
 
-    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: float) -> Tensor:
+    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: float | Tensor) -> Tensor:
         return _salience(gradient, scale) >= threshold
 
 
@@ -132,25 +164,35 @@ class SaliencyMask(Selection):
                 f"`c = {self.c!r}`. Pass one such as 1.0."
             )
 
+    @property
+    def epsilon(self) -> float | None:
+        return 1.0 if type(self) is SaliencyMask else None  # |u| / (0 + 1)
+
     def threshold(
         self, gradients: Sequence[Tensor | None], scale: Scale, generator: torch.Generator
-    ) -> float:
+    ) -> float | Tensor:
         present = [gradient for gradient in gradients if gradient is not None]
         apart = any(distributed.is_sharded(gradient) for gradient in present)
-        sums = torch.zeros(3, dtype=torch.float64)
-        if present:
-            sums = sums.to(present[0].device)
-        for gradient in present:
-            if not apart or distributed.is_first_holder(gradient):
-                sums += _moments(distributed.local(gradient)).to(sums.device)
+        own = [g for g in present if not apart or distributed.is_first_holder(g)]
+        count = sum(distributed.local(gradient).numel() for gradient in own)
+        sums = torch.full((3,), float(count), dtype=torch.float64)
+        if own:
+            found = [_moments(distributed.local(gradient)) for gradient in own]
+            device = found[0][0].device
+            sums = sums.to(device) if device.type == "cpu" else devices.sent(sums, device)
+            for place, numbers in enumerate(zip(*found, strict=True), 1):
+                sums[place] = torch.stack([number.to(device) for number in numbers]).sum()
+        else:
+            sums[1:] = 0.0
         if apart:
             sums = all_reduce(sums)
-        count, total, squares = sums.cpu()
-        mean = total / count
-        variance = (squares / count - mean**2).clamp(min=0)
-        return float(mean + self.c * variance.sqrt())
+        _, total, squares = sums
+        mean = total / sums[0]
+        variance = (squares / sums[0] - mean**2).clamp(min=0)
+        bound = mean + self.c * variance.sqrt()
+        return float(bound) if bound.device.type == "cpu" else bound
 
-    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: float) -> Tensor:
+    def mask(self, gradient: Tensor, scale: Tensor | None, threshold: float | Tensor) -> Tensor:
         return gradient.abs().float() >= threshold
 
 
@@ -158,15 +200,55 @@ def _salience(u: Tensor, scale: Tensor | None) -> Tensor:
     return u.abs().float() / (EPSILON if scale is None else scale + EPSILON)
 
 
+def _take_salience(gradient: Tensor, scale: Scale, i: int, places: Tensor, sample: Tensor) -> None:
+    """Put the salience at some places of a parameter into a sample.
+
+    To the bit what a mask finds there: equals of the threshold are kept.
+    """
+    if isinstance(scale, Roots):
+        square = scale.squares(i)
+        own = [distributed.local(t).detach() for t in (gradient, square) if t is not None]
+        if fused.take_salience(own, scale.share, EPSILON, places, sample):
+            return
+    whole = scale(i)
+    indices = places.to(gradient.device)
+    root = None if whole is None else _at(whole, indices)
+    sample.copy_(_salience(_at(gradient, indices), root))
+
+
 def _at(tensor: Tensor, indices: Tensor) -> Tensor:
     """The values at these indices of the flattened part of this process."""
     return distributed.local(tensor).detach().reshape(-1)[indices]
 
 
-def _moments(tensor: Tensor) -> Tensor:
-    """(n, sum |x|, sum x^2) in float64, cast block by block."""
-    sums = torch.zeros(3, dtype=torch.float64, device=tensor.device)
-    for block in tensor.detach().reshape(-1).split(BLOCK):
+def _places(
+    picks: Tensor, gradients: Sequence[Tensor], *, apart: bool
+) -> tuple[Tensor, list[slice]]:
+    """The indices of a sorted sample in what is held here of gradients that follow one another.
+
+    And which of them lie in each gradient.
+    """
+    local, where, start = picks.clone(), [], 0
+    for gradient in gradients:
+        own = slice(0, 0)
+        if not apart or distributed.is_first_holder(gradient):
+            ends = torch.tensor([start + index for index in distributed.local_range(gradient)])
+            own = slice(*torch.searchsorted(picks, ends).tolist())
+            local[own] -= ends[0]
+        where.append(own)
+        start += distributed.shape_of(gradient).numel()
+    return local, where
+
+
+def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum |x|, sum x^2) in float64; on a CPU cast block by block."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        norms = [torch.linalg.vector_norm(flat, order, dtype=torch.float64) for order in (1, 2)]
+        return norms[0], norms[1].square()
+    total, squares = torch.zeros(2, dtype=torch.float64)
+    for block in flat.split(BLOCK):
         x = block.double().abs()
-        sums += torch.stack([torch.full_like(sums[0], x.numel()), x.sum(), x.dot(x)])
-    return sums
+        total += x.sum()
+        squares += x.dot(x)
+    return total, squares

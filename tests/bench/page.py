@@ -28,9 +28,9 @@ Measured on one H200 (torch 2.11 with CUDA 13, transformers 5.23; wall time by e
 the same forward and backward passes and the optimizer. The figures are from before there were
 kernels: the recorder and the rectifier walked over all coordinates in the blocks of a CPU's cache,
 and each block was a launch. What they launch now is counted by a test, and not timed yet: for each
-tensor in float32 a recorder adds 2 launches (two gradients), a rectifier 4 in gradient space, 6 in
-update space, 5 in coordinate scope and 4 with `SAGO`. A recorded step and a rectified one wait for
-the device 2 times each, however many tensors there are.
+tensor in float32 a recorder adds 2 launches (two gradients), a rectifier 4 in gradient space, 5 in
+update space, 5 in coordinate scope, 4 with `SAGO` and 9 or 10 with `select`. A recorded step and a
+rectified one wait for the device 2 times each, however many tensors there are.
 
 | to the plain step | 34M, float32 | 361M, bf16 | 1.24B, bf16 |
 |---|---:|---:|---:|
