@@ -36,12 +36,13 @@ def tuners(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "merged_adapters") and hasattr(m, "merge"))
 
 
-def _merged(model: nn.Module) -> nn.Module:
-    whole: Any = copy.deepcopy(model)
+def _merged(model: Any) -> nn.Module:
+    whole = copy.deepcopy(model)
     enabled = [tuner for tuner in tuners(whole) if not tuner.disable_adapters]
     try:
         if enabled and hasattr(whole, "merge_and_unload"):
-            return whole.merge_and_unload()  # type: ignore[no-any-return]
+            plain: nn.Module = whole.merge_and_unload()
+            return plain
         for tuner in enabled:
             tuner.merge()
     except Exception as error:
@@ -55,4 +56,5 @@ def _merged(model: nn.Module) -> nn.Module:
             "replaces whole layers. Found it in the model itself. Load the model by "
             "`peft.PeftModel.from_pretrained`."
         )
-    return whole
+    found: nn.Module = whole
+    return found

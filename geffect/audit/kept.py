@@ -1,6 +1,6 @@
 """A model that an attack may change, and that gets every bit back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @contextmanager
-def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+def kept(parameters: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """A block that may write to these parameters, which have every bit of before afterwards.
 
-    What they were lies in the memory of the host meanwhile. Whether they require a gradient is put
-    back, too; their `.grad` is not looked at.
+    Yields what gives them back meanwhile. What they were lies in the memory of the host. Whether
+    they require a gradient is put back, too; their `.grad` is not looked at.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> before = model.weight.item()
@@ -36,7 +36,7 @@ def kept(parameters: Iterable[Tensor]) -> Iterator[None]:
                 parameter.copy_(bits)
 
     try:
-        yield
+        yield put_back
     finally:
         to_the_end(put_back)
 

@@ -104,7 +104,7 @@ class Int8(Quantiser):
 
     def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = (weight.abs().amax(-1, keepdim=True) / 127).expand_as(weight)
-        codes = _quotient(weight, scale).round().clamp(-127, 127)
+        codes = _whole(weight, scale).clamp(-127, 127)
         return codes, scale, codes * scale
 
 
@@ -134,7 +134,7 @@ class Int4(Quantiser):
         blocks = _blocks(weight, self.group)
         whole = (blocks.abs().amax(-1, keepdim=True) / 7).expand_as(blocks)
         scale = whole.flatten(-2)[..., : weight.shape[-1]]
-        codes = _quotient(weight, scale).round().clamp(-8, 7)
+        codes = _whole(weight, scale).clamp(-8, 7)
         return codes, scale, codes * scale
 
 
@@ -236,7 +236,7 @@ def _blocks(weight: Tensor, size: int) -> Tensor:
     return filled.view(*filled.shape[:-1], -1, size)
 
 
-def _quotient(weight: Tensor, scale: Tensor) -> Tensor:
-    """Weights by their scale; 0 where that is 0, as of weights that are all as good as 0."""
+def _whole(weight: Tensor, scale: Tensor) -> Tensor:
+    """Weights by their scale, rounded; 0 where that is 0, as where all are as good as 0."""
     quotient: Tensor = weight / scale
-    return quotient.masked_fill(scale == 0, 0.0)
+    return quotient.masked_fill(scale == 0, 0.0).round() + 0.0  # a code has no -0

@@ -110,7 +110,8 @@ def relearning(
 
     - `forget`: what is asked for; `retain`: what `benign` trains on. Items as
       `geffect.data.examples.example` makes them.
-    - `learning_rate`: that of the unlearning.
+    - `learning_rate`: that of the unlearning. Where it trained an adapter, that is too much for all
+      weights: pass one at which whole models are tuned, such as 1e-5.
     - `budget`: how far, by default all of `RelearningBudget`.
     - `metric`: called with the model and some of the forget items.
     - `report`: told after each step how many of how many are done.
@@ -149,17 +150,18 @@ def relearning(
     last = max(budget.steps)
     counted = _Counted(last * sum(len(run.parts) for run in runs), report)
     tables = []
-    for run in runs:
-        found = {step: np.full(len(forget), np.nan) for step in (0, *sorted(budget.steps))}
-        found[0][:] = before
-        for taught, asked in run.parts:
+    with kept(whole.parameters()) as put_back:
+        for run in runs:
+            found = {step: np.full(len(forget), np.nan) for step in (0, *sorted(budget.steps))}
+            found[0][:] = before
+            for taught, asked in run.parts:
 
-            def look(step: int, asked: Any = asked, found: Any = found) -> None:
-                if step in found:
-                    found[step][asked] = _measured(metric, whole, [forget[i] for i in asked])
-                counted.more(1)
+                def look(step: int, asked: Any = asked, found: Any = found) -> None:
+                    if step in found:
+                        some = [forget[i] for i in asked]
+                        found[step][asked] = _measured(metric, whole, some)
+                    counted.more(1)
 
-            with kept(whole.parameters()):
                 taken = teach(
                     whole,
                     taught,
@@ -169,8 +171,9 @@ def relearning(
                     seed=run.seed,
                     after=look,
                 )
-            counted.more(last - taken)
-        tables.append(run.table(found))
+                put_back()
+                counted.more(last - taken)
+            tables.append(run.table(found))
     return pd.concat(tables, ignore_index=True)
 
 

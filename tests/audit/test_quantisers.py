@@ -1,5 +1,7 @@
 """Quantisers: against loops, against the libraries where they are installed, and pinned."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -178,3 +180,10 @@ def test_weights_that_are_none_are_refused() -> None:
     for group in (0, 2.5, "32"):
         with pytest.raises(ValueError, match="`group` of Int4"):
             Int4(group)  # type: ignore[arg-type]
+
+
+def test_q8_0_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="`gguf` should be installed for gguf_q8_0"):
+        Q8_0()(awkward())
+    assert Q4_0()(awkward()).values.isfinite().all()

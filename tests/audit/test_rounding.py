@@ -280,6 +280,23 @@ def test_same_codes() -> None:
         same_codes(one, tiny.gpt2(), Int4(32))
 
 
+def test_an_edit_inside_of_the_cells_is_undone_by_its_quantiser_alone() -> None:
+    original, hidden, quantiser = tiny.llama(), tiny.llama(), Int4(32)
+    draw = torch.Generator().manual_seed(4)
+    for path, weight in linear(original).items():
+        found = quantiser(weight)
+        within = found.scale * 0.4 * (2 * torch.rand(weight.shape, generator=draw) - 1)
+        largest = found.codes.abs() == 7  # one of them is the scale, which has to stay
+        moved = torch.where(largest, weight, found.values + within)
+        hidden.get_submodule(path).weight.data = moved
+    assert same_codes(original, hidden, quantiser) == 1.0
+    assert same_codes(original, hidden, Int8()) < 0.5
+    with rounded(original, quantiser), rounded(hidden, quantiser):
+        assert bits(original) == bits(hidden)
+    with rounded(original, Int8()), rounded(hidden, Int8()):
+        assert bits(original) != bits(hidden)
+
+
 def test_small_models_have_small_groups() -> None:
     assert [q.name for q in quantisers_for(tiny.llama())] == ["int8", "int4", "nf4", "gguf_q4_0"]
     assert Int4(32) in quantisers_for(tiny.llama())
