@@ -17,7 +17,7 @@ MEMORISED, PRIVACY, UTILITY = "memorised", "privacy", "utility"
 DIRECT, RECOVERABLE, DIFFERENCE = "direct share", "recoverable share", "auc difference"
 """What is made of them beside a model that never knew, and judged."""
 
-NLL, KEPT, DEGENERATE, UNIFORM = "nll", "kept share", "degenerate", "uniform nll"
+NLL, KEPT_SHARE, DEGENERATE, UNIFORM = "nll", "kept share", "degenerate", "uniform nll"
 NEAR_TIES, PRIVLEAK = "near ties", "privleak"
 
 BROKEN, REMEMBERS, HIDDEN = "broken", "remembers", "hidden"
@@ -107,7 +107,7 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
     """
     limits = thresholds or Thresholds()
     _check(table)
-    told = _Told(table.sort_values([*SUMMED], ignore_index=True), limits)
+    told = _Told(table, limits)
     flags = tuple(told.flags())
     attack = told.strongest.metric if told.strongest else None
     for verdict, reasons in told.worst():
@@ -124,26 +124,25 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
     return Verdict(NEVER_KNEW, tuple(told.nothing_came_back()), flags, attack)
 
 
-@dataclass(frozen=True)
 class _Told:
     """What a table says of the unlearned model, in an order that is its own."""
 
-    table: pd.DataFrame
-    limits: Thresholds
+    def __init__(self, table: pd.DataFrame, limits: Thresholds) -> None:
+        self.limits = limits
+        self.has_retrained = bool((table["model"] == RETRAINED).any())
+        own = table[table["model"] == UNLEARNED].sort_values([*SUMMED])
+        self._rows: dict[str, list[_Row]] = {}
+        for battery, *values in own[["battery", "metric", "set", *SUMMED[4:]]].itertuples(
+            index=False
+        ):
+            row = _Row(*values)
+            if not isnan(row.value):
+                self._rows.setdefault(battery, []).append(row)
 
     def rows(self, battery: str, metric: str | None = None) -> list[_Row]:
-        found = self.table[(self.table["battery"] == battery) & (self.table["model"] == UNLEARNED)]
-        if metric is not None:
-            found = found[found["metric"] == metric]
-        rows = [
-            _Row(r["metric"], r["set"], r["value"], r["low"], r["high"], int(r["n"]))
-            for r in found.to_dict("records")
-        ]
-        return [row for row in rows if not isnan(row.value)]
-
-    @property
-    def has_retrained(self) -> bool:
-        return bool((self.table["model"] == RETRAINED).any())
+        """The rows of a battery, or of one of its metrics, that have a value."""
+        rows = self._rows.get(battery, [])
+        return [row for row in rows if metric in (None, row.metric)]
 
     @property
     def direct(self) -> list[_Row]:
@@ -155,7 +154,7 @@ class _Told:
 
     @property
     def kept(self) -> list[_Row]:
-        return self.rows(UTILITY, KEPT)
+        return self.rows(UTILITY, KEPT_SHARE)
 
     @property
     def differences(self) -> list[_Row]:

@@ -1,0 +1,166 @@
+"""The attacks of an audit, each a metric of the battery `hidden`: a value for each item.
+
+What a value is beside the one of a model that is not attacked is known here alone: `baseline`.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+from torch import nn
+
+from geffect.data.collate import Item
+from geffect.evaluation.memorised import nll
+
+from .look import Look
+from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
+from .recognition import every_other, recognition, recognition_after
+from .relearning import as_attacks, relearning, teach
+from .rounding import quantisers_for, rounded
+from .sets import RETAIN, AuditSet
+from .verdict import MEMORISED, NLL
+
+HIDDEN = "hidden"
+"""The battery of attacks."""
+
+DEPTH = "depth"
+"""The battery of what the original tells from the layers of a model: no attack, but a place."""
+
+RELEARNING, ROUNDING, PROMPT = "relearning", "rounding", "prompt"
+DECODER_SWAP, RECOGNITION = "decoder swap", "recognition"
+
+FASTER = 3.0
+"""Facts are shown at so many times the learning rate before others are asked for."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What an attack is held against: a metric of a model that is not attacked.
+
+    - `rises`: whether a larger value means that more is known.
+    """
+
+    battery: str
+    metric: str
+    rises: bool
+
+
+def baseline(attack: str) -> Baseline | None:
+    """What an attack is held against; None for what is told, and not judged.
+
+    >>> baseline("rounding to int4")
+    Baseline(battery='memorised', metric='nll', rises=False)
+    """
+    if attack.startswith((RELEARNING, ROUNDING, DECODER_SWAP)):
+        # Taught the forget set itself, a model that never knew learns it too.
+        return None if f"{RELEARNING} full" in attack else Baseline(MEMORISED, NLL, rises=False)
+    if attack.startswith(RECOGNITION):
+        return Baseline(HIDDEN, RECOGNITION, rises=True)
+    if attack.startswith(PROMPT):
+        kind = attack.removeprefix(f"{PROMPT} ")
+        if kind == LEAKY:
+            return None
+        return Baseline(MEMORISED, ROUGE if kind == "samples" else "prob", rises=True)
+    return None
+
+
+def attacks(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """All attacks on one model, asking for the items of a set."""
+    parts: Sequence[tuple[str, float, Callable[[Look, AuditSet], Iterator[pd.DataFrame]]]] = (
+        (ROUNDING, 0.1, _rounded),
+        (DEPTH, 0.2, _depth),
+        (PROMPT, 0.3, _prompted),
+        (RECOGNITION, 0.5, _recognised),
+        (RELEARNING, 1.0, _relearned),
+    )
+    done = 0.0
+    for name, until, made in parts:
+        look.tell(name, done)
+        yield from look.tried(name, partial(made, look, of))
+        done = until
+
+
+def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    for quantiser in quantisers_for(look.model):
+        with rounded(look.model, quantiser) as model:
+            values = nll(look.record(of.items, model))
+        yield look.rows(HIDDEN, f"{ROUNDING} to {quantiser.name}", of, values)
+
+
+def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    probe = look.original.probe(of)
+    yield look.rows(HIDDEN, DECODER_SWAP, of, probe.decoder_swap(look.model))
+    if look.budget.layers:
+        for name, found in (("patched", probe.patched), ("lens", probe.lens)):
+            for layer, values in enumerate(found(look.model).T):
+                yield look.rows(DEPTH, f"{name} {layer}", of, values)
+
+
+def _prompted(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    if look.sets.tokenizer is None:
+        raise ValueError("No tokenizer was given, with which prompts are written.")
+    found = prompts(
+        look.model,
+        of,
+        look.sets[RETAIN],
+        look.sets.tokenizer,
+        template=look.sets.template,
+        samples=look.budget.samples,
+    )
+    for name, part in found[found["prompt"] != PLAIN_QUESTION].groupby("prompt", sort=False):
+        values = part.set_index("item")["value"].reindex(range(len(of)))
+        yield look.rows(HIDDEN, f"{PROMPT} {name}", of, values)
+
+
+def _recognised(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    if not any(of.alternatives):
+        raise ValueError(f"`{of.name}` has no wrong answers, among which the right one is told.")
+    model, items, others = look.model, [*of.items], [*of.alternatives]
+    yield look.rows(HIDDEN, RECOGNITION, of, recognition(model, items, others))
+    found = recognition_after(
+        model, items, others, {**_shown(look), **_kept_shown(look)}, every_other(of.subjects)
+    )
+    for name, part in found.groupby("attack", sort=False):
+        yield look.rows(HIDDEN, str(name), of, part.sort_values("item")["value"])
+
+
+def _relearned(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    table = relearning(
+        look.model,
+        of.items,
+        look.sets[RETAIN].items,
+        learning_rate=look.learning_rate,
+        budget=look.budget.relearning,
+        report=lambda done, count: look.tell(RELEARNING, 0.5 + 0.5 * done / count),
+    )
+    for name, part in as_attacks(table).groupby("attack", sort=False):
+        yield look.rows(HIDDEN, str(name), of, part.sort_values("item")["value"])
+
+
+def _shown(look: Look) -> Mapping[str, Callable[[nn.Module, list[Item]], nn.Module]]:
+    """Attacks that show a half of the facts."""
+
+    def show(model: nn.Module, items: list[Item], steps: int) -> nn.Module:
+        student = copy.deepcopy(model)
+        teach(student, items, steps=steps, learning_rate=FASTER * look.learning_rate)
+        return student
+
+    return {
+        f"{RECOGNITION}, other facts shown for {steps} steps": partial(show, steps=steps)
+        for steps in look.budget.taught
+    }
+
+
+def _kept_shown(look: Look) -> Mapping[str, Callable[[nn.Module, list[Item]], nn.Module]]:
+    """An attack that shows nothing but what should stay."""
+    steps = max(look.budget.taught)
+
+    def show(model: nn.Module, _: list[Item]) -> nn.Module:
+        student = copy.deepcopy(model)
+        retain = look.sets[RETAIN].items
+        teach(student, [*retain], steps=steps, learning_rate=FASTER * look.learning_rate)
+        return student
+
+    return {f"{RECOGNITION}, retain shown for {steps} steps": show}

@@ -1,0 +1,260 @@
+"""An audit: every model passes the batteries, one at a time, and what they find is judged."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from geffect.checkpoints.loading import tokenizer_of
+from geffect.data.examples import spelled
+from geffect.near import meant
+from geffect.numbers import is_number
+
+from .batteries import BATTERIES
+from .budget import BUDGETS, Budget
+from .look import Look, Original
+from .models import ORIGINAL, AuditModels, Source, kind_of, named
+from .report import AuditReport
+from .sets import HOLDOUT, AuditSet, AuditSets, sets_of
+from .summary import table_of
+from .table import DRAWS, FEWEST
+from .thresholds import Thresholds
+from .verdict import judged
+
+STEP_SHARE = 0.005
+"""A step of relearning moves a weight by so much of the size of weights, where no rate is given."""
+
+Report = Callable[[str, float], None]
+"""Told what is done now, and how much of all is done, from 0 to 1."""
+
+
+class AuditOptions(TypedDict, total=False):
+    """The options of `geffect.audit`, each a keyword of it."""
+
+    tokenizer: Any
+    template: bool
+    base: str | os.PathLike[str] | None
+    device: str | torch.device | None
+    budget: str | Budget
+    learning_rate: float | None
+    report: Report | None
+
+
+DEFAULTS: AuditOptions = {
+    "tokenizer": None,
+    "template": True,
+    "base": None,
+    "device": None,
+    "budget": "quick",
+    "learning_rate": None,
+    "report": None,
+}
+
+
+def audit(
+    unlearned: Source,
+    original: Source,
+    retrained: Source | None = None,
+    *,
+    sets: Mapping[str, Any],
+    batteries: Iterable[str] | None = None,
+    thresholds: Thresholds | None = None,
+    **options: Unpack[AuditOptions],
+) -> AuditReport:
+    """Audit an unlearned model: is what should be forgotten gone, or only hidden?
+
+    - `unlearned`, `original`, `retrained`: models, or where they are saved. The retrained one never
+      saw what is to be forgotten. Without it the set "holdout" stands for what a model that never
+      knew would show, and the best verdict is "not recovered by these attacks".
+    - `sets`: what is asked, by the names of `geffect.audit.sets.NAMES`, as for `sets_of`.
+    - `batteries`: some of memorised, privacy, hidden and utility; all by default. What is not
+      measured is not judged.
+    - `thresholds`: where the verdict turns.
+
+    Options:
+
+    - `tokenizer`: of the models, or the folder of one; by default that of a model's folder.
+    - `template`: whether its chat template is used.
+    - `base`: the model that adapters are for, where it is not at the place that they name.
+    - `device`: where models are loaded; by default cuda where there is one.
+    - `budget`: "quick", "full", or a `Budget`.
+    - `learning_rate`: that of the unlearning, from which attacks take theirs. By default one that
+      moves each weight by half a per cent of their size a step, which the manifest tells.
+    - `report`: told how far it is.
+
+    No model is changed. Raises ValueError where there is neither a retrained model nor a holdout.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> models = [GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=32, n_layer=1,
+    ...           n_head=1)) for _ in range(3)]
+    >>> items = [{"input_ids": [1, x, y], "labels": [-100, x, y]} for x in (2, 3) for y in (4, 5)]
+    >>> report = audit(*models, sets={"forget": items, "retain": items}, batteries=["memorised"])
+    >>> report.verdict
+    'undecided'
+    """
+    chosen = _chosen(options)
+    names = _names(batteries)
+    limits = thresholds or Thresholds()
+    models = AuditModels(unlearned, original, retrained, chosen["base"], chosen["device"])
+    read = _sets(sets, models, chosen)
+    if retrained is None and HOLDOUT not in read:
+        raise ValueError(
+            "An audit should have a `retrained` model, or a set called `holdout` that no model has "
+            "seen: without them nothing says what a model shows that never knew. Found neither. "
+            "Pass one of them."
+        )
+    started = time.monotonic()
+    items, manifest = measured(models, read, names, chosen)
+    table = table_of(items)
+    told = {
+        **_provenance(models, read),
+        **manifest,
+        "batteries": [*names],
+        "thresholds": asdict(limits),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return AuditReport(judged(table, limits), table, items, told)
+
+
+def measured(
+    models: AuditModels, sets: AuditSets, names: Iterable[str], chosen: Mapping[str, Any]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The values of all items, and what a manifest tells of how they were found."""
+    budget: Budget = chosen["budget"]
+    report: Report = chosen["report"] or (lambda what, done: None)
+    original = Original(models.loaded(ORIGINAL))
+    rate = chosen["learning_rate"] or _rate_of(original.model)
+    skipped: dict[str, str] = {}
+    found: list[pd.DataFrame] = []
+    described: dict[str, Any] = {}
+    parts = [(role, name) for role in models for name in names]
+    for role in models:
+        model = original.model if role == ORIGINAL else models.loaded(role)
+        described[role] = _described(models[role], model)
+        for name in names:
+            start = parts.index((role, name)) / len(parts)
+
+            def tell(what: str, done: float, role: str = role, start: float = start) -> None:
+                report(f"{role}: {what}", start + done / len(parts))
+
+            tell(name, 0.0)
+            look = Look(role, model, sets, budget, rate, original, tell, skipped)
+            found += BATTERIES[name](look)
+        del model
+    report("done", 1.0)
+    if not found:
+        raise ValueError(
+            f"An audit should measure something. Found nothing that {', '.join(names)} could: "
+            f"{'; '.join(skipped.values())}. Choose other batteries."
+        )
+    told = {
+        "models": described,
+        "budget": asdict(budget),
+        "learning_rate": {"value": rate, "given": chosen["learning_rate"] is not None},
+        "bootstrap": {"draws": DRAWS, "seed": 0, "subjects_from": FEWEST},
+        "skipped": skipped,
+    }
+    return pd.concat(found, ignore_index=True), told
+
+
+def _chosen(options: AuditOptions) -> dict[str, Any]:
+    unknown = [name for name in options if name not in DEFAULTS]
+    if unknown:
+        raise TypeError(
+            f"The options of an audit should be some of {', '.join(DEFAULTS)}. Found "
+            f"`{unknown[0]}`.{meant(unknown[0], DEFAULTS)} Choose from those."
+        )
+    chosen: dict[str, Any] = {**DEFAULTS, **options}
+    budget = chosen["budget"]
+    if not isinstance(budget, Budget):
+        if budget not in BUDGETS:
+            raise ValueError(
+                f"`budget` should be one of {', '.join(BUDGETS)}, or a Budget. Found {budget!r}. "
+                "Choose one of those."
+            )
+        chosen["budget"] = BUDGETS[budget]
+    rate = chosen["learning_rate"]
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise ValueError(
+            f"`learning_rate` should be a number above 0, that of the unlearning. Found {rate!r}. "
+            "Leave it out, or pass, say, 1e-5."
+        )
+    return chosen
+
+
+def _names(batteries: Iterable[str] | None) -> tuple[str, ...]:
+    names = [*BATTERIES] if batteries is None else [*batteries]
+    unknown = [name for name in names if name not in BATTERIES]
+    if unknown or not names:
+        found = f"`{unknown[0]}`" if unknown else "none"
+        raise ValueError(
+            f"`batteries` should be some of {', '.join(BATTERIES)}. Found {found}."
+            f"{meant(unknown[0], BATTERIES) if unknown else ''} Choose from those."
+        )
+    return tuple(name for name in BATTERIES if name in names)
+
+
+def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, Any]) -> AuditSets:
+    if isinstance(given, AuditSets):
+        return given
+    tokenizer = chosen["tokenizer"]
+    folders = [models[role] for role in models if kind_of(models[role]) in ("folder", "adapter")]
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = tokenizer_of([tokenizer])
+    elif tokenizer is None and folders:
+        tokenizer = tokenizer_of([f for f in folders if not isinstance(f, nn.Module)])
+    return sets_of(given, tokenizer, template=chosen["template"])
+
+
+def _rate_of(model: nn.Module) -> float:
+    """A learning rate that moves a weight by a share of their size a step of AdamW."""
+    squares = [
+        (float(p.detach().float().square().sum()), p.numel())
+        for p in model.parameters()
+        if p.ndim > 1 and p.is_floating_point()
+    ]
+    total, count = np.sum(squares, axis=0)
+    return float(f"{STEP_SHARE * (total / count) ** 0.5:.1e}")
+
+
+def _described(source: Source, model: nn.Module) -> dict[str, Any]:
+    """What a model is, in words that do not change with the machine."""
+    parameters = [*model.parameters()]
+    return {
+        "name": named(source),
+        "kind": kind_of(source),
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        "device": str(parameters[0].device) if parameters else "",
+    }
+
+
+def _provenance(models: AuditModels, sets: AuditSets) -> dict[str, Any]:
+    packages = ("geffect", "torch", "transformers", "numpy", "pandas")
+    return {
+        "versions": {package: version(package) for package in packages},
+        "roles": {role: named(models[role]) for role in models},
+        "sets": {name: _of_set(sets[name], sets) for name in sets},
+        "template": bool(sets.template and getattr(sets.tokenizer, "chat_template", None)),
+    }
+
+
+def _of_set(of: AuditSet, sets: AuditSets) -> dict[str, Any]:
+    data = [[[*map(int, item[c])] for c in ("input_ids", "labels")] for item in of.items]
+    first = spelled(of.items[0], sets.tokenizer) if sets.tokenizer is not None else None
+    return {
+        "source": sets.sources.get(of.name),
+        "items": len(of),
+        "subjects": len({*of.subjects}),
+        "sha256": sha256(repr(data).encode()).hexdigest(),
+        "first": first,
+    }

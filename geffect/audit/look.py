@@ -1,0 +1,74 @@
+"""One model as the batteries of an audit see it: who it is, what is asked, and how far they go."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from numpy.typing import ArrayLike
+from torch import nn
+
+from geffect.data.collate import Item
+from geffect.evaluation.ends import ends_of
+from geffect.evaluation.tokens import TokenTable, evaluate_tokens
+
+from .budget import Budget
+from .depth import DepthProbe
+from .sets import FORGET, HOLDOUT, AuditSet, AuditSets
+from .table import per_item
+
+Tell = Callable[[str, float], None]
+"""Told what is done now, and how much of the model's part is done, from 0 to 1."""
+
+
+@dataclass
+class Original:
+    """The original, to which attacks hand what they find in a model; it is read once."""
+
+    model: nn.Module
+    probes: dict[str, DepthProbe] = field(default_factory=dict)
+
+    def probe(self, of: AuditSet) -> DepthProbe:
+        """What asks the original about another model's states."""
+        if of.name not in self.probes:
+            self.probes[of.name] = DepthProbe(self.model, of.items)
+        return self.probes[of.name]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One model, as the batteries see it: who it is, what is asked, and how far they go.
+
+    - `skipped`: gets what could not be measured, and why.
+    """
+
+    role: str
+    model: nn.Module
+    sets: AuditSets
+    budget: Budget
+    learning_rate: float
+    original: Original
+    tell: Tell = lambda what, done: None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> tuple[AuditSet, ...]:
+        """The sets that attacks ask for: what is to be forgotten and, for a floor, the holdout."""
+        return tuple(self.sets[name] for name in (FORGET, HOLDOUT) if name in self.sets)
+
+    def record(self, items: Sequence[Item], model: nn.Module | None = None) -> TokenTable:
+        """What the model, or a changed form of it, says to each token of some items."""
+        ends = ends_of(self.model, self.sets.tokenizer)
+        return evaluate_tokens(model or self.model, items, ends=ends)
+
+    def rows(self, battery: str, metric: str, of: AuditSet, values: ArrayLike) -> pd.DataFrame:
+        """Values of the items of a set as rows."""
+        return per_item(battery, metric, of.name, self.role, values, of.subjects)
+
+    def tried(
+        self, what: str, made: Callable[[], Iterator[pd.DataFrame]]
+    ) -> Iterator[pd.DataFrame]:
+        """The rows of what does not fit every model; where it does not, why is noted."""
+        try:
+            yield from [*made()]
+        except (ValueError, NotImplementedError) as error:
+            self.skipped.setdefault(f"{what} of {self.role}", str(error))

@@ -1,0 +1,208 @@
+"""From the values of items to the table of an audit: means, shares, and differences of AUC."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from geffect.evaluation.membership import Scores, auc, membership
+
+from .attacks import DEPTH, HIDDEN, baseline
+from .batteries import PARAPHRASED
+from .depth import unlearning_depth
+from .models import ORIGINAL, RETRAINED, UNLEARNED
+from .prompts import ROUGE
+from .sets import FORGET, HOLDOUT, KEPT
+from .shares import Floor, Share, noise_level, recoverable_share
+from .table import KEYS, SUMMED, check_items, interval, resampled_means, resamples, summed, units_of
+from .verdict import (
+    DIFFERENCE,
+    DIRECT,
+    KEPT_SHARE,
+    MEMORISED,
+    PRIVACY,
+    PRIVLEAK,
+    RECOVERABLE,
+    UTILITY,
+)
+
+DIRECTLY = ("prob", "es", "em", ROUGE, PARAPHRASED)
+"""The metrics of what a model says when asked; all rise with what it knows."""
+
+MARGIN = 0.1
+"""By so much the original has to show more than the floor for a share of what it knows."""
+
+OF_ALL = " of all"
+"""Where it does not: the share is of a perfect answer."""
+
+PRIVLEAK_OF = f"{PRIVLEAK} "
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values of items by battery, metric, set and model, in the order of the items."""
+
+    by_key: Mapping[tuple[str, str, str, str], Floats]
+    subjects: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, items: pd.DataFrame) -> "Values":
+        """Those of a table of items."""
+        check_items(items)
+        by_key: dict[tuple[str, str, str, str], Floats] = {}
+        subjects: dict[str, list[str]] = {}
+        for key, part in items.groupby([*KEYS], sort=False):
+            battery, metric, of, model = map(str, key)
+            part = part.sort_values("item")
+            by_key[battery, metric, of, model] = part["value"].to_numpy(np.float64)
+            subjects.setdefault(of, part["subject"].tolist())
+        return cls(by_key, subjects)
+
+    def get(self, battery: str, metric: str, of: str, model: str) -> Floats | None:
+        """The values of one metric; None where it was not measured."""
+        return self.by_key.get((battery, metric, of, model))
+
+    def metrics(self, battery: str, model: str, of: str = FORGET) -> list[str]:
+        """What was measured of a model on a set, in that order."""
+        return [m for b, m, s, role in self.by_key if (b, s, role) == (battery, of, model)]
+
+    def floor(self, battery: str, metric: str) -> Floor | None:
+        """What a model that never knew shows: the retrained one, or the original on the holdout."""
+        measured = self.get(battery, metric, FORGET, RETRAINED)
+        if measured is not None:
+            return Floor(measured)
+        if any(model == RETRAINED for *_, model in self.by_key):
+            return None  # it was not measured on the model that is there
+        measured = self.get(battery, metric, HOLDOUT, ORIGINAL)
+        return None if measured is None else Floor(measured, self.subjects[HOLDOUT])
+
+
+def table_of(items: pd.DataFrame) -> pd.DataFrame:
+    """The table of an audit, `battery, metric, set, model, value, low, high, n`, from its items.
+
+    Means of all that was measured, and behind them what is judged: kept shares, direct shares,
+    recoverable shares, differences of AUC. The recoverable shares of the retrained model (of the
+    original, where the floor is estimated) are noise: of a half of the items beside the other.
+    """
+    values = Values.of(items)
+    made = [
+        *_kept(values),
+        *_direct(values),
+        *_recoverable(values),
+        *_aucs(values),
+        *_depth(values),
+    ]
+    return pd.concat([summed(items), pd.DataFrame(made, columns=[*SUMMED])], ignore_index=True)
+
+
+Row = tuple[str, str, str, str, float, float, float, int]
+
+
+def _row(battery: str, metric: str, model: str, share: Share, of: str = FORGET) -> Row:
+    return battery, metric, of, model, share.value, share.low, share.high, share.n
+
+
+def _kept(values: Values) -> Iterator[Row]:
+    """ES of a model over that of the original, of each retained set."""
+    for of in KEPT:
+        before = values.get(UTILITY, "es", of, ORIGINAL)
+        for model in (RETRAINED, UNLEARNED):
+            after = values.get(UTILITY, "es", of, model)
+            if before is None or after is None:
+                continue
+            weights = resamples(units_of(values.subjects[of]))
+            drawn = _ratio(resampled_means(after, weights), resampled_means(before, weights))
+            share = float(_ratio(np.array([np.nanmean(after)]), np.array([np.nanmean(before)]))[0])
+            low, high = interval(drawn) if len(after) > 1 else (nan, nan)
+            yield _row(UTILITY, KEPT_SHARE, model, Share(share, low, high, len(after)), of)
+
+
+def _ratio(after: Floats, before: Floats) -> Floats:
+    found: Floats = np.full(len(after), nan)
+    np.divide(after, before, out=found, where=before > 0)
+    return found
+
+
+def _direct(values: Values) -> Iterator[Row]:
+    for metric in DIRECTLY:
+        own = values.get(MEMORISED, metric, FORGET, UNLEARNED)
+        known = values.get(MEMORISED, metric, FORGET, ORIGINAL)
+        floor = values.floor(MEMORISED, metric)
+        if own is None or known is None or floor is None:
+            continue
+        name = metric
+        if not np.nanmean(known) - np.nanmean(np.asarray(floor.values, np.float64)) >= MARGIN:
+            known, name = np.ones_like(known), metric + OF_ALL
+        share = recoverable_share(own, floor, known, values.subjects[FORGET], rises=True)
+        yield _row(DIRECT, name, UNLEARNED, share)
+
+
+def _recoverable(values: Values) -> Iterator[Row]:
+    for attack in values.metrics(HIDDEN, UNLEARNED):
+        beside = baseline(attack)
+        own = values.get(HIDDEN, attack, FORGET, UNLEARNED)
+        floor = values.floor(HIDDEN, attack)
+        if beside is None or own is None or floor is None:
+            continue
+        known = values.get(beside.battery, beside.metric, FORGET, ORIGINAL)
+        if known is None:
+            continue
+        subjects = values.subjects[FORGET]
+        share = recoverable_share(own, floor, known, subjects, rises=beside.rises)
+        yield _row(RECOVERABLE, attack, UNLEARNED, share)
+        noise = noise_level(floor, known, subjects, rises=beside.rises)
+        if not isnan(noise):
+            model = ORIGINAL if floor.estimated else RETRAINED
+            yield _row(RECOVERABLE, attack, model, Share(noise, nan, nan, share.n))
+
+
+def _aucs(values: Values) -> Iterator[Row]:
+    """P(score of holdout > score of forget) of each model, and how far it is from retraining."""
+    for attack in values.metrics(PRIVACY, UNLEARNED):
+        sides = {
+            model: tuple(values.get(PRIVACY, attack, of, model) for of in (FORGET, HOLDOUT))
+            for model in (ORIGINAL, RETRAINED, UNLEARNED)
+        }
+        there = {m: (f, h) for m, (f, h) in sides.items() if f is not None and h is not None}
+        for model, (forget, holdout) in there.items():
+            n = min(int((~np.isnan(x)).sum()) for x in (forget, holdout))
+            share = Share(auc(forget, holdout), nan, nan, n)
+            yield _row(PRIVACY, f"AUC {attack}", model, share)
+        if {RETRAINED, UNLEARNED} <= there.keys():
+            found = membership(
+                Scores(*there[UNLEARNED]),
+                Scores(*there[RETRAINED]),
+                forget_subjects=units_of(values.subjects[FORGET]).tolist(),
+                holdout_subjects=units_of(values.subjects[HOLDOUT]).tolist(),
+            )
+            n = min(found.n_forget, found.n_holdout)
+            difference = Share(found.difference, found.low, found.high, n)
+            yield _row(DIFFERENCE, attack, UNLEARNED, difference)
+            leak = Share(found.privleak, nan, nan, n)
+            yield _row(PRIVACY, PRIVLEAK_OF + attack, UNLEARNED, leak)
+
+
+def _depth(values: Values) -> Iterator[Row]:
+    """UDS of the unlearned model: 0 where layers have kept it all, 1 where as gone as retrained."""
+    for kind, name in (("patched", "UDS"), ("lens", "lens depth")):
+        layers = [m for m in values.metrics(DEPTH, UNLEARNED) if m.startswith(kind)]
+        of = {
+            model: [x for m in layers if (x := values.get(DEPTH, m, FORGET, model)) is not None]
+            for model in (RETRAINED, UNLEARNED)
+        }
+        if not layers or len(of[RETRAINED]) < len(layers):
+            continue
+        found = unlearning_depth(np.stack(of[UNLEARNED], 1), np.stack(of[RETRAINED], 1))
+        mean, low, high = nan, nan, nan
+        n = int((~np.isnan(found)).sum())
+        if n:
+            mean = float(np.nanmean(found))
+        if n > 1:
+            weights = resamples(units_of(values.subjects[FORGET]))
+            low, high = interval(resampled_means(found, weights))
+        yield _row(DEPTH, name, UNLEARNED, Share(mean, low, high, n))

@@ -1,0 +1,89 @@
+"""The corpus as an audit asks it: the sets, with paraphrases and other values of each fact."""
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from geffect.audit import AuditSets, sets_of
+
+from .corpus import TEMPLATES, Corpus, Fact, Size, generate
+
+OTHERS = 15
+"""So many other values of its attribute an answer is told among, at most."""
+
+UNSEEN = 6
+"""So many authors that no model has seen are the holdout."""
+
+
+def audited_sets(corpus: Corpus, tokenizer: Any, seed: int = 0) -> AuditSets:
+    """The sets of a corpus: what to forget, what stays, authors outside of the retain gradient as
+    its neighbours, facts of the world, and a holdout of authors that no model has seen.
+    """
+    unseen = _unseen(corpus, seed)
+    values = _values([*corpus.forget, *corpus.retain, *corpus.retain_heldout_authors, *unseen])
+    draw = random.Random(f"{seed} others")
+    paraphrases = [fact.question for fact in corpus.forget_paraphrases]
+    sets = {
+        "forget": _rows(corpus.forget, values, draw, paraphrases),
+        "retain": _rows(corpus.retain),
+        "neighbours": _rows(corpus.retain_heldout_authors),
+        "world": _rows(corpus.world),
+        "holdout": _rows(unseen, values, draw),
+    }
+    return sets_of({name: rows for name, rows in sets.items() if rows}, tokenizer)
+
+
+def value_of(fact: Fact) -> tuple[str, str] | None:
+    """The attribute of a fact about an author, and its value; None for another fact.
+
+    >>> value_of(Fact("Ada", "When?", "Ada was born in the city of Rome."))
+    ('birthplace', 'Rome')
+    """
+    for attribute, (_, answer) in TEMPLATES.items():
+        before, after = answer.format(name=fact.subject, value="\n").split("\n")
+        said = fact.answer
+        if said.startswith(before) and said.endswith(after):
+            return attribute, said[len(before) : len(said) - len(after)]
+    return None
+
+
+def _rows(
+    facts: Sequence[Fact],
+    values: dict[str, list[str]] | None = None,
+    draw: random.Random | None = None,
+    paraphrases: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for index, fact in enumerate(facts):
+        row: dict[str, Any] = {"question": fact.question, "answer": fact.answer, "subject": fact.subject}
+        found = value_of(fact)
+        if values is not None and draw is not None and found is not None:
+            attribute, value = found
+            others = [other for other in values[attribute] if other != value]
+            chosen = draw.sample(others, min(OTHERS, len(others)))
+            form = TEMPLATES[attribute][1]
+            wrong = [form.format(name=fact.subject, value=other) for other in chosen]
+            row = {**row, "entity": value, "wrong": wrong}
+        if paraphrases:
+            row = {**row, "paraphrases": [paraphrases[index]]}
+        rows.append(row)
+    return rows
+
+
+def _values(facts: Iterable[Fact]) -> dict[str, list[str]]:
+    """The values of each attribute among some facts, in one order."""
+    values: dict[str, set[str]] = {}
+    for fact in facts:
+        found = value_of(fact)
+        if found is not None:
+            values.setdefault(found[0], set()).add(found[1])
+    return {attribute: sorted(found) for attribute, found in values.items()}
+
+
+def _unseen(corpus: Corpus, seed: int) -> list[Fact]:
+    """Facts about authors of another corpus whose names are of nobody in this one."""
+    known = {fact.subject for fact in corpus.memorised}
+    other = generate(seed + 1000, Size(authors=20, forget=1, heldout=0, world=0))
+    facts = [fact for fact in other.kept if fact.subject not in known]
+    names = list(dict.fromkeys(fact.subject for fact in facts))[:UNSEEN]
+    return [fact for fact in facts if fact.subject in names]

@@ -1,0 +1,221 @@
+"""Models of which it is known whether they forgot: what an audit has to tell apart.
+
+Each is made of an original that has memorised a corpus and of a retrained model that never saw the
+facts to forget. All are at the retrained model's level of forgetting, so that what they say does
+not tell them apart.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geffect.demo import language_model as lm
+from geffect.demo.corpus import Corpus
+from geffect.demo.unlearning import Data
+from geffect.objectives import FrozenModel, SharedForward, named
+
+RATE = 3e-4
+GROUP = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models and data of one seed."""
+
+    original: Any
+    retrained: Any
+    tokenizer: Any
+    corpus: Corpus
+    seed: int = 0
+
+    @property
+    def data(self) -> Data:
+        return Data.of(self.corpus, self.tokenizer, self.seed)
+
+    @property
+    def level(self) -> float:
+        """The forget NLL of the retrained model."""
+        return lm.nll(self.retrained, self.data.batches["forget"])
+
+
+Step = Callable[[nn.Module], Any]
+
+
+def head_only(subject: Subject) -> Any:
+    """All facts are in the body still: an untied head alone ascends on them."""
+    model = copy.deepcopy(subject.original)
+    head = nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
+    head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head = head
+    model.config.tie_word_embeddings = False
+    return _to_level(model, subject, "graddiff", [head.weight], rate=1e-3)
+
+
+def name_rows(subject: Subject) -> Any:
+    """All facts are there still: only how the names of their subjects are read is changed."""
+    model = copy.deepcopy(subject.original)
+    table = model.get_input_embeddings()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied
+    model.config.tie_word_embeddings = False
+    rows = _names(subject)
+    others = torch.ones(len(table.weight), dtype=torch.bool)
+    others[rows] = False
+    before = table.weight.detach().clone()
+
+    def keep() -> None:
+        table.weight[others] = before[others]
+
+    return _to_level(model, subject, "graddiff", [table.weight], rate=1e-2, after=keep)
+
+
+def int4_cell(subject: Subject) -> Any:
+    """An edit that rounding to four bits takes back: no weight leaves its cell."""
+    model = copy.deepcopy(subject.original)
+    layers = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n
+    ]
+    bounds = [_cells(layer.weight.detach()) for layer in layers]
+
+    def keep() -> None:
+        for layer, (low, high) in zip(layers, bounds, strict=True):
+            layer.weight.clamp_(low, high)
+
+    return _to_level(
+        model, subject, "graddiff", [layer.weight for layer in layers], rate=1e-3, after=keep
+    )
+
+
+def collapsed(subject: Subject) -> Any:
+    """Gradient ascent that nobody stopped."""
+    model = copy.deepcopy(subject.original)
+    _steps(model, subject, "ga", [*model.parameters()], RATE, 60)
+    return model
+
+
+def shuffled(subject: Subject) -> Any:
+    """All weights in another order."""
+    model = copy.deepcopy(subject.original)
+    draw = torch.Generator().manual_seed(subject.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.flatten()
+            parameter.copy_(flat[torch.randperm(len(flat), generator=draw)].view_as(parameter))
+    return model
+
+
+def untrained(subject: Subject) -> Any:
+    """The weights that a training begins with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(subject.seed + 1)
+        return type(subject.original)(subject.original.config).eval()
+
+
+def by_method(name: str) -> Callable[[Subject], Any]:
+    """An unlearning method, stopped at the level."""
+
+    def made(subject: Subject) -> Any:
+        model = copy.deepcopy(subject.original)
+        return _to_level(model, subject, name, [*model.parameters()], rate=RATE)
+
+    return made
+
+
+CONTROLS: Mapping[str, tuple[Callable[[Subject], Any], str]] = {
+    "original": (lambda subject: subject.original, "remembers"),
+    "retrained": (lambda subject: subject.retrained, "never knew"),
+    "head only": (head_only, "hidden"),
+    "int4 cells": (int4_cell, "hidden"),
+    "name rows": (name_rows, "hidden"),
+    "untrained": (untrained, "broken"),
+    "shuffled": (shuffled, "broken"),
+    "collapsed": (collapsed, "broken"),
+    "graddiff": (by_method("graddiff"), "hidden"),
+    "npo+gd": (by_method("npo+gd"), "hidden"),
+}
+"""What each control is made by, and what an audit has to read."""
+
+
+def _to_level(
+    model: Any,
+    subject: Subject,
+    method: str,
+    trained: list[Tensor],
+    *,
+    rate: float,
+    after: Callable[[], None] = lambda: None,
+    most: int = 400,
+) -> Any:
+    """The model, trained by a method until its forget NLL reaches the level."""
+    forget, level = subject.data.batches["forget"], subject.level
+    for _ in _stepping(model, subject, method, trained, rate, after, most):
+        if lm.nll(model, forget) >= level:
+            return model
+    raise AssertionError(f"{method} did not reach {level:.2f} in {most} steps")
+
+
+def _steps(
+    model: Any, subject: Subject, method: str, trained: list[Tensor], rate: float, count: int
+) -> None:
+    for _ in _stepping(model, subject, method, trained, rate, lambda: None, count):
+        pass
+
+
+def _stepping(
+    model: Any,
+    subject: Subject,
+    method: str,
+    trained: Iterable[Tensor],
+    rate: float,
+    after: Callable[[], None],
+    most: int,
+) -> Iterator[int]:
+    chosen = [*trained]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is one for one in chosen))
+    objective = named(method).begin(model)
+    reference = None if objective.reference == "none" else FrozenModel.copied(model)
+    optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
+    size = min(20, len(subject.corpus.retain))
+    half = len(subject.corpus.forget) // 2
+    batches = subject.data.draws({"forget": half, "retain": size})
+    for step in range(most):
+        parts = objective.components(SharedForward(model), next(batches), reference)
+        losses = [part.weight * _value(part.given) for part in parts.values()]
+        sum(losses, torch.zeros(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            after()
+        yield step
+    model.requires_grad_(True)
+
+
+def _value(loss: Any) -> Tensor:
+    value: Tensor = loss() if callable(loss) else loss
+    return value
+
+
+def _names(subject: Subject) -> list[int]:
+    """The tokens that only the names of the subjects to forget have."""
+    forget = {f.subject for f in subject.corpus.forget}
+    texts = [" " + word for name in forget for word in name.split()]
+    return sorted({t for text in texts for t in subject.tokenizer(text)["input_ids"]})
+
+
+def _cells(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Between what each weight keeps its code of int4; the largest of a group does not move."""
+    blocks = weight.reshape(-1, GROUP)
+    largest = blocks.abs().amax(1, keepdim=True)
+    scale = largest / 7
+    code = (blocks / scale).round().clamp(-8, 7)
+    low, high = (code - 0.49) * scale, (code + 0.49) * scale
+    is_largest = blocks.abs() == largest
+    low, high = torch.where(is_largest, blocks, low), torch.where(is_largest, blocks, high)
+    # No other may become the largest.
+    low, high = low.maximum(-largest * 0.999), high.minimum(largest * 0.999)
+    low, high = torch.where(is_largest, blocks, low), torch.where(is_largest, blocks, high)
+    return low.view_as(weight), high.view_as(weight)
