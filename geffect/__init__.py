@@ -7,6 +7,7 @@ the other. `Rectifier` keeps
 unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
 `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
 samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
+`geffect.audit(unlearned, original, ...)` says whether a model forgot, or only hides it.
 
 All of that is there after `import geffect`, and is loaded when it is first asked for.
 
@@ -38,6 +39,7 @@ __all__ = [
     "StopWhen",
     "__version__",
     "analysis",
+    "audit",
     "capture",
     "edit",
     "edits",
@@ -66,6 +68,7 @@ _HOMES = {
 }
 _ROOMS = (
     "analysis",
+    "audit",
     "capture",
     "edits",
     "effects",

@@ -16,6 +16,7 @@ from geffect.evaluation.memorised import nll
 
 from .look import Look
 from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
+from .quantisers import Quantiser
 from .recognition import every_other, recognition, recognition_after
 from .relearning import as_attacks, relearning, teach
 from .rounding import quantisers_for, rounded
@@ -72,7 +73,7 @@ def attacks(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
         (ROUNDING, 0.1, _rounded),
         (DEPTH, 0.2, _depth),
         (PROMPT, 0.3, _prompted),
-        (RECOGNITION, 0.5, _recognised),
+        (RECOGNITION, 0.5, _recognition),
         (RELEARNING, 1.0, _relearned),
     )
     done = 0.0
@@ -83,10 +84,13 @@ def attacks(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 
 def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
-    for quantiser in quantisers_for(look.model):
+    def by(quantiser: Quantiser) -> Iterator[pd.DataFrame]:
         with rounded(look.model, quantiser) as model:
-            values = nll(look.record(of.items, model))
+            values = nll(look.read(of.items, model))
         yield look.rows(HIDDEN, f"{ROUNDING} to {quantiser.name}", of, values)
+
+    for quantiser in quantisers_for(look.model):
+        yield from look.tried(f"{ROUNDING} to {quantiser.name}", partial(by, quantiser))
 
 
 def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
@@ -114,14 +118,20 @@ def _prompted(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
         yield look.rows(HIDDEN, f"{PROMPT} {name}", of, values)
 
 
-def _recognised(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+def recognised(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """Whether a model that is not attacked tells the right answer among others."""
     if not any(of.alternatives):
         raise ValueError(f"`{of.name}` has no wrong answers, among which the right one is told.")
-    model, items, others = look.model, [*of.items], [*of.alternatives]
-    yield look.rows(HIDDEN, RECOGNITION, of, recognition(model, items, others))
-    found = recognition_after(
-        model, items, others, {**_shown(look), **_kept_shown(look)}, every_other(of.subjects)
+    yield look.rows(
+        HIDDEN, RECOGNITION, of, recognition(look.model, [*of.items], [*of.alternatives])
     )
+
+
+def _recognition(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    yield from recognised(look, of)
+    shown = {**_shown(look), **_kept_shown(look)}
+    items, others = [*of.items], [*of.alternatives]
+    found = recognition_after(look.model, items, others, shown, every_other(of.subjects))
     for name, part in found.groupby("attack", sort=False):
         yield look.rows(HIDDEN, str(name), of, part.sort_values("item")["value"])
 

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from typing import Any, TypedDict, Unpack
@@ -112,7 +112,8 @@ def audit(
             "Pass one of them."
         )
     started = time.monotonic()
-    items, manifest = measured(models, read, names, chosen)
+    ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
+    items, manifest = measured(models, ordered, names, chosen)
     table = table_of(items)
     told = {
         **_provenance(models, read),
@@ -125,7 +126,7 @@ def audit(
 
 
 def measured(
-    models: AuditModels, sets: AuditSets, names: Iterable[str], chosen: Mapping[str, Any]
+    models: AuditModels, sets: AuditSets, names: Sequence[str], chosen: Mapping[str, Any]
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The values of all items, and what a manifest tells of how they were found."""
     budget: Budget = chosen["budget"]
@@ -135,20 +136,15 @@ def measured(
     skipped: dict[str, str] = {}
     found: list[pd.DataFrame] = []
     described: dict[str, Any] = {}
-    parts = [(role, name) for role in models for name in names]
-    for role in models:
+    has_retrained = models.retrained is not None
+    for place, role in enumerate(models):
         model = original.model if role == ORIGINAL else models.loaded(role)
         described[role] = _described(models[role], model)
+        looked = _Progress(report, role, place, len(models), len(names))
+        look = Look(role, model, sets, budget, rate, original, has_retrained, looked.tell, skipped)
         for name in names:
-            start = parts.index((role, name)) / len(parts)
-
-            def tell(what: str, done: float, role: str = role, start: float = start) -> None:
-                report(f"{role}: {what}", start + done / len(parts))
-
-            tell(name, 0.0)
-            look = Look(role, model, sets, budget, rate, original, tell, skipped)
+            looked.begin(name)
             found += BATTERIES[name](look)
-        del model
     report("done", 1.0)
     if not found:
         raise ValueError(
@@ -163,6 +159,28 @@ def measured(
         "skipped": skipped,
     }
     return pd.concat(found, ignore_index=True), told
+
+
+@dataclass
+class _Progress:
+    """How far all of it is, from how far a battery is with one model."""
+
+    report: Report
+    role: str
+    place: int
+    roles: int
+    batteries: int
+    begun: int = -1
+
+    def begin(self, battery: str) -> None:
+        """The next battery begins."""
+        self.begun += 1
+        self.tell(battery, 0.0)
+
+    def tell(self, what: str, done: float) -> None:
+        """So much of the battery that has begun is done."""
+        share = (self.begun + done) / self.batteries
+        self.report(f"{self.role}: {what}", (self.place + share) / self.roles)
 
 
 def _chosen(options: AuditOptions) -> dict[str, Any]:
@@ -210,7 +228,10 @@ def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, An
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = tokenizer_of([tokenizer])
     elif tokenizer is None and folders:
-        tokenizer = tokenizer_of([f for f in folders if not isinstance(f, nn.Module)])
+        try:
+            tokenizer = tokenizer_of([f for f in folders if not isinstance(f, nn.Module)])
+        except FileNotFoundError:
+            tokenizer = None  # ready items need none
     return sets_of(given, tokenizer, template=chosen["template"])
 
 

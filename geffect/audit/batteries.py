@@ -5,6 +5,7 @@ attacks. None knows what the others find, and none changes a model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import log
 from typing import Any
 
@@ -14,13 +15,15 @@ import pandas as pd
 from geffect.data.collate import Item
 from geffect.evaluation import memorised as memorised_of
 from geffect.evaluation.answers import generated
+from geffect.evaluation.degenerate import degenerate
 from geffect.evaluation.memorised import nll, prob
 from geffect.evaluation.privacy import privacy as scored
 from geffect.evaluation.rouge import rouge
 from geffect.evaluation.tokens import TokenTable
 from geffect.evaluation.truth_ratio import truth_ratio
+from geffect.evaluation.utility import divergence
 
-from .attacks import HIDDEN, attacks
+from .attacks import HIDDEN, attacks, recognised
 from .look import Look
 from .models import ORIGINAL
 from .sets import FORGET, HOLDOUT, RETAIN, TEXT, AuditSet
@@ -30,17 +33,18 @@ PARAPHRASED = "paraphrase prob"
 
 
 def memorised(look: Look) -> Iterator[pd.DataFrame]:
-    """What the model says when asked: of the forget set and the holdout."""
+    """What the model says when it is asked for what should be forgotten."""
 
     def measured(metric: Callable[[TokenTable], Any]) -> Callable[[list[Item]], Any]:
-        return lambda items: metric(look.record(items))
+        return lambda items: metric(look.read(items))
 
     for of in look.asked:
-        record = look.record(of.items)
-        yield from _told(look, MEMORISED, of, record)
+        record = look.record(of)
+        yield from _told(look, MEMORISED, of)
         yield look.rows(MEMORISED, NEAR_TIES, of, record.mean("near_tie"))
+        yield look.rows(UTILITY, UNIFORM, of, np.full(len(of), log(record.vocabulary)))
         if any(of.alternatives):
-            right = nll(look.record([*_first_or(of.reworded, of.items)]))
+            right = nll(look.read([*_first_or(of.reworded, of.items)]))
             wrong = _grouped(of.alternatives, measured(nll))
             yield look.rows(MEMORISED, "truth ratio", of, truth_ratio(right, wrong))
         if any(of.paraphrased):
@@ -48,18 +52,17 @@ def memorised(look: Look) -> Iterator[pd.DataFrame]:
             means = [float(np.mean(x)) if len(x) else float("nan") for x in asked]
             yield look.rows(MEMORISED, PARAPHRASED, of, means)
         yield from _said(look, MEMORISED, of)
-    uniform = np.full(len(look.sets[FORGET]), log(record.vocabulary))
-    yield look.rows(UTILITY, UNIFORM, look.sets[FORGET], uniform)
 
 
 def utility(look: Look) -> Iterator[pd.DataFrame]:
-    """What the model says of what should stay."""
+    """What the model says of what should stay, and how far it is from what the original says."""
     for name in (*look.sets.kept, TEXT):
         if name in look.sets:
-            of = look.budget.some_of(look.sets[name])
-            yield from _told(look, UTILITY, of, look.record(of.items))
-    of = look.budget.some_of(look.sets[RETAIN])
-    yield from _said(look, UTILITY, of)
+            of = look.budget.some_of(look.sets[name], look.budget.kept)
+            yield from _told(look, UTILITY, of)
+            yield from look.tried(f"divergence on {name}", partial(_divergence, look, of))
+    of = look.budget.some_of(look.sets[RETAIN], look.budget.said)
+    yield from look.tried("answers to retain", partial(_answers, look, of))
 
 
 def privacy(look: Look) -> Iterator[pd.DataFrame]:
@@ -67,21 +70,22 @@ def privacy(look: Look) -> Iterator[pd.DataFrame]:
     if HOLDOUT not in look.sets:
         look.skipped.setdefault("privacy", "No holdout was given, which no model has seen.")
         return
-    for of in look.asked:
+    for of in (look.sets[FORGET], look.sets[HOLDOUT]):
         answers = of.answers if all(of.answers) else None
-        found = scored(look.record(of.items), answers)
+        found = scored(look.record(of), answers)
         for attack, part in found.groupby("attack", sort=False):
             yield look.rows(PRIVACY, str(attack), of, part.sort_values("item")["value"])
 
 
 def hidden(look: Look) -> Iterator[pd.DataFrame]:
-    """What the model shows under attacks.
+    """What the model shows of what should be forgotten, when it is attacked.
 
-    Of the forget set; of the original, on the holdout, where that is to say what a model that never
-    knew would show.
+    The original is attacked where that is to say what a model that never knew would show.
     """
     for of in look.asked:
-        if (of.name == HOLDOUT) == (look.role == ORIGINAL):
+        if of.name == FORGET and look.role == ORIGINAL:
+            yield from look.tried("recognition", partial(recognised, look, of))
+        else:
             yield from attacks(look, of)
 
 
@@ -94,9 +98,23 @@ BATTERIES: Mapping[str, Callable[[Look], Iterator[pd.DataFrame]]] = {
 """The batteries by name, in the order in which a model passes them."""
 
 
-def _told(look: Look, battery: str, of: AuditSet, record: TokenTable) -> Iterator[pd.DataFrame]:
-    for metric, part in memorised_of(record).groupby("metric", sort=False):
+def _told(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
+    found = memorised_of(look.record(of))
+    for metric, part in found.groupby("metric", sort=False):
         yield look.rows(battery, str(metric), of, part.sort_values("item")["value"])
+
+
+def _divergence(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """0 for the original itself."""
+    yield look.rows(UTILITY, "KL", of, divergence(look.original.model, look.model, of.items))
+
+
+def _answers(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """Whether answers are degenerate, and what they have of the right ones."""
+    found = degenerate(look.model, of.items, look.original.model)
+    for metric, part in found.groupby("metric", sort=False):
+        yield look.rows(UTILITY, str(metric), of, part.sort_values("item")["value"])
+    yield from _said(look, UTILITY, of)
 
 
 def _said(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:

@@ -16,6 +16,7 @@ class Budget:
     - `relearning`: from what, how many steps, at which rates and in which orders.
     - `taught`: how many steps facts are shown before others are asked for, by recognition.
     - `kept`: how many items of each retained set are looked at; None for all.
+    - `said`: how many retained questions the model answers by itself.
     - `samples`: how many answers are drawn to each question; 0 for none.
     - `layers`: whether depth is measured at every layer, by patching, or at the last one alone.
 
@@ -27,14 +28,15 @@ class Budget:
     relearning: RelearningBudget
     taught: tuple[int, ...]
     kept: int | None
+    said: int | None
     samples: int
     layers: bool
 
-    def some_of(self, of: AuditSet) -> AuditSet:
-        """The set, or as many of its items as are looked at, evenly apart."""
-        if self.kept is None or len(of) <= self.kept:
+    def some_of(self, of: AuditSet, most: int | None) -> AuditSet:
+        """The set, or so many of its items, evenly apart."""
+        if most is None or len(of) <= most:
             return of
-        return of.some(np.linspace(0, len(of) - 1, self.kept).astype(int).tolist())
+        return of.some(np.linspace(0, len(of) - 1, most).astype(int).tolist())
 
 
 QUICK = Budget(
@@ -42,6 +44,7 @@ QUICK = Budget(
     RelearningBudget(steps=(4, 16, 48), rates=(1.0,), seeds=(0,), sources=(BENIGN,)),
     taught=(20,),
     kept=200,
+    said=20,
     samples=0,
     layers=True,
 )
@@ -53,6 +56,7 @@ FULL = replace(
     relearning=RelearningBudget(),
     taught=(5, 20, 40),
     kept=None,
+    said=200,
     samples=8,
 )
 """A report: every source, rate and order, all items, and answers that are drawn."""

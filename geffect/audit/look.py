@@ -13,6 +13,7 @@ from geffect.evaluation.tokens import TokenTable, evaluate_tokens
 
 from .budget import Budget
 from .depth import DepthProbe
+from .models import ORIGINAL
 from .sets import FORGET, HOLDOUT, AuditSet, AuditSets
 from .table import per_item
 
@@ -47,22 +48,36 @@ class Look:
     budget: Budget
     learning_rate: float
     original: Original
+    has_retrained: bool
     tell: Tell = lambda what, done: None
     skipped: dict[str, str] = field(default_factory=dict)
+    records: dict[tuple[str, int], TokenTable] = field(default_factory=dict)
 
     @property
     def asked(self) -> tuple[AuditSet, ...]:
-        """The sets that attacks ask for: what is to be forgotten and, for a floor, the holdout."""
-        return tuple(self.sets[name] for name in (FORGET, HOLDOUT) if name in self.sets)
+        """What is asked for: the forget set.
 
-    def record(self, items: Sequence[Item], model: nn.Module | None = None) -> TokenTable:
+        Of the original, where there is no retrained model, the holdout too: that says what a model
+        would show that never knew.
+        """
+        estimates = self.role == ORIGINAL and not self.has_retrained and HOLDOUT in self.sets
+        return (self.sets[FORGET], *([self.sets[HOLDOUT]] if estimates else []))
+
+    def record(self, of: AuditSet) -> TokenTable:
+        """What the model says to each token of a set, which is read once."""
+        key = of.name, len(of)
+        if key not in self.records:
+            self.records[key] = self.read(of.items)
+        return self.records[key]
+
+    def read(self, items: Sequence[Item], model: nn.Module | None = None) -> TokenTable:
         """What the model, or a changed form of it, says to each token of some items."""
         ends = ends_of(self.model, self.sets.tokenizer)
         return evaluate_tokens(model or self.model, items, ends=ends)
 
     def rows(self, battery: str, metric: str, of: AuditSet, values: ArrayLike) -> pd.DataFrame:
         """Values of the items of a set as rows."""
-        return per_item(battery, metric, of.name, self.role, values, of.subjects)
+        return per_item(battery, metric, of.name, self.role, values, of.subjects, of.numbers)
 
     def tried(
         self, what: str, made: Callable[[], Iterator[pd.DataFrame]]

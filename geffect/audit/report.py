@@ -1,6 +1,9 @@
 """What an audit found: the verdict, the tables that it is of, and how they were made."""
 
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -8,6 +11,7 @@ import pandas as pd
 from .verdict import Verdict
 
 FORMAT = 1
+"""The version of the JSON of a report."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +20,8 @@ class AuditReport:
 
     - `judgement`: the verdict, why, and the flags beside it.
     - `table`: means and shares, `battery, metric, set, model, value, low, high, n`.
-    - `items`: the value of every item, `battery, metric, set, model, item, subject, value`.
+    - `items`: the value of every item, `battery, metric, set, model, item, subject, value`. Where
+      some items of a set were looked at, they are counted among these.
     - `manifest`: models, data with their hashes, budget, thresholds, versions, what was skipped.
     """
 
@@ -39,3 +44,28 @@ class AuditReport:
     def flags(self) -> tuple[str, ...]:
         """What a reader has to know beside the verdict."""
         return self.judgement.flags
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report without the values of single items, as JSON, which is also written to `path`.
+
+        Values that are not numbers are null.
+        """
+        told = {
+            "format": FORMAT,
+            "verdict": self.verdict,
+            "reasons": [*self.reasons],
+            "flags": [*self.flags],
+            "attack": self.judgement.attack,
+            "exit_code": self.judgement.exit_code,
+            "table": _plain(self.table),
+            "manifest": self.manifest,
+        }
+        text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    kept = table.astype(object).where(table.notna(), None)
+    return [{str(key): value for key, value in row.items()} for row in kept.to_dict("records")]

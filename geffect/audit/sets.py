@@ -9,6 +9,7 @@ from typing import Any
 from geffect.data.collate import check_length
 from geffect.data.examples import example
 from geffect.data.lines import answered, form_of, rows_of
+from geffect.evaluation.utility import WINDOW, windows
 from geffect.near import meant
 
 FORGET, RETAIN, NEIGHBOURS = "forget", "retain", "neighbours"
@@ -25,9 +26,6 @@ KEPT = (RETAIN, NEIGHBOURS, WORLD)
 LISTS = ("answers", "wrong", "paraphrases")
 """The keys of a row that hold lists of texts: further answers, wrong ones, further questions."""
 
-WINDOW = 512
-"""The tokens of a window of running text."""
-
 Item = Mapping[str, Any]
 """`input_ids` and `labels`, and maybe `attention_mask`, as `geffect.data.examples.example` makes
 them."""
@@ -42,6 +40,7 @@ class AuditSet:
     - `items`: the rows as the model reads them.
     - `questions`, `answers`: their texts; "" for a question where a row is running text.
     - `subjects`: what each row is about: rows of one are drawn together by a bootstrap.
+    - `numbers`: which row of its data each is, from 0.
     - `entities`: the part of each answer that counts, such as a name; "" for all of it.
     - `wrong`, `alternatives`: answers to each question that are not right, as texts and as items.
     - `reworded`: items of further right answers to each question, those of the rows' `answers`.
@@ -58,6 +57,7 @@ class AuditSet:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     subjects: tuple[str, ...]
+    numbers: tuple[int, ...]
     entities: tuple[str, ...]
     wrong: tuple[tuple[str, ...], ...]
     paraphrases: tuple[tuple[str, ...], ...]
@@ -93,8 +93,13 @@ class AuditSet:
                 f"`{unknown[0]}`.{meant(unknown[0], COLUMNS)} Choose from those."
             )
         filled = {c: tuple(columns.get(c, [empty] * len(items))) for c, empty in COLUMNS.items()}
-        subjects = columns.get("subjects") or map(str, range(len(items)))
-        return cls(name, items, **{**filled, "subjects": tuple(subjects)})
+        for column, own in (
+            ("numbers", range(len(items))),
+            ("subjects", map(str, range(len(items)))),
+        ):
+            if column not in columns:
+                filled[column] = tuple(own)
+        return cls(name, items, **filled)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,13 +110,22 @@ class AuditSet:
         chosen = {column: tuple(values[i] for i in rows) for column, values in self._columns()}
         return AuditSet(self.name, tuple(self.items[i] for i in rows), **chosen)
 
+    def in_one_order(self) -> "AuditSet":
+        """The set in the order of its tokens, the same however its rows stand."""
+
+        def tokens(row: int) -> tuple[list[int], list[int]]:
+            ids, labels = ([*map(int, self.items[row][c])] for c in ("input_ids", "labels"))
+            return ids, labels
+
+        return self.some(sorted(range(len(self)), key=tokens))
+
     def _columns(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         return ((column, getattr(self, column)) for column in COLUMNS)
 
 
 COLUMNS: Mapping[str, Any] = {
-    "questions": "", "answers": "", "subjects": "", "entities": "", "wrong": (), "paraphrases": (),
-    "alternatives": (), "reworded": (), "paraphrased": (),
+    "questions": "", "answers": "", "subjects": "", "numbers": 0, "entities": "", "wrong": (),
+    "paraphrases": (), "alternatives": (), "reworded": (), "paraphrased": (),
 }  # fmt: skip
 """What a set has beside its items, and what an entry is where nobody gives it."""
 
@@ -245,6 +259,7 @@ class _Reading:
             for column, value in self._columns_of(row, where).items():
                 columns[column].append(value)
         items = columns.pop("items")
+        columns["numbers"] = [*range(len(items))]
         own = [str(index) for index in range(len(items))]
         columns["subjects"] = [
             number if subject is None else subject
@@ -299,13 +314,10 @@ class _Reading:
 
     def _windows(self, path: Path) -> AuditSet:
         """A file of plain text in windows, without the first token of each."""
-        text = path.read_text(encoding="utf-8")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         width = min(WINDOW, self.positions or WINDOW)
-        parts = [ids[start : start + width] for start in range(0, len(ids), width)]
-        items = [{"input_ids": p, "labels": [-100, *p[1:]]} for p in parts if len(p) > 1]
+        items = windows(path.read_text(encoding="utf-8"), self.tokenizer, width)
         return AuditSet.of(
-            TEXT, items, answers=[self.tokenizer.decode(i["input_ids"]) for i in items]
+            TEXT, items, answers=[self.tokenizer.decode(x["input_ids"]) for x in items]
         )
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from geffect.evaluation.membership import Scores, auc, membership
+from geffect.evaluation.utility import kept_share
 
 from .attacks import DEPTH, HIDDEN, baseline
 from .batteries import PARAPHRASED
@@ -48,19 +49,18 @@ class Values:
     """The values of items by battery, metric, set and model, in the order of the items."""
 
     by_key: Mapping[tuple[str, str, str, str], Floats]
-    subjects: Mapping[str, Sequence[str]]
+    subjects: Mapping[tuple[str, str], Sequence[str]]
 
     @classmethod
     def of(cls, items: pd.DataFrame) -> "Values":
         """Those of a table of items."""
         check_items(items)
         by_key: dict[tuple[str, str, str, str], Floats] = {}
-        subjects: dict[str, list[str]] = {}
+        subjects: dict[tuple[str, str], list[str]] = {}
         for key, part in items.groupby([*KEYS], sort=False):
             battery, metric, of, model = map(str, key)
-            part = part.sort_values("item")
             by_key[battery, metric, of, model] = part["value"].to_numpy(np.float64)
-            subjects.setdefault(of, part["subject"].tolist())
+            subjects.setdefault((battery, of), part["subject"].tolist())
         return cls(by_key, subjects)
 
     def get(self, battery: str, metric: str, of: str, model: str) -> Floats | None:
@@ -79,7 +79,7 @@ class Values:
         if any(model == RETRAINED for *_, model in self.by_key):
             return None  # it was not measured on the model that is there
         measured = self.get(battery, metric, HOLDOUT, ORIGINAL)
-        return None if measured is None else Floor(measured, self.subjects[HOLDOUT])
+        return None if measured is None else Floor(measured, self.subjects[battery, HOLDOUT])
 
 
 def table_of(items: pd.DataFrame) -> pd.DataFrame:
@@ -115,11 +115,16 @@ def _kept(values: Values) -> Iterator[Row]:
             after = values.get(UTILITY, "es", of, model)
             if before is None or after is None:
                 continue
-            weights = resamples(units_of(values.subjects[of]))
+            weights = resamples(units_of(values.subjects[UTILITY, of]))
             drawn = _ratio(resampled_means(after, weights), resampled_means(before, weights))
-            share = float(_ratio(np.array([np.nanmean(after)]), np.array([np.nanmean(before)]))[0])
             low, high = interval(drawn) if len(after) > 1 else (nan, nan)
-            yield _row(UTILITY, KEPT_SHARE, model, Share(share, low, high, len(after)), of)
+            yield _row(
+                UTILITY,
+                KEPT_SHARE,
+                model,
+                Share(kept_share(after, before), low, high, len(after)),
+                of,
+            )
 
 
 def _ratio(after: Floats, before: Floats) -> Floats:
@@ -138,7 +143,7 @@ def _direct(values: Values) -> Iterator[Row]:
         name = metric
         if not np.nanmean(known) - np.nanmean(np.asarray(floor.values, np.float64)) >= MARGIN:
             known, name = np.ones_like(known), metric + OF_ALL
-        share = recoverable_share(own, floor, known, values.subjects[FORGET], rises=True)
+        share = recoverable_share(own, floor, known, values.subjects[MEMORISED, FORGET], rises=True)
         yield _row(DIRECT, name, UNLEARNED, share)
 
 
@@ -152,7 +157,7 @@ def _recoverable(values: Values) -> Iterator[Row]:
         known = values.get(beside.battery, beside.metric, FORGET, ORIGINAL)
         if known is None:
             continue
-        subjects = values.subjects[FORGET]
+        subjects = values.subjects[HIDDEN, FORGET]
         share = recoverable_share(own, floor, known, subjects, rises=beside.rises)
         yield _row(RECOVERABLE, attack, UNLEARNED, share)
         noise = noise_level(floor, known, subjects, rises=beside.rises)
@@ -177,8 +182,8 @@ def _aucs(values: Values) -> Iterator[Row]:
             found = membership(
                 Scores(*there[UNLEARNED]),
                 Scores(*there[RETRAINED]),
-                forget_subjects=units_of(values.subjects[FORGET]).tolist(),
-                holdout_subjects=units_of(values.subjects[HOLDOUT]).tolist(),
+                forget_subjects=units_of(values.subjects[PRIVACY, FORGET]).tolist(),
+                holdout_subjects=units_of(values.subjects[PRIVACY, HOLDOUT]).tolist(),
             )
             n = min(found.n_forget, found.n_holdout)
             difference = Share(found.difference, found.low, found.high, n)
@@ -203,6 +208,6 @@ def _depth(values: Values) -> Iterator[Row]:
         if n:
             mean = float(np.nanmean(found))
         if n > 1:
-            weights = resamples(units_of(values.subjects[FORGET]))
+            weights = resamples(units_of(values.subjects[DEPTH, FORGET]))
             low, high = interval(resampled_means(found, weights))
         yield _row(DEPTH, name, UNLEARNED, Share(mean, low, high, n))

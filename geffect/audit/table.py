@@ -35,8 +35,11 @@ def per_item(
     model: str,
     values: ArrayLike,
     subjects: Sequence[str],
+    numbers: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """The rows of one metric: a value for each item of the set `of`, in its order.
+
+    `numbers` are those of the items, from 0 if left out.
 
     >>> per_item("memorised", "nll", "forget", "original", [0.5], ["Ada"])["value"].tolist()
     [0.5]
@@ -53,7 +56,7 @@ def per_item(
             "metric": metric,
             "set": of,
             "model": model,
-            "item": np.arange(len(taken)),
+            "item": np.arange(len(taken)) if numbers is None else list(numbers),
             "subject": list(subjects),
             "value": taken,
         }
@@ -118,7 +121,8 @@ def interval(drawn: NDArray[np.float64]) -> tuple[float, float]:
 def summed(items: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     """The mean of every metric, set and model over items, with its interval.
 
-    A set with one item has no interval: NaN.
+    Items are drawn as they stand in the table, those of all models in one order. A set with one
+    item has no interval: NaN.
 
     >>> rows = per_item("memorised", "nll", "forget", "original", [1.0, 3.0], ["a", "b"])
     >>> summed(rows)[["value", "low", "high", "n"]].to_numpy().tolist()
@@ -127,7 +131,6 @@ def summed(items: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFra
     check_items(items)
     rows = []
     for key, part in items.groupby([*KEYS], sort=False):
-        part = part.sort_values("item")
         values = part["value"].to_numpy()
         there = ~np.isnan(values)
         low = high = float("nan")

@@ -55,7 +55,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for index, fact in enumerate(facts):
-        row: dict[str, Any] = {"question": fact.question, "answer": fact.answer, "subject": fact.subject}
+        row: dict[str, Any] = {
+            "question": fact.question,
+            "answer": fact.answer,
+            "subject": fact.subject,
+        }
         found = value_of(fact)
         if values is not None and draw is not None and found is not None:
             attribute, value = found

@@ -1,0 +1,175 @@
+"""A whole audit on random models: what it refuses, what it tells, and that it changes nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import geffect
+from geffect.audit import Thresholds
+from geffect.audit.auditing import audit
+from geffect.audit.budget import QUICK
+from geffect.audit.relearning import RelearningBudget
+from geffect.audit.verdict import judged
+from tests.utils import tiny
+from tests.utils.models import bits
+
+SHORT = RelearningBudget(steps=(1, 2), rates=(1.0,), seeds=(0,), sources=("benign",))
+BUDGET = type(QUICK)("short", SHORT, taught=(1,), kept=3, said=2, samples=0, layers=True)
+TOLD = ["nll", "prob", "em", "es", "entropy"]
+
+
+def items(seed: int, count: int = 6) -> list[dict[str, list[int]]]:
+    drawn = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, tiny.VOCABULARY, (count, 8), generator=drawn).tolist()
+    return [{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def models() -> list[nn.Module]:
+    return [tiny.llama(seed).train() for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def found(models: list[nn.Module]) -> Any:
+    sets = {"forget": items(0), "retain": items(1), "holdout": items(2)}
+    return audit(*models, sets=sets, budget=BUDGET)
+
+
+def test_no_model_is_changed_in_any_bit(models: list[nn.Module]) -> None:
+    before = [bits(model) for model in models]
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    audit(*models, sets={"forget": items(0), "retain": items(1)}, budget=BUDGET)
+    assert [bits(model) for model in models] == before
+    assert all(model.training for model in models)
+    assert all(p.grad is None and p.requires_grad for m in models for p in m.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_report_tells_its_verdict_from_its_own_table(found: Any) -> None:
+    assert judged(found.table) == found.judgement
+    assert {*found.table["battery"]} >= {
+        "memorised", "utility", "privacy", "hidden", "direct share", "recoverable share",
+    }  # fmt: skip
+    assert found.manifest["roles"] == dict.fromkeys(
+        ("original", "retrained", "unlearned"), "LlamaForCausalLM"
+    )
+    assert found.manifest["thresholds"]["hidden"] == Thresholds().hidden
+    told = json.loads(found.to_json())
+    assert told["verdict"] == found.verdict and told["exit_code"] == found.judgement.exit_code
+    assert len(told["table"]) == len(found.table)
+
+
+def test_means_are_those_of_the_items(found: Any) -> None:
+    keys = ["battery", "metric", "set", "model"]
+    means = found.items.groupby(keys)["value"].mean()
+    table = found.table.set_index(keys)["value"].reindex(means.index)
+    np.testing.assert_allclose(table, means, rtol=1e-12)
+
+
+def test_the_shares_are_those_of_a_loop(found: Any) -> None:
+    means = found.table.set_index(["battery", "metric", "set", "model"])["value"]
+    attack = "rounding to int8"
+    u, g = (means["hidden", attack, "forget", m] for m in ("unlearned", "retrained"))
+    o = means["memorised", "nll", "forget", "original"]
+    share = means["recoverable share", attack, "forget", "unlearned"]
+    assert np.isnan(share) if o >= g else share == pytest.approx((g - u) / (g - o))
+    kept = means["utility", "kept share", "retain", "unlearned"]
+    es = [means["utility", "es", "retain", m] for m in ("unlearned", "original")]
+    assert np.isnan(kept) if es[1] == 0 else kept == pytest.approx(es[0] / es[1])
+
+
+def test_the_order_of_items_changes_nothing(models: list[nn.Module], found: Any) -> None:
+    order = [3, 1, 5, 0, 4, 2]
+    turned = [items(0)[i] for i in order]
+    sets = {"forget": turned, "retain": items(1), "holdout": items(2)}
+    again = audit(*models, sets=sets, budget=BUDGET)
+    pd.testing.assert_frame_equal(again.table, found.table)
+    assert again.judgement == found.judgement
+    moved = again.items[again.items["set"] == "forget"].assign(
+        item=lambda t: t["item"].map(dict(enumerate(order)))
+    )
+    kept = found.items[found.items["set"] == "forget"]
+    pd.testing.assert_frame_equal(moved.drop(columns="subject"), kept.drop(columns="subject"))
+
+
+def test_a_holdout_stands_for_a_model_that_never_knew(models: list[nn.Module]) -> None:
+    sets = {"forget": items(0), "retain": items(1), "holdout": items(2)}
+    report = audit(*models[:2], sets=sets, budget=BUDGET, batteries=["memorised", "hidden"])
+    rows = report.items
+    floor = rows[(rows["set"] == "holdout") & (rows["battery"] == "hidden")]
+    assert {*floor["model"]} == {"original"} and len(floor)
+    assert any(flag.startswith("floor estimated") for flag in report.flags)
+
+
+def test_a_battery_alone_measures_nothing_else(models: list[nn.Module]) -> None:
+    sets = {"forget": items(0), "retain": items(1)}
+    report = audit(*models, sets=sets, batteries=["memorised"], budget=BUDGET)
+    assert {*report.items["battery"]} == {"memorised", "utility"}
+    assert {*report.items[report.items["battery"] == "utility"]["metric"]} == {"uniform nll"}
+    assert report.verdict in ("undecided", "remembers")
+    assert not any("relearning" in metric for metric in report.table["metric"])
+
+
+def test_folders_are_read_and_the_room_is_the_function(tmp_path: Path) -> None:
+    for seed, name in enumerate(("unlearned", "original")):
+        tiny.llama(seed).save_pretrained(tmp_path / name)
+    sets = {"forget": items(0), "retain": items(1), "holdout": items(2)}
+    asked = geffect.audit(  # type: ignore[operator, unused-ignore]
+        tmp_path / "unlearned",
+        original=tmp_path / "original",
+        sets={name: geffect.audit.AuditSet.of(name, own) for name, own in sets.items()},  # type: ignore[attr-defined, unused-ignore]
+        batteries=["memorised"],
+    )
+    assert asked.manifest["models"]["original"]["kind"] == "folder"
+
+
+def test_what_cannot_be_measured_is_told(found: Any) -> None:
+    skipped = found.manifest["skipped"]
+    assert "no wrong answers" in skipped["recognition of unlearned"]
+    assert "tokenizer" in skipped["prompt of retrained"]
+
+
+def test_progress_rises_to_all(models: list[nn.Module]) -> None:
+    told: list[float] = []
+    sets = {"forget": items(0), "retain": items(1)}
+    audit(*models, sets=sets, budget=BUDGET, report=lambda what, done: told.append(done))
+    assert told == sorted(told) and told[0] == 0.0 and told[-1] == 1.0
+
+
+def changed(**options: Any) -> Callable[[list[nn.Module]], Any]:
+    sets = {"forget": items(0), "retain": items(1)}
+    given: dict[str, Any] = {"sets": sets, "budget": BUDGET, **options}
+    return lambda models: audit(*models, **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batteries": ["hiden"]}, r"Found `hiden`\. Did you mean `hidden`"),
+        ({"batteries": []}, "Found none"),
+        ({"budget": "fast"}, "`budget` should be one of quick, full"),
+        ({"learning_rate": 0}, "`learning_rate` should be a number above 0"),
+        ({"sets": {"forget": items(0)}}, "Found no `retain`"),
+        ({"sets": {"forget": [{"text": "Ada"}], "retain": items(1)}}, "`tokenizer` should be"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(
+    models: list[nn.Module], options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        changed(**options)(models)
+
+
+def test_without_anything_that_never_knew_there_is_no_audit(models: list[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="`retrained` model, or a set called `holdout`"):
+        changed()(models[:2])
+    with pytest.raises(TypeError, match="Did you mean `budget`"):
+        changed(buget="quick")(models)
