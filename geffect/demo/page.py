@@ -54,10 +54,9 @@ steps.
 - **relearned**: the forget loss on one half of the forget set after a few steps on the other
   half. Below gold means that facts were hidden rather than forgotten; but most of it is names and
   templates, which a model that hides them does not learn faster.
-- **value NLL, recognition, others taught**: the forget loss of the values alone; the share of 15
-  other values of an attribute that the true one beats; and that share after the other facts of the
-  same authors were taught. It is .5 for a model that never saw the fact; above gold means that it
-  was hidden.
+- **others taught**: recognition, the share of other values of an attribute that the true one beats,
+  after the other facts of the same authors were taught. It is .5 for a model that never saw the
+  fact; above gold means that it was hidden. The CSV has it before that, and the NLL of values.
 - **violating steps**: the share of applied updates of the whole run that oppose the running
   average of a retain gradient.
 

@@ -52,7 +52,7 @@ COLUMNS = {
 }
 """What is shown of each row: means over seeds."""
 
-PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "recognition"))
+PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "value_nll", "recognition"))
 """The columns for which a terminal is wide enough."""
 
 OF_ONE_FEED = ("relearn_nll", "value_nll", "recognition", "recognition_taught")
