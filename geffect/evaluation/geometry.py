@@ -89,7 +89,7 @@ def geometry(changes: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (name, metric), part in both.groupby(["set", "metric"], sort=False):
         risk = both[(both["set"] == name) & (both["metric"] == RISK)]
-        x, y = part["predicted"].to_numpy(np.float64), part["value"].to_numpy(np.float64)
+        x, y = _floats(part["predicted"]), _floats(part["value"])
         rho, slope = _fit(x, y)
         rows.append((metric, name, rho, slope, *_gap(risk), len(part)))
     columns = ["metric", "set", "rho", "slope", "predicted", "measured", "gap", "c"]
@@ -119,7 +119,7 @@ def agreement(changes: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(harm['set'].unique())}. Name them so."
         )
     rows = [
-        (name, _rank_correlation(*part[["harm", "value"]].to_numpy(float).T, least=3), len(part))
+        (name, _rank_correlation(_floats(part["harm"]), _floats(part["value"]), least=3), len(part))
         for name, part in both.groupby("set", sort=False)
     ]
     return pd.DataFrame(rows, columns=["set", "rho", "n"])
@@ -133,6 +133,10 @@ def _fit(x: Floats, y: Floats) -> tuple[float, float]:
     return _rank_correlation(x, y, ENOUGH), float(spread @ y) / squares if finite else np.nan
 
 
+def _floats(column: pd.Series) -> Floats:
+    return column.to_numpy(np.float64)
+
+
 def _rank_correlation(x: Floats, y: Floats, least: int) -> float:
     return correlation(ranks(x), ranks(y)).r if len(x) >= least else float("nan")
 
@@ -141,8 +145,8 @@ def _gap(risk: pd.DataFrame) -> tuple[float, float, float]:
     """Predicted and measured fall from the first checkpoint to the last, and the gap of all."""
     if risk.empty:
         return np.nan, np.nan, np.nan
-    predicted = (risk["predicted"] - risk["predicted"].iloc[0]).to_numpy(np.float64)
-    measured = (risk["value"].iloc[0] - risk["value"]).to_numpy(np.float64)
+    predicted = _floats(risk["predicted"] - risk["predicted"].iloc[0])
+    measured = _floats(risk["value"].iloc[0] - risk["value"])
     moved = np.abs(measured).sum()
     gap = np.abs(predicted - measured).sum() / moved if moved else np.nan
     return float(predicted[-1]), float(measured[-1]), float(gap)

@@ -164,7 +164,7 @@ def _paired(
             f"each. Found shapes {both[0].shape} and {both[1].shape}, and {len(of)} subjects. "
             "Evaluate both models on the same items."
         )
-    known: NDArray[np.bool_] = ~np.isnan(np.stack(both)).any(axis=0)
+    known = np.array([not np.isnan(pair).any() for pair in zip(*both, strict=True)], dtype=np.bool_)
     _known(name, both[0][known])
     left = [subject for subject, is_known in zip(of, known, strict=True) if is_known]
     number = {subject: index for index, subject in enumerate(dict.fromkeys(left))}

@@ -91,6 +91,9 @@ def in_band(values: Floats, below: float, above: float) -> np.ndarray:
     >>> in_band(np.array([0.0, 1.0, 2.0]), 0.5, 0.5).tolist()
     [False, True, False]
     """
-    mean, deviation = np.nanmean(values), np.nanstd(values)
-    inside: np.ndarray = (values >= mean - below * deviation) & (values <= mean + above * deviation)
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return np.zeros(values.shape, dtype=np.bool_)
+    apart = (values - known.mean()) / (known.std() or 1.0)
+    inside: np.ndarray = (-below <= apart) & (apart <= above)
     return inside

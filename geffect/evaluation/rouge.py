@@ -15,6 +15,10 @@ _UNSPACED = (
 """Letters of scripts that put no space between words: Thai, Lao, Burmese, Khmer, Kana, Han."""
 
 
+_SPACE = "\u200b"
+"""A space of no width, which parts words."""
+
+
 @dataclass(frozen=True)
 class Rouge:
     """How much of an answer is said, and how much of what is said is of the answer; 0 to 1."""
@@ -94,7 +98,7 @@ def words(text: str) -> list[str]:
     inside = joins = False
     for character in folded:
         kind = unicodedata.category(character)
-        if kind == "Cf":  # joins or breaks letters, and is seen by nobody
+        if kind == "Cf" and character != _SPACE:  # joins letters, and is seen by nobody
             continue
         if kind[0] == "M" and inside:
             found[-1] += character

@@ -152,6 +152,7 @@ def evaluate_tokens(
     >>> table.skipped
     (1,)
     """
+    check_items(items)
     of = list(range(len(items)) if subjects is None else subjects)
     if len(of) != len(items):
         raise ValueError(
@@ -181,7 +182,6 @@ def alike(
     """
     if size < 1:
         raise ValueError(f"`batch` should be at least 1. Found {size}. Pass, say, 32.")
-    check_items(items)
     is_next, positions = predicts_next(model), positions_of(model)
     rows = [bare(item, index) if is_next else item for index, item in enumerate(items)]
     scored = [index for index, row in enumerate(rows) if _is_scored(row, is_next)]
@@ -289,7 +289,7 @@ def in_float64(logits: Tensor) -> Tensor:
 
 def check_items(items: Sequence[Item]) -> None:
     """Refuse what is no list of items, such as texts, or a batch."""
-    is_list = not isinstance(items, Mapping | str)
+    is_list = hasattr(items, "__len__") and not isinstance(items, Mapping | str)
     if not is_list or not all(isinstance(i, Mapping) and i.keys() >= {*NEEDED} for i in items):
         raise TypeError(
             "`items` should be a list of items with `input_ids` and `labels`. Found "

@@ -71,6 +71,7 @@ def test_half_of_a_sentence_without_spaces_is_half_there() -> None:
         ("école E\u0301COLE", ["école", "école"]),
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("می\u200cروم", ["میروم"]),  # a joiner is no gap
+        ("one\u200btwo so\u00adft", ["one", "two", "soft"]),  # but a space without width is
         ("ﬁne \uff11\uff12", ["fine", "12"]),
         ("東京2020年", ["東", "京", "2020", "年"]),
         ("GPU東京", ["gpu", "東", "京"]),

@@ -239,7 +239,8 @@ def test_a_mask_of_the_pad_token_is_refused(mask: list[int], found: str) -> None
 
 def test_what_is_no_item_is_refused() -> None:
     no_labels = [{"input_ids": [1, 2]}]
-    for given in (collate(items(2)), [collate(items(2))], ["text"], "text", no_labels):
+    batch, generator = collate(items(2)), iter(items(2))
+    for given in (batch, [batch], ["text"], "text", no_labels, generator):
         with pytest.raises((TypeError, ValueError), match=r"items|token numbers|shape"):
             evaluate_tokens(tiny.llama(), given)
     with pytest.raises(ValueError, match="Found 1 for 2 items"):
