@@ -18,7 +18,8 @@ from geffect import Rectifier
 from geffect.data.collate import collate
 from geffect.data.pairs import Pairs
 from geffect.objectives import SharedForward, nll
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same
 
 LR, WINDOW, CLIP = 1e-2, 3, 0.5

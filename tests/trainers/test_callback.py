@@ -19,7 +19,8 @@ from geffect import gram, open_run
 from geffect.capture import at
 from geffect.layers import trainable
 from geffect.trainers import GEffectCallback
-from tests.utils import reference, tiny, trainers
+from tests.utils import reference, trainers
+from tests.utils import shallow as tiny
 from tests.utils.trainers import Noting, same, trainer
 
 PROBES = {

@@ -17,7 +17,7 @@ from geffect.layers import describe
 from geffect.store.writer import RunWriter
 from geffect.trainers import GEffectCallback
 from geffect.trainers.loop import clip_scale, scale_left
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.trainers import At, Noting, Scaled, same, stop, trainer
 
 PROBES = {"forget": tiny.batch(50, rows=1), "retain": [tiny.batch(s) for s in (51, 52)]}

@@ -16,7 +16,8 @@ from transformers import Trainer, TrainerCallback
 from geffect import RunFileError, StopWhen, distributed, open_run
 from geffect.store.writer import RunWriter
 from geffect.trainers import GEffectCallback
-from tests.utils import tiny, trainers, two_ranks
+from tests.utils import shallow as tiny
+from tests.utils import trainers, two_ranks
 from tests.utils.trainers import Sharding, trainer, whole
 
 PROBES = {"forget": tiny.batch(50, rows=1), "retain": [tiny.batch(s) for s in (51, 52)]}

@@ -13,7 +13,8 @@ from geffect import Rectifier, open_run
 from geffect.gram import cosine
 from geffect.risk import nll
 from geffect.trainers import GEffectCallback, UnlearningTrainer, rectify
-from tests.utils import tiny, trainers
+from tests.utils import shallow as tiny
+from tests.utils import trainers
 from tests.utils.rectified_trainers import rectified
 from tests.utils.trainers import Scaled, same, trainer
 from tests.utils.unlearning_trainers import RETAIN, opposed_pairs

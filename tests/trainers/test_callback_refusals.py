@@ -12,7 +12,8 @@ from geffect import open_run
 from geffect.risk import check_data
 from geffect.trainers import GEffectCallback
 from geffect.trainers.loop import firing_loop
-from tests.utils import tiny, trainers
+from tests.utils import shallow as tiny
+from tests.utils import trainers
 from tests.utils.trainers import At, trainer
 
 PROBES = {"forget": tiny.batch(50, rows=1), "retain": [tiny.batch(s) for s in (51, 52)]}

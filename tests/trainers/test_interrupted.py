@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from geffect import Recorder, Rectifier, open_run
 from geffect.store import RunFileError, validate
 from geffect.trainers import GEffectCallback, rectify
-from tests.utils import tiny, trainers
+from tests.utils import shallow as tiny
+from tests.utils import trainers
 from tests.utils.interrupts import grads_of, hooks_left, interrupted_at_line, moments, same
 from tests.utils.unlearning_trainers import opposed_pairs, unlearner
 

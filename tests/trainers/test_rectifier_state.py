@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from geffect import Recorder, Rectifier, open_run
 from geffect.projection import State
 from geffect.trainers import rectify
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import rectified, shuffled
 from tests.utils.trainers import At, same, stop

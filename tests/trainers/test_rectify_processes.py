@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from geffect import Rectifier, distributed
 from geffect.projection import State
 from geffect.trainers import rectify
-from tests.utils import tiny, two_ranks
+from tests.utils import shallow as tiny
+from tests.utils import two_ranks
 from tests.utils.trainers import At, Sharding, stop, whole
 from tests.utils.unlearning_trainers import (
     RETAIN,

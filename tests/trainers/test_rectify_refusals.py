@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from geffect import Rectifier
 from geffect.trainers import rectify
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import rectified
 from tests.utils.unlearning_trainers import (  # fmt: skip

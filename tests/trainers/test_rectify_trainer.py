@@ -19,7 +19,8 @@ from geffect.gradients import Rectification
 from geffect.objectives import nll
 from geffect.trainers import RectifyMixin, rectify
 from geffect.trainers.rectification_log import RectificationLog
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import gradient, gru, rectified, stepped, windows
 from tests.utils.trainers import At, Scaled, same

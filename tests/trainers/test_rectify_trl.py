@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from geffect import Rectifier
 from geffect.trainers import rectify
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same
 from tests.utils.unlearning_trainers import RETAIN, Reports, apart
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.trainers.retain_batches import RetainBatches
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import gradient, gru, rectified, shuffled, stepped, windows
 from tests.utils.trainers import same

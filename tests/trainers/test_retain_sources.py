@@ -12,7 +12,8 @@ from geffect.analysis import cosine
 from geffect.data.collate import collate
 from geffect.objectives import FrozenModel, named
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.unlearning_runs import arguments, items
 
 SETS = {"forget": items(2, 0), "domain": items(2, 100), "general": items(2, 200)}

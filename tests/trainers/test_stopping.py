@@ -13,7 +13,7 @@ from geffect import Recorder, Rectifier, StopWhen, open_run
 from geffect.capture.stopping import Seen, Stop
 from geffect.objectives import GradientAscent
 from geffect.trainers import GEffectCallback, rectify
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same, trainer
 from tests.utils.unlearning_runs import trained
 from tests.utils.unlearning_trainers import opposed_pairs, unlearner

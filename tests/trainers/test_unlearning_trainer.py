@@ -26,7 +26,8 @@ from geffect.objectives import (
 from geffect.projection import nearest
 from geffect.trainers import unlearning
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same
 from tests.utils.unlearning_runs import (
     BATCH,
@@ -133,7 +134,7 @@ def test_the_applied_update_harms_nothing(tmp_path: Path) -> None:
     """Under AdamW, whose steps break what the gradient satisfies."""
     logged = {}
     for space in ("gradient", "update"):
-        model = tiny.llama()
+        model = tiny.llama(layers=2)
         rectifier = Rectifier(model, space=space, measure_update=True)
         options = {"optim": "adamw_torch", "num_train_epochs": 6}
         history = trained(
@@ -219,7 +220,7 @@ def test_adapters(tmp_path: Path) -> None:
         save_steps=2,
     )
     assert trainer.state.global_step == 4
-    assert len(open_run(path).layers) == 2 * 2 * 2
+    assert len(open_run(path).layers) == 2 * 2
     base = {n.replace("base_layer.", ""): t for n, t in model.get_base_model().named_parameters()}
     for name, tensor in frozen.named_parameters():
         assert torch.equal(tensor, base[name])

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 from geffect import Recorder, Rectifier, distributed, open_run
 from geffect.objectives import NPO, GradDiff
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import tiny, two_ranks
+from tests.utils import shallow as tiny
+from tests.utils import two_ranks
 from tests.utils.trainers import Sharding, whole
 from tests.utils.unlearning_runs import alike_items, arguments
 

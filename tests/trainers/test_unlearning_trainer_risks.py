@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geffect import Recorder, Rectifier, open_run
 from geffect.objectives import NPO, GradDiff, GradientAscent, Objective, WeightedGradientAscent
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same
 from tests.utils.unlearning_runs import arguments
 

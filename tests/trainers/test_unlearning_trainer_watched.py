@@ -17,7 +17,8 @@ from geffect.data.collate import collate
 from geffect.data.pairs import Pairing
 from geffect.objectives import NPO, GradDiff, GradientAscent, Objective
 from geffect.projection import SAGO, State
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.trainers import At, same
 from tests.utils.unlearning_runs import (
     FORGET,

@@ -131,13 +131,13 @@ class RMU(GradDiff):
 
     def forget_loss(self, model: Any, forget: Any) -> tuple[Tensor, Any]:
         outputs = model(**forget, output_hidden_states=True)
-        hidden = outputs.hidden_states[2]
+        hidden = outputs.hidden_states[1]
         return F.mse_loss(hidden, torch.ones_like(hidden)), outputs
 
     def compute_retain_loss(self, model: Any, retain_inputs: Any) -> Tensor:
-        hidden = model(**retain_inputs, output_hidden_states=True).hidden_states[2]
+        hidden = model(**retain_inputs, output_hidden_states=True).hidden_states[1]
         with torch.no_grad():
-            before = self.ref_model(**retain_inputs, output_hidden_states=True).hidden_states[2]
+            before = self.ref_model(**retain_inputs, output_hidden_states=True).hidden_states[1]
         # Away from where it starts, so that there is a gradient at the first step.
         return F.mse_loss(hidden, before + 0.1)
 
@@ -324,7 +324,7 @@ def unlearner(
     told: dict[str, Any] = {"data_collator": Collating()} | dict(made or {})
     return trainers.trainer(
         folder,
-        tiny.gpt2() if model is None else model,
+        tiny.gpt2(layers=1) if model is None else model,
         *callbacks,
         kind=partial(kind, **told),  # type: ignore[arg-type]
         data=rows,
