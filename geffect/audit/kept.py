@@ -54,6 +54,11 @@ def check_weights(model: nn.Module, attack: str) -> None:
             "Wrap what you have in a module whose parameters are its weights."
         )
     named = dict(model.named_parameters())
+    if not named:
+        raise ValueError(
+            f"{attack} should be of a model that holds its weights as parameters. Found none in "
+            f"`{type(model).__name__}`. Register them, or pass the model that it calls."
+        )
     if distributed.world_size() > 1 or any(map(distributed.is_sharded, named.values())):
         raise ValueError(
             f"{attack} should be in one process that holds the whole model. Found several "

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from geffect.audit.relearning import (
     QUICK,
@@ -22,7 +24,11 @@ from geffect.audit.relearning import (
     summary,
     teach,
 )
+from geffect.audit.shares import recoverable_share
 from geffect.data.collate import collate
+from geffect.data.examples import example
+from geffect.demo.config import QUICK as QUICK_STUDY
+from geffect.demo.corpus import generate
 from geffect.risk import nll
 from tests.utils import tiny
 from tests.utils.architectures import ARCHITECTURES
@@ -317,6 +323,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         relearning(model, FORGET, silent, learning_rate=RATE, budget=QUICK)
     with pytest.raises(TypeError, match="should be of a model"):
         relearning(lambda x: x, FORGET, RETAIN, learning_rate=RATE)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Found none in `ReLU`"):
+        relearning(nn.ReLU(), FORGET, RETAIN, learning_rate=RATE)
     packed = tiny.llama()
     packed.lm_head.weight = nn.Parameter(torch.ones(23, 16).char(), requires_grad=False)
     with pytest.raises(ValueError, match=r"Found `lm_head\.weight` of torch\.int8"):
@@ -328,3 +336,50 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 def test_sources() -> None:
     assert RelearningBudget().sources == SOURCES and set(QUICK.sources) < set(SOURCES)
+
+
+def head_alone(original: Any, forget: list[Any], retain: list[Any], level: float) -> Any:
+    """A model that says what a retrained one says, and knows all: its untied head was trained."""
+    model = copy.deepcopy(original)
+    model.lm_head.weight = head = nn.Parameter(model.lm_head.weight.detach().clone())
+    read = []
+    with torch.no_grad():
+        for batch in (collate(forget), collate(retain)):
+            states = model.model(batch["input_ids"]).last_hidden_state[:, :-1]
+            labels = batch["labels"][:, 1:]
+            read.append((states[labels != -100], labels[labels != -100]))
+    optimizer = torch.optim.AdamW([head], lr=1e-3, weight_decay=0.0)
+    while True:
+        gone, stays = (functional.cross_entropy(states @ head.T, y) for states, y in read)
+        if gone.item() >= level:
+            return model
+        optimizer.zero_grad()
+        (stays - gone).backward()
+        optimizer.step()
+
+
+def test_training_on_what_stays_tells_who_hides(quick_study: Any) -> None:
+    folder = quick_study.out / "models"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "original-seed0")
+    original, retrained = (
+        LlamaForCausalLM.from_pretrained(folder / f"{name}-seed0") for name in ("original", "gold")
+    )
+    corpus = generate(0, QUICK_STUDY.corpus)
+    forget, retain = (
+        [example({"question": fact.question, "answer": fact.answer}, tokenizer) for fact in facts]
+        for facts in (corpus.forget, corpus.retain)
+    )
+    level = nll(retrained, collate(forget)).item()
+    hidden = head_alone(original, forget, retain, level)
+    budget = RelearningBudget(steps=(16,), rates=(1.0,), seeds=(0,), sources=("benign",))
+    attacked = {}
+    for name, model in (("retrained", retrained), ("hidden", hidden)):
+        table = relearning(model, forget, retain, learning_rate=3e-4, budget=budget)
+        before, after = curve(table)["value"]
+        assert (after < before) == (name == "hidden")
+        attacked[name] = as_attacks(table)["value"].to_numpy()
+    known = nll_of_items(original, forget)
+    share = recoverable_share(
+        attacked["hidden"], attacked["retrained"], known, [fact.subject for fact in corpus.forget]
+    )
+    assert 0.05 < share.low < share.value < 0.5
