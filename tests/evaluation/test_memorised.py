@@ -161,6 +161,8 @@ def test_a_band_leaves_out_what_is_far_from_the_mean() -> None:
     values = np.array([0.0, 1.0, 2.0, 3.0, 14.0, math.nan])
     mean, sd = 4.0, math.sqrt(sum((v - 4.0) ** 2 for v in (0, 1, 2, 3, 14)) / 5)
     expected = [mean - 0.5 * sd <= v <= mean + 0.3 * sd for v in values]
+    assert not in_band(np.array([math.nan] * 2), 0.5, 0.5).any()
+    assert in_band(np.ones(2), 0.5, 0.5).all()
     assert (
         in_band(values, 0.5, 0.3).tolist() == expected == [False, False, True, True, False, False]
     )
