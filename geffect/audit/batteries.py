@@ -106,12 +106,13 @@ def _told(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 def _divergence(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     """0 for the original itself."""
-    yield look.rows(UTILITY, "KL", of, divergence(look.original.model, look.model, of.items))
+    found = divergence(look.original.model, look.model, of.items, ends=look.ends)
+    yield look.rows(UTILITY, "KL", of, found)
 
 
 def _answers(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     """Whether answers are degenerate, and what they have of the right ones."""
-    found = degenerate(look.model, of.items, look.original.model)
+    found = degenerate(look.model, of.items, look.original.model, ends=look.ends)
     for metric, part in found.groupby("metric", sort=False):
         yield look.rows(UTILITY, str(metric), of, part.sort_values("item")["value"])
     yield from _said(look, UTILITY, of)

@@ -63,6 +63,11 @@ class Look:
         estimates = self.role == ORIGINAL and not self.has_retrained and HOLDOUT in self.sets
         return (self.sets[FORGET], *([self.sets[HOLDOUT]] if estimates else []))
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, those of the chat template among them."""
+        return ends_of(self.model, self.sets.tokenizer)
+
     def record(self, of: AuditSet) -> TokenTable:
         """What the model says to each token of a set, which is read once."""
         key = of.name, len(of)
@@ -72,8 +77,7 @@ class Look:
 
     def read(self, items: Sequence[Item], model: nn.Module | None = None) -> TokenTable:
         """What the model, or a changed form of it, says to each token of some items."""
-        ends = ends_of(self.model, self.sets.tokenizer)
-        return evaluate_tokens(model or self.model, items, ends=ends)
+        return evaluate_tokens(model or self.model, items, ends=self.ends)
 
     def rows(self, battery: str, metric: str, of: AuditSet, values: ArrayLike) -> pd.DataFrame:
         """Values of the items of a set as rows."""

@@ -105,7 +105,7 @@ def membership(
     - `unlearned`, `retrained`: one and the same score of the same items under the two models. An
       item with NaN in either is left out of both.
     - `forget_subjects`, `holdout_subjects`: what each item is about. Items of one subject are drawn
-      together; without them each item is its own.
+      together; without them each item is its own. Of one subject alone there is no interval: NaN.
     - `replicates`: how often subjects of both sets are drawn anew, with replacement.
 
     >>> forget, holdout = [0.2, 0.4, 1.0], [0.5, 0.9, 1.4, 2.0]
@@ -127,6 +127,8 @@ def membership(
     wins = [_wins(forget, holdout, model, drawn) for model in (0, 1)]
     differences = (wins[0] - wins[1]) / pairs
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    if 1 in (forget.count, holdout.count):
+        low = high = np.nan
     return Membership(
         unlearned=first,
         retrained=second,
@@ -146,10 +148,14 @@ class _Side:
     scores: Floats
     subjects: NDArray[np.int64]
 
+    @property
+    def count(self) -> int:
+        """How many subjects there are."""
+        return int(self.subjects.max()) + 1
+
     def drawn(self, rng: np.random.Generator, replicates: int) -> Floats:
         """How often each item is drawn, `Float[replicate, item]`."""
-        count = int(self.subjects.max()) + 1
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=replicates)
+        weights = rng.multinomial(self.count, np.full(self.count, 1 / self.count), replicates)
         return weights[:, self.subjects].astype(np.float64)
 
 

@@ -89,6 +89,13 @@ def test_models_are_drawn_together() -> None:
     assert found.unlearned == 0.0 and found.high < 0 < found.privleak
 
 
+def test_one_subject_has_no_interval() -> None:
+    one, other = Scores(FORGET, HOLDOUT), Scores(HOLDOUT[:3], HOLDOUT)
+    found = membership(one, other, forget_subjects=["Ada"] * 3, replicates=20)
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert found.difference == auc(FORGET, HOLDOUT) - auc(HOLDOUT[:3], HOLDOUT)
+
+
 def test_an_item_without_a_score_is_left_out_of_both() -> None:
     rng = np.random.default_rng(1)
     forget, other, holdout = rng.normal(size=(3, 55))
