@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from . import capture, effects, products, public_procedure, rectification, storage
+from . import capture, device, effects, products, public_procedure, rectification, storage
 from .bars import Row
 from .rounds import CLOCKS
 from .workload import FULL, QUICK, Workload
@@ -25,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     torch.set_num_threads(1)
     size = QUICK if options.quick else FULL[options.device]
+    if options.size is not None:
+        size = device.SIZES[options.size]
     workload = Workload.of(size, options.device)
-    console, table = Console(), _table(workload, quick=options.quick)
+    quick = options.quick or options.size == "small"
+    console, table = Console(), _table(workload, quick=quick)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     measured: list[Row] = []
     # Beside the result, since a folder for temporary files may be in memory.
@@ -34,22 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tempfile.TemporaryDirectory(dir=options.out.parent) as folder,
         Live(table, console=console, refresh_per_second=1),
     ):
-        for kind in KINDS:
-            for row in kind.rows(workload, Path(folder)):
-                measured.append(row)
-                table.add_row(*_cells(row))
+        for row in _rows(workload, Path(folder), options.size):
+            measured.append(row)
+            table.add_row(*_cells(row))
     console.print()
-    setting = {"device": _device(workload), "workload": str(workload), "quick": options.quick}
+    setting = {"device": _device(workload), "workload": str(workload), "quick": quick}
     rows = [row.as_json() | setting for row in measured]
+    if options.size is not None and options.out.exists():  # the other sizes that it has
+        known = json.loads(options.out.read_text(encoding="utf-8"))
+        rows = [row for row in known if row["workload"] != str(workload)] + rows
     options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def _rows(workload: Workload, folder: Path, size: str | None) -> Iterator[Row]:
+    if size is not None:
+        yield from device.Bench(size, workload, folder).rows()
+        return
+    for kind in KINDS:
+        yield from kind.rows(workload, folder)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=main.__doc__)
     parser.add_argument("--device", choices=CLOCKS, default="cpu", help="where to measure")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it all run?")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="the JSON")
+    parser.add_argument(
+        "--size", choices=device.SIZES, help="a step of such a model, beside what else there is"
+    )
+    parser.add_argument("--out", type=Path, help="the JSON; runs/bench.json or bench-DEVICE.json")
     options = parser.parse_args(arguments)
+    if options.out is None:
+        name = "bench" if options.size is None else f"bench-{options.device}"
+        options.out = Path("runs") / f"{name}.json"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("`--device` should be there. Found no cuda. Measure on the cpu.")
     return options
@@ -64,7 +83,7 @@ def _device(workload: Workload) -> str:
 def _table(workload: Workload, *, quick: bool) -> Table:
     table = Table(
         title=f"{_device(workload)}\n{workload}",
-        caption="Too small to mean anything: --quick" if quick else None,
+        caption="Too small to mean anything" if quick else None,
     )
     table.add_column("quantity")
     for name in ("ratio", "bar", "spread", "rounds"):

@@ -48,8 +48,14 @@ rectified one wait for the device 2 times each, however many tensors there are.
 
 Memory at peak, 1.24B: 15.6 GiB for the plain step, 17.6 with two gradients, 21.9 with three. The
 excess are activations of losses whose graphs are alive together, as those of tensors are; losses
-that are functions have one graph at a time. `python -m tests.bench --device
-cuda` measures the rows of the first table on the GPU at hand.
+that are functions have one graph at a time.
+
+`python -m tests.bench --device cuda` measures the rows of the first table on the GPU at hand.
+`--size 361m` or `--size 1b` measures those of the table above, each beside its bar, the peak of
+memory, and what somebody would use instead in the same run: the published procedures of GRU, in
+float64 and float32, and of the G-effect, a loop of `torch.autograd.grad` with `torch.dot`, and
+torchjd's engine. It writes `runs/bench-cuda.json`, from which `python -m tests.bench.page` makes a
+section of this page. `--size small` shows on any machine that it runs.
 """
 
 SHORT = {
@@ -71,10 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write docs/costs.md from runs/bench.json, and the figures of README."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.page", description=main.__doc__)
     parser.add_argument("bench", type=Path, nargs="?", default=Path("runs/bench.json"))
+    parser.add_argument("--sizes", type=Path, default=Path("runs/bench-cuda.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/costs.md"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(arguments)
     rows = json.loads(options.bench.read_text(encoding="utf-8"))
+    if options.sizes.exists():
+        rows += json.loads(options.sizes.read_text(encoding="utf-8"))
     options.page.write_text(costs_page(rows), encoding="utf-8")
     readme = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(with_figures(readme, rows), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from geffect import Rectifier, dots
+from geffect.gradients import differentiate
 from tests.bench import __main__ as bench
-from tests.bench import page, rectification
+from tests.bench import device, others, page, public_procedure, rectification
 from tests.bench.bars import Bar, Row
 from tests.bench.memory import LiveBytes, gradient_bytes, peak_bytes, peak_gradients
 from tests.bench.products import heavy_tailed, relative_error
@@ -184,6 +186,57 @@ def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["at_least"] for row in rows].count(True) == 1
     assert list(out.parent.iterdir()) == [out]  # what was recorded on the way is gone
     assert set(page.SHORT) <= {row["quantity"] for row in rows}
+
+
+def test_sizes_are_those_of_models_that_are_unlearned() -> None:
+    def count(size: Size) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in Workload.built(size).parameters())
+
+    assert count(device.SIZES["361m"]) == pytest.approx(361e6, rel=0.01)
+    assert count(device.SIZES["1b"]) == pytest.approx(1.24e9, rel=0.01)
+
+
+def test_a_size_has_its_table_beside_its_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(device.SIZES, "small", replace(SMALLEST, dtype=torch.bfloat16))
+    monkeypatch.setattr(device, "STEPS", 1)
+    monkeypatch.setattr(device, "RECTIFIERS", {"select": device.RECTIFIERS["select"]})
+    monkeypatch.setattr(public_procedure, "rows", lambda *_: iter(()))  # of the other table
+    out = tmp_path / "bench-cpu.json"
+    other = {"workload": "another size", "quantity": "a quantity"}
+    out.write_text(json.dumps([other]))
+    bench.main(["--size", "small", "--out", str(out)])
+    first, *rows = json.loads(out.read_text())
+    assert first == other  # of a size that was measured before
+    quantities = [row["quantity"] for row in rows]
+    assert len(set(quantities)) == len(quantities) == 13
+    assert all(row["device"] == "CPU, one thread" for row in rows)
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in rows)
+    bars = {row["quantity"]: row["bar"] for row in rows}
+    assert bars["recorder, two gradients / plain step"] == 1.08
+    assert bars["rectifier, select / plain step"] == 1.3
+
+
+def test_what_others_do_is_what_they_say() -> None:
+    workload = Workload.of(SMALLEST, "cpu")
+    gradients = differentiate(workload.parameters, rectification.ascent(workload))
+    K = gradients.gram().sum(dim=0)
+    others.PublicGRU(torch.float64).rectify(gradients)
+    x = torch.cat([p.grad.double().flatten() for p in workload.parameters])
+    u, r = (
+        torch.cat([t.double().flatten() for t in gradients.of(n)]) for n in ("objective", "retain")
+    )
+    torch.testing.assert_close(x, u - (u @ r) / (r @ r) * r, rtol=1e-4, atol=1e-7)
+    workload.model.zero_grad()
+    losses = device.two(workload)
+    loop = others.AutogradLoop(workload.parameters, {n: losses[n] for n in ("forget", "retain")})
+    loop.backward()
+    found = torch.tensor(loop.products, dtype=torch.float64).sum(dim=1)
+    torch.testing.assert_close(found, K[[1, 1, 2], [1, 2, 2]], rtol=1e-4, atol=1e-4)
+    gramian = others.gramian_of_torchjd(workload)().double()
+    torch.testing.assert_close(gramian, K[1:, 1:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_says_what_it_measured() -> None:

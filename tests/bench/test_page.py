@@ -34,7 +34,17 @@ def test_readme_gets_the_figures(tmp_path: Path) -> None:
     before = (ROOT / "README.md").read_text(encoding="utf-8")
     readme.write_text(before, encoding="utf-8")
     page = tmp_path / "costs.md"
-    main([str(bench), "--page", str(page), "--readme", str(readme)])
+    main(
+        [
+            str(bench),
+            "--page",
+            str(page),
+            "--readme",
+            str(readme),
+            "--sizes",
+            str(tmp_path / "none"),
+        ]
+    )
     assert page.read_text(encoding="utf-8") == costs_page(json.loads(bench.read_text()))
     changed = set(readme.read_text(encoding="utf-8").splitlines()) - set(before.splitlines())
     assert {line.split("|")[2].strip() for line in changed} == {

@@ -23,6 +23,11 @@ class Size:
     positions: int = 128
     vector: int = 2**24  # coordinates of the vectors on which accuracy is measured
     rounds: int = 7
+    intermediate: int = 0  # 11/4 of hidden where none is said
+    heads: int = 8
+    groups: int = 8  # of keys and values
+    tied: bool = False
+    dtype: torch.dtype = torch.float32
 
     @property
     def tokens(self) -> str:
@@ -36,7 +41,7 @@ QUICK = Size(hidden=32, layers=2, vocabulary=64, samples=2, positions=16, vector
 
 @dataclass(frozen=True)
 class Workload:
-    """A random Llama in float32, and a batch of random tokens for either side.
+    """A random Llama, and a batch of random tokens for either side.
 
     Batches are as those of questions and answers are: questions are not scored, and samples are as
     long as the longest by padding.
@@ -50,16 +55,23 @@ class Workload:
     def of(cls, size: Size, device: str) -> "Workload":
         """The same one at every call."""
         torch.manual_seed(0)
+        model = cls.built(size).to(device, size.dtype)
+        return cls(size, model, {side: _batch(size, device) for side in ("forget", "retain")})
+
+    @staticmethod
+    def built(size: Size) -> LlamaForCausalLM:
+        """The model, in float32."""
         config = LlamaConfig(
             vocab_size=size.vocabulary,
             hidden_size=size.hidden,
-            intermediate_size=11 * size.hidden // 4,
+            intermediate_size=size.intermediate or 11 * size.hidden // 4,
             num_hidden_layers=size.layers,
-            num_attention_heads=8,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.groups,
+            tie_word_embeddings=size.tied,
             max_position_embeddings=1024,
         )
-        model = LlamaForCausalLM(config).to(device)
-        return cls(size, model, {side: _batch(size, device) for side in ("forget", "retain")})
+        return LlamaForCausalLM(config)
 
     def resized(self, *, samples: int, positions: int) -> "Workload":
         """The same model with a batch of another size."""
@@ -86,7 +98,8 @@ class Workload:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW, at a rate at which the model stays what it is."""
-        return torch.optim.AdamW(self.model.parameters(), lr=1e-7)
+        fused = self.device == "cuda"
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-7, fused=fused)
 
     def seconds(self, loads: Mapping[str, Load], *, turns: int = 1) -> dict[str, list[float]]:
         """What each load takes in each round, by the clock of the device."""
@@ -94,7 +107,9 @@ class Workload:
 
     def __str__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters)
-        return f"Llama of {count / 1e6:.3g}M parameters, float32, {self.size.tokens} a side"
+        number = f"{count / 1e6:.3g}M" if count < 1e9 else f"{count / 1e9:.3g}B"
+        kind = str(self.size.dtype).removeprefix("torch.")
+        return f"Llama of {number} parameters, {kind}, {self.size.tokens} a side"
 
 
 def _batch(size: Size, device: str) -> dict[str, Tensor]:
