@@ -102,10 +102,10 @@ class DepthProbe:
         batch_size: int = 16,
         ends: Collection[int] | None = None,
     ) -> None:
-        self.original = original
-        self._blocks = blocks_of(original)
-        self._spans = _Spans.of(original, items, batch_size, ends)
-        self._own, self._log_p = _read(original, self._spans)
+        self.original = _eager(original)
+        self._blocks = blocks_of(self.original)
+        self._spans = _Spans.of(self.original, items, batch_size, ends)
+        self._own, self._log_p = _read(self.original, self._spans)
         self._own_lens: NDArray[np.float64] | None = None
 
     @property
@@ -212,7 +212,10 @@ class DepthProbe:
             def put(_: nn.Module, args: Any, output: Any, part: Tensor = part) -> Any:
                 return _like(output, part[:, None].to(_hidden(output, one)))
 
-            logits = _hooked(self._blocks[-1], put, lambda: self.original(**one).logits)
+            try:
+                logits = _hooked(self._blocks[-1], put, lambda: self.original(**one).logits)
+            except RuntimeError as error:
+                raise self._no_decoder(f"`{error}`") from error
             if logits.shape[:2] != (len(part), 1):
                 raise self._no_decoder(f"logits of shape {tuple(logits.shape)}")
             found.append(_log_p(logits[:, 0], wanted))
@@ -337,6 +340,7 @@ class _Spans:
 
 def _read(model: nn.Module, spans: _Spans) -> tuple[BlockStates, NDArray[np.float64]]:
     """What the blocks of a model put out, and its own log p of the scored tokens."""
+    model = _eager(model)
     blocks = blocks_of(model)
     values, log_p = [], []
     with undisturbed(model, recompute=False), torch.no_grad():
@@ -448,6 +452,12 @@ def _taken(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     taken = inspect.signature(unwrapped(model).forward).parameters
     named = "attention_mask" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
     return {name: x for name, x in batch.items() if named or name != "attention_mask"}
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    """The model that was compiled, whose blocks call their hooks; any other one itself."""
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -181,8 +181,6 @@ class _Writer:
 
     def rewritten(self, own: _Asked) -> dict[str, Item | None]:
         """One question as other texts, by the names of the prompts."""
-        said = self.tokenizer(own.answer, add_special_tokens=False)["input_ids"]
-        answer = self.tokenizer.decode(said, skip_special_tokens=True)
         inside = own.answer.lstrip()
         space = own.answer.removesuffix(inside)
         begun = self._item(own.row(own.question, space + PREFACE + inside))
@@ -190,7 +188,7 @@ class _Writer:
         chats = own.is_question and self._chats
         bare = self._item(own.row(own.question, own.answer), template=False) if chats else None
         return {
-            SURE: narrowed(begun, answer, self.tokenizer, last=True),
+            SURE: narrowed(begun, own.answer, self.tokenizer, last=True),
             BARE: bare,
             LOWER: self._item(own.row(lower, own.answer)) if lower != own.question else None,
         }

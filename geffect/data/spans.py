@@ -13,8 +13,8 @@ def narrowed(item: Item, text: str, tokenizer: Any, *, last: bool = False) -> di
     """The item with labels on the tokens of a text alone, which stands in its answer.
 
     Every token that holds a part of the text is scored, also one that goes beyond it. White space
-    tells nothing, since tokenizers do not keep it. Of several places it is the first where the text
-    is no part of a longer word, or the first.
+    tells nothing, since tokenizers do not keep it, nor do capitals where a tokenizer has none. Of
+    several places it is the first where the text is no part of a longer word, or the first.
 
     - `item`: `input_ids` and `labels`, as `geffect.data.examples.example` makes them.
     - `text`: such as the entity of the answer.
@@ -33,7 +33,7 @@ def narrowed(item: Item, text: str, tokenizer: Any, *, last: bool = False) -> di
     places = [place for place, label in enumerate(labels) if label != IGNORED]
     ids = [labels[place] for place in places]
     answer = tokenizer.decode(ids)
-    found = _found(answer, text, last)
+    found = _found(answer, text, last) or _found(answer, _kept(text, tokenizer), last)
     if found is None:
         raise ValueError(
             f"`text` should stand in the answer of the item, which is {answer!r}. Found {text!r}. "
@@ -61,6 +61,15 @@ def without_end(labels: Sequence[int], ends: set[int]) -> list[int]:
     last = max((i for i, label in enumerate(kept) if label != IGNORED), default=-1)
     if last >= 0 and kept[last] in ends:
         kept[last] = IGNORED
+    return kept
+
+
+def _kept(text: str, tokenizer: Any) -> str:
+    """A text as a tokenizer keeps it, such as one that knows no capitals."""
+    if not callable(tokenizer):
+        return text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept: str = tokenizer.decode(ids, skip_special_tokens=True)
     return kept
 
 

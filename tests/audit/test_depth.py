@@ -303,6 +303,21 @@ def test_adapters_and_wrappers_have_the_blocks_of_their_model() -> None:
     assert (DepthProbe(nn.DataParallel(original), given).patched(original) == 0).all()
 
 
+def test_of_a_compiled_model_what_was_compiled_is_run() -> None:
+    class Compiled(nn.Module):
+        """As torch.compile makes it: hooks inside are not called."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = model
+
+    original, given = tiny.llama(0), items(2)
+    source = changed(original)
+    probe = DepthProbe(Compiled(original), given)
+    assert (probe.patched(original) == 0).all()
+    assert (probe.patched(Compiled(source)) == probe.patched(source)).all()
+
+
 def test_tokenizers() -> None:
     tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1})
     check_tokenizers(tokenizer, tokenizer)

@@ -62,6 +62,19 @@ def test_a_token_that_goes_beyond_the_text_is_scored_too() -> None:
     assert narrowed(item, "Paris", tokenizer)["labels"] == [IGNORED, 1, 2, IGNORED]
 
 
+def test_capitals_tell_nothing_where_a_tokenizer_has_none() -> None:
+    class Small:
+        def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+            return {"input_ids": [*map(ord, text.lower())]}
+
+        def decode(self, ids: list[int], **options: bool) -> str:
+            return "".join(map(chr, ids))
+
+    ids = [*map(ord, "in paris")]
+    labels = narrowed({"input_ids": ids, "labels": ids}, "Paris", Small())["labels"]
+    assert labels == [IGNORED, IGNORED, IGNORED, *ids[3:]]
+
+
 @pytest.mark.parametrize("text", ["Rome", "", " "])
 def test_a_text_that_is_not_there_is_refused(text: str) -> None:
     tokenizer = make_tokenizer()
