@@ -4,6 +4,7 @@ import doctest
 import glob
 import importlib
 import itertools
+import linecache
 import os
 import pkgutil
 import re
@@ -87,7 +88,11 @@ def closed() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstrings(name: str, example_run: Callable[..., Run]) -> None:
+def test_docstrings(
+    name: str, example_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Before each docstring the debugger, which nobody calls, looks every source up on the disk.
+    monkeypatch.setattr(linecache, "checkcache", lambda *_: None)
     if name == "geffect.kernels":
         pytest.importorskip("triton")
     module = importlib.import_module(name)
