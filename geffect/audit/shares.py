@@ -180,9 +180,11 @@ def noise_level(
     values, known = _floats(given.values), _floats(original)
     about = subjects
     if given.subjects is not None:
-        about, known = given.subjects, np.full(len(values), np.nanmean(known))
-    _check_length("floor", values, about, "subjects")
-    _check_length("original", known, about, "subjects")
+        there = known[~np.isnan(known)]
+        mean = there.mean() if len(there) else nan
+        about, known = given.subjects, np.full(len(values), mean)
+    _check("floor", values, about, "subjects")
+    _check("original", known, about, "subjects")
     halves = units_of(about) % 2 == 0
     if halves.all():
         return nan
@@ -222,13 +224,13 @@ class _Asked:
         if given.subjects is None:
             own["floor"] = other
         for name, values in own.items():
-            _check_length(name, values, subjects, "subjects")
+            _check(name, values, subjects, "subjects")
         there = ~np.isnan(sum(own.values()))
         kept = {name: sign * values[there] for name, values in own.items()}
         about = [subject for subject, x in zip(subjects, there, strict=True) if x]
         if given.subjects is None:
             return cls(kept["unlearned"], kept["floor"], kept["original"], about, None)
-        _check_length("floor", other, given.subjects, "subjects of the floor")
+        _check("floor", other, given.subjects, "subjects of the floor")
         told = ~np.isnan(other)
         beside = [subject for subject, x in zip(given.subjects, told, strict=True) if x]
         return cls(kept["unlearned"], sign * other[told], kept["original"], about, beside)
@@ -281,11 +283,16 @@ def _floats(values: ArrayLike) -> Floats:
     return np.asarray(values, dtype=np.float64)
 
 
-def _check_length(name: str, values: Floats, others: Sequence[str], what: str) -> None:
+def _check(name: str, values: Floats, others: Sequence[str], what: str) -> None:
     if values.shape != (len(others),):
         raise ValueError(
             f"`{name}` should have a value for each of the {len(others)} {what}. Found the shape "
             f"{values.shape}. Give NaN where an item has none."
+        )
+    if np.isinf(values).any():
+        raise ValueError(
+            f"`{name}` should be finite, or NaN where an item has no value. Found infinity. Look "
+            "at the logits of that model: some are infinite."
         )
 
 

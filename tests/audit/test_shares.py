@@ -146,6 +146,8 @@ def test_what_does_not_fit_is_refused() -> None:
         recoverable_share(UNLEARNED[1:], RETRAINED, ORIGINAL, SUBJECTS)
     with pytest.raises(ValueError, match=r"`floor` should have a value for each of the 3 subjects"):
         recoverable_share(UNLEARNED, Floor(RETRAINED, [*"abc"]), ORIGINAL, SUBJECTS)
+    with pytest.raises(ValueError, match=r"`floor` should be finite, or NaN .* Found infinity"):
+        recoverable_share(UNLEARNED, RETRAINED * np.inf, ORIGINAL, SUBJECTS)
     with pytest.raises(ValueError, match=r"under the same attacks, one or more\. Found 'int8'"):
         recoverable_shares({"int8": UNLEARNED}, {}, ORIGINAL, SUBJECTS)
     with pytest.raises(ValueError, match="Found none in one alone"):
