@@ -41,9 +41,9 @@ def test_every_answer_is_that_of_its_question_alone() -> None:
     model, asked = tiny.llama(), items()
     first = naive(model, asked[3], None, 4)
     for end in (None, first[2]):
+        alone = [naive(model, item, end, 4) for item in asked]
         for at_once in (1, 2, 64):
-            said = greedy(model, asked, end=end, longest=4, at_once=at_once)
-            assert said == [naive(model, item, end, 4) for item in asked]
+            assert greedy(model, asked, end=end, longest=4, at_once=at_once) == alone
     assert greedy(model, asked, end=first[0], longest=4)[3] == []
     assert greedy(model, asked[::-1], end=None, longest=4)[-4] == first
 
