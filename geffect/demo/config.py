@@ -31,6 +31,8 @@ class UnlearningConfig:
     ema: float = 0.2
     """Weight of the new retain gradient; the paper's 0.8 measured worse on this small model."""
     most_steps: int = 200
+    patience: int = 40
+    """A run ends where its forget NLL has not risen by a hundredth of the level in these steps."""
     steps_beyond: int = 2
     """Past the last level, for the curves."""
     plain_steps: int = 24

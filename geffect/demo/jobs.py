@@ -95,6 +95,7 @@ class Unlearning:
         from transformers.utils.logging import disable_progress_bar
 
         from .findings import shares
+        from .scales import on_common_scales
         from .unlearning import Data, unlearn
 
         disable_progress_bar()
@@ -122,6 +123,7 @@ class Unlearning:
             "retain_feed": len(corpus.retain),
             **result,
             **shares(self.out / file),
+            "g_effects": on_common_scales(self.out / file, (result["at_level"] or {}).get("step")),
         }
 
 

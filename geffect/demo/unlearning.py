@@ -36,6 +36,9 @@ from .recognised import forget_set, recognised
 
 Metrics = dict[str, Any]
 
+APPRECIABLE = 0.01
+"""Of the level: a forget NLL that rises by less stands still."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -120,10 +123,10 @@ def unlearn(
     """Unlearn until every one of the levels is reached, recording every step into `path`.
 
     `levels` has the forget NLL, which rises to its level, and maybe the forget extraction strength,
-    which falls to it. `report(step, forget_nll)` is called after every step. Returns what
-    summary.json says of a run, with the curve of forget and retain NLL. What is measured at a level
-    is interpolated linearly between the two steps around the first crossing; relearning and
-    recognition are of the step after it.
+    which falls to it. A run that comes no nearer to the first ends. `report(step, forget_nll)` is
+    called after every step. Returns what summary.json says of a run, with the curve of forget and
+    retain NLL. What is measured at a level is interpolated linearly between the two steps around
+    the first crossing; relearning and recognition are of the step after it.
     """
     objective = named(spec.method, dict(spec.options)).begin(model)
     original = None if objective.reference == "none" else FrozenModel.copied(model)
@@ -135,7 +138,9 @@ def unlearn(
         sizes = {name: len(data.sets[name]["input_ids"]) for name in sizes}
     batches = data.draws(sizes, objective.sides)
     forget = _looked_at(model, data)
-    curve = [{"step": 0, **forget, "retain_nll": _retain_nll(model, data)}]
+    curve = [{"step": 0, **forget, **_kept(model, data)}]
+    start = forget["forget_nll"]
+    rising = Rising(levels["forget_nll"], start, config.patience, highest=start)
     crossings: dict[str, Metrics] = {}
     earlier = [parameter.detach().clone() for parameter in trained]
     least = config.plain_steps if spec.shown else 0
@@ -181,9 +186,10 @@ def unlearn(
                     keep_effects(recorder, model, data.batches, data.tokenizer)
                 least = max(least, step + config.steps_beyond)
             reached_all = len(crossings) == len(levels) and step >= least
-            last = reached_all or step == config.most_steps
+            stands = not rising.goes_on(forget["forget_nll"]) and "at_level" not in crossings
+            last = reached_all or stands or step == config.most_steps
             if last or step % config.curve_every == 0:
-                curve.append({"step": step, **forget, "retain_nll": _retain_nll(model, data)})
+                curve.append({"step": step, **forget, **_kept(model, data)})
             if last:
                 break
             _copy(trained, earlier)
@@ -191,10 +197,30 @@ def unlearn(
     return {
         "steps": step,
         "reached_level": "at_level" in crossings,
+        "highest_forget_nll": rising.highest,
         **{key: crossings.get(key) for key in LEVELS.values()},
         "options": options_of(objective),
         "curve": {name: [point[name] for point in curve] for name in curve[0]},
     }
+
+
+@dataclass
+class Rising:
+    """Whether the forget NLL of a run still rises towards its level."""
+
+    level: float
+    mark: float
+    patience: int
+    highest: float
+    since: int = 0  # steps after the mark was set
+
+    def goes_on(self, forget_nll: float) -> bool:
+        """Told of the NLL after each step: whether it has risen appreciably of late."""
+        self.highest = max(self.highest, forget_nll)
+        self.since += 1
+        if forget_nll >= self.mark + APPRECIABLE * self.level:
+            self.mark, self.since = forget_nll, 0
+        return self.since < self.patience
 
 
 def measure(model: PreTrainedModel, data: Data) -> Metrics:
@@ -229,8 +255,9 @@ def _looked_at(model: PreTrainedModel, data: Data) -> Metrics:
     return {"forget_nll": result.nll, "forget_es": result.extraction_strength}
 
 
-def _retain_nll(model: PreTrainedModel, data: Data) -> float:
-    return lm.nll(model, data.batches["retain"])
+def _kept(model: PreTrainedModel, data: Data) -> Metrics:
+    names = ("retain", "retain_heldout_authors")
+    return {f"{name}_nll": lm.nll(model, data.batches[name]) for name in names}
 
 
 def _crossed(
