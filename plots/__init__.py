@@ -1,6 +1,7 @@
 """Pictures of score tables: a table goes in, labelled axes come out, nothing is computed."""
 
 from .contours import contours
+from .crossings import crossings
 from .evaluations import evaluations
 from .heatmap import heatmap
 from .lines import profile, trajectory
@@ -13,6 +14,7 @@ from .tradeoff import tradeoff
 
 __all__ = [
     "contours",
+    "crossings",
     "evaluations",
     "facets",
     "heatmap",

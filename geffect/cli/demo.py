@@ -39,11 +39,20 @@ RULES: tuple[Rule, ...] = (
     Apart("--quick", "--model"),
     Apart("--variants", "--all-variants"),
     Apart("--resume", "--overwrite"),
+    Apart("--edits", "--model"),
     Needs("--data", "--data-folder"),
     Needs("--data-folder", "--data"),
     *(
         Apart("--data", other)
-        for other in ("--methods", "--quick", "--all-variants", "--controls", "--model")
+        for other in (
+            "--methods",
+            "--quick",
+            "--all-variants",
+            "--controls",
+            "--model",
+            "--variants",
+            "--edits",
+        )
     ),
 )
 
@@ -61,8 +70,8 @@ def command(
         typer.Option(
             metavar="NAME,NAME,...",
             help=f"Some of {CATALOGUED}, with commas between them, or all: every objective in the "
-            "variants plain, gru-update, gru-coordinate, select; ga, wga, npo, graddiff, npo+gd if "
-            "left out, ga of a quick study or a pretrained model.",
+            "variants plain, gru-update, gru-coordinate, select, and every edit; ga, wga, npo, "
+            "graddiff, npo+gd if left out, ga of a quick study or a pretrained model.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model and fewer runs.")] = False,
@@ -74,6 +83,14 @@ def command(
         typer.Option(
             metavar="NAME,NAME,...",
             help="Every method in these variants alone, such as plain,gru,sago,hamu,gu,repselect.",
+        ),
+    ] = None,
+    edits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Also edits, such as ssd,negation,newton, as strong as equal forgetting takes; or "
+            "all.",
         ),
     ] = None,
     controls: Annotated[
@@ -125,7 +142,15 @@ def command(
     Nothing is downloaded. DIR then holds a run file for each method and variant, summary.json,
     equal_forgetting.csv, figures, and report.html, which opens offline.
     """
-    from geffect.demo.methods import METHODS, OF_ALL, RETAIN_SETS, RIVALS, VARIANTS
+    from geffect.demo.edits import EDITS
+    from geffect.demo.methods import (
+        METHODS,
+        OF_ALL,
+        RETAIN_SETS,
+        RIVALS,
+        VARIANTS,
+        every_objective,
+    )
     from geffect.demo.study import QUICK_METHODS, Plan, whole
 
     check_together(ctx, RULES)
@@ -137,10 +162,12 @@ def command(
         return
     named = _names(methods)
     in_variants = _names(variants)
+    edited = _names(edits)
     if named == ("all",):
-        from geffect.objectives import CATALOGUE
-
-        named, in_variants = tuple(CATALOGUE), in_variants or (() if all_variants else OF_ALL)
+        named, in_variants = every_objective(), in_variants or (() if all_variants else OF_ALL)
+        edited = edited or (() if model else ("all",))
+    if edited == ("all",):
+        edited = tuple(EDITS)
     try:
         subject = None if model is None else _subject(model, layers, lora)
         chosen = named or (PRETRAINED_METHODS if subject else QUICK_METHODS if quick else METHODS)
@@ -161,6 +188,7 @@ def command(
             retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,
             rivals=subject.paced(RIVALS) if subject else RIVALS,
             named=in_variants,
+            edits=edited,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -10,13 +10,16 @@ from matplotlib.figure import Figure
 
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect
-from geffect.plots import facets, heatmap, profile, sheet, tradeoff, trajectory
+from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, trajectory
 from geffect.scores import stack
 
 FORMATS = ("png", "pdf")
 
 DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "sago")
 """The variants in the figures; the tables have all."""
+
+MANY = 6
+"""The methods that have a picture each and no more; more are compared in one."""
 
 Runs = dict[tuple[str, str], Run]  # by method and variant
 
@@ -47,6 +50,7 @@ def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Fi
         "tradeoff": lambda: facets(
             _curves(of_seed, level), partial(tradeoff, level=level), "method"
         ),
+        **({"comparison": lambda: _comparison(summary, seed, level)} if _compares(summary) else {}),
         **heatmaps,
         f"sheet_{first}": lambda: sheet(g_effect(plain[first])),
         "cosine": lambda: facets(_cosines(runs), trajectory, "method"),
@@ -58,13 +62,29 @@ def _heatmaps(run: Run) -> Figure:
     return facets(g_effect(run), heatmap, "effect")
 
 
-def _curves(runs: list[Mapping[str, Any]], level: float) -> pd.DataFrame:
+def _compares(summary: Mapping[str, Any]) -> bool:
+    """Whether there are edits to compare with, or too many methods for a panel each."""
+    return bool(summary.get("edits")) or len({run["method"] for run in summary["runs"]}) > MANY
+
+
+def _comparison(summary: Mapping[str, Any], seed: int, level: float) -> Figure:
+    """Every run and edit of a seed, by variant: the retain loss outside over the forget loss."""
+    kept = "retain_heldout_authors_nll"
+    made = [run for run in (*summary["runs"], *summary.get("edits", ())) if run["seed"] == seed]
+    table = _curves([run for run in made if run["curve"]], level, kept)
+    return crossings(
+        table, "variant", kept, level=level, label="retain NLL outside the retain gradient"
+    )
+
+
+def _curves(runs: list[Mapping[str, Any]], level: float, kept: str = "retain_nll") -> pd.DataFrame:
     """The points of every run's curve, and the one at the level."""
     curves = []
     for run in runs:
         curve = pd.DataFrame(run["curve"]).assign(at_level=False)
         if run["at_level"]:
-            there = {"step": run["at_level"]["step"], "retain_nll": run["at_level"]["retain_nll"]}
+            step = run["at_level"]["step"]  # an edit has none: its curve ends at the level
+            there = {"step": len(curve) if step is None else step, kept: run["at_level"][kept]}
             crossing = pd.DataFrame([{**there, "forget_nll": level, "at_level": True}])
             curve = pd.concat([curve, crossing], ignore_index=True)
         curves.append(curve.assign(method=run["method"], variant=run["variant"]))

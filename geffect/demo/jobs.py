@@ -11,7 +11,8 @@ from typing import Any
 
 from .config import SubjectConfig
 from .corpus import Corpus, Fact, generate
-from .methods import RunSpec, Variant
+from .edits import EDIT, StudiedEdit
+from .methods import EQUAL, RunSpec, Variant
 from .workers import Job, Say
 
 KINDS = ("original", "gold")
@@ -124,6 +125,54 @@ class Unlearning:
             **result,
             **shares(self.out / file),
             "g_effects": on_common_scales(self.out / file, (result["at_level"] or {}).get("step")),
+        }
+
+
+@dataclass(frozen=True)
+class Editing:
+    """One edit of the original, as strong as equal forgetting takes, and as equal disruption."""
+
+    out: Path = field(repr=False)
+    seed: int
+    edit: str
+    studied: StudiedEdit
+    level: float  # the gold model's forget NLL
+    subject: SubjectConfig
+    stage: str = "edit"
+    weight: float = 2.0
+
+    @property
+    def name(self) -> str:
+        return f"edit-{self.edit}-seed{self.seed}"
+
+    def run(self, say: Say) -> dict[str, Any]:
+        from transformers.utils.logging import disable_progress_bar
+
+        from .editing import Subject, edited
+        from .unlearning import Data
+
+        disable_progress_bar()
+        model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
+        corpus = generate(self.seed, self.subject.corpus)
+        data = Data.of(corpus, tokenizer, self.seed)
+        file = f"runs/{self.name}.h5"
+        return {
+            "part": EQUAL,
+            "method": self.edit,
+            "variant": EDIT,
+            "seed": self.seed,
+            "file": file,
+            "learning_rate": None,
+            "steps": None,
+            "retain_feed": len(corpus.retain),
+            "share_retaining_negative": None,
+            "share_update_violating": None,
+            **edited(
+                Subject(model, data, self.subject.unlearning),
+                self.studied,
+                self.level,
+                self.out / file,
+            ),
         }
 
 

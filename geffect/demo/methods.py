@@ -19,6 +19,10 @@ METHODS = ("ga", "wga", "npo", "graddiff", "npo+gd")
 """The objectives of a study that names none, as `geffect.objectives.named` knows them."""
 
 
+ADAMW = "AdamW, betas (0.9, 0.999), eps 1e-8, no weight decay"
+"""How `Variant.stepping` steps, in words."""
+
+
 def _no_rule() -> None:
     return None
 
@@ -237,6 +241,17 @@ RETAIN_SETS: dict[str, Variant] = {
 
 OF_ALL = ("plain", "gru-update", "gru-coordinate", "select")
 """The variants of a study of all objectives that names none."""
+
+
+def every_objective() -> tuple[str, ...]:
+    """The names of all objectives; of two with one loss, which differ by their data, the first."""
+    from geffect.objectives import CATALOGUE
+
+    first: dict[object, str] = {}
+    for name, objective in CATALOGUE.items():
+        first.setdefault(objective, name)
+    return tuple(first.values())
+
 
 EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rates", "retain sets"
 """What a run is there for: the comparison itself, or one of its controls."""

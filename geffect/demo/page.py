@@ -10,8 +10,12 @@ import pandas as pd
 
 from geffect.text import in_markdown
 
+from .edits import DISRUPTION, EDITS
 from .findings import findings
-from .methods import EQUAL, FEW, METHODS
+from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective
+from .scale_table import agreement, g_effects
+from .scale_table import as_markdown as scales_as_markdown
+from .scales import SCALES
 from .study import IN_A_LOOK, QUICK_METHODS
 from .tables import COLUMNS, KEYS, Row, as_markdown, compared, rows, tables
 
@@ -63,6 +67,31 @@ steps.
 Losses are in nats per token. Tables show means over seeds.
 """
 
+EDITED = """\
+An edit trains nothing: it changes the parameters of the original at once. Its strength, one of its
+options, is found by bisection, so that the forget loss is that of the gold model. It looks at all
+questions inside, and at none outside. *Other model* is the one that an edit takes something from:
+that of SKU or SSU, say, before what it has learned is taken away. At equal disruption an edit is
+as strong as a KL of {disruption} nats per token takes, from the predictions of before, on the
+answers inside.
+"""
+
+SCALED = """\
+The G-effect e of a risk, <grad R, grad L_u>, does not compare between losses that are sums and
+losses that are means. Three of its forms do, and stand here side by side, up to where a run reaches
+the level, else of the whole run:
+
+- **cos**: of the angle between the gradients of the risk and of the objective, a mean over steps.
+- **e / length**: nats per token for each unit of length of a step, a mean over steps.
+- **e of the applied updates**: -<grad R, D>, by how much the risk falls to first order, in nats
+  per token, all steps together. Negative for the forget risk is forgetting, for the retain risk
+  damage.
+
+**Forget rise over retain change** is how much the forget risk rises for each nat by which the
+retain risk changes, both to first order. The objective of an edit is its displacement, at the
+original model: where first order says little, its numbers say little too.
+"""
+
 ELSEWHERE = """\
 This study is of one small model that has memorised its data. It also runs on a
 pretrained model, and leaves the same page in its folder:
@@ -98,12 +127,13 @@ def study_page(summary: Mapping[str, Any]) -> str:
     """The page of a study from what its summary.json holds."""
     config = summary["config"]
     runs = [*summary["runs"], *summary["further_runs"]]
+    edits = summary.get("edits", ())
     main, *further = tables(summary)
     feeds = list(main.runs.groupby("retain_feed", sort=False))
     sections = [
         "# The study",
         f"`{command(summary)}` wrote this page. Do not edit it.",
-        f"{len(runs)} runs with {_seeds(summary)}; "
+        f"{len(runs)} runs{f' and {len(edits)} edits' if edits else ''} with {_seeds(summary)}; "
         f"{', '.join(f'{package} {number}' for package, number in summary['versions'].items())}.",
         "## What is done",
         f"{in_markdown(config['subject'])} "
@@ -113,6 +143,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         f"weighs the new one by {config['ema']}. {_objectives(runs)}".rstrip(),
         HOW,
         _variants(config["variants"]),
+        *([EDITED.format(disruption=DISRUPTION), _edits(config["edits"], edits)] if edits else []),
         "## What is found",
         "Each sentence is tested against the numbers of this study.",
         "\n".join(_finding(finding) for finding in summary["findings"]),
@@ -127,6 +158,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         ],
         *([_folded("Each seed", _single(rows(main.runs)))] if len(summary["seeds"]) > 1 else []),
         *[f"## {table.heading}\n\n{as_markdown(table.runs)}" for table in further],
+        *_scales(summary),
         "## On your model",
         ELSEWHERE,
     ]
@@ -147,7 +179,10 @@ def command(summary: Mapping[str, Any]) -> str:
     small = config["quick"] or "source" in recipe
     named = config.get("named", ())
     every = not named and {run["variant"] for run in summary["runs"]} > set(IN_A_LOOK)
+    edits = list(dict.fromkeys(edit["method"] for edit in summary.get("edits", ())))
     layers, rank = trained.get("layers"), trained.get("lora")
+    if edits == [*EDITS] and tuple(named) == OF_ALL and tuple(methods) == every_objective():
+        methods, named, edits = ["all"], (), []
     options = {
         "--model DIR": "source" in recipe,
         f"--layers {'..'.join(map(str, layers or ()))}": layers,
@@ -157,6 +192,7 @@ def command(summary: Mapping[str, Any]) -> str:
         **{f"--objective-option {o}={value}": True for o, value in config["options"].items()},
         "--quick": config["quick"],
         f"--variants {','.join(named)}": named,
+        f"--edits {','.join(edits)}": edits,
         "--all-variants": every,
         "--controls": summary["further_runs"],
     }
@@ -209,6 +245,37 @@ def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
         for name, variant in variants.items()
     ]
     return markdown(["variant", "what is stepped", "learning rate", "of `Rectifier`"], lines)
+
+
+def _edits(edits: Mapping[str, Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> str:
+    """Each edit, its options, and the strength that each seed took."""
+    lines = []
+    for name, edit in edits.items():
+        found = [
+            "not reached" if run["at_level"] is None else f"{run['at_level']['strength']:.3g}"
+            for run in made
+            if run["method"] == name
+        ]
+        options = ", ".join(f"`{option}={value!r}`" for option, value in edit["options"].items())
+        lines.append(
+            [in_markdown(name), edit["summary"], options, edit["strength"], " / ".join(found)]
+        )
+    return markdown(["edit", "what is done", "options", "strength", "at the level"], lines)
+
+
+def _scales(summary: Mapping[str, Any]) -> list[str]:
+    """The G-effects of a study beside each other, where it has them."""
+    table = g_effects(summary)
+    if table.empty:
+        return []
+    said = "; ".join(
+        f"{SCALES[scale]} {found.r:.2f} ({found.low:.2f} to {found.high:.2f}, {found.count} runs)"
+        for scale, found in agreement(table).items()
+        if found.r == found.r
+    )
+    told = f"Rank correlation of the retaining effect with the retain loss outside: {said}."
+    heading = "## G-effects on common scales"
+    return [heading, SCALED, *([told] if said else []), scales_as_markdown(table)]
 
 
 def _finding(finding: Mapping[str, Any]) -> str:

@@ -11,10 +11,13 @@ from typing import Any
 
 from geffect.near import meant
 
+from . import scale_table
 from .config import FULL, LEVELS, QUICK, SubjectConfig
+from .edits import EDITS
 from .findings import findings
-from .jobs import KINDS, Drawing, Kept, Training, Unlearning
+from .jobs import KINDS, Drawing, Editing, Kept, Training, Unlearning
 from .methods import (
+    ADAMW,
     EQUAL,
     FEW,
     METHODS,
@@ -35,7 +38,7 @@ QUICK_METHODS = ("ga",)
 PAGES = (
     "study.md",
     "report.html",
-    *(f"{name}.{kind}" for name in TABLES for kind in ("csv", "md")),
+    *(f"{name}.{kind}" for name in (*TABLES, scale_table.NAME) for kind in ("csv", "md")),
 )
 """The files in the folder of a study, beside its summary, that are made of its results."""
 
@@ -55,7 +58,8 @@ class Plan:
     With `named` every method in the variants, or rivals, of these names, and in no others. With
     `all_variants` every method in every variant, run on to equal extraction strength. With
     `controls` the same with few facts that feed the retain gradient and, of the first method, at
-    three learning rates of every variant, and with several retain sets.
+    three learning rates of every variant, and with several retain sets. `edits` are names of
+    `geffect.demo.edits.EDITS`, which are made in every seed.
     """
 
     seeds: Sequence[int] = (0,)
@@ -73,6 +77,7 @@ class Plan:
     rivals: Mapping[str, Variant] = field(default_factory=lambda: RIVALS)
     named: Sequence[str] = ()
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
+    edits: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -84,14 +89,8 @@ class Plan:
             )
         if self.options or not {*self.methods} <= {*METHODS}:
             _check_methods(self.methods, self.options)
-        known = {**self.variants, **self.rivals}
-        strange = [name for name in self.named if name not in known]
-        if strange or len(set(self.named)) < len(self.named):
-            said = ", ".join(f"`{name}`" for name in strange or self.named)
-            raise ValueError(
-                f"`variants` should be some of {', '.join(known)}, each once. Found {said}."
-                f"{meant(strange[0], known) if strange else ''} Choose from those."
-            )
+        _check_names("variants", self.named, {**self.variants, **self.rivals})
+        _check_names("edits", self.edits, EDITS)
         repeated = len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(
             self.methods
         )
@@ -111,7 +110,8 @@ class Plan:
     def weight(self) -> float:
         """How much work the plan is, in plain unlearning runs."""
         runs = sum(spec.weight(self.variant(spec)) for spec in self.specs())
-        return len(self.seeds) * (len(KINDS) * Training.weight + runs)
+        work = len(KINDS) * Training.weight + runs + len(self.edits) * Editing.weight
+        return len(self.seeds) * work
 
     def variant(self, spec: RunSpec) -> Variant:
         """The variant of a run."""
@@ -153,6 +153,16 @@ class Plan:
         return planned + (of(SETS, first, many) if self.controls else [])
 
 
+def _check_names(option: str, names: Sequence[str], known: Mapping[str, object]) -> None:
+    strange = [name for name in names if name not in known]
+    if strange or len(set(names)) < len(names):
+        said = ", ".join(f"`{name}`" for name in strange or names)
+        raise ValueError(
+            f"`{option}` should be some of {', '.join(known)}, each once. Found {said}."
+            f"{meant(strange[0], known) if strange else ''} Choose from those."
+        )
+
+
 def _check_methods(methods: Sequence[str], options: Mapping[str, Any]) -> None:
     from geffect.data.others import among_others
     from geffect.objectives import answers_of, check_sides, named, names, probable, spelt
@@ -190,7 +200,10 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             for job, measured in zip(training, run(_kept(training, out, plan)), strict=True):
                 trained[job.kind][str(job.seed)] = measured
         with clock.stage("unlearn"):
-            runs = run(_kept(_unlearning(out, plan, trained["gold"]), out, plan))
+            unlearning = _unlearning(out, plan, trained["gold"])
+            editing = _editing(out, plan, trained["gold"])
+            found = run(_kept([*unlearning, *editing], out, plan))
+            runs, edits = found[: len(unlearning)], found[len(unlearning) :]
         compared = [run for run in runs if run["part"] == EQUAL]
         further = [run for run in runs if run["part"] != EQUAL]
         summary = {
@@ -202,6 +215,7 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             **trained,
             "runs": compared,
             "further_runs": further,
+            "edits": edits,
             "findings": findings(compared, further),
         }
         with clock.stage("figures"):
@@ -209,6 +223,7 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
 
             run([Drawing(out, name, summary) for name in figures.names(summary, out)])
     write_tables(summary, out)
+    scale_table.write(summary, out)
     summary["wall_seconds"] = {"total": clock.total(), "stages": clock.stages}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
@@ -221,9 +236,9 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
     """
     training = _kept(_training(out, plan), out, plan)
     # How far a run goes is read from the gold model of its seed.
-    unlearning = _kept(_unlearning(out, plan, _gold(training)), out, plan)
-    there = sum(kept.found() is not None for kept in (*training, *unlearning))
-    return there, len(training) + len(plan.seeds) * len(plan.specs())
+    after = _kept(_after(out, plan, _gold(training)), out, plan)
+    there = sum(kept.found() is not None for kept in (*training, *after))
+    return there, len(training) + len(plan.seeds) * (len(plan.specs()) + len(plan.edits))
 
 
 def claim(out: Path, plan: Plan) -> None:
@@ -270,13 +285,15 @@ def _has(file: Path, keys: set[str]) -> bool:
 def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
     """Refuse a plan that would go on with another study: what that has must be part of it."""
     training = _kept(_training(out, plan), out, plan)
-    names = {f"{spec.name}-seed{seed}" for seed in plan.seeds for spec in plan.specs()}
+    names = {
+        f"{name}-seed{seed}"
+        for seed in plan.seeds
+        for name in (*(spec.name for spec in plan.specs()), *(f"edit-{e}" for e in plan.edits))
+    }
     foreign = found - names - {kept.name for kept in training}
     gold = _gold(training)
     foreign |= {
-        kept.name
-        for kept in (*training, *_kept(_unlearning(out, plan, gold), out, plan))
-        if kept.other
+        kept.name for kept in (*training, *_kept(_after(out, plan, gold), out, plan)) if kept.other
     }
     if foreign:
         raise ValueError(
@@ -319,6 +336,21 @@ def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) 
     ]
 
 
+def _editing(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Editing]:
+    """The edits of the seeds whose gold model is known."""
+    return [
+        Editing(out, seed, name, EDITS[name], gold[str(seed)]["forget_nll"], plan.studied)
+        for seed in plan.seeds
+        if str(seed) in gold
+        for name in plan.edits
+    ]
+
+
+def _after(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Job]:
+    """What is done once the models are trained."""
+    return [*_unlearning(out, plan, gold), *_editing(out, plan, gold)]
+
+
 def _kept(jobs: Sequence[Job], out: Path, plan: Plan) -> list[Kept]:
     return [Kept(job, out / "results", plan.resume) for job in jobs]
 
@@ -333,9 +365,10 @@ def _config(plan: Plan) -> dict[str, Any]:
         "ema": unlearning.ema,
         "options": dict(plan.options),
         "named": list(plan.named),
-        "optimizer": "AdamW, betas (0.9, 0.999), no weight decay",
+        "optimizer": ADAMW,
         "batch": {"forget": unlearning.forget_batch, "retain": unlearning.retain_batch},
         "most_steps": unlearning.most_steps,
+        "edits": {name: EDITS[name].described() for name in plan.edits},
         "variants": {spec.variant: plan.variant(spec).described() for spec in plan.specs()},
     }
 

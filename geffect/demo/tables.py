@@ -58,6 +58,12 @@ PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "value_nll
 OF_ONE_FEED = ("relearn_nll", "value_nll", "recognition", "recognition_taught")
 """What is measured of a model once, whatever feeds the retain gradient."""
 
+HIGHEST = "highest_forget_nll"
+"""How far a run came that did not reach the level."""
+
+LEARNED = "other model"
+"""The variant of a row that is of the model which an edit takes something from."""
+
 SETTING = ("method", "variant", "retain_feed", "seed", "learning_rate", "steps")
 SHARES = ("share_retaining_negative", "share_update_violating")
 
@@ -91,6 +97,7 @@ class Row:
     values: dict[str, Value]
     seeds: list[int]
     missed: list[int]  # the seeds that did not reach the level
+    highest: float  # forget NLL that one of these came to; NaN where it is not known
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -104,9 +111,36 @@ def compared(summary: Mapping[str, Any], at: str, *parts: str) -> pd.DataFrame:
     """A row for each run of some parts, at a level, "at_level" or "at_es", and each gold model.
 
     Losses are nats per answer token; `relearn_nll` is the mean over the two halves. A run that did
-    not reach the level, which is that of the gold model of its seed, has no values.
+    not reach the level, which is that of the gold model of its seed, has no values. Edits stand
+    behind the runs, where the level is one that they are made to reach.
     """
-    return _table(summary, [run for run in _runs(summary) if run["part"] in parts], at)
+    compared = [run for run in _runs(summary) if run["part"] in parts]
+    edits = _edits(summary) if EQUAL in parts and at != "at_es" else []
+    return _table(summary, [*compared, *edits], at)
+
+
+def equal_disruption(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """The edits, each as strong as the same KL on retain answers takes."""
+    return _table(summary, _edits(summary), "at_disruption")
+
+
+def before_edits(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """What was learned to be taken away, and the model it was taken away from, row by row."""
+    made = [edit for edit in _edits(summary) if edit["before"]]
+    names = dict.fromkeys(edit["method"] for edit in made)
+    rows = [
+        row
+        for name in names
+        for row in (
+            *[
+                {**e, "variant": LEARNED, "at_level": e["before"]}
+                for e in made
+                if e["method"] == name
+            ],
+            *[e for e in made if e["method"] == name],
+        )
+    ]
+    return _table(summary, rows, "at_level")
 
 
 def learning_rates(summary: Mapping[str, Any]) -> pd.DataFrame:
@@ -148,6 +182,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], pd.DataFrame]]] = {
     ),
     "learning_rates": ("At several learning rates", learning_rates),
     "retain_sets": ("With several retain sets", retain_sets),
+    "before_edits": ("Before and after negation and mixing", before_edits),
+    "equal_disruption": ("Edits at equal disruption", equal_disruption),
 }
 """Every table by the name of its files, with its heading; the first is the main one."""
 
@@ -159,7 +195,8 @@ def rows(runs: pd.DataFrame) -> list[Row]:
             {n: _text(x, form) for (n, (_, form)), x in zip(KEYS.items(), key, strict=True)},
             {name: _value(part[name].dropna(), form) for name, (_, form) in COLUMNS.items()},
             part["seed"].tolist(),
-            part.loc[~part["reached_level"], "seed"].tolist(),
+            (missed := part.loc[~part["reached_level"]])["seed"].tolist(),
+            missed[HIGHEST].max(),
         )
         for key, part in runs.groupby(list(KEYS), sort=False, dropna=False)
     ]
@@ -173,7 +210,8 @@ def before(summary: Mapping[str, Any], feeds: Iterable[int]) -> pd.DataFrame:
 def as_markdown(runs: pd.DataFrame) -> str:
     """A table for a terminal or a README: means over the seeds that reached the level.
 
-    Where some seeds did not, their number stands behind the steps.
+    Where some seeds did not, their number stands behind the steps, and how far they came behind
+    the forget NLL.
     """
     lines = [[title for title, _ in (*KEYS.values(), *(COLUMNS[name] for name in PRINTED))]]
     for row in rows(runs):
@@ -181,6 +219,9 @@ def as_markdown(runs: pd.DataFrame) -> str:
         if row.missed:
             reached = len(row.seeds) - len(row.missed)
             cells["step"] = f"{cells['step']} ({reached} of {len(row.seeds)} seeds)".strip()
+            if row.highest == row.highest:
+                at_most = COLUMNS["forget_nll"][1].format(row.highest)
+                cells["forget_nll"] = f"{cells['forget_nll']} (not above {at_most})".strip()
         lines.append([*map(in_markdown, row.keys.values()), *cells.values()])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -205,10 +246,15 @@ def _runs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*summary["runs"], *summary["further_runs"]]
 
 
+def _edits(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*summary.get("edits", ())]
+
+
 def _table(summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], at: str) -> pd.DataFrame:
     measured = [
         {
             **{name: run[name] for name in (*SETTING, *SHARES)},
+            HIGHEST: run.get(HIGHEST),
             "reached_level": run[at] is not None,
             **_measured(run[at] or {}),
         }
@@ -241,7 +287,10 @@ def _models(
 
 
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[*SETTING, "reached_level", *AT_LEVEL, *SHARES])
+    frame = pd.DataFrame(rows, columns=[*SETTING, HIGHEST, "reached_level", *AT_LEVEL, *SHARES])
+    # A column of nothing but None has no number in it, and is one of numbers all the same.
+    numbers = [name for name in frame if name not in ("method", "variant", "reached_level")]
+    return frame.astype({name: float for name in numbers if frame[name].dtype == object})
 
 
 def _reached(runs: pd.DataFrame) -> bool:

@@ -8,6 +8,7 @@ from .mixing import Calibration, Mixing, calibrated
 from .newton import Newton
 from .repselect import RepSelect
 from .ssd import LFSSD, SSD
+from .strength import Strength, Varied
 from .task_vector import TaskVectorNegation
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Newton",
     "Outcome",
     "RepSelect",
+    "Strength",
     "TaskVectorNegation",
+    "Varied",
     "as_edit",
     "calibrated",
     "derived_input",

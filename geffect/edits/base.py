@@ -1,9 +1,9 @@
 """What an edit is: from a model and data to new values of its parameters, without training."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,14 @@ class Edit(ABC):
     @abstractmethod
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
         """The new values, of a model and data that were checked; the model stays as it is."""
+
+    def varied(self, option: str, model: nn.Module, data: Data) -> Callable[[float], Outcome]:
+        """The new values at each value of an option; what does not depend on it is found once."""
+        return lambda value: self.with_option(option, value).outcome(model, data)
+
+    def with_option(self, option: str, value: Any) -> Self:
+        """The same edit with another value of one of its options."""
+        return replace(self, **{option: value})
 
     def change(self, model: nn.Module, data: Data) -> Change:
         """The change of this model, not made yet: a context manager, with `apply` and `revert`."""

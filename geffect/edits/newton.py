@@ -6,8 +6,10 @@ noise and its bounds; LiSSA is of arXiv 1602.03943.
 
 import random
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +41,7 @@ class Newton(Edit):
       About scale / damping steps are needed.
     - `steps`, `repeats`: how many steps a run takes, and of how many runs the mean is taken.
       Public code has 1000 and 10.
+    - `length`: how much of the step is taken, 1 by default: theta - length H^-1 g.
     - `seed`: of the batches that are drawn.
     - `include`, `exclude`: patterns of the names of parameters, with commas between them.
 
@@ -59,6 +62,7 @@ class Newton(Edit):
     scale: float = 1000.0
     steps: int = 100
     repeats: int = 1
+    length: float = 1.0
     seed: int = 0
     include: str = "*"
     exclude: str = ""
@@ -67,6 +71,8 @@ class Newton(Edit):
         finite = is_number(self.damping) and 0 <= self.damping < inf
         check_option(self, "damping", finite, "0 or a positive number")
         check_option(self, "scale", is_number(self.scale) and 0 < self.scale < inf, "positive")
+        finite = is_number(self.length) and self.length > 0
+        check_option(self, "length", finite, "a positive number")
         for name in ("steps", "repeats"):
             check_option(self, name, is_count(getattr(self, name)), "a whole number from 1 on")
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
@@ -81,6 +87,21 @@ class Newton(Edit):
         return "arXiv 2408.00920"
 
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
+        return self._taken(model, *self._step(model, data))
+
+    def varied(self, option: str, model: nn.Module, data: Data) -> Callable[[float], Outcome]:
+        if option != "length":
+            return super().varied(option, model, data)
+        step, facts = self._step(model, data)
+        return lambda value: self.with_option(option, value)._taken(model, step, facts)
+
+    def _taken(self, model: nn.Module, step: Vector, facts: Mapping[str, Any]) -> Outcome:
+        parameters = trainable(model)
+        moved = {n: parameters[n].detach().double() - self.length * x for n, x in step.items()}
+        return Outcome(moved, facts)
+
+    def _step(self, model: nn.Module, data: Data) -> tuple[Vector, dict[str, Any]]:
+        """H^-1 g, and what is said of it."""
         parameters = trainable(model)
         names = chosen(self, parameters)
         batches = [*as_batches(data[RETAIN])]
@@ -112,7 +133,7 @@ class Newton(Edit):
             "parameters": len(names),
             "retain_batches": len(hessian.tokens),
         }
-        return Outcome({n: parameters[n].detach().double() - step[n] for n in names}, facts)
+        return step, facts
 
     def _solved(self, hessian: Hessian, gradient: Vector, draw: random.Random) -> Vector:
         """H^-1 g of one run."""

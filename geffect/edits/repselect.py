@@ -3,7 +3,7 @@
 The public code is filyp/RepSelect, whose single-shot version this is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -70,6 +70,26 @@ class RepSelect(Edit):
         return "code filyp/RepSelect"
 
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
+        return self._along(model, self._direction(model, data))
+
+    def varied(self, option: str, model: nn.Module, data: Data) -> Callable[[float], Outcome]:
+        if option != "length":
+            return super().varied(option, model, data)
+        direction = self._direction(model, data)
+        return lambda value: self.with_option(option, value)._along(model, direction)
+
+    def _along(self, model: nn.Module, direction: dict[str, Tensor]) -> Outcome:
+        parameters = trainable(model)
+        values = {
+            name: parameters[name].detach().double() + self.length * x
+            for name, x in direction.items()
+            if x.any()
+        }
+        lengths = {name: x.norm().item() for name, x in direction.items()}
+        return Outcome(values, {"matrices": len(direction), "share_of_length": lengths})
+
+    def _direction(self, model: nn.Module, data: Data) -> dict[str, Tensor]:
+        """G' / |G'|."""
         parameters = trainable(model)
         check_weights(parameters, type(self).__name__)
         names = self._matrices(parameters)
@@ -86,13 +106,7 @@ class RepSelect(Edit):
                 "The forget gradient of RepSelect should leave something when it is collapsed. "
                 f"Found a length of {total}. Give other data, or choose fewer directions."
             )
-        values = {
-            name: parameters[name].detach().double() + self.length / total * x
-            for name, x in collapsed.items()
-            if x.any()
-        }
-        lengths = {name: x.norm().item() / total for name, x in collapsed.items()}
-        return Outcome(values, {"matrices": len(names), "share_of_length": lengths})
+        return {name: x / total for name, x in collapsed.items()}
 
     def _collapse(self, k: int) -> Collapse:
         return Collapse(k, self.side, self.basis, self.strength)

@@ -4,7 +4,7 @@
 arXiv 2308.07707); its form without labels is "Loss-Free Machine Unlearning" (arXiv 2402.19308).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, get_args
@@ -26,6 +26,15 @@ Against = Literal["retain", "all"]
 
 ALPHA = 10.0
 """The paper's, of a ResNet18."""
+
+
+@dataclass(frozen=True)
+class _Importances:
+    """I_f, what it is compared with, and how many batches each is a mean of."""
+
+    forget: dict[str, Tensor]
+    other: dict[str, Tensor]
+    batches: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,27 @@ class SSD(Edit):
         return "arXiv 2308.07707"
 
     def outcome(self, model: nn.Module, data: Data) -> Outcome:
+        return self._dampened(model, self._importances(model, data))
+
+    def varied(self, option: str, model: nn.Module, data: Data) -> Callable[[float], Outcome]:
+        # Importances depend on none of the options that say how strong it is.
+        if option not in ("alpha", "fraction", "dampening"):
+            return super().varied(option, model, data)
+        measured = self._importances(model, data)
+        return lambda value: self.with_option(option, value)._dampened(model, measured)
+
+    def _importances(self, model: nn.Module, data: Data) -> "_Importances":
         names = chosen(self, trainable(model))
         sets = {name: of_size(name, data[name], self.fisher_batch) for name in self.sets}
         compared = sets[RETAIN] if self.against == "retain" else [*sets[RETAIN], *sets[FORGET]]
-        forget = self._importance(model, sets[FORGET], names)
-        other = self._importance(model, compared, names)
+        return _Importances(
+            self._importance(model, sets[FORGET], names),
+            self._importance(model, compared, names),
+            {"forget": len(sets[FORGET]), self.against: len(compared)},
+        )
+
+    def _dampened(self, model: nn.Module, measured: "_Importances") -> Outcome:
+        forget, other = measured.forget, measured.other
         masks, how = self._selected(forget, other)
         parameters = trainable(model)
         values = {
@@ -99,7 +124,7 @@ class SSD(Edit):
             "selected": sum(int(mask.sum()) for mask in masks.values()),
             "among": sum(mask.numel() for mask in masks.values()),
             "importance": f"{self._kind}, a mean over batches of {self.fisher_batch}",
-            "batches": {"forget": len(sets[FORGET]), self.against: len(compared)},
+            "batches": measured.batches,
         }
         return Outcome(values, facts)
 
