@@ -39,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     Apart("--quick", "--model"),
     Apart("--variants", "--all-variants"),
     Apart("--resume", "--overwrite"),
+    Apart("--so-far", "--overwrite"),
     Apart("--edits", "--model"),
     Needs("--data", "--data-folder"),
     Needs("--data-folder", "--data"),
@@ -52,6 +53,7 @@ RULES: tuple[Rule, ...] = (
             "--model",
             "--variants",
             "--edits",
+            "--so-far",
         )
     ),
 )
@@ -133,6 +135,10 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a study in DIR that was cut short.")
     ] = False,
+    so_far: Annotated[
+        bool,
+        typer.Option("--so-far", help="Run nothing: report what a study in DIR has so far."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the study in DIR, if there is one.")
     ] = False,
@@ -183,6 +189,7 @@ def command(
             threads=max(1, (os.cpu_count() or 1) // processes) if subject else 1,
             resume=resume,
             overwrite=overwrite,
+            so_far=so_far,
             subject=subject,
             variants=subject.paced(VARIANTS) if subject else VARIANTS,
             retain_sets=subject.paced(RETAIN_SETS) if subject else RETAIN_SETS,

@@ -37,12 +37,13 @@ def names(summary: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Figure]]:
-    """Every figure by name. Curves and heatmaps are of the first seed: gold levels differ."""
-    seed = summary["seeds"][0]
-    of_seed = [r for r in summary["runs"] if r["seed"] == seed and r["variant"] in DRAWN]
+    """Every figure by name. Curves and heatmaps are of the lowest seed: gold levels differ."""
+    seed = min(run["seed"] for run in summary["runs"])
+    every = [run for run in summary["runs"] if run["seed"] == seed]
+    of_seed = [run for run in every if run["variant"] in DRAWN] or every
     runs = {(run["method"], run["variant"]): open_run(out / run["file"]) for run in of_seed}
     plain = {method: run for (method, variant), run in runs.items() if variant == "plain"}
-    first, level = next(iter(plain)), summary["gold"][str(seed)]["forget_nll"]
+    level = summary["gold"][str(seed)]["forget_nll"]
     heatmaps: dict[str, Callable[[], Figure]] = {
         f"g_effect_{method}": partial(_heatmaps, run) for method, run in plain.items()
     }
@@ -52,10 +53,14 @@ def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Fi
         ),
         **({"comparison": lambda: _comparison(summary, seed, level)} if _compares(summary) else {}),
         **heatmaps,
-        f"sheet_{first}": lambda: sheet(g_effect(plain[first])),
+        **{f"sheet_{m}": partial(_sheet, run) for m, run in [*plain.items()][:1]},
         "cosine": lambda: facets(_cosines(runs), trajectory, "method"),
-        "conflict": lambda: _conflict_rates(plain),
+        **({"conflict": lambda: _conflict_rates(plain)} if plain else {}),
     }
+
+
+def _sheet(run: Run) -> Figure:
+    return sheet(g_effect(run))
 
 
 def _heatmaps(run: Run) -> Figure:

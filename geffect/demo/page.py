@@ -133,8 +133,10 @@ def study_page(summary: Mapping[str, Any]) -> str:
     sections = [
         "# The study",
         f"`{command(summary)}` wrote this page. Do not edit it.",
-        f"{len(runs)} runs{f' and {len(edits)} edits' if edits else ''} with {_seeds(summary)}; "
+        f"{_counted(len(runs), 'run')}{' and ' + _counted(len(edits), 'edit') if edits else ''} "
+        f"with {_seeds(summary)}; "
         f"{', '.join(f'{package} {number}' for package, number in summary['versions'].items())}.",
+        *_missing(summary),
         "## What is done",
         f"{in_markdown(config['subject'])} "
         f"Authors to be forgotten: {config['recipe']['corpus']['forget']}. "
@@ -150,7 +152,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         "## Which variant is best",
         "The best variant of each method, by the mean over seeds, among those that reached the "
         "level in every seed.",
-        best(compared(summary, "at_level", EQUAL, FEW)),
+        best(compared({**summary, "edits": []}, "at_level", EQUAL, FEW)),
         f"## {main.heading}",
         *[
             f"### {feed} questions feed the retain gradient\n\n{as_markdown(t)}"
@@ -294,6 +296,21 @@ def _single(found: Iterable[Row]) -> str:
     ]
     headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in SINGLE))]
     return markdown(headings, lines)
+
+
+def _missing(summary: Mapping[str, Any]) -> list[str]:
+    """What a study that is reported so far lacks."""
+    whole = summary.get("whole") or {"runs": 0, "of": 0}
+    if whole["runs"] == whole["of"]:
+        return []
+    return [
+        f"**The study is not whole**: {whole['runs']} of {whole['of']} runs and edits are through. "
+        "What is missing stands in no table, and no mean over seeds has it in it."
+    ]
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:

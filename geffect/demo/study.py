@@ -2,18 +2,19 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from geffect.near import meant
 
 from . import scale_table
 from .config import FULL, LEVELS, QUICK, SubjectConfig
-from .edits import EDITS
+from .edits import EDIT, EDITS
 from .findings import findings
 from .jobs import KINDS, Drawing, Editing, Kept, Training, Unlearning
 from .methods import (
@@ -33,6 +34,9 @@ from .tables import TABLES, write_tables
 from .workers import Job, OnProgress, working
 
 FORMAT = 1
+
+J = TypeVar("J", bound=Job)
+
 QUICK_METHODS = ("ga",)
 
 PAGES = (
@@ -59,7 +63,8 @@ class Plan:
     `all_variants` every method in every variant, run on to equal extraction strength. With
     `controls` the same with few facts that feed the retain gradient and, of the first method, at
     three learning rates of every variant, and with several retain sets. `edits` are names of
-    `geffect.demo.edits.EDITS`, which are made in every seed.
+    `geffect.demo.edits.EDITS`, which are made in every seed. `so_far`: nothing is run, and what has
+    a result is reported.
     """
 
     seeds: Sequence[int] = (0,)
@@ -78,10 +83,13 @@ class Plan:
     named: Sequence[str] = ()
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
     edits: Sequence[str] = ()
+    so_far: bool = False
 
     def __post_init__(self) -> None:
         if not self.methods:
             object.__setattr__(self, "methods", QUICK_METHODS if self.quick else METHODS)
+        if self.so_far:
+            object.__setattr__(self, "resume", True)
         if self.resume and self.overwrite:
             raise ValueError(
                 "`resume` and `overwrite` should not both be True. Found both. Choose `resume` to "
@@ -112,6 +120,11 @@ class Plan:
         runs = sum(spec.weight(self.variant(spec)) for spec in self.specs())
         work = len(KINDS) * Training.weight + runs + len(self.edits) * Editing.weight
         return len(self.seeds) * work
+
+    @property
+    def jobs(self) -> int:
+        """How many runs and edits a seed has."""
+        return len(self.specs()) + len(self.edits)
 
     def variant(self, spec: RunSpec) -> Variant:
         """The variant of a run."""
@@ -195,28 +208,34 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     claim(out, plan)
     with working(plan.workers, report, plan.threads) as run:
         with clock.stage("train"):
-            training = _training(out, plan)
+            training = _asked(_training(out, plan), out, plan)
             trained: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
             for job, measured in zip(training, run(_kept(training, out, plan)), strict=True):
                 trained[job.kind][str(job.seed)] = measured
         with clock.stage("unlearn"):
-            unlearning = _unlearning(out, plan, trained["gold"])
-            editing = _editing(out, plan, trained["gold"])
-            found = run(_kept([*unlearning, *editing], out, plan))
-            runs, edits = found[: len(unlearning)], found[len(unlearning) :]
-        compared = [run for run in runs if run["part"] == EQUAL]
-        further = [run for run in runs if run["part"] != EQUAL]
+            after = _asked(_after(out, plan, trained["gold"]), out, plan)
+            found = run(_kept(after, out, plan))
+        edits = [run for run in found if run["variant"] == EDIT]
+        compared = [run for run in found if run["part"] == EQUAL and run["variant"] != EDIT]
+        further = [run for run in found if run["part"] != EQUAL]
+        if not compared:
+            raise ValueError(
+                "A study should have a run to report. Found none that is whole. Go on with it by "
+                "--resume."
+            )
+        seeds = [seed for seed in plan.seeds if str(seed) in trained["gold"]]
         summary = {
             "format": FORMAT,
             "versions": {p: version(p) for p in ("geffect", "torch", "transformers", "tokenizers")},
-            "seeds": list(plan.seeds),
+            "seeds": seeds,
+            "whole": {"runs": len(found), "of": len(plan.seeds) * plan.jobs},
             "config": _config(plan),
             "wall_seconds": {},
             **trained,
             "runs": compared,
             "further_runs": further,
             "edits": edits,
-            "findings": findings(compared, further),
+            "findings": findings(_complete(compared, seeds), _complete(further, seeds)),
         }
         with clock.stage("figures"):
             from . import figures
@@ -238,7 +257,7 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
     # How far a run goes is read from the gold model of its seed.
     after = _kept(_after(out, plan, _gold(training)), out, plan)
     there = sum(kept.found() is not None for kept in (*training, *after))
-    return there, len(training) + len(plan.seeds) * (len(plan.specs()) + len(plan.edits))
+    return there, len(training) + len(plan.seeds) * plan.jobs
 
 
 def claim(out: Path, plan: Plan) -> None:
@@ -349,6 +368,25 @@ def _editing(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> 
 def _after(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Job]:
     """What is done once the models are trained."""
     return [*_unlearning(out, plan, gold), *_editing(out, plan, gold)]
+
+
+def _complete(runs: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The runs of settings that every seed has: claims compare seed by seed."""
+
+    def setting(run: Mapping[str, Any]) -> tuple[Any, ...]:
+        names = ("part", "method", "variant", "learning_rate", "retain_feed")
+        return tuple(run[name] for name in names)
+
+    counts = Counter(map(setting, runs))
+    return [run for run in runs if counts[setting(run)] == len(seeds)]
+
+
+def _asked(jobs: Sequence[J], out: Path, plan: Plan) -> list[J]:
+    """The jobs to be done; of a study that is reported so far, those that are done."""
+    if not plan.so_far:
+        return [*jobs]
+    kept = _kept(jobs, out, plan)
+    return [job for job, of in zip(jobs, kept, strict=True) if of.found() is not None]
 
 
 def _kept(jobs: Sequence[Job], out: Path, plan: Plan) -> list[Kept]:

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from geffect import Recorder, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.demo import figures
 from geffect.demo.config import QUICK
-from geffect.demo.jobs import Unlearning
-from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec
+from geffect.demo.edits import EDITS
+from geffect.demo.jobs import Kept, Unlearning
+from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objective
 from geffect.demo.study import IN_A_LOOK, Plan
 from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
@@ -478,7 +481,50 @@ def test_a_study_of_all_objectives(
 ) -> None:
     plans: list[Plan] = []
     monkeypatch.setattr("geffect.cli.demo._study", lambda out, plan, console: plans.append(plan))
-    for further in ([], ["--variants", "plain"], ["--all-variants"]):
+    for further in ([], ["--variants", "plain"], ["--all-variants"], ["--edits", "ssd,mix"]):
         assert ask("demo", "--methods", "all", *further, "--out", tmp_path).code == 0
     ran = [{(spec.method, spec.variant) for spec in plan.specs()} for plan in plans]
-    assert ran == [{*product(CATALOGUE, names)} for names in (OF_ALL, ("plain",), VARIANTS)]
+    every = every_objective()
+    assert ran == [{*product(every, names)} for names in (OF_ALL, ("plain",), VARIANTS, OF_ALL)]
+    assert [plan.edits for plan in plans] == [tuple(EDITS)] * 3 + [("ssd", "mix")]
+    # What is left out is there by another name.
+    assert {CATALOGUE[name] for name in every} == {*CATALOGUE.values()}
+    assert len({CATALOGUE[name] for name in every}) == len(every)
+
+
+def test_edits_that_are_refused(ask: Ask, tmp_path: Path) -> None:
+    for options, said in (
+        (["--edits", "sssd"], "`sssd`. Did you mean `ssd`?"),
+        (["--edits", "ssd", "--model", "x"], "--model"),
+        (["--so-far", "--overwrite"], "--overwrite"),
+    ):
+        answer = ask("demo", *options, "--out", tmp_path / "out")
+        assert answer.code == 2 and said in " ".join(answer.err.split())
+
+
+def test_a_study_is_reported_so_far(
+    ask: Ask, quick_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is run: what has a result stands in the tables, and the page says what is missing."""
+    monkeypatch.setattr("geffect.demo.study.working", lambda *_: nullcontext(run_here))
+    monkeypatch.setattr("geffect.demo.figures.names", lambda *_: [])
+    for name in ("results", "runs", "models"):
+        shutil.copytree(quick_study.out / name, tmp_path / name)
+    for name in ("ga-gru", "ga-select"):
+        (tmp_path / "results" / f"{name}-seed0.json").unlink()
+    told = ["demo", "--quick", "--methods", "ga", "--so-far", "--out", tmp_path]
+    assert ask(*told).code == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    before = [r for r in quick_study.summary["runs"] if r["variant"] not in ("gru", "select")]
+    assert summary["runs"] == before and summary["whole"] == {"runs": 3, "of": 5}
+    page = (tmp_path / "study.md").read_text()
+    assert "**The study is not whole**: 3 of 5 runs and edits are through." in page
+    assert "not whole" not in (quick_study.out / "study.md").read_text()
+    for file in (tmp_path / "results").glob("ga-*.json"):
+        file.unlink()
+    answer = ask(*told)
+    assert answer.code and "Found none that is whole" in " ".join(answer.err.split())
+
+
+def run_here(jobs: Sequence[Kept]) -> list[Any]:
+    return [job.run(lambda done, says: None) for job in jobs]

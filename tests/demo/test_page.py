@@ -5,7 +5,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from geffect.demo.edits import EDITS
+from geffect.demo.methods import ADAMW, OF_ALL, VARIANTS, every_objective
 from geffect.demo.page import best, command, main, study_page, write_page
 from geffect.demo.study import IN_A_LOOK
 from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
@@ -57,6 +60,58 @@ def test_further_tables_and_single_seeds(quick_study: Any, tmp_path: Any) -> Non
     assert " / ".join(row.values["retain_nll"].single) in page
 
 
+def edit(run: dict[str, Any], name: str, *, reached: bool) -> dict[str, Any]:
+    """An edit with the numbers of a run."""
+    at = {**run["at_level"], "step": None, "strength": 0.25, "retain_nll": 0.777}
+    return {
+        **run,
+        "method": name,
+        "variant": "edit",
+        "learning_rate": None,
+        "steps": None,
+        "share_update_violating": None,
+        "reached_level": reached,
+        "highest_forget_nll": 2.25,
+        "at_level": at if reached else None,
+        "at_disruption": {**at, "retain_nll": 0.555},
+        "before": {"forget_nll": 0.125, "retain_nll": 0.625},
+    }
+
+
+def test_edits_stand_beside_the_runs(quick_study: Any) -> None:
+    summary = quick_study.summary
+    edits = [edit(summary["runs"][0], "mix", reached=True)]
+    edits += [edit(summary["runs"][0], "negation-sku", reached=False)]
+    config = {**summary["config"], "edits": {name: EDITS[name].described() for name in EDITS}}
+    page = re.sub(r" +", " ", study_page({**summary, "config": config, "edits": edits}))
+    assert "5 runs and 2 edits with seed 0" in page
+    main, rest = page.split("## The price of forgetting")[1].split("## Before and after")
+    before, rest = rest.split("## Edits at equal disruption")
+    disruption, scales = rest.split("## G-effects on common scales")
+    assert "| mix | edit | 30 | | | 0.777 |" in main
+    assert "| negation-sku | edit | 30 | | (0 of 1 seeds) | |" in main
+    assert "| (not above 2.25) |" in main
+    assert re.findall(r"\| ([\w-]+) \| (other model|edit) \|", before) == [
+        ("mix", "other model"), ("mix", "edit"),
+        ("negation-sku", "other model"), ("negation-sku", "edit"),
+    ]  # fmt: skip
+    assert "| mix | other model | 30 | | | 0.625 | | | 0.12 |" in before
+    assert disruption.count("| 0.555 |") == 2
+    assert "| mix | edit |" in scales and "Rank correlation" in scales
+    assert "| alpha | 0.25 |" in page and "| alpha | not reached |" in page
+    best_of = page.split("## Which variant is best")[1].split("## The price")[0]
+    assert "| ga |" in best_of and "| mix |" not in best_of
+    assert "An edit trains nothing" not in study_page(summary)
+
+
+def test_adamw_is_named_once(quick_study: Any) -> None:
+    page = study_page(quick_study.summary)
+    assert page.count("betas") == page.count(ADAMW) == 1
+    defaults = VARIANTS["plain"].stepping([torch.nn.Parameter(torch.ones(1))], 1e-3).defaults
+    said = f"betas {defaults['betas']}, eps {defaults['eps']:.0e}".replace("e-0", "e-")
+    assert said in ADAMW and defaults["weight_decay"] == 0.0
+
+
 def test_the_best_variants_are_those_of_a_loop() -> None:
     def runs(**values: list[float]) -> pd.DataFrame:
         return pd.DataFrame(
@@ -91,6 +146,8 @@ def test_the_best_variants_are_those_of_a_loop() -> None:
          "geffect demo --seeds 0,1 --methods ga --all-variants --controls"),
         ({}, ["plain", "hamu"], {"named": ["plain", "hamu"]},
          "geffect demo --seeds 0,1 --methods ga --variants plain,hamu"),
+        ({}, ["plain"], {"named": ["plain"], "edits": [{"method": "ssd"}, {"method": "ssd"}]},
+         "geffect demo --seeds 0,1 --methods ga --variants plain --edits ssd"),
         ({"source": "smol", "trained": {"layers": [3, 9], "lora": None}}, ["plain"], {},
          "geffect demo --model DIR --layers 3..9 --seeds 0,1"),
         ({"source": "smol", "trained": {"layers": None, "lora": 8}}, ["plain"], {},
@@ -104,3 +161,12 @@ def test_the_command_of_a_study(recipe: Any, variants: Any, more: Any, said: str
         command({"seeds": [0, 1], "config": config, "runs": runs, "further_runs": [], **more})
         == said
     )
+
+
+def test_the_command_of_a_study_of_all() -> None:
+    runs = [{"method": m, "variant": v} for m in every_objective() for v in OF_ALL]
+    config = {"quick": False, "recipe": {}, "options": {}, "named": list(OF_ALL)}
+    edits = [{"method": name} for name in EDITS]
+    summary = {"seeds": [0], "config": config, "runs": runs, "further_runs": [], "edits": edits}
+    assert command(summary) == "geffect demo --seeds 0 --methods all"
+    assert "--edits ssd" in command({**summary, "edits": edits[:1]})

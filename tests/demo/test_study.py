@@ -1,6 +1,7 @@
 """A plan says what is run; a run ends at its levels, whatever the variant."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from geffect import StopWhen, open_run
 from geffect.demo import language_model as lm
-from geffect.demo.config import EmbeddedConfig, UnlearningConfig
+from geffect.demo.config import QUICK
 from geffect.demo.corpus import UNKNOWN, Size, generate
+from geffect.demo.edits import EDITS
 from geffect.demo.findings import KEEPING, shares
-from geffect.demo.jobs import Kept, Unlearning
+from geffect.demo.jobs import KINDS, Editing, Kept, Training, Unlearning
 from geffect.demo.methods import (
     EQUAL,
     FEW,
@@ -28,20 +30,12 @@ from geffect.demo.methods import (
     VARIANTS,
     RunSpec,
 )
-from geffect.demo.study import Plan
-from geffect.demo.unlearning import Data, measure, unlearn
+from geffect.demo.study import Plan, claim, whole
+from geffect.demo.unlearning import Data, Rising, measure, unlearn
 from geffect.demo.workers import Say
+from geffect.edits import CATALOGUE, named, options_of
+from tests.utils.subject import TINY
 
-TINY = EmbeddedConfig(
-    corpus=Size(authors=3, forget=1, heldout=1, world=8),
-    unlearning=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
-    layers=2,
-    hidden=48,
-    heads=2,
-    epochs=32,
-    batch=8,
-    learning_rate=8e-3,
-)
 EVERY = VARIANTS | RETAIN_SETS | RIVALS
 STUDY = Plan(all_variants=True, controls=True)
 
@@ -87,6 +81,35 @@ def test_named_variants_and_rivals_are_run_alone_by_every_method() -> None:
             Plan(named=names)
 
 
+def test_edits_are_made_in_every_seed() -> None:
+    plan = Plan(seeds=(0, 1), methods=("ga",), named=("plain",), edits=("ssd", "newton"))
+    assert plan.weight == Plan(seeds=(0, 1), methods=("ga",), named=("plain",)).weight + 8.0
+    for names, said in ((("newtn",), "`newtn`.*newton.*Choose"), (("mix", "mix"), "each once")):
+        with pytest.raises(ValueError, match=f"`edits` should be some of .*{said}"):
+            Plan(edits=names)
+    assert {studied.edit for studied in EDITS.values()} == {*CATALOGUE}
+    for studied in EDITS.values():
+        edit = named(studied.edit, studied.options)
+        assert studied.strength in options_of(edit)
+        assert (studied.state,) == edit.states or not (studied.state or edit.states)
+
+
+def test_a_study_with_edits_counts_and_resumes_them(tmp_path: Path) -> None:
+    plan = Plan(methods=("ga",), named=("plain",), edits=("mix",), resume=True, quick=True)
+    claim(tmp_path, plan)
+    jobs = [
+        *(Training(tmp_path, 0, kind, QUICK) for kind in KINDS),
+        Editing(tmp_path, 0, "mix", EDITS["mix"], 3.0, QUICK),
+    ]
+    for job in jobs:
+        kept = {"job": repr(job), "result": {"forget_nll": 3.0}}
+        (tmp_path / "results" / f"{job.name}.json").write_text(json.dumps(kept))
+    assert whole(tmp_path, plan) == (3, 4)
+    claim(tmp_path, plan)
+    with pytest.raises(ValueError, match="Found a result of another: edit-mix-seed0"):
+        claim(tmp_path, replace(plan, edits=()))
+
+
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
     rates: dict[tuple[str, int], set[float]] = {}
     for spec in STUDY.specs():
@@ -128,19 +151,6 @@ def test_a_study_that_is_resumed_runs_no_job_twice(tmp_path: Path) -> None:
     jobs = [Unlearning(tmp_path, 0, c, STUDY.variant(c), {}, TINY) for c in STUDY.specs()]
     assert len({repr(job) for job in jobs}) == len(jobs)
     assert " at 0x" not in "".join(map(repr, jobs))
-
-
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Data]:
-    """A tiny model that has memorised its corpus."""
-    folder = tmp_path_factory.mktemp("tiny")
-    corpus = generate(0, TINY.corpus)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    TINY.learn(folder, corpus, corpus.memorised, 0, lambda done, total: None)
-    torch.set_num_threads(threads)
-    model, tokenizer = TINY.load(folder)
-    return model, Data.of(corpus, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +233,21 @@ def test_a_rule_of_the_level_stops_where_the_study_interpolates(method: str, run
 def test_a_level_that_is_not_reached_has_no_values(run: Unlearn) -> None:
     result = run("ga", "plain", {"forget_nll": 1e3}, most_steps=2)
     assert (result["reached_level"], result["at_level"], result["steps"]) == (False, None, 2)
+
+
+def test_a_run_that_comes_no_nearer_ends(run: Unlearn) -> None:
+    result = run("sku", "plain", {"forget_nll": 1e3}, patience=3)
+    assert (result["reached_level"], result["steps"]) == (False, 3)
+    assert result["highest_forget_nll"] == max(result["curve"]["forget_nll"]) < 10
+    assert result["curve"]["step"][-1] == 3
+
+
+def test_what_rises_by_a_hundredth_of_the_level_goes_on() -> None:
+    rising = Rising(level=1.0, mark=0.0, patience=2, highest=0.0)
+    # A step below the mark and one above it by less count as standing still.
+    steps = [(0.011, True), (0.02, True), (0.0215, True), (0.03, True), (0.02, False)]
+    assert [rising.goes_on(nll) for nll, _ in steps] == [goes_on for _, goes_on in steps]
+    assert rising.highest == 0.03
 
 
 def test_what_is_measured_at_a_level_lies_between_two_steps(
