@@ -13,13 +13,12 @@ from geffect.analysis import conflict, cosine, g_effect
 from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, trajectory
 from geffect.scores import stack
 
+from .methods import in_one_picture
+
 FORMATS = ("png", "pdf")
 
 DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "sago")
 """The variants in the figures; the tables have all."""
-
-MANY = 6
-"""The methods that have a picture each and no more; more are compared in one."""
 
 Runs = dict[tuple[str, str], Run]  # by method and variant
 
@@ -51,7 +50,11 @@ def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Fi
         "tradeoff": lambda: facets(
             _curves(of_seed, level), partial(tradeoff, level=level), "method"
         ),
-        **({"comparison": lambda: _comparison(summary, seed, level)} if _compares(summary) else {}),
+        **(
+            {"comparison": lambda: _comparison(summary, seed, level)}
+            if in_one_picture(summary)
+            else {}
+        ),
         **heatmaps,
         **{f"sheet_{m}": partial(_sheet, run) for m, run in [*plain.items()][:1]},
         "cosine": lambda: facets(_cosines(runs), trajectory, "method"),
@@ -65,11 +68,6 @@ def _sheet(run: Run) -> Figure:
 
 def _heatmaps(run: Run) -> Figure:
     return facets(g_effect(run), heatmap, "effect")
-
-
-def _compares(summary: Mapping[str, Any]) -> bool:
-    """Whether there are edits to compare with, or too many methods for a panel each."""
-    return bool(summary.get("edits")) or len({run["method"] for run in summary["runs"]}) > MANY
 
 
 def _comparison(summary: Mapping[str, Any], seed: int, level: float) -> Figure:

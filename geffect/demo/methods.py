@@ -253,6 +253,15 @@ def every_objective() -> tuple[str, ...]:
     return tuple(first.values())
 
 
+MANY = 6
+"""The methods that have a panel each in a picture; more of them are compared in one."""
+
+
+def in_one_picture(summary: Mapping[str, Any]) -> bool:
+    """Whether a study has edits to compare with, or too many methods for a panel each."""
+    return bool(summary.get("edits")) or len({run["method"] for run in summary["runs"]}) > MANY
+
+
 EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rates", "retain sets"
 """What a run is there for: the comparison itself, or one of its controls."""
 

@@ -12,7 +12,7 @@ from geffect.text import in_markdown
 
 from .edits import DISRUPTION, EDITS
 from .findings import findings
-from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective
+from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective, in_one_picture
 from .scale_table import agreement, g_effects
 from .scale_table import as_markdown as scales_as_markdown
 from .scales import SCALES
@@ -92,6 +92,14 @@ retain risk changes, both to first order. The objective of an edit is its displa
 original model: where first order says little, its numbers say little too.
 """
 
+PICTURE = """\
+![Retain loss outside over forget loss, a panel a variant, a line a method](figures/comparison.png)
+
+*The retain loss of authors outside the retain gradient over the forget loss, of one seed: along
+each run by variant, and along rising strengths of each edit. Names stand where the forget loss is
+that of the retrained model. Lower is better.*
+"""
+
 ELSEWHERE = """\
 This study is of one small model that has memorised its data. It also runs on a
 pretrained model, and leaves the same page in its folder:
@@ -131,7 +139,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
     main, *further = tables(summary)
     feeds = list(main.runs.groupby("retain_feed", sort=False))
     sections = [
-        "# The study",
+        "# The study of all methods" if in_one_picture(summary) else "# The study",
         f"`{command(summary)}` wrote this page. Do not edit it.",
         f"{_counted(len(runs), 'run')}{' and ' + _counted(len(edits), 'edit') if edits else ''} "
         f"with {_seeds(summary)}; "
@@ -154,6 +162,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         "level in every seed.",
         best(compared({**summary, "edits": []}, "at_level", EQUAL, FEW)),
         f"## {main.heading}",
+        *([PICTURE] if in_one_picture(summary) else []),
         *[
             f"### {feed} questions feed the retain gradient\n\n{as_markdown(t)}"
             for feed, t in feeds

@@ -57,6 +57,23 @@ change.apply()  # or kept, until change.revert()
   the solve shows otherwise. Second derivatives are held against differences of gradients, along
   the gradient and along the step, and refused where a backward pass leaves them out.
 
+How strong an edit has to be for a metric to reach a level is found by bisection, here until the
+forget loss is 4 nats per token:
+
+```python
+from geffect.edits import Varied
+from geffect.risk import mean_nll
+
+varied = Varied.of(SSD(), "fraction", model, data)
+found = varied.reaching(
+    lambda edited: mean_nll(edited, forget_batches), level=4.0, between=(1e-5, 0.5)
+)
+if found.value is not None:  # else no fraction reaches it
+    varied.change(found.value).apply()
+```
+
+[The study of all methods](comparison.md) compares edits with training so.
+
 Sets are data that an edit is made from, states other models, as `--state tuned=DIR` or
 `states={"tuned": folder}`.
 
