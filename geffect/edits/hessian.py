@@ -27,8 +27,8 @@ RADII = (1e-2, 3e-3, 1e-3, 1e-4, 1e-5, 3e-2)
 third derivatives, short ones by rounding."""
 
 WORKS = (
-    'Load it uncompiled, without kernels of its own, with attn_implementation="eager", or leave '
-    "parameters out by `exclude`."
+    "Load it uncompiled and outside of autocast, without kernels of its own, with "
+    'attn_implementation="eager", or leave parameters out by `exclude`.'
 )
 
 

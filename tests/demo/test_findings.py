@@ -132,6 +132,16 @@ def summary(**changed: dict[str, Any]) -> dict[str, Any]:
     return {"runs": study(**changed), "further_runs": controls(**changed), "gold": gold}
 
 
+def edits() -> list[dict[str, Any]]:
+    """An edit of two seeds, one of which does not reach the level."""
+    made = [run("mix", "edit", seed, learning_rate=None, steps=None) for seed in (0, 1)]
+    for edit in made:
+        edit |= {"at_disruption": edit["at_level"] | {"step": None, "retain_nll": 0.9}}
+        edit |= {"before": {"retain_nll": 0.8}, "share_update_violating": None}
+    made[1] |= {"reached_level": False, "at_level": None, "highest_forget_nll": 2.5}
+    return made
+
+
 def look() -> dict[str, Any]:
     """A summary of runs that end at equal forgetting, without controls."""
     return summary() | {"runs": [r | {"at_es": None} for r in study()], "further_runs": []}
@@ -369,12 +379,15 @@ def shown(page: str) -> dict[str, list[list[str]]]:
         ("equal_extraction", ["ga", "gru", "30", "0.0003", "28", "0.500", "0.750"]),
         ("learning_rates", ["ga", "gru", "140", "0.0006", "18", "1.000", "1.500"]),
         ("retain_sets", ["ga", "nearest", "140", "0.0003", "18", "0.400", "0.600", "0.030"]),
+        ("before_edits", ["mix", "other model", "140", "&ndash;", "&ndash;", "0.800"]),
+        ("equal_disruption", ["mix", "edit", "140", "&ndash;", "&ndash;", "0.900", "0.000"]),
     ],
 )
 def test_a_report_shows_every_further_table(
     page: Callable[[dict[str, Any]], str], name: str, row: list[str]
 ) -> None:
-    tables = shown(page(summary()))
+    whole = summary() | {"edits": edits()}
+    tables = shown(page(whole))
     heading, of = TABLES[name]
     assert list(tables) == [heading for heading, _ in list(TABLES.values())[1:]]
     titles, *rows = tables[heading]
@@ -384,7 +397,7 @@ def test_a_report_shows_every_further_table(
     assert {len(cells) for cells in rows} == {len(titles)}
     assert row in [cells[: len(row)] for cells in rows]
     keys = ["method", "variant", "retain_feed", "learning_rate"]
-    made = of(summary())
+    made = of(whole)
     assert len(rows) == made.groupby(keys, dropna=False).ngroups + made["retain_feed"].nunique()
 
 
