@@ -21,6 +21,7 @@ from geffect.projection import SaliencyMask
 from . import language_model as lm
 from .config import UnlearningConfig
 from .edits import DISRUPTION, Lesson, StudiedEdit
+from .recognised import recognised
 from .scales import on_common_scales
 from .unlearning import Data, Metrics, measure, relearn
 
@@ -151,6 +152,7 @@ def _measured(varied: Varied, subject: Subject, found: Strength) -> Metrics | No
             "strength": found.value,
             **measure(model, data),
             "relearn_nll": relearn(model, data, subject.config),
+            **recognised(model, data.asked, data.tokenizer, subject.config),
         }
 
 
