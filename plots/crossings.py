@@ -90,11 +90,11 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
             zorder=4,
         )  # fmt: skip
         ax.annotate(
-            drawn(method), xy=(1.0, _share(ax, ends[method])), xytext=(1.06, place),
+            drawn(method), xy=(1.0, _share(ax, ends[method])), xytext=(1.08, place),
             xycoords="axes fraction", textcoords="axes fraction", va="center", fontsize="x-small",
             color=ink.colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": ink.colour, "linewidth": 0.5,
-                        "shrinkA": 0.0, "shrinkB": 2.0},
+                        "relpos": (0.0, 0.5), "shrinkA": 0.0, "shrinkB": 2.0},
         )  # fmt: skip
     mark(ax, level)
     missed = [method for method in lines if method not in ends]
