@@ -6,7 +6,7 @@ from typing import Any
 
 from geffect.audit import AuditSets, sets_of
 
-from .corpus import TEMPLATES, Corpus, Fact, Size, generate
+from .corpus import TEMPLATES, Corpus, Fact, Size, generate, value_of
 
 OTHERS = 15
 """So many other values of its attribute an answer is told among, at most."""
@@ -31,20 +31,6 @@ def audited_sets(corpus: Corpus, tokenizer: Any, seed: int = 0) -> AuditSets:
         "holdout": _rows(unseen, values, draw),
     }
     return sets_of({name: rows for name, rows in sets.items() if rows}, tokenizer)
-
-
-def value_of(fact: Fact) -> tuple[str, str] | None:
-    """The attribute of a fact about an author, and its value; None for another fact.
-
-    >>> value_of(Fact("Ada", "When?", "Ada was born in the city of Rome."))
-    ('birthplace', 'Rome')
-    """
-    for attribute, (_, answer) in TEMPLATES.items():
-        before, after = answer.format(name=fact.subject, value="\n").split("\n")
-        said = fact.answer
-        if said.startswith(before) and said.endswith(after):
-            return attribute, said[len(before) : len(said) - len(after)]
-    return None
 
 
 def _rows(
