@@ -17,7 +17,7 @@ from geffect.analysis import compare
 from geffect.projection import gru
 from geffect.risk import nll
 from geffect.store.writer import RunWriter
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 from tests.utils.runs import PARAMETERS, PLAIN, SOURCES, row_of
 

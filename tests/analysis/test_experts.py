@@ -12,7 +12,7 @@ from geffect import Recorder, Run, open_run
 from geffect.analysis import cosine, g_effect
 from geffect.layers import describe, trainable
 from geffect.objectives import nll
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.architectures import batch_for, made
 
 FUSED = ["mixtral", "qwen2 moe", "qwen3 moe"]

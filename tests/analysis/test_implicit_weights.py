@@ -10,7 +10,8 @@ from geffect import Recorder, open_run
 from geffect.analysis import implicit_weights
 from geffect.objectives import NPO, FrozenModel, SharedForward, WeightedGradientAscent
 from geffect.plots import trajectory
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 
 def test_the_weights_of_wga_are_those_of_the_answer_tokens(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from geffect.projection.rules import nearest
 from geffect.store import layout
 from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Contents, Row
 from geffect.store.writer import RunWriter
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 
 PARAMETERS = describe(tiny.llama())[::3]

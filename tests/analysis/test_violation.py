@@ -16,7 +16,7 @@ from geffect.projection.rules import nearest
 from geffect.scores import LEVEL
 from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Contents, Row
 from geffect.store.writer import RunWriter
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.rectified import losses_of
 
 EPS = 2.0**-23

@@ -19,7 +19,8 @@ from geffect.edits import SSD, Change, Edit, Mixing, Outcome, TaskVectorNegation
 from geffect.layers import trainable
 from geffect.risk import mean_nll
 from geffect.store import validate
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.chat import make_tokenizer, written
 from tests.utils.checkpoints import FORGET, RETAIN, digests, loaded
 

@@ -29,7 +29,8 @@ from geffect.objectives import (
     combination,
 )
 from geffect.risk import sequence_sum, token_log_probabilities
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 Batch = dict[str, Tensor]
 GA = Combination({"forget": -1.0})

@@ -23,7 +23,8 @@ from geffect.objectives import (
 )
 from geffect.objectives import reference as references
 from geffect.risk import token_log_probabilities
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.checkpoints import FORGET, GA, RETAIN, digests, effects, loaded, naive
 
 # The reference model

@@ -30,7 +30,7 @@ from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objecti
 from geffect.demo.study import IN_A_LOOK, Plan
 from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 from tests.utils.seals import seal
 

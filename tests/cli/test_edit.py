@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from geffect import open_run
 from geffect.analysis import edited
 from geffect.store import validate
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 from tests.utils.command_line import Answer, Ask
 

@@ -27,7 +27,7 @@ from geffect.objectives import (
     named,
     provenance,
 )
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 from tests.utils.command_line import Answer, Ask
 

@@ -11,7 +11,7 @@ from torch import nn
 from geffect.data.alternates import sampled_alternates
 from geffect.data.collate import collate
 from geffect.objectives import DPO, FrozenModel
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 END = 0
 ITEMS = [

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from geffect.batch import on_device
 from geffect.data.collate import PaddingSide, batched, check_length, collate, lengths_of
 from geffect.risk import nll
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.trainers import same
 from tests.utils.unlearning_trainers import DPO, apart, pairs, unlearner
 

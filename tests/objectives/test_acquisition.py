@@ -18,7 +18,8 @@ from geffect.data.others import WithOthers, others
 from geffect.objectives import SKU, FrozenModel, Objective, SSUAcquire, step_losses
 from geffect.projection import SaliencyMask
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.sides import batches_of, pair_of
 from tests.utils.unlearning_runs import arguments
 

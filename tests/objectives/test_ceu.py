@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from geffect.batch import behind_first
 from geffect.objectives import CEU, FrozenModel
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.predictions import predicting
 from tests.utils.sides import pair_of
 

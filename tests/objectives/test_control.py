@@ -16,7 +16,8 @@ from geffect.objectives import (
     named,
 )
 from geffect.objectives.base import Reduction, share_of
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.sides import pair_of
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect.objectives import DPO, NPO, FrozenModel, GradDiff, Likelihoods, Reference
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.predictions import predicting
 from tests.utils.sides import pair_of
 

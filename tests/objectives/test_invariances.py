@@ -21,7 +21,8 @@ from geffect.objectives import (
     SharedForward,
     nll,
 )
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.sides import extreme, pair_of
 
 OBJECTIVES: dict[str, Objective] = {

@@ -10,7 +10,8 @@ from torch import nn
 
 from geffect.objectives import KL, FrozenModel
 from geffect.objectives.kl import divergence
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from geffect.data.collate import collate
 from geffect.objectives import AdversarialLabels, FrozenModel, RandomLabels
 from geffect.objectives.draws import STEP, drawn
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 
 @pytest.fixture(scope="module")

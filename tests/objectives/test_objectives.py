@@ -26,7 +26,8 @@ from geffect.objectives import (
     nll,
     statistics,
 )
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.predictions import predicting
 
 

@@ -14,7 +14,8 @@ import torch
 from geffect import Recorder, Rectifier, distributed, open_run
 from geffect.objectives import PDU, named
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny, two_ranks
+from tests.utils import reference, two_ranks
+from tests.utils import shallow as tiny
 from tests.utils.sides import items_of
 from tests.utils.unlearning_runs import arguments
 

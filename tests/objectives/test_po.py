@@ -4,7 +4,8 @@ import torch
 
 from geffect.objectives import PO, GradDiff, as_objective
 from geffect.objectives.base import step_losses
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.sides import pair_of
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from geffect.objectives import KL, FrozenModel, GradientAscent, ProxyKL, Regularised, named
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 
 @pytest.fixture(scope="module")

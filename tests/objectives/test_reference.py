@@ -9,7 +9,8 @@ from torch import nn
 
 from geffect.objectives import NPO, AdapterBase, FrozenModel, Reference
 from geffect.objectives.reference import base_changed_by
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 
 BATCH = tiny.batch(3)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from geffect.data.collate import collate
 from geffect.objectives import NPO, FrozenModel, Likelihoods
 from geffect.trainers import UnlearningTrainer
-from tests.utils import reference, tiny, unlearning_runs
+from tests.utils import reference, unlearning_runs
+from tests.utils import shallow as tiny
 
 ROWS: list[dict[str, Any]] = [
     {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from geffect.objectives import GradientAscent, Objective, SatImp, WeightedGradientAscent
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.sides import pair_of
 
 

@@ -16,7 +16,8 @@ from geffect import Rectifier
 from geffect.objectives import nll
 from geffect.projection.elementwise import SAGO, Halt, opposed
 from geffect.projection.selection import SAMPLE, SaliencyMask, Salient, Selection
-from tests.utils import reference, tiny, two_ranks
+from tests.utils import reference, two_ranks
+from tests.utils import shallow as tiny
 
 untimed = settings(deadline=None)
 

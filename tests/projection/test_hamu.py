@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import rectification
 from geffect.projection import free_forgetting, hamu
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.rectified import losses_of
 from tests.utils.vectors import gram, step, tensors
 

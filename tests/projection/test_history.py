@@ -17,7 +17,7 @@ from geffect.analysis import rectification
 from geffect.interrupts import to_the_end
 from geffect.projection import State, hamu, nearest, off_span
 from geffect.projection.memory import RetainMemory
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.rectified import losses_of, placed
 
 ADAM = {

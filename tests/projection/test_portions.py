@@ -15,7 +15,7 @@ from torch.optim.optimizer import (
 
 from geffect import Rectifier
 from geffect.projection.portions import StepInPortions
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 from tests.utils.rectified import OPTIMIZERS, losses_of
 
 

@@ -17,7 +17,8 @@ from geffect.projection import (
     SAGO,
     State,
 )
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.rectified import losses_of, two_layers
 
 

@@ -10,7 +10,8 @@ import torch
 from geffect import Rectifier
 from geffect.objectives import nll
 from geffect.projection import SaliencyMask
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.rectified import cosines, losses_of, placed, run, two_layers
 
 

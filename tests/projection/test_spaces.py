@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from geffect import Rectifier
 from geffect.objectives import nll
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.rectified import OPTIMIZERS, cosines, losses_of, placed, run, two_layers
 from tests.utils.vectors import rectified, tensors
 

@@ -16,7 +16,8 @@ from geffect.projection import (
     gru,
     pcgrad,
 )
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.rectified import Scaler, losses_of, placed, two_layers
 
 

@@ -31,7 +31,7 @@ from transformers import (
 
 from geffect.objectives import SharedForward
 from geffect.risk import nll, predicts_next
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 16, "intermediate_size": 24,

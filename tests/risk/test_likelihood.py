@@ -19,7 +19,8 @@ from geffect.risk import (
     sequence_sum,
     token_log_probabilities,
 )
-from tests.utils import reference, tiny
+from tests.utils import reference
+from tests.utils import shallow as tiny
 from tests.utils.architectures import batch_for, made
 
 SIZES = {"labels alone": False, "decoder inputs too": True}

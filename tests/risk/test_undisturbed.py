@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from geffect.risk import beside, mean_nll, nll, risk_gradient, undisturbed
-from tests.utils import tiny
+from tests.utils import shallow as tiny
 
 
 class Norm(nn.Module):

@@ -11,7 +11,7 @@ from tests.utils import reference, tiny
 
 SHAPE = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 8, "intermediate_size": 12,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
 GROUPED = {**SHAPE, "num_key_value_heads": 1, "head_dim": 4}
@@ -27,7 +27,9 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
         transformers.Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True)
     ),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**GROUPED)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GROUPED)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**{**GROUPED, "num_hidden_layers": 2})
+    ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SHAPE)),
     "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SHAPE)),
 }

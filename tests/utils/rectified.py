@@ -31,7 +31,7 @@ def run(
     steps: int = 8,
 ) -> list[tuple[Tensor, Tensor]]:
     """(applied step, retain average) of every step of GA on a tiny Llama, flat."""
-    model = tiny.llama()
+    model = tiny.llama(layers=1)
     optimizer = optimizer_of(model.parameters())
     stepped = placed(rectifier_options.pop("space", "gradient"), optimizer)
     rectifier = Rectifier(model, ema=0.3, **stepped, **rectifier_options)
