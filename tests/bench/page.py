@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import traffic
 from .bars import Bar
 
 Rows = Sequence[Mapping[str, Any]]
@@ -31,6 +32,13 @@ and each block was a launch. What they launch now is counted by a test, and not 
 tensor in float32 a recorder adds 2 launches (two gradients), a rectifier 4 in gradient space, 5 in
 update space, 5 in coordinate scope, 4 with `SAGO` and 9 or 10 with `select`. A recorded step and a
 rectified one wait for the device 2 times each, however many tensors there are.
+
+What it reads from and writes to memory for that, in numbers for each parameter, is below. The floor
+is what is left where nothing is read twice but what has to be: a pass ends where a number of all
+coordinates is needed before the next can begin. In bfloat16, gradients and parameters are half as
+long, averages are not; a rectifier takes the products once more, and waits, for each rounding tried.
+
+@TRAFFIC@
 
 | to the plain step | 34M, float32 | 361M, bf16 | 1.24B, bf16 |
 |---|---:|---:|---:|
@@ -57,6 +65,8 @@ float64 and float32, and of the G-effect, a loop of `torch.autograd.grad` with `
 torchjd's engine. It writes `runs/bench-cuda.json`, from which `python -m tests.bench.page` makes a
 section of this page. `--size small` shows on any machine that it runs.
 """
+
+ON_A_GPU = ON_A_GPU.replace("@TRAFFIC@", traffic.table())
 
 SHORT = {
     "two gradients: recorded step / step": "a recorded step, two gradients, to the step",

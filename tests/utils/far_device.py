@@ -32,6 +32,9 @@ QUIET = re.compile(
 # What looks at values from the host beside `_local_scalar_dense` and copies.
 WAITS = re.compile(r"(_local_scalar_dense|equal|nonzero|masked_select|is_nonzero|unique|_unique2)")
 
+# What does not look at the tensor that it changes.
+UNREAD = ("copy_", "zero_", "fill_", "random_")
+
 
 class FarTensor(Tensor):
     """A tensor of the CPU that says it lies on the device that is not there."""
@@ -121,6 +124,8 @@ class Counted(TorchDispatchMode):
 
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)  # bytes, each tensor once a launch
+    written: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -145,7 +150,17 @@ class Counted(TorchDispatchMode):
             self.waits[name] += 1
         elif not QUIET.fullmatch(name):
             self.launches[name] += 1
+            found = done(func, args, kwargs)
+            inputs = given[1:] if name in UNREAD else given
+            self.move(name, inputs, list(_flat(found)))
+            return found
         return done(func, args, kwargs)
+
+    def move(self, name: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Count what a launch reads and writes."""
+        for counter, tensors in ((self.read, inputs), (self.written, outputs)):
+            far = {x.held.data_ptr(): x.held.nbytes for x in tensors if isinstance(x, FarTensor)}
+            counter[name] += sum(far.values())
 
 
 @contextmanager
@@ -157,6 +172,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
 
     def launch(kernel: Any, programs: int, *arguments: Any, **constants: int) -> None:
         counted.launches[kernel.__name__] += 1
+        *inputs, output = [x for x in arguments if isinstance(x, FarTensor)]
+        if not constants.get("PLACES"):  # of a sample
+            counted.move(kernel.__name__, inputs, [output])
         held = [_held(argument) for argument in arguments]
         with _disable_current_modes():
             kernel[programs,](*held, **constants)
