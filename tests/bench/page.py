@@ -36,7 +36,8 @@ rectified one wait for the device 2 times each, however many tensors there are.
 What it reads from and writes to memory for that, in numbers for each parameter, is below. The floor
 is what is left where nothing is read twice but what has to be: a pass ends where a number of all
 coordinates is needed before the next can begin. In bfloat16, gradients and parameters are half as
-long, averages are not; a rectifier takes the products once more, and waits, for each rounding tried.
+long, averages are not, and a rectifier takes the products once more, and waits, for each rounding
+that it tries.
 
 @TRAFFIC@
 
