@@ -15,6 +15,7 @@ from torch import nn
 
 from geffect.checkpoints.loading import tokenizer_of
 from geffect.data.examples import spelled
+from geffect.evaluation.tokens import evaluate_tokens
 from geffect.near import meant
 from geffect.numbers import is_number
 
@@ -23,7 +24,7 @@ from .budget import BUDGETS, Budget
 from .look import Look, Original
 from .models import ORIGINAL, AuditModels, Source, kind_of, named
 from .report import AuditReport
-from .sets import HOLDOUT, AuditSet, AuditSets, sets_of
+from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, sets_of
 from .summary import table_of
 from .table import DRAWS, FEWEST
 from .thresholds import Thresholds
@@ -31,6 +32,9 @@ from .verdict import judged
 
 STEP_SHARE = 0.005
 """A step of relearning moves a weight by so much of the size of weights, where no rate is given."""
+
+TIMED = 16
+"""So many items tell how long a forward takes."""
 
 Report = Callable[[str, float], None]
 """Told what is done now, and how much of all is done, from 0 to 1."""
@@ -122,7 +126,9 @@ def audit(
         "thresholds": asdict(limits),
         "seconds": round(time.monotonic() - started, 1),
     }
-    return AuditReport(judged(table, limits), table, items, told)
+    asked = read[FORGET]
+    texts = dict(enumerate(zip(asked.questions, asked.answers, strict=True)))
+    return AuditReport(judged(table, limits), table, items, told, texts)
 
 
 def measured(
@@ -137,6 +143,8 @@ def measured(
     found: list[pd.DataFrame] = []
     described: dict[str, Any] = {}
     has_retrained = models.retrained is not None
+    seconds = expected_seconds(original.model, sets, budget) * len(models)
+    report(f"{ORIGINAL}: {_spelt(seconds)} to go", 0.0)
     for place, role in enumerate(models):
         model = original.model if role == ORIGINAL else models.loaded(role)
         described[role] = _described(models[role], model)
@@ -159,6 +167,38 @@ def measured(
         "skipped": skipped,
     }
     return pd.concat(found, ignore_index=True), told
+
+
+def expected_seconds(model: nn.Module, sets: AuditSets, budget: Budget) -> float:
+    """About how long all batteries take with one model, from a forward of some forget items.
+
+    A step of training counts as three forwards of its batch.
+    """
+    forget = sets[FORGET]
+    some = [*forget.items[:TIMED]]
+    evaluate_tokens(model, some)  # what is slow only once
+    started = time.perf_counter()
+    evaluate_tokens(model, some)
+    each = (time.perf_counter() - started) / len(some)
+    n, relearning = len(forget), budget.relearning
+    runs = len(relearning.sources) * len(relearning.rates) * len(relearning.seeds)
+    trained = max(relearning.steps) * relearning.batch * 3 + n * len(relearning.steps)
+    others = sum(map(len, forget.alternatives))
+    recognised = (len(budget.taught) + 1) * (others + 6 * max(budget.taught) * relearning.batch)
+    kept = sum(min(len(sets[name]), budget.kept or len(sets[name])) for name in sets.kept)
+    said = 24 * (n * (1 + budget.samples) + 2 * min(budget.said or n, len(sets[RETAIN])))
+    layers = 40 if budget.layers else 2
+    forwards = n * (20 + layers) + runs * trained + others + recognised + 2 * kept + said
+    return each * forwards
+
+
+def _spelt(seconds: float) -> str:
+    """A time in words.
+
+    >>> _spelt(30), _spelt(200)
+    ('about 30 s', 'about 3 min')
+    """
+    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ class AuditReport:
     - `items`: the value of every item, `battery, metric, set, model, item, subject, value`. Where
       some items of a set were looked at, they are counted among these.
     - `manifest`: models, data with their hashes, budget, thresholds, versions, what was skipped.
+    - `texts`: question and answer of each forget item that has them, by its number.
     """
 
     judgement: Verdict
     table: pd.DataFrame = field(repr=False)
     items: pd.DataFrame = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
+    texts: Mapping[int, tuple[str, str]] = field(default_factory=dict, repr=False)
 
     @property
     def verdict(self) -> str:
@@ -44,6 +47,15 @@ class AuditReport:
     def flags(self) -> tuple[str, ...]:
         """What a reader has to know beside the verdict."""
         return self.judgement.flags
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as a page that opens offline, which is also written to `path`."""
+        from .page import page
+
+        text = page(self)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report without the values of single items, as JSON, which is also written to `path`.

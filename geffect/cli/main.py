@@ -12,7 +12,7 @@ import typer
 
 from geffect.text import plain
 
-from . import compare, demo, edit, info, join, layers, plot, replay, report, scores, validate
+from . import audit, compare, demo, edit, info, join, layers, plot, replay, report, scores, validate
 from .command import Command, Group
 from .terminal import say, terminal
 from .usage import UsageError, told
@@ -24,7 +24,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for subcommand in (demo, info, scores, plot, report, layers, join, replay, edit, compare, validate):
+for subcommand in (
+    demo,
+    info,
+    scores,
+    plot,
+    report,
+    layers,
+    join,
+    replay,
+    edit,
+    audit,
+    compare,
+    validate,
+):
     name, kind = subcommand.__name__.rpartition(".")[2], getattr(subcommand, "COMMAND", Command)
     app.command(name, cls=kind)(subcommand.command)
 

@@ -1,0 +1,59 @@
+"""Audits of several models that were unlearned from one original: the others are read once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+from torch import nn
+
+from .batteries import BATTERIES
+from .budget import QUICK, Budget
+from .look import Look, Original
+from .models import ORIGINAL, RETRAINED, UNLEARNED
+from .sets import AuditSets
+from .summary import table_of
+from .thresholds import Thresholds
+from .verdict import Verdict, judged
+
+
+@dataclass
+class Beside:
+    """An original and a retrained model, read once, beside which unlearned models are judged.
+
+    - `sets`, `budget`, `learning_rate`: as for `geffect.audit`; the rate has to be given.
+    - `batteries`: what is measured.
+    """
+
+    original: nn.Module
+    retrained: nn.Module
+    sets: AuditSets
+    learning_rate: float
+    budget: Budget = QUICK
+    batteries: Sequence[str] = tuple(BATTERIES)
+    _read: pd.DataFrame | None = field(default=None, repr=False)
+    _original: Original | None = field(default=None, repr=False)
+
+    def audited(
+        self, unlearned: nn.Module, thresholds: Thresholds | None = None
+    ) -> tuple[Verdict, pd.DataFrame]:
+        """The verdict of one unlearned model, and its table."""
+        if self._read is None:
+            known = {ORIGINAL: self.original, RETRAINED: self.retrained}
+            self._read = pd.concat([self._of(role, model) for role, model in known.items()])
+        items = pd.concat([self._read, self._of(UNLEARNED, unlearned)], ignore_index=True)
+        table = table_of(items)
+        return judged(table, thresholds), table
+
+    def _of(self, role: str, model: nn.Module) -> pd.DataFrame:
+        if self._original is None:
+            self._original = Original(self.original)
+        look = Look(
+            role,
+            model,
+            self.sets,
+            self.budget,
+            self.learning_rate,
+            self._original,
+            has_retrained=True,
+        )
+        return pd.concat([rows for name in self.batteries for rows in BATTERIES[name](look)])

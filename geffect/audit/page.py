@@ -1,0 +1,256 @@
+"""The page of an audit: the verdict, a picture of each battery, and what came back most."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import pandas as pd
+
+from geffect.text import in_html
+
+from .attacks import DEPTH, HIDDEN, RELEARNING, baseline
+from .drawn import Dot, curves, dots
+from .models import ORIGINAL, ROLES, UNLEARNED
+from .sets import FORGET, HOLDOUT
+from .summary import DIRECTLY
+from .verdict import DIRECT, MEMORISED, NLL, PRIVACY, RECOVERABLE, UTILITY, Verdict
+
+LISTED = 10
+"""So many items are listed that came back most."""
+
+STYLE = """
+  body { font: 16px/1.55 system-ui, sans-serif; color: #1d2129; max-width: 66rem;
+         margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: anywhere; }
+  h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+  .verdict { font-size: 1.2rem; border-left: .4rem solid #b3261e; padding: .4rem 1rem; }
+  .verdict.good { border-color: #00875f; }
+  .quiet { color: #667; font-size: .9rem; } svg { max-width: 100%; height: auto; }
+  table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+  th, td { padding: .28rem .6rem; text-align: left; border-bottom: 1px solid #dde;
+           vertical-align: top; }
+  td.number { text-align: right; } details { margin: .9rem 0; } summary { cursor: pointer; }
+"""
+
+
+class Reported(Protocol):
+    """What an audit found, as `geffect.audit.AuditReport` holds it."""
+
+    @property
+    def judgement(self) -> Verdict: ...
+
+    @property
+    def table(self) -> pd.DataFrame: ...
+
+    @property
+    def items(self) -> pd.DataFrame: ...
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+    @property
+    def texts(self) -> Mapping[int, tuple[str, str]]: ...
+
+
+def page(report: Reported) -> str:
+    """The page as HTML, in one file that opens offline."""
+    good = report.judgement.exit_code == 0
+    told = [f"<p>{in_html(reason)}</p>" for reason in report.judgement.reasons]
+    flags = [f"<li>{in_html(flag)}</li>" for flag in report.judgement.flags]
+    parts = [
+        f"<h1>Audit of {in_html(report.manifest['roles'][UNLEARNED])}</h1>",
+        f'<div class="verdict{" good" if good else ""}"><b>{in_html(report.judgement.verdict)}</b>',
+        *told,
+        "</div>",
+        f"<ul>{''.join(flags)}</ul>" if flags else "",
+        _models(report.manifest),
+        *_pictures(report),
+        _came_back(report),
+        _skipped(report.manifest["skipped"]),
+        _facts(report.manifest),
+        _whole(report.table),
+    ]
+    title = f"Audit: {in_html(report.judgement.verdict)}"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def _pictures(report: Reported) -> Iterator[str]:
+    table, limits = report.table, report.manifest["thresholds"]
+    shares = _dots(table, (DIRECT, RECOVERABLE), models=(UNLEARNED,))
+    noise = _dots(table, (RECOVERABLE,), models=[m for m in ROLES if m != UNLEARNED])
+    lines = {"hidden": limits["hidden"], "remembers": limits["remembers"], "original": 1.0}
+    yield from _figure(
+        "What is there, and what comes back",
+        dots([*shares, *noise], lines) if shares else "",
+        "Shares of what the original knows beyond a model that never knew, with 95 % intervals. "
+        "Hollow marks are noise: how large the share of a model seems that hides nothing.",
+    )
+    yield from _figure(
+        "Asked directly",
+        _picture(_dots(table, (MEMORISED,), metrics=DIRECTLY, of=FORGET)),
+        "Of the forget set. The aim is the retrained model, not 0.",
+    )
+    yield from _figure("Relearning", _relearned(table), "NLL of the forget set, over the steps.")
+    yield from _figure(
+        "Depth",
+        _depth(table),
+        "By how much the output of each block, handed to the original, lowers log p of the answer.",
+    )
+    aucs = [m for m in table["metric"].unique() if str(m).startswith("AUC ")]
+    yield from _figure(
+        "Membership",
+        _picture(_dots(table, (PRIVACY,), metrics=aucs), {".5": 0.5}),
+        "How well the forget set is told from a holdout. The aim is the retrained model, not .5.",
+    )
+    yield from _figure(
+        "What stays",
+        _picture(_dots(table, (UTILITY,), metrics=("es",), by_set=True)),
+        "Extraction strength of the sets that should stay.",
+    )
+
+
+def _figure(title: str, picture: str, says: str) -> Iterator[str]:
+    if picture:
+        yield f'<h2>{in_html(title)}</h2>\n{picture}<p class="quiet">{in_html(says)}</p>'
+
+
+def _picture(found: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
+    return dots(found, lines) if found else ""
+
+
+def _dots(
+    table: pd.DataFrame,
+    batteries: Sequence[str],
+    *,
+    metrics: Sequence[str] | None = None,
+    models: Iterable[str] = ROLES,
+    of: str | None = None,
+    by_set: bool = False,
+) -> list[Dot]:
+    chosen = table[table["battery"].isin([*batteries]) & table["model"].isin([*models])]
+    if metrics is not None:
+        chosen = chosen[chosen["metric"].isin([*metrics])]
+    if of is not None:
+        chosen = chosen[chosen["set"] == of]
+    chosen = chosen[chosen["value"].notna()]
+    return [
+        Dot(row["set"] if by_set else row["metric"], row["model"], *_values(row))
+        for row in chosen.to_dict("records")
+    ]
+
+
+def _values(row: Mapping[Any, Any]) -> tuple[float, float, float]:
+    return float(row["value"]), float(row["low"]), float(row["high"])
+
+
+def _relearned(table: pd.DataFrame) -> str:
+    """Curves of the benign source at its first rate, from the model that is not attacked."""
+    means = table[(table["set"] == FORGET) & (table["battery"] == HIDDEN)]
+    pattern = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in means.to_dict("records"):
+        found = pattern.match(row["metric"])
+        if found:
+            series.setdefault(row["model"], []).append((float(found[1]), float(row["value"])))
+    before = table[(table["battery"] == MEMORISED) & (table["metric"] == NLL)]
+    for row in before[before["set"] == FORGET].to_dict("records"):
+        if row["model"] in series:
+            series[row["model"]].append((0.0, float(row["value"])))
+    return curves({m: sorted(points) for m, points in series.items()}, "steps", "NLL (nats)")
+
+
+def _depth(table: pd.DataFrame) -> str:
+    layers = table[(table["battery"] == DEPTH) & table["metric"].str.startswith("patched ")]
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in layers[layers["set"] == FORGET].to_dict("records"):
+        layer = float(row["metric"].removeprefix("patched "))
+        series.setdefault(row["model"], []).append((layer, float(row["value"])))
+    return curves({m: sorted(points) for m, points in series.items()}, "block", "nats")
+
+
+def _came_back(report: Reported) -> str:
+    """The items whose answer the strongest attack brought nearest to what the original says."""
+    attack = report.judgement.attack
+    beside = None if attack is None else baseline(attack)
+    if beside is None:
+        return ""
+    own = report.items[(report.items["set"] == FORGET) & (report.items["model"] == UNLEARNED)]
+    after = own[(own["battery"] == HIDDEN) & (own["metric"] == attack)]
+    before = own[(own["battery"] == beside.battery) & (own["metric"] == beside.metric)]
+    both = after.merge(before, on="item", suffixes=("", "_before"))
+    both["back"] = (both["value"] - both["value_before"]) * (1 if beside.rises else -1)
+    texts = report.texts
+    rows = []
+    for row in both.dropna(subset=["back"]).nlargest(LISTED, "back").to_dict("records"):
+        question, answer = texts.get(int(row["item"]), ("", ""))
+        cells = (row["item"], row["subject"], question, answer)
+        numbers = (f"{row['value_before']:.3g}", f"{row['value']:.3g}")
+        rows.append(
+            "<tr>"
+            + "".join(f"<td>{in_html(cell)}</td>" for cell in cells)
+            + "".join(f'<td class="number">{number}</td>' for number in numbers)
+            + "</tr>"
+        )
+    heads = ("item", "subject", "question", "answer", f"{beside.metric} before", "after")
+    return (
+        f"<h2>What came back most, by {in_html(attack)}</h2>\n<table><tr>"
+        + "".join(f"<th>{in_html(head)}</th>" for head in heads)
+        + f"</tr>{''.join(rows)}</table>"
+    )
+
+
+def _models(manifest: Mapping[str, Any]) -> str:
+    rows = [
+        f"<tr><td>{in_html(role)}</td><td>{in_html(told['name'])}</td>"
+        f"<td>{in_html(told['kind'])}</td><td>{in_html(told['class'])}</td>"
+        f"<td>{in_html(', '.join(told['dtype']))}</td></tr>"
+        for role, told in manifest["models"].items()
+    ]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _skipped(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return ""
+    listed = "".join(
+        f"<li><b>{in_html(what)}</b>: {in_html(why)}</li>" for what, why in skipped.items()
+    )
+    return f"<h2>What could not be measured</h2><ul>{listed}</ul>"
+
+
+def _facts(manifest: Mapping[str, Any]) -> str:
+    sets = "".join(
+        f"<tr><td>{in_html(name)}</td><td>{in_html(told['source'] or 'given')}</td>"
+        f'<td class="number">{told["items"]}</td><td class="number">{told["subjects"]}</td>'
+        f"<td>{in_html(told['first'] or '')}</td></tr>"
+        for name, told in manifest["sets"].items()
+    )
+    limits = ", ".join(f"{name} {value}" for name, value in manifest["thresholds"].items())
+    rate = manifest["learning_rate"]
+    how = "given" if rate["given"] else "taken from the size of the weights"
+    return (
+        "<h2>How it was made</h2><table><tr><th>set</th><th>from</th><th>items</th>"
+        "<th>subjects</th><th>the first, scored between [[ and ]]</th></tr>"
+        f"{sets}</table><p>Thresholds: {in_html(limits)}.</p>"
+        f"<p>Budget {in_html(manifest['budget']['name'])}; learning rate of relearning "
+        f"{rate['value']:g}, {how}; {manifest['seconds']} s.</p>"
+    )
+
+
+def _whole(table: pd.DataFrame) -> str:
+    shown = table[table["set"].ne(HOLDOUT) | table["model"].eq(ORIGINAL)]
+    rows = []
+    for row in shown.to_dict("records"):
+        keys = "".join(f"<td>{in_html(row[c])}</td>" for c in ("battery", "metric", "set", "model"))
+        values = "".join(
+            f'<td class="number">{"" if pd.isna(row[c]) else format(row[c], ".4g")}</td>'
+            for c in ("value", "low", "high", "n")
+        )
+        rows.append(f"<tr>{keys}{values}</tr>")
+    heads = "".join(f"<th>{head}</th>" for head in table.columns)
+    return (
+        f"<details><summary>All values</summary><table><tr>{heads}</tr>{''.join(rows)}</table>"
+        "</details>"
+    )

@@ -1,0 +1,226 @@
+"""`geffect audit`: whether an unlearned model forgot, or only hides it."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from geffect.near import meant
+
+from .options import (
+    DATA_FORMS,
+    BaseOption,
+    DeviceOption,
+    OverwriteOption,
+    RetainOption,
+    TemplateOption,
+    check_output,
+    choice,
+)
+from .progress import News, Told, shown
+from .selection import written_as
+from .terminal import say, show, terminal, write
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from geffect.audit import AuditReport
+
+BATTERIES = ("memorised", "privacy", "hidden", "utility")
+MODELS = "A folder of a model or of an adapter, or a GGUF file"
+SHOWN = 6
+"""So many attacks are listed, those that bring most back."""
+
+
+class BudgetName(StrEnum):
+    """How far an audit goes."""
+
+    QUICK = "quick"
+    FULL = "full"
+
+
+def batteries_of(text: str) -> tuple[str, ...]:
+    """The batteries of an option, with commas between them."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in BATTERIES:
+            raise typer.BadParameter(
+                f"should be some of {', '.join(BATTERIES)}, with commas between them. Found "
+                f"`{name}`.{meant(name, BATTERIES)} Choose from those."
+            )
+    return names
+
+
+def rate_of(text: str) -> float:
+    """A learning rate."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1:
+        raise typer.BadParameter(
+            f"should be a learning rate between 0 and 1. Found `{text}`. Pass, say, 1e-5."
+        )
+    return rate
+
+
+def command(
+    unlearned: Annotated[Path, typer.Argument(metavar="MODEL", help=f"{MODELS}: what is audited.")],
+    original: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="The model before unlearning.", show_default=False),
+    ],
+    forget: Annotated[Path, typer.Option(metavar="DATA", help=DATA_FORMS, show_default=False)],
+    retain: RetainOption,
+    retrained: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A model that never saw the forget data. Without it --holdout is needed, and the "
+            "best verdict is that these attacks recover nothing.",
+            show_default=False,
+        ),
+    ] = None,
+    neighbours: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="What should stay, of the kind of the forget data."),
+    ] = None,
+    holdout: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="Data of that kind that no model has seen."),
+    ] = None,
+    world: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="General knowledge that should stay.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Running text, plain or as JSONL.")
+    ] = None,
+    batteries: Annotated[
+        Any,
+        typer.Option(
+            parser=batteries_of,
+            metavar="NAME,...",
+            help=f"What is measured, some of {', '.join(BATTERIES)}; all if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        BudgetName, choice("--budget", BudgetName, "How far it goes, for a look or a report")
+    ] = BudgetName.QUICK,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            parser=rate_of,
+            metavar="RATE",
+            help="That of the unlearning, from which relearning takes its own; one that suits the "
+            "size of the weights if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            callback=written_as(".html"),
+            help="The page to write (.html).",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, for a script.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    template: TemplateOption = True,
+    base: BaseOption = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A tokenizer, where the models have none.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Audit MODEL: is what should be forgotten gone, or does it come back when it is attacked?
+
+    Exit code 0: never knew, partly forgotten, or not recovered by these attacks; 3: hidden; 4:
+    remembers; 5: broken. 1: it could not be done, or nothing can be said; 2: it was asked wrongly.
+    """
+    if retrained is None and holdout is None:
+        raise typer.BadParameter(
+            "`geffect audit` should be given --retrained or --holdout: without them nothing says "
+            "what a model shows that never knew. Found neither. Pass one of them."
+        )
+    if output is not None:
+        check_output(output, overwrite=overwrite)
+    from transformers.utils.logging import disable_progress_bar
+
+    from geffect.audit.auditing import audit
+
+    disable_progress_bar()
+    given = {
+        "forget": forget, "retain": retain, "neighbours": neighbours, "holdout": holdout,
+        "world": world, "text": text,
+    }  # fmt: skip
+    console = terminal(stderr=True)
+    roles = 2 + (retrained is not None)
+    with shown(roles, console, "audit") as tell:
+        report = audit(
+            unlearned,
+            original,
+            retrained,
+            sets={name: path for name, path in given.items() if path is not None},
+            batteries=batteries,
+            budget=budget.value,
+            learning_rate=learning_rate,
+            template=template,
+            base=base,
+            tokenizer=tokenizer,
+            device=device,
+            report=_telling(tell, roles),
+        )
+    if output is not None:
+        report.to_html(output)
+    if as_json:
+        write(report.to_json())
+    else:
+        _summarise(report, terminal())
+        if output is not None:
+            say(terminal(), f"The page is in {output}")
+    raise typer.Exit(code=report.judgement.exit_code)
+
+
+def _telling(tell: Callable[[News], None], roles: int) -> Callable[[str, float], None]:
+    """What tells how far the model is that is looked at now."""
+    begun: list[str] = []
+
+    def told(what: str, done: float) -> None:
+        role, _, battery = what.partition(": ")
+        if begun and begun[-1] != role:
+            tell(Told(begun[-1], "audit", 1.0, 1.0, "done"))
+        if not battery:
+            return
+        if not begun or begun[-1] != role:
+            begun.append(role)
+        share = min(1.0, max(0.0, done * roles - (len(begun) - 1)))
+        tell(Told(role, "audit", 1.0, share, battery))
+
+    return told
+
+
+def _summarise(report: "AuditReport", console: "Console") -> None:
+    from geffect.audit.models import UNLEARNED
+    from geffect.audit.verdict import DIRECT, RECOVERABLE
+
+    say(console, report.judgement.sentence, *(f"  {flag}" for flag in report.flags))
+    own = report.table[report.table["model"] == UNLEARNED]
+    shares = own[own["battery"].isin([DIRECT, RECOVERABLE]) & own["value"].notna()]
+    rows = [
+        [row["battery"], row["metric"], *(f"{row[c]:.2f}" for c in ("value", "low", "high"))]
+        for battery in (DIRECT, RECOVERABLE)
+        for row in shares[shares["battery"] == battery].nlargest(SHOWN, "value").to_dict("records")
+    ]
+    if rows:
+        headings = ["share", "of", "value", "low", "high"]
+        show(console, headings, rows, names=["share", "of"])
+    for what, why in report.manifest["skipped"].items():
+        say(console, f"Not measured: {what}. {why}")

@@ -1,0 +1,122 @@
+"""`geffect audit`: from folders and files to a verdict, a page and an exit code."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from geffect.audit import budget as budgets
+from geffect.audit.budget import Budget
+from geffect.audit.relearning import RelearningBudget
+from tests.utils import tiny
+from tests.utils.chat import TURNS, make_tokenizer, written
+from tests.utils.command_line import Answer, Ask
+
+SHORT = Budget(
+    "quick",
+    RelearningBudget(steps=(1,), rates=(1.0,), seeds=(0,), sources=("benign",)),
+    taught=(1,), kept=2, said=1, samples=0, layers=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three random models with a tokenizer, and data."""
+    folder = tmp_path_factory.mktemp("audit")
+    tokenizer = make_tokenizer(TURNS)
+    config = tiny.llama().config
+    config.vocab_size = len(tokenizer)
+    config.max_position_embeddings = 256
+    for seed, name in enumerate(("original", "retrained", "unlearned")):
+        tiny.llama(seed)
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name in ("forget", "retain", "holdout"):
+        rows = [
+            {
+                "question": f"Where does {name} live?",
+                "answer": f"In <b>{n}</b>.",
+                "wrong": [f"In {n + 1}."],
+            }
+            for n in range(4)
+        ]
+        written(folder / f"{name}.jsonl", *rows)
+    return folder
+
+
+@pytest.fixture
+def audit(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """The command, with the models and data that every audit needs, on a small budget."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setitem(budgets.BUDGETS, "quick", SHORT)
+
+    def audit(*options: object) -> Answer:
+        data = [w for side in ("forget", "retain") for w in (f"--{side}", folder / f"{side}.jsonl")]
+        words = [folder / "unlearned", "--original", folder / "original", *data, "--device", "cpu"]
+        return ask("audit", *words, *options)
+
+    return audit
+
+
+def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    code, out, err = audit("--retrained", folder / "retrained", "-o", page)
+    assert code == 5, (out, err)  # random models keep nothing
+    assert out.startswith("broken: ")
+    assert "The page is in" in out
+    assert "unlearned: " in err and "left" in err
+    text = page.read_text(encoding="utf-8")
+    for title in ("Asked directly", "Relearning", "Depth", "What stays"):
+        assert f"<h2>{title}</h2>" in text
+    assert "<svg" in text and "http" not in text
+    assert "Thresholds: kept 0.5" in text
+    assert "<b>0</b>" not in text  # what others wrote is text
+    assert str(folder / "forget.jsonl") in text
+
+
+def test_json_is_all_of_the_report(audit: Ask, folder: Path) -> None:
+    code, out, _ = audit("--holdout", folder / "holdout.jsonl", "--json")
+    told = json.loads(out)
+    assert code == told["exit_code"] and told["verdict"] == "broken"
+    assert any(flag.startswith("floor estimated") for flag in told["flags"])
+    assert told["manifest"]["budget"]["name"] == "quick"
+    assert {row["battery"] for row in told["table"]} >= {"memorised", "hidden", "utility"}
+
+
+def test_some_batteries(audit: Ask, folder: Path) -> None:
+    code, out, _ = audit("--retrained", folder / "retrained", "--batteries", "memorised", "--json")
+    assert {row["battery"] for row in json.loads(out)["table"]} <= {
+        "memorised", "utility", "direct share",
+    }  # fmt: skip
+    assert code in (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--retrained or --holdout"),
+        (["--batteries", "hiden"], r"`--batteries` should be some of .*Did you mean `hidden`"),
+        (["--learning-rate", "fast"], "`--learning-rate` should be a learning rate"),
+        (["--budget", "long"], "`--budget` should be one of quick, full"),
+        (["-o", "audit.pdf"], r"`--output` should end in \.html"),
+    ],
+)
+def test_what_is_asked_wrongly(audit: Ask, folder: Path, options: list[str], says: str) -> None:
+    given = ["--retrained", str(folder / "retrained"), *options] if options else options
+    code, out, err = audit(*given)
+    assert (code, out) == (2, "")
+    assert re.search(says, err)
+
+
+def test_a_page_is_not_replaced_unasked(audit: Ask, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    page.write_text("mine", encoding="utf-8")
+    code, _, err = audit("--retrained", folder / "retrained", "-o", page)
+    assert code == 1 and "--overwrite" in err and page.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_that_is_no_model(audit: Ask, tmp_path: Path) -> None:
+    code, _, err = audit("--retrained", tmp_path)
+    assert code == 1 and "A checkpoint should be a folder" in err
