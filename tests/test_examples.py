@@ -188,7 +188,7 @@ def run_shell(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
         match shlex.split(line.partition(" > ")[0], comments=True):
             case [
                 "geffect",
-                "demo" | "plot" | "report" | "compare" | "layers" | "join" as name,
+                "audit" | "demo" | "plot" | "report" | "compare" | "layers" | "join" as name,
                 *options,
             ]:
                 group: Any = typer.main.get_command(app)
