@@ -95,7 +95,7 @@ def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
     skipped, losses = run.column("skipped"), run.losses()
     rows = []
     for row in evaluations.to_dict("records"):
-        step = int(row["step"])
+        step = _whole(row["step"])
         weights = _weights(run, step)
         there = np.flatnonzero(run.steps == step)
         for risk in risks:
@@ -140,6 +140,15 @@ def agreement(joined: pd.DataFrame) -> pd.DataFrame:
         rows.append((*map(str, key), len(known), rho, slope, _gap(known)))
     columns = ["suite", "metric", "risk", "checkpoints", "rho", "slope", "gap"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _whole(step: Any) -> int:
+    if not isinstance(step, int | float | np.number) or not np.isfinite(step) or step % 1:
+        raise ValueError(
+            "`step` of an evaluation should be the whole number of updates before it. Found "
+            f"{step}. Pass that of its checkpoint."
+        )
+    return int(step)
 
 
 def _gap(known: pd.DataFrame) -> float:

@@ -78,7 +78,7 @@ def recommended_layers(
     names, K = summed_gram(run, "layer")
     update = run.index(UPDATE)
     changes = {name: inner(K, run.index(name), update) for name in (FORGET, *harmed)}
-    known = ~np.isnan(np.stack([*changes.values()])).any(axis=(0, 2))
+    known = np.isfinite(np.stack([*changes.values()])).all(axis=(0, 2))
     if known.sum() < ENOUGH_ROWS:
         raise ValueError(
             f"`run` should have at least {ENOUGH_ROWS} steps with an update, for gains to be told "
@@ -159,6 +159,11 @@ def _short(
             "that training them forgets."
         ]
     had = float(gain @ fraction)
+    if count is None and wanted <= 0:
+        return [
+            f"The run does not forget: its gain is {gain.sum():.3g} nats, so that no layer is "
+            "chosen."
+        ]
     if count is None and had < wanted * (1 - 1e-9):
         return [
             f"The layers of which it is certain that training them forgets have {had:.3g} of the "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import analysis, capture, edits, effects, objectives, plots, projection, trainers
     from .capture import Recorder, StopWhen
     from .checkpoints.edited import edit, record_edit
+    from .checkpoints.plan import Probe, plan
     from .checkpoints.replay import replay
     from .projection import Rectifier
     from .requests import Requests
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Probe",
     "Recorder",
     "Rectifier",
     "Requests",
@@ -46,6 +48,7 @@ __all__ = [
     "effects",
     "objectives",
     "open_run",
+    "plan",
     "plots",
     "projection",
     "record_edit",
@@ -55,6 +58,7 @@ __all__ = [
 
 # Loaded when first asked for: reading a run file needs no torch.
 _HOMES = {
+    "Probe": "checkpoints.plan",
     "Recorder": "capture",
     "Rectifier": "projection",
     "Requests": "requests",
@@ -63,6 +67,7 @@ _HOMES = {
     "StopWhen": "capture",
     "edit": "checkpoints.edited",
     "open_run": "store",
+    "plan": "checkpoints.plan",
     "record_edit": "checkpoints.edited",
     "replay": "checkpoints.replay",
 }

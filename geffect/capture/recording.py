@@ -279,7 +279,7 @@ class Recording:
 
     def _show(self, entry: Entry) -> None:
         """Show the row to the rule that stops, and keep what it says at last."""
-        fired = self._stop and self._stop.look(entry)
+        fired = None if self._stop is None else self._stop.look(entry)
         if fired is not None:
             self.keep_table(STOP, as_table(fired))
             if distributed.is_main_process():
@@ -357,7 +357,8 @@ class Recording:
 
     def _give_up(self, error: OSError) -> None:
         self.failed = True
-        log.warning("%s Training goes on, and nothing more is recorded.", error)
+        unseen = "" if self._stop is None else ", so that no rule stops it"
+        log.warning("%s Training goes on, and nothing more is recorded%s.", error, unseen)
 
 
 def _is_same(known: Mapping[str, Any], told: Mapping[str, Any]) -> bool:

@@ -113,7 +113,8 @@ class StopWhen:
 
     `fired` is None until then; of several clauses the first in this order is told. Risks are those
     that are recorded: of batches, with the dropout of training, unless a callback takes them of
-    whole sets. Raises a ValueError for a number that is not above 0.
+    whole sets; of several micro-batches the sum, for which losses are divided by their number.
+    Raises a ValueError for a number that is not above 0.
 
     >>> rule = StopWhen(free_forgetting=0.52)
     >>> K = np.array([[4.0, 3.0, 0.0], [3.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
@@ -212,8 +213,8 @@ class StopWhen:
         Without a `vocabulary` there is no clause on it: a run does not tell that of its model.
 
         >>> StopWhen(level=1.3).would_stop(example_run(update=True)).message
-        'the forget risk has reached the level of 1.3: it is 1.4 after step 0, and crossed it after
-        0.8 updates'
+        'the forget risk has reached the level of 1.3: to first order it is 1.4 after step 0, and
+        crossed it after 0.8 updates'
         """
         twin = StopWhen(**self.options)
         twin.check_sources(run.sources)
@@ -240,11 +241,12 @@ class StopWhen:
         if earlier < self.level:
             passed = since + (at - since) * (self.level - earlier) / (risk - earlier)
             crossing = f", and crossed it after {passed:.1f} updates"
-        when = "after" if at > now.step else "before"
+        told = f"it is {risk:.4g} before step {now.step}"
+        if at > now.step:
+            told = f"to first order it is {risk:.4g} after step {now.step}"
         return Stop(
             now.step, "level", risk, self.level,
-            f"the forget risk has reached the level of {self.level:g}: it is {risk:.4g} {when} "
-            f"step {now.step}{crossing}",
+            f"the forget risk has reached the level of {self.level:g}: {told}{crossing}",
         )  # fmt: skip
 
     def _free(self) -> Stop | None:
@@ -361,7 +363,10 @@ def _apart(K: Floats) -> float:
 
 def _vocabulary_of(model: nn.Module) -> int | None:
     """How many tokens the model knows, if its config tells; also of one that is wrapped."""
-    config: Any = getattr(getattr(model, "module", model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text, "vocab_size", None)
-    return size if isinstance(size, int) and size > 1 else None
+    for one in (model, getattr(model, "module", None)):
+        config: Any = getattr(one, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size = getattr(text, "vocab_size", None)
+        if isinstance(size, int) and size > 1:
+            return size
+    return None

@@ -12,7 +12,21 @@ import typer
 
 from geffect.text import plain
 
-from . import audit, compare, demo, edit, info, join, layers, plot, replay, report, scores, validate
+from . import (
+    audit,
+    compare,
+    demo,
+    edit,
+    info,
+    join,
+    layers,
+    plan,
+    plot,
+    replay,
+    report,
+    scores,
+    validate,
+)
 from .command import Command, Group
 from .terminal import say, terminal
 from .usage import UsageError, told
@@ -32,6 +46,7 @@ for subcommand in (
     report,
     layers,
     join,
+    plan,
     replay,
     edit,
     audit,

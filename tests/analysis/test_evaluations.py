@@ -145,6 +145,8 @@ def test_a_checkpoint_of_another_run_is_refused(run: Run, example_run: Any) -> N
     late = pd.DataFrame({"step": [STEPS + 1], "metric": "ES", "value": [0.1]})
     with pytest.raises(ValueError, match=r"from 0 to 10 updates. Found 11"):
         join(run, late)
+    with pytest.raises(ValueError, match=r"the whole number of updates before it. Found 2\.5"):
+        join(run, late.assign(step=2.5))
     with pytest.raises(ValueError, match="a table of metrics with the columns"):
         join(run, late.drop(columns="value"))
     with pytest.raises(ValueError, match="update"):

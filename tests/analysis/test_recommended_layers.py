@@ -135,6 +135,13 @@ def test_a_share_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     assert "have 2 of the 2.7 nats that were asked for" in chosen.warnings[0]
 
 
+def test_a_run_that_learns_again_is_told(tmp_path: Path) -> None:
+    gains = steady([1, -3])
+    chosen = recommended_layers(recorded(tmp_path / "run.h5", gains, [gains, gains * 0]))
+    assert chosen.layers == ()
+    assert "does not forget: its gain is -2 nats" in chosen.warnings[0]
+
+
 def test_of_two_alike_the_smaller_one_comes_first(tmp_path: Path) -> None:
     run = recorded(
         tmp_path / "run.h5", steady([1, 1, 1]), [steady([1, 1, 1]), steady([0, 0, 0])],

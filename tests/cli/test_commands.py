@@ -340,6 +340,9 @@ HELP = {
     "plot": ["RUN", "--output", "--kind", "--score", "--by", "--between"],
     "report": ["RUN...", "--output"],
     "compare": ["RUN", "OTHER", "--format", "json"],
+    "layers": ["RUN", "--recommend", "--gain", "--format"],
+    "join": ["RUN", "EVALS", "--output", "--format"],
+    "plan": ["MODEL", "--forget", "--set", "--objective", "--lr", "--probe", "--output", "simnpo"],
     "validate": ["RUN", "--format", "json"],
 }
 
