@@ -143,7 +143,8 @@ def agreement(joined: pd.DataFrame) -> pd.DataFrame:
 
 
 def _whole(step: Any) -> int:
-    if not isinstance(step, int | float | np.number) or not np.isfinite(step) or step % 1:
+    told = isinstance(step, int | float | np.integer | np.floating)
+    if not (told and float(step).is_integer()):
         raise ValueError(
             "`step` of an evaluation should be the whole number of updates before it. Found "
             f"{step}. Pass that of its checkpoint."

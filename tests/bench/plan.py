@@ -1,6 +1,6 @@
 """How well `geffect plan` ranks sets by the damage that an unlearning then does.
 
-    python -m tests.bench.plan FOLDER [--configurations N]
+    python -m tests.bench.plan FOLDER [--configurations N] [--steps K]
 
 FOLDER holds the models of `make study`, `original-seed0` and so on; those that are missing are
 trained into it. A configuration is a model, a method and two authors to forget. Its damage is the
@@ -32,7 +32,7 @@ from geffect.risk import risk_gradient, token_log_probabilities
 
 METHODS = ("ga", "graddiff", "npo+gd", "wga")
 LEVEL, RATE, ORDERS, MOST = 3.0, 3e-4, 2, 60
-STEPS, SEEDS = 3, (100, 101)
+SEEDS = (100, 101)
 OWN = "plan"
 
 
@@ -97,7 +97,7 @@ def damage_of(
 
 
 def predictors(
-    load: Any, method: str, sides: Mapping[str, Any], sets: Mapping[str, Any], pad: int
+    load: Any, method: str, sides: Mapping[str, Any], sets: Mapping[str, Any], pad: int, steps: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """What each says of the sets; larger for more damage."""
     model = load()
@@ -111,7 +111,7 @@ def predictors(
         for items in sets.values()
     ]
     yield "embedding", np.array(likeness)
-    probe = Probe(RATE, steps=STEPS, seeds=SEEDS, batch_size=10)
+    probe = Probe(RATE, steps=steps, seeds=SEEDS, batch_size=10)
     draws = _draws(sides, probe, SEEDS[0], pad, torch.device("cpu"))
     named(method).begin(model)(SharedForward(model), next(draws), FrozenModel(load())).backward()
     step = [p.grad for p in model.parameters()]
@@ -129,6 +129,8 @@ def predictors(
     ranks = {prediction.name: -float(prediction.rank) for prediction in _ranked([*sets], found)}
     yield OWN, np.array([ranks[name] for name in sets])
     yield "measured rise of the probe", rankdata(rises, axis=1).mean(axis=0)
+    both = [rankdata(values) for values in ([ranks[name] for name in sets], likeness)]
+    yield "plan and embedding", np.mean(both, axis=0)
 
 
 def main() -> None:
@@ -136,17 +138,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--configurations", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     correlations: dict[str, list[float]] = {}
     ceiling: list[float] = []
     try:
         for number in range(asked.configurations):
-            measure(number, asked.folder, correlations, ceiling)
+            measure(number, asked, correlations, ceiling)
     except KeyboardInterrupt:
         pass
     count = min(map(len, correlations.values()))
-    print(f"{count} configurations, {STEPS} steps; two runs agree by {np.mean(ceiling):.2f}")
+    print(f"{count} configurations, {asked.steps} steps; two runs agree by {np.mean(ceiling):.2f}")
     draw = np.random.default_rng(0)
     picked = draw.integers(count, size=(2000, count))
     for name, values in correlations.items():
@@ -158,11 +161,14 @@ def main() -> None:
 
 
 def measure(
-    number: int, models: Path, correlations: dict[str, list[float]], ceiling: list[float]
+    number: int,
+    asked: argparse.Namespace,
+    correlations: dict[str, list[float]],
+    ceiling: list[float],
 ) -> None:
     """One configuration."""
     seed, method = number // len(METHODS) % 2, METHODS[number % len(METHODS)]
-    folder, corpus = models / f"original-seed{seed}", generate(seed)
+    folder, corpus = asked.folder / f"original-seed{seed}", generate(seed)
     if not folder.exists():
         FULL.learn(folder, corpus, corpus.memorised, seed, lambda done, total: None)
     original, tokenizer = FULL.load(folder)
@@ -185,7 +191,7 @@ def measure(
     runs = [damage_of(load, method, sides, sets, pad, order) for order in range(ORDERS)]
     ceiling += [spearmanr(a, b).statistic for a, b in combinations(runs, 2)]
     damage = np.mean(runs, axis=0)
-    for name, values in predictors(load, method, sides, sets, pad):
+    for name, values in predictors(load, method, sides, sets, pad, asked.steps):
         correlations.setdefault(name, []).append(spearmanr(values, damage).statistic)
     told = {name: round(own[-1], 2) for name, own in correlations.items()}
     print(number, seed, method, told, round(ceiling[-1], 2), flush=True)
