@@ -39,10 +39,10 @@ LEAST_STEPS = 3
 """A model that has memorised its data has hardly a gradient: before this the ranks are noise."""
 
 MEASURED = (
-    "On the embedded model (20 configurations, 3 steps) such ranks have a mean Spearman correlation "
-    "of 0.44 with the damage at equal forgetting; likeness of hidden states to those of the forget "
-    "set has 0.59, and the loss before unlearning -0.36. Two unlearnings that differ in the order "
-    "of their data alone agree by 0.73. Nothing is known of larger models."
+    "On the embedded model (20 configurations, 3 steps) such ranks have a mean Spearman "
+    "correlation of 0.44 with the damage at equal forgetting; likeness of hidden states to those "
+    "of the forget set has 0.59, the loss before unlearning -0.36. Two unlearnings that differ in "
+    "the order of their data alone agree by 0.73. Nothing is known of larger models."
 )
 """What is claimed of a plan: as `python -m tests.bench.plan` has measured it."""
 
