@@ -205,6 +205,11 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     processes at once: what `whole` counts is there for the next study to go on from.
     """
     clock = _Clock()
+    if plan.so_far and not (out / "results").is_dir():
+        raise FileNotFoundError(
+            f"A study that is reported so far should be in its folder. Found none in `{out}`. "
+            "Choose its folder, or begin it without --so-far."
+        )
     claim(out, plan)
     with working(plan.workers, report, plan.threads) as run:
         with clock.stage("train"):

@@ -30,7 +30,7 @@ from geffect.demo.methods import (
     VARIANTS,
     RunSpec,
 )
-from geffect.demo.study import Plan, claim, whole
+from geffect.demo.study import Plan, claim, run_study, whole
 from geffect.demo.unlearning import Data, Rising, measure, unlearn
 from geffect.demo.workers import Say
 from geffect.edits import CATALOGUE, named, options_of
@@ -108,6 +108,12 @@ def test_a_study_with_edits_counts_and_resumes_them(tmp_path: Path) -> None:
     claim(tmp_path, plan)
     with pytest.raises(ValueError, match="Found a result of another: edit-mix-seed0"):
         claim(tmp_path, replace(plan, edits=()))
+
+
+def test_nothing_is_reported_of_no_study(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Found none in"):
+        run_study(tmp_path / "none", Plan(quick=True, so_far=True), lambda _: None)
+    assert not (tmp_path / "none").exists()
 
 
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
