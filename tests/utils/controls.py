@@ -1,20 +1,24 @@
 """Models of which it is known whether they forgot: what an audit has to tell apart.
 
 Each is made of an original that has memorised a corpus and of a retrained model that never saw the
-facts to forget. All are at the retrained model's level of forgetting, so that what they say does
-not tell them apart.
+facts to forget. Those that hide are at the retrained model's level of forgetting, so that what they
+say does not tell them apart. `python -m tests.utils.controls STUDY` audits them all, made of the
+full models of a study, for every seed that it has.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geffect.demo import language_model as lm
-from geffect.demo.corpus import Corpus
+from geffect.demo.config import FULL, EmbeddedConfig
+from geffect.demo.corpus import Corpus, generate
 from geffect.demo.unlearning import Data
 from geffect.objectives import FrozenModel, SharedForward, named
 
@@ -31,6 +35,14 @@ class Subject:
     tokenizer: Any
     corpus: Corpus
     seed: int = 0
+
+    @classmethod
+    def of(cls, models: Path, seed: int, config: EmbeddedConfig) -> "Subject":
+        """The models that a study has saved, original and gold."""
+        original, tokenizer = config.load(models / f"original-seed{seed}")
+        retrained, _ = config.load(models / f"gold-seed{seed}")
+        corpus = generate(seed, config.corpus)
+        return cls(original.eval(), retrained.eval(), tokenizer, corpus, seed)
 
     @property
     def data(self) -> Data:
@@ -219,3 +231,23 @@ def _cells(weight: Tensor) -> tuple[Tensor, Tensor]:
     low, high = low.maximum(-largest * 0.999), high.minimum(largest * 0.999)
     low, high = torch.where(is_largest, blocks, low), torch.where(is_largest, blocks, high)
     return low.view_as(weight), high.view_as(weight)
+
+
+def main(study: str) -> None:
+    """Audit all controls of the models of a study, and print a row for each."""
+    from geffect.audit.beside import Beside
+    from geffect.demo.audited import audited_sets
+
+    models = Path(study) / "models"
+    for seed in sorted(int(path.name.removeprefix("gold-seed")) for path in models.glob("gold-*")):
+        subject = Subject.of(models, seed, FULL)
+        sets = audited_sets(subject.corpus, subject.tokenizer, seed)
+        beside = Beside(subject.original, subject.retrained, sets, RATE)
+        for name, (make, verdict) in CONTROLS.items():
+            found, _ = beside.audited(make(subject))
+            said = f"{found.verdict} ({'as' if found.verdict == verdict else 'NOT as'} it should)"
+            print(seed, name, said, found.reasons[0], sep="; ", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Models of which it is known whether they forgot: an audit reads each of them right.
+
+On the quick models of the study, one seed; `tests/utils/controls.py` does the same on full ones.
+"""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from geffect.audit.beside import Beside
+from geffect.audit.budget import QUICK as BUDGET
+from geffect.audit.relearning import RelearningBudget
+from geffect.audit.verdict import Verdict, judged
+from geffect.demo.audited import audited_sets
+from geffect.demo.config import QUICK
+from tests.utils.controls import CONTROLS, RATE, Subject, int4_cell
+from tests.utils.fixtures import Study
+
+SHORT = replace(
+    BUDGET,
+    relearning=RelearningBudget(steps=(48,), rates=(1.0,), seeds=(0,), sources=("benign",)),
+    kept=12,
+    said=4,
+    layers=False,
+)
+
+
+IN_THE_SUITE = [name for name in CONTROLS if name not in ("shuffled", "npo+gd")]
+"""Two are like others, and take time."""
+
+
+@pytest.fixture(scope="module")
+def subject(quick_study: Study) -> Subject:
+    return Subject.of(quick_study.out / "models", 0, QUICK)
+
+
+@pytest.fixture(scope="module")
+def beside(subject: Subject) -> Beside:
+    sets = audited_sets(subject.corpus, subject.tokenizer)
+    chosen = ("memorised", "hidden", "utility")
+    return Beside(subject.original, subject.retrained, sets, RATE, SHORT, chosen)
+
+
+@pytest.fixture(scope="module")
+def found(subject: Subject, beside: Beside) -> dict[str, tuple[Verdict, pd.DataFrame]]:
+    return {name: beside.audited(CONTROLS[name][0](subject)) for name in IN_THE_SUITE}
+
+
+@pytest.mark.parametrize(("name", "verdict"), [(n, CONTROLS[n][1]) for n in IN_THE_SUITE])
+def test_every_control_is_read_right(
+    name: str, verdict: str, found: dict[str, tuple[Verdict, pd.DataFrame]]
+) -> None:
+    assert found[name][0].verdict == verdict, found[name][0].sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    [
+        ("head only", "decoder swap"),
+        ("int4 cells", "rounding to int4"),
+        ("name rows", "recognition, other facts shown for 20 steps"),
+    ],
+)
+def test_what_is_hidden_is_found_where_it_is(
+    name: str, attack: str, found: dict[str, tuple[Verdict, pd.DataFrame]]
+) -> None:
+    assert found[name][0].attack == attack
+
+
+def test_hidden_models_pass_all_that_is_asked_directly(
+    found: dict[str, tuple[Verdict, pd.DataFrame]],
+) -> None:
+    for name in ("head only", "int4 cells", "name rows"):
+        table = found[name][1]
+        direct = table[(table["battery"] == "direct share") & (table["model"] == "unlearned")]
+        assert (direct["value"] < 0.25).all(), name
+
+
+def test_other_quantisers_do_not_bring_back_what_int4_does(
+    found: dict[str, tuple[Verdict, pd.DataFrame]],
+) -> None:
+    table = found["int4 cells"][1]
+    own = table[(table["battery"] == "recoverable share") & (table["model"] == "unlearned")]
+    shares = own.set_index("metric")["value"]
+    assert shares["rounding to int4"] > 0.95
+    assert abs(shares["rounding to int8"]) < 0.1
+
+
+def test_the_order_of_rows_and_the_models_decide(
+    subject: Subject, found: dict[str, tuple[Verdict, pd.DataFrame]]
+) -> None:
+    verdict, table = found["int4 cells"]
+    assert judged(table.sample(frac=1, random_state=0)) == verdict
+    swapped = Beside(
+        int4_cell(subject),
+        subject.retrained,
+        audited_sets(subject.corpus, subject.tokenizer),
+        RATE,
+        SHORT,
+        ("memorised", "utility"),
+    )
+    assert swapped.audited(subject.original)[0].verdict == "remembers"
