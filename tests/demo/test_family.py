@@ -38,7 +38,7 @@ from tests.utils.command_line import Ask
 from tests.utils.family import write_family
 
 TINY = FamilyConfig(
-    subject=EmbeddedConfig(layers=2, hidden=32, heads=2, epochs=120, batch=8, learning_rate=1e-2),
+    subject=EmbeddedConfig(layers=1, hidden=32, heads=2, epochs=120, batch=8, learning_rate=1e-2),
     targets=2,
     learning_rate=2e-3,
     most_steps=10,

@@ -295,17 +295,17 @@ def test_the_step_is_constrained_where_a_rule_projects_it() -> None:
 
 @pytest.fixture(scope="module")
 def plain(run: Unlearn) -> dict[str, Any]:
-    return run("npo+gd", "plain", {"forget_nll": 1e3}, most_steps=5)
+    return run("npo+gd", "plain", {"forget_nll": 1e3}, most_steps=4)
 
 
 @pytest.mark.parametrize("variant", [name for name in EVERY if name != "plain"])
 def test_every_variant_takes_its_steps(variant: str, run: Unlearn, plain: dict[str, Any]) -> None:
-    result = run("npo+gd", variant, {"forget_nll": 1e3}, most_steps=5)
+    result = run("npo+gd", variant, {"forget_nll": 1e3}, most_steps=4)
     violating = shares(result["file"])["share_update_violating"]
     assert 0 <= violating <= 1
     if variant in KEEPING:
         assert violating == 0
-    assert result["steps"] == plain["steps"] == 5
+    assert result["steps"] == plain["steps"] == 4
     assert result["curve"]["forget_nll"] != plain["curve"]["forget_nll"]
 
 

@@ -11,7 +11,7 @@ from geffect.demo.unlearning import Data
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=8),
     unlearning=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
-    layers=2,
+    layers=1,
     hidden=48,
     heads=2,
     epochs=32,
