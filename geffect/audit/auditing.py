@@ -282,6 +282,11 @@ def _rate_of(model: nn.Module) -> float:
         for p in model.parameters()
         if p.ndim > 1 and p.is_floating_point()
     ]
+    if not squares or not sum(total for total, _ in squares):
+        raise ValueError(
+            "`learning_rate` should be given for a model without weights that it could be taken "
+            f"from. Found none in `{type(model).__name__}`. Pass that of the unlearning."
+        )
     total, count = np.sum(squares, axis=0)
     return float(f"{STEP_SHARE * (total / count) ** 0.5:.1e}")
 

@@ -168,6 +168,11 @@ def test_what_is_asked_wrongly_is_refused(
         changed(**options)(models)
 
 
+def test_a_model_without_weights_tells_no_learning_rate(models: list[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="`learning_rate` should be given"):
+        changed()([models[0], nn.Identity(), models[2]])
+
+
 def test_without_anything_that_never_knew_there_is_no_audit(models: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match="`retrained` model, or a set called `holdout`"):
         changed()(models[:2])
