@@ -4,7 +4,8 @@
 that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `edit` makes an edit of
 `geffect.edits` and records what it does, `Requests` what requests to forget do one after
 the other. `Rectifier` keeps
-unlearning steps from harming what should stay. Scores are in `geffect.analysis`, pictures in
+unlearning steps from harming what should stay; with `relearned` their gradient is taken where the
+facts are known again. Scores are in `geffect.analysis`, pictures in
 `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
 samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
 `geffect.audit(unlearned, original, ...)` says whether a model forgot, or only hides it.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .checkpoints.plan import Probe, plan
     from .checkpoints.replay import replay
     from .projection import Rectifier
+    from .relearning import Relearned, relearned
     from .requests import Requests
     from .store import Run, RunFileError, open_run
 
@@ -35,6 +37,7 @@ __all__ = [
     "Probe",
     "Recorder",
     "Rectifier",
+    "Relearned",
     "Requests",
     "Run",
     "RunFileError",
@@ -52,6 +55,7 @@ __all__ = [
     "plots",
     "projection",
     "record_edit",
+    "relearned",
     "replay",
     "trainers",
 ]
@@ -61,6 +65,7 @@ _HOMES = {
     "Probe": "checkpoints.plan",
     "Recorder": "capture",
     "Rectifier": "projection",
+    "Relearned": "relearning",
     "Requests": "requests",
     "Run": "store",
     "RunFileError": "store",
@@ -69,6 +74,7 @@ _HOMES = {
     "open_run": "store",
     "plan": "checkpoints.plan",
     "record_edit": "checkpoints.edited",
+    "relearned": "relearning",
     "replay": "checkpoints.replay",
 }
 _ROOMS = (

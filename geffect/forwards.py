@@ -127,7 +127,7 @@ class SharedForward:
 
 
 def check_no_loss_asked() -> None:
-    """Refuse a step, of an optimizer or of a recorder, inside of a loss.
+    """Refuse a step, of an optimizer or of a recorder, inside of a loss or at a relearned copy.
 
     >>> Sharing().ask(check_no_loss_asked, is_last=True)
     Traceback (most recent call last):
@@ -139,7 +139,16 @@ def check_no_loss_asked() -> None:
             "same parameters. Found an optimizer, a recorder or a rectifier that was called inside "
             "of the function of a loss. Call it after the backward pass."
         )
+    if AT_COPY.get():
+        raise RuntimeError(
+            "No step should be taken at a relearned copy, whose parameters are gone with its block."
+            " Found an optimizer, a recorder, a rectifier or another copy inside of `relearned`. "
+            "Take the gradient inside, and step after the block."
+        )
 
+
+AT_COPY: ContextVar[bool] = ContextVar("at_copy", default=False)
+"""Whether parameters have been moved for the gradient of an objective, and will be put back."""
 
 _asked: ContextVar[Sharing | None] = ContextVar("asked", default=None)
 """Of the loss that is being asked."""
