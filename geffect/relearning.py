@@ -35,6 +35,9 @@ LOSS = "relearning"
 LOST = 0.5
 """The share of a copy's way that rounding may change before it is told."""
 
+MOST = 2.0**24
+"""The largest scale of a loss on its way back: with a larger one float16 keeps no more."""
+
 TURNED = 0.1
 """The share of the length of all steps that a copy is away at least, or it is told."""
 
@@ -241,7 +244,7 @@ def _relearn(
         )
     losses: list[float] = []
     for step in range(1, way.steps + 1):
-        value, gradient = _taken(model, loss, place.parameters, scaler)
+        value, gradient, scale = _taken(model, loss, place.parameters, scaler)
         norm = _norm(gradient)
         if norm == 0:
             warnings.warn(
@@ -260,7 +263,7 @@ def _relearn(
                     f'{losses[0]:.3g}. Pass a radius in units of "theta" or "length".'
                 )
             wanted = losses[0] * (1 - way.radius * step / way.steps)
-            length = min(max(value - wanted, 0.0) / norm, theta / way.steps)
+            length = min(max(value - wanted, 0.0) * scale / norm, theta / way.steps)
         place.move(gradient, norm, length)
     return tuple(losses)
 
@@ -270,16 +273,19 @@ def _taken(
     loss: Callable[[], Tensor],
     parameters: Sequence[Tensor],
     scaler: GradScaler | None,
-) -> tuple[float, Vector]:
-    """The loss and its gradient, over all processes; a scale is lowered until both have room."""
-    scale = loss_scale(scaler, parameters[0].device)
+) -> tuple[float, Vector, float]:
+    """The loss, and its gradient times a scale, over all processes.
+
+    The scale is lowered until the gradient has room; half precision could not have it divided.
+    """
+    scale = min(loss_scale(scaler, parameters[0].device), MOST)
     while True:
         with beside(model), torch.enable_grad():
             passes = plan(parameters, {LOSS: loss}, scale=scale, model=model)
             gradients = reduced(model, parameters, passes)
-        gradient = gradients.of(LOSS)
+        gradient = gradients.vectors[LOSS][: len(parameters)]
         if math.isfinite(_norm(gradient)):
-            return distributed.mean([gradients.losses[LOSS]])[0], gradient
+            return distributed.mean([gradients.losses[LOSS]])[0], gradient, scale
         if scale <= 1:
             raise ValueError(
                 "The gradient of the relearning loss should be finite. Found one that is not, at a "
