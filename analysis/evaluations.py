@@ -187,25 +187,39 @@ def _weights(run: Run, step: int) -> Floats:
 def _placed(file: str) -> tuple[int, Path]:
     """The step of a file, and its path."""
     told = re.match(r"(\d+)=(.+)", file, re.DOTALL)
+    path = Path(told[2] if told else file)
+    steps = [int(m[1]) for part in path.parts if (m := re.fullmatch(r"checkpoint-(\d+)", part))]
+    if told and steps and steps[-1] != int(told[1]):
+        raise ValueError(
+            f"`{path}` should be of the step that it is given. Found {told[1]} before it, and "
+            f"checkpoint-{steps[-1]} in its path. Leave `{told[1]}=` out, or copy the file."
+        )
     if told:
-        return int(told[1]), Path(told[2])
-    steps = [
-        int(m[1]) for part in Path(file).parts if (m := re.fullmatch(r"checkpoint-(\d+)", part))
-    ]
+        return int(told[1]), path
     if not steps:
         raise ValueError(
             "A file of metrics should be in the folder of its checkpoint, as "
             f"checkpoint-60/evals/TOFU_SUMMARY.json, or told its step. Found `{file}`. Pass "
             f"60={file}, with the number of updates before it."
         )
-    return steps[-1], Path(file)
+    return steps[-1], path
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names are each there once: only the last would hold."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"`{plain(twice)}` stands in it more than once")
+    return held
 
 
 def _metrics(path: Path) -> Iterator[tuple[str, float]]:
     """The metrics of a file with their values."""
     try:
-        held: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        held: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"`{path}` should be JSON. Found: {error}. Pass a summary of open-unlearning."
         ) from error
@@ -219,10 +233,10 @@ def _metrics(path: Path) -> Iterator[tuple[str, float]]:
         value = entry.get("agg_value") if isinstance(entry, dict) else entry
         if value is None:
             continue
-        if not (is_number(value) or isinstance(value, float)):
+        if not is_number(value) and value == value:  # NaN is what could not be computed
             raise ValueError(
                 f"`{plain(metric)}` in `{path}` should be a number, or have one as `agg_value`. "
-                f"Found {plain(str(value)[:40])}. Leave the file out, or mend it."
+                f"Found {plain(repr(value)[:40])}. Leave the file out, or mend it."
             )
         count += 1
         yield metric, float(value)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from geffect.checkpoints.loading import tokenizer_of
+from geffect.data.collate import check_tokens
 from geffect.data.examples import spelled
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.near import meant
@@ -22,9 +23,9 @@ from geffect.numbers import is_number
 from .batteries import BATTERIES
 from .budget import BUDGETS, Budget
 from .look import Look, Original
-from .models import ORIGINAL, AuditModels, Source, kind_of, named
+from .models import ORIGINAL, AuditModels, Source, kind_of, limits_of, named
 from .report import AuditReport
-from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, sets_of
+from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, check_fits, sets_of
 from .summary import table_of
 from .table import DRAWS, FEWEST
 from .thresholds import Thresholds
@@ -115,6 +116,8 @@ def audit(
             "seen: without them nothing says what a model shows that never knew. Found neither. "
             "Pass one of them."
         )
+    _check_fits(read, models)
+    _check_holdout(read)
     started = time.monotonic()
     ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
     items, manifest = measured(models, ordered, names, chosen)
@@ -263,6 +266,7 @@ def _names(batteries: Iterable[str] | None) -> tuple[str, ...]:
 def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, Any]) -> AuditSets:
     if isinstance(given, AuditSets):
         return given
+    positions = min(limits_of(models[role])[0] for role in models)
     tokenizer = chosen["tokenizer"]
     folders = [models[role] for role in models if kind_of(models[role]) in ("folder", "adapter")]
     if isinstance(tokenizer, str | os.PathLike):
@@ -272,7 +276,37 @@ def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, An
             tokenizer = tokenizer_of([f for f in folders if not isinstance(f, nn.Module)])
         except FileNotFoundError:
             tokenizer = None  # ready items need none
-    return sets_of(given, tokenizer, template=chosen["template"])
+    return sets_of(given, tokenizer, template=chosen["template"], positions=positions)
+
+
+def _check_fits(sets: AuditSets, models: AuditModels) -> None:
+    """Refuse items that a model cannot read, before the first one is loaded."""
+    for role in models:
+        positions, vocabulary = limits_of(models[role])
+        for name in sets:
+            for index, item in enumerate(sets[name].items):
+                where = f"Item {index} of `{name}`, for the {role} model,"
+                check_fits(len(item["input_ids"]), positions, where)
+                check_tokens(item["input_ids"], vocabulary, where)
+
+
+def _check_holdout(sets: AuditSets) -> None:
+    """Refuse a holdout of which something is in another set."""
+    if HOLDOUT not in sets:
+        return
+    unseen = {_tokens_of(item): index for index, item in enumerate(sets[HOLDOUT].items)}
+    for name in sets:
+        for index, item in enumerate(sets[name].items if name != HOLDOUT else ()):
+            if (same := unseen.get(_tokens_of(item))) is not None:
+                raise ValueError(
+                    f"`{HOLDOUT}` should be data that no model has seen. Found item {same} of it, "
+                    f"counted from 0, also as item {index} of `{name}`. Leave it out of one of "
+                    "them."
+                )
+
+
+def _tokens_of(item: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, item[column])) for column in ("input_ids", "labels"))
 
 
 def _rate_of(model: nn.Module) -> float:
@@ -315,7 +349,7 @@ def _provenance(models: AuditModels, sets: AuditSets) -> dict[str, Any]:
 
 
 def _of_set(of: AuditSet, sets: AuditSets) -> dict[str, Any]:
-    data = [[[*map(int, item[c])] for c in ("input_ids", "labels")] for item in of.items]
+    data = [[[*column] for column in _tokens_of(item)] for item in of.items]
     first = spelled(of.items[0], sets.tokenizer) if sets.tokenizer is not None else None
     return {
         "source": sets.sources.get(of.name),

@@ -1,6 +1,7 @@
 """The models of an audit: the original, the one to audit, and maybe one that never knew."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from geffect.checkpoints.loading import check_folder, is_adapter, whole_of
+from geffect.checkpoints.loading import (
+    check_folder,
+    is_adapter,
+    positions_of,
+    vocabulary_of,
+    whole_of,
+)
 from geffect.checkpoints.sets import there
+from geffect.evaluation import ends
 
 ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"
 ROLES = (ORIGINAL, RETRAINED, UNLEARNED)
@@ -77,6 +85,21 @@ class AuditModels(Mapping[str, Source]):
             return model
         base = self.base if kind_of(source) == "adapter" else None
         return whole_of(source, base, device)
+
+
+def limits_of(source: Source) -> tuple[int, int]:
+    """For how many tokens a model has positions, and how many it knows, before it is loaded.
+
+    No limit where nothing says so before: an adapter may have tokens that its base lacks.
+
+    >>> limits_of(nn.Linear(1, 1)) == (sys.maxsize, sys.maxsize)
+    True
+    """
+    if isinstance(source, nn.Module):
+        return ends.positions_of(source), ends.vocabulary_of(source)
+    if kind_of(source) != "folder":
+        return sys.maxsize, sys.maxsize
+    return positions_of(source) or sys.maxsize, vocabulary_of(source) or sys.maxsize
 
 
 def kind_of(source: Source) -> str:

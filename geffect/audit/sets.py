@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from geffect.data.collate import check_length
 from geffect.data.examples import example
 from geffect.data.lines import answered, form_of, rows_of
 from geffect.evaluation.utility import WINDOW, windows
@@ -260,10 +259,11 @@ class _Reading:
                 columns[column].append(value)
         items = columns.pop("items")
         columns["numbers"] = [*range(len(items))]
-        own = [str(index) for index in range(len(items))]
+        named = {subject for subject in columns["subjects"] if subject is not None}
+        own = "row " if any(subject.isdecimal() for subject in named) else ""
         columns["subjects"] = [
-            number if subject is None else subject
-            for subject, number in zip(columns["subjects"], own, strict=True)
+            f"{own}{number}" if subject is None else subject
+            for number, subject in enumerate(columns["subjects"])
         ]
         return AuditSet.of(name, items, **columns)
 
@@ -279,6 +279,12 @@ class _Reading:
         item = self._item(row, where)
         answer = _last(row) if key == "messages" else row[key]
         entity = _text(row, "entity", where) or ""
+        right = {text.strip() for text in (answer, *further["answers"])}
+        if (taken := next((t for t in further["wrong"] if t.strip() in right), None)) is not None:
+            raise ValueError(
+                f"{where} should have answers in `wrong` that are not right. Found {taken!r}, "
+                "which is one of its answers. Leave it out."
+            )
         if entity not in answer:
             raise ValueError(
                 f"{where} should have an `entity` that stands in its answer. Found {entity!r}, and "
@@ -309,15 +315,31 @@ class _Reading:
 
     def _item(self, row: object, where: str) -> Item:
         item = example(row, self.tokenizer, template=self.template, where=where)
-        check_length(len(item["input_ids"]), self.positions, where)
+        check_fits(len(item["input_ids"]), self.positions, where)
         return item
 
     def _windows(self, path: Path) -> AuditSet:
         """A file of plain text in windows, without the first token of each."""
         width = min(WINDOW, self.positions or WINDOW)
-        items = windows(path.read_text(encoding="utf-8"), self.tokenizer, width)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"`{path}` should be text in UTF-8. Found a byte that is none at {error.start}. "
+                "Write it in UTF-8."
+            ) from error
+        items = windows(text, self.tokenizer, width)
         return AuditSet.of(
             TEXT, items, answers=[self.tokenizer.decode(x["input_ids"]) for x in items]
+        )
+
+
+def check_fits(length: int, positions: int | None, where: str) -> None:
+    """Refuse an item of more tokens than each model has positions for; None is no limit."""
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"{where} should have at most {positions} tokens, for which each model has positions. "
+            f"Found {length}. Shorten it, or leave it out."
         )
 
 

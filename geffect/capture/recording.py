@@ -182,6 +182,10 @@ class Recording:
 
     def watch(self, stop: StopWhen | None) -> None:
         """Let a rule look at every row, and at those that the file has already."""
+        if not (stop is None or isinstance(stop, StopWhen)):
+            raise TypeError(
+                f"`stop` should be a rule. Found {stop!r}. Pass, say, StopWhen(level=3.9)."
+            )
         self._stop = stop
         if stop is not None:
             stop.begin(self._model, distributed.broadcast([*rows_seen(self._continued)]))

@@ -147,6 +147,11 @@ class StopWhen:
                     f"`{name}` of StopWhen should be a number above 0. Found `{name} = "
                     f"{value!r}`. Pass a positive one, or leave it out."
                 )
+        if vocabulary is not None and (type(vocabulary) is not int or vocabulary < 2):
+            raise ValueError(
+                "`vocabulary` of StopWhen should be a whole number of tokens, 2 or more. Found "
+                f"`vocabulary = {vocabulary!r}`. Pass model.config.vocab_size, or leave it out."
+            )
         if radius is not None and free_forgetting is None:
             raise ValueError(
                 "`radius` of StopWhen should come with `free_forgetting`, whose step it is of. "

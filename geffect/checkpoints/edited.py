@@ -25,7 +25,7 @@ from geffect.store.place import check_place
 
 from .loading import Folder, Loader, base_of, check_folder, positions_of, save, whole_of
 from .options import EditOptions, resolved_edit
-from .sets import Data, check_files, sets_of, there
+from .sets import Data, check_files, check_known, sets_of, there
 
 RUN = "edit.h5"
 """The run file, in the folder of the edited model, where no other is named."""
@@ -102,6 +102,7 @@ def edit(
         return Loader(base=base, device=device).load(folder)
 
     own = loaded(model)
+    check_known(sets, own)
     change = what.change(own, {**sets, **{name: loaded(path) for name, path in others.items()}})
     _check_changes(what, change)
     draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))

@@ -232,6 +232,11 @@ def positions_of(source: Folder) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def vocabulary_of(source: Folder) -> int | None:
+    """How many tokens a model knows; None where its configuration does not say."""
+    return getattr(_config_of(source).get_text_config(), "vocab_size", None)
+
+
 def encodes_apart(source: Folder) -> bool:
     """Whether a model is an encoder-decoder, which reads the question and the answer apart."""
     return bool(_config_of(source).is_encoder_decoder)

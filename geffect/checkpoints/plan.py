@@ -31,7 +31,7 @@ from geffect.sources import FORGET, RETAIN
 from geffect.steps import Differences
 
 from .loading import Folder, Loader, base_of, check_folder, positions_of, tokenizer_of
-from .sets import check_files, there
+from .sets import check_files, check_known, there
 
 OPTIONS = ("base", "device", "tokenizer", "template", "max_length", "show")
 
@@ -145,6 +145,9 @@ def plan(
     """
     minimised = as_objective(objective)
     _check(minimised, sets, forget, retain)
+    sides = {FORGET: forget} if retain is None else {FORGET: forget, RETAIN: retain}
+    for given in (sides, sets):
+        check_known(given, model)
     device = next(iter(trainable(model).values())).device
     held: dict[str, list[Batch]] = {}
     for name, items in sets.items():
@@ -152,7 +155,6 @@ def plan(
             every = [items[place] for place in range(len(items))]
             own = batched(every, probe.batch_size, pad_token_id=pad_token_id)
             held[name] = [on_device(batch, device) for batch in own]
-    sides = {FORGET: forget} if retain is None else {FORGET: forget, RETAIN: retain}
     found: list[dict[str, dict[str, float]]] = []
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -33,7 +33,7 @@ from .loading import (
 )
 from .options import ReplayOptions, resolved
 from .reference import model_before, reference_of
-from .sets import Data, check_files, sets_of, there
+from .sets import Data, check_files, check_known, sets_of, there
 from .traits import Estimator, Traits, traits_of
 
 
@@ -145,6 +145,7 @@ def replay(
     new_loader = partial(Loader, base=base, device=device)
     loader = new_loader()
     model = loader.load(first)
+    check_known(sets, model)
     running = minimised.begin(model)
     recording = Recording(
         model,

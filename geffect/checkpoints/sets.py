@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from geffect.batch import Batch, batches_in, on_device
-from geffect.data.collate import batched, check_length, lengths_of, pad_token_of
+from geffect.data.collate import batched, check_length, check_tokens, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
+from geffect.data.pairs import Items
+from geffect.evaluation.ends import vocabulary_of
 
 from .loading import Folder, encodes_apart, tokenizer_of
 from .options import DataOptions
@@ -86,16 +89,35 @@ def check_files(given: Mapping[str, Data], model: Folder) -> None:
         )
 
 
+def check_known(sets: Mapping[str, Items], model: nn.Module) -> None:
+    """Refuse batches, or items, with tokens that the model does not know."""
+    vocabulary = vocabulary_of(model)
+    for name, batches in sets.items():
+        for index in range(len(batches)):
+            for _, side in batches_in(batches[index]):
+                if "input_ids" in side:
+                    check_tokens(side["input_ids"], vocabulary, f"`{name}`")
+
+
 def there(device: str | torch.device | None) -> torch.device:
     """The device; where none is said cuda, if it is there, else the CPU."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise ValueError(
-            "`device` should be one of this machine, such as cpu or cuda:0. Found "
-            f"`{device}`: {str(error).splitlines()[0]}. Choose another."
-        ) from error
+        found = torch.empty(0, device=device).device
+    # The second is from a torch without CUDA, the third from a name that is none.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise _no_device(device) from error
+    if found.type == "meta":
+        raise _no_device(device)
+    return found
+
+
+def _no_device(device: object) -> ValueError:
+    return ValueError(
+        f"`device` should be one of this machine, such as cpu or cuda:0. Found `{device}`, which "
+        "torch does not have here. Choose another, or leave it out."
+    )
 
 
 def _check_ready(name: str, batches: Sequence[Batch], positions: int | None) -> None:

@@ -215,7 +215,7 @@ def _summarise(report: "AuditReport", console: "Console") -> None:
     own = report.table[report.table["model"] == UNLEARNED]
     shares = own[own["battery"].isin([DIRECT, RECOVERABLE]) & own["value"].notna()]
     rows = [
-        [row["battery"], row["metric"], *(f"{row[c]:.2f}" for c in ("value", "low", "high"))]
+        [row["battery"], row["metric"], *(_told(row[c]) for c in ("value", "low", "high"))]
         for battery in (DIRECT, RECOVERABLE)
         for row in shares[shares["battery"] == battery].nlargest(SHOWN, "value").to_dict("records")
     ]
@@ -224,3 +224,8 @@ def _summarise(report: "AuditReport", console: "Console") -> None:
         show(console, headings, rows, names=["share", "of"])
     for what, why in report.manifest["skipped"].items():
         say(console, f"Not measured: {what}. {why}")
+
+
+def _told(share: float) -> str:
+    """A share; nothing where too few items bound it."""
+    return "" if share != share else f"{share + 0.0:.2f}"

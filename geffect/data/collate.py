@@ -123,6 +123,24 @@ def check_length(length: int, positions: int | None, where: str) -> None:
         )
 
 
+def check_tokens(ids: Any, vocabulary: int | None, where: str) -> None:
+    """Refuse tokens that the model does not know; None is no limit.
+
+    >>> check_tokens([1, 9], 9, "Item 0")
+    Traceback (most recent call last):
+    ValueError: Item 0 should have tokens of the model, 0 to 8. Found 9. Pass the tokenizer of ...
+    """
+    tokens = torch.as_tensor(ids)
+    if vocabulary is None or not tokens.numel():
+        return
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{where} should have tokens of the model, 0 to {vocabulary - 1}. Found {token}. "
+                "Pass the tokenizer of the model, or a model that was made for this one."
+            )
+
+
 def pad_token_of(tokenizer: Any) -> int:
     """The pad token of a tokenizer, else its end token, else 0: any token that the model knows."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)

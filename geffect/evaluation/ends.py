@@ -59,6 +59,22 @@ def positions_of(model: nn.Module) -> int:
     >>> positions_of(nn.Linear(1, 1)) == sys.maxsize
     True
     """
-    config = getattr(unwrapped(model), "config", None)
+    config = _config_of(model)
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return sys.maxsize if positions is None else positions
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a model knows, as far as its configuration tells.
+
+    >>> vocabulary_of(nn.Linear(1, 1)) == sys.maxsize
+    True
+    """
+    config = _config_of(model)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size: int | None = getattr(text, "vocab_size", None)
+    return sys.maxsize if size is None else size
+
+
+def _config_of(model: nn.Module) -> Any:
+    return getattr(unwrapped(model), "config", None)

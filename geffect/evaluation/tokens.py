@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from geffect.batch import IGNORED, check_one_answer, on_device
-from geffect.data.collate import NEEDED, Item, check_length, collate
+from geffect.data.collate import NEEDED, Item, check_length, check_tokens, collate
 from geffect.risk import label_logits, predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
 
-from .ends import chosen_ends, positions_of
+from .ends import chosen_ends, positions_of, vocabulary_of
 
 Floats = NDArray[np.float64]
 
@@ -193,6 +193,9 @@ def alike(
         )
     for index in scored if is_next else ():
         check_length(len(rows[index]["input_ids"]), positions, f"Item {index}")
+    known = vocabulary_of(model)
+    for index in scored:
+        check_tokens(rows[index]["input_ids"], known, f"Item {index}")
     order = sorted(scored, key=lambda index: len(rows[index]["input_ids"]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]

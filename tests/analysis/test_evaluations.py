@@ -118,11 +118,26 @@ def test_steps_that_were_not_captured_are_stood_for(tmp_path: Path) -> None:
         ("[1]", "should hold metrics by their names. Found list"),
         ("{}", "should hold metrics by their names"),
         ("{", "should be JSON"),
-        ('{"a": "high"}', "`a` in .* should be a number, or have one as `agg_value`. Found high"),
+        ('{"a": "high"}', "`a` in .* should be a number, or have one as `agg_value`. Found 'high'"),
+        ('{"a": "0.5"}', "Found '0.5'"),
+        ('{"a": Infinity}', "Found inf"),
+        ('{"a": 1, "a": 2}', "should be JSON. Found: `a` stands in it more than once"),
+        ("[" * 10**5, "should be JSON"),
         ('{"a": true}', "Found True"),
         ('{"a": null, "b": {"agg_value": null}}', "a metric that was computed. Found a, b"),
     ],
-    ids=["list", "empty", "broken", "text", "true", "nothing"],
+    ids=[
+        "list",
+        "empty",
+        "broken",
+        "text",
+        "digits",
+        "infinite",
+        "twice",
+        "deep",
+        "true",
+        "nothing",
+    ],
 )
 def test_files_that_hold_no_metrics_are_refused(held: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "TOFU_SUMMARY.json"
@@ -139,6 +154,8 @@ def test_files_without_a_step_or_that_contradict_are_refused(tmp_path: Path) -> 
     other = checkpoint(tmp_path, 5, a=2)
     with pytest.raises(ValueError, match=r"`a` of TOFU at step 5 should have one value. Found 1"):
         read_evaluations([f"5={path}", other])
+    with pytest.raises(ValueError, match="Found 6 before it, and checkpoint-5 in its path"):
+        read_evaluations([f"6={other}"])
 
 
 def test_a_checkpoint_of_another_run_is_refused(run: Run, example_run: Any) -> None:

@@ -178,3 +178,41 @@ def test_without_anything_that_never_knew_there_is_no_audit(models: list[nn.Modu
         changed()(models[:2])
     with pytest.raises(TypeError, match="Did you mean `budget`"):
         changed(buget="quick")(models)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(
+    ("smaller", "said"),
+    [
+        (lambda m: m.resize_token_embeddings(9), "should have tokens of the model, 0 to 8. Found"),
+        (
+            lambda m: setattr(m.config, "max_position_embeddings", 6),
+            "should have at most 6 tokens.* Found 8",
+        ),
+    ],
+    ids=["vocabulary", "positions"],
+)
+def test_items_that_a_model_cannot_read(
+    models: list[nn.Module],
+    place: int,
+    smaller: Callable[[nn.Module], object],
+    said: str,
+    tmp_path: Path,
+) -> None:
+    model: Any = tiny.llama()
+    smaller(model)
+    model.save_pretrained(tmp_path)
+    given: list[Any] = [*models]
+    sets = {"forget": items(0), "retain": items(1)}
+    for of in (tmp_path, model):
+        given[place] = of
+        with pytest.raises(ValueError, match=said):
+            audit(*given, sets=sets, budget=BUDGET)
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_holdout_that_was_seen(models: list[nn.Module], name: str) -> None:
+    sets = {"forget": items(0), "retain": items(1)}
+    sets["holdout"] = [*items(2), sets[name][3]]
+    with pytest.raises(ValueError, match=f"Found item 6 of it.* also as item 3 of `{name}`"):
+        audit(*models, sets=sets, budget=BUDGET)

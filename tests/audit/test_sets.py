@@ -135,3 +135,25 @@ def test_a_set_may_be_used_under_another_name() -> None:
     assert sets["retain"].name == "retain"
     assert json.dumps([*sets]) == '["forget", "retain"]'
     assert isinstance(sets, AuditSets)
+
+
+def test_a_row_without_a_subject_is_about_nothing_that_another_one_names() -> None:
+    rows = [{**PLAIN, "subject": "1"}, PLAIN, PLAIN]
+    sets = sets_of({"forget": rows, "retain": [PLAIN]}, make_tokenizer())
+    assert len({*sets["forget"].subjects}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "taken"),
+    [({"wrong": ["In Rome.", "In Paris. "]}, "In Paris. "), ({"wrong": ["Paris."]}, "Paris.")],
+)
+def test_an_answer_is_not_right_and_wrong(changed: dict[str, Any], taken: str) -> None:
+    with pytest.raises(ValueError, match=f"in `wrong` that are not right. Found '{taken}'"):
+        sets_of({"forget": [{**ROW, **changed}], "retain": [PLAIN]}, make_tokenizer())
+
+
+def test_text_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes("Größe".encode("latin-1"))
+    given = {"forget": [PLAIN], "retain": [PLAIN], "text": tmp_path / "text.txt"}
+    with pytest.raises(ValueError, match="Found a byte that is none at 2"):
+        sets_of(given, make_tokenizer())

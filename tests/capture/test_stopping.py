@@ -297,6 +297,8 @@ def test_steps_that_were_not_captured_are_not_carried_over() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"vocabulary": 1}, r"a whole number of tokens, 2 or more. Found `vocabulary = 1`"),
+        ({"vocabulary": 2.5}, r"a whole number of tokens, 2 or more. Found `vocabulary = 2.5`"),
         ({"level": 0.0}, r"`level` of StopWhen should be a number above 0. Found `level = 0.0`"),
         ({"level": math.nan}, "`level`.*nan"),
         ({"exchange_rate": True}, "`exchange_rate`.*True"),
@@ -304,7 +306,7 @@ def test_steps_that_were_not_captured_are_not_carried_over() -> None:
         ({"radius": 0.1}, "`radius` of StopWhen should come with `free_forgetting`"),
         ({"vocabulary": -3}, "`vocabulary`.*-3"),
     ],
-    ids=["zero", "nan", "true", "text", "radius alone", "vocabulary"],
+    ids=["one token", "half a token", "zero", "nan", "true", "text", "radius alone", "vocabulary"],
 )
 def test_numbers_that_say_nothing_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -347,3 +349,10 @@ def test_a_step_by_hand_has_no_learning_rate(tmp_path: Path) -> None:
             recorder.backward(objective={"forget": -1.0}, forget=model.forget, retain=model.retain)
             model.x.data += 0.1
             model.x.grad = None
+
+
+@pytest.mark.parametrize("rule", ["level", 3.9, {"level": 3.9}, StopWhen])
+def test_what_is_no_rule(rule: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"`stop` should be a rule\. Found"):
+        Recorder(Toy(), tmp_path / "run.h5", stop=rule)
+    assert not (tmp_path / "run.h5").exists()

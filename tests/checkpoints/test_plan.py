@@ -110,6 +110,9 @@ def test_plans_that_say_nothing_are_refused() -> None:
     refused("retain.*Pass retain=items", objective="graddiff")
     refused("`retain` should go with an objective that takes it", retain=RETAIN)
     refused("should be finite in every step.*Lower the learning rate", probe=Probe(1e30))
+    unknown = [{"input_ids": [1, 999], "labels": [-100, 999]}]
+    refused("`a` should have tokens of the model, 0 to .*. Found 999", {"a": unknown})
+    refused("`forget` should have tokens of the model", forget=unknown)
     refused("`objective`|Did you mean", objective="gaa")
 
 

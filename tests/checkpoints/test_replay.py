@@ -324,6 +324,10 @@ def test_steps_that_do_not_increase(names: list[str]) -> None:
             {"device": "magic"},
             r"`device` should be one of this machine.*Found `magic`",
         ),
+        (
+            {"device": "meta"},
+            r"`device` should be one of this machine.*Found `meta`",
+        ),
         ({"forget": FORGET[:1]}, "two batches or more"),
     ],
 )
