@@ -16,6 +16,9 @@ DASHES = {ORIGINAL: "2 3", RETRAINED: "6 3", UNLEARNED: ""}
 LABELS, WIDTH, ROW = 300, 460, 24
 """The room of labels, of the values, and of a row, in pixels."""
 
+LETTER = 7
+"""The width of a letter, at most and on the mean, in pixels."""
+
 
 @dataclass(frozen=True)
 class Dot:
@@ -39,13 +42,12 @@ def dots(dots: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
     labels = list(dict.fromkeys(dot.label for dot in there))
     values = [x for d in there for x in (d.value, d.low, d.high) if isfinite(x)]
     scale = _Scale.of([*values, *lines.values(), 0.0], WIDTH)
-    height = ROW * (len(labels) + 2)
-    parts = [_line(LABELS + scale.at(0), 0, height - ROW, "#dde", "")]
+    bottom = ROW * (len(labels) + 1)
+    below = _levels({said: scale.at(value) for said, value in lines.items()})
+    parts = [_line(LABELS + scale.at(0), 0, bottom, "#dde", "")]
     for said, value in lines.items():
-        x = LABELS + scale.at(value)
-        parts += [
-            _line(x, 0, height - ROW, "#889", "3 3"), _text(x, height - 6, said, "middle", "#667")
-        ]  # fmt: skip
+        x, under = LABELS + scale.at(value), bottom + ROW * (below[said] + 1) - 6
+        parts += [_line(x, 0, bottom, "#889", "3 3"), _text(x, under, said, "middle", "#667")]
     for row, label in enumerate(labels):
         y = ROW * (row + 0.8)
         parts.append(_text(LABELS - 12, y + 4, label, "end"))
@@ -61,8 +63,25 @@ def dots(dots: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
                 f'stroke-width="1.5"><title>{in_html(said)}</title></circle>'
             )
     for value in scale.ticks:
-        parts.append(_text(LABELS + scale.at(value), height - ROW + 4, f"{value:g}", "middle"))
+        parts.append(_text(LABELS + scale.at(value), bottom + 4, f"{value:g}", "middle"))
+    height = bottom + ROW * (max(below.values(), default=0) + 1)
     return _svg(LABELS + WIDTH + 40, height, parts)
+
+
+def _levels(places: Mapping[str, float]) -> dict[str, int]:
+    """In which line below the axis each word stands, so that none covers another.
+
+    >>> _levels({"hidden": 10.0, "remembers": 30.0, "original": 200.0})
+    {'hidden': 0, 'remembers': 1, 'original': 0}
+    """
+    ends: list[float] = []
+    levels: dict[str, int] = {}
+    for said, x in sorted(places.items(), key=lambda place: place[1]):
+        half = LETTER * (len(said) + 1) / 2
+        free = (level for level, end in enumerate(ends) if end <= x - half)
+        levels[said] = next(free, len(ends))
+        ends[levels[said] : levels[said] + 1] = [x + half]
+    return levels
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_says: str, y_says: str) -> str:
