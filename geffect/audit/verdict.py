@@ -30,6 +30,7 @@ EXIT_CODES = {
 """What the command ends with, by verdict."""
 
 OVER_FORGOTTEN, FLOOR_ESTIMATED, TIED = "over-forgotten", "floor estimated", "near ties"
+DAMAGED = "damaged"
 FEW_ITEMS, NO_AUC, NO_INTERVAL = "n too small", "no AUC", "no interval"
 
 
@@ -242,6 +243,9 @@ class _Told:
             leaks = row.metric.startswith(PRIVLEAK) and row.n >= self.limits.fewest_auc
             if leaks and row.value > self.limits.over_forgotten:
                 yield f"{OVER_FORGOTTEN}: {row.metric} is {row.value:+.0f}, beyond retraining."
+        for row in self.kept:
+            if self.limits.kept <= row.value < self.limits.damaged:
+                yield f"{DAMAGED}: of {row.of} {row.told} is kept."
         if not self.has_retrained:
             yield f"{FLOOR_ESTIMATED}: no retrained model was given to compare with."
         for row in self.rows(MEMORISED, NEAR_TIES):

@@ -4,6 +4,7 @@ On the quick models of the study, one seed; `tests/utils/controls.py` does the s
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from geffect.audit.relearning import RelearningBudget
 from geffect.audit.verdict import Verdict, judged
 from geffect.demo.audited import audited_sets
 from geffect.demo.config import QUICK
-from tests.utils.controls import CONTROLS, RATE, Subject, int4_cell
+from tests.utils.controls import CONTROLS, RATE, Subject
 from tests.utils.fixtures import Study
 
 SHORT = replace(
@@ -43,8 +44,13 @@ def beside(subject: Subject) -> Beside:
 
 
 @pytest.fixture(scope="module")
-def found(subject: Subject, beside: Beside) -> dict[str, tuple[Verdict, pd.DataFrame]]:
-    return {name: beside.audited(CONTROLS[name][0](subject)) for name in IN_THE_SUITE}
+def made(subject: Subject) -> dict[str, Any]:
+    return {name: CONTROLS[name][0](subject) for name in IN_THE_SUITE}
+
+
+@pytest.fixture(scope="module")
+def found(made: dict[str, Any], beside: Beside) -> dict[str, tuple[Verdict, pd.DataFrame]]:
+    return {name: beside.audited(model) for name, model in made.items()}
 
 
 @pytest.mark.parametrize(("name", "verdict"), [(n, CONTROLS[n][1]) for n in IN_THE_SUITE])
@@ -88,12 +94,12 @@ def test_other_quantisers_do_not_bring_back_what_int4_does(
 
 
 def test_the_order_of_rows_and_the_models_decide(
-    subject: Subject, found: dict[str, tuple[Verdict, pd.DataFrame]]
+    subject: Subject, made: dict[str, Any], found: dict[str, tuple[Verdict, pd.DataFrame]]
 ) -> None:
     verdict, table = found["int4 cells"]
     assert judged(table.sample(frac=1, random_state=0)) == verdict
     swapped = Beside(
-        int4_cell(subject),
+        made["int4 cells"],
         subject.retrained,
         audited_sets(subject.corpus, subject.tokenizer),
         RATE,

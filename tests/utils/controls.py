@@ -8,14 +8,16 @@ full models of a study, for every seed that it has.
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from geffect.audit.verdict import Verdict
 from geffect.demo import language_model as lm
 from geffect.demo.config import FULL, EmbeddedConfig
 from geffect.demo.corpus import Corpus, generate
@@ -234,19 +236,53 @@ def _cells(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(study: str) -> None:
-    """Audit all controls of the models of a study, and print a row for each."""
+    """Audit all controls, made of the models of a study, and print a row for each; of its seeds."""
     from geffect.audit.beside import Beside
     from geffect.demo.audited import audited_sets
 
     models = Path(study) / "models"
-    for seed in sorted(int(path.name.removeprefix("gold-seed")) for path in models.glob("gold-*")):
-        subject = Subject.of(models, seed, FULL)
-        sets = audited_sets(subject.corpus, subject.tokenizer, seed)
-        beside = Beside(subject.original, subject.retrained, sets, RATE)
-        for name, (make, verdict) in CONTROLS.items():
-            found, _ = beside.audited(make(subject))
-            said = f"{found.verdict} ({'as' if found.verdict == verdict else 'NOT as'} it should)"
-            print(seed, name, said, found.reasons[0], sep="; ", flush=True)
+    seeds = sorted(int(path.name.removeprefix("gold-seed")) for path in models.glob("gold-*"))
+    subjects = [Subject.of(models, seed, FULL) for seed in seeds]
+    besides = [
+        Beside(x.original, x.retrained, audited_sets(x.corpus, x.tokenizer, x.seed), RATE)
+        for x in subjects
+    ]
+    print("| control |", " | ".join([*COLUMNS, "most back", "verdict", "should be"]), "|")
+    print("|---|", "|".join([*("---:" for _ in COLUMNS), "---", "---", "---"]), "|", sep="")
+    for name, (make, verdict) in CONTROLS.items():
+        found = [b.audited(make(x)) for x, b in zip(subjects, besides, strict=True)]
+        print(row(name, found, verdict), flush=True)
+
+
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "NLL forget": ("memorised", "nll"),
+    "kept, least": ("utility", "kept share"),
+    "decoder swap": ("hidden", "decoder swap"),
+    "int4": ("hidden", "rounding to int4"),
+    "benign 48": ("hidden", "relearning benign, 48 steps, rate x 1"),
+    "UDS": ("depth", "UDS"),
+}
+"""What is told of each control: by battery and metric, the least of its sets."""
+
+
+def row(name: str, found: Sequence[tuple[Verdict, pd.DataFrame]], verdict: str) -> str:
+    """A row of the table: one control, of every seed."""
+    cells = [" ".join(_least(table, *of) for _, table in found) for of in COLUMNS.values()]
+    attacks = dict.fromkeys(_most_back(*of) for of in found)
+    said = dict.fromkeys(judged.verdict for judged, _ in found)
+    return f"| {name} | {' | '.join([*cells, ', '.join(attacks), ', '.join(said), verdict])} |"
+
+
+def _least(table: pd.DataFrame, battery: str, metric: str) -> str:
+    own = table[(table["model"] == "unlearned") & (table["battery"] == battery)]
+    values = own[own["metric"] == metric]["value"]
+    return f"{values.min():.2f}" if len(values) else "-"
+
+
+def _most_back(judged: Verdict, table: pd.DataFrame) -> str:
+    own = table[(table["model"] == "unlearned") & (table["battery"] == "recoverable share")]
+    share = own.set_index("metric")["value"].get(judged.attack, float("nan"))
+    return f"{judged.attack} {share:.2f}"
 
 
 if __name__ == "__main__":
