@@ -64,7 +64,7 @@ def crossings(
         _panel(ax, shown[shown[by].astype(str) == name], kept, level)
         ax.set_xlabel("forget NLL (nats per token)", fontsize="medium")
         if index % wide == 0:
-            ax.set_ylabel(f"{label} (nats per token)", fontsize="medium")
+            ax.set_ylabel(f"{drawn(label, most=60)} (nats per token)", fontsize="medium")
         dress(ax)
         heading(ax, name)
     return figure

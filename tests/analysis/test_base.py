@@ -12,14 +12,17 @@ from geffect import analysis
 from geffect.analysis import drift, g_effect, intervals, kept
 
 OF_A_MODEL = {"instances", "tokens", "as_columns"}
+OF_TABLES = {"agreement", "read_evaluations"}
+OF_MORE = {"intervals", "kept", "cosine", "compare", "join"}
 LOOKS: dict[str, Callable[[Any], object]] = {
     **{
         name: getattr(analysis, name)
         for name in analysis.__all__
-        if name.islower() and name not in {*OF_A_MODEL, "intervals", "kept", "cosine", "compare"}
+        if name.islower() and name not in OF_A_MODEL | OF_TABLES | OF_MORE
     },
     "compare": lambda run: analysis.compare(run, run),
     "cosine": lambda run: analysis.cosine(run, "forget", "retain"),
+    "join": lambda run: analysis.join(run, pd.DataFrame(columns=["step", "metric", "value"])),
     "intervals": lambda run: intervals(g_effect, run),
     "kept": lambda run: kept(run, "samples"),
 }
