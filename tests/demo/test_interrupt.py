@@ -20,6 +20,11 @@ from geffect.demo.study import PAGES, Plan, claim, whole
 DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
 
 
+def heeds_interrupts() -> None:
+    """As in a terminal, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def still_running(group: int) -> list[str]:
     """What runs in a process group, but for what has ended and was not fetched yet."""
     found = []
@@ -36,7 +41,7 @@ def test_an_interrupt_ends_the_study_and_its_workers(tmp_path: Path, whom: str) 
     out = tmp_path / "study"
     with subprocess.Popen(
         [*DEMO, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=heeds_interrupts,
     ) as study:  # fmt: skip
         while not (out / "results").exists():
             assert study.poll() is None
