@@ -16,8 +16,10 @@ from .options import (
     OverwriteOption,
     RetainOption,
     TemplateOption,
+    TokenizerOption,
     check_output,
     choice,
+    number,
 )
 from .progress import News, Told, shown
 from .selection import written_as
@@ -53,17 +55,7 @@ def batteries_of(text: str) -> tuple[str, ...]:
     return names
 
 
-def rate_of(text: str) -> float:
-    """A learning rate."""
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1:
-        raise typer.BadParameter(
-            f"should be a learning rate between 0 and 1. Found `{text}`. Pass, say, 1e-5."
-        )
-    return rate
+_rate = number("a learning rate between 0 and 1", lambda rate: 0 < rate < 1, "say, 1e-5")
 
 
 def command(
@@ -112,7 +104,7 @@ def command(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            parser=rate_of,
+            parser=_rate,
             metavar="RATE",
             help="That of the unlearning, from which relearning takes its own; one that suits the "
             "size of the weights if left out.",
@@ -135,9 +127,7 @@ def command(
     overwrite: OverwriteOption = False,
     template: TemplateOption = True,
     base: BaseOption = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A tokenizer, where the models have none.")
-    ] = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Audit MODEL: is what should be forgotten gone, or does it come back when it is attacked?

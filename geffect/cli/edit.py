@@ -19,6 +19,7 @@ from .options import (
     RetainOption,
     RiskOption,
     TemplateOption,
+    TokenizerOption,
     paths_by_name,
     risks_of,
 )
@@ -116,10 +117,7 @@ def command(
     template: TemplateOption = True,
     max_length: MaxLengthOption = None,
     base: BaseOption = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A tokenizer, where the model has none."),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
     form: FormatOption = Format.TABLE,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import Apart, check_together
-from .options import Format, FormatOption, whole
+from .options import Format, FormatOption, number, whole
 from .selection import RunArgument
 from .terminal import say, show, terminal, write, write_table
 
@@ -16,16 +16,7 @@ if TYPE_CHECKING:
 RULES = (Apart("--recommend", "--gain"),)
 
 
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = float("nan")
-    if not 0 < share <= 1:
-        raise typer.BadParameter(
-            f"should be a share above 0 and at most 1. Found `{text}`. Pass, say, 0.5."
-        )
-    return share
+_share = number("a share above 0 and at most 1", lambda share: 0 < share <= 1, "say, 0.5")
 
 
 def command(

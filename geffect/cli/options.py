@@ -49,6 +49,21 @@ def whole(least: int | None = None) -> Callable[[str], int]:
     return parsed
 
 
+def number(kind: str, fits: Callable[[float], bool], example: str) -> Callable[[str], float]:
+    """A parser of numbers of a kind; `fits` is never true of NaN."""
+
+    def parsed(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not fits(value):
+            raise typer.BadParameter(f"should be {kind}. Found `{text}`. Pass {example}.")
+        return value
+
+    return parsed
+
+
 class Format(StrEnum):
     """How a table is printed."""
 
@@ -99,6 +114,9 @@ MaxLengthOption = Annotated[
 BaseOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="The model that adapters are for, where it has moved."),
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A tokenizer, where the model has none.")
 ]
 DeviceOption = Annotated[
     str | None,

@@ -1,6 +1,7 @@
 """`geffect plan`: which sets an unlearning will damage, before it is done."""
 
 import json
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,9 @@ from .options import (
     MaxLengthOption,
     OverwriteOption,
     TemplateOption,
+    TokenizerOption,
     check_output,
+    number,
     paths_by_name,
     whole,
 )
@@ -33,17 +36,11 @@ COMMAND = CommandOfObjectives
 RULES = (Needs("--overwrite", "--output"),)
 
 
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = float("nan")
-    if not 0 < rate < float("inf"):
-        raise typer.BadParameter(
-            f"should be a learning rate above 0. Found `{text}`. Pass that of the unlearning, such "
-            "as 1e-5."
-        )
-    return rate
+_rate = number(
+    "a learning rate above 0",
+    lambda rate: 0 < rate < inf,
+    "that of the unlearning, such as 1e-5",
+)
 
 
 def command(
@@ -104,10 +101,7 @@ def command(
     template: TemplateOption = True,
     max_length: MaxLengthOption = None,
     base: BaseOption = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A tokenizer, where the model has none."),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     form: FormatOption = Format.TABLE,

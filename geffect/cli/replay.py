@@ -22,6 +22,7 @@ from .options import (
     RetainOption,
     RiskOption,
     TemplateOption,
+    TokenizerOption,
     check_output,
     choice,
     risks_of,
@@ -141,10 +142,7 @@ def command(
         bool, typer.Option("--update", help="Record the way to the next checkpoint, too.")
     ] = False,
     base: BaseOption = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A tokenizer, where the checkpoints have none."),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     form: FormatOption = Format.TABLE,
