@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
+from geffect.correlation import fit
 from geffect.numbers import is_number
 from geffect.store import Run
 from geffect.text import plain
 
 from .base import Floats, check_run, risks_of
 from .predicted_change import predicted_change
-
-ENOUGH = 8
-"""Checkpoints below which a rank correlation says little."""
 
 
 def read_evaluations(files: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
@@ -132,12 +129,7 @@ def agreement(joined: pd.DataFrame) -> pd.DataFrame:
     for key, part in joined.groupby(["suite", "metric", "risk"], sort=False, observed=True):
         known = part[np.isfinite(part["value"]) & np.isfinite(part["change"])]
         change, value = (known[name].to_numpy(dtype=float) for name in ("change", "value"))
-        varies = len(known) > 1 and np.ptp(change) > 0
-        rho = np.nan
-        if len(known) >= ENOUGH and varies and np.ptp(value) > 0:
-            rho = float(spearmanr(change, value).statistic)
-        slope = float(np.polyfit(change, value, 1)[0]) if varies else np.nan
-        rows.append((*map(str, key), len(known), rho, slope, _gap(known)))
+        rows.append((*map(str, key), len(known), *fit(change, value), _gap(known)))
     columns = ["suite", "metric", "risk", "checkpoints", "rho", "slope", "gap"]
     return pd.DataFrame(rows, columns=columns)
 

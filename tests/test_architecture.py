@@ -21,7 +21,8 @@ import geffect
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    "sources": 1, "gram": 1, "scores": 1, "encodings": 1, "distributed": 1, "batch": 1,
+    "sources": 1, "gram": 1, "scores": 1, "correlation": 1, "encodings": 1,
+    "distributed": 1, "batch": 1,
     "text": 0, "near": 0, "numbers": 0, "places": 1, "devices": 1, "kernels": 1,
     "beside": 1, "forwards": 1,
     "interrupts": 0, "hooks": 1,
@@ -74,7 +75,7 @@ THIRD_PARTY = {
     "h5py": ["store"],
     "pandas": ["scores", "analysis", "plots", "evaluation", "audit", "demo", "cli"],
     "matplotlib": ["plots", "demo.figures", "cli"],
-    "scipy": ["analysis", "plots", "evaluation", "audit"],
+    "scipy": ["correlation", "analysis", "plots", "evaluation", "audit"],
     "seaborn": ["plots", "demo.figures", "cli"],
     "transformers": ["demo", "trainers", "checkpoints", "audit", "cli"],
     "tokenizers": ["demo"],

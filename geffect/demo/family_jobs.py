@@ -120,7 +120,7 @@ class Relating(FamilyJob):
         """Spearman's correlation, with an interval over people's facts that are drawn anew."""
         import numpy as np
 
-        from geffect.evaluation.correlation import correlation, ranks
+        from geffect.correlation import correlation, ranks
         from geffect.sketch import cosine
 
         closure, count = known.facts.family.closure, len(sketches)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geffect.evaluation.correlation import Correlation, correlation
+from geffect.correlation import Correlation, correlation
 from geffect.scores import PER_TOKEN
 from geffect.text import in_markdown
 

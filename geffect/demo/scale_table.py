@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from geffect.evaluation.correlation import Correlation, correlation, ranks
+from geffect.correlation import Correlation, correlation, ranks
 from geffect.sources import FORGET, RETAIN
 from geffect.text import in_markdown
 

@@ -3,13 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from geffect.correlation import fit, rank_correlation
 from geffect.scores import blocks_of
 
-from .correlation import correlation, ranks
 from .tokens import Floats
-
-ENOUGH = 8
-"""Checkpoints below which a rank correlation says too little."""
 
 RISK = "risk"
 """The metric that is the risk itself, which the predicted change is of."""
@@ -90,7 +87,7 @@ def geometry(changes: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
     for (name, metric), part in both.groupby(["set", "metric"], sort=False):
         risk = both[(both["set"] == name) & (both["metric"] == RISK)]
         x, y = _floats(part["predicted"]), _floats(part["value"])
-        rho, slope = _fit(x, y)
+        rho, slope = fit(x, y)
         rows.append((metric, name, rho, slope, *_gap(risk), len(part)))
     columns = ["metric", "set", "rho", "slope", "predicted", "measured", "gap", "c"]
     return pd.DataFrame(rows, columns=columns)
@@ -119,26 +116,14 @@ def agreement(changes: pd.DataFrame, erased: pd.DataFrame) -> pd.DataFrame:
             f"{', '.join(harm['set'].unique())}. Name them so."
         )
     rows = [
-        (name, _rank_correlation(_floats(part["harm"]), _floats(part["value"]), least=3), len(part))
+        (name, rank_correlation(_floats(part["harm"]), _floats(part["value"]), least=3), len(part))
         for name, part in both.groupby("set", sort=False)
     ]
     return pd.DataFrame(rows, columns=["set", "rho", "n"])
 
 
-def _fit(x: Floats, y: Floats) -> tuple[float, float]:
-    """Spearman's correlation and the slope of y over x."""
-    spread = x - x.mean()
-    squares = float(spread @ spread)
-    finite = bool(squares) and bool(np.isfinite(y).all())
-    return _rank_correlation(x, y, ENOUGH), float(spread @ y) / squares if finite else np.nan
-
-
 def _floats(column: pd.Series) -> Floats:
     return column.to_numpy(np.float64)
-
-
-def _rank_correlation(x: Floats, y: Floats, least: int) -> float:
-    return correlation(ranks(x), ranks(y)).r if len(x) >= least else float("nan")
 
 
 def _gap(risk: pd.DataFrame) -> tuple[float, float, float]:

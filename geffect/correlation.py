@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
+
+ENOUGH = 8
+"""Pairs below which a rank correlation says too little."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def correlation(first: ArrayLike, second: ArrayLike, level: float = 0.95) -> Cor
     nothing = float("nan")
     if len(x) < 2 or _is_constant(x) or _is_constant(y):
         return Correlation(nothing, nothing, nothing, len(x))
+    from scipy import stats  # takes long to load
+
     found = stats.pearsonr(x, y)
     r = float(found.statistic)
     if len(x) < 4 or abs(r) == 1.0:
@@ -55,4 +59,29 @@ def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     >>> ranks([10.0, 30.0, 10.0]).tolist()
     [0.5, 2.0, 0.5]
     """
+    from scipy import stats  # takes long to load
+
     return np.asarray(stats.rankdata(values) - 1)
+
+
+def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64], least: int = ENOUGH) -> float:
+    """Spearman's correlation of at least so many pairs; NaN for fewer, and where one is constant.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([3.0, 4.0, 5.0]), least=3)
+    1.0
+    """
+    return correlation(ranks(x), ranks(y)).r if len(x) >= least else float("nan")
+
+
+def fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Spearman's correlation, and the slope of y over x by least squares; NaN where undefined.
+
+    >>> fit(np.array([1.0, 3.0]), np.array([2.0, 6.0]))
+    (nan, 2.0)
+    """
+    if len(x) < 2:
+        return float("nan"), float("nan")
+    spread = x - x.mean()
+    squares = float(spread @ spread)
+    known = bool(squares) and bool(np.isfinite(y).all())
+    return rank_correlation(x, y), float(spread @ y) / squares if known else float("nan")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geffect.evaluation.correlation import correlation, ranks
+from geffect.correlation import correlation, ranks
 
 
 @pytest.mark.parametrize("count", [4, 5, 20, 300])
