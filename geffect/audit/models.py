@@ -18,7 +18,7 @@ from geffect.checkpoints.loading import (
     whole_of,
 )
 from geffect.checkpoints.sets import there
-from geffect.evaluation import ends
+from geffect.risk import limits
 
 ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"
 ROLES = (ORIGINAL, RETRAINED, UNLEARNED)
@@ -96,7 +96,7 @@ def limits_of(source: Source) -> tuple[int, int]:
     True
     """
     if isinstance(source, nn.Module):
-        return ends.positions_of(source), ends.vocabulary_of(source)
+        return limits.positions_of(source), limits.vocabulary_of(source)
     if kind_of(source) != "folder":
         return sys.maxsize, sys.maxsize
     return positions_of(source) or sys.maxsize, vocabulary_of(source) or sys.maxsize

@@ -18,10 +18,11 @@ from geffect.data.collate import Item
 from geffect.data.examples import PLAIN, example
 from geffect.data.spans import narrowed, without_end
 from geffect.evaluation.answers import sampled
-from geffect.evaluation.ends import ends_of, positions_of
+from geffect.evaluation.ends import ends_of
 from geffect.evaluation.memorised import METRICS
 from geffect.evaluation.rouge import rouge_l
 from geffect.evaluation.tokens import evaluate_tokens
+from geffect.risk.limits import positions_of
 
 from .sets import AuditSet
 

@@ -1,6 +1,7 @@
 """When to stop: a rule that looks at every row a recorder writes, and costs no pass of its own."""
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from geffect.gram import inner, norm
 from geffect.numbers import is_number
+from geffect.risk.limits import vocabulary_of
 from geffect.sources import FORGET, RETAIN, UPDATE
 from geffect.store.reader import Run
 
@@ -367,11 +369,6 @@ def _apart(K: Floats) -> float:
 
 
 def _vocabulary_of(model: nn.Module) -> int | None:
-    """How many tokens the model knows, if its config tells; also of one that is wrapped."""
-    for one in (model, getattr(model, "module", None)):
-        config: Any = getattr(one, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        size = getattr(text, "vocab_size", None)
-        if isinstance(size, int) and size > 1:
-            return size
-    return None
+    """How many tokens the model knows, if its config tells."""
+    size = vocabulary_of(model)
+    return size if 1 < size < sys.maxsize else None

@@ -16,6 +16,7 @@ from geffect.gradients import Vector
 from geffect.layers import trainable
 from geffect.objectives.reference import base_changed_by
 from geffect.risk import check_differentiable, check_loaded
+from geffect.risk.limits import POSITIONS, VOCABULARY, limit_in
 
 Folder = str | os.PathLike[str]
 
@@ -228,13 +229,12 @@ def model_of(source: Folder) -> Any:
 
 def positions_of(source: Folder) -> int | None:
     """For how many tokens a model has positions; None where its configuration does not say."""
-    config = _config_of(source).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return limit_in(_config_of(source), POSITIONS)
 
 
 def vocabulary_of(source: Folder) -> int | None:
     """How many tokens a model knows; None where its configuration does not say."""
-    return getattr(_config_of(source).get_text_config(), "vocab_size", None)
+    return limit_in(_config_of(source), VOCABULARY)
 
 
 def encodes_apart(source: Folder) -> bool:

@@ -13,7 +13,7 @@ from geffect.batch import Batch, batches_in, on_device
 from geffect.data.collate import batched, check_length, check_tokens, lengths_of, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
-from geffect.evaluation.ends import vocabulary_of
+from geffect.risk.limits import vocabulary_of
 
 from .loading import Folder, encodes_apart, tokenizer_of
 from .options import DataOptions

@@ -13,8 +13,9 @@ from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.risk import predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
+from geffect.risk.limits import positions_of
 
-from .ends import chosen_ends, ends_of, positions_of
+from .ends import chosen_ends, ends_of
 from .tokens import check_items, check_numbers, in_float64
 
 

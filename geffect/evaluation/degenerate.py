@@ -16,9 +16,10 @@ from torch import nn
 from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.risk import predicts_next
+from geffect.risk.limits import positions_of
 
 from .answers import greedy, length_of_answer, questions_of
-from .ends import chosen_ends, positions_of
+from .ends import chosen_ends
 from .memorised import nll
 from .tokens import Floats, check_items, evaluate_tokens
 

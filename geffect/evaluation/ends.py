@@ -1,6 +1,5 @@
-"""Where texts end: the tokens that end an answer, and the positions that a model has."""
+"""Where texts end: the tokens that end an answer."""
 
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -51,30 +50,3 @@ def chosen_ends(model: nn.Module, ends: Collection[int] | None) -> set[int]:
             "[tokenizer.eos_token_id]."
         )
     return set(ends)
-
-
-def positions_of(model: nn.Module) -> int:
-    """How many tokens a model can read in a row, as far as its configuration limits them.
-
-    >>> positions_of(nn.Linear(1, 1)) == sys.maxsize
-    True
-    """
-    config = _config_of(model)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return sys.maxsize if positions is None else positions
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens a model knows, as far as its configuration tells.
-
-    >>> vocabulary_of(nn.Linear(1, 1)) == sys.maxsize
-    True
-    """
-    config = _config_of(model)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size: int | None = getattr(text, "vocab_size", None)
-    return sys.maxsize if size is None else size
-
-
-def _config_of(model: nn.Module) -> Any:
-    return getattr(unwrapped(model), "config", None)

@@ -17,8 +17,9 @@ from geffect.batch import IGNORED, check_one_answer, on_device
 from geffect.data.collate import NEEDED, Item, check_length, check_tokens, collate
 from geffect.risk import label_logits, predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
+from geffect.risk.limits import positions_of, vocabulary_of
 
-from .ends import chosen_ends, positions_of, vocabulary_of
+from .ends import chosen_ends
 
 Floats = NDArray[np.float64]
 
