@@ -129,9 +129,8 @@ def recognised(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 def _recognition(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     yield from recognised(look, of)
-    shown = {**_shown(look), **_kept_shown(look)}
     items, others = [*of.items], [*of.alternatives]
-    found = recognition_after(look.model, items, others, shown, every_other(of.subjects))
+    found = recognition_after(look.model, items, others, _shown(look), every_other(of.subjects))
     for name, part in found.groupby("attack", sort=False):
         yield look.rows(HIDDEN, str(name), of, part.sort_values("item")["value"])
 
@@ -150,27 +149,21 @@ def _relearned(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 
 def _shown(look: Look) -> Mapping[str, Callable[[nn.Module, list[Item]], nn.Module]]:
-    """Attacks that show a half of the facts."""
-
-    def show(model: nn.Module, items: list[Item], steps: int) -> nn.Module:
-        student = copy.deepcopy(model)
-        teach(student, items, steps=steps, learning_rate=FASTER * look.learning_rate)
-        return student
-
-    return {
-        f"{RECOGNITION}, other facts shown for {steps} steps": partial(show, steps=steps)
+    """Attacks that show other facts before they ask, or nothing but what should stay."""
+    retain, most = [*look.sets[RETAIN].items], max(look.budget.taught)
+    others = {
+        f"{RECOGNITION}, other facts shown for {steps} steps": partial(_taught, look, steps=steps)
         for steps in look.budget.taught
     }
 
+    def show_retain(model: nn.Module, _: list[Item]) -> nn.Module:
+        return _taught(look, model, retain, steps=most)
 
-def _kept_shown(look: Look) -> Mapping[str, Callable[[nn.Module, list[Item]], nn.Module]]:
-    """An attack that shows nothing but what should stay."""
-    steps = max(look.budget.taught)
+    return {**others, f"{RECOGNITION}, retain shown for {most} steps": show_retain}
 
-    def show(model: nn.Module, _: list[Item]) -> nn.Module:
-        student = copy.deepcopy(model)
-        retain = look.sets[RETAIN].items
-        teach(student, [*retain], steps=steps, learning_rate=FASTER * look.learning_rate)
-        return student
 
-    return {f"{RECOGNITION}, retain shown for {steps} steps": show}
+def _taught(look: Look, model: nn.Module, items: list[Item], *, steps: int) -> nn.Module:
+    """A copy of a model that was trained on some items."""
+    student = copy.deepcopy(model)
+    teach(student, items, steps=steps, learning_rate=FASTER * look.learning_rate)
+    return student
