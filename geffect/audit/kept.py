@@ -59,7 +59,7 @@ def check_weights(model: nn.Module, attack: str) -> None:
             f"{attack} should be of a model that holds its weights as parameters. Found none in "
             f"`{type(model).__name__}`. Register them, or pass the model that it calls."
         )
-    if distributed.world_size() > 1 or any(map(distributed.is_sharded, named.values())):
+    if distributed.is_of_several(named.values()):
         raise ValueError(
             f"{attack} should be in one process that holds the whole model. Found several "
             "processes, or parameters in shards. Save the model, and load it in one."

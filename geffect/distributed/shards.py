@@ -1,7 +1,7 @@
 """Shards: which part of a tensor a process holds, and what the parts add up to."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .processes import all_gather, device_of, rank
+from .processes import all_gather, device_of, rank, world_size
 from .zero import note_piece, piece_of, shards_in
 
 if TYPE_CHECKING:
@@ -22,6 +22,15 @@ Range = tuple[int, int]
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process may hold no more than a part of the tensor."""
     return _is_dtensor(tensor) or piece_of(tensor) is not None
+
+
+def is_of_several(tensors: Iterable[Tensor]) -> bool:
+    """Whether there are several processes, or a tensor of which one may hold a part.
+
+    >>> is_of_several([torch.ones(2)])
+    False
+    """
+    return world_size() > 1 or any(map(is_sharded, tensors))
 
 
 def shape_of(tensor: Tensor) -> torch.Size:

@@ -141,7 +141,7 @@ class Change:
 
 def check_whole(parameters: Mapping[str, Tensor]) -> None:
     """Refuse a model that several processes train or hold: each would make a change of its own."""
-    if distributed.world_size() > 1 or any(map(distributed.is_sharded, parameters.values())):
+    if distributed.is_of_several(parameters.values()):
         raise ValueError(
             "An edit should be made in one process that holds the whole model. Found several "
             "processes, or parameters in shards. Save the model, and edit what was saved."

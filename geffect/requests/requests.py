@@ -257,7 +257,7 @@ def _check_sets(forget: Mapping[str, RiskSet], sets: Mapping[str, RiskSet]) -> N
 
 
 def _check_model(parameters: Mapping[str, Tensor], negate: float | None) -> None:
-    if distributed.world_size() > 1 or any(map(distributed.is_sharded, parameters.values())):
+    if distributed.is_of_several(parameters.values()):
         raise ValueError(
             "Requests should be recorded in one process that holds the whole model. Found several "
             "processes, or parameters in shards. Save the model after each request, and record "
