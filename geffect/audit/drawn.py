@@ -31,6 +31,15 @@ class Dot:
     high: float
 
 
+def key(model: str) -> str:
+    """The mark of a model in the pictures, in its colour, for text beside them.
+
+    >>> key("retrained")
+    '<span style="color:#00875f">○</span>'
+    """
+    return f'<span style="color:{INK[model]}">{"●" if model == UNLEARNED else "○"}</span>'
+
+
 def dots(dots: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
     """A row a label, a mark a model, and a line at each of some values, by what it says.
 

@@ -9,7 +9,7 @@ import pandas as pd
 from geffect.text import in_html
 
 from .attacks import DEPTH, HIDDEN, RELEARNING, baseline
-from .drawn import Dot, curves, dots
+from .drawn import Dot, curves, dots, key
 from .models import ORIGINAL, ROLES, UNLEARNED
 from .sets import FORGET, HOLDOUT
 from .summary import DIRECTLY
@@ -203,12 +203,13 @@ def _came_back(report: Reported) -> str:
 
 def _models(manifest: Mapping[str, Any]) -> str:
     rows = [
-        f"<tr><td>{in_html(role)}</td><td>{in_html(told['name'])}</td>"
+        f"<tr><td>{key(role)} {in_html(role)}</td><td>{in_html(told['name'])}</td>"
         f"<td>{in_html(told['kind'])}</td><td>{in_html(told['class'])}</td>"
         f"<td>{in_html(', '.join(told['dtype']))}</td></tr>"
         for role, told in manifest["models"].items()
     ]
-    return f"<table>{''.join(rows)}</table>"
+    names = "".join(f"<th>{name}</th>" for name in ("model", "name", "form", "class", "type"))
+    return f"<table><tr>{names}</tr>{''.join(rows)}</table>"
 
 
 def _skipped(skipped: Mapping[str, str]) -> str:

@@ -71,6 +71,8 @@ def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
     for title in ("Asked directly", "Relearning", "Depth", "What stays"):
         assert f"<h2>{title}</h2>" in text
     assert "<svg" in text and "http" not in text
+    for mark, role in (("●", "unlearned"), ("○", "original")):  # as in the pictures
+        assert re.search(rf"{mark}</span> {role}</td>", text)
     assert "Thresholds: kept 0.25" in text
     assert "<b>0</b>" not in text  # what others wrote is text
     assert str(folder / "forget.jsonl") in text
