@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from geffect import dots
 from geffect.batch import Batch, Pair, batches_in, on_device
+from geffect.correlation import ranks
 from geffect.data.collate import batched, collate, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
@@ -311,15 +312,10 @@ def _ranked(
 ) -> list[Prediction]:
     """The sets, first those of the least mean rank; of two alike those that rise more."""
     totals = {name: [math.fsum(of[name].values()) for of in found] for name in names}
-    ranks = dict.fromkeys(names, 0.0)
-    for seed in range(len(found)):
-        values = {name: totals[name][seed] for name in names}
-        for name, value in values.items():
-            above = sum(other > value for other in values.values())
-            alike = sum(other == value for other in values.values())
-            ranks[name] += above + (alike + 1) / 2
+    of_seeds = [ranks([-totals[name][seed] for name in names]) for seed in range(len(found))]
+    standing = {name: sum(own[i] for own in of_seeds) for i, name in enumerate(names)}
     mean = {name: math.fsum(own) / len(found) for name, own in totals.items()}
-    order = sorted(names, key=lambda name: (ranks[name], -mean[name]))
+    order = sorted(names, key=lambda name: (standing[name], -mean[name]))
     return [
         Prediction(
             name, mean[name], min(totals[name]), max(totals[name]), place,
