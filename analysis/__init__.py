@@ -1,5 +1,7 @@
 """Analyzers: from a run to a tidy table of scores. They need neither torch nor the model."""
 
+from .accumulated import accumulated
+from .angles import angles
 from .compare import Comparison, compare
 from .conflict import conflict
 from .cosine import cosine
@@ -10,10 +12,13 @@ from .g_effect import g_effect
 from .implicit_weights import implicit_weights
 from .instances import instances
 from .intervals import intervals
+from .noise_floor import noise_floor
+from .norm_ratio import norm_ratio
 from .predicted_change import predicted_change
 from .recommended_layers import Recommendation, recommended_layers
 from .rectification import rectification
 from .requests import revivals, task_vectors
+from .setting import Setting, setting
 from .tables import SAMPLES, TOKENS, as_columns, kept
 from .tokens import tokens
 from .violation import violation
@@ -23,7 +28,10 @@ __all__ = [
     "TOKENS",
     "Comparison",
     "Recommendation",
+    "Setting",
+    "accumulated",
     "agreement",
+    "angles",
     "as_columns",
     "compare",
     "conflict",
@@ -36,11 +44,14 @@ __all__ = [
     "intervals",
     "join",
     "kept",
+    "noise_floor",
+    "norm_ratio",
     "predicted_change",
     "read_evaluations",
     "recommended_layers",
     "rectification",
     "revivals",
+    "setting",
     "task_vectors",
     "tokens",
     "violation",
