@@ -1,4 +1,4 @@
-"""The norm ratio: how much longer one gradient is than another, and what clipping left of a step."""
+"""The norm ratio: how much longer one gradient is than another, and what clipping left of it."""
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,10 @@ def norm_ratio(
 ) -> pd.DataFrame:
     """|g_a| / |g_b| of two sources, NaN where one of them is zero or absent.
 
-    Columns: step, `by`, value, clip_scale, score, unit. `clip_scale` is the factor by which clipping
-    shortened the gradient of the step, 1 where it did not, NaN where that was not seen: a Trainer
-    tells it, a loop of one's own does not. Sums are over the parameters that the step moves, as for
-    `cosine`.
+    Columns: step, `by`, value, clip_scale, score, unit. `clip_scale` is the factor by which
+    clipping shortened the gradient of the step, 1 where it did not, NaN where that was not seen: a
+    Trainer tells it, a loop of one's own does not. Sums are over the parameters that the step
+    moves, as for `cosine`.
 
     >>> norm_ratio(example_run())[["step", "model", "value", "clip_scale"]]
        step  model  value  clip_scale
