@@ -69,7 +69,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf,deepspeed]"
+	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf,deepspeed,bitsandbytes]"
 	touch $@
 
 clean:

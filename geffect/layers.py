@@ -101,7 +101,7 @@ def trainable(model: "nn.Module") -> "dict[str, Tensor]":
 
 def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
     """Refuse a parameter whose gradient is not one real number for each of its own."""
-    from geffect.distributed import is_sharded
+    from geffect.codes import holds_codes
 
     should = f"The parameters of `{model}` that require a gradient should hold real numbers."
     if tensor.is_complex():
@@ -109,7 +109,7 @@ def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
             f"{should} Found `{name}` of {tensor.dtype}. Keep its real and imaginary parts in one "
             "real parameter, and take torch.view_as_complex of it in the forward."
         )
-    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
+    if holds_codes(tensor):
         raise ValueError(
             f"{should} Found `{name}` of `{type(tensor).__name__}`, which holds them in another "
             "form, as quantised weights are. Freeze it and train an adapter beside it, or "

@@ -26,7 +26,7 @@ LAYERS = {
     "distributed": 1, "batch": 1,
     "text": 0, "near": 0, "numbers": 0, "places": 1, "devices": 1, "kernels": 1,
     "beside": 1, "forwards": 1,
-    "interrupts": 0, "hooks": 1,
+    "interrupts": 0, "hooks": 1, "codes": 1,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "steps": 2, "plots": 2,
     "gradients": 3, "sketch": 3, "groups": 3,
     "risk": 4, "store": 4, "projection": 4, "relearning": 4,
@@ -44,6 +44,7 @@ THIRD_PARTY = {
     "torch": [
         "distributed",
         "hooks",
+        "codes",
         "devices",
         "kernels",
         "beside",

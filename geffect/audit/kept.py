@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed
+from geffect.codes import coded
 from geffect.interrupts import to_the_end
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The types of weights that may be trained or rounded."""
 
 
 @contextmanager
@@ -75,27 +73,10 @@ def check_weights(model: nn.Module, attack: str) -> None:
                 f"{attack} should be of weights that may be written to. Found that `{name}` was "
                 "made under torch.inference_mode(). Load the model outside of it."
             )
-    packed = next(_packed(model), None)
+    packed = next(coded(model), None)
     if packed is not None:
         raise ValueError(
             f"{attack} should be of weights in float16, bfloat16, float32 or float64. Found "
             f"{packed}, as in a model that is quantised already: its codes are no weights. Load "
             "the model in floating point, or call its dequantize()."
         )
-
-
-def _packed(model: nn.Module) -> Iterator[str]:
-    """Tensors that hold weights in another form than as numbers."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "__tensor_flatten__"):
-            yield f"`{name}` of `{type(parameter).__name__}`"
-        elif parameter.dtype not in FLOATS and (parameter.ndim > 1 or parameter.is_complex()):
-            yield f"`{name}` of {parameter.dtype}"
-    for name, module in model.named_modules():
-        if hasattr(module, "_packed_params"):
-            yield f"`{name}` of `{type(module).__module__}`"
-    for name, buffer in model.named_buffers():
-        last = name.rpartition(".")[2].lower()
-        whole = not (buffer.is_floating_point() or buffer.dtype == torch.bool)
-        if whole and buffer.ndim > 1 and ("weight" in last or last in ("w_q", "codes")):
-            yield f"`{name}` of {buffer.dtype}"

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from geffect.codes import coded, holds_codes
 from geffect.gradients import Vector
 from geffect.layers import trainable
 from geffect.objectives.reference import base_changed_by
@@ -188,6 +189,13 @@ def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) ->
     """
     loaded: Any = Loader(base=base, device=device).load(folder)
     if is_adapter(folder):
+        codes = next(coded(loaded), None)
+        if codes is not None:
+            raise ValueError(
+                f"`{folder}` should be an adapter on a model in floating point, to be merged into "
+                f"it. Found {codes}, which is quantised. Save that model dequantised "
+                "(`model.dequantize()`), and name the folder as the base."
+            )
         loaded = loaded.merge_and_unload()
     check_differentiable(loaded, folder)
     model: nn.Module = loaded.requires_grad_().eval()
@@ -321,7 +329,7 @@ def _check_finite(weights: Iterable[tuple[str, Tensor]], source: Folder) -> None
     """Refuse the weights of a training that has diverged."""
     for name, tensor in weights:
         # Torch does not ask codes of one byte.
-        if tensor.itemsize > 1 and not tensor.isfinite().all():
+        if tensor.itemsize > 1 and not holds_codes(tensor) and not tensor.isfinite().all():
             raise ValueError(
                 f"`{source}` should hold finite weights. Found NaN or infinity in `{name}`, as "
                 "where training diverged. Leave it out, or save it again."

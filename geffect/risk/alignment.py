@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from geffect.codes import coded
+
 _OTHER_HEADS = re.compile(r"For(MaskedLM|PreTraining|TokenClassification)$|^XLNetLMHeadModel$")
 
 
@@ -64,11 +66,12 @@ def check_loaded(model: Any, missing: Collection[str], source: object) -> None:
 
 def check_differentiable(model: nn.Module, source: object) -> None:
     """Refuse a model that is trained whole where some of its weights are codes."""
-    codes = [name for name, p in model.named_parameters() if not p.is_floating_point()]
-    if codes:
+    codes = next(coded(model), None)
+    if codes is not None:
         raise ValueError(
-            f"`{source}` should hold weights that have gradients. Found `{codes[0]}` of "
-            f"`{type(model).__name__}` quantised. Save it dequantised, or name an adapter on it."
+            f"`{source}` should hold weights that have gradients. Found {codes} in "
+            f"`{type(model).__name__}`, which is quantised. Save it dequantised "
+            "(`model.dequantize()`), or name an adapter on it."
         )
 
 
