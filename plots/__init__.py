@@ -1,4 +1,8 @@
-"""Pictures of score tables: a table goes in, labelled axes come out, nothing is computed."""
+"""Pictures of score tables: a table goes in, labelled axes come out, nothing is computed.
+
+All take axes, colours, limits, a title and words for their artist in one way (`conventions`);
+`style("column")`, "page" and "slide" make them for print.
+"""
 
 from .contours import contours
 from .crossings import crossings
@@ -9,6 +13,7 @@ from .pairs import pairs
 from .rectification import rectification
 from .sheet import facets, sheet
 from .spans import spans
+from .style import style
 from .text import text
 from .tradeoff import tradeoff
 
@@ -23,6 +28,7 @@ __all__ = [
     "rectification",
     "sheet",
     "spans",
+    "style",
     "text",
     "tradeoff",
     "trajectory",

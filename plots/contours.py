@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.contour import ContourSet
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
+from .conventions import Asked, picture
 from .fit import constants, once_only, require
 from .style import (
     LINEAR_SHARE,
@@ -28,6 +31,9 @@ from .style import (
     note,
     wrapped,
 )
+from .style import (
+    points as size_of,
+)
 
 RANGE = 0.2  # of the weights that share a colour
 FEWEST = 5  # points that a density is drawn of
@@ -37,12 +43,14 @@ MOST_ALIKE = 0.999  # the correlation from which on points count as a line
 SPREAD = 100.0  # between the largest value and the smallest, from which on a scale is symmetric-log
 
 
-def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(PathCollection, by="cmap")
+def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """Effect on the retain risk over effect on the forget risk: points, and lines of equal density.
 
     - `table`: `sample`, `risk` ("forget" and "retain") and `value`, as
       `geffect.analysis.instances` gives them. Optional: `weight`, one for each sample, and `step`.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `cmap`, `xlim`, `ylim`, `title`, keywords of a scatter: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table without one of the
     risks, or with two rows in one place.
@@ -69,23 +77,25 @@ def contours(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
     ranges = _ranges(points)
     # Reversed: the larger the weight, the darker.
-    colours = seaborn.color_palette("viridis_r", len(ranges) + 1)[1:]
+    colours = asked.colours(mpl.colormaps["viridis_r"])(np.linspace(0, 1, len(ranges) + 3)[2:-1])
     reached, drawn = [np.zeros((1, 2)), points[[FORGET, RETAIN]].to_numpy(dtype=float)], []
     for (name, part), colour in zip(ranges.items(), colours, strict=True):
-        ax.scatter(part[FORGET], part[RETAIN], s=9, color=colour, linewidths=0, zorder=3)
+        ax.scatter(
+            part[FORGET], part[RETAIN], **asked.look(s=9, color=colour, linewidth=0, zorder=3)
+        )
         reached += _lines_of_density(ax, part, colour)
         drawn.append(Line2D([], [], color=colour, marker="o", markersize=3, label=name))
     _limit(ax, np.concatenate(reached))
     unit = wrapped(score_of(table).full)
-    ax.set_xlabel(f"forget: {unit}", fontsize="medium")
-    ax.set_ylabel(f"retain: {unit}", fontsize="medium")
+    ax.set_xlabel(f"forget: {unit}", fontsize=size_of("medium"))
+    ax.set_ylabel(f"retain: {unit}", fontsize=size_of("medium"))
     dress(ax)
     heading(ax, constants(table.drop(columns="risk")))
     note(ax, "left: forgets; below zero: damages")
     if "weight" in table:
         legend = key(ax, drawn)
         legend.set_title("weight (samples)")
-        legend.get_title().set_fontsize("small")
+        legend.get_title().set_fontsize(size_of("small"))
     return ax
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .fit import levels, once_only, require
-from .style import QUIET, SPARE, drawn, dress, heading, new_figure
+from .style import QUIET, SPARE, drawn, dress, heading, new_figure, points
+from .style import title as put_title
 from .tradeoff import mark
 
 Floats = NDArray[np.float64]
@@ -24,9 +25,16 @@ ABREAST = 46
 
 
 def crossings(
-    table: pd.DataFrame, by: str, kept: str, *, level: float, label: str, columns: int = 3
+    table: pd.DataFrame,
+    by: str,
+    kept: str,
+    *,
+    level: float,
+    label: str,
+    columns: int = 3,
+    title: str | None = None,
 ) -> Figure:
-    """A panel for each name in the column `by`, a line a method; lower at the level is better.
+    """A figure with a panel for each name in the column `by`, a line a method; lower is better.
 
     A line ends where it reaches the level, with its name on the right. Methods that do not reach it
     are thin and grey, and are named below the panel.
@@ -37,6 +45,7 @@ def crossings(
     - `level`: the forget loss of a model that was retrained without the forget data.
     - `label`: what `kept` is, for the axis.
     - `columns`: panels side by side, at most.
+    - `title`: above the panels; none if left out.
 
     Returns the figure.
 
@@ -62,11 +71,13 @@ def crossings(
         ax.set_xlim(0.0, level)
         ax.set_ylim(*limits)
         _panel(ax, shown[shown[by].astype(str) == name], kept, level)
-        ax.set_xlabel("forget NLL (nats per token)", fontsize="medium")
+        ax.set_xlabel("forget NLL (nats per token)", fontsize=points("medium"))
         if index % wide == 0:
-            ax.set_ylabel(f"{drawn(label, most=60)} (nats per token)", fontsize="medium")
+            ax.set_ylabel(f"{drawn(label, most=60)} (nats per token)", fontsize=points("medium"))
         dress(ax)
         heading(ax, name)
+    if title:
+        put_title(figure, title)
     return figure
 
 
@@ -91,8 +102,8 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
         )  # fmt: skip
         ax.annotate(
             drawn(method), xy=(1.0, _share(ax, ends[method])), xytext=(1.08, place),
-            xycoords="axes fraction", textcoords="axes fraction", va="center", fontsize="x-small",
-            color=ink.colour, annotation_clip=False,
+            xycoords="axes fraction", textcoords="axes fraction", va="center",
+            fontsize=points("x-small"), color=ink.colour, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": ink.colour, "linewidth": 0.5,
                         "relpos": (0.0, 0.5), "shrinkA": 0.0, "shrinkB": 2.0},
         )  # fmt: skip
@@ -101,7 +112,7 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
     if missed:
         ax.annotate(
             _on_lines(f"not reached: {', '.join(map(drawn, missed))}"), xy=(0.0, -0.15),
-            xycoords="axes fraction", va="top", fontsize="x-small", color="#555555",
+            xycoords="axes fraction", va="top", fontsize=points("x-small"), color="#555555",
             annotation_clip=False,
         )  # fmt: skip
 

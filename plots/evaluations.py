@@ -2,16 +2,20 @@
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
+from .conventions import Asked, picture
 from .fit import all_levels, levels, once_only, require
-from .style import drawn, dress, heading, inks, key, new_axes
+from .style import drawn, dress, heading, key, new_axes, points
 
 
-def evaluations(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(Line2D)
+def evaluations(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """A metric over the accumulated predicted change, a line a risk, a point a checkpoint.
 
     - `table`: `step`, `metric`, `risk`, `change` and `value` of one metric.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table of several metrics.
 
@@ -29,18 +33,22 @@ def evaluations(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             f"{', '.join(map(drawn, metrics))}. Draw them one by one."
         )
     once_only(table, ["risk", "step"])
-    colours = inks(all_levels(table["risk"]))
+    known = all_levels(table["risk"])
+    colours = asked.inks(known)
     ax = ax or new_axes()
     handles = []
-    for risk, part in table.groupby("risk", observed=True, sort=False):
-        ordered, ink = part.sort_values("step"), colours[str(risk)]
+    for risk in asked.order(levels(table["risk"]), known):
+        ordered, ink = table[table["risk"] == risk].sort_values("step"), colours[risk]
         handles += ax.plot(
             ordered["change"].to_numpy(dtype=float), ordered["value"].to_numpy(dtype=float),
-            color=ink.colour, linestyle=ink.dashes, linewidth=1.2, marker="o", markersize=3,
-            label=drawn(risk), zorder=3,
+            label=drawn(risk),
+            **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.2, marker="o",
+                         markersize=3, zorder=3),
         )  # fmt: skip
-    ax.set_xlabel("accumulated predicted fall of the risk (nats per token)", fontsize="medium")
-    ax.set_ylabel(drawn(metrics[0]), fontsize="medium")
+    ax.set_xlabel(
+        "accumulated predicted fall of the risk (nats per token)", fontsize=points("medium")
+    )
+    ax.set_ylabel(drawn(metrics[0]), fontsize=points("medium"))
     dress(ax)
     heading(ax, drawn(metrics[0]))
     key(ax, handles)

@@ -3,11 +3,13 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from geffect.scores import blocks_of, score_of
 
+from .conventions import Asked, picture
 from .fit import constants, short, told_apart
 from .style import (
     Frame,
@@ -20,6 +22,7 @@ from .style import (
     longest,
     new_axes,
     note,
+    points,
     rate,
     step_axis,
     thinned,
@@ -28,11 +31,13 @@ from .style import (
 )
 
 
-def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(QuadMesh, by="cmap")
+def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """A cell a block and step: input on top, zero white, grey where the score is undefined.
 
     - `table`: `step`, one column of blocks and `value`, one row for each step and block.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `cmap`, `xlim`, `ylim`, `title`, keywords of a mesh: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table of more than
     one panel.
@@ -61,15 +66,14 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         edges(grid.columns.to_numpy(dtype=float)),
         np.arange(len(frame.blocks) + 1) - 0.5,
         cells,
-        cmap=cmap,
-        norm=norm,
-        rasterized=True,  # thousands of vector cells show seams and make a heavy file
+        # Thousands of vector cells show seams and make a heavy file.
+        **asked.mesh(cmap, norm, rasterized=True),
     )
     ax.set_ylim(len(frame.blocks) - 0.5, -0.5)
     towers_apart(ax.axhline, frame.blocks)
     indices = thinned(len(frame.blocks))
     ax.set_yticks(indices, [drawn(names[index]) for index in indices])
-    ax.set_ylabel(drawn(block), fontsize="medium")
+    ax.set_ylabel(drawn(block), fontsize=points("medium"))
     step_axis(ax)
     dress(ax, frame=False)
     heading(ax, constants(table))
@@ -79,14 +83,14 @@ def heatmap(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06, aspect=28)
     undefined = "\n(grey: undefined)" if np.ma.is_masked(cells) else ""
-    bar.set_label(wrapped(score.full) + undefined, fontsize="medium")
+    bar.set_label(wrapped(score.full) + undefined, fontsize=points("medium"))
     if score.scale == "symlog":
         bar.ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
         bar.ax.yaxis.set_major_formatter(decade_format(frame))
     if score.is_rate:
         bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
     bar.ax.minorticks_off()
-    bar.ax.tick_params(width=0.6, length=0 if score.is_rate else 2.5, labelsize="small")
+    bar.ax.tick_params(width=0.6, length=0 if score.is_rate else 2.5, labelsize=points("small"))
     bar.outline.set_visible(False)
     return ax
 

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from geffect.scores import blocks_of, score_of, scores_in
 
-from .fit import all_levels, blocks_in, constants, names_in, require, short, told_apart
+from .conventions import Asked, coloured, picture
+from .fit import all_levels, blocks_in, constants, levels, names_in, require, short, told_apart
 from .style import (
     SIDE,
     Ink,
@@ -21,6 +23,7 @@ from .style import (
     longest,
     new_axes,
     note,
+    points,
     rate,
     step_axis,
     thinned,
@@ -30,13 +33,15 @@ from .style import (
 )
 
 
-def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(Line2D)
+def profile(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """Median over the steps at each block, input on the left; the band holds the middle half.
 
     Of a score that is 0 or 1 it is the rate: in how many of the steps it is 1, without a band.
 
     - `table`: `step`, one column of blocks, `value`, and at most two columns that tell rows apart.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table of more than
     one panel.
@@ -63,7 +68,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     sides = value_axes(ax, table, units)
     handles = []
     at = range(len(blocks))
-    for name, ink, part in lines_of(table, several):
+    for name, ink, part in lines_of(table, several, asked):
         score = score_of(part)
         side = sides[score.unit]
         values = part.groupby(block, observed=True)["value"]
@@ -71,15 +76,18 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         middle = of_steps.reindex(blocks).to_numpy(dtype=float)
         marker = "o" if len(blocks) <= 40 else ""
         handles += side.plot(
-            at, middle, color=ink.colour, linestyle=ink.dashes, linewidth=1.3,
-            label=name if side is ax else f"{name} (right)", marker=marker, markersize=3, zorder=3,
+            at, middle, label=name if side is ax else f"{name} (right)",
+            **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.3, marker=marker,
+                         markersize=3, zorder=3),
         )  # fmt: skip
         if not score.is_rate:
             low, high = (
                 values.quantile(share).reindex(blocks).to_numpy(dtype=float)
                 for share in (0.25, 0.75)
             )
-            side.fill_between(at, low, high, color=ink.colour, alpha=0.16, linewidth=0, zorder=2)
+            side.fill_between(
+                at, low, high, color=handles[-1].get_color(), alpha=0.16, linewidth=0, zorder=2
+            )
     towers_apart(ax.axvline, blocks)
     indices = thinned(len(blocks), most=14)
     ax.set_xticks(
@@ -90,7 +98,7 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         rotation_mode="anchor",
     )
     ax.set_xlim(-0.5, len(blocks) - 0.5)
-    ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize="medium")
+    ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize=points("medium"))
     dress_sides(sides.values())
     heading(ax, constants(table))
     if table["step"].nunique() > 1:
@@ -100,14 +108,16 @@ def profile(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(Line2D)
+def trajectory(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """The value over the steps: a line for each block, or of one block for each effect or run.
 
     Of a score that is 0 or 1 there is no line for a block, but one for their rate at each step.
 
     - `table`: `step`, one column of blocks and `value`; of one block also columns that tell rows
       apart.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table of more than
     one panel.
@@ -126,13 +136,17 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     rates = all(score.is_rate for score in scores_in(table))
     several = told_apart(table, most=0 if len(present) > 1 and not rates else 2)
     if len(present) > 1 and not rates:
-        block, colours = blocks_of(table), depth_colours(all_blocks(table))
+        block, everywhere = blocks_of(table), all_blocks(table)
+        colours = depth_colours(everywhere)
+        if asked.palette is not None:
+            colours = coloured(everywhere, asked.palette)
+        labels = dict(zip(present, short(present), strict=True))
         lines = [
-            (label, Ink(colours[name]), table[table[block] == name])
-            for name, label in zip(present, short(present), strict=True)
+            (labels[name], Ink(colours[name]), table[table[block] == name])
+            for name in asked.order(present, everywhere)
         ]
     else:
-        lines = list(lines_of(table, several))
+        lines = list(lines_of(table, several, asked))
     units = units_of_sides(table)
     spare = SIDE * (len(units) - 1)
     ax = ax or new_axes(5.6 + 2 * spare)
@@ -148,8 +162,9 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         handles += side.plot(
             ordered.index.to_numpy(),
             (100 if score_of(part).is_rate else 1) * ordered.to_numpy(dtype=float),
-            color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7,
-            label=name if side is ax else f"{name} (right)", marker=marker, markersize=2, zorder=3,
+            label=name if side is ax else f"{name} (right)",
+            **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.2 if few else 0.7,
+                         marker=marker, markersize=2, zorder=3),
         )  # fmt: skip
     step_axis(ax)
     dress_sides(sides.values())
@@ -164,14 +179,21 @@ def trajectory(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def lines_of(
-    table: pd.DataFrame, several: Sequence[str]
+    table: pd.DataFrame, several: Sequence[str], asked: Asked
 ) -> Iterator[tuple[str, Ink, pd.DataFrame]]:
     """Name, ink and rows of each line: coloured by the first column, dashed by the last."""
     if not several:
         names = [held[0] for held in names_in(table).values()] or [""]
-        yield ", ".join(names), inks(names)[names[0]], table
+        yield ", ".join(names), asked.inks(names)[names[0]], table
         return
-    colours, dashes = (inks(all_levels(table[column])) for column in (several[0], several[-1]))
-    for key_of, part in table.groupby(list(several), observed=True, sort=False):
-        names = list(map(str, key_of))
-        yield ", ".join(names), Ink(colours[names[0]].colour, dashes[names[-1]].dashes), part
+    hue, mark = several[0], several[-1]
+    known = all_levels(table[hue])
+    colours, dashes = asked.inks(known), inks(all_levels(table[mark]))
+    parts = {
+        tuple(map(str, key_of)): part
+        for key_of, part in table.groupby(list(several), observed=True, sort=False)
+    }
+    for name in asked.order(levels(table[hue]), known):
+        for told, part in parts.items():
+            if told[0] == name:
+                yield ", ".join(told), Ink(colours[name].colour, dashes[told[-1]].dashes), part

@@ -3,17 +3,21 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 
 from geffect.scores import score_of
 
-from .style import colours_of, drawn, dress, longest, new_axes, wrapped
+from .conventions import Asked, picture
+from .style import colours_of, drawn, dress, longest, new_axes, points, wrapped
 
 
-def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(QuadMesh, by="cmap")
+def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """A cell for each two requests, with its number: the later one in a row, the earlier below.
 
     - `table`: `request`, `other` and `value`, one row for each two requests.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `cmap`, `xlim`, `ylim`, `title`, keywords of a mesh: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table with several rows of two requests.
 
@@ -38,17 +42,18 @@ def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         tall = max(2.4, 0.4 * len(later)) + 0.05 * longest(earlier)
         ax = new_axes(max(1.6, 0.6 * len(earlier)) + 0.08 * longest(later) + 1.4, tall)
     cmap, norm = colours_of(table)
-    mesh = ax.pcolormesh(cells, cmap=cmap.with_extremes(bad="none"), norm=norm)
+    mesh = ax.pcolormesh(cells, **asked.mesh(cmap, norm))
+    mesh.set_cmap(mesh.cmap.with_extremes(bad="none"))
     ax.invert_yaxis()
     ax.set_xticks(np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right")
     ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
-    ax.set_xlabel("earlier request", fontsize="medium")
-    ax.set_ylabel("request", fontsize="medium")
+    ax.set_xlabel("earlier request", fontsize=points("medium"))
+    ax.set_ylabel("request", fontsize=points("medium"))
     columns, rows = ({name: place for place, name in enumerate(of)} for of in (earlier, later))
     for pair in table.to_dict("records"):
         value = pair["value"]
         is_known = bool(np.isfinite(value))
-        red, green, blue, _ = cmap(norm(value)) if is_known else (1.0, 1.0, 1.0, 1.0)
+        red, green, blue, _ = mesh.to_rgba(value) if is_known else (1.0, 1.0, 1.0, 1.0)
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         ax.text(
             columns[str(pair["other"])] + 0.5,
@@ -57,10 +62,10 @@ def pairs(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             ha="center",
             va="center",
             color="white" if is_dark else "black",
-            fontsize="medium" if is_known else "small",
+            fontsize=points("medium") if is_known else "small",
         )
     dress(ax, frame=False)
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06)
-    bar.set_label(wrapped(score_of(table).full), fontsize="medium")
+    bar.set_label(wrapped(score_of(table).full), fontsize=points("medium"))
     bar.outline.set_visible(False)
     return ax

@@ -26,8 +26,10 @@ from .style import (
     key,
     new_figure,
     note,
+    points,
     step_axis,
 )
+from .style import title as put_title
 
 COSINE = Score("cosine with the retain average", UNIT)
 COURSES = {
@@ -39,10 +41,11 @@ MARKS = {"fired": ("fired", GRU), "violated": ("update violates", GRU_COORDINATE
 UNMARKED = "#f2f2f2"
 
 
-def rectification(table: pd.DataFrame) -> Figure:
-    """The cosine with the retain average before and after; where it fired; where updates violate.
+def rectification(table: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """A figure of what a rectifier did: cosines before and after, where it fired and was violated.
 
     - `table`: what `geffect.analysis.rectification` gives.
+    - `title`: above the panels; none if left out.
 
     Returns the figure. Raises ValueError for another table.
 
@@ -68,7 +71,10 @@ def rectification(table: pd.DataFrame) -> Figure:
             f"`table` should have the quantities {', '.join(wanted)}. Found {', '.join(found)}. "
             "Pass the table of geffect.analysis.rectification, with all that it has of a step."
         )
-    return _lines(table) if len(blocks_in(table)) == 1 else _maps(table)
+    figure = _lines(table) if len(blocks_in(table)) == 1 else _maps(table)
+    if title:
+        put_title(figure, title)
+    return figure
 
 
 def _lines(table: pd.DataFrame) -> Figure:
@@ -92,7 +98,7 @@ def _lines(table: pd.DataFrame) -> Figure:
             _mark(below, marks, [row - 0.5, row + 0.5], ink)
             below.text(
                 1.01, row, _share(marks), transform=below.get_yaxis_transform(), va="center",
-                fontsize="x-small", color="#555555",
+                fontsize=points("x-small"), color="#555555",
             )  # fmt: skip
         below.set_yticks(range(len(MARKS)), [name for name, _ in MARKS.values()])
         below.set_ylim(len(MARKS) - 0.5, -0.5)
@@ -103,7 +109,7 @@ def _lines(table: pd.DataFrame) -> Figure:
         below.tick_params(left=False)
         if len(sets) > 1:
             heading(above, f"against {against}")
-    grid[0, 0].set_ylabel(COSINE.label, fontsize="medium")
+    grid[0, 0].set_ylabel(COSINE.label, fontsize=points("medium"))
     drawn = grid[0, -1].lines[1:]
     key(grid[0, -1], [line for line in drawn if np.isfinite(line.get_ydata()).any()])
     return figure

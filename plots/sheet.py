@@ -1,6 +1,7 @@
 """Several panels on one figure, on the same scales."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,26 @@ from geffect.scores import LEVEL, blocks_of, in_common
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
 from .heatmap import heatmap
 from .lines import profile, trajectory
-from .style import SIDE, framed, heading, longest, new_figure, title, write_labels
+from .style import SIDE, framed, heading, longest, new_figure, points, write_labels
+from .style import title as put_title
 
 
-def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: int = 3) -> Figure:
-    """A panel for each name in the column `by`, all of one unit on one scale.
+def facets(
+    table: pd.DataFrame,
+    plot: Callable[..., Axes],
+    by: str,
+    *,
+    columns: int = 3,
+    title: str | None = None,
+    **keywords: Any,
+) -> Figure:
+    """A figure with a panel for each name in the column `by`, all of one unit on one scale.
 
     - `table`: a score table that names its panels in the column `by`.
     - `plot`: draws one panel, such as `heatmap` or `trajectory`.
     - `columns`: panels side by side, at most.
+    - `title`: above the panels, in the place of what all of them are of.
+    - `keywords`: go to `plot`, such as a palette.
 
     Returns the figure. Raises ValueError for a table without the column or without rows.
 
@@ -55,7 +67,7 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
         # With a side for each of two units panels are not joined: their limits are the same.
         alike = scaled.get(units_in(part)) if len(units_in(part)) < 2 else None
         ax = figure.add_subplot(tall, wide, index + 1, sharex=first, sharey=alike)
-        plot(framed(part, whole), ax=ax)
+        plot(framed(part, whole), ax=ax, **keywords)
         heading(ax, name)
         scaled.setdefault(units_in(part), ax)
         panels.append(ax)
@@ -70,14 +82,15 @@ def facets(table: pd.DataFrame, plot: Callable[..., Axes], by: str, *, columns: 
     # A bar stands on the right of its row.
     keep_once(ax for row in range(tall) for ax in reversed(panels[row * wide :][:wide]))
     # What the panels are named by stands above each, also where there is but one.
-    title(figure, constants(table.drop(columns=by)))
+    put_title(figure, constants(table.drop(columns=by)) if title is None else title)
     return figure
 
 
-def sheet(table: pd.DataFrame) -> Figure:
-    """A row for each effect: every block and step, the profile over depth, the course in time.
+def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """A figure with a row for each effect: blocks by steps, profile over depth, course in time.
 
     - `table`: a score table by step and block, with no more than one column of effects or runs.
+    - `title`: above the panels, in the place of what all of them are of.
 
     Returns the figure. Raises ValueError for a table that does not fit.
 
@@ -109,7 +122,7 @@ def sheet(table: pd.DataFrame) -> Figure:
     keep_once(grid[:, 2])
     level = levels(table[LEVEL]) if LEVEL in table else []
     by = ": ".join([f"by {blocks_of(table)}", *level])
-    title(figure, ", ".join(filter(None, [in_common(table), by])))
+    put_title(figure, ", ".join(filter(None, [in_common(table), by])) if title is None else title)
     return figure
 
 
@@ -137,7 +150,7 @@ def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:
             labels=["" for _ in named],
             loc="outside right upper",
             frameon=False,
-            fontsize="small",
+            fontsize=points("small"),
             handlelength=2.6,
         )
         write_labels(shared, named)

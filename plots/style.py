@@ -3,12 +3,14 @@
 Everything is passed to the artists it is meant for; the reader's own rcParams stay as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import cycle, pairwise
 from textwrap import wrap
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -86,6 +88,85 @@ MOST_DECADES = 6
 ABREAST = 48  # characters of a heading on one line
 LONGEST = 120  # characters of a label on several lines
 SIDE = 0.85  # inches that a scale on the right takes, with its label
+LEAST = 7.0  # points of the smallest text
+
+EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
+"""TrueType in PDF and PostScript, which journals ask for; text of an SVG that stays text."""
+
+
+MEDIUM_TEXT = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize")
+SMALL_TEXT = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
+
+
+@dataclass(frozen=True)
+class Medium:
+    """Where a picture will stand: its width in inches, its text in points, panels side by side."""
+
+    width: float
+    text: float
+    abreast: int
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether keys and scales have no room beside the data, and stand below."""
+        return self.width < 5
+
+
+MEDIA = {"column": Medium(3.3, 8.0, 1), "page": Medium(6.9, 8.5, 3), "slide": Medium(10.0, 15.0, 2)}
+
+_MEDIUM: ContextVar[Medium | None] = ContextVar("medium", default=None)
+
+
+@contextmanager
+def style(name: Literal["column", "page", "slide"]) -> Iterator[None]:
+    """A context whose pictures are made for print: of a width, with text that can be read there.
+
+    - `name`: "column" is 3.3 inches wide, "page" 6.9, and "slide" 10.
+
+    No text is smaller than 7 points. Pictures that are made inside of it have the width, whatever
+    axes or panels they have; figures of your own get it as the default of matplotlib.
+
+    >>> from geffect import plots
+    >>> with plots.style("column"):
+    ...     ax = plots.profile(pd.DataFrame({"step": 0, "layer": ["a", "b"], "value": [1.0, 2.0]}))
+    >>> float(ax.figure.get_figwidth())
+    3.3
+    """
+    if name not in MEDIA:
+        raise ValueError(
+            f"`name` should be {', '.join(map(repr, MEDIA))}. Found {name!r}. Choose one of those."
+        )
+    medium = MEDIA[name]
+    settings = {
+        **EMBEDDED,
+        "figure.figsize": (medium.width, 0.62 * medium.width),
+        **dict.fromkeys(MEDIUM_TEXT, medium.text),
+        **dict.fromkeys(SMALL_TEXT, max(LEAST, 0.84 * medium.text)),
+    }
+    with mpl.rc_context(settings):
+        token = _MEDIUM.set(medium)
+        try:
+            yield
+        finally:
+            _MEDIUM.reset(token)
+
+
+def medium() -> Medium | None:
+    """What pictures are made for, inside of `style`."""
+    return _MEDIUM.get()
+
+
+def points(size: Literal["large", "medium", "small", "x-small"]) -> float:
+    """The size of text in points: relative to that of the session, and readable."""
+    return max(LEAST, float(FontProperties(size=size).get_size_in_points()))
+
+
+class Picture(Figure):
+    """A figure that saves its text as text."""
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        with mpl.rc_context(EMBEDDED):
+            super().savefig(*args, **kwargs)
 
 
 def inks(names: Sequence[str]) -> dict[str, Ink]:
@@ -210,7 +291,7 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     """
     score, frame = score_of(table), Frame.of(table)
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
-    ax.set_ylabel(wrapped(score.axis), fontsize="medium")
+    ax.set_ylabel(wrapped(score.axis), fontsize=points("medium"))
     if score.scale == "symlog":
         ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
         ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
@@ -270,7 +351,7 @@ def dress_sides(sides: Iterable[Axes]) -> None:
 
 def step_axis(ax: Axes) -> None:
     """Gives x its label and whole-numbered ticks."""
-    ax.set_xlabel("optimizer step", fontsize="medium")
+    ax.set_xlabel("optimizer step", fontsize=points("medium"))
     ax.xaxis.set_major_locator(
         MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
     )
@@ -292,24 +373,31 @@ def thinned(count: int, most: int = 20) -> list[int]:
 
 def new_axes(width: float = 5.6, height: float = 3.4) -> Axes:
     """Axes alone on a new figure, which reserves room for whatever is outside of them."""
-    _, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
-    return ax
+    figure = pyplot.figure(figsize=_size(width, height), layout="constrained", FigureClass=Picture)
+    return figure.subplots()
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure that is the caller's alone: to be saved, or returned by a notebook cell."""
-    figure = pyplot.figure(figsize=(width, height), layout="constrained")
+    figure = pyplot.figure(figsize=_size(width, height), layout="constrained", FigureClass=Picture)
     # Held by pyplot, a notebook would show it a second time and a script would pile them up;
     # made without pyplot, the first one of a notebook would not be shown at all.
     pyplot.close(figure)
     return figure
 
 
+def _size(width: float, height: float) -> tuple[float, float]:
+    """The size in inches: as it is asked for, or of the medium's width and about as upright."""
+    if (made_for := medium()) is None:
+        return width, height
+    return made_for.width, height * (1 + made_for.width / width) / 2
+
+
 def dress(ax: Axes, *, frame: bool = True) -> None:
     """Takes away the spines that carry no ticks, or all of them, and thins what stays."""
     seaborn.despine(ax=ax, left=not frame, bottom=not frame)
     ax.spines[["left", "bottom"]].set_linewidth(0.6)
-    ax.tick_params(width=0.6, length=2.5, labelsize="small")
+    ax.tick_params(width=0.6, length=2.5, labelsize=points("small"))
     ax.tick_params(which="minor", width=0.4, length=1.5)
 
 
@@ -324,7 +412,7 @@ def key(ax: Axes, handles: Sequence[Artist], *, offset: float = 0.0) -> Legend:
         bbox_transform=ax.transAxes + ScaledTranslation(offset, 0, ax.figure.dpi_scale_trans),
         borderaxespad=0.0,
         frameon=False,
-        fontsize="small",
+        fontsize=points("small"),
         handlelength=2.6,
     )
     write_labels(legend, [drawn(handle.get_label()) for handle in handles])
@@ -348,14 +436,14 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    ax.set_title(_on_lines(text, ABREAST), loc="left", fontsize="medium")
+    ax.set_title(_on_lines(text, ABREAST), loc="left", fontsize=points("medium"))
     if beside := ax.get_title(loc="right"):
         note(ax, beside)
 
 
 def title(figure: Figure, text: str) -> None:
     """What the figure shows, above its panels."""
-    figure.suptitle(_on_lines(text, LONGEST), fontsize="large")
+    figure.suptitle(_on_lines(text, LONGEST), fontsize=points("large"))
 
 
 def note(ax: Axes, text: str) -> None:
@@ -363,8 +451,8 @@ def note(ax: Axes, text: str) -> None:
     left = ax.get_title(loc="left")
     # In characters: a panel has no room for more.
     if len(left.split("\n")[-1]) + 0.75 * len(text) > 36:
-        ax.set_title(f"{left}\n", loc="left", fontsize="medium")
-    ax.set_title(text, loc="right", fontsize="x-small", color="#555555")
+        ax.set_title(f"{left}\n", loc="left", fontsize=points("medium"))
+    ax.set_title(text, loc="right", fontsize=points("x-small"), color="#555555")
 
 
 def drawn(text: object, most: int = 36) -> str:

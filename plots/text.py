@@ -10,14 +10,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation, Transform
 
 from geffect.scores import score_of
 from geffect.text import plain
 
+from .conventions import Asked, picture
 from .fit import constants, levels, names_in, once_only, require
 from .style import Frame, colours_of, decade_format, decades, drawn, heading, new_axes
+from .style import points as size_of
 
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]
 # Of a character and a line of the first font, in font sizes. A character is 0.602 wide; on screens
@@ -40,12 +43,14 @@ class Placed:
     text: str
 
 
-def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+@picture(Text, by="cmap")
+def text(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """The answer of one sample, every token on the colour of its value, white where that is zero.
 
     - `table`: `position`, `token` and `value` of one sample, as `geffect.analysis.tokens` gives
       them.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `cmap`, `xlim`, `ylim`, `title`, keywords of a text: see
+      `geffect.plots.conventions`.
 
     Returns the axes. Raises ValueError for a table of several
     samples or risks.
@@ -66,7 +71,7 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax = new_axes(WIDTH * ADVANCE * SIZES[0] / 72 + 0.2, tall + 0.9)
     ax.set_axis_off()
     heading(ax, name)
-    colours = _scale(ax, table)
+    colours = _scale(ax, table, asked)
     values = np.ma.masked_invalid(table["value"].to_numpy(dtype=float))
     backgrounds = colours.to_rgba(values)
     size, columns = _room(ax, tokens)
@@ -79,8 +84,9 @@ def text(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             transform=points, facecolor=background, edgecolor="white", linewidth=0.5,
         )  # fmt: skip
         written = ax.text(
-            x, y + 0.55 * size, placed.text, transform=points, fontsize=size, family=FONTS,
-            color=readable_on(background), parse_math=False,
+            x, y + 0.55 * size, placed.text,
+            **asked.look(transform=points, fontsize=size, fontfamily=FONTS,
+                         color=readable_on(background), parse_math=False),
         )  # fmt: skip
         for artist in (ax.add_artist(cell), written):
             # They follow a layout that is settled, and would otherwise be part of the next one.
@@ -182,22 +188,22 @@ def _names(table: pd.DataFrame) -> str:
     return constants(table.drop(columns=["sample", "token"]))
 
 
-def _scale(ax: Axes, table: pd.DataFrame) -> ScalarMappable:
+def _scale(ax: Axes, table: pd.DataFrame, asked: Asked) -> ScalarMappable:
     """The colours of the values, and a bar of them below the text."""
     as_model = table.assign(model="model")
     score, frame = score_of(table), Frame.of(as_model)
     cmap, norm = colours_of(as_model)
-    colours = ScalarMappable(norm, cmap)
+    colours = ScalarMappable(norm, asked.colours(cmap))
     bar = ax.figure.colorbar(
         colours, ax=ax, location="bottom", shrink=0.5, aspect=45, pad=0.02, anchor=(0.0, 1.0)
     )
     undefined = " (grey: undefined)" if table["value"].isna().any() else ""
-    bar.ax.set_xlabel(drawn(score.full, 120) + undefined, fontsize="small", loc="left")
+    bar.ax.set_xlabel(drawn(score.full, 120) + undefined, fontsize=size_of("small"), loc="left")
     if score.scale == "symlog":
         bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
         bar.ax.xaxis.set_major_formatter(decade_format(frame))
     bar.ax.minorticks_off()
-    bar.ax.tick_params(width=0.6, length=2.5, labelsize="x-small")
+    bar.ax.tick_params(width=0.6, length=2.5, labelsize=size_of("x-small"))
     bar.outline.set_visible(False)
     return colours
 

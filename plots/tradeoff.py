@@ -8,19 +8,24 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .conventions import Asked, picture
 from .fit import all_levels, constants, levels, once_only, require
-from .style import QUIET, Ink, dress, heading, inks, key, new_axes, note
+from .style import QUIET, Ink, dress, heading, key, new_axes, note, points
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def tradeoff(table: pd.DataFrame, *, level: float | None = None, ax: Axes | None = None) -> Axes:
+@picture(Line2D)
+def tradeoff(
+    table: pd.DataFrame, ax: Axes | None, asked: Asked, *, level: float | None = None
+) -> Axes:
     """A point a step, a line a variant, a marker a method; lower at equal forgetting is better.
 
     - `table`: the losses of each run over its steps; rows with a true `at_level` stand out.
     - `level`: the forget loss of a model that was retrained without the forget data, in nats per
       token. Runs beyond it have forgotten more than retraining would.
-    - `ax`: the axes to draw on; new ones if left out.
+    - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
+      `geffect.plots.conventions`.
 
     Returns the axes.
 
@@ -35,17 +40,21 @@ def tradeoff(table: pd.DataFrame, *, level: float | None = None, ax: Axes | None
     require(table, ["method", "variant", "step", "forget_nll", "retain_nll"])
     once_only(table, ["method", "variant", "step"])
     methods, variants = levels(table["method"]), levels(table["variant"])
-    colours = inks(all_levels(table["variant"]))
+    colours = asked.inks(all_levels(table["variant"]))
+    variants = asked.order(variants, colours)
     markers = dict(zip(all_levels(table["method"]), cycle(MARKERS), strict=False))
     ax = ax or new_axes(5.8, 3.8)
     ax.set_yscale("log")
     lines = table.groupby(["method", "variant"], observed=True, sort=False)
     for (method, variant), part in lines:
+        if str(variant) not in variants:
+            continue
         ink, marker, ordered = colours[str(variant)], markers[str(method)], part.sort_values("step")
         forget, retain = ordered["forget_nll"].to_numpy(), ordered["retain_nll"].to_numpy()
         ax.plot(
-            forget, retain, color=ink.colour, linestyle=ink.dashes, linewidth=1.3,
-            marker=marker, markersize=2.8, zorder=3,
+            forget, retain,
+            **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.3, marker=marker,
+                         markersize=2.8, zorder=3),
         )  # fmt: skip
         if "at_level" in ordered:
             reached = ordered["at_level"].to_numpy(dtype=bool)
@@ -55,8 +64,8 @@ def tradeoff(table: pd.DataFrame, *, level: float | None = None, ax: Axes | None
             )  # fmt: skip
     if level is not None:
         mark(ax, level)
-    ax.set_xlabel("forget NLL (nats per token)", fontsize="medium")
-    ax.set_ylabel("retain NLL (nats per token)", fontsize="medium")
+    ax.set_xlabel("forget NLL (nats per token)", fontsize=points("medium"))
+    ax.set_ylabel("retain NLL (nats per token)", fontsize=points("medium"))
     dress(ax)
     heading(ax, constants(table[["method", "variant"]]))
     key(ax, [*ink_samples(colours, variants), *marker_samples(markers, methods)])

@@ -1,0 +1,138 @@
+"""An example of every picture that there is: its table, or of a figure the figure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from geffect import plots
+from geffect.scores import COSINE, PER_RATE, PER_TOKEN, Score, said, stack, tidy
+
+LAYERS = ["embedding", *(f"layer {index}" for index in range(12)), "final norm", "head"]
+STEPS = np.arange(0, 60, 4)
+G_EFFECT = Score("G-effect", PER_RATE)
+
+
+def grown(sign: float, seed: int = 0) -> pd.DataFrame:
+    """G-effects that grow over many decades; of mixed sign where `sign` is positive."""
+    draw = np.random.default_rng(seed)
+    size = np.geomspace(1e-4, 3e2, len(STEPS))[:, None] * draw.uniform(0.5, 2, len(LAYERS))
+    values = -size if sign < 0 else size * draw.choice([-0.1, 0.1], size.shape)
+    return tidy(values, G_EFFECT, steps=STEPS, blocks=LAYERS, by="layer")
+
+
+def effects() -> pd.DataFrame:
+    return stack({"unlearning": grown(-1), "retaining": grown(1)}, "effect")
+
+
+def losses() -> pd.DataFrame:
+    """The curves of two methods in three variants, of which all but one reach the level 3."""
+    rows = [
+        {"method": method, "variant": variant, "step": step, "forget_nll": nll,
+         "retain_nll": 0.2 * cost * (1 + step), "at_level": nll == 3.0}
+        for method, late in (("ga", 1.0), ("npo", 1.3))
+        for variant, cost in (("plain", 1.0), ("gru", 0.5), ("gru-update", 0.2))
+        for step, nll in enumerate([0.2, 0.9 * late, 1.9, 3.0 if cost < 1 or late == 1 else 2.5])
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def samples(count: int = 80) -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    weight = draw.uniform(0.0, 1.0, count)
+    forget = -np.exp(draw.normal(size=count) + 3 * weight)
+    retain = 0.3 * draw.normal(size=count)
+    table = pd.DataFrame(
+        {
+            "sample": np.repeat(np.arange(count), 2),
+            "risk": ["forget", "retain"] * count,
+            "weight": np.repeat(weight, 2),
+            "value": np.stack([forget, retain], axis=1).reshape(-1),
+        }
+    )
+    return said(table, Score("PG-effect", PER_RATE))
+
+
+def tokens() -> pd.DataFrame:
+    words = ["Basil", "Mahfouz", "wrote", "four", "novels", "about", "the", "lighthouses", "."]
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "sample": 3,
+            "position": np.arange(len(words)) + 5,
+            "token": [f" {word}" for word in words],
+            "p": 0.5,
+            "risk": "forget",
+            "value": draw.normal(size=len(words)) * 10.0 ** draw.uniform(-3, 2, len(words)),
+        }
+    )
+    return said(table, Score("PG-effect", PER_RATE))
+
+
+def joined() -> pd.DataFrame:
+    """A metric that falls with the predicted change of three risks."""
+    change = np.linspace(0, -3, 9)
+    return pd.concat(
+        pd.DataFrame(
+            {"step": np.arange(9), "metric": "extraction strength", "risk": risk,
+             "change": change * scale, "value": np.linspace(1, 0.2, 9) ** scale}
+        )
+        for risk, scale in (("forget", 1.0), ("retain", 0.2), ("world", 0.1))
+    ).reset_index(drop=True)  # fmt: skip
+
+
+def requests() -> pd.DataFrame:
+    names = ["authors", "novels", "places", "dates"]
+    rows = [(later, earlier) for i, later in enumerate(names) for earlier in names[:i]]
+    values = np.linspace(-0.6, 0.9, len(rows))
+    table = pd.DataFrame(rows, columns=["request", "other"]).assign(model="model", value=values)
+    return said(table, Score("cosine of two displacements", COSINE))
+
+
+def rectified(blocks: int = 1) -> pd.DataFrame:
+    """What a rectifier did, of the model or of layers; at the third step it did nothing."""
+    draw = np.random.default_rng(0)
+    before = draw.uniform(-0.8, 0.3, (len(STEPS), blocks))
+    applied = draw.uniform(-0.4, 0.4, (len(STEPS), blocks))
+    before[2] = applied[2] = np.nan
+    values = {
+        "cosine_before": before,
+        "cosine_after": np.maximum(before, 0.0),
+        "cosine_applied": applied,
+        "fired": np.where(np.isnan(before), np.nan, before < 0),
+        "violated": np.where(np.isnan(applied), np.nan, applied < 0),
+    }
+    names, by = (["model"], "model") if blocks == 1 else (LAYERS[:blocks], "layer")
+    tables = {
+        name: tidy(of, Score("cosine", COSINE), steps=STEPS, blocks=names, by=by, against="retain")
+        for name, of in values.items()
+    }
+    return stack(tables, "quantity")
+
+
+def two_units() -> pd.DataFrame:
+    """Effects of the gradient, and of the update, which are in another unit."""
+    update = Score("G-effect of the applied update", PER_TOKEN)
+    of_update = effects().assign(effect=lambda t: t["effect"].astype(str) + ", update")
+    smaller = said(of_update.assign(value=-1e-6 * of_update["value"]), update)
+    return pd.concat([effects(), smaller], ignore_index=True)
+
+
+EXAMPLES: dict[str, Callable[[], Any]] = {
+    "contours": samples,
+    "evaluations": joined,
+    "heatmap": lambda: grown(-1),
+    "pairs": requests,
+    "profile": effects,
+    "text": tokens,
+    "tradeoff": losses,
+    "trajectory": lambda: grown(-1),
+    "crossings": lambda: plots.crossings(
+        losses(), "variant", "retain_nll", level=3.0, label="retain NLL"
+    ),
+    "facets": lambda: plots.facets(effects(), plots.trajectory, "effect"),
+    "rectification": lambda: plots.rectification(rectified()),
+    "sheet": lambda: plots.sheet(effects()),
+}
+"""For a picture on axes the table of an example, for a figure the figure. A new picture has one."""
