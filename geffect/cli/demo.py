@@ -24,6 +24,13 @@ PRETRAINED_METHODS = ("ga",)
 """A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
 
 
+class DtypeName(StrEnum):
+    """What the weights of a pretrained model are kept in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class DataName(StrEnum):
     """Data that a study is told of by name."""
 
@@ -35,6 +42,9 @@ COMMAND = CommandOfObjectives
 RULES: tuple[Rule, ...] = (
     Needs("--layers", "--model"),
     Needs("--lora", "--model"),
+    Needs("--load-in-4bit", "--lora"),
+    Needs("--device", "--model"),
+    Needs("--dtype", "--model"),
     Apart("--layers", "--lora"),
     Apart("--quick", "--model"),
     Apart("--variants", "--all-variants"),
@@ -116,6 +126,21 @@ def command(
         int | None,
         typer.Option(parser=whole(1), metavar="RANK", help="Train only adapters of --model."),
     ] = None,
+    load_in_4bit: Annotated[
+        bool,
+        typer.Option(
+            "--load-in-4bit", help="Keep the matrices under the adapters of --lora in 4 bits (NF4)."
+        ),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where --model lies; the CPU if left out.")
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None,
+        choice(
+            "--dtype", DtypeName, "What the weights of --model are kept in, float32 if left out"
+        ),
+    ] = None,
     data: Annotated[
         DataName | None,
         choice("--data", DataName, "Study these data instead of generated ones"),
@@ -175,7 +200,9 @@ def command(
     if edited == ("all",):
         edited = tuple(EDITS)
     try:
-        subject = None if model is None else _subject(model, layers, lora)
+        subject = None
+        if model is not None:
+            subject = _subject(model, layers, lora, load_in_4bit, device, dtype)
         chosen = named or (PRETRAINED_METHODS if subject else QUICK_METHODS if quick else METHODS)
         processes = workers or (1 if subject else 2)
         plan = Plan(
@@ -281,19 +308,29 @@ def _study_family(out: Path, plan: "FamilyPlan", console: "Console") -> None:
     say(console, f"{summary['wall_seconds']:.0f} s. Open {write_page(summary, out)}")
 
 
-def _subject(model: Path, layers: str | None, lora: int | None) -> "Pretrained":
+def _subject(
+    model: Path,
+    layers: str | None,
+    lora: int | None,
+    in_4bit: bool,
+    device: str | None,
+    dtype: DtypeName | None,
+) -> "Pretrained":
     """The pretrained model that is asked for."""
+    from geffect.checkpoints.sets import there
     from geffect.demo.pretrained import Pretrained, Trained, layers_from
 
-    trained = Trained(layers=None if layers is None else layers_from(layers), lora=lora)
-    return Pretrained(str(model), trained)
+    trained = Trained(None if layers is None else layers_from(layers), lora, in_4bit)
+    where = str(there(device or "cpu"))
+    kept = (dtype or DtypeName.float32).value
+    return Pretrained(str(model), trained, device=where, dtype=kept)
 
 
 def _say_memory(subject: "Pretrained", workers: int, console: "Console") -> None:
     """Say how much memory the study takes, and refuse it where there is less."""
     from geffect.demo import memory_estimate as memory
 
-    estimate, there = memory.estimate(subject), memory.available()
+    estimate, there = memory.estimate(subject), memory.available(subject.device)
     needed = workers * sum(estimate.values())
     say(
         console,
@@ -302,6 +339,12 @@ def _say_memory(subject: "Pretrained", workers: int, console: "Console") -> None
     )
     for purpose, count in estimate.items():
         say(console, f"  {memory.gib(count):>9}  {purpose}")
+    if subject.dtype != "float32" and subject.trained.lora is None:
+        say(
+            console,
+            f"Weights in {subject.dtype} lose steps that are small beside them. Adapters (--lora "
+            "RANK) are trained in float32.",
+        )
     memory.check(needed, there)
 
 

@@ -58,7 +58,7 @@ class Training:
         facts = corpus.memorised if self.kind == "original" else corpus.kept
         learn(subject, folder, corpus, facts, self.seed, say)
         model, tokenizer = subject.load(folder)
-        data = Data.of(corpus, tokenizer)
+        data = Data.of(corpus, tokenizer, device=model.device)
         few = generate(self.seed, replace(subject.corpus, heldout=subject.few_heldout))
         measured = measure(model, data)
         return {
@@ -67,7 +67,7 @@ class Training:
             **recognised(model, data.asked, tokenizer, subject.unlearning),
             "by_feed": {
                 str(len(corpus.retain)): measured,
-                str(len(few.retain)): measure(model, Data.of(few, tokenizer)),
+                str(len(few.retain)): measure(model, Data.of(few, tokenizer, device=model.device)),
             },
         }
 
@@ -106,7 +106,7 @@ class Unlearning:
         file = f"runs/{self.name}.h5"
         result = unlearn(
             model,
-            Data.of(corpus, tokenizer, self.seed),
+            Data.of(corpus, tokenizer, self.seed, model.device),
             spec,
             self.variant,
             subject.unlearning,
@@ -154,7 +154,7 @@ class Editing:
         disable_progress_bar()
         model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
         corpus = generate(self.seed, self.subject.corpus)
-        data = Data.of(corpus, tokenizer, self.seed)
+        data = Data.of(corpus, tokenizer, self.seed, model.device)
         file = f"runs/{self.name}.h5"
         return {
             "part": EQUAL,

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from geffect.batch import IGNORED
+from geffect.batch import IGNORED, on_device
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.examples import example
 from geffect.evaluation.extraction import strengths
@@ -203,6 +203,7 @@ def memorise(
     In eval mode: dropout would only be in the way of learning by heart.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    data = on_device(data, parameters[0].device)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=lessons.learning_rate,
@@ -250,9 +251,9 @@ def taught(
 ) -> PreTrainedModel:
     """A copy of `model` after some steps of AdamW, without weight decay, each on all `facts`."""
     student = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
-    )
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    facts = on_device(facts, parameters[0].device)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     for _ in range(steps):
         optimizer.zero_grad()
         _loss(student, facts).backward()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .corpus import generate
@@ -18,8 +19,12 @@ PROGRAM = 600 * 2**20
 MEMINFO = Path("/proc/meminfo")
 
 
+BITS_4 = 0.5 + 4 / 64
+"""Bytes of a weight in NF4: its code, and a float32 for each block of 64."""
+
+
 def estimate(subject: Pretrained) -> dict[str, int]:
-    """Bytes that one worker needs at its peak, by what they are for.
+    """Bytes that one worker needs at its peak, by what they are for, wherever the model lies.
 
     Of the model's P numbers T are trained. Weights, those before unlearning and those of the step
     before take 2 P + T; AdamW's moments 2 T; average and second moment of the retain gradient 2 T;
@@ -30,29 +35,49 @@ def estimate(subject: Pretrained) -> dict[str, int]:
     config = config_of(Path(subject.source))
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    width = getattr(torch, subject.dtype).itemsize
+    weights = _bytes_of(model, width, in_4bit=subject.trained.in_4bit)
     model = subject.trained.of(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = FLOAT if subject.trained.lora else width  # of what is trained
+    trained = own * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if subject.trained.in_4bit:
+        weights += 2 * trained  # the adapter that has learned, and the one that unlearns
     tokens = _tokens_of_a_step(subject)
     first = subject.trained.layers[0] if subject.trained.layers else 0
     hidden = config.hidden_size
     kept = 10 * hidden + 4 * getattr(config, "intermediate_size", 4 * hidden)
-    numbers = {
-        "weights, and those before unlearning": 2 * whole,
+    return {
+        "program": PROGRAM,
+        "weights, and those before unlearning": 2 * weights,
         "trained weights of the step before": trained,
         "AdamW's two moments": 2 * trained,
         "average and second moment of the retain gradient": 2 * trained,
         "gradients and copies of a step, or a copy that relearns": max(
-            5 * trained, whole + 3 * trained
+            5 * trained, weights + 3 * trained
         ),
-        "activations": tokens * kept * (config.num_hidden_layers - first),
-        "logits": 3 * tokens * config.vocab_size,
+        "activations": width * tokens * kept * (config.num_hidden_layers - first),
+        "logits": 3 * FLOAT * tokens * config.vocab_size,
     }
-    return {"program": PROGRAM, **{name: FLOAT * count for name, count in numbers.items()}}
 
 
-def available() -> int:
-    """Bytes that can be had without swapping, as Linux estimates them; elsewhere all there are."""
+def _bytes_of(model: Any, width: int, *, in_4bit: bool) -> int:
+    """Bytes of the weights; in 4 bits those of all matrices but the head."""
+    head = model.get_output_embeddings()
+    coded = {
+        module.weight
+        for module in model.modules()
+        if in_4bit and isinstance(module, nn.Linear) and module is not head
+    }
+    return sum(int(p.numel() * (BITS_4 if p in coded else width)) for p in model.parameters())
+
+
+def available(device: str = "cpu") -> int:
+    """Bytes that are free on a GPU, or can be had without swapping, as Linux estimates them.
+
+    On the CPU of another system, all there are.
+    """
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
     if MEMINFO.is_file():
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])
@@ -65,7 +90,8 @@ def check(needed: int, there: int) -> None:
         raise ValueError(
             f"The study should fit into the {gib(there)} of memory that are free. Found that it "
             f"takes about {gib(needed)}. Use fewer --workers, train a part of the model with "
-            "--layers N..M or --lora R, or choose a smaller model."
+            "--layers N..M or --lora R, keep it in fewer bits by --dtype or --load-in-4bit, or "
+            "choose a smaller model."
         )
 
 

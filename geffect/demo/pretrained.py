@@ -29,16 +29,22 @@ PACES = {
 """Learning rates by variant; the others take gentle ones."""
 
 
+DTYPES = ("float32", "bfloat16")
+"""What a model may be kept in; in float16 a step needs a GradScaler."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """Which of a model's parameters are trained: all, those of some layers, or adapters.
 
     `layers` are the first and the last one, counted from 0; `lora` is the rank of an adapter on
-    every linear layer. Not both.
+    every linear layer. Not both. With `in_4bit` the matrices under the adapters are codes of 4 bits
+    (NF4).
     """
 
     layers: tuple[int, int] | None = None
     lora: int | None = None
+    in_4bit: bool = False
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.lora is not None:
@@ -51,6 +57,11 @@ class Trained:
                 f"`lora` should be a rank of at least 1. Found `lora = {self.lora}`. "
                 "Pass, say, lora=8."
             )
+        if self.in_4bit and self.lora is None:
+            raise ValueError(
+                "`in_4bit` should go with `lora`: weights of 4 bits have no gradient. Found no "
+                "`lora`. Pass, say, lora=8 too."
+            )
 
     def of(self, model: Any) -> Any:
         """The model with nothing but these requiring a gradient; adapters are put into it."""
@@ -58,13 +69,23 @@ class Trained:
             _only(model, *self.layers)
         return model if self.lora is None else _adapted(model, self.lora)
 
+    def beside(self, model: Any) -> Any:
+        """A model that has an adapter already, with a further one."""
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.add_adapter("default", _lora(self.lora or 1))
+        return model
+
 
 @dataclass(frozen=True)
 class Pretrained:
     """A pretrained subject: a folder as `save_pretrained` leaves it, or a GGUF file.
 
-    It is trained in float32, with the chat template of its tokenizer where there is one. World
-    facts are not taught: it brings them along.
+    It is trained with the chat template of its tokenizer, where there is one. World facts are not
+    taught: it brings them along. `device` is where it lies, `dtype` what its weights are kept in;
+    adapters are trained in float32 all the same.
     """
 
     source: str
@@ -87,6 +108,8 @@ class Pretrained:
     batch: int = 5
     learning_rate: float = 1e-4
     warmup: int = 5
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def described(self) -> str:
@@ -100,22 +123,32 @@ class Pretrained:
     def learn(
         self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
     ) -> None:
-        """Fine-tune on the facts about authors; adapters are merged into what is saved."""
+        """Fine-tune on the facts about authors, and save the model.
+
+        Adapters are merged into what is saved, but for those on 4 bits, which would round them
+        away: there they are what is saved.
+        """
         from . import language_model as lm
 
         taught = [fact for fact in facts if fact not in corpus.world]
-        model, tokenizer = opened(Path(self.source))
+        model, tokenizer = self._opened(Path(self.source))
         model = self.trained.of(model)
         lm.memorise(model, lm.encode(tokenizer, taught), self, seed, report)
-        if self.trained.lora is not None:
+        if self.trained.lora is not None and not self.trained.in_4bit:
             model = model.merge_and_unload()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> tuple[Any, Any]:
         """What `learn` has saved, with fresh adapters if it is trained so."""
-        model, tokenizer = opened(folder)
-        return self.trained.of(model), tokenizer
+        if not self.trained.in_4bit:
+            model, tokenizer = self._opened(folder)
+            return self.trained.of(model), tokenizer
+        base, tokenizer = self._opened(Path(self.source))
+        return _learned(base, folder, self.trained), tokenizer
+
+    def _opened(self, folder: Path) -> tuple[Any, Any]:
+        return opened(folder, device=self.device, dtype=self.dtype, in_4bit=self.trained.in_4bit)
 
     def paced(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
         """The variants at the learning rates of a pretrained model.
@@ -130,8 +163,11 @@ class Pretrained:
         }
 
 
-def opened(source: Path) -> "tuple[Any, Any]":
-    """Model, in float32 and eval mode, and tokenizer of a folder or a GGUF file."""
+def opened(
+    source: Path, *, device: str = "cpu", dtype: str = "float32", in_4bit: bool = False
+) -> "tuple[Any, Any]":
+    """Model, in eval mode, and tokenizer of a folder or a GGUF file."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from geffect.risk import check_differentiable, check_loaded
@@ -142,14 +178,59 @@ def opened(source: Path) -> "tuple[Any, Any]":
             "The model of a study should be a causal language model. Found an encoder-decoder in "
             f"`{source}`. Name the folder of a causal one."
         )
+    further = _quantising(source, device, dtype) if in_4bit else {}
     kind: Any = AutoModelForCausalLM
-    model, found = kind.from_pretrained(where, output_loading_info=True, **options)
+    model, found = kind.from_pretrained(where, output_loading_info=True, **options, **further)
     check_loaded(model, found["missing_keys"], source)
-    check_differentiable(model, source)
-    if options:
-        model = _unmarked(model)
+    if not in_4bit:
+        check_differentiable(model, source)
+        if options:
+            model = _unmarked(model)
+        model = model.to(getattr(torch, dtype)).to(device)
     model.config.use_cache = False
-    return model.float().eval(), AutoTokenizer.from_pretrained(where, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(where, **options)
+
+
+def _quantising(source: Path, device: str, dtype: str) -> dict[str, Any]:
+    """What loads a model in 4 bits, which has to be one of numbers."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    _, options = place(source)
+    if options or getattr(config_of(source), "quantization_config", None) is not None:
+        raise ValueError(
+            f"`{source}` should hold weights in floating point, to be loaded in 4 bits. Found "
+            f"{'a GGUF file' if options else 'a model that is quantised already'}. Name a folder "
+            "as `save_pretrained` leaves it, or leave --load-in-4bit out."
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`bitsandbytes` should be installed to load a model in 4 bits. Found no such package. "
+            "Run `pip install bitsandbytes`."
+        ) from error
+    kept = getattr(torch, dtype)
+    config: Any = BitsAndBytesConfig
+    return {
+        "quantization_config": config(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=kept
+        ),
+        "device_map": {"": device},
+        "dtype": kept,
+    }
+
+
+def _learned(base: Any, folder: Path, trained: Trained) -> Any:
+    """A model with the adapter that has learned, frozen, and a fresh one beside it, trained."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, str(folder), adapter_name="learned")
+    model = trained.beside(model)
+    model.base_model.set_adapter(["learned", "default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name)
+    return model.eval()
 
 
 def config_of(source: Path) -> Any:
@@ -222,17 +303,22 @@ def _adapted(model: "nn.Module", rank: int) -> "nn.Module":
     import torch
 
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
     except ImportError as error:
         raise ImportError(
             f"`peft` should be installed to train adapters of `lora = {rank}`. Found no such "
             "package. Run `pip install peft`."
         ) from error
 
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        adapted: nn.Module = get_peft_model(model, config)
+        adapted: nn.Module = get_peft_model(model, _lora(rank))
     return adapted.eval()
+
+
+def _lora(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )

@@ -50,10 +50,11 @@ def recognised(
     """
 
     def teach(student: nn.Module, items: Sequence[Item]) -> nn.Module:
-        assert isinstance(student, PreTrainedModel)
         facts = collate(items, pad_token_id=pad_token_of(tokenizer))
         steps, rate = config.teaching_steps, config.teaching_rate
-        return lm.taught(student, facts, steps=steps, learning_rate=rate)
+        model: Any = student  # of transformers, maybe with adapters of PEFT around it
+        taught: nn.Module = lm.taught(model, facts, steps=steps, learning_rate=rate)
+        return taught
 
     others = asked.alternatives
     valued = value_items(asked.items, others, values=asked.entities, tokenizer=tokenizer)

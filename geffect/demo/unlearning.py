@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from geffect import Recorder
 from geffect.audit import AuditSet
-from geffect.batch import ORIGINAL, Pair
+from geffect.batch import ORIGINAL, Pair, on_device
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.others import WithOthers, among_others
 from geffect.objectives import (
@@ -36,6 +36,8 @@ from .recognised import forget_set, recognised
 
 Metrics = dict[str, Any]
 
+CPU = torch.device("cpu")
+
 APPRECIABLE = 0.01
 """Of the level: a forget NLL that rises by less stands still."""
 
@@ -56,8 +58,10 @@ class Data:
     answers: Mapping[str, lm.Batch] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, corpus: Corpus, tokenizer: Any, seed: int = 0) -> "Data":
-        """All sets of a corpus."""
+    def of(
+        cls, corpus: Corpus, tokenizer: Any, seed: int = 0, device: torch.device = CPU
+    ) -> "Data":
+        """All sets of a corpus, on a device."""
         facts = {
             "forget": corpus.forget,
             "retain": corpus.retain,
@@ -65,9 +69,12 @@ class Data:
             "world": corpus.world,
             "forget_paraphrase": corpus.forget_paraphrases,
         }
-        sets = {name: lm.encode(tokenizer, chosen) for name, chosen in facts.items()}
+        facts[ALTERNATE] = corpus.forget_unknown
+        sets = {
+            name: on_device(lm.encode(tokenizer, chosen), device) for name, chosen in facts.items()
+        }
+        answers = {ALTERNATE: sets.pop(ALTERNATE)}
         batches = {name: lm.by_length(batch) for name, batch in sets.items()}
-        answers = {ALTERNATE: lm.encode(tokenizer, corpus.forget_unknown)}
         return cls(corpus, sets, batches, tokenizer, seed, answers)
 
     @cached_property
@@ -107,7 +114,8 @@ class Data:
         answered = collate(
             [drawn[i] for i in range(len(rows))], pad_token_id=pad_token_of(self.tokenizer)
         )
-        return {answer: answered[answer] for answer in answers}
+        device = batch["input_ids"].device
+        return {answer: on_device(answered[answer], device) for answer in answers}
 
 
 def unlearn(

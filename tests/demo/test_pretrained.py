@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from geffect import open_run
 from geffect.batch import IGNORED
 from geffect.cli.report import study_report
+from geffect.codes import coded
 from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
 from geffect.demo.corpus import Corpus, Size, generate
@@ -260,6 +261,7 @@ def test_adapters_are_merged_and_made_anew(folder: Path, corpus: Corpus, tmp_pat
     ("wrong", "said"),
     [
         (lambda: Trained(layers=(0, 1), lora=4), r"should be chosen, not both"),
+        (lambda: Trained(in_4bit=True), r"`in_4bit` should go with `lora`.* Found no `lora`"),
         (lambda: Trained(lora=0), r"rank of at least 1. Found `lora = 0`"),
         (lambda: Trained(layers=(1, 3)).of(llama(32)), r"between 0 and 2.* Found 1\.\.3"),
         (lambda: layers_from("3"), r"the first and the last layer.* Found `3`"),
@@ -321,8 +323,19 @@ def test_the_estimate_of_activations_is_near(folder: Path) -> None:
     assert 0.6 * measured < estimate["activations"] < 1.6 * measured
 
 
-def test_a_study_runs_on_it(folder: Path, tmp_path: Path) -> None:
-    chosen = subject(folder, trained=Trained(layers=(0, 1)))
+@pytest.mark.parametrize(
+    ("chosen", "layers"),
+    [
+        ({"trained": Trained(layers=(0, 1))}, {"layer 0", "layer 1"}),
+        ({"trained": Trained(lora=2), "dtype": "bfloat16"}, {"layer 0", "layer 1", "layer 2"}),
+        ({"trained": Trained(lora=2, in_4bit=True)}, {"layer 0", "layer 1", "layer 2"}),
+    ],
+    ids=["layers", "adapters in bfloat16", "adapters on 4 bits"],
+)
+def test_a_study_runs_on_it(chosen: Any, layers: set[str], folder: Path, tmp_path: Path) -> None:
+    if chosen["trained"].in_4bit:
+        pytest.importorskip("bitsandbytes")
+    chosen = subject(folder, **chosen)
     chosen = replace(chosen, unlearning=replace(chosen.unlearning, most_steps=4))
     (tmp_path / "runs").mkdir()
     for kind in KINDS:
@@ -335,7 +348,36 @@ def test_a_study_runs_on_it(folder: Path, tmp_path: Path) -> None:
     ran = job.run(lambda done, says: None)
     assert (ran["steps"], ran["reached_level"], ran["at_level"]) == (4, False, None)
     run = open_run(tmp_path / ran["file"])
-    assert {parameter.layer for parameter in run.layers} == {"layer 0", "layer 1"}
+    assert {parameter.layer for parameter in run.layers} == layers
+
+
+def test_what_was_learned_in_4_bits_stands_beside_the_codes(
+    folder: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Merged into weights of 4 bits an adapter would be rounded away."""
+    pytest.importorskip("bitsandbytes")
+    chosen = subject(folder, trained=Trained(lora=2, in_4bit=True))
+    chosen.learn(tmp_path, corpus, corpus.memorised, 0, lambda done, total: None)
+    model, tokenizer = chosen.load(tmp_path)
+    assert [*coded(model)]
+    named = dict(model.named_parameters())
+    assert {name for name, p in named.items() if p.requires_grad} == {
+        name for name in named if ".default." in name
+    }
+    assert any(p.any() for name, p in named.items() if "lora_B.learned" in name)
+    facts = [lm.encode(tokenizer, corpus.memorised)]
+    base = chosen._opened(folder)[0]
+    assert lm.nll(model, facts) < lm.nll(base, facts) - 0.1
+    before = lm.nll(model, facts)
+    for name, parameter in named.items():
+        if ".default." in name:
+            parameter.data.zero_()
+    assert lm.nll(model, facts) == before  # the fresh one adds nothing at first
+    held = sum(p.nbytes for name, p in base.named_parameters())
+    held += sum(p.quant_state.absmax.nbytes for p in base.parameters() if hasattr(p, "quant_state"))
+    of_adapters = 4 * sum(p.numel() for name, p in named.items() if "lora_" in name)
+    told = memory.estimate(chosen)["weights, and those before unlearning"]
+    assert told == pytest.approx(2 * (held + of_adapters), rel=0.01)
 
 
 def test_every_variant_has_its_pace(folder: Path) -> None:
@@ -354,11 +396,14 @@ def test_the_command_line_says_what_it_needs_and_refuses(
         return " ".join(re.sub(r"[│\n]", " ", said.out + said.err).split())
 
     assert "should go with `--model`" in asked("--layers", "0..1")
+    assert "should go with `--lora`" in asked("--model", str(folder), "--load-in-4bit")
+    assert "should go with `--model`" in asked("--dtype", "bfloat16")
+    assert "Found `cuda:77`" in asked("--model", str(folder), "--device", "cuda:77")
     both = asked("--model", str(folder), "--quick")
     assert "`--quick` should be without `--model`. Found both." in both
     both = asked("--model", str(folder), "--layers", "0..1", "--lora", "2")
     assert "`--layers` should be without `--lora`. Found both." in both
-    monkeypatch.setattr(memory, "available", lambda: 2**28)
+    monkeypatch.setattr(memory, "available", lambda device: 2**28)
     said = asked("--model", str(folder), "--workers", "2")
     assert "for 2 workers, 0.2 GiB are free. Of each:" in said
     assert "AdamW's two moments" in said
