@@ -28,6 +28,7 @@ LAYERS = {
     "beside": 1, "forwards": 1,
     "interrupts": 0, "hooks": 1, "codes": 1,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "steps": 2, "plots": 2,
+    "pages": 2,
     "gradients": 3, "sketch": 3, "groups": 3,
     "risk": 4, "store": 4, "projection": 4, "relearning": 4,
     "objectives": 5, "effects": 5, "evaluation": 5,
@@ -35,8 +36,9 @@ LAYERS = {
     "checkpoints": 7, "trainers": 7, "requests": 7,
     "audit": 8,
     "demo": 9,
-    "cli": 10,
-    "__main__": 11,
+    "report": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 
 # Who may import what other projects made, at run time.
@@ -75,14 +77,15 @@ THIRD_PARTY = {
     "triton": ["kernels"],
     "torchjd": ["projection.from_torchjd"],
     "h5py": ["store"],
-    "pandas": ["scores", "analysis", "plots", "evaluation", "audit", "demo", "cli"],
-    "matplotlib": ["plots", "demo.figures", "cli"],
+    "pandas": ["scores", "analysis", "plots", "evaluation", "audit", "demo", "report", "cli"],
+    "matplotlib": ["plots", "demo.figures", "report", "cli"],
     "scipy": ["correlation", "analysis", "plots", "evaluation", "audit"],
     "seaborn": ["plots", "demo.figures", "cli"],
     "transformers": ["demo", "trainers", "checkpoints", "audit", "cli"],
     "tokenizers": ["demo"],
     "typer": ["cli"],
-    "jinja2": ["cli"],
+    "jinja2": ["pages"],
+    "markupsafe": ["pages"],
     "rich": ["cli", "demo"],
 }
 
@@ -150,7 +153,7 @@ def test_forbidden_imports(name: str, others: list[str]) -> None:
 
 
 def test_nothing_below_the_demo_knows_analysis_or_plots() -> None:
-    for name in (name for name in COMPONENTS if component(name) not in ("demo", "cli")):
+    for name in (name for name in COMPONENTS if component(name) not in ("demo", "report", "cli")):
         others = {component(imported) for imported in internal(name)} - {component(name)}
         assert not others & {"analysis", "plots"}, name
 
@@ -189,7 +192,7 @@ def test_packages_are_those_on_disk() -> None:
         if files and Path(folder).name != "__pycache__"
     }
     assert set(project()["tool"]["setuptools"]["packages"]) == on_disk
-    assert {"geffect.analysis", "geffect.plots", "geffect.cli.templates"} <= on_disk
+    assert {"geffect.analysis", "geffect.plots", "geffect.report.templates"} <= on_disk
 
 
 def test_files_beside_the_modules_are_installed() -> None:

@@ -80,11 +80,12 @@ def using(pattern: str, folder: str = "") -> set[str]:
 
 def test_html_is_escaped_in_one_place() -> None:
     assert using(r"(?m)^(?:import html|from html import)|html\.escape") == {"geffect/text.py"}
-    assert using(r"\bEnvironment\(") == {"geffect/cli/report.py"}
-    assert "finalize=_plain" in MODULES["geffect/cli/report.py"]
+    assert using(r"\bEnvironment\(") == {"geffect/pages/frame.py"}
+    assert using(r"\bMarkup\(") == {"geffect/pages/frame.py"}
+    assert "finalize=_plain" in MODULES["geffect/pages/frame.py"]
     safe = [
         line
-        for page in (ROOT / "geffect/cli/templates").iterdir()
+        for page in ROOT.glob("geffect/*/templates/*.jinja")
         for line in page.read_text(encoding="utf-8").splitlines()
         if re.search(r"\|\s*safe|autoescape|Markup", line)
     ]

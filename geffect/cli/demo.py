@@ -248,9 +248,9 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
     from geffect.demo.page import write_page
     from geffect.demo.study import run_study
+    from geffect.report import study_report
 
     from .progress import shown
-    from .report import study_report
 
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)

@@ -32,6 +32,7 @@ from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
 from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
+from tests.utils.pages import assert_self_contained
 from tests.utils.seals import seal
 
 
@@ -174,7 +175,6 @@ def test_report(ask: Ask, recorded: Path, unwatched: Path, tmp_path: Path) -> No
     assert_self_contained(text)
     for word in ("tiny", "plain", "What the numbers mean", "Retaining G-effect", "AdamW"):
         assert word in text
-    assert text.count("data:image/png;base64,") == 2 + 1 + 2
     assert pyplot.get_fignums() == []
 
 
@@ -187,7 +187,7 @@ def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
     assert_self_contained(text)
     for word in ("Implicit weights", "Samples", "Tokens", "Sample 2, effect on the retain risk"):
         assert word in text
-    assert text.count("data:image/png;base64,") == 2 + 1 + 2
+    assert text.count("<img ") == 1
     assert text.count('<div class="tokens">') == 3 * 2
     assert text.count("linear-gradient(to right") == 3 * 2
 
@@ -469,14 +469,6 @@ def test_demo_gives_the_same_numbers_again(quick_study: Any, tmp_path: Path) -> 
     assert again == first
     one, other = open_run(tmp_path / first["file"]), open_run(quick_study.out / first["file"])
     assert (one.gram() == other.gram()).all()
-
-
-def assert_self_contained(page: str) -> None:
-    """Nothing is fetched, from the net or from beside the page."""
-    assert page.startswith("<!doctype html>")
-    assert not re.search(r"https?://|@import|<script|<link", page)
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", page)
-    assert not re.search(r"url\((?!data:)", page)
 
 
 def test_a_study_of_all_objectives(

@@ -10,6 +10,7 @@ from torch import nn
 from geffect import Recorder, open_run
 from geffect.analysis import g_effect
 from tests.utils.command_line import Ask
+from tests.utils.pages import Page
 
 GROUPS = {
     "tower": ["encoder", "decoder"],
@@ -67,17 +68,14 @@ def test_experts_and_routers_are_rows(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_picture_and_a_page_by_group(
-    ask: Ask, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_and_a_page_by_group(ask: Ask, run: Path, tmp_path: Path) -> None:
     assert ask("plot", run, "-o", tmp_path / "picture.png", "--by", "tower").code == 0
-    drawn = []
-    monkeypatch.setattr("geffect.plots.sheet", drawn.append)
-    monkeypatch.setattr("geffect.cli.report._drawn", lambda sheet: "data:,")
     page = tmp_path / "page.html"
     assert ask("report", run, "-o", page, "--by", "code").code == 0
-    assert "G-effect by code and step" in page.read_text(encoding="utf-8")
-    assert all(list(table["group"].cat.categories) == GROUPS["code"] for table in drawn)
+    shown = Page(page.read_text(encoding="utf-8"))
+    assert "By code and step" in shown.words
+    maps = [chart for chart in shown.charts if chart["kind"] == "map"]
+    assert len(maps) == 3 and all(chart["blocks"] == GROUPS["code"] for chart in maps)
 
 
 def test_info_says_towers_and_what_is_in_no_layer(ask: Ask, run: Path) -> None:

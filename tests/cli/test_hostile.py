@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +18,7 @@ from geffect.plots.style import drawn
 from geffect.text import plain
 from tests.utils.command_line import Ask
 from tests.utils.hostile import HOSTILE, hostile_run
+from tests.utils.pages import Page, assert_self_contained
 
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -91,36 +91,24 @@ def test_a_legend_has_every_name(name: str) -> None:
             assert written == plain(name)
 
 
-class Page(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.words = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
-def test_a_report_reads_every_name_as_text(
-    ask: Ask, hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("geffect.plots.sheet", lambda table: Figure((1, 1)))
+def test_a_report_reads_every_name_as_text(ask: Ask, hostile: Path, tmp_path: Path) -> None:
     assert ask("report", hostile, "-o", tmp_path / "page.html").code == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert_self_contained(text)
     page = Page(text)
     assert not OBEYED.search(text)
     assert page.tags <= {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr",
-        "th", "td", "figure", "img", "figcaption", "div", "dl", "dt", "dd", "b", "i", "ul", "li",
+        "th", "td", "figure", "figcaption", "div", "dl", "dt", "dd", "b", "i", "ul", "li", "span",
+        "nav", "a", "thead", "tbody", "code", "details", "summary", "script", "svg", "path",
+        "text", "image",
     }  # fmt: skip
-    assert page.attributes == {"lang", "charset", "name", "content", "class", "src", "alt"}
+    assert page.attributes == {
+        "lang", "charset", "name", "content", "class", "id", "href", "open", "type", "aria-label",
+        "data-value", "role", "viewbox", "d", "x", "y", "width", "height", "preserveaspectratio",
+        "stroke", "stroke-dasharray", "text-anchor",
+    }  # fmt: skip
+    assert {*page.scripts} == {"", "application/json"}
     assert [name for name in HOSTILE if plain(name) not in page.words] == []
 
 

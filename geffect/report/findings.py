@@ -1,0 +1,92 @@
+"""What a run shows, in sentences with their numbers."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from geffect.scores import blocks_of
+
+from .read import Numbers, Read
+from .summary import conflict_rate, last, mean, violation_rate
+
+
+def findings(read: Read) -> list[str]:
+    """Sentences on what a run did to the risks, where, how often against what should stay."""
+    return [*_risks(read), *_harm(read), *_where(read), *_rates(read), *_rectified(read)]
+
+
+def _risks(read: Read) -> Iterator[str]:
+    said = []
+    for name in ("forget", "retain"):
+        known = read.losses.get(name, np.array([]))
+        known = known[~np.isnan(known)]
+        if len(known):
+            said.append(f"the {name} risk went from {known[0]:.4g} to {known[-1]:.4g} nats")
+    if said:
+        yield f"{' and '.join(said).capitalize()} from the first to the last step."
+
+
+def _harm(read: Read) -> Iterator[str]:
+    values = read.effect("retaining")
+    known = ~np.isnan(values)
+    if not known.any():
+        return
+    worst = int(np.nanargmin(values))
+    count = int((values[known] < 0).sum())
+    before = ", before rectification" if read.rectified else ""
+    yield (
+        f"The retaining G-effect of the model{before} is negative, which is damage, in {count} of "
+        f"{known.sum()} steps; it is lowest at step {read.steps[worst]}, with {values[worst]:.4g}."
+    )
+
+
+def _where(read: Read) -> Iterator[str]:
+    table = read.block_effects
+    for effect in ("unlearning", "retaining"):
+        own = table[table["effect"] == effect]
+        sizes = own["value"].abs().groupby(own[blocks_of(own)], observed=True).sum()
+        total = float(sizes.sum())
+        if len(sizes) > 1 and np.isfinite(total) and total > 0:
+            yield (
+                f"The {effect} G-effect is largest in {sizes.idxmax()}: {sizes.max() / total:.0%} "
+                f"of its size, summed over blocks and steps."
+            )
+
+
+def _rates(read: Read) -> Iterator[str]:
+    rate = conflict_rate(read)
+    if np.isnan(rate):
+        return
+    yield f"Objective and retain gradient are in conflict in {rate:.1%} of {_counted(read)}."
+    if read.violations is not None:
+        broken = violation_rate(read)
+        told = "cannot be told" if np.isnan(broken) else f"{broken:.1%}"
+        yield f"Share of updates that violate the constraint: {told}."
+
+
+def _counted(read: Read) -> str:
+    by = blocks_of(read.conflicts)
+    return "steps" if by == "model" else f"steps and {by}s"
+
+
+def _rectified(read: Read) -> Iterator[str]:
+    table = read.rectifications.get("model")
+    if table is None:
+        return
+    fired, removed = mean(_of(table, "fired")), mean(_of(table, "removed"))
+    applied = last(np.nancumsum(_of(table, "applied_fresh")))
+    if read.rectified and not np.isnan(fired):
+        gone = "" if np.isnan(removed) else f" and removed {removed:.1%} of the squared length"
+        yield f"The rectifier fired in {fired:.1%} of the steps{gone} on average."
+    if np.isfinite(_of(table, "applied_fresh")).any():
+        word = "lowered" if applied >= 0 else "raised"
+        yield (
+            f"To first order all updates together {word} the retain risk by {abs(applied):.4g} "
+            "nats per token."
+        )
+
+
+def _of(table: pd.DataFrame, quantity: str) -> Numbers:
+    one = table[table["quantity"] == quantity]
+    return one.groupby("step")["value"].mean().to_numpy(dtype=float)

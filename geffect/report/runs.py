@@ -1,0 +1,124 @@
+"""`geffect report`: runs held against each other on one page, and then each by itself."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from geffect.groups import By
+from geffect.pages import page
+from geffect.store import Run
+
+from . import charts
+from .divergence import against_the_first
+from .findings import findings
+from .read import Read, objective_of, opened, rectifier_of
+from .study import embedded
+from .summary import COLUMNS, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def runs_report(runs: Sequence[Run], by: By = "layer") -> str:
+    """The page of some runs: a table of all, overlays, where they part, and each by itself.
+
+    - `by`: what its maps have a row for, one of `geffect.groups.LABELS`.
+
+    Raises a ValueError where no run is given.
+
+    >>> page = runs_report([example_run()])
+    >>> page.count("<h2"), page.startswith("<!doctype html>")
+    (4, True)
+    """
+    if not runs:
+        raise ValueError(
+            "`runs` should be one run or more. Found none. Pass [geffect.open_run(path)]."
+        )
+    several = opened(runs, by)
+    scales = charts.Scales.of(several)
+    return page(
+        "runs.html.jinja",
+        "geffect.report",
+        by=by,
+        columns=COLUMNS,
+        rows=rows(several),
+        overlays=charts.overlays(several) if len(several) > 1 else [],
+        parted=against_the_first(several),
+        runs=[_sections(read, scales, len(several)) for read in several],
+    )
+
+
+def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
+    run, stride = read.run, charts.stride_of_maps(read, count)
+    last = read.effects[read.effects["step"] == read.effects["step"].max()]
+    return {
+        "name": read.name,
+        "anchor": read.anchor,
+        "metadata": run.manifest.get("metadata") or {},
+        "model": _model(run.manifest.get("model") or {}),
+        "made": _made(run.manifest),
+        "objective": objective_of(run.manifest),
+        "rectifier": rectifier_of(run.manifest),
+        "state": run.state,
+        "steps": len(run.steps),
+        "stride": stride,
+        "sources": run.sources,
+        "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
+        "last": last.to_dict("records"),
+        "findings": findings(read),
+        "changed": read.rectified,
+        "rates": read.rates(),
+        "constrained": read.constrained,
+        "courses": [
+            f for f in (charts.of_losses(read, stride), *charts.of_course(read, stride)) if f
+        ],
+        "effects": charts.of_effects(read, scales, stride),
+        "cosine": [charts.of_cosine(read, scales, stride)],
+        "rectification": charts.of_rectification(read, scales, stride),
+        "weights": [f for f in (charts.of_weights(read, stride),) if f],
+        **_effects(run),
+    }
+
+
+def _model(told: Mapping[str, Any]) -> str:
+    numbers = told.get("trainable_numbers")
+    count = f" with {numbers:,} trainable numbers" if isinstance(numbers, int) else ""
+    return f"{told.get('class', 'a model')}{count}"
+
+
+def _made(manifest: Mapping[str, Any]) -> list[str]:
+    """When, by which packages, of which losses, by which rectifier and optimizer."""
+    versions = manifest.get("versions") or {}
+    told = {name: manifest.get(name) for name in ("losses", "rectifier", "optimizer")}
+    return [
+        f"recorded {manifest.get('created', 'at an unknown time')}",
+        ", ".join(f"{package} {number}" for package, number in versions.items()),
+        *(f"{name} {value}" for name, value in told.items()),
+    ]
+
+
+def _effects(run: Run) -> Mapping[str, Any]:
+    """The effects of samples as a picture, of tokens as text, where a run keeps them."""
+    from geffect import plots
+    from geffect.analysis import SAMPLES, TOKENS, kept
+
+    samples, texts = None, []
+    if SAMPLES in run.tables:
+        samples = _panel(plots.contours(kept(run, SAMPLES)))
+    if TOKENS in run.tables:
+        told_apart = kept(run, TOKENS).groupby(["sample", "risk"], observed=True)
+        for (sample, risk), part in told_apart:
+            caption = f"sample {sample}, effect on the {risk} risk"
+            texts.append((caption, plots.spans(part)))
+    return {"samples": samples, "texts": texts}
+
+
+def _panel(axes: "Axes") -> str:
+    from matplotlib import pyplot
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    pyplot.close(figure)  # which pyplot would keep, although the page is its only use
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    return embedded(drawn.getvalue())

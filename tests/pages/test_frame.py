@@ -1,0 +1,41 @@
+"""The frame of pages: anchors, contents, and what is written into it."""
+
+import pytest
+
+from geffect.pages.frame import with_contents, word
+from tests.utils.hostile import HOSTILE
+from tests.utils.pages import Page
+
+
+@pytest.mark.parametrize(
+    ("body", "ids"),
+    [
+        ("<h2>A</h2><h2>A</h2><h3>A</h3>", ["a", "a-2", "a-3"]),
+        ('<h2 id="a">B</h2><h2>A</h2>', ["a", "a-2"]),
+        ("<h2>&lt;b&gt; 語</h2>", ["lt-b-gt"]),
+        ('<p id="a">x</p><h2>A</h2>', ["a", "a-2"]),
+        ("<h2>語</h2><h2> </h2>", ["section", "section-2"]),
+    ],
+)
+def test_every_heading_is_an_anchor_of_its_own(body: str, ids: list[str]) -> None:
+    page = Page(str(with_contents(body)))
+    assert page.ids == ids
+    assert [link[1:] for link in page.links if link[1:] not in ids] == []
+    assert len(page.links) == body.count("<h2")
+
+
+def test_a_page_without_sections_has_no_contents() -> None:
+    assert with_contents("<p>a</p>") == "<p>a</p>"
+
+
+def test_a_word_leads_to_its_definition() -> None:
+    assert 'href="#word-implicit-weight"' in word("implicit weight")
+    assert "<b>" not in word("<b>", "cosine")
+
+
+@pytest.mark.parametrize("name", HOSTILE[:12], ids=ascii)
+def test_headings_of_others_are_text(name: str) -> None:
+    from geffect.text import in_html
+
+    page = Page(str(with_contents(f"<h2>{in_html(name)}</h2>")))
+    assert page.tags == {"nav", "ul", "li", "a", "h2"} and len(page.ids) == 1
