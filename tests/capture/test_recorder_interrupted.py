@@ -71,6 +71,9 @@ SETUPS = {
     "rectified micro-batches": Setup({}, micro=2, recorder={"store": "bf16"}),
     "rectified and update": Setup({"scope": "layer"}, recorder={"update": True}),
     "rectified in update space": Setup(RECTIFIED, recorder={"update": True}),
+    "overflow": Setup(overflows=True),
+    "overflow and update": Setup(recorder={"update": True}, overflows=True),
+    "overflow, rectified": Setup({}, recorder={"update": True}, overflows=True),
     "rectified coordinates": Setup(RECTIFIED | {"scope": "coordinate"}, recorder={"update": True}),
 }
 

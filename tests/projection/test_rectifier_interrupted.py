@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geffect.projection import SAGO, Elementwise, State, nearest
 from tests.utils.interrupted import BEFORE, STEPS, Moment, Seen, Setup, Training, goes_on
-from tests.utils.interrupts import hooks_left, interrupted_at_line, moments
+from tests.utils.interrupts import hooks_left, interrupted_at_line, moments, same
 
 
 class Halving(Elementwise):
@@ -50,6 +50,13 @@ SETUPS = {
     "update of selected": Setup(UPDATE | {"rule": None, "select": 0.5}, objective=APART),
     "update by another": Setup(UPDATE | {"rule": Halving()}),
     "update of bfloat16": Setup(UPDATE, dtype=torch.bfloat16),
+    "overflow": Setup({}, overflows=True),
+    "overflow of selected": Setup({"select": 0.5}, objective=APART, overflows=True),
+    "overflow of coordinates": Setup({"scope": "coordinate"}, overflows=True),
+    "overflow of micro-batches": Setup({}, micro=2, overflows=True),
+    "overflow in update": Setup(UPDATE, overflows=True),
+    "overflow in update of micro-batches": Setup(UPDATE, micro=2, overflows=True),
+    "overflow in update of coordinates": Setup(UPDATE | {"scope": "coordinate"}, overflows=True),
     "update measured": Setup(UPDATE | {"measure_update": True, "select": 0.5}),
 }
 
@@ -87,6 +94,15 @@ def test_an_interrupt_at_any_line_leaves_every_call_whole(name: str) -> None:
             assert Seen.of(training).is_stepped_like(seen[STEPS - 1, "stepped"]), where
         assert len(hooks_left(training.model, training.optimizer)) <= hooks, where
         assert all(p.requires_grad for p in training.model.parameters()), where
+
+
+@pytest.mark.parametrize("name", [name for name in SETUPS if SETUPS[name].overflows])
+def test_the_first_step_overflows_and_the_second_does_not(name: str) -> None:
+    seen, _, _ = undisturbed(name)
+    start, skipped, taken = seen[BEFORE], seen[0, "stepped"], seen[1, "stepped"]
+    assert skipped.is_stepped_like(start)
+    assert not all(bool(g.isfinite().all()) for g in seen[0, "taken"].grads if g is not None)
+    assert not same(taken.stepped[:4], start.stepped[:4])
 
 
 @pytest.mark.parametrize("name", ["gradient", "update", "update of coordinates"])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier
-from geffect.gradients import differentiate
-from geffect.losses import of_objective
+from geffect.gradients import separate
+from geffect.losses import loss_scale, of_objective, plan
 from tests.utils.interrupts import grads_of, same
 
 STEPS = 2
@@ -32,6 +32,7 @@ class Setup:
     micro: int = 1
     dtype: torch.dtype = torch.float32
     functions: bool = False  # losses are asked for, not given
+    overflows: bool = False  # a loss scale that is too large in the first step, right in the second
 
 
 class Training:
@@ -43,6 +44,11 @@ class Training:
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.25), nn.Linear(4, 1))
         self.model.to(setup.dtype)
         self.optimizer = setup.optimizer(self.model.parameters(), lr=0.1)
+        self.scaler = (
+            torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+            if setup.overflows
+            else None
+        )
         self.recorder: Recorder | None = None
         self.rectifier: Rectifier | None = None
         if (options := setup.rectifier) is not None:
@@ -59,26 +65,43 @@ class Training:
                 last = micro + 1 == self.setup.micro
                 self._backward(10 * step + 3 * micro, accumulate=not last)
                 yield step, "taken" if last else f"part {micro}"
-            self.optimizer.step()
+            self.step()
             yield step, "stepped"
+
+    def step(self) -> None:
+        """The optimizer's step, or what a scaler of losses makes of it."""
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def settle(self) -> None:
+        """Tell a scaler that its step, which was interrupted, was taken."""
+        if self.scaler is not None and self.scaler._per_optimizer_states:
+            self.scaler.update()
 
     def _backward(self, seed: int, *, accumulate: bool) -> None:
         names = {"forget", "retain", *(self.setup.rectifier or {}).get("protect", ())}
         asked = {n: partial(self._loss, seed + i) for i, n in enumerate(sorted(names))}
         losses: Any = asked if self.setup.functions else {n: loss() for n, loss in asked.items()}
         losses["objective"] = self.setup.objective
+        how: Any = {"accumulate": accumulate, "scaler": self.scaler}
         if self.recorder is not None:
-            self.recorder.backward(rectifier=self.rectifier, accumulate=accumulate, **losses)
+            self.recorder.backward(rectifier=self.rectifier, **how, **losses)
         elif self.rectifier is not None:
-            self.rectifier.backward(accumulate=accumulate, **losses)
+            self.rectifier.backward(**how, **losses)
         else:
             # What is only watched is asked in a fork, and here not at all.
             own = of_objective(losses) if self.setup.functions else losses
-            differentiate(list(self.model.parameters()), own).deposit()
+            parameters = list(self.model.parameters())
+            scale = loss_scale(self.scaler, torch.device("cpu"))
+            separate(parameters, plan(parameters, own, scale=scale)).deposit()
 
     def _loss(self, seed: int) -> Tensor:
         x = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
-        return self.model(x.to(self.setup.dtype)).square().sum()
+        size = 64.0 if self.setup.overflows else 1.0  # for gradients beyond any doubt too large
+        return size * self.model(x.to(self.setup.dtype)).square().sum()
 
 
 @dataclass(frozen=True)
@@ -134,19 +157,23 @@ def goes_on(training: Training, last: Moment, seen: Mapping[Moment, Seen]) -> bo
     after = moments[moments.index(last) + 1] if last != moments[-1] else last
     if done == "stepped":
         assert now.is_stepped_like(before)
+        training.settle()
         _finish(training, step + 1)
         return True
     if done == "taken":
-        if now.is_like(before) and not now.is_stepped_like(seen[after]):
-            training.optimizer.step()
+        # A scaler has divided gradients by its scale before the optimizer is asked, and once.
+        as_before = now.is_stepped_like(before) if training.scaler else now.is_like(before)
+        if as_before and not now.is_stepped_like(seen[after]):
+            training.step()
             now = Seen.of(training)
         assert now.is_stepped_like(seen[after])
         # Where the step was taken and not told of, the optimizer was still to find no gradient.
         assert same(now.grads, seen[after].grads) or all(g is None for g in now.grads)
+        training.settle()
         _finish(training, step + 1)
         return True
     if now.is_like(seen[after]) and after[1] == "taken":
-        training.optimizer.step()
+        training.step()
         _finish(training, step + 1)
         return True
     if now.is_like(before) and done.startswith("part") and _has_window(training):

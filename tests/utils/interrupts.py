@@ -114,6 +114,11 @@ def grads_of(model: nn.Module) -> list[Tensor | None]:
 def same(some: list[Tensor | None], others: list[Tensor | None]) -> bool:
     """Whether these are the same numbers, bit for bit."""
     return len(some) == len(others) and all(
-        a is b or (a is not None and b is not None and torch.equal(a, b))
+        a is b or (a is not None and b is not None and torch.equal(_bits(a), _bits(b)))
         for a, b in zip(some, others, strict=True)
     )
+
+
+def _bits(vector: Tensor) -> Tensor:
+    """The bytes of a tensor: what is no number is equal to itself."""
+    return vector.detach().flatten().contiguous().view(torch.uint8)
