@@ -7,8 +7,10 @@ All take axes, colours, limits, a title and words for their artist in one way (`
 from .contours import contours
 from .crossings import crossings
 from .evaluations import evaluations
+from .half_spaces import half_spaces
 from .heatmap import heatmap
 from .lines import profile, trajectory
+from .metrics import metrics
 from .pairs import pairs
 from .rectification import rectification
 from .sheet import facets, sheet
@@ -22,7 +24,9 @@ __all__ = [
     "crossings",
     "evaluations",
     "facets",
+    "half_spaces",
     "heatmap",
+    "metrics",
     "pairs",
     "profile",
     "rectification",

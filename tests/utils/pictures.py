@@ -119,9 +119,30 @@ def two_units() -> pd.DataFrame:
     return pd.concat([effects(), smaller], ignore_index=True)
 
 
+def angles_of_a_step() -> pd.DataFrame:
+    """The cosines of three gradients, of which the objective's forgets and harms a little."""
+    names = ["objective", "forget", "retain"]
+    cosines = np.array([[1.0, -0.8, -0.2], [-0.8, 1.0, 0.4], [-0.2, 0.4, 1.0]])
+    rows = [
+        {"step": 3, "model": "model", "source": a, "other": b, "value": cosines[i, j],
+         "length": 2.0 + i}
+        for i, a in enumerate(names)
+        for j, b in enumerate(names)
+    ]  # fmt: skip
+    return said(pd.DataFrame(rows), Score("cosine", COSINE))
+
+
+def measured() -> pd.DataFrame:
+    """Three metrics of two settings, one of them not measured."""
+    rows = [("NPO + KL, beta 0.1", m, v) for m, v in (("forget_quality", 0.012), ("ES", np.nan))]
+    rows += [("RMU, layer 2, c 2", m, v) for m, v in (("forget_quality", 0.7), ("ES", 1 / 3))]
+    return pd.DataFrame(rows, columns=["setting", "metric", "value"])
+
+
 EXAMPLES: dict[str, Callable[[], Any]] = {
     "contours": samples,
     "evaluations": joined,
+    "half_spaces": angles_of_a_step,
     "heatmap": lambda: grown(-1),
     "pairs": requests,
     "profile": effects,
@@ -131,6 +152,7 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "crossings": lambda: plots.crossings(
         losses(), "variant", "retain_nll", level=3.0, label="retain NLL"
     ),
+    "metrics": lambda: plots.metrics(measured()),
     "facets": lambda: plots.facets(effects(), plots.trajectory, "effect"),
     "rectification": lambda: plots.rectification(rectified()),
     "sheet": lambda: plots.sheet(effects()),

@@ -1,0 +1,381 @@
+"""`geffect figures`: the figures of the G-effect paper, from run files."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import check_output, choice
+from .terminal import say, terminal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from geffect import Run
+    from geffect.analysis import Setting
+
+KINDS = (".pdf", ".png", ".csv")
+"""What is written of each figure: twice the picture, and its numbers."""
+
+METRICS = "metrics"
+"""The table of a run that has its metrics, with the columns `metric` and `value`."""
+
+MEAN = "mean"
+INVERSE, WEIGHTS = "inverse confidence", "weight"
+MEANS = {INVERSE: "mean of 1/p over the answer tokens", WEIGHTS: "mean weight of a sample"}
+"""The implicit weights that are drawn, and what their means are."""
+
+CALLED = {"coefficient": "c"}
+"""What options are called in a figure, where that is not their own name."""
+
+
+class Style(StrEnum):
+    """Where figures are to stand."""
+
+    COLUMN = "column"
+    PAGE = "page"
+    SLIDE = "slide"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A run, with the setting that its file tells."""
+
+    run: "Run"
+    setting: "Setting"
+
+    @property
+    def file(self) -> str:
+        """What it is called where figures are listed."""
+        return self.run.path.name
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """A figure of the paper: of which runs it is, and what it shows of them.
+
+    - `name`: that of its files; the function in `geffect.plots.paper` has it with `_`.
+    - `wants`: whether a run is of the kind that it shows.
+    - `needs`: the runs in words.
+    - `table`: what is drawn of one run. Raises ValueError for a run that lacks it.
+    - `told`: the options that name a setting, whether or not its runs differ in them.
+    - `several`: whether it shows all such runs, else the first.
+    """
+
+    name: str
+    shows: str
+    wants: Callable[["Setting"], bool]
+    needs: str
+    table: Callable[["Run"], "pd.DataFrame"]
+    told: Sequence[str] = ()
+    several: bool = True
+
+
+@dataclass(frozen=True)
+class Made:
+    """A figure and the runs that it is of; without a table it was not made, because of `why`."""
+
+    figure: PaperFigure
+    runs: Sequence[Given] = ()
+    table: "pd.DataFrame | None" = None
+    why: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the file
+
+    @property
+    def said(self) -> str:
+        """One line that tells of it."""
+        if self.table is None:
+            return f"{self.figure.name}: not made: {self.why}"
+        less = "".join(f"; not of {file}: {why}" for file, why in self.left_out.items())
+        files = ", ".join(given.file for given in self.runs)
+        return f"{self.figure.name}: {self.figure.shows}, from {files}{less}"
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run files (.h5).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="DIR", help="The folder to write to; made if it is not there."
+        ),
+    ],
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="Those of arXiv 2502.19301: 1 and 3 to 7, the regularisers, the inverse "
+            "confidence and table 1.",
+        ),
+    ] = False,
+    place: Annotated[
+        Style, choice("--style", Style, "Where they are to stand, which sets their width", "PLACE")
+    ] = Style.COLUMN,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace figures that are in the folder.")
+    ] = False,
+) -> None:
+    """Draw the figures of the G-effect paper from run files, as PDF and PNG with their numbers.
+
+    A figure is made where the runs have what it needs: their files tell the objective and its
+    options. One line each says which figure was made of which runs, or why it was not.
+    """
+    if not paper:
+        raise typer.BadParameter(
+            "`geffect figures` should be told which figures. Found no --paper. Pass --paper, or "
+            "draw single scores with geffect plot."
+        )
+    from geffect import open_run
+
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(
+            f"`--output` should be a folder. Found the file `{output}`. Choose another name."
+        )
+    made = made_of([open_run(path) for path in runs])
+    for one in made:
+        if one.table is not None:
+            for kind in KINDS:
+                check_output(output / f"{one.figure.name}{kind}", overwrite=overwrite)
+    written = write(made, output, place)
+    say(terminal(), *(one.said for one in made), f"{written} of {len(made)} figures in {output}")
+
+
+def made_of(runs: Sequence["Run"]) -> list[Made]:
+    """Each figure of the paper, as far as the runs have what it needs."""
+    from geffect.analysis import setting
+
+    places = Counter(run.path.resolve() for run in runs)
+    twice = [path for path, count in places.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"Run files should be given once each. Found `{twice[0]}` twice. Leave one out."
+        )
+    given = [Given(run, setting(run)) for run in runs]
+    return [_made(figure, given) for figure in figures()]
+
+
+def write(made: Sequence[Made], folder: Path, place: Style) -> int:
+    """Write the figures that were made into a folder, and say how many those are."""
+    from geffect import plots
+    from geffect.plots import paper
+
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [one for one in made if one.table is not None]
+    for one in there:
+        draw = getattr(paper, one.figure.name.replace("-", "_"))
+        with plots.style(place.value):
+            figure = draw(one.table)
+            for kind in (".pdf", ".png"):
+                figure.savefig(folder / f"{one.figure.name}{kind}", dpi=300)
+        assert one.table is not None
+        one.table.to_csv(folder / f"{one.figure.name}.csv", index=False)
+    return len(there)
+
+
+def figures() -> list[PaperFigure]:
+    """The figures of the paper, in its order."""
+    return [
+        PaperFigure(
+            "figure-1", "the half-spaces of both effects", lambda own: True,
+            "a run", _angles, several=False,
+        ),
+        PaperFigure("figure-3a", "effects of GA", _is("GA"), "a run of GA", _effects),
+        PaperFigure(
+            "figure-3b", "effects of GA by group of layers", _is("GA"), "a run of GA",
+            _groups, several=False,
+        ),
+        PaperFigure(
+            "figure-3c", "effects of WGA by alpha", _is("WGA"), "a run of WGA", _effects, ("alpha",)
+        ),
+        PaperFigure(
+            "figure-4", "effects of NPO by beta", _is("NPO"), "a run of NPO", _effects, ("beta",)
+        ),
+        PaperFigure(
+            "figure-5a", "mean weight of NPO by beta", _is("NPO"), "a run of NPO",
+            _weight(WEIGHTS), ("beta",),
+        ),
+        PaperFigure(
+            "figure-5b", "effects of each sample by its weight under NPO", _is("NPO"),
+            "a run of NPO", _samples, several=False,
+        ),
+        PaperFigure(
+            "figure-5c", "effects of TNPO by beta", _is("TNPO"), "a run of TNPO", _effects,
+            ("beta",),
+        ),
+        PaperFigure("figure-6", "effects of PO", _is("PO"), "a run of PO", _effects),
+        PaperFigure(
+            "figure-7", "effects of RMU by layer and c", _is("RMU"), "a run of RMU", _effects,
+            ("layer", "coefficient"),
+        ),
+        PaperFigure(
+            "regularisers", "effects with GD, KL and RR",
+            lambda own: own.regulariser in ("GD", "KL", "RR"), "a run with GD, KL or RR", _effects,
+        ),
+        PaperFigure(
+            "inverse-confidence", "mean of 1/p", lambda own: True, "a run", _weight(INVERSE)
+        ),
+        PaperFigure("table-1", "metrics by setting", lambda own: True, "a run", _metrics),
+    ]  # fmt: skip
+
+
+def _is(objective: str) -> Callable[["Setting"], bool]:
+    return lambda own: own.objective == objective
+
+
+def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
+    """The figure from those of the runs that are of its kind."""
+    of_kind = [one for one in given if figure.wants(one.setting)]
+    plain = [one for one in of_kind if not one.setting.rectified]
+    wanted = plain if figure.name == "regularisers" else _alike(plain)
+    if not wanted:
+        found = "a rectifier changed its steps" if of_kind else f"none is {figure.needs}"
+        return Made(figure, why=f"of {_count(given)} {found}.")
+    tables: list[tuple[Given, pd.DataFrame]] = []
+    lacking = {}
+    for one in wanted:
+        try:
+            tables.append((one, figure.table(one.run)))
+        except ValueError as error:
+            lacking[one.file] = str(error)
+            continue
+        if not figure.several:
+            break
+    if not tables:
+        (file, why), *others = lacking.items()
+        and_more = f" So do {len(others)} more." if others else ""
+        return Made(figure, why=f"{file}: {why}{and_more}")
+    runs = [one for one, _ in tables]
+    if not figure.several:
+        return Made(figure, runs, tables[0][1], left_out=lacking)
+    return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
+
+
+def _alike(given: Sequence[Given]) -> list[Given]:
+    """The runs without a regulariser, where there are some: one would change what is compared."""
+    return [one for one in given if one.setting.regulariser is None] or [*given]
+
+
+def _stacked(figure: PaperFigure, tables: Sequence[tuple[Given, "pd.DataFrame"]]) -> "pd.DataFrame":
+    """The tables below one another, told apart by their settings."""
+    from geffect.scores import stack
+
+    names = labels([one for one, _ in tables], figure.told)
+    return stack({name: table for name, (_, table) in zip(names, tables, strict=True)}, "setting")
+
+
+def labels(given: Sequence[Given], told: Sequence[str] = ()) -> list[str]:
+    """A name for each run: its objective where they differ in it, and options, seeds or files.
+
+    Options are those that are told whatever they are, and those in which runs of one objective
+    differ.
+    """
+    settings = [one.setting for one in given]
+    one_name = len({own.name for own in settings}) == 1
+    names = []
+    for own in settings:
+        others = [other.options for other in settings if other.name == own.name]
+        said = [
+            f"{CALLED.get(name, name)} {_value(value)}"
+            for name, value in own.options.items()
+            if name in told or any(other.get(name) != value for other in others)
+        ]
+        names.append(", ".join(said if one_name and said else [own.name, *said]))
+    for more in (_seed, lambda one: one.run.name, lambda one: str(one.run.path)):
+        count = Counter(names)
+        names = [
+            ", ".join(filter(None, [name, more(one)])) if count[name] > 1 else name
+            for name, one in zip(names, given, strict=True)
+        ]
+    return names
+
+
+def _seed(one: Given) -> str:
+    return "" if one.setting.seed is None else f"seed {one.setting.seed}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _count(given: Sequence[Given]) -> str:
+    return f"{len(given)} run{'s' * (len(given) != 1)}"
+
+
+def _effects(run: "Run") -> "pd.DataFrame":
+    from geffect.analysis import g_effect
+
+    return g_effect(run, by="model")
+
+
+def _groups(run: "Run") -> "pd.DataFrame":
+    from geffect.analysis import g_effect
+
+    return g_effect(run, by="paper")
+
+
+def _weight(name: str) -> Callable[["Run"], "pd.DataFrame"]:
+    def of(run: "Run") -> "pd.DataFrame":
+        from geffect.analysis import implicit_weights
+        from geffect.scores import WEIGHT, Score, said
+
+        table = implicit_weights(run)
+        own = table[(table["weight"] == name) & (table["statistic"] == MEAN)]
+        if own.empty:
+            raise ValueError(
+                f"`{run.path}` should hold the weight `{name}`. Found "
+                f"{', '.join(run.contents.weights)}."
+            )
+        # The weights of NPO lie between 0 and 2; 1/p has no bound.
+        score = Score(MEANS[name], WEIGHT if name == INVERSE else "")
+        return said(own.drop(columns=["weight", "statistic"]).reset_index(drop=True), score)
+
+    return of
+
+
+def _samples(run: "Run") -> "pd.DataFrame":
+    from geffect.analysis import SAMPLES, kept
+
+    table = kept(run, SAMPLES)
+    if "weight" not in table:
+        raise ValueError(
+            f"The table `{SAMPLES}` of `{run.path}` should have the weight of each sample. Found "
+            f"the columns {', '.join(map(str, table.columns))}. Keep it with a column `weight`."
+        )
+    return table
+
+
+def _angles(run: "Run") -> "pd.DataFrame":
+    """Those of the step in the middle of those that have a direction for each gradient."""
+    from geffect.analysis import angles
+    from geffect.sources import FORGET, OBJECTIVE, RETAIN
+
+    wanted = (OBJECTIVE, FORGET, RETAIN)
+    for name in wanted:
+        run.index(name)
+    table = angles(run)
+    own = table[table["source"].isin(wanted) & table["other"].isin(wanted)]
+    undefined = own.loc[own["value"].isna(), "step"]
+    steps = own.loc[~own["step"].isin(undefined), "step"].unique()
+    if not len(steps):
+        raise ValueError(
+            f"`{run.path}` should have a step with a direction for each of {', '.join(wanted)}. "
+            "Found none."
+        )
+    chosen: pd.DataFrame = own[own["step"] == steps[len(steps) // 2]].reset_index(drop=True)
+    return chosen
+
+
+def _metrics(run: "Run") -> "pd.DataFrame":
+    import pandas as pd
+
+    table = pd.DataFrame(run.table(METRICS))
+    missing = {"metric", "value"} - {*table.columns}
+    if missing or table["metric"].duplicated().any() or not len(table):
+        raise ValueError(
+            f"The table `{METRICS}` of `{run.path}` should have the columns metric and value, and "
+            f"each metric once. Found {', '.join(map(str, table.columns))}, {len(table)} rows."
+        )
+    return table[["metric", "value"]]

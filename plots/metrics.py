@@ -1,0 +1,70 @@
+"""Metrics as a table that is printed: settings below one another, metrics side by side."""
+
+from textwrap import wrap
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from .fit import levels, once_only, require
+from .style import QUIET, drawn, longest, new_figure, points
+from .style import title as put_title
+
+WIDE = 11  # characters of a line of a heading
+FEWEST = 10  # characters of a line of a setting
+LINE, GAP = 0.15, 0.07  # inches
+
+
+def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
+    """A figure of a table: a row for each setting, a column for each metric.
+
+    - `table`: `setting`, `metric` and `value`, one row for each pair; a pair that is not there, or
+      undefined, is a dash.
+    - `title`: above the table.
+
+    Returns the figure.
+
+    >>> table = pd.DataFrame({"setting": ["GA", "NPO"], "metric": "forget quality",
+    ...                       "value": [0.01, 0.72]})
+    >>> [text.get_text() for text in metrics(table).axes[0].texts]
+    ['forget\\nquality', 'GA', '0.01', 'NPO', '0.72']
+    """
+    require(table, ["setting", "metric", "value"])
+    once_only(table, ["setting", "metric"])
+    settings, names = levels(table["setting"]), levels(table["metric"])
+    values = {
+        (str(row["setting"]), str(row["metric"])): row["value"] for row in table.to_dict("records")
+    }
+    size = points("small")
+    letter = 0.58 * size / 72  # inches
+    heads = ["\n".join(wrap(drawn(name, 3 * WIDE).replace("_", " "), WIDE)) for name in names]
+    wide = 1.5 + max(len(line) for head in heads for line in [*head.split("\n"), "0.00123"])
+    figure = new_figure(letter * (longest(settings) + 4 + wide * len(names)), 2.0)
+    across = figure.get_figwidth() / letter - 2
+    first = int(max(FEWEST, across - wide * len(names) - 1))
+    rows = [wrap(drawn(name), first) for name in settings]
+    head, row = (LINE * (1 + max(text.count("\n") for text in heads)), LINE * max(map(len, rows)))
+    tall = head + row * len(rows) + 3 * GAP
+    figure.set_figheight(tall + (0.3 if title else 0.1))
+    ax = figure.subplots()
+    ax.set_axis_off()
+    ax.set_xlim(0, across)
+    ax.set_ylim(tall, 0)
+    centres = [across - wide * (len(names) - index - 0.5) for index in range(len(names))]
+    for x, text in zip(centres, heads, strict=True):
+        ax.text(x, GAP / 2 + head, text, ha="center", va="bottom", fontsize=size)
+    for index, (setting, said) in enumerate(zip(settings, rows, strict=True)):
+        y = head + 2 * GAP + row * (index + 0.5)
+        ax.text(0, y, "\n".join(said), ha="left", va="center", fontsize=size)
+        for x, name in zip(centres, names, strict=True):
+            number = _said(values.get((setting, name)))
+            ax.text(x, y, number, ha="center", va="center", fontsize=size)
+    for y, width in ((0.0, 0.9), (head + GAP, 0.5), (tall, 0.9)):
+        ax.axhline(y, color=QUIET, linewidth=width, clip_on=False)
+    if title is not None:
+        put_title(figure, title)
+    return figure
+
+
+def _said(value: float | None) -> str:
+    """A number in three digits; a dash for what is not known."""
+    return "-" if value is None or pd.isna(value) else f"{value:.3g}"

@@ -1,0 +1,195 @@
+"""`geffect figures`: which figures of the paper are made of which runs, and why others are not."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from geffect import Run, open_run
+from geffect.analysis import g_effect, implicit_weights, setting
+from geffect.cli.figures import KINDS, METRICS, Given, figures, labels, made_of
+from geffect.plots import paper
+from tests.utils.command_line import Ask
+from tests.utils.settings import recorded
+
+BOTH = {"weight": 1.0, "inverse confidence": 5.0}
+SAMPLES = {
+    "sample": np.arange(4).repeat(2),
+    "model": ["model"] * 8,
+    "risk": ["forget", "retain"] * 4,
+    "value": np.linspace(-1.0, 1.0, 8),
+    "weight": np.linspace(0.1, 1.0, 4).repeat(2),
+}
+ALL = [figure.name for figure in figures()]
+
+
+def run(path: Path, *given: Any, **how: Any) -> Run:
+    return open_run(recorded(path, *given, **how))
+
+
+def made(*runs: Run) -> dict[str, Any]:
+    return {one.figure.name: one for one in made_of(runs)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for each figure, of some several."""
+    place = tmp_path_factory.mktemp("runs")
+    tables = {METRICS: {"metric": ["forget quality", "utility"], "value": np.array([0.1, 0.6])}}
+    recorded(place / "ga.h5", "ga", tables=tables, weights={"inverse confidence": 9.0})
+    recorded(place / "kl.h5", "ga+kl")
+    recorded(place / "rr.h5", "ga+rr")
+    for alpha in (0.5, 2.0):
+        recorded(place / f"wga{alpha}.h5", "wga", options={"alpha": alpha})
+    for beta in (0.1, 0.5):
+        recorded(
+            place / f"npo{beta}.h5", "npo", options={"beta": beta}, weights=BOTH,
+            tables={"samples": SAMPLES},
+        )  # fmt: skip
+    recorded(place / "tnpo.h5", "tnpo")
+    recorded(place / "po.h5", "po")
+    for layer in (1.0, 2.0):
+        recorded(place / f"rmu{layer}.h5", "rmu", options={"layer": layer})
+    return place
+
+
+def test_every_figure_is_made_with_its_numbers(folder: Path, ask: Ask, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "figures"
+    code, said, err = ask("figures", *sorted(folder.glob("*.h5")), "--paper", "-o", out)
+    assert code == 0, err
+    assert {path.name for path in out.iterdir()} == {f"{n}{kind}" for n in ALL for kind in KINDS}
+    assert f"{len(ALL)} of {len(ALL)} figures in {out}" in said
+    for line, name in zip(said.splitlines(), ALL, strict=False):
+        assert line.startswith(f"{name}: ") and ".h5" in line
+    pdf = (out / "figure-4.pdf").read_bytes()
+    assert (b"/Type3" not in pdf and b"/TrueType" in pdf) or b"/CIDFontType2" in pdf
+    drawn = pd.read_csv(out / "figure-4.csv")
+    assert drawn["setting"].unique().tolist() == ["beta 0.1", "beta 0.5"]
+    for beta in (0.1, 0.5):
+        own = drawn[drawn["setting"] == f"beta {beta}"].drop(columns="setting")
+        expected = g_effect(open_run(folder / f"npo{beta}.h5"), by="model")
+        np.testing.assert_array_equal(own["value"], expected["value"])
+
+
+def test_of_each_kind_of_run_the_figure_has_those_alone(folder: Path) -> None:
+    found = made(*map(open_run, sorted(folder.glob("*.h5"))))
+    of = {name: [given.file for given in one.runs] for name, one in found.items()}
+    assert of["figure-3a"] == ["ga.h5"]  # that with a regulariser is another comparison
+    assert of["figure-3c"] == ["wga0.5.h5", "wga2.0.h5"]
+    assert of["figure-5a"] == ["npo0.1.h5", "npo0.5.h5"]
+    assert of["figure-5b"] == ["npo0.1.h5"]
+    assert of["figure-7"] == ["rmu1.0.h5", "rmu2.0.h5"]
+    assert of["regularisers"] == ["kl.h5", "rr.h5"]
+    assert of["inverse-confidence"] == ["ga.h5", "npo0.1.h5", "npo0.5.h5"]
+    assert of["table-1"] == ["ga.h5"]
+    settings = {
+        name: one.table["setting"].unique().tolist()
+        for name, one in found.items()
+        if "setting" in one.table
+    }
+    assert settings["figure-3c"] == ["alpha 0.5", "alpha 2"]
+    assert settings["figure-7"] == ["layer 1, c 2", "layer 2, c 2"]
+    assert settings["regularisers"] == ["GA + KL", "GA + RR"]
+
+
+def test_means_are_those_of_the_file(folder: Path) -> None:
+    npo = open_run(folder / "npo0.5.h5")
+    weights = implicit_weights(npo)
+    for name, weight in (("figure-5a", "weight"), ("inverse-confidence", "inverse confidence")):
+        table = made(npo)[name].table
+        own = weights[(weights["weight"] == weight) & (weights["statistic"] == "mean")]
+        np.testing.assert_array_equal(table["value"], own["value"])
+
+
+def test_a_run_with_a_regulariser_stands_in_where_there_is_none_without(tmp_path: Path) -> None:
+    found = made(run(tmp_path / "kl.h5", "ga+kl"))
+    assert [given.file for given in found["figure-3a"].runs] == ["kl.h5"]
+    assert found["figure-3a"].table["setting"].unique().tolist() == ["GA + KL"]
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "says"),
+    [
+        ({"objective": "ga", "rectified": True}, "figure-3a", "a rectifier changed its steps"),
+        ({"objective": "ga", "retain": False}, "figure-3a", "should be one of objective, forget"),
+        ({"objective": "wga"}, "figure-3a", "of 1 run none is a run of GA"),
+        ({"objective": "npo"}, "figure-5a", "should hold implicit weights"),
+        ({"objective": "npo", "weights": {"other": 1.0}}, "figure-5a", "hold the weight `weight`"),
+        ({"objective": "npo"}, "figure-5b", "should hold a table `samples`"),
+        (
+            {"objective": "npo", "tables": {"samples": {k: v for k, v in SAMPLES.items()
+                                                         if k != "weight"}}},
+            "figure-5b", "should have the weight of each sample",
+        ),
+        ({"objective": "ga"}, "table-1", "should hold a table `metrics`"),
+        (
+            {"objective": "ga", "tables": {METRICS: {"metric": ["a", "a"], "value": np.ones(2)}}},
+            "table-1", "each metric once",
+        ),
+        ({"objective": "ga", "retain": False}, "figure-1", "Found `retain`"),
+    ],
+)  # fmt: skip
+def test_why_a_figure_was_not_made(
+    tmp_path: Path, how: dict[str, Any], name: str, says: str
+) -> None:
+    one = made(run(tmp_path / "run.h5", **how))[name]
+    assert one.table is None and re.search(says, one.said), one.said
+    assert one.said.startswith(f"{name}: not made: ") and "\n" not in one.said
+
+
+def test_a_run_that_lacks_something_is_named_beside_the_others(tmp_path: Path) -> None:
+    there, lacking = (run(tmp_path / f"{name}.h5", "ga", retain=name == "a") for name in ("a", "b"))
+    found = made(lacking, there)
+    assert [given.file for given in found["figure-3a"].runs] == ["a.h5"]
+    assert "not of b.h5: " in found["figure-3a"].said
+    assert [given.file for given in found["figure-3b"].runs] == ["a.h5"]
+
+
+def test_runs_that_differ_in_nothing_told_have_names_of_their_own(
+    tmp_path: Path, example_run: Callable[..., Run]
+) -> None:
+    def named(*runs: Run) -> list[str]:
+        return labels([Given(one, setting(one)) for one in runs], ("beta",))
+
+    seeds = [run(tmp_path / f"{n}.h5", "npo", metadata={"seed": n}) for n in (0, 1)]
+    assert named(*seeds) == ["beta 0.1, seed 0", "beta 0.1, seed 1"]
+    files = [run(tmp_path / f"{name}.h5", "npo") for name in "ab"]
+    assert named(*files) == ["beta 0.1, a", "beta 0.1, b"]
+    assert named(files[0]) == ["beta 0.1"]
+    assert named(files[0], example_run()) == ["NPO, beta 0.1", "unknown"]
+    (tmp_path / "other").mkdir()
+    same = run(tmp_path / "other" / "a.h5", "npo")
+    assert len(set(named(files[0], same))) == 2
+
+
+def test_what_is_there_is_not_replaced_unasked(folder: Path, ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "figure-6.csv").write_text("mine", encoding="utf-8")
+    code, _, err = ask("figures", folder / "po.h5", "--paper", "-o", tmp_path)
+    assert code == 1 and "--overwrite" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["figure-6.csv"]
+    code, said, err = ask("figures", folder / "po.h5", "--paper", "-o", tmp_path, "--overwrite")
+    assert code == 0 and "figure-6: effects of PO, from po.h5" in said
+    assert (tmp_path / "figure-6.csv").read_text(encoding="utf-8").startswith("step,")
+
+
+def test_what_is_asked_wrongly(folder: Path, ask: Ask, tmp_path: Path) -> None:
+    po, file = folder / "po.h5", tmp_path / "file"
+    file.write_text("", encoding="utf-8")
+    for words, code, says in (
+        ([po, "-o", tmp_path], 2, "Found no --paper"),
+        ([po, "--paper", "-o", file], 2, "should be a folder"),
+        ([po, po, "--paper", "-o", tmp_path], 1, "twice"),
+        ([po, "--paper", "-o", tmp_path, "--style", "poster"], 2, "column, page, slide"),
+        ([tmp_path / "no.h5", "--paper", "-o", tmp_path], 1, "no.h5"),
+    ):
+        found, _, err = ask("figures", *words)
+        assert found == code and says in err, (words, err)
+
+
+def test_each_figure_has_a_function() -> None:
+    for name in ALL:
+        assert callable(getattr(paper, name.replace("-", "_")))

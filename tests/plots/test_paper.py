@@ -1,0 +1,82 @@
+"""The sketch of the half-spaces, and tables that are drawn."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Wedge
+
+from geffect.plots import half_spaces, metrics
+from tests.utils.pictures import angles_of_a_step, measured
+
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+def changed(**cosines: float) -> pd.DataFrame:
+    """The example with other cosines, by the initials of their gradients."""
+    table = angles_of_a_step()
+    for pair, value in cosines.items():
+        initials = table["source"].str[0] + table["other"].str[0]
+        table.loc[initials.isin([pair, pair[::-1]]), "value"] = value
+    return table
+
+
+def tips(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    ax = half_spaces(table, ax=Figure().subplots())
+    named = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    return {
+        line.get_label(): np.array([line.get_xdata()[1], line.get_ydata()[1]]) for line in named
+    }
+
+
+def test_arrows_have_the_angles_of_the_gradients() -> None:
+    found = tips(changed(of=-0.6, **{"or": 0.3}, fr=-0.2))
+    f, r, o = found["forget"], found["retain"], found["objective"]
+    assert np.linalg.norm(f) == pytest.approx(1) == np.linalg.norm(r)
+    assert f @ r == pytest.approx(-0.2)
+    assert f @ o == pytest.approx(-0.6) and r @ o == pytest.approx(0.3)
+
+
+def test_the_shaded_part_is_where_both_hold() -> None:
+    ax = half_spaces(changed(fr=0.4), ax=Figure().subplots())
+    *_, wanted = (patch for patch in ax.patches if isinstance(patch, Wedge))
+    forget, retain = np.array([1.0, 0.0]), np.array([0.4, np.sqrt(1 - 0.4**2)])
+    for degrees in np.arange(0.5, 360.0, 1.0):
+        towards = np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))])
+        inside = wanted.theta1 < degrees < wanted.theta2
+        assert inside == (towards @ forget < 0 <= towards @ retain)
+
+
+@pytest.mark.parametrize("fr", [1.0, -1.0, 1 - 1e-15])
+def test_gradients_on_one_line_have_no_plane_and_are_drawn(fr: float) -> None:
+    found = tips(changed(fr=fr, of=-0.5, **{"or": -0.5 * fr}))
+    assert np.isfinite(np.stack([*found.values()])).all()
+    assert found["objective"].tolist() == pytest.approx([-0.5, 0.0])
+
+
+def test_what_has_no_direction_or_is_not_there_is_refused() -> None:
+    table = angles_of_a_step()
+    for other, says in (
+        (changed(of=np.nan), "should have a direction for each"),
+        (table[table["source"] != "retain"], "Found none of retain"),
+        (pd.concat([table, table.assign(step=4)]), "of one step and block"),
+        (pd.concat([table, table.assign(model="other")]), "of one step and block"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            half_spaces(other)
+
+
+def test_a_table_has_each_number_in_its_place() -> None:
+    ax = metrics(measured()).axes[0]
+    at = {text.get_text(): text.get_position() for text in ax.texts}
+    assert {*at} == {
+        "forget\nquality", "ES", "NPO + KL, beta 0.1", "RMU, layer 2, c 2", "0.012", "-", "0.7",
+        "0.333",
+    }  # fmt: skip
+    assert at["0.012"][0] == at["0.7"][0] == at["forget\nquality"][0] < at["ES"][0] == at["-"][0]
+    assert at["0.012"][1] == at["-"][1] == at["NPO + KL, beta 0.1"][1] < at["0.333"][1]
+
+
+def test_a_pair_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="one row for each setting, metric"):
+        metrics(pd.concat([measured(), measured()]))
