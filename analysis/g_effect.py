@@ -9,7 +9,7 @@ from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, UPDATE
 from geffect.store import Run
 
 from .base import check_run, column_of, in_space, summed_gram
-from .rectified import acts
+from .rectified import acts, at_copy
 
 EFFECTS = {"unlearning": FORGET, "retaining": RETAIN}
 """The risk whose gradient is compared with that of the objective."""
@@ -34,6 +34,9 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
 
     Where a rectifier changed the steps, these two are of the gradient before rectification, and
     `score` says so. Beside them come those of what was made of it, where the run has it:
+
+    Where the objective was taken at a relearned copy (`geffect.Relearned`), `score` says that too:
+    the risks are those at theta.
 
     - unlearning, rectified and retaining, rectified: of the gradient after the rectifier.
     - unlearning, update and retaining, update: -<grad R(D), theta after minus theta before>, by
@@ -65,6 +68,7 @@ def g_effect(run: Run, by: By = "layer", *, stepped_only: bool = True) -> pd.Dat
     shown = {OBJECTIVE: (BEFORE if acts(run) else SCORE, 1.0)}
     if acts(run):
         shown |= {source: how for source, how in AFTER.items() if source in run.sources}
+    shown = {source: (at_copy(run, source, score), sign) for source, (score, sign) in shown.items()}
     tables = {
         effect if source == OBJECTIVE else f"{effect}, {source}": tidy(
             sign * inner(K, run.index(risk), run.index(source)) + 0.0,  # no zero with a sign

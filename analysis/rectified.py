@@ -1,9 +1,12 @@
-"""What the rectifier of a run constrains, and which of its gradients are from before it."""
+"""What the rectifier of a run constrains, and which gradients are from before it, or elsewhere."""
+
+from dataclasses import replace
 
 from geffect.groups import By, label_of
-from geffect.scores import LEVEL
+from geffect.scores import LEVEL, Score
 from geffect.sources import AVERAGE, OBJECTIVE, RECTIFIED
 from geffect.store import Run
+from geffect.store.schema import RELEARNED
 
 from .base import column_of
 
@@ -18,9 +21,28 @@ def acts(run: Run) -> bool:
 
 
 def named(run: Run, source: str) -> str:
-    """The source in words: the objective's gradient is the one before rectification."""
+    """The source in words: the objective's gradient is the one before rectification.
+
+    It says too where that was taken at a relearned copy.
+    """
     before = acts(run) and source.partition(".")[0] == OBJECTIVE
-    return f"{source} before rectification" if before else source
+    said = f"{source} before rectification" if before else source
+    return f"{said}, at a relearned copy" if is_at_copy(run, source) else said
+
+
+def is_at_copy(run: Run, source: str) -> bool:
+    """Whether a gradient was taken at a relearned copy: that of the objective, or a part of it."""
+    told = run.manifest.get(RELEARNED)
+    of_objective = source.partition(".")[0] == OBJECTIVE
+    return isinstance(told, dict) and of_objective and source not in (told.get("stays") or ())
+
+
+def at_copy(run: Run, source: str, score: Score) -> Score:
+    """The score, labelled where it is of an objective that was taken at a relearned copy."""
+    copied = is_at_copy(run, OBJECTIVE if source == RECTIFIED else source)
+    return (
+        replace(score, label=f"{score.label}, objective at a relearned copy") if copied else score
+    )
 
 
 def protected(run: Run) -> list[str]:

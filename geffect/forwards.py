@@ -109,11 +109,12 @@ class SharedForward:
 
     def __init__(self, model: Any) -> None:
         self.module = model
-        self._remembered: dict[tuple[tuple[str, int], ...], Remembered] = {}
+        self._remembered: dict[tuple[Any, ...], Remembered] = {}
 
     def __call__(self, **inputs: Tensor) -> Any:
         """What the model returns for the inputs."""
-        key = tuple((name, id(value)) for name, value in inputs.items())
+        # At a relearned copy the model is another one.
+        key = (AT_COPY.get(), *((name, id(value)) for name, value in inputs.items()))
         one, sharing = self._remembered.get(key), _asked.get()
         needs_graph = torch.is_grad_enabled()
         if one is None or one.output is None or (needs_graph and not one.has_graph):
@@ -139,7 +140,7 @@ def check_no_loss_asked() -> None:
             "same parameters. Found an optimizer, a recorder or a rectifier that was called inside "
             "of the function of a loss. Call it after the backward pass."
         )
-    if AT_COPY.get():
+    if AT_COPY.get() is not None:
         raise RuntimeError(
             "No step should be taken at a relearned copy, whose parameters are gone with its block."
             " Found an optimizer, a recorder, a rectifier or another copy inside of `relearned`. "
@@ -147,8 +148,8 @@ def check_no_loss_asked() -> None:
         )
 
 
-AT_COPY: ContextVar[bool] = ContextVar("at_copy", default=False)
-"""Whether parameters have been moved for the gradient of an objective, and will be put back."""
+AT_COPY: ContextVar[object] = ContextVar("at_copy", default=None)
+"""Where parameters have been moved for the gradient of an objective, and will be put back."""
 
 _asked: ContextVar[Sharing | None] = ContextVar("asked", default=None)
 """Of the loss that is being asked."""

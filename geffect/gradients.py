@@ -12,15 +12,24 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed, dots
 from geffect.beside import beside
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after, to_the_end
-from geffect.losses import Loss, Passes, accumulates_once, plan
+from geffect.losses import Elsewhere, Loss, Passes, accumulates_once, plan
 from geffect.sources import OBJECTIVE
 
-__all__ = ["GradientTransform", "Gradients", "Loss", "Rectification", "Vector", "differentiate"]
+__all__ = [
+    "AtCopy",
+    "GradientTransform",
+    "Gradients",
+    "Loss",
+    "Rectification",
+    "Vector",
+    "differentiate",
+]
 
 Vector = Sequence[Tensor | None]
 """A gradient of the model: one tensor a parameter, None where the loss does not reach it."""
@@ -60,7 +69,7 @@ class Gradients:
         own = {name: terms[name] for name, terms in self.weights.items() if name in terms}
         return {
             source: "loss"
-            if source in terms
+            if source in terms or not terms.keys() <= self.weights.keys()
             else {name: w / own.get(name, 1 / self.scale) for name, w in terms.items()}
             for source, terms in self.weights.items()
         }
@@ -183,6 +192,22 @@ class GradientTransform(Protocol):
 
         With `copy` the tensors of `gradients` stay as they are.
         """
+
+
+class AtCopy(Protocol):
+    """Where the objective's gradient is taken, if not at the parameters as they are.
+
+    As far as a recorder and a rectifier have to know of `geffect.Relearned`.
+    """
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """What it is, for the record."""
+
+    def elsewhere(
+        self, model: nn.Module, losses: Mapping[str, Loss], scaler: GradScaler | None
+    ) -> Elsewhere:
+        """The place for one step of these losses."""
 
 
 @dataclass(frozen=True)
@@ -466,8 +491,13 @@ class _Kept:
 def _in_order(passes: Passes, run: Callable[[str], None]) -> None:
     """Run the passes, those that are aside without a trace in the model."""
     aside = list(passes.aside)
+    if passes.moved:
+        assert passes.elsewhere is not None
+        with passes.elsewhere.block():
+            for name in passes.moved:
+                run(name)
     for name in passes.given:
-        if name not in aside:
+        if name not in aside and name not in passes.moved:
             run(name)
     if aside:
         with nullcontext() if passes.model is None else beside(passes.model):

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from geffect.gradients import GradientTransform
+from geffect.gradients import AtCopy, GradientTransform
+from geffect.sources import OBJECTIVE
 from geffect.store.reader import Run
+from geffect.store.schema import RELEARNED
 
 from .manifest import as_json
 
@@ -21,6 +23,7 @@ class RunHeader:
     declared: Declared = field(default_factory=dict)
     rectifier: Mapping[str, Any] | None = None
     objective: Mapping[str, Any] | None = None
+    relearned: Mapping[str, Any] | None = None
     blocks: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     last_step: int = -1
@@ -49,6 +52,7 @@ class RunHeader:
             declared=run.manifest["losses"],
             rectifier=run.manifest["rectifier"],
             objective=run.manifest.get("objective"),
+            relearned=run.manifest.get(RELEARNED),
             blocks=run.contents.blocks,
             weights=run.contents.weights,
             last_step=int(run.steps[-1]) if len(run.steps) else -1,
@@ -76,6 +80,29 @@ class RunHeader:
                 f"run: {', '.join(self.weights) or 'none'}. Found {', '.join(new)} as well. Pass "
                 "them in the first step, or record into another file."
             )
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What the manifest says of it where there is something to say."""
+        return {} if self.relearned is None else {RELEARNED: self.relearned}
+
+    def hold(self, losses: Declared, relearned: AtCopy | None) -> Declared:
+        """How the losses of a step count as declared, held to the first step of the run.
+
+        An objective whose gradient is taken at a relearned copy is no combination of gradients at
+        theta.
+        """
+        told = None if relearned is None else as_json(relearned.options, "relearned")
+        if self.sources and told != self.relearned:
+            raise ValueError(
+                "`relearned` should be that of the first step of the run: "
+                f"{self.relearned or 'none'}. Found {told or 'none'}. Pass the same, or record "
+                "into another file."
+            )
+        self.relearned = told
+        held = losses if told is None else {**losses, OBJECTIVE: "loss"}
+        self.check_declared(held)
+        return held
 
     def check_rectifier(self, rectifier: GradientTransform) -> None:
         """Refuse a rectifier that is set up in another way than that of the first step."""

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
 from geffect.forwards import check_no_loss_asked
-from geffect.gradients import Gradients, GradientTransform
+from geffect.gradients import AtCopy, Gradients, GradientTransform
 from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, Hooks, weakly
 from geffect.layers import trainable
 from geffect.losses import (
@@ -65,14 +65,13 @@ class Recorder:
 
     A step lasts from one gradient to the next. What it moves is followed whatever moves it: an
     optimizer, with or without a closure, a second one, a wrapper, or the loop by hand. The row says
-    which parameters that were; where nothing is seen to move, all count. A row is written as soon
-    as optimizers have stepped everything that has a gradient, or what they stepped the time before,
-    and else at the next `backward` or at `close`; from then on it is safe from whatever happens to
-    the process. What moves after that is added to the row. An optimizer that climbs is refused.
+    which parameters that were; where nothing is seen to move, all count. A row is written, and then
+    safe, as soon as optimizers have stepped everything that has a gradient, or what they stepped
+    the time before, and else at the next `backward` or at `close`. What moves after that is added
+    to it. An optimizer that climbs is refused.
 
-    Under `torch.distributed` every rank has a recorder, and rank 0 writes. Losses of a model in
-    `DistributedDataParallel` that are tensors are computed inside of `with model.no_sync():`; the
-    gradients are averaged over the ranks here. FSDP2 and engines of DeepSpeed need nothing.
+    Under `torch.distributed` every rank has a recorder, and rank 0 writes. Losses under DDP that
+    are tensors are computed inside of `with model.no_sync():`; FSDP2 and DeepSpeed need nothing.
 
     >>> import tempfile, geffect
     >>> model = nn.Linear(2, 1)
@@ -163,17 +162,18 @@ class Recorder:
         weights: ImplicitWeights | None = None,
         accumulate: bool = False,
         scaler: GradScaler | None = None,
+        relearned: AtCopy | None = None,
         **losses: Loss,
     ) -> None:
         """Take the gradients of the losses of one step, and leave that of `objective` in `.grad`.
 
         Every loss is a function without arguments that returns a scalar tensor, or such a tensor,
         and costs one backward pass; or a mapping that declares a linear combination of others,
-        which costs none: `objective={"forget": -1.0}` is GA, `{"forget": -1.0, "retain": 1.0}` is
-        GradDiff. A function is called right before its pass, and its graph is gone before the next
-        is called: those of the objective first, then the others, which leave no trace in model and
-        random numbers. Losses may share a forward (`SharedForward`). With a rectifier `.grad` has
-        to be empty and gets the rectified gradient: `rectified` where it is not the objective's.
+        which costs none: `{"forget": -1.0}` is GA, `{"forget": -1.0, "retain": 1.0}` is GradDiff. A
+        function is called right before its pass, and its graph is gone before the next: those of
+        the objective first, then the others, which leave no trace in model and random numbers.
+        Losses may share a forward (`SharedForward`). With a rectifier `.grad` has to be empty and
+        gets the rectified gradient.
 
         - `weights`: the implicit weights of an objective by name, of answer tokens or samples, or a
           function that returns them; mean, median, 95th percentile and maximum are recorded.
@@ -182,6 +182,7 @@ class Recorder:
         - `scaler`: multiplies what goes into `.grad`, and nothing in the record; pass the losses as
           they are, and call `scaler.step(optimizer)` as always. A step whose scaled gradients are
           not finite is marked as skipped.
+        - `relearned`: a `geffect.Relearned`, where the gradient of the objective is taken alone.
         """
         self._meet_gradient()
         # A window that fails is over: what follows begins another one.
@@ -190,6 +191,7 @@ class Recorder:
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
             self._watched.check(losses, rectifier)
+            place = relearned.elsewhere(model, losses, scaler) if relearned else None
             if rectifier is None and not self.due:
                 losses = of_objective(losses)
             header, due = self._recording.header, self.due
@@ -202,10 +204,10 @@ class Recorder:
                 scale=loss_scale(scaler, parameters[0].device),
                 model=model,
                 protected=protected(losses, rectifier),
+                elsewhere=place,
             )
             check_reached(passes, parameters)
-            of_step = declared(losses)
-            header.check_declared(of_step)
+            of_step = header.hold(declared(losses), relearned)
             if passes.tensors:
                 distributed.check_unsynchronised(model)
             distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
@@ -232,18 +234,17 @@ class Recorder:
         *,
         rectifier: GradientTransform | None = None,
         n_micro: int = 1,
+        relearned: AtCopy | None = None,
     ) -> None:
         """Record gradients of one step that were taken by other means, and leave the objective's.
 
-        As `backward`, from where the gradients are there: summed over `n_micro` micro-batches, and
-        averaged over the processes.
+        As `backward`, once they are summed over `n_micro` micro-batches and all processes' mean.
         """
         self._meet_gradient()
-        of_step = gradients.declared
         with distributed.raise_on_all_ranks() as ranks:
             self._recording.check_open()
-            self._watched.check(of_step, rectifier)
-            self._recording.header.check_declared(of_step)
+            self._watched.check(gradients.declared, rectifier)
+            of_step = self._recording.header.hold(gradients.declared, relearned)
             due = self.due
             if due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))

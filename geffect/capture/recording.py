@@ -341,7 +341,7 @@ class Recording:
             rectifier=None if rectifier is None else rectifier.options,
             optimizer=optimizer,
             metadata=self._metadata,
-            **self._provenance,
+            **{**self.header.further, **self._provenance},
         )
         self._writer.begin(self._storage.contents(self.header, of_run))
         self._begun = True

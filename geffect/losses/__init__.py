@@ -2,9 +2,10 @@
 
 from .given import Loss, NotFinite, Scalar, check_function, declared, of_objective
 from .graph import accumulates_once
-from .passes import Passes, check_no_step_inside, check_reached, loss_scale, plan
+from .passes import Elsewhere, Passes, check_no_step_inside, check_reached, loss_scale, plan
 
 __all__ = [
+    "Elsewhere",
     "Loss",
     "NotFinite",
     "Passes",

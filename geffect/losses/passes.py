@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -22,13 +22,27 @@ from .graph import accumulates_once, is_compiled, needed_later_of, other_leaves,
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Where the objective's gradient is taken, if that is not where the parameters are.
+
+    - `block`: makes a block inside of which they are there.
+    - `stays`: the names of losses that are taken where the parameters are, though the objective is
+      a sum with them among its terms.
+    """
+
+    block: Callable[[], AbstractContextManager[object]]
+    stays: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class Passes:
     """The backward passes of a step: one for each different scalar among its losses, in order.
 
     `given` are the scalars in the order of their passes. What is a function is asked right before
     its pass, so that its graph is gone before the next one's begins. First comes what training
     takes: the tensors that are there, then the functions of the objective. Then, `aside`, what is
-    only looked at, for which `model` and random numbers are put back.
+    only looked at, for which `model` and random numbers are put back. Those of `moved`, which are
+    of the objective, come first where there are any, inside of the block of `elsewhere`.
 
     `weights` gives every source as a combination of what the passes leave in `.grad`, so that a
     declared combination costs no pass. `leaves` are what the graphs start from: the parameters, and
@@ -44,6 +58,8 @@ class Passes:
     leaves: list[Tensor]
     scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
     model: nn.Module | None = None
+    elsewhere: Elsewhere | None = None
+    moved: Collection[str] = ()
     values: Values = field(default_factory=Values)  # of the scalars that are known
     sharing: Sharing = field(default_factory=Sharing)
 
@@ -121,7 +137,8 @@ class Passes:
         needed = {name for own in terms.values() for name in own}
         given = {name: loss for name, loss in self.given.items() if name in needed}
         aside = [name for name in self.aside if name in needed]
-        return replace(self, given=given, terms=terms, aside=aside)
+        moved = [name for name in self.moved if name in needed]
+        return replace(self, given=given, terms=terms, aside=aside, moved=moved)
 
     def not_reaching(self, parameters: Sequence[Tensor]) -> list[str]:
         """The tensors among the losses in whose graph none of the parameters is."""
@@ -168,9 +185,10 @@ class Passes:
             check_no_loss_asked()
 
     def _behind(self, name: str) -> dict[str, Scalar]:
-        """The scalars whose passes come after this one."""
+        """The scalars whose passes come after this one, at the same parameters."""
         place = list(self.given).index(name)
-        return dict(islice(self.given.items(), place + 1, None))
+        behind = islice(self.given.items(), place + 1, None)
+        return {n: s for n, s in behind if (n in self.moved) == (name in self.moved)}
 
     def _keeps_graph(self, name: str, loss: Tensor) -> bool:
         """Whether a loss that is still to come may need the graph of this one."""
@@ -194,6 +212,7 @@ def plan(
     scale: float = 1.0,
     model: nn.Module | None = None,
     protected: Collection[str] = (),
+    elsewhere: Elsewhere | None = None,
 ) -> Passes:
     """The passes that the gradients of the losses need. Losses may share a forward.
 
@@ -201,8 +220,12 @@ def plan(
       small gradients only where they are scaled up on their way.
     - `model`: where functions run, and what the passes that are `aside` leave as it was.
     - `protected`: losses that training takes beside its objective, before those it only watches.
+    - `elsewhere`: where the objective's gradient is taken. All losses are functions then.
     """
     found, terms = resolved(losses)
+    moved: Collection[str] = ()
+    if elsewhere is not None:
+        found, terms, moved = _moved(found, terms, [*elsewhere.stays, *protected])
     given = {
         name: distributed.share_of(parameters, loss) if isinstance(loss, Tensor) else loss
         for name, loss in found.items()
@@ -215,7 +238,7 @@ def plan(
         values.read()
     single = seeds_of(terms)
     seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
-    turns = _turns(given, terms, protected)
+    turns = _turns(given, terms, protected, moved)
     order = sorted(given, key=turns.__getitem__)
     among = [tensors[name] for name in order if name in tensors]
     return Passes(
@@ -230,6 +253,8 @@ def plan(
         leaves=[*parameters, *other_leaves(among, parameters)],
         scale=scale,
         model=model,
+        elsewhere=elsewhere,
+        moved=moved,
         values=values,
     )
 
@@ -275,6 +300,7 @@ def _turns(
     given: Mapping[str, Scalar],
     terms: Mapping[str, Collection[str]],
     protected: Collection[str],
+    moved: Collection[str],
 ) -> dict[str, tuple[int, bool, bool]]:
     """What the passes are ordered by; those that are aside begin with 2.
 
@@ -287,9 +313,52 @@ def _turns(
         is_there, is_other = isinstance(given[name], Tensor), name not in of_protected
         if is_there and (name in of_objective or not is_other):
             return 0, is_other, False
-        return (1, False, False) if name in of_objective else (2, is_other, not is_there)
+        of_turn = (1, name not in moved, False)
+        return of_turn if name in of_objective else (2, is_other, not is_there)
 
     return {name: turn(name) for name in given}
+
+
+def _moved(
+    found: Mapping[str, Scalar],
+    terms: Mapping[str, dict[str, float]],
+    stays: Collection[str],
+) -> tuple[dict[str, Scalar], dict[str, dict[str, float]], list[str]]:
+    """The scalars and terms where the objective's gradient is taken elsewhere, and which move.
+
+    A scalar that a source needs beside the objective and its parts is asked twice, once at each
+    place.
+    """
+    tensors = tensors_among(found)
+    if tensors:
+        raise ValueError(
+            "Every loss should be a function where the gradient of the objective is taken at a "
+            f"relearned copy. Found a tensor for {', '.join(f'`{name}`' for name in tensors)}, "
+            "computed before the parameters move. Pass lambda: ... with the forward inside."
+        )
+    staying = {scalar for name in stays for scalar in terms.get(name, ())}
+    of_objective = [source for source in terms if source.partition(".")[0] == OBJECTIVE]
+    others = {n for source, own in terms.items() if source not in of_objective for n in own}
+    # No source has a slash in its name.
+    places = {
+        name: f"{name}/copy" if name in others else name
+        for source in of_objective
+        for name in terms[source]
+        if name not in staying
+    }
+    if not places:
+        raise ValueError(
+            "The objective should have a part that is taken at the relearned copy. Found "
+            f"{', '.join(f'`{name}`' for name in terms[OBJECTIVE])} alone, which stays where the "
+            "parameters are. Name what is to be forgotten otherwise, or leave `relearned` out."
+        )
+    given = {name: s for name, s in found.items() if name not in places or name in others}
+    given |= {place: found[name] for name, place in places.items()}
+    moved = {
+        source: {places.get(name, name): weight for name, weight in terms[source].items()}
+        for source in of_objective
+    }
+    return given, {**terms, **moved}, [*places.values()]
 
 
 def _asks_others(parameters: Sequence[Tensor]) -> bool:

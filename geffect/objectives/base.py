@@ -145,6 +145,18 @@ class Objective(ABC):
         """
         return {}
 
+    @property
+    def keeps(self) -> frozenset[str]:
+        """The components, by name, that are reduced over another side than that to forget."""
+        return frozenset(
+            name for name, how in self.reductions.items() if how.side.partition(".")[0] != FORGET
+        )
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether single tokens may carry it: it is not to be taken at a relearned copy."""
+        return False
+
     def begin(self, model: Any) -> Self:
         """The objective as a run of this model uses it, with what it has of the run."""
         return self
@@ -247,6 +259,15 @@ def total(parts: Mapping[str, Component]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
+def loss_name(part: str, component: Component) -> str:
+    """The name of the loss of a component: that of the risk that it is, else its own.
+
+    >>> loss_name("kl", Component(torch.ones(())))
+    'objective.kl'
+    """
+    return component.risk or f"{OBJECTIVE}.{part}"
+
+
 def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Loss]:
     """The losses of a step as `Recorder.backward` and `Rectifier.backward` take them.
 
@@ -269,7 +290,7 @@ def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Los
     weights: dict[str, float] = {}
     losses: dict[str, Loss] = {}
     for part, component in parts.items():
-        name = component.risk or f"{OBJECTIVE}.{part}"
+        name = loss_name(part, component)
         weights[name] = weights.get(name, 0.0) + component.weight
         losses.setdefault(name, component.given)
     return {OBJECTIVE: weights, **losses}

@@ -91,6 +91,7 @@ class TemperedAscent(Objective):
     """
 
     source = "arXiv 2406.09179, public code"
+    unbounded = True
 
     temperature: float = 2.0
 
@@ -126,6 +127,7 @@ class LowestLossAscent(Objective):
     """
 
     source = "arXiv 2406.09179, public code"
+    unbounded = True
 
     fraction: float = 0.8
 

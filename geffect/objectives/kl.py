@@ -57,6 +57,10 @@ class KL(Objective):
         return {PART: Component(lambda: of_batch(model, side_of(batch, RETAIN), known))}
 
     @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset({PART})
+
+    @property
     def reductions(self) -> Mapping[str, Reduction]:
         return {} if self.legacy_kl else {PART: Reduction(RETAIN, "token_mean")}
 

@@ -32,6 +32,7 @@ class GradientAscent(Objective):
     """
 
     source = "arXiv 2502.19301"
+    unbounded = True
 
     @property
     def risks(self) -> Mapping[str, float]:

@@ -34,6 +34,7 @@ class NPO(Objective):
     """
 
     source = "arXiv 2404.05868"
+    unbounded = True
     reference = "likelihoods"
 
     beta: float = 0.1

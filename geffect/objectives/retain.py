@@ -88,6 +88,14 @@ class Regularised(Objective):
         )
 
     @property
+    def keeps(self) -> frozenset[str]:
+        return self.forget.keeps | self.regulariser.keeps
+
+    @property
+    def unbounded(self) -> bool:
+        return self.forget.unbounded or self.regulariser.unbounded
+
+    @property
     def of_run(self) -> Mapping[str, OfRun]:
         return {**self.forget.of_run, **self.regulariser.of_run}
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
 from geffect.forwards import check_no_loss_asked
-from geffect.gradients import Gradients, Loss, Rectification, Vector, reduced
+from geffect.gradients import AtCopy, Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
-from geffect.losses import check_reached, declared, loss_scale, plan
+from geffect.losses import Elsewhere, Passes, check_reached, declared, loss_scale, plan
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 from geffect.steps import DirectionWatch, check_owned, unwrapped
 
@@ -172,7 +172,12 @@ class Rectifier:
         return None if self._step is None else self._step.report
 
     def backward(
-        self, *, accumulate: bool = False, scaler: GradScaler | None = None, **losses: Loss
+        self,
+        *,
+        accumulate: bool = False,
+        scaler: GradScaler | None = None,
+        relearned: AtCopy | None = None,
+        **losses: Loss,
     ) -> None:
         """Leave in `.grad` the gradient of `objective`, rectified against the retain gradients.
 
@@ -180,6 +185,7 @@ class Rectifier:
           until the last, and the sum is rectified.
         - `scaler`: multiplies what goes into `.grad`. Pass losses as they are, then call
           `scaler.unscale_` and `scaler.step` as always.
+        - `relearned`: a `geffect.Relearned`, where the gradient of the objective is taken alone.
         - `losses`: as for `geffect.Recorder.backward`; use that one to record the step too.
 
         Under DDP, losses that are tensors are computed inside of `with model.no_sync():`.
@@ -191,18 +197,14 @@ class Rectifier:
             checks.check_losses(losses, self._options)
             parameters = self._begun().parameters
             distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
-            scale = loss_scale(scaler, parameters[0].device)
-            passes = plan(
-                parameters, losses, scale=scale, model=self._model, protected=self.protect
-            ).of([*self.protect, OBJECTIVE])
-            if passes.tensors:
-                distributed.check_unsynchronised(self._model)
+            place = relearned.elsewhere(self._model, losses, scaler) if relearned else None
+            passes = _passes(self._model, parameters, losses, self.protect, place, scaler)
             ranks.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
         retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
         check_reached(passes, parameters)
         # Functions of the objective are asked before those of the retain losses.
         apart = list(passes.tensors) == [*retain.given, *objective.given]
-        whole = not accumulate and window is None and scale == 1.0
+        whole = not accumulate and window is None and passes.scale == 1.0
         if apart and whole and not self._options.measure_update:
             # So that the two gradients are never in memory at once: the average takes the first in.
             self.observe(reduced(self._model, parameters, retain, peaks_of=self.protect))
@@ -329,3 +331,21 @@ class Rectifier:
     def _abandon(self) -> None:
         if self._step is not None:
             self._step.abandon()
+
+
+def _passes(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    losses: Mapping[str, Loss],
+    protect: Sequence[str],
+    place: Elsewhere | None,
+    scaler: GradScaler | None,
+) -> Passes:
+    """The passes that a step needs to be rectified: those of the objective and of what stays."""
+    scale = loss_scale(scaler, parameters[0].device)
+    passes = plan(
+        parameters, losses, scale=scale, model=model, protected=protect, elsewhere=place
+    ).of([*protect, OBJECTIVE])
+    if passes.tensors:
+        distributed.check_unsynchronised(model)
+    return passes

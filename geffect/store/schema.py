@@ -142,6 +142,9 @@ class OtherSketch:
 MARKS = 1 << 53
 """Marks of runs are below, which every reader of JSON can tell apart."""
 
+RELEARNED = "relearned"
+"""Of the manifest, where the objective's gradient is not at theta: what `geffect.Relearned` is."""
+
 STOP = "stop"
 """The table of what stopped a run, with the columns of `geffect.capture.Stop`."""
 

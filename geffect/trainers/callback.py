@@ -43,6 +43,7 @@ from geffect.sources import (
 from geffect.steps import StepFollower, check_descends, unwrapped
 from geffect.store.paths import place_of
 
+from .at_copy import told
 from .loop import (
     check_gradients_can_be_had,
     firing_loop,
@@ -174,7 +175,7 @@ class GEffectCallback(TrainerCallback):
                 drop_after=state.global_step - 1 if resumed else None,
             ),
             on_error=self._on_error,
-            provenance={"trainer": _provenance(trainer, args)},
+            provenance={"trainer": _provenance(trainer, args), **told(trainer)},
         )
         self._follower = StepFollower(self._recording.parameters, updates=self._update)
         self._in_engine = distributed.is_in_engine(self._recording.parameters[0])

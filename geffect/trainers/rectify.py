@@ -9,7 +9,7 @@ as its `__class__`, and `detach` gives back its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,10 +28,11 @@ from geffect.gradients import Gradients
 from geffect.interrupts import to_the_end
 from geffect.layers import trainable
 from geffect.projection import Rectifier
+from geffect.relearning import Relearned
 from geffect.risk import RiskGradient, RiskSet, noting_risk, risk_gradient
 from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
-from . import rectifier_state
+from . import at_copy, rectifier_state
 from .leaf_cut import LeafCut, RetainTerm
 from .loop import (
     begun_recorder,
@@ -51,7 +52,7 @@ class RectifyMixin(Trainer):
     """A Trainer whose steps are rectified: `class RectifiedNPO(RectifyMixin, NPO): ...`.
 
     What `rectify` makes of a Trainer, for those who write a class: `rectifier`, `retain`,
-    `recorder` and `probes` are given by name, beside what the other class takes.
+    `recorder`, `probes` and `relearned` are given by name, beside what the other class takes.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class RectifyMixin(Trainer):
         retain: RiskSet | None = None,
         recorder: Recorder | Callable[..., Recorder] | None = None,
         probes: Mapping[str, RiskSet] | None = None,
+        relearned: Relearned | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._rectified = _Steps(self, rectifier, retain, recorder, probes)
+        self._rectified = _Steps(self, rectifier, retain, recorder, probes, relearned)
         self.add_callback(self._rectified)
 
     def compute_retain_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,10 +89,13 @@ class RectifyMixin(Trainer):
         with ExitStack() as self._rectified.until_trained:
             return super().train(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """A micro-batch; the last one of a step leaves the rectified gradient in `.grad`."""
-        with _reduced_here(model), self._rectified.cutting():
-            loss = super().training_step(model, *args, **kwargs)
+        steps = self._rectified
+        with _reduced_here(model), steps.at_copy(model, inputs), steps.cutting():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._rectified.take(loss)
         return loss
 
@@ -124,7 +129,15 @@ class _Steps(TrainerCallback):
         retain: RiskSet | None,
         recorder: Recorder | Callable[..., Recorder] | None,
         probes: Mapping[str, RiskSet] | None,
+        relearned: Relearned | None,
     ) -> None:
+        at_copy.check_relearned(relearned)
+        if relearned is not None and retain is None:
+            raise ValueError(
+                "`retain` batches should be given with `relearned`: their gradient is taken at "
+                "theta, and that of the loss of the Trainer, its retain term too, at the copy. "
+                "Found none. Pass retain=batches, with labels; or use UnlearningTrainer."
+            )
         check_risks("probes", probes or {}, taken=[RETAIN])
         if probes and recorder is None:
             raise ValueError(
@@ -134,7 +147,7 @@ class _Steps(TrainerCallback):
         optimizer: Any = trainer.optimizer  # which there may not be yet
         check_gradients_can_be_had(trainer, optimizer)
         _check_retain_gradient(trainer, rectifier, given=retain is not None)
-        self.trainer, self.rectifier = trainer, rectifier
+        self.trainer, self.rectifier, self.relearned = trainer, rectifier, relearned
         self.given_recorder = recorder
         self.recorder: Recorder | None = None
         self.until_trained = ExitStack()
@@ -155,6 +168,7 @@ class _Steps(TrainerCallback):
     ) -> None:
         """Refuse training in which no gradient can be had, and attach the optimizer."""
         check_gradients_can_be_had(self.trainer, kwargs["optimizer"])
+        at_copy.check_trained(self.relearned, self._model)
         self.recorder = None
         if self.given_recorder is not None:
             self.recorder = begun_recorder(self.given_recorder, self.trainer, self.until_trained)
@@ -169,6 +183,17 @@ class _Steps(TrainerCallback):
         self.log.take(self.rectifier.report)
         if self.recorder is not None:
             stop_if_due(self.recorder.stop, control)
+
+    def at_copy(self, model: nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """A block in which the Trainer makes its own pass where the model has relearned."""
+        if self.relearned is None:
+            return nullcontext()
+        trainer: Any = self.trainer
+        batch = inputs if self.relearned.loss is not None else trainer._prepare_inputs(inputs)
+        autocast = trainer.compute_loss_context_manager
+        place = at_copy.of_batch(self.relearned, model, batch, autocast)
+        assert place is not None
+        return place.elsewhere(self._model, {}, trainer.accelerator.scaler).block()
 
     @contextmanager
     def cutting(self) -> Iterator[None]:
@@ -203,7 +228,9 @@ class _Steps(TrainerCallback):
             self.rectifier.observe(gradients)
             self.rectifier.rectify(gradients)
         else:
-            self.recorder.record(gradients, rectifier=self.rectifier, n_micro=micro)
+            self.recorder.record(
+                gradients, rectifier=self.rectifier, n_micro=micro, relearned=self.relearned
+            )
         distributed.take_step(self._model)
 
     def end(self) -> None:
@@ -296,6 +323,7 @@ def rectify(
     retain: RiskSet | None = None,
     recorder: Recorder | Callable[..., Recorder] | None = None,
     probes: Mapping[str, RiskSet] | None = None,
+    relearned: Relearned | None = None,
 ) -> Rectified:
     """Rectify the steps of any `transformers.Trainer`, those of TRL and open-unlearning among them.
 
@@ -315,6 +343,9 @@ def rectify(
       the risk on each is recorded too. G-effects need that on the forget data. `retain` is the
       retain loss of the Trainer, or the risk on `retain` batches: where the former is a distance to
       another model, give the data as a probe of another name for their risk.
+    - `relearned`: a `geffect.Relearned`, where the loss of the Trainer is differentiated, a retain
+      term of it too; the gradients of `retain` and `probes` are those at theta. What is relearned
+      is the forget side of each batch, or the `loss` that it has.
 
     Returns an object whose `detach()` puts everything back. Raises an error for a Trainer that has
     a rectifier already, or no retain gradient; in training, for a loss that shares a forward pass
@@ -345,7 +376,7 @@ def rectify(
     rectified: Any = trainer
     rectified.__class__ = type(kind.__name__, (RectifyMixin, kind), told)
     try:
-        steps = _Steps(rectified, rectifier, retain, recorder, probes)
+        steps = _Steps(rectified, rectifier, retain, recorder, probes, relearned)
     except BaseException:
         rectified.__class__ = kind
         raise

@@ -18,6 +18,7 @@ from geffect.capture import Recorder
 from geffect.data.collate import collate
 from geffect.data.others import WithOthers, among_others
 from geffect.data.pairs import Items, Pairing, Pairs
+from geffect.gradients import AtCopy
 from geffect.losses import Loss, Scalar
 from geffect.objectives import (
     FrozenModel,
@@ -30,6 +31,7 @@ from geffect.objectives import (
     step_losses,
 )
 from geffect.projection import Rectifier
+from geffect.relearning import Relearned
 from geffect.risk import (
     check_answers,
     inputs_of,
@@ -39,8 +41,8 @@ from geffect.risk import (
 )
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 
-from . import objective_state, rectifier_state
-from .loop import begun_recorder, check_gradients_can_be_had, stop_if_due
+from . import at_copy, objective_state, rectifier_state
+from .loop import begun_recorder, check_gradients_can_be_had, model_of, stop_if_due
 from .rectification_log import RectificationLog
 
 Batches = dict[str, Any]
@@ -85,6 +87,9 @@ class UnlearningTrainer(Trainer):
     - `recorder`: one that was made for `model`, which the caller closes; or what makes one,
       `partial(Recorder, path=...)`, called with the model when training begins and closed when it
       ends. Resumed from a checkpoint such a recorder continues its file at that step.
+    - `relearned`: a `geffect.Relearned`, where the gradient of the objective is taken, but for its
+      parts that are of data to keep. What is relearned is the forget batch of each micro-batch, or
+      the `loss` that it has. The logged loss is that of the objective there.
 
     Recorded training ends with the parameters that it would have ended with, bit for bit. Without a
     rectifier a recorded step costs one backward pass for each risk, but for one that the objective
@@ -106,10 +111,12 @@ class UnlearningTrainer(Trainer):
         eval_dataset: Mapping[str, Items] | None = None,
         rectifier: Rectifier | None = None,
         recorder: Recorder | Callable[..., Recorder] | None = None,
+        relearned: Relearned | None = None,
         data_collator: Callable[..., dict[str, Any]] | None = None,
         **options: Any,
     ) -> None:
         minimised = as_objective(objective)
+        at_copy.check_relearned(relearned)
         sets = _training_sets(forget, retain, given=train_dataset is not None)
         args = args or TrainingArguments("tmp_trainer")  # as a Trainer has it
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -140,7 +147,7 @@ class UnlearningTrainer(Trainer):
         )
         # Losses are means of their own, to be divided by the number of micro-batches.
         self.model_accepts_loss_kwargs = False
-        self.rectifier, self.recorder = rectifier, recorder
+        self.rectifier, self.recorder, self.relearned = rectifier, recorder, relearned
         self.objective: Objective = minimised
         self._running: Objective = minimised
         self.reference = reference
@@ -187,7 +194,7 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Accumulate a micro-batch; at the last of a step leave the (rectified) gradient."""
-        if self.rectifier is None and self._recorder is None:
+        if self.rectifier is None and self._recorder is None and self.relearned is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         optimizer: Any = self.optimizer
@@ -195,7 +202,7 @@ class UnlearningTrainer(Trainer):
             optimizer.train()
         inputs = self._prepare_inputs(inputs)
         with distributed.unsynchronised(model), self.compute_loss_context_manager():
-            losses = self._losses(model, inputs)
+            losses, place = self._losses(model, inputs)
         # Where the Trainer does not say how many a window has, it divides by what was asked for.
         micro_batches = getattr(
             self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
@@ -205,10 +212,10 @@ class UnlearningTrainer(Trainer):
         def share_of(name: str, scalar: Scalar) -> Tensor:
             with distributed.unsynchronised(model), self.compute_loss_context_manager():
                 loss = scalar if isinstance(scalar, Tensor) else scalar()
-            if is_risk(name):
+            if is_risk(name) and not at_copy.is_at_copy():
                 self._risks.setdefault(name, []).append(loss.detach())
             share = loss / micro_batches
-            values[name] = share.detach()
+            values.setdefault(name, share.detach())  # that of the objective comes first
             return share
 
         shares: dict[str, Loss] = {}
@@ -217,7 +224,7 @@ class UnlearningTrainer(Trainer):
                 shares[name] = share_of(name, loss)
             else:
                 shares[name] = loss if isinstance(loss, Mapping) else partial(share_of, name, loss)
-        self._backward(shares)
+        self._backward(shares, place)
         return _value(losses[OBJECTIVE], values)
 
     def prediction_step(
@@ -246,21 +253,24 @@ class UnlearningTrainer(Trainer):
             logs = {**logs, **nlls, **self._rectifications.means()}
         super().log(logs, *args, **kwargs)
 
-    def _losses(self, model: nn.Module, batch: Batches) -> dict[str, Loss]:
+    def _losses(self, model: nn.Module, batch: Batches) -> tuple[dict[str, Loss], AtCopy | None]:
         """The losses of a micro-batch: the objective, what it is made of, and risks beside it.
 
         They are functions, called one after the other, except for parts of the objective that are
-        tensors.
+        tensors. With them where the gradient of the objective is taken.
         """
         self._check(model, batch)
         shared = SharedForward(model) if distributed.shares_forwards(model.parameters()) else model
         parts = self._running.components(shared, batch, self.reference)
         # A rectifier looks at every part of a sum, and at a single one where it is to find that.
-        apart = self.rectifier is not None and (len(parts) > 1 or self.rectifier.part == "forget")
+        apart = len(parts) > 1 and not (self.rectifier is None and self.relearned is None)
+        apart = apart or (self.rectifier is not None and self.rectifier.part == "forget")
         losses = step_losses(parts, apart=apart)
+        of_step = at_copy.with_parts(self.relearned, self._running, parts)
+        place = at_copy.of_batch(of_step, model, batch, self.compute_loss_context_manager)
         for name in self._wanted(batch):
             losses.setdefault(name, partial(nll, shared, batch[name]))
-        return losses
+        return losses, place
 
     def _check(self, model: nn.Module, batch: Batches) -> None:
         """Refuse a micro-batch without a side that the objective takes, or without answers."""
@@ -273,7 +283,7 @@ class UnlearningTrainer(Trainer):
             return [*sets]
         return [] if self.rectifier is None else [name for name in sets if name != FORGET]
 
-    def _backward(self, losses: Mapping[str, Any]) -> None:
+    def _backward(self, losses: Mapping[str, Any], relearned: AtCopy | None) -> None:
         backward: Callable[..., None]
         accumulate, scaler = not self.accelerator.sync_gradients, self.accelerator.scaler
         if self._recorder is not None:
@@ -283,9 +293,11 @@ class UnlearningTrainer(Trainer):
         elif self.rectifier is not None:
             backward = self.rectifier.backward
         else:
+            assert relearned is not None
+            at_copy.backward_at_copy(model_of(self), relearned, losses, scaler)
             return
         with distributed.micro_batch(self.model_wrapped, last=not accumulate):
-            backward(accumulate=accumulate, scaler=scaler, **losses)
+            backward(accumulate=accumulate, scaler=scaler, relearned=relearned, **losses)
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Once model and optimizer are as they will be: bring what works on them to them."""
@@ -295,8 +307,9 @@ class UnlearningTrainer(Trainer):
                 self._copied, device_placement=True, evaluation_mode=True
             )
             self._copied = None
-        if self.rectifier is not None or self.recorder is not None:
+        if not (self.rectifier is None and self.recorder is None and self.relearned is None):
             check_gradients_can_be_had(self, optimizer)
+        at_copy.check_trained(self.relearned, model_of(self))
         if self.rectifier is not None:
             self.rectifier.attach(optimizer)
             self._until_trained.callback(self.rectifier.detach)
