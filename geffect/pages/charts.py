@@ -113,7 +113,7 @@ class Map:
     def colours(self) -> NDArray[np.int64]:
         """The index of the colour of each cell, and -1 where it has no finite value."""
         known = np.isfinite(self.values)
-        place = np.vectorize(self.scale.place, otypes=[float])(np.where(known, self.values, 1.0))
+        place = self.scale.places(np.where(known, self.values, self.scale.high))
         most = len(self.palette) - 1
         found = np.clip(np.rint(place * most), 0, most).astype(np.int64)
         return np.where(known, found, -1)

@@ -7,7 +7,6 @@ import base64
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,14 +64,17 @@ def _lines(chart: Lines) -> str:
 
 def _path(one: Series, x: Scale, y: Scale, wide: float, bottom: float) -> str:
     """The curve; a value between two gaps is a stroke of its own, and ends are round."""
-    stride = -(-len(one.steps) // POINTS)
+    stride = max(1, -(-len(one.steps) // POINTS))
+    steps, values = (np.array(of[::stride], dtype=float) for of in (one.steps, one.values))
+    known = np.isfinite(values)
+    across = LEFT + wide * x.places(steps)
+    up = bottom - TALL * y.places(np.where(known, np.clip(values, y.low, y.high), y.high))
     d, pen = [], "M"
-    for step, value in [*zip(one.steps, one.values, strict=True)][:: max(1, stride)]:
-        if not isfinite(value):
+    for right, down, there in zip(across, up, known, strict=True):
+        if not there:
             pen = "M"
             continue
-        place = min(max(y.place(min(max(value, y.low), y.high)), 0.0), 1.0)
-        at = f"{LEFT + wide * x.place(step):.1f} {bottom - TALL * place:.1f}"
+        at = f"{right:.1f} {down:.1f}"
         d.append(f"{pen}{at}" + ("h0" if pen == "M" else ""))
         pen = "L"
     return "".join(d)

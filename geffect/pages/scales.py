@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import asinh, ceil, floor, log10
+from math import ceil, floor, log10
 from typing import Any, Literal
 
 import numpy as np
@@ -84,8 +84,12 @@ class Scale:
 
     def place(self, value: float) -> float:
         """From 0 at `low` to 1 at `high`."""
+        return float(self.places(np.array(value)))
+
+    def places(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The same of many values."""
         low, high = self._spread(self.low), self._spread(self.high)
-        return (self._spread(value) - low) / (high - low)
+        return np.asarray((self._spread(values) - low) / (high - low))
 
     def value(self, place: float) -> float:
         """The value at a place; the inverse of `place`."""
@@ -101,10 +105,10 @@ class Scale:
             (value, f"{value:g}") for value in self._round(most) if self.low <= value <= self.high
         ]
 
-    def _spread(self, value: float) -> float:
+    def _spread(self, value: Any) -> Any:
         if self.kind == "log":
-            return log10(value)
-        return asinh(value / self.threshold) if self.kind == "symlog" else value
+            return np.log10(value)
+        return np.arcsinh(value / self.threshold) if self.kind == "symlog" else value
 
     def _round(self, most: int) -> list[float]:
         if self.kind == "linear":

@@ -61,7 +61,7 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "rectifier": rectifier_of(run.manifest),
         "state": run.state,
         "steps": len(run.steps),
-        "stride": stride,
+        "thinned": ordinal(stride) if stride > 1 else "",
         "sources": run.sources,
         "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
         "last": last.to_dict("records"),
@@ -78,6 +78,16 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "weights": [f for f in (charts.of_weights(read, stride),) if f],
         **_effects(run),
     }
+
+
+def ordinal(number: int) -> str:
+    """The number as one of a row.
+
+    >>> [ordinal(n) for n in (2, 3, 11, 12, 21, 104)]
+    ['2nd', '3rd', '11th', '12th', '21st', '104th']
+    """
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
 def _model(told: Mapping[str, Any]) -> str:

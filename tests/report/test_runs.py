@@ -7,7 +7,8 @@ import pytest
 
 from geffect import Run, open_run
 from geffect.analysis import compare, conflict, cosine, g_effect, violation
-from geffect.report import runs_report
+from geffect.report import charts, runs_report
+from geffect.report.runs import ordinal
 from geffect.report.summary import COLUMNS
 from tests.utils.many_runs import random_run
 from tests.utils.pages import Page, assert_self_contained
@@ -131,19 +132,27 @@ def test_runs_of_one_name_are_told_apart(runs: list[Run], tmp_path: Path) -> Non
 
 
 def test_twenty_runs_fit(tmp_path: Path) -> None:
-    """Of 400 steps and 12 layers each: 6 MB for all, the same as of 20,000 steps."""
-    one = open_run(random_run(tmp_path / "one.h5", 400, layers=12, rectified=True))
+    one = open_run(random_run(tmp_path / "one.h5", 60, layers=12, rectified=True))
     text = runs_report([one] * 20)
     assert len(text.encode()) < 6_000_000
     assert_self_contained(text)
 
 
-def test_a_long_run_is_thinned_and_says_so(tmp_path: Path) -> None:
-    run = open_run(random_run(tmp_path / "long.h5", 1000, layers=60, rectified=True))
-    text = runs_report([run] * 3)
-    assert len(text.encode()) < 6_000_000
-    page = Page(text)
-    steps = {tuple(chart["steps"][:2]) for chart in page.charts if chart["kind"] == "map"}
-    ((first, second),) = steps
-    assert first == 0 and second > 1
-    assert f"every {second}th step" in page.words.replace("2th", "2nd").replace("2nd", "2th")
+def test_all_numbers_of_long_runs_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of the room, and of the steps: what is thinned says so, and keeps its values."""
+    monkeypatch.setattr(charts, "NUMBERS", charts.NUMBERS // 100)
+    monkeypatch.setattr(charts, "POINTS", charts.POINTS // 100)
+    monkeypatch.setattr(charts, "FEWEST", 10)
+    run = open_run(random_run(tmp_path / "long.h5", 90, layers=6, rectified=True))
+    page = Page(runs_report([run] * 3))
+    maps = [chart for chart in page.charts if chart["kind"] == "map"]
+    assert sum(len(row) for chart in maps for row in chart["rows"]) <= charts.NUMBERS
+    curves = [chart for chart in page.charts if chart["kind"] == "lines"][:6]
+    assert sum(len(v) for c in curves for _, *own in c["tables"] for v in own) <= charts.POINTS
+    ((first, second),) = {tuple(chart["steps"][:2]) for chart in maps}
+    assert first == 0 and second > 1 and f"Charts show every {ordinal(second)} step" in page.words
+    whole = g_effect(run, "layer").pivot(index="layer", columns=["effect", "step"], values="value")
+    shown = next(c for c in maps if c["title"].startswith("unlearning: "))
+    assert shown["rows"] == [
+        [float(f"{v:.4g}") for v in row] for row in whole["unlearning"][shown["steps"]].to_numpy()
+    ]

@@ -121,7 +121,8 @@
       .filter((i) => i === count - 1 || (i % stride === 0 && count - 1 - i >= stride / 2));
     const under = element("div");
     under.className = "scale";
-    const strip = element("div", "", { background: `linear-gradient(to right, ${palette})` });
+    const colours = says ? palette.map((one, i) => `${one} ${50 * i}% ${50 * (i + 1)}%`) : palette;
+    const strip = element("div", "", { background: `linear-gradient(90deg, ${colours})` });
     strip.className = "strip";
     const written = element("div");
     written.className = "labels";
