@@ -3,11 +3,12 @@
 What a value is beside the one of a model that is not attacked is known here alone: `baseline`.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import log
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -18,9 +19,9 @@ from .look import Look
 from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
 from .quantisers import Quantiser
 from .recognition import every_other, recognition, recognition_after
-from .relearning import as_attacks, relearning, teach
+from .relearning import as_attacks, relearning, taught
 from .rounding import quantisers_for, rounded
-from .sets import RETAIN, AuditSet
+from .sets import FORGET, RETAIN, AuditSet
 from .verdict import MEMORISED, NLL
 
 HIDDEN = "hidden"
@@ -31,6 +32,9 @@ DEPTH = "depth"
 
 RELEARNING, ROUNDING, PROMPT = "relearning", "rounding", "prompt"
 DECODER_SWAP, RECOGNITION = "decoder swap", "recognition"
+
+READ = 32
+"""So many retained items tell whether the original can read the states of a model."""
 
 FASTER = 3.0
 """Facts are shown at so many times the learning rate before others are asked for."""
@@ -95,11 +99,26 @@ def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     probe = look.original.probe(of)
+    _check_states(look)
     yield look.rows(HIDDEN, DECODER_SWAP, of, probe.decoder_swap(look.model))
     if look.budget.layers:
         for name, found in (("patched", probe.patched), ("lens", probe.lens)):
             for layer, values in enumerate(found(look.model).T):
                 yield look.rows(DEPTH, f"{name} {layer}", of, values)
+
+
+def _check_states(look: Look) -> None:
+    """Refuse a model whose states the original cannot read, as one of other first weights."""
+    probe = look.original.probe(look.budget.some_of(look.sets[RETAIN], READ))
+    found, own = (
+        float(np.nanmean(probe.decoder_swap(model))) for model in (look.model, look.original.model)
+    )
+    if found > own + log(look.record(look.sets[FORGET]).vocabulary) / 2:
+        raise ValueError(
+            "States of a model should be such as the original can read, to be handed to it. Found "
+            f"that it tells {RETAIN} with an NLL of {found:.1f} from them, and of {own:.1f} from "
+            "its own. Models that were trained from other first weights are so, and broken ones."
+        )
 
 
 def _prompted(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
@@ -163,7 +182,4 @@ def _shown(look: Look) -> Mapping[str, Callable[[nn.Module, list[Item]], nn.Modu
 
 
 def _taught(look: Look, model: nn.Module, items: list[Item], *, steps: int) -> nn.Module:
-    """A copy of a model that was trained on some items."""
-    student = copy.deepcopy(model)
-    teach(student, items, steps=steps, learning_rate=FASTER * look.learning_rate)
-    return student
+    return taught(model, items, steps=steps, learning_rate=FASTER * look.learning_rate)

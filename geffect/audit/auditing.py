@@ -23,11 +23,20 @@ from geffect.numbers import is_number
 from .batteries import BATTERIES
 from .budget import BUDGETS, Budget
 from .look import Look, Original
-from .models import ORIGINAL, AuditModels, Source, kind_of, limits_of, named
+from .models import (
+    ORIGINAL,
+    RETRAINED,
+    ROLES,
+    AuditModels,
+    Source,
+    kind_of,
+    limits_of,
+    named,
+)
 from .report import AuditReport
 from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, check_fits, sets_of
 from .summary import table_of
-from .table import DRAWS, FEWEST
+from .table import DRAWS, FEWEST, with_mean
 from .thresholds import Thresholds
 from .verdict import judged
 
@@ -67,7 +76,7 @@ DEFAULTS: AuditOptions = {
 def audit(
     unlearned: Source,
     original: Source,
-    retrained: Source | None = None,
+    retrained: Source | Sequence[Source] | None = None,
     *,
     sets: Mapping[str, Any],
     batteries: Iterable[str] | None = None,
@@ -77,8 +86,9 @@ def audit(
     """Audit an unlearned model: is what should be forgotten gone, or only hidden?
 
     - `unlearned`, `original`, `retrained`: models, or where they are saved. The retrained one never
-      saw what is to be forgotten. Without it the set "holdout" stands for what a model that never
-      knew would show, and the best verdict is "not recovered by these attacks".
+      saw what is to be forgotten; a sequence of several, trained from different seeds, says how
+      much such models differ. Without it the set "holdout" stands for what a model that never knew
+      would show, and the best verdict is "not recovered by these attacks".
     - `sets`: what is asked, by the names of `geffect.audit.sets.NAMES`, as for `sets_of`.
     - `batteries`: some of memorised, privacy, hidden and utility; all by default. What is not
       measured is not judged.
@@ -121,7 +131,7 @@ def audit(
     started = time.monotonic()
     ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
     items, manifest = measured(models, ordered, names, chosen)
-    table = table_of(items)
+    table = table_of(items, limits)
     told = {
         **_provenance(models, read),
         **manifest,
@@ -169,7 +179,9 @@ def measured(
         "bootstrap": {"draws": DRAWS, "seed": 0, "subjects_from": FEWEST},
         "skipped": skipped,
     }
-    return pd.concat(found, ignore_index=True), told
+    items = pd.concat(found, ignore_index=True)
+    several = [role for role in models if role not in ROLES]
+    return (with_mean(items, several, RETRAINED) if several else items), told
 
 
 def expected_seconds(model: nn.Module, sets: AuditSets, budget: Budget) -> float:

@@ -9,23 +9,25 @@ from torch import nn
 from .batteries import BATTERIES
 from .budget import QUICK, Budget
 from .look import Look, Original
-from .models import ORIGINAL, RETRAINED, UNLEARNED
+from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
 from .sets import AuditSets
 from .summary import table_of
+from .table import with_mean
 from .thresholds import Thresholds
 from .verdict import Verdict, judged
 
 
 @dataclass
 class Beside:
-    """An original and a retrained model, read once, beside which unlearned models are judged.
+    """An original and retrained models, read once, beside which unlearned models are judged.
 
+    - `retrained`: one, or a sequence of several that were trained from different seeds.
     - `sets`, `budget`, `learning_rate`: as for `geffect.audit`; the rate has to be given.
     - `batteries`: what is measured.
     """
 
     original: nn.Module
-    retrained: nn.Module
+    retrained: nn.Module | Sequence[nn.Module]
     sets: AuditSets
     learning_rate: float
     budget: Budget = QUICK
@@ -38,11 +40,19 @@ class Beside:
     ) -> tuple[Verdict, pd.DataFrame]:
         """The verdict of one unlearned model, and its table."""
         if self._read is None:
-            known = {ORIGINAL: self.original, RETRAINED: self.retrained}
-            self._read = pd.concat([self._of(role, model) for role, model in known.items()])
+            self._read = self._beside()
         items = pd.concat([self._read, self._of(UNLEARNED, unlearned)], ignore_index=True)
-        table = table_of(items)
-        return judged(table, thresholds), table
+        limits = thresholds or Thresholds()
+        table = table_of(items, limits)
+        return judged(table, limits), table
+
+    def _beside(self) -> pd.DataFrame:
+        one = isinstance(self.retrained, nn.Module)
+        several = [self.retrained] if isinstance(self.retrained, nn.Module) else [*self.retrained]
+        roles = retrained_roles(len(several))
+        known = {ORIGINAL: self.original, **dict(zip(roles, several, strict=True))}
+        items = pd.concat([self._of(role, model) for role, model in known.items()])
+        return items if one else with_mean(items, roles, RETRAINED)
 
     def _of(self, role: str, model: nn.Module) -> pd.DataFrame:
         if self._original is None:

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from geffect.risk import limits
 ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"
 ROLES = (ORIGINAL, RETRAINED, UNLEARNED)
 """The model that has learned all data; one that was trained without what is to be forgotten; and
-the one that is audited."""
+the one that is audited. Several that were retrained are "retrained 1", "retrained 2" and so on,
+and "retrained" is what they show on the mean."""
 
 GGUF = ".gguf"
 
@@ -36,40 +37,51 @@ adapter, or a GGUF file."""
 class AuditModels(Mapping[str, Source]):
     """The models of an audit by their roles, of which one at a time is loaded.
 
+    - `retrained`: none, one, or a sequence of several that were trained from different seeds.
     - `base`: the model that adapters are for, where it is not at the place that they name.
     - `device`: where models are loaded; a model that is given stays where it is.
 
     >>> models = AuditModels(unlearned=nn.Linear(1, 1), original=nn.Linear(1, 1))
     >>> [*models]
     ['original', 'unlearned']
+    >>> [*AuditModels(nn.Linear(1, 1), nn.Linear(1, 1), [nn.Linear(1, 1), nn.Linear(1, 1)])]
+    ['original', 'retrained 1', 'retrained 2', 'unlearned']
     """
 
     unlearned: Source
     original: Source
-    retrained: Source | None = None
+    retrained: Source | Sequence[Source] | None = None
     base: str | os.PathLike[str] | None = None
     device: str | torch.device | None = None
 
     def __post_init__(self) -> None:
-        for role in ROLES:
-            _check_source(role, getattr(self, role))
+        _check_retrained(self.retrained)
+        for role, source in self._sources.items():
+            _check_source(role, source)
         if not any(kind_of(self[role]) == "adapter" for role in self) and self.base is not None:
             raise ValueError(
                 f"`base` should go with an adapter, which it is the model of. Found `{self.base}`, "
                 "and no adapter. Leave it out."
             )
 
+    @property
+    def _sources(self) -> dict[str, Source]:
+        given = self.retrained
+        several = () if given is None else given if _is_several(given) else [given]
+        return {
+            ORIGINAL: self.original,
+            **dict(zip(retrained_roles(len(several)), several, strict=True)),
+            UNLEARNED: self.unlearned,
+        }
+
     def __getitem__(self, role: str) -> Source:
-        source: Source | None = getattr(self, role, None) if role in ROLES else None
-        if source is None:
-            raise KeyError(role)
-        return source
+        return self._sources[role]
 
     def __iter__(self) -> Iterator[str]:
-        return (role for role in ROLES if getattr(self, role) is not None)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len([*iter(self)])
+        return len(self._sources)
 
     def loaded(self, role: str) -> nn.Module:
         """The model of a role: what was given, or what is read now, in eval mode.
@@ -85,6 +97,17 @@ class AuditModels(Mapping[str, Source]):
             return model
         base = self.base if kind_of(source) == "adapter" else None
         return whole_of(source, base, device)
+
+
+def retrained_roles(count: int) -> tuple[str, ...]:
+    """What so many retrained models are called, each by itself.
+
+    >>> retrained_roles(1), retrained_roles(2)
+    (('retrained',), ('retrained 1', 'retrained 2'))
+    """
+    if count == 1:
+        return (RETRAINED,)
+    return tuple(f"{RETRAINED} {number}" for number in range(1, count + 1))
 
 
 def limits_of(source: Source) -> tuple[int, int]:
@@ -116,9 +139,27 @@ def named(source: Source) -> str:
     return type(source).__name__ if isinstance(source, nn.Module) else Path(source).name
 
 
-def _check_source(role: str, source: Source | None) -> None:
+def _is_several(source: object) -> TypeGuard[Sequence[Source]]:
+    """Whether it is a sequence of models."""
+    return isinstance(source, Sequence) and not isinstance(source, str)
+
+
+def _check_retrained(given: object) -> None:
+    """Refuse a sequence of no model, and one that holds a model twice: it has no spread."""
+    if not _is_several(given):
+        return
+    told = {id(x) if isinstance(x, nn.Module) else str(x) for x in given}
+    if not given or len(told) < len(given):
+        found = "the same one twice" if given else "none"
+        raise ValueError(
+            "`retrained` should be models that were trained without the forget data, each from a "
+            f"seed of its own. Found {found}. Pass each once, or leave `retrained` out."
+        )
+
+
+def _check_source(role: str, source: object) -> None:
     """Refuse what is no model before anything is loaded."""
-    if isinstance(source, nn.Module) or (source is None and role == RETRAINED):
+    if isinstance(source, nn.Module):
         return
     if not isinstance(source, str | os.PathLike):
         raise ValueError(

@@ -6,6 +6,7 @@ on what it asks for, and is an upper bound. Where all models learn the names and
 set again, `half` and `full` tell little: they are reported, and never merged with `benign`.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -221,6 +222,24 @@ def teach(
         for parameter, before in zip(trained, required, strict=True):
             parameter.requires_grad_(before)
     return steps
+
+
+def taught(
+    model: nn.Module, items: Sequence[Item], *, steps: int, learning_rate: float
+) -> nn.Module:
+    """A copy of a model that was trained on some items, as `relearning` trains.
+
+    That of an adapter is merged into its weights before, of which all are trained.
+
+    >>> model = nn.Linear(1, 1)
+    >>> taught(model, [], steps=0, learning_rate=0.1) is model
+    False
+    """
+    check_weights(model, "Teaching")
+    whole = deployed(model)
+    student = copy.deepcopy(model) if whole is model else whole  # merged, it is a copy already
+    teach(student, items, steps=steps, learning_rate=learning_rate)
+    return student
 
 
 def curve(table: pd.DataFrame) -> pd.DataFrame:

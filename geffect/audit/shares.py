@@ -10,8 +10,8 @@ less means that more is known, as in an NLL, both differences change their signs
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import isinf, isnan, nan
+from dataclasses import asdict, dataclass, replace
+from math import hypot, isinf, isnan, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 from .table import DRAWS, LIMITS, resampled_means, resamples, units_of
 
 Floats = NDArray[np.float64]
+
+ALIKE = 2
+"""A noise of retraining that was measured elsewhere counts as much as so many further models."""
+
+REACH = 1.96
+"""So many standard deviations to each side are 95 %."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,51 @@ def noise_level(
         own = [subject for subject, x in zip(about, half, strict=True) if x]
         ways.append(_Asked.of(values[half], other, known[half], own, rises).share())
     return float(np.nanmax(ways)) if not np.isnan(ways).all() else nan
+
+
+def retraining_noise(retrained: ArrayLike, gap: float, default: float) -> float:
+    """By how much a share differs when the model is another retrained one: a standard deviation.
+
+    - `retrained`: the values of k retrained models under one attack, `Float64[model, item]`.
+    - `gap`: by how much the original differs from their mean, which a share is a share of.
+    - `default`: the noise of one retrained model's share, as it was measured elsewhere.
+
+    With the variance s^2 of one model's mean beside what its items vary by (the component of a
+    two-way analysis of variance, at least 0), the variance of a mean over k models and of one more
+    is
+
+        (2 default^2 + (k - 1) s^2 / gap^2) / (k + 1) (1 + 1 / k)
+
+    >>> round(retraining_noise([[4.0, 4.0]], 4.0, 0.04), 4)
+    0.0566
+    >>> round(retraining_noise([[3.0, 3.0], [5.0, 5.0]], 4.0, 0.04), 4)
+    0.2532
+    """
+    values = _floats(retrained)
+    values = values[:, ~np.isnan(values).any(axis=0)]
+    count, items = values.shape
+    variance = default**2
+    if count > 1 and items and gap:
+        means = values.mean(axis=1)
+        own = float(means.var(ddof=1))
+        if items > 1:
+            rest = values - values.mean(axis=0) - means[:, None] + values.mean()
+            own -= float((rest**2).sum()) / ((count - 1) * (items - 1)) / items
+        spread = max(0.0, own) / gap**2
+        variance = (ALIKE * variance + (count - 1) * spread) / (ALIKE + count - 1)
+    return sqrt(variance * (1 + 1 / count))
+
+
+def widened(share: Share, noise: float) -> Share:
+    """The share with the bounds of items and of a noise that is independent of them.
+
+    >>> widened(Share(0.5, 0.2, 0.8, 20), 0.4 / REACH)
+    Share(value=0.5, low=0.0, high=1.0, n=20, floor_estimated=False)
+    """
+    reach = REACH * noise
+    low = share.value - hypot(share.value - share.low, reach)
+    high = share.value + hypot(share.high - share.value, reach)
+    return replace(share, low=low, high=high)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import isnan, nan
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from geffect.evaluation.membership import Scores, auc, membership
 from geffect.evaluation.utility import kept_share
@@ -14,16 +14,19 @@ from geffect.evaluation.utility import kept_share
 from .attacks import DEPTH, HIDDEN, baseline
 from .batteries import PARAPHRASED
 from .depth import unlearning_depth
-from .models import ORIGINAL, RETRAINED, UNLEARNED
+from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
 from .prompts import ROUGE
 from .sets import FORGET, HOLDOUT, KEPT
-from .shares import Floor, Share, noise_level, recoverable_share
+from .shares import Floor, Share, noise_level, recoverable_share, retraining_noise, widened
 from .table import KEYS, SUMMED, check_items, interval, resampled_means, resamples, summed, units_of
+from .thresholds import Thresholds
 from .verdict import (
     DIFFERENCE,
     DIRECT,
     KEPT_SHARE,
+    KNOWN,
     MEMORISED,
+    NLL,
     PRIVACY,
     PRIVLEAK,
     RECOVERABLE,
@@ -71,6 +74,17 @@ class Values:
         """What was measured of a model on a set, in that order."""
         return [m for b, m, s, role in self.by_key if (b, s, role) == (battery, of, model)]
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The retrained models, each by itself: of several not their mean."""
+        there = {role for *_, role in self.by_key if role.startswith(RETRAINED)}
+        return retrained_roles(max(1, len(there) - 1)) if there else ()
+
+    def retrained(self, battery: str, metric: str) -> list[Floats]:
+        """The values of each retrained model that has some."""
+        found = [self.get(battery, metric, FORGET, role) for role in self.roles]
+        return [values for values in found if values is not None]
+
     def floor(self, battery: str, metric: str) -> Floor | None:
         """What a model that never knew shows: the retrained one, or the original on the holdout."""
         measured = self.get(battery, metric, FORGET, RETRAINED)
@@ -82,19 +96,24 @@ class Values:
         return None if measured is None else Floor(measured, self.subjects[battery, HOLDOUT])
 
 
-def table_of(items: pd.DataFrame) -> pd.DataFrame:
+def table_of(items: pd.DataFrame, limits: Thresholds) -> pd.DataFrame:
     """The table of an audit, `battery, metric, set, model, value, low, high, n`, from its items.
 
-    Means of all that was measured, and behind them what is judged: kept shares, direct shares,
-    recoverable shares, differences of AUC. The recoverable shares of the retrained model (of the
-    original, where the floor is estimated) are noise: of a half of the items beside the other.
+    - `limits`: say how much models that were retrained from different seeds differ. The intervals
+      of shares and of differences of AUC hold that.
+
+    Means of all that was measured, and behind them what is judged: kept shares, what the original
+    knows beyond a model that never knew, direct shares, recoverable shares, differences of AUC. The
+    recoverable shares of the retrained model (of the original, where the floor is estimated) are
+    noise: of a half of the items beside the other.
     """
     values = Values.of(items)
     made = [
         *_kept(values),
-        *_direct(values),
-        *_recoverable(values),
-        *_aucs(values),
+        *_known(values),
+        *_direct(values, limits.retraining),
+        *_recoverable(values, limits.retraining),
+        *_aucs(values, limits.retraining_auc),
         *_depth(values),
     ]
     return pd.concat([summed(items), pd.DataFrame(made, columns=[*SUMMED])], ignore_index=True)
@@ -133,63 +152,108 @@ def _ratio(after: Floats, before: Floats) -> Floats:
     return found
 
 
-def _direct(values: Values) -> Iterator[Row]:
-    for metric in DIRECTLY:
-        own = values.get(MEMORISED, metric, FORGET, UNLEARNED)
+def _known(values: Values) -> Iterator[Row]:
+    """What the original shows, asked directly, beyond a model that never knew; NLL in nats."""
+    for metric in (NLL, *DIRECTLY):
         known = values.get(MEMORISED, metric, FORGET, ORIGINAL)
         floor = values.floor(MEMORISED, metric)
-        if own is None or known is None or floor is None:
+        if known is not None and floor is not None:
+            gap = _mean(known) - _mean(floor.values)
+            n = int((~np.isnan(known)).sum())
+            yield _row(KNOWN, metric, ORIGINAL, Share(-gap if metric == NLL else gap, nan, nan, n))
+
+
+def _direct(values: Values, retraining: float) -> Iterator[Row]:
+    for metric in DIRECTLY:
+        known = values.get(MEMORISED, metric, FORGET, ORIGINAL)
+        floor = values.floor(MEMORISED, metric)
+        if known is None or floor is None:
             continue
         name = metric
-        if not np.nanmean(known) - np.nanmean(np.asarray(floor.values, np.float64)) >= MARGIN:
+        if not _mean(known) - _mean(floor.values) >= MARGIN:
             known, name = np.ones_like(known), metric + OF_ALL
-        share = recoverable_share(own, floor, known, values.subjects[MEMORISED, FORGET], rises=True)
-        yield _row(DIRECT, name, UNLEARNED, share)
+        share = _share(values, (MEMORISED, metric), known, rises=True, retraining=retraining)
+        if share is not None:
+            yield _row(DIRECT, name, UNLEARNED, share)
 
 
-def _recoverable(values: Values) -> Iterator[Row]:
+def _recoverable(values: Values, retraining: float) -> Iterator[Row]:
     for attack in values.metrics(HIDDEN, UNLEARNED):
-        beside = baseline(attack)
-        own = values.get(HIDDEN, attack, FORGET, UNLEARNED)
-        floor = values.floor(HIDDEN, attack)
-        if beside is None or own is None or floor is None:
+        beside, floor = baseline(attack), values.floor(HIDDEN, attack)
+        if beside is None or floor is None:
             continue
         known = values.get(beside.battery, beside.metric, FORGET, ORIGINAL)
         if known is None:
             continue
-        subjects = values.subjects[HIDDEN, FORGET]
-        share = recoverable_share(own, floor, known, subjects, rises=beside.rises)
+        share = _share(values, (HIDDEN, attack), known, rises=beside.rises, retraining=retraining)
+        if share is None:
+            continue
         yield _row(RECOVERABLE, attack, UNLEARNED, share)
+        subjects = values.subjects[HIDDEN, FORGET]
         noise = noise_level(floor, known, subjects, rises=beside.rises)
         if not isnan(noise):
             model = ORIGINAL if floor.estimated else RETRAINED
             yield _row(RECOVERABLE, attack, model, Share(noise, nan, nan, share.n))
 
 
-def _aucs(values: Values) -> Iterator[Row]:
+def _share(
+    values: Values, of: tuple[str, str], known: Floats, *, rises: bool, retraining: float
+) -> Share | None:
+    """What the unlearned model shows beyond retrained ones, of what the original does."""
+    own, floor = values.get(*of, FORGET, UNLEARNED), values.floor(*of)
+    if own is None or floor is None:
+        return None
+    share = recoverable_share(own, floor, known, values.subjects[of[0], FORGET], rises=rises)
+    several = values.retrained(*of) or [np.asarray(floor.values, np.float64)]
+    gap = _mean(known) - _mean(floor.values)
+    return widened(share, retraining_noise(np.stack(several), gap, retraining))
+
+
+def _mean(values: ArrayLike) -> float:
+    given = np.asarray(values, np.float64)
+    there = given[~np.isnan(given)]
+    return float(there.mean()) if len(there) else nan
+
+
+def _aucs(values: Values, retraining: float) -> Iterator[Row]:
     """P(score of holdout > score of forget) of each model, and how far it is from retraining."""
     for attack in values.metrics(PRIVACY, UNLEARNED):
-        sides = {
-            model: tuple(values.get(PRIVACY, attack, of, model) for of in (FORGET, HOLDOUT))
-            for model in (ORIGINAL, RETRAINED, UNLEARNED)
+        scores = {
+            model: (Scores(forget, holdout), min(map(_count, (forget, holdout))))
+            for model in (ORIGINAL, *values.roles, UNLEARNED)
+            if (forget := values.get(PRIVACY, attack, FORGET, model)) is not None
+            and (holdout := values.get(PRIVACY, attack, HOLDOUT, model)) is not None
         }
-        there = {m: (f, h) for m, (f, h) in sides.items() if f is not None and h is not None}
-        for model, (forget, holdout) in there.items():
-            n = min(int((~np.isnan(x)).sum()) for x in (forget, holdout))
-            share = Share(auc(forget, holdout), nan, nan, n)
-            yield _row(PRIVACY, f"AUC {attack}", model, share)
-        if {RETRAINED, UNLEARNED} <= there.keys():
-            found = membership(
-                Scores(*there[UNLEARNED]),
-                Scores(*there[RETRAINED]),
-                forget_subjects=units_of(values.subjects[PRIVACY, FORGET]).tolist(),
-                holdout_subjects=units_of(values.subjects[PRIVACY, HOLDOUT]).tolist(),
+        aucs = {m: (auc(of.forget, of.holdout), n) for m, (of, n) in scores.items()}
+        retrained = [model for model in values.roles if model in scores]
+        if len(retrained) > 1:
+            mean = float(np.mean([aucs[model][0] for model in retrained]))
+            aucs[RETRAINED] = mean, min(aucs[model][1] for model in retrained)
+        for model, (found, n) in aucs.items():
+            yield _row(PRIVACY, f"AUC {attack}", model, Share(found, nan, nan, n))
+        if not retrained or UNLEARNED not in scores:
+            continue
+        subjects = {of: units_of(values.subjects[PRIVACY, of]).tolist() for of in (FORGET, HOLDOUT)}
+        beside = [
+            membership(
+                scores[UNLEARNED][0],
+                scores[model][0],
+                forget_subjects=subjects[FORGET],
+                holdout_subjects=subjects[HOLDOUT],
             )
-            n = min(found.n_forget, found.n_holdout)
-            difference = Share(found.difference, found.low, found.high, n)
-            yield _row(DIFFERENCE, attack, UNLEARNED, difference)
-            leak = Share(found.privleak, nan, nan, n)
-            yield _row(PRIVACY, PRIVLEAK_OF + attack, UNLEARNED, leak)
+            for model in retrained
+        ]
+        n = min(min(found.n_forget, found.n_holdout) for found in beside)
+        difference, low, high, leak = np.mean(
+            [(x.difference, x.low, x.high, x.privleak) for x in beside], axis=0
+        ).tolist()
+        noise = retraining_noise([[x.retrained] for x in beside], 1.0, retraining)
+        yield _row(DIFFERENCE, attack, UNLEARNED, widened(Share(difference, low, high, n), noise))
+        yield _row(PRIVACY, PRIVLEAK_OF + attack, UNLEARNED, Share(leak, nan, nan, n))
+
+
+def _count(values: Floats) -> int:
+    return int((~np.isnan(values)).sum())
 
 
 def _depth(values: Values) -> Iterator[Row]:

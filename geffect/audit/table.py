@@ -142,6 +142,21 @@ def summed(items: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFra
     return pd.DataFrame(rows, columns=[*SUMMED])
 
 
+def with_mean(items: pd.DataFrame, models: Sequence[str], name: str) -> pd.DataFrame:
+    """The table of items with the mean over some models, item by item, as a further one.
+
+    An item without a value under one of them has the mean of the others.
+
+    >>> rows = [per_item("memorised", "nll", "forget", m, [m == "a"], ["x"]) for m in "ab"]
+    >>> with_mean(pd.concat(rows), ["a", "b"], "both")["value"].tolist()
+    [1.0, 0.0, 0.5]
+    """
+    own = items[items["model"].isin([*models])]
+    keys = [column for column in PER_ITEM if column not in ("model", "value")]
+    means = own.groupby(keys, sort=False)["value"].mean().reset_index().assign(model=name)
+    return pd.concat([items, means[[*PER_ITEM]]], ignore_index=True)
+
+
 def value_of(table: pd.DataFrame, **keys: str) -> Mapping[str, float] | None:
     """The one row of a table of means with these keys, as `value`, `low`, `high` and `n`; or None.
 

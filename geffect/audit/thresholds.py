@@ -17,6 +17,12 @@ class Thresholds:
       above the second.
     - `close`: shares and differences of AUC within it, with their intervals, are those of a model
       that never knew.
+    - `vague`: so are those below `hidden` whose interval comes within `hidden_low` of 0 and reaches
+      no further above them than this: a wider one says nothing.
+    - `retraining`, `retraining_auc`: the standard deviation of a share, and of an AUC, between
+      models that were retrained from different seeds, beside what items vary by. The intervals hold
+      it. They were measured on five models of the study, of seeds 0 to 4; where several retrained
+      models are given, these count too.
     - `over_forgotten`: a PrivLeak above it is flagged.
     - `fewest_items`: of fewer forget items the verdict is flagged.
     - `fewest_auc`: of fewer items in either set an AUC says nothing.
@@ -32,6 +38,9 @@ class Thresholds:
     hidden: float = 0.15
     hidden_low: float = 0.05
     close: float = 0.1
+    vague: float = 0.35
+    retraining: float = 0.06
+    retraining_auc: float = 0.02
     over_forgotten: float = 25.0
     fewest_items: int = 20
     fewest_auc: int = 50

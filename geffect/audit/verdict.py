@@ -6,7 +6,7 @@ from math import isnan
 
 import pandas as pd
 
-from .models import RETRAINED, UNLEARNED
+from .models import ORIGINAL, RETRAINED, UNLEARNED
 from .sets import FORGET
 from .table import SUMMED
 from .thresholds import Thresholds
@@ -16,6 +16,12 @@ MEMORISED, PRIVACY, UTILITY = "memorised", "privacy", "utility"
 
 DIRECT, RECOVERABLE, DIFFERENCE = "direct share", "recoverable share", "auc difference"
 """What is made of them beside a model that never knew, and judged."""
+
+KNOWN = "known"
+"""What the original shows, asked directly, beyond a model that never knew: what can be shared."""
+
+TOLD_APART = 0.1
+"""The original tells more than a model that never knew by so much of a metric; of NLL, in nats."""
 
 NLL, KEPT_SHARE, DEGENERATE, UNIFORM = "nll", "kept share", "degenerate", "uniform nll"
 NEAR_TIES, PRIVLEAK = "near ties", "privleak"
@@ -30,7 +36,7 @@ EXIT_CODES = {
 """What the command ends with, by verdict."""
 
 OVER_FORGOTTEN, FLOOR_ESTIMATED, TIED = "over-forgotten", "floor estimated", "near ties"
-DAMAGED = "damaged"
+DAMAGED, UNSOUND = "damaged", "original"
 FEW_ITEMS, NO_AUC, NO_INTERVAL = "n too small", "no AUC", "no interval"
 
 
@@ -79,20 +85,24 @@ class _Row:
             return percent
         return f"{percent} ({100 * self.low:.0f} to {100 * self.high:.0f})"
 
-    def within(self, limit: float) -> bool:
-        """Whether the value and its interval are closer to 0 than a limit."""
-        return -limit <= self.low and self.high <= limit and abs(self.value) <= limit
+    def as_retrained(self, limits: Thresholds) -> bool:
+        """Whether a model that never knew would have such a share."""
+        near = -limits.close <= self.low and self.high <= limits.close
+        about_none = self.low <= limits.hidden_low and self.high >= -limits.hidden_low
+        is_bounded = self.value < limits.hidden and self.high - self.value <= limits.vague
+        return near or (about_none and is_bounded)
 
 
 def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict:
     """The verdict from the table of an audit: the first of these that applies.
 
-    1. `broken`: what should stay is gone, by the share of a retained set that is kept, by answers
-       that are degenerate, or by an NLL above that of a uniform guess.
-    2. `remembers`: asked directly, the model still knows.
+    1. `broken`: what should stay is gone, by the share of a retained set that is kept; or, where
+       the original was sound, by degenerate answers or an NLL above that of a uniform guess.
+    2. `remembers`: asked directly, the model still knows. Where it does not, and the original shows
+       no more than a model that never knew, nothing can be told apart: it is `undecided`.
     3. `hidden`: an attack brings back what a model that never knew does not show.
-    4. `never knew`: every share, and every difference of AUC, is close to that of the retrained
-       model, with its interval.
+    4. `never knew`: every share, and every difference of AUC, is as that of a retrained model: its
+       interval lies close to 0, or comes near to it and is not vague.
     5. `partly forgotten`: none of these. Without a retrained model the best verdict is `not
        recovered by these attacks`; without attacks, or without retained sets, it is `undecided`.
 
@@ -115,8 +125,7 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
         if reasons:
             return Verdict(verdict, tuple(reasons), flags, attack)
     if not told.attacked or not told.kept:
-        lacking = "No attack was made" if told.kept else "No set that should stay was looked at"
-        return Verdict(UNDECIDED, (f"{lacking}: nothing says that it is gone.",), flags, attack)
+        return Verdict(UNDECIDED, (told.lacking(),), flags, attack)
     if not told.has_retrained:
         return Verdict(NOT_RECOVERED, tuple(told.nothing_came_back()), flags, attack)
     far = told.far()
@@ -131,18 +140,17 @@ class _Told:
     def __init__(self, table: pd.DataFrame, limits: Thresholds) -> None:
         self.limits = limits
         self.has_retrained = bool((table["model"] == RETRAINED).any())
-        own = table[table["model"] == UNLEARNED].sort_values([*SUMMED])
-        self._rows: dict[str, list[_Row]] = {}
-        for battery, *values in own[["battery", "metric", "set", *SUMMED[4:]]].itertuples(
-            index=False
-        ):
+        self._rows: dict[tuple[str, str], list[_Row]] = {}
+        columns = ["model", "battery", "metric", "set", *SUMMED[4:]]
+        ordered = table.sort_values([*SUMMED])
+        for model, battery, *values in ordered[columns].itertuples(index=False):
             row = _Row(*values)
             if not isnan(row.value):
-                self._rows.setdefault(battery, []).append(row)
+                self._rows.setdefault((model, battery), []).append(row)
 
-    def rows(self, battery: str, metric: str | None = None) -> list[_Row]:
+    def rows(self, battery: str, metric: str | None = None, model: str = UNLEARNED) -> list[_Row]:
         """The rows of a battery, or of one of its metrics, that have a value."""
-        rows = self._rows.get(battery, [])
+        rows = self._rows.get((model, battery), [])
         return [row for row in rows if metric in (None, row.metric)]
 
     @property
@@ -172,22 +180,51 @@ class _Told:
         """The verdicts that something speaks for, the worst first, each with what does."""
         yield BROKEN, [*self._broken()]
         yield REMEMBERS, [*self._remembers()]
+        yield UNDECIDED, [*self._alike()]
         yield HIDDEN, [*self._hidden()]
 
     def _broken(self) -> Iterator[str]:
         for row in self.kept:
             if row.value < self.limits.kept:
                 yield f"Of {row.of} {row.told} is kept, less than {100 * self.limits.kept:.0f} %."
+        unsound = {(row.metric, row.of) for row in self._unsound()}
         for row in self.rows(UTILITY, DEGENERATE):
-            if row.value > self.limits.degenerate:
+            if row.value > self.limits.degenerate and (DEGENERATE, row.of) not in unsound:
                 yield f"{row.told} of the answers to {row.of} are degenerate."
         uniform = self._uniform()
         for row in self.rows(UTILITY, NLL):
-            if uniform is not None and row.value > uniform:
+            if uniform is not None and row.value > uniform and (NLL, row.of) not in unsound:
                 yield (
                     f"The NLL of {row.of} is {row.value:.2f} nats, worse than a uniform guess "
                     f"({uniform:.2f})."
                 )
+
+    def _unsound(self) -> Iterator[_Row]:
+        """Where the original itself is as a broken model is: there it says nothing of another."""
+        uniform = self._uniform()
+        for metric, limit in ((DEGENERATE, self.limits.degenerate), (NLL, uniform)):
+            for row in self.rows(UTILITY, metric, ORIGINAL):
+                if limit is not None and row.value > limit:
+                    yield row
+
+    def _alike(self) -> Iterator[str]:
+        """That the original and a model that never knew say the same when they are asked."""
+        known = self.rows(KNOWN, model=ORIGINAL)
+        if known and all(row.value < TOLD_APART for row in known):
+            most = max(known, key=lambda row: row.value)
+            never = "the retrained model" if self.has_retrained else "it does of the holdout"
+            yield (
+                f"Nothing can be told apart: the original shows no more of {most.of} than {never} "
+                f"({most.metric} differs by {most.value:.2f}, the others by less)."
+            )
+
+    def lacking(self) -> str:
+        """Why nothing can be said of a model that shows nothing bad."""
+        if self.kept:
+            return "No attack was made: nothing says that it is gone."
+        if self.rows(UTILITY, "es"):
+            return "The original tells nothing of what should stay, so that nothing could be lost."
+        return "No set that should stay was looked at: nothing says that it is gone."
 
     def _remembers(self) -> Iterator[str]:
         best = max(self.direct, key=lambda row: row.value, default=None)
@@ -215,20 +252,25 @@ class _Told:
 
     def far(self) -> list[str]:
         """What is not close to the retrained model."""
-        limit = self.limits.close
         kinds = (
             ("The direct share by", self.direct),
             ("The recoverable share by", self.attacked),
             ("The difference of AUC by", self.differences),
         )
         far = [
-            f"{kind} {row.metric} is {row.told}, not within {100 * limit:.0f} % of the retrained "
-            "model."
+            f"{kind} {row.metric} is {row.told}, {self._apart(row)}."
             for kind, rows in kinds
             for row in sorted(rows, key=lambda row: -row.value)
-            if not row.within(limit)
+            if not row.as_retrained(self.limits)
         ]
         return far if self.direct else ["Nothing was asked directly.", *far]
+
+    def _apart(self, row: _Row) -> str:
+        if row.low <= self.limits.hidden_low and row.high >= -self.limits.hidden_low:
+            return "which may be that of a retrained model, or not"
+        if isnan(row.low):
+            return "without an interval"
+        return "unlike that of a retrained model"
 
     def flags(self) -> Iterator[str]:
         forget = [row for row in self.rows(MEMORISED, NLL) if row.of == FORGET]
@@ -246,6 +288,13 @@ class _Told:
         for row in self.kept:
             if self.limits.kept <= row.value < self.limits.damaged:
                 yield f"{DAMAGED}: of {row.of} {row.told} is kept."
+        for row in self._unsound():
+            told = (
+                f"{row.told} of its answers to {row.of} are degenerate"
+                if row.metric == DEGENERATE
+                else f"its NLL of {row.of} is worse than a uniform guess"
+            )
+            yield f"{UNSOUND}: {told}, so that this says nothing of the unlearned model."
         if not self.has_retrained:
             yield f"{FLOOR_ESTIMATED}: no retrained model was given to compare with."
         for row in self.rows(MEMORISED, NEAR_TIES):

@@ -67,11 +67,12 @@ def command(
     forget: Annotated[Path, typer.Option(metavar="DATA", help=DATA_FORMS, show_default=False)],
     retain: RetainOption,
     retrained: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="A model that never saw the forget data. Without it --holdout is needed, and the "
-            "best verdict is that these attacks recover nothing.",
+            help="A model that never saw the forget data; several of different seeds, by one "
+            "--retrained each, tell how much such models differ. Without it --holdout is needed, "
+            "and the best verdict is that these attacks recover nothing.",
             show_default=False,
         ),
     ] = None,
@@ -135,7 +136,7 @@ def command(
     Exit code 0: never knew, partly forgotten, or not recovered by these attacks; 3: hidden; 4:
     remembers; 5: broken. 1: it could not be done, or nothing can be said; 2: it was asked wrongly.
     """
-    if retrained is None and holdout is None:
+    if not retrained and holdout is None:
         raise typer.BadParameter(
             "`geffect audit` should be given --retrained or --holdout: without them nothing says "
             "what a model shows that never knew. Found neither. Pass one of them."
@@ -152,12 +153,13 @@ def command(
         "world": world, "text": text,
     }  # fmt: skip
     console = terminal(stderr=True)
-    roles = 2 + (retrained is not None)
+    several = retrained or []
+    roles = 2 + len(several)
     with shown(roles, console, "audit") as tell:
         report = audit(
             unlearned,
             original,
-            retrained,
+            several[0] if len(several) == 1 else several or None,
             sets={name: path for name, path in given.items() if path is not None},
             batteries=batteries,
             budget=budget.value,

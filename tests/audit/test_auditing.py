@@ -100,6 +100,34 @@ def test_the_order_of_items_changes_nothing(models: list[nn.Module], found: Any)
     pd.testing.assert_frame_equal(moved.drop(columns="subject"), kept.drop(columns="subject"))
 
 
+def test_several_retrained_models_are_held_against_by_their_mean(models: list[nn.Module]) -> None:
+    others = [models[2], tiny.llama(5).train()]
+    sets = {"forget": items(0), "retain": items(1), "holdout": items(2)}
+    report = audit(*models[:2], others, sets=sets, budget=BUDGET)
+    assert [*report.manifest["models"]] == ["original", "retrained 1", "retrained 2", "unlearned"]
+    means = report.table.set_index(["battery", "metric", "set", "model"])["value"]
+    for of in (("memorised", "nll", "forget"), ("hidden", "rounding to int8", "forget")):
+        own = [means[*of, f"retrained {i}"] for i in (1, 2)]
+        assert means[*of, "retrained"] == pytest.approx(sum(own) / 2)
+    u, o = (means["memorised", "prob", "forget", m] for m in ("unlearned", "original"))
+    known = means["known", "prob", "forget", "original"]
+    assert known == pytest.approx(o - means["memorised", "prob", "forget", "retrained"])
+    share = means["direct share", "prob of all", "forget", "unlearned"]
+    g = means["memorised", "prob", "forget", "retrained"]
+    assert share == pytest.approx((u - g) / (1 - g))
+    aucs = [means["privacy", "AUC loss", "forget", f"retrained {i}"] for i in (1, 2)]
+    assert means["privacy", "AUC loss", "forget", "retrained"] == pytest.approx(sum(aucs) / 2)
+    alone = audit(*models[:2], [models[2]], sets=sets, budget=BUDGET, batteries=["memorised"])
+    assert [*alone.manifest["models"]] == ["original", "retrained", "unlearned"]
+
+
+def test_one_model_in_all_places_tells_nothing_apart(models: list[nn.Module]) -> None:
+    sets = {"forget": items(0), "retain": items(1)}
+    report = audit(*[models[0]] * 3, sets=sets, budget=BUDGET)
+    assert report.verdict == "undecided"
+    assert "Nothing can be told apart" in report.reasons[0]
+
+
 def test_a_holdout_stands_for_a_model_that_never_knew(models: list[nn.Module]) -> None:
     sets = {"forget": items(0), "retain": items(1), "holdout": items(2)}
     report = audit(*models[:2], sets=sets, budget=BUDGET, batteries=["memorised", "hidden"])

@@ -27,6 +27,9 @@ SHORT = replace(
 )
 
 
+PLAIN = ("remembers", "broken")
+"""What is told without attacks, which come after it."""
+
 IN_THE_SUITE = [name for name in CONTROLS if name not in ("shuffled", "npo+gd")]
 """Two are like others, and take time."""
 
@@ -44,13 +47,26 @@ def beside(subject: Subject) -> Beside:
 
 
 @pytest.fixture(scope="module")
+def asked_alone(subject: Subject) -> Beside:
+    """Without attacks, which what is broken or remembers does not need."""
+    sets = audited_sets(subject.corpus, subject.tokenizer)
+    chosen = ("memorised", "utility")
+    return Beside(subject.original, subject.retrained, sets, RATE, SHORT, chosen)
+
+
+@pytest.fixture(scope="module")
 def made(subject: Subject) -> dict[str, Any]:
     return {name: CONTROLS[name][0](subject) for name in IN_THE_SUITE}
 
 
 @pytest.fixture(scope="module")
-def found(made: dict[str, Any], beside: Beside) -> dict[str, tuple[Verdict, pd.DataFrame]]:
-    return {name: beside.audited(model) for name, model in made.items()}
+def found(
+    made: dict[str, Any], beside: Beside, asked_alone: Beside
+) -> dict[str, tuple[Verdict, pd.DataFrame]]:
+    return {
+        name: (asked_alone if CONTROLS[name][1] in PLAIN else beside).audited(model)
+        for name, model in made.items()
+    }
 
 
 @pytest.mark.parametrize(("name", "verdict"), [(n, CONTROLS[n][1]) for n in IN_THE_SUITE])

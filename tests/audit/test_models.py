@@ -27,6 +27,22 @@ def test_models_are_listed_in_one_order_and_loaded_when_asked(tmp_path: Path) ->
         models["retrained"]
 
 
+def test_several_retrained_models_have_a_role_each() -> None:
+    one, two, original, unlearned = (nn.Linear(1, 1) for _ in range(4))
+    models = AuditModels(unlearned, original, (one, two))
+    assert dict(models) == {
+        "original": original, "retrained 1": one, "retrained 2": two, "unlearned": unlearned,
+    }  # fmt: skip
+    assert dict(AuditModels(unlearned, original, [one])) == dict(
+        AuditModels(unlearned, original, one)
+    )
+    for wrong, said in (([], "Found none"), ([one, one], "Found the same one twice")):
+        with pytest.raises(ValueError, match=said):
+            AuditModels(unlearned, original, wrong)
+    with pytest.raises(ValueError, match="`retrained 2` should be a model"):
+        AuditModels(unlearned, original, [one, 2])  # type: ignore[list-item]
+
+
 def test_an_adapter_is_merged(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = tiny.llama(0)

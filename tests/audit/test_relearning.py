@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from geffect.audit import relearning as of_relearning
 from geffect.audit.relearning import (
     QUICK,
     SOURCES,
@@ -106,6 +107,27 @@ def test_a_copy_of_a_copy_ends_at_the_same_bits() -> None:
         nll(other, collate([RETAIN[i] for i in sorted(queue[start : start + 4])])).backward()
         optimizer.step()
     assert bits(one) == bits(other)
+
+
+def test_of_an_adapter_the_merged_weights_are_taught() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny.llama(), config)
+    before = bits(adapted)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    student = of_relearning.taught(adapted, RETAIN, steps=3, learning_rate=RATE)
+    teach(merged, RETAIN, steps=3, learning_rate=RATE)
+    assert bits(student) == bits(merged)
+    assert bits(adapted) == before
+    plain = tiny.llama()
+    copied = of_relearning.taught(plain, RETAIN, steps=3, learning_rate=RATE)
+    assert bits(plain) == bits(tiny.llama()) and bits(copied) != bits(plain)
+    found = relearning(adapted, FORGET, RETAIN, learning_rate=RATE, budget=ONE)
+    again = relearning(copy.deepcopy(adapted).merge_and_unload(), FORGET, RETAIN,
+                       learning_rate=RATE, budget=ONE)  # fmt: skip
+    assert found.equals(again)
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])

@@ -6,10 +6,13 @@ import pytest
 
 from geffect.audit.shares import (
     Floor,
+    Share,
     noise_level,
     recoverable_share,
     recoverable_shares,
+    retraining_noise,
     strongest,
+    widened,
 )
 from geffect.audit.table import resamples, units_of
 
@@ -160,3 +163,38 @@ def test_tables_are_frames() -> None:
     table = recoverable_shares({"int8": UNLEARNED}, {"int8": RETRAINED}, ORIGINAL, SUBJECTS)
     assert isinstance(table, pd.DataFrame)
     assert [*table] == ["attack", "value", "low", "high", "n", "floor_estimated"]
+
+
+def test_the_noise_of_retraining_is_that_of_an_analysis_of_variance() -> None:
+    values = np.random.default_rng(3).normal(size=(4, 9)) + np.arange(4)[:, None]
+    k, n = values.shape
+    rows, columns, whole = values.mean(1), values.mean(0), values.mean()
+    between = sum(n * (row - whole) ** 2 for row in rows) / (k - 1)
+    within = sum(
+        (values[i, j] - rows[i] - columns[j] + whole) ** 2 for i in range(k) for j in range(n)
+    ) / ((k - 1) * (n - 1))
+    component = (between - within) / n
+    variance = (2 * 0.05**2 + (k - 1) * component / 3.0**2) / (k + 1)
+    expected = (variance * (1 + 1 / k)) ** 0.5
+    assert retraining_noise(values, 3.0, 0.05) == pytest.approx(expected, rel=1e-12)
+    assert retraining_noise(values, -3.0, 0.05) == pytest.approx(expected, rel=1e-12)
+    some = np.column_stack([values, [NAN, *[0.0] * (k - 1)]])
+    assert retraining_noise(some, 3.0, 0.05) == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_retrained_model_has_the_noise_that_is_stated() -> None:
+    one = retraining_noise([values(4.0, 0)], 4.0, 0.06)
+    assert one == pytest.approx(0.06 * 2**0.5)
+    assert retraining_noise(np.empty((1, 0)), NAN, 0.06) == one
+    # Models that differ by their items alone have less of it, and more models still less.
+    alike = [retraining_noise([values(4.0, 0)] * k, 4.0, 0.06) for k in (2, 3, 6)]
+    assert [*alike] == sorted(alike, reverse=True) and alike[0] < one
+
+
+def test_the_interval_of_a_share_holds_both_noises() -> None:
+    share = recoverable_share(UNLEARNED, RETRAINED, ORIGINAL, SUBJECTS)
+    wide = widened(share, 0.1)
+    assert wide.low == pytest.approx(share.value - np.hypot(share.value - share.low, 0.196))
+    assert wide.high == pytest.approx(share.value + np.hypot(share.high - share.value, 0.196))
+    assert widened(share, 0.0) == share and wide.value == share.value
+    assert np.isnan(widened(Share(0.5, NAN, NAN, 1), 0.1).low)

@@ -84,6 +84,64 @@ def test_a_damaged_model_is_still_asked_what_it_hides() -> None:
     assert judged(table(CASES["broken"])).flags == ()
 
 
+def beside(model: str, values: dict[tuple[str, str, str], float], of: pd.DataFrame) -> pd.DataFrame:
+    """The table with further rows of another model."""
+    columns = {"model": model, "low": float("nan"), "high": float("nan"), "n": 60}
+    rows = [
+        {"battery": b, "metric": m, "set": s, "value": v, **columns}
+        for (b, m, s), v in values.items()
+    ]
+    return pd.concat([of, pd.DataFrame(rows)], ignore_index=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(("utility", "degenerate", "retain"), 0.6), (("utility", "nll", "world"), 7.0)],
+)
+def test_what_the_original_does_as_well_breaks_no_model(
+    key: tuple[str, str, str], value: float
+) -> None:
+    found = judged(beside("original", {key: value}, table({key: value})))
+    assert found.verdict == "never knew"
+    assert [flag.partition(":")[0] for flag in found.flags] == ["original"]
+    sound = judged(beside("original", {key: 0.1}, table({key: value})))
+    assert sound.verdict == "broken" and sound.flags == ()
+
+
+def test_an_original_that_knows_no_more_than_a_retrained_model_tells_nothing() -> None:
+    known = {("known", metric, "forget"): 0.05 for metric in ("nll", "prob", "es")}
+    for verdict in ("never knew", "partly forgotten", "hidden"):
+        found = judged(beside("original", known, table(CASES[verdict])))
+        assert found.verdict == "undecided" and found.exit_code == 1
+        assert found.reasons[0].startswith("Nothing can be told apart: the original shows no more")
+    for verdict in ("broken", "remembers"):
+        assert judged(beside("original", known, table(CASES[verdict]))).verdict == verdict
+    one = {**known, ("known", "es", "forget"): 0.1}
+    assert judged(beside("original", one, table(CASES["hidden"]))).verdict == "hidden"
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (0.05, -0.1, 0.2, "never knew"),
+        (-0.3, -0.7, -0.04, "never knew"),
+        (0.14, -0.2, 0.48, "never knew"),
+        (0.14, -0.2, 0.5, "partly forgotten"),
+        (0.16, -0.1, 0.3, "partly forgotten"),
+        (0.12, 0.05, 0.2, "never knew"),
+        (0.12, 0.06, 0.2, "partly forgotten"),
+        (-0.3, -0.5, -0.06, "partly forgotten"),
+    ],
+)
+def test_a_share_is_that_of_a_retrained_model_where_its_interval_says_so(
+    value: float, low: float, high: float, verdict: str
+) -> None:
+    made = table()
+    own = made["metric"].eq("int4")
+    made.loc[own, ["value", "low", "high"]] = value, low, high
+    assert judged(made).verdict == verdict
+
+
 def test_hiding_is_told_with_its_attack_and_how_much() -> None:
     found = judged(
         table(

@@ -63,8 +63,8 @@ def audit(folder: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Ask:
 def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "audit.html"
     code, out, err = audit("--retrained", folder / "retrained", "-o", page)
-    assert code == 5, (out, err)  # random models keep nothing
-    assert out.startswith("broken: ")
+    assert code == 1, (out, err)  # random models know nothing
+    assert out.startswith("undecided: Nothing can be told apart: the original shows no more")
     assert "The page is in" in out
     assert "unlearned: " in err and "left" in err
     text = page.read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
 def test_json_is_all_of_the_report(audit: Ask, folder: Path) -> None:
     code, out, _ = audit("--holdout", folder / "holdout.jsonl", "--json")
     told = json.loads(out)
-    assert code == told["exit_code"] and told["verdict"] == "broken"
+    assert code == told["exit_code"] and told["verdict"] == "undecided"
     assert any(flag.startswith("floor estimated") for flag in told["flags"])
     assert told["manifest"]["budget"]["name"] == "quick"
     assert {row["battery"] for row in told["table"]} >= {"memorised", "hidden", "utility"}
@@ -90,9 +90,19 @@ def test_json_is_all_of_the_report(audit: Ask, folder: Path) -> None:
 def test_some_batteries(audit: Ask, folder: Path) -> None:
     code, out, _ = audit("--retrained", folder / "retrained", "--batteries", "memorised", "--json")
     assert {row["battery"] for row in json.loads(out)["table"]} <= {
-        "memorised", "utility", "direct share",
+        "memorised", "utility", "direct share", "known",
     }  # fmt: skip
     assert code in (1, 4)
+
+
+def test_several_retrained_models(audit: Ask, folder: Path) -> None:
+    retrained = [w for name in ("retrained", "original") for w in ("--retrained", folder / name)]
+    code, out, err = audit(*retrained, "--batteries", "memorised", "--json")
+    models = {row["model"] for row in json.loads(out)["table"]}
+    assert models >= {"retrained", "retrained 1", "retrained 2"}, err
+    assert "retrained 2: " in err and code in (1, 4)
+    code, out, err = audit(*retrained[:2], *retrained[:2])
+    assert (code, out) == (1, "") and "Found the same one twice" in err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class Subject:
     tokenizer: Any
     corpus: Corpus
     seed: int = 0
+    config: EmbeddedConfig = FULL
 
     @classmethod
     def of(cls, models: Path, seed: int, config: EmbeddedConfig) -> "Subject":
@@ -44,7 +45,7 @@ class Subject:
         original, tokenizer = config.load(models / f"original-seed{seed}")
         retrained, _ = config.load(models / f"gold-seed{seed}")
         corpus = generate(seed, config.corpus)
-        return cls(original.eval(), retrained.eval(), tokenizer, corpus, seed)
+        return cls(original.eval(), retrained.eval(), tokenizer, corpus, seed, config)
 
     @property
     def data(self) -> Data:
@@ -103,6 +104,12 @@ def int4_cell(subject: Subject) -> Any:
     )
 
 
+def retrained_again(subject: Subject) -> Any:
+    """Another model that never saw the facts, from other first weights and in another order."""
+    facts, seed = subject.corpus.kept, subject.seed + 1
+    return lm.train(subject.config, subject.tokenizer, facts, seed).eval()
+
+
 def collapsed(subject: Subject) -> Any:
     """Gradient ascent that nobody stopped."""
     model = copy.deepcopy(subject.original)
@@ -141,6 +148,7 @@ def by_method(name: str) -> Callable[[Subject], Any]:
 CONTROLS: Mapping[str, tuple[Callable[[Subject], Any], str]] = {
     "original": (lambda subject: subject.original, "remembers"),
     "retrained": (lambda subject: subject.retrained, "never knew"),
+    "retrained again": (retrained_again, "never knew"),
     "head only": (head_only, "hidden"),
     "int4 cells": (int4_cell, "hidden"),
     "name rows": (name_rows, "hidden"),
