@@ -37,6 +37,7 @@ from .collector import Collector, Measurement
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
+from .schedule import as_ranges
 from .stopping import StopWhen, as_table, rows_seen
 from .storage import Storage
 from .store_options import StoreOptions, kept
@@ -47,6 +48,10 @@ OnError = Literal["raise", "warn"]
 
 WAITING_BYTES = 2**30
 """How many bytes of gradients may wait for the disk before training does."""
+
+
+LISTED = 1000
+"""Ranges of planned steps that the manifest lists, at most: a schedule may have no pattern."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Recording:
         self.failed = False
         self._model = model
         self._metadata = as_json(metadata or {})
-        self._provenance = as_json(provenance or {})
+        self._provenance = as_json({**_planned(steps), **(provenance or {})})
         self._storage = Storage(kept(store), self.table, self.parameters, steps)
         self._on_error = on_error
         self._begun = self._closed = False
@@ -363,6 +368,14 @@ class Recording:
         self.failed = True
         unseen = "" if self._stop is None else ", so that no rule stops it"
         log.warning("%s Training goes on, and nothing more is recorded%s.", error, unseen)
+
+
+def _planned(steps: Collection[int] | None) -> dict[str, Any]:
+    """What the manifest says of the steps that are going to be recorded, where that is known."""
+    if steps is None:
+        return {}
+    ranges = as_ranges(steps)
+    return {"planned": {"steps": len({*steps}), "ranges": ranges if len(ranges) < LISTED else []}}
 
 
 def _is_same(known: Mapping[str, Any], told: Mapping[str, Any]) -> bool:

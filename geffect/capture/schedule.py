@@ -1,6 +1,6 @@
 """Schedules: which steps of a run are captured. Each says yes or no to the number of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Schedule = Callable[[int], bool]
@@ -69,3 +69,19 @@ def logspaced(n: int, last: int) -> Schedule:
             "Pass how many steps to capture and the last of them."
         )
     return at(0, *(round(last ** (i / (n - 1))) for i in range(n)))
+
+
+def as_ranges(steps: Iterable[int]) -> list[list[int]]:
+    """Steps that grow, in ranges: the first step of each, its last one, and how far they are apart.
+
+    >>> as_ranges([0, 5, 10, 15, 17]), as_ranges([3]), as_ranges([])
+    ([[0, 15, 5], [17, 17, 1]], [[3, 3, 1]], [])
+    """
+    ranges: list[list[int]] = []
+    for step in dict.fromkeys(steps):
+        first, last, apart = ranges[-1] if ranges else (step, step, 0)
+        if ranges and (first == last or step - last == apart):
+            ranges[-1] = [first, step, step - last]
+        else:
+            ranges.append([step, step, 1])
+    return ranges

@@ -27,6 +27,7 @@ from . import (
     report,
     scores,
     validate,
+    watch,
 )
 from .command import Command, Group
 from .terminal import say, terminal
@@ -54,6 +55,7 @@ for subcommand in (
     audit,
     compare,
     validate,
+    watch,
 ):
     name, kind = subcommand.__name__.rpartition(".")[2], getattr(subcommand, "COMMAND", Command)
     app.command(name, cls=kind)(subcommand.command)

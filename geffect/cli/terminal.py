@@ -1,12 +1,13 @@
 """What the command line prints: the one way to a terminal, and tables that cut nothing."""
 
+import io
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +42,26 @@ def terminal(*, stderr: bool = False) -> Console:
         soft_wrap=True,
         width=None if stream.isatty() else EVERYTHING,
     )
+
+
+def canvas(width: int) -> Console:
+    """The terminal, or in its place a file of so many columns, for what is drawn in columns."""
+    return _Terminal(
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=None if sys.stdout.isatty() else width,
+    )
+
+
+def draw(console: Console, drawn: RenderableType) -> None:
+    """Print what is drawn in columns, whose text is `plain` already."""
+    console.print(drawn)
+
+
+def tall(drawn: RenderableType, width: int) -> int:
+    """How many lines something takes in so many columns."""
+    return len(_Terminal(file=io.StringIO(), width=width).render_lines(drawn))
 
 
 def say(console: Console, *said: object) -> None:

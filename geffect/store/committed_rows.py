@@ -106,14 +106,29 @@ class CommittedRows:
 
     def rows_of(self, names: Sequence[str], entry: tuple[int, ...] = ()) -> list[NDArray[Any]]:
         """Those of several datasets, as they were at one moment."""
-        return [rows[self.drawn] for rows in settled(lambda: self._read(names, entry))]
+        return settled(lambda: self._read(names, entry))
+
+    def checksums(self) -> NDArray[np.uint32]:
+        """UInt32[row, dataset]: equal where rows are, so that one that was amended is seen.
+
+        Files of format 2 have none.
+        """
+        first, count = self._ends
+        with opened(self.path) as file:
+            return Rows(file, count, first).sums[self.drawn - first]
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The first of these rows, and how many rows the file has to have."""
+        return (int(self.drawn.min()), int(self.drawn.max()) + 1) if len(self.drawn) else (0, 0)
 
     def _read(self, names: Sequence[str], entry: tuple[int, ...]) -> list[NDArray[Any]]:
-        count, shapes = self.drawn.max(initial=-1) + 1, self.shapes
+        (first, count), shapes = self._ends, self.shapes
         unlisted = (len(self.layers),)  # of what this run may lack
         with opened(self.path) as file:
-            rows = Rows(file, count)
-            return [rows.read(name, shapes.get(name, unlisted), entry) for name in names]
+            rows = Rows(file, count, first)
+            read = [rows.read(name, shapes.get(name, unlisted), entry) for name in names]
+        return [found[self.drawn - first] for found in read]
 
 
 def _how_to_have(source: str, names: Sequence[str]) -> str:

@@ -202,6 +202,14 @@ class Run(CommittedRows):
             drawn=self.drawn[np.repeat(kept, self.rows)],
         )
 
+    def latest(self, count: int) -> "Run":
+        """The run with its last `count` steps alone; what is read of it is not the whole file."""
+        first = max(0, len(self.steps) - count)
+        rows = self.rows[first:]
+        return replace(
+            self, steps=self.steps[first:], rows=rows, drawn=self.drawn[self.rows[:first].sum() :]
+        )
+
     def _facts(self) -> dict[str, str]:
         """What is said of the run where it is shown."""
         numbers = sum(parameter.numel for parameter in self.layers)

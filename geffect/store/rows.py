@@ -11,51 +11,52 @@ from . import checksums
 from .bounds import BoundedFile
 from .labels import as_texts
 from .layout import blank, slabs
-from .schema import LATER, ROWS, Array
+from .schema import LATER, ROWS
 
 
 class Rows:
-    """The first rows of the datasets of an open file, each held against its checksum."""
+    """The rows from `first` to `count` of the datasets of an open file, each held against its
+    checksum."""
 
-    def __init__(self, file: BoundedFile, count: int) -> None:
-        self._file, self._count = file, count
+    def __init__(self, file: BoundedFile, count: int, first: int = 0) -> None:
+        self._file, self._count, self._first = file, count, first
 
     def read(self, name: str, shape: tuple[int, ...], entry: tuple[int, ...] = ()) -> NDArray[Any]:
         """Those of a dataset, each of this shape, or one entry of each."""
-        dtype, written, count = ROWS[name], self._checksums(name), self._count
+        dtype, written, first = ROWS[name], self._checksums(name), self._first
         if written is None and name in LATER and name not in self._file:
-            return np.full((count, *shape), blank(dtype), dtype)
+            return np.full((self._count - first, *shape), blank(dtype), dtype)
         # Of what a rectifier did, earlier and later versions of geffect have fewer or more numbers.
         wanted = (*shape[:-1], None) if name == "rectification" else shape
-        dataset = self._file.rows(name, dtype, count, wanted)
+        dataset = self._file.rows(name, dtype, self._count, wanted)
         _, *held = dataset.shape or ()
-        found = np.empty((count, *held[len(entry) :]), dtype)
-        for begin, stop in slabs(count, prod(held) * dtype.itemsize):
-            rows = dataset.rows(begin, stop)
+        found = np.empty((self._count - first, *held[len(entry) :]), dtype)
+        for begin, stop in slabs(len(found), prod(held) * dtype.itemsize):
+            rows = dataset.rows(first + begin, first + stop)
             if written is not None:
-                _compare(name, rows, written[begin:stop], begin)
+                _compare(name, rows, written[begin:stop], first + begin)
             chosen: tuple[slice | int, ...] = (slice(None), *entry)
             found[begin:stop] = rows[chosen]
         if name == "stored":
-            _check_numbers(found)
+            _check_numbers(found, first)
         return found
 
     def _checksums(self, name: str) -> NDArray[np.uint32] | None:
         """Those of the rows of a dataset; None where it was written without."""
         if name not in self._checksummed and (self._file.version < 3 or name not in self._file):
             return None
-        sums: NDArray[np.uint32] = self._sums[:, self._checksummed.index(name)]
-        return sums
+        return self.sums[:, self._checksummed.index(name)]
 
     @cached_property
     def _checksummed(self) -> list[str]:
         return as_texts(self._file.array("checksummed")) if self._file.version > 2 else []
 
     @cached_property
-    def _sums(self) -> Array:
+    def sums(self) -> NDArray[np.uint32]:
+        """UInt32[row, dataset], as they were written."""
         width = len(self._checksummed)
         dataset = self._file.rows("checksums", ROWS["checksums"], self._count, (width,))
-        return dataset.rows(0, self._count)
+        return dataset.rows(self._first, self._count)
 
 
 def _compare(name: str, rows: NDArray[Any], written: NDArray[np.uint32], first: int) -> None:
@@ -65,9 +66,9 @@ def _compare(name: str, rows: NDArray[Any], written: NDArray[np.uint32], first: 
         raise checksums.Changed(f"row {first + changed[0]}{more} of `{name}`")
 
 
-def _check_numbers(stored: NDArray[np.int64]) -> None:
+def _check_numbers(stored: NDArray[np.int64], first: int) -> None:
     """Refuse what cannot be the number of a row with gradients: there are no more than rows."""
-    most = np.arange(len(stored)).reshape(-1, *[1] * (stored.ndim - 1))
+    most = first + np.arange(len(stored)).reshape(-1, *[1] * (stored.ndim - 1))
     if ((stored < -1) | (stored > most)).any():
         raise ValueError("the number of a row with gradients that there cannot be, in `stored`")
 

@@ -82,6 +82,29 @@ def test_resampling_one_row_a_step_changes_nothing(tmp_path: Path) -> None:
     assert again.steps.tolist() == run.steps.tolist()
 
 
+def test_the_latest_steps_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    run = open_run(recorded(tmp_path / "a.h5", batches([3, 1, 2, 4])))
+    for count in (0, 1, 2, 3, 4, 9):
+        part, last = run.latest(count), slice(max(0, 4 - count), None)
+        assert part.steps.tolist() == run.steps[last].tolist()
+        assert part.rows.tolist() == run.rows[last].tolist()
+        assert_same_bits(part.gram(), run.gram()[last])
+        assert_same_bits(part.column("lr"), run.column("lr")[last])
+        assert_same_bits(part.stepped(), run.stepped()[last])
+        kept = run.checksums()[len(run.checksums()) - part.rows.sum() :]
+        assert_same_bits(part.checksums(), kept)
+
+
+def test_checksums_tell_which_row_was_amended(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "a.h5", PARAMETERS)
+    for row in plain_rows(3):
+        append(writer, row)
+    before = open_run(writer.path).checksums()
+    writer.amend(row_of(2, value=7.0))
+    changed = (open_run(writer.path).checksums() != before).any(axis=1)
+    assert changed.tolist() == [False, False, True]
+
+
 def test_a_row_of_the_last_key_takes_its_place(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.h5", [keyed(0, 0, 1), keyed(0, 0, 1)])
     assert open_run(path).keys().tolist() == [[0, 0, 1]]
