@@ -3,18 +3,20 @@
 import numpy as np
 import pandas as pd
 
+from geffect.gram import inner
+from geffect.groups import By
 from geffect.scores import PER_TOKEN, Score, stack, tidy
+from geffect.sources import UPDATE
 from geffect.store import Run
 
-from .base import Floats, check_run, in_space, risks_of
-from .predicted_change import predicted_change
+from .base import Floats, check_run, column_of, in_space, risks_of, summed_gram
 
-SCORE = Score("rise of the risk since the first step", PER_TOKEN)
+SCORE = Score("rise of the risk", PER_TOKEN)
 
 PREDICTED, MEASURED = "predicted", "measured"
 
 
-def accumulated(run: Run) -> pd.DataFrame:
+def accumulated(run: Run, by: By = "model") -> pd.DataFrame:
     """By how much each risk has risen since the first step of the run, twice.
 
     With the updates D as the optimizer made them,
@@ -26,7 +28,9 @@ def accumulated(run: Run) -> pd.DataFrame:
     has captured some steps only, each stands for those up to the next, and `predicted` is an
     estimate. A step that the optimizer skipped counts 0.
 
-    Columns: step, model, risk, how ("predicted" or "measured"), value, gap, score, unit. `gap` is
+    Of smaller blocks than the model, which add up to it, `predicted` alone is there.
+
+    Columns: step, `by`, risk, how ("predicted" or "measured"), value, gap, score, unit. `gap` is
     |predicted - measured| / |measured|, NaN where nothing was measured. Needs a run recorded with
     Recorder(..., update=True). Raises a ValueError for a run whose steps begin anew.
 
@@ -44,24 +48,29 @@ def accumulated(run: Run) -> pd.DataFrame:
             f"`run` should be one training, whose steps follow each other. Found `{run.path}`, "
             "where they begin anew. Accumulate a run of one request."
         )
-    falls, losses = predicted_change(run, by="model"), run.losses()
+    blocks, K = summed_gram(run, by)
+    update, losses = run.index(UPDATE), run.losses()
+    skipped = run.column("skipped").astype(bool)[:, np.newaxis]
     tables = {}
     for risk in risks_of(run):
-        fall = np.where(run.column("skipped"), 0.0, falls[falls["risk"] == risk]["value"])
-        predicted = np.append(0.0, -np.cumsum(fall[:-1] * apart)) if len(fall) else fall
-        loss = losses.get(risk, np.full(len(fall), np.nan))
-        measured = loss - loss[:1]
-        gap = _gap(predicted, measured)
+        rises = np.where(skipped, 0.0, inner(K, run.index(risk), update))
+        predicted = np.zeros_like(rises)
+        predicted[1:] = np.cumsum(rises[:-1] * apart[:, np.newaxis], axis=0)
+        values, gap = {PREDICTED: predicted}, np.full_like(predicted, np.nan)
+        if by == "model":
+            loss = losses.get(risk, np.full(len(rises), np.nan))[:, np.newaxis]
+            values[MEASURED] = loss - loss[:1]
+            gap = _gap(predicted, values[MEASURED])
         tables[risk] = stack(
             {
                 how: tidy(
-                    values[:, np.newaxis],
+                    of,
                     in_space(run, SCORE),
                     steps=run.steps,
-                    blocks=["model"],
-                    by="model",
-                ).assign(gap=gap)
-                for how, values in ((PREDICTED, predicted), (MEASURED, measured))
+                    blocks=blocks,
+                    by=column_of(by),
+                ).assign(gap=gap.reshape(-1))
+                for how, of in values.items()
             },
             "how",
         )

@@ -31,7 +31,7 @@ def norm_ratio(
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     above, below = norm(K, run.index(a)), norm(K, run.index(b))
     values = np.where(above > 0, above, np.nan) / np.where(below > 0, below, np.nan)
-    score = Score(f"length of {named(run, a)} over that of {b}", "ratio")
+    score = Score(f"length of {named(run, a)} over that of {b}")
     table = tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))
     scale = np.repeat(run.column("clip_scale"), len(blocks))
     table.insert(list(table).index("value") + 1, "clip_scale", scale)

@@ -1,6 +1,6 @@
 """`geffect plot`: a picture of a score of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,10 +33,30 @@ class Kind(StrEnum):
     TRAJECTORY = "trajectory"
     SHEET = "sheet"
     RECTIFICATION = "rectification"
+    TIMELINE = "timeline"
+    ACCUMULATED = "accumulated"
+    WALK = "walk"
+    ANGLES = "angles"
+    NORM_RATIO = "norm-ratio"
+    NOISE_FLOOR = "noise-floor"
 
 
-OF_A_RECTIFIER = {Kind.RECTIFICATION.value, ScoreName.RECTIFICATION.value}
-"""A picture and a score that go with each other alone."""
+OF_ONE: Mapping[Kind, tuple[ScoreName, ...]] = {
+    Kind.RECTIFICATION: (ScoreName.RECTIFICATION,),
+    Kind.TIMELINE: (ScoreName.CONFLICT, ScoreName.VIOLATION),
+    Kind.ACCUMULATED: (ScoreName.ACCUMULATED,),
+    Kind.WALK: (ScoreName.ACCUMULATED,),
+    Kind.ANGLES: (ScoreName.ANGLES,),
+    Kind.NORM_RATIO: (ScoreName.NORM_RATIO,),
+    Kind.NOISE_FLOOR: (ScoreName.NOISE_FLOOR,),
+}
+"""The scores of a picture that is not of all; the first where none is named."""
+
+WITH_OWN = {score for scores in OF_ONE.values() for score in scores} - {
+    ScoreName.CONFLICT,
+    ScoreName.VIOLATION,
+}
+"""The scores that have pictures of their own alone."""
 
 
 def command(
@@ -88,14 +108,18 @@ def command(
 
 def _chosen(kind: Kind | None, score: ScoreName | None) -> tuple[Kind, ScoreName]:
     """The picture and the score, where one of them may say the other."""
-    if not OF_A_RECTIFIER & {kind, score}:
-        return kind or Kind.HEATMAP, score or ScoreName.G_EFFECT
-    if {kind, score} - OF_A_RECTIFIER - {None}:
+    own = [picture for picture, scores in OF_ONE.items() if score in scores]
+    kind = kind or (own[0] if score in WITH_OWN else Kind.HEATMAP)
+    scores = OF_ONE.get(kind, [name for name in ScoreName if name not in WITH_OWN])
+    score = score or scores[0]
+    if score not in scores:
+        pictures = own if score in WITH_OWN else [kind]
         raise typer.BadParameter(
-            "`--kind rectification` and `--score rectification` should go with each other. Found "
-            f"`--kind {kind}` with `--score {score}`. Leave one of the two out."
+            f"`--kind {' or '.join(pictures)}` should go with "
+            f"`--score {' or '.join(OF_ONE[pictures[0]])}`. Found `--kind {kind}` with "
+            f"`--score {score}`. Leave one of the two out."
         )
-    return Kind.RECTIFICATION, ScoreName.RECTIFICATION
+    return kind, score
 
 
 def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
@@ -109,6 +133,9 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
             # Of a rectified run both effects of each gradient stand side by side.
             wide = 3 if table[told_apart[0]].nunique() <= 3 else 2
             return plots.facets(table, plot, told_apart[0], columns=wide)
+        return alone(plot)
+
+    def alone(plot: Callable[..., "Axes"]) -> "Figure":
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained")
@@ -121,5 +148,11 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
         Kind.TRAJECTORY: lambda: panels(plots.trajectory),
         Kind.SHEET: lambda: plots.sheet(table),
         Kind.RECTIFICATION: lambda: plots.rectification(table),
+        Kind.TIMELINE: lambda: plots.timeline(table),
+        Kind.ACCUMULATED: lambda: alone(plots.accumulated),
+        Kind.WALK: lambda: alone(plots.walk),
+        Kind.ANGLES: lambda: alone(plots.angles),
+        Kind.NORM_RATIO: lambda: plots.norm_ratio(table),
+        Kind.NOISE_FLOOR: lambda: alone(plots.noise_floor),
     }
     return pictures[kind]()

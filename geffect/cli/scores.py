@@ -53,7 +53,8 @@ FEW_STEPS = 12
 def _show(table: "pd.DataFrame") -> None:
     from geffect.scores import LEVEL, SAYS, in_common
 
-    numbers = ("step", "value", "tolerance", "rows", "low", "high")
+    beside = ("tolerance", "floor", "gap", "length", "clip_scale")
+    numbers = ("step", "value", *beside, "rows", "low", "high")
     names = [c for c in table.columns if c not in (*numbers, LEVEL, *SAYS)]
     steps = f"{table['step'].nunique()} steps, {table['step'].min()} to {table['step'].max()}"
     title = f"{in_common(table) or 'rectification'}: {steps}"

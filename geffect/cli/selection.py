@@ -26,6 +26,10 @@ class ScoreName(StrEnum):
     PREDICTED_CHANGE = "predicted-change"
     VIOLATION = "violation"
     RECTIFICATION = "rectification"
+    ACCUMULATED = "accumulated"
+    ANGLES = "angles"
+    NORM_RATIO = "norm-ratio"
+    NOISE_FLOOR = "noise-floor"
 
 
 class By(StrEnum):
@@ -61,6 +65,10 @@ SCORES: Mapping[ScoreName, Scored] = {
     ScoreName.VIOLATION: Scored("violation", by=None),
     # Most rectifiers have one constraint for the model, which has no numbers of the layers.
     ScoreName.RECTIFICATION: Scored("rectification", by=By.MODEL),
+    ScoreName.ACCUMULATED: Scored("accumulated", by=By.MODEL),
+    ScoreName.ANGLES: Scored("angles", (ALL_PARAMETERS,), by=By.MODEL),
+    ScoreName.NORM_RATIO: Scored("norm_ratio", (BETWEEN, ALL_PARAMETERS), by=By.MODEL),
+    ScoreName.NOISE_FLOOR: Scored("noise_floor", (BETWEEN, ALL_PARAMETERS)),
 }
 """Every score. An option that is in no list here, such as --by, is one of them all."""
 

@@ -30,6 +30,16 @@ def test_it_is_the_sum_of_all_updates_before(tmp_path: Path) -> None:
         np.testing.assert_allclose(own[own["how"] == "predicted"]["gap"], gaps, rtol=1e-6)
 
 
+def test_layers_add_up_to_the_model(tmp_path: Path) -> None:
+    run = watched(tmp_path / "run.h5").run
+    layers, model = (
+        accumulated(run, by=by).query("how == 'predicted'") for by in ("layer", "model")
+    )
+    summed = layers.groupby(["risk", "step"], observed=True)["value"].sum()
+    np.testing.assert_allclose(summed, model["value"], atol=1e-12)
+    assert set(accumulated(run, by="layer")["how"]) == {"predicted"}
+
+
 def test_a_captured_step_stands_for_those_up_to_the_next(tmp_path: Path) -> None:
     every, all_of_them = (watched(tmp_path / f"{n}.h5", every=n, steps=6) for n in (3, 1))
     table = accumulated(every.run).query("how == 'predicted' and risk == 'forget'")

@@ -90,10 +90,19 @@ def test_a_picture_is_of_the_score_or_is_refused(
     score: ScoreName,
 ) -> None:
     monkeypatch.setattr("geffect.cli.plot.draw", lambda table, kind: Figure((1, 1)))
-    of_a_rectifier = [name == "rectification" for name in (kind, score)]
     picture = tmp_path / "picture.png"
     said = ask("plot", partly_stepped, "-o", picture, "--kind", kind, "--score", score)
-    if len({*of_a_rectifier}) == 1:
+    of_one = {
+        "rectification": {"rectification"},
+        "timeline": {"conflict", "violation"},
+        "accumulated": {"accumulated"},
+        "walk": {"accumulated"},
+        "angles": {"angles"},
+        "norm-ratio": {"norm-ratio"},
+        "noise-floor": {"noise-floor"},
+    }
+    of_all = {*ScoreName} - ({*set().union(*of_one.values())} - {"conflict", "violation"})
+    if score in of_one.get(kind, of_all):
         assert (said.code, said.err) == (0, "") and f"{score} in {picture}" in said.out
     else:
         assert (said.code, said.out, picture.exists()) == (2, "", False)

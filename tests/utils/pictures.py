@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from geffect import plots
-from geffect.scores import COSINE, PER_RATE, PER_TOKEN, Score, said, stack, tidy
+from geffect.scores import COSINE, PER_RATE, PER_TOKEN, YES_OR_NO, Score, said, stack, tidy
 
 LAYERS = ["embedding", *(f"layer {index}" for index in range(12)), "final norm", "head"]
 STEPS = np.arange(0, 60, 4)
@@ -139,19 +139,83 @@ def measured() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "metric", "value"])
 
 
+def risen() -> pd.DataFrame:
+    """Two risks that rise, one of them more than the updates predict."""
+    predicted = {"forget": np.linspace(0, 3, len(STEPS)), "retain": np.linspace(0, 1, len(STEPS))}
+    rows = [
+        {"step": step, "model": "model", "risk": risk, "how": how, "value": value * factor,
+         "gap": abs(1 - factor) if step else np.nan}
+        for risk, factor in (("forget", 1.3), ("retain", 0.9))
+        for how, factor in (("predicted", 1.0), ("measured", factor))
+        for step, value in zip(STEPS, predicted[risk], strict=True)
+    ]  # fmt: skip
+    return said(pd.DataFrame(rows), Score("rise of the risk", PER_TOKEN))
+
+
+def conflicts() -> pd.DataFrame:
+    values = np.random.default_rng(0).integers(0, 2, (len(STEPS), len(LAYERS))).astype(float)
+    values[3, 4] = np.nan
+    score = Score("conflict of objective and retain", YES_OR_NO)
+    return tidy(values, score, steps=STEPS, blocks=LAYERS, by="layer")
+
+
+def ratios() -> pd.DataFrame:
+    """Ratios over four decades, of steps of which some were clipped."""
+    values = np.geomspace(100, 0.05, len(STEPS))[:, None]
+    score = Score("length of objective over that of retain")
+    table = tidy(values, score, steps=STEPS, blocks=["model"], by="model")
+    return table.assign(clip_scale=np.minimum(1.0, 2.0 / table["value"]))
+
+
+def over_chance() -> pd.DataFrame:
+    values = np.random.default_rng(0).uniform(-0.5, 0.3, (len(STEPS), len(LAYERS)))
+    score = Score("cosine of objective and retain", COSINE)
+    return tidy(values, score, steps=STEPS, blocks=LAYERS, by="layer").assign(floor=0.12)
+
+
+def recovered() -> pd.DataFrame:
+    """Shares of three models under four attacks; the original has no intervals."""
+    rows = [
+        {"label": attack, "model": model, "value": base + 0.15 * i,
+         "low": np.nan if model == "original" else base + 0.15 * i - 0.1,
+         "high": np.nan if model == "original" else base + 0.15 * i + 0.1}
+        for model, base in (("original", 0.4), ("retrained", 0.0), ("unlearned", 0.2))
+        for i, attack in enumerate(["asked directly", "int8", "int4", "relearning benign, 8 steps"])
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def of_models(over: str) -> pd.DataFrame:
+    rows = [
+        {"model": model, over: place, "value": start * 0.8**place}
+        for model, start in (("original", 0.1), ("retrained", 3.0), ("unlearned", 2.8))
+        for place in range(9)
+    ]
+    return said(pd.DataFrame(rows), Score("NLL of the forget set", "nats"))
+
+
 EXAMPLES: dict[str, Callable[[], Any]] = {
+    "accumulated": risen,
+    "angles": angles_of_a_step,
     "contours": samples,
+    "depth": lambda: of_models("block"),
     "evaluations": joined,
     "half_spaces": angles_of_a_step,
     "heatmap": lambda: grown(-1),
+    "noise_floor": over_chance,
     "pairs": requests,
     "profile": effects,
+    "relearning": lambda: of_models("step"),
+    "shares": recovered,
     "text": tokens,
     "tradeoff": losses,
     "trajectory": lambda: grown(-1),
+    "walk": risen,
     "crossings": lambda: plots.crossings(
         losses(), "variant", "retain_nll", level=3.0, label="retain NLL"
     ),
+    "norm_ratio": lambda: plots.norm_ratio(ratios()),
+    "timeline": lambda: plots.timeline(conflicts()),
     "metrics": lambda: plots.metrics(measured()),
     "facets": lambda: plots.facets(effects(), plots.trajectory, "effect"),
     "rectification": lambda: plots.rectification(rectified()),

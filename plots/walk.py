@@ -1,0 +1,91 @@
+"""The walk of a run between forgetting and damage: both accumulated risks against each other."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from geffect.scores import score_of
+from geffect.sources import FORGET, RETAIN
+
+from .accumulated import MEASURED, PREDICTED
+from .conventions import Asked, picture
+from .fit import all_levels, constants, levels, names_in, once_only, require
+from .style import DASHED, QUIET, SOLID, Ink, dress, heading, key, new_axes, note, points, wrapped
+
+LOOKS = {PREDICTED: Ink("#00875f", SOLID), MEASURED: Ink("#b0569b", DASHED)}
+"""Of a single run: what is predicted, and what was measured."""
+
+
+@picture(Line2D)
+def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
+    """The rise of the retain risk over that of the forget risk, step by step, from the origin.
+
+    - `table`: `step`, `risk` ("forget" and "retain"), `how` ("predicted" and "measured") and
+      `value`, as `geffect.analysis.accumulated` gives them; maybe a column that tells runs apart.
+    - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
+      `geffect.plots.conventions`.
+
+    Returns the axes. Raises ValueError for a table without one of the risks.
+
+    Of runs whose walks end at equal forgetting, the lower one costs less. A dot ends each line. One
+    run has a line for what its updates predict and one for what was measured; of several each has
+    a colour, and what was measured is dashed.
+
+    >>> from matplotlib.figure import Figure
+    >>> table = pd.DataFrame({"step": [0, 1] * 2, "risk": ["forget"] * 2 + ["retain"] * 2,
+    ...                       "how": "predicted", "value": [0.0, 0.4, 0.0, 0.1]})
+    >>> walk(table, ax=Figure().subplots()).lines[2].get_xdata().tolist()
+    [0.0, 0.4]
+    """
+    require(table, ["step", "risk", "how", "value"])
+    several = [
+        column
+        for column, names in names_in(table).items()
+        if column not in ("risk", "how") and len(names) > 1
+    ]
+    if len(several) > 1:
+        raise ValueError(
+            "`table` should have one column that tells runs apart. Found "
+            f"{', '.join(several)}. Choose with table[table[{several[0]!r}] == ...]."
+        )
+    hue = several[0] if several else "how"
+    once_only(table, [*several, "step", "risk", "how"])
+    missing = [risk for risk in (FORGET, RETAIN) if risk not in levels(table["risk"])]
+    if missing:
+        raise ValueError(
+            f"`table` should have the risks {FORGET} and {RETAIN}. Found none of "
+            f"{' and '.join(missing)}. Record a run with both."
+        )
+    known = all_levels(table[hue])
+    colours = asked.inks(known)
+    if hue == "how" and asked.palette is None:
+        colours = {name: LOOKS.get(name, ink) for name, ink in colours.items()}
+    ax = ax or new_axes(5.2, 3.6)
+    for at_zero in (ax.axhline, ax.axvline):
+        at_zero(0.0, color=QUIET, linewidth=0.6, zorder=1)
+    handles: list[Line2D] = []
+    for name in asked.order(levels(table[hue]), known):
+        of_name = table[table[hue].astype(str) == name]
+        for how in levels(of_name["how"]):
+            own = of_name[of_name["how"] == how]
+            both = own.pivot(index="step", columns="risk", values="value").sort_index()
+            x, y = (both[risk].to_numpy(dtype=float) for risk in (FORGET, RETAIN))
+            dashes = SOLID if how == PREDICTED else DASHED
+            (line,) = ax.plot(
+                x, y, label=name,
+                **asked.look(color=colours[name].colour, linestyle=dashes, linewidth=1.4, zorder=3),
+            )  # fmt: skip
+            there = ~(pd.isna(x) | pd.isna(y))
+            ax.plot(
+                x[there][-1:], y[there][-1:], color=line.get_color(), linestyle="none", marker="o",
+                markersize=4, zorder=4,
+            )  # fmt: skip
+            handles += [line] if name not in {h.get_label() for h in handles} else []
+    rise = score_of(table).full
+    ax.set_xlabel(wrapped(f"forget: {rise}"), fontsize=points("medium"))
+    ax.set_ylabel(wrapped(f"retain: {rise}"), fontsize=points("medium"))
+    dress(ax)
+    heading(ax, constants(table.drop(columns=["risk", "how"])))
+    note(ax, "right: forgets; up: harms" + ("; dashed: measured" if several else ""))
+    key(ax, handles)
+    return ax

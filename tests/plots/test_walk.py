@@ -1,0 +1,57 @@
+"""The walk between forgetting and damage."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from geffect.plots import walk
+from geffect.scores import stack
+from tests.utils.pictures import risen
+
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+def drawn(table: pd.DataFrame) -> Axes:
+    return walk(table, ax=Figure().subplots())
+
+
+def ways(ax: Axes) -> list[object]:
+    return [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+
+
+def test_each_step_is_one_risk_over_the_other() -> None:
+    table = risen()
+    ax = drawn(table)
+    for line in ways(ax):
+        own = table[table["how"] == line.get_label()]
+        for found, risk in ((line.get_xdata(), "forget"), (line.get_ydata(), "retain")):
+            np.testing.assert_array_equal(found, own[own["risk"] == risk]["value"])
+    assert [line.get_label() for line in ways(ax)] == ["predicted", "measured"]
+    assert "forget" in ax.get_xlabel() and "retain" in ax.get_ylabel()
+
+
+def test_of_several_runs_each_has_a_colour_and_measured_is_dashed() -> None:
+    ax = drawn(stack({"ga": risen(), "npo": risen()}, "run"))
+    looks = [(line.get_label(), line.get_color(), line.is_dashed()) for line in ways(ax)]
+    assert [(name, dashed) for name, _, dashed in looks] == [
+        ("ga", False), ("ga", True), ("npo", False), ("npo", True),
+    ]  # fmt: skip
+    assert len({colour for _, colour, _ in looks}) == 2
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ga", "npo"]
+
+
+def test_the_end_is_marked_where_the_last_value_is_known() -> None:
+    table = risen()
+    table.loc[table["step"] == table["step"].max(), "value"] = np.nan
+    ends = [line for line in drawn(table).lines if line.get_marker() == "o"]
+    assert len(ends) == 2 and all(np.isfinite(end.get_xdata()).all() for end in ends)
+
+
+def test_a_table_without_a_risk_and_one_of_two_columns_of_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="Found none of retain"):
+        drawn(risen().query("risk == 'forget'"))
+    twice = stack({"a": risen(), "b": risen()}, "run")
+    with pytest.raises(ValueError, match="one column that tells runs apart"):
+        drawn(stack({"x": twice, "y": twice}, "seed"))
