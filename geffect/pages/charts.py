@@ -23,7 +23,7 @@ Palette = Sequence[str]
 UNDEFINED = "#bdbdbd"
 """The colour of what has no finite value."""
 
-LABEL = 26
+LABEL = 22
 """So many characters of a name fit beside an axis."""
 
 

@@ -16,16 +16,16 @@ from geffect.text import in_html
 from .charts import UNDEFINED, Chart, Lines, Map, Palette, Series, marked, short
 from .scales import Scale
 
-WIDTH, LEFT, RIGHT, TOP = 640, 64, 12, 8
+WIDTH, LEFT, RIGHT, TOP = 480, 56, 12, 8
 """Of a picture, in its own units: a letter is some 6 wide and 11 tall."""
 
-TALL = 190
+TALL = 150
 """The height of the panel of curves."""
 
-POINTS = 320
+POINTS = 240
 """A picture of a curve has so many steps, at most; a map so many columns."""
 
-LETTER = 6.2
+LETTER = 6.8
 BAR = 10
 
 
@@ -100,7 +100,7 @@ def _key(series: Sequence[Series], y: float) -> tuple[list[str], float]:
 def _map(chart: Map) -> str:
     names = [short(name) for name in chart.blocks]
     left = 14 + LETTER * max(map(len, names), default=1)
-    wide, tall = WIDTH - left - RIGHT, min(max(15 * len(names), 30), 300)
+    wide, tall = WIDTH - left - RIGHT, min(max(15 * len(names), 30), 260)
     ends = edges(chart.steps)
     scale = Scale("linear", ends[0], ends[-1])
     parts = [_image(chart, ends, left, wide, tall), *_bottom(scale, left, wide, TOP + tall)]
@@ -110,9 +110,9 @@ def _map(chart: Map) -> str:
         parts.append(f'<text x="{left - 6:.0f}" y="{y:.1f}" text-anchor="end">{name}</text>')
     y = TOP + tall + 38
     strip = np.arange(len(chart.palette))[np.newaxis, :]
-    parts.append(_pixels(strip, chart.palette, left, y, wide / 2, BAR))
+    parts.append(_pixels(strip, chart.palette, left, y, wide, BAR))
     for place, label in chart.bar():
-        at = left + wide / 2 * place
+        at = left + wide * place
         parts.append(f'<text x="{at:.1f}" y="{y + 22:.0f}" text-anchor="middle">{label}</text>')
     return _svg(chart.title, y + 28, parts)
 

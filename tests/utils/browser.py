@@ -103,4 +103,6 @@ def words_of(pdf: bytes) -> str:
     """The text of a PDF without its blanks, which lines break."""
     pypdfium2 = pytest.importorskip("pypdfium2")
     document = pypdfium2.PdfDocument(pdf)
-    return re.sub(r"\s+", "", "".join(page.get_textpage().get_text_range() for page in document))
+    # Of each page the part that is on the paper.
+    told = [page.get_textpage().get_text_bounded(*page.get_mediabox()) for page in document]
+    return re.sub(r"\s+", "", "".join(told))
