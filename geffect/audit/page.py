@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from geffect.pages import framed
 from geffect.text import in_html
 
 from .attacks import DEPTH, HIDDEN, RELEARNING, baseline
@@ -19,16 +20,9 @@ LISTED = 10
 """So many items are listed that came back most."""
 
 STYLE = """
-  body { font: 16px/1.55 system-ui, sans-serif; color: #1d2129; max-width: 66rem;
-         margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: anywhere; }
-  h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
   .verdict { font-size: 1.2rem; border-left: .4rem solid #b3261e; padding: .4rem 1rem; }
   .verdict.good { border-color: #00875f; }
-  .quiet { color: #667; font-size: .9rem; } svg { max-width: 100%; height: auto; }
-  table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-  th, td { padding: .28rem .6rem; text-align: left; border-bottom: 1px solid #dde;
-           vertical-align: top; }
-  td.number { text-align: right; } details { margin: .9rem 0; } summary { cursor: pointer; }
+  td { text-align: left; vertical-align: top; } td.number { text-align: right; }
 """
 
 
@@ -56,12 +50,14 @@ def page(report: Reported) -> str:
     good = report.judgement.exit_code == 0
     told = [f"<p>{in_html(reason)}</p>" for reason in report.judgement.reasons]
     flags = [f"<li>{in_html(flag)}</li>" for flag in report.judgement.flags]
-    parts = [
+    head = [
         f"<h1>Audit of {in_html(report.manifest['roles'][UNLEARNED])}</h1>",
         f'<div class="verdict{" good" if good else ""}"><b>{in_html(report.judgement.verdict)}</b>',
         *told,
         "</div>",
         f"<ul>{''.join(flags)}</ul>" if flags else "",
+    ]
+    parts = [
         _models(report.manifest),
         *_pictures(report),
         _came_back(report),
@@ -69,11 +65,8 @@ def page(report: Reported) -> str:
         _facts(report.manifest),
         _whole(report.table),
     ]
-    title = f"Audit: {in_html(report.judgement.verdict)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    title = f"Audit: {report.judgement.verdict}"
+    return framed(title, "\n".join(head), "\n".join(parts), style=STYLE)
 
 
 def _pictures(report: Reported) -> Iterator[str]:
@@ -113,7 +106,10 @@ def _pictures(report: Reported) -> Iterator[str]:
 
 def _figure(title: str, picture: str, says: str) -> Iterator[str]:
     if picture:
-        yield f'<h2>{in_html(title)}</h2>\n{picture}<p class="quiet">{in_html(says)}</p>'
+        yield (
+            f"<h2>{in_html(title)}</h2>\n<figure>{picture}"
+            f"<figcaption>{in_html(says)}</figcaption></figure>"
+        )
 
 
 def _picture(found: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
@@ -194,11 +190,7 @@ def _came_back(report: Reported) -> str:
             + "</tr>"
         )
     heads = ("item", "subject", "question", "answer", f"{beside.metric} before", "after")
-    return (
-        f"<h2>What came back most, by {in_html(attack)}</h2>\n<table><tr>"
-        + "".join(f"<th>{in_html(head)}</th>" for head in heads)
-        + f"</tr>{''.join(rows)}</table>"
-    )
+    return f"<h2>What came back most, by {in_html(attack)}</h2>\n{_table(heads, rows)}"
 
 
 def _models(manifest: Mapping[str, Any]) -> str:
@@ -208,8 +200,7 @@ def _models(manifest: Mapping[str, Any]) -> str:
         f"<td>{in_html(', '.join(told['dtype']))}</td></tr>"
         for role, told in manifest["models"].items()
     ]
-    names = "".join(f"<th>{name}</th>" for name in ("model", "name", "form", "class", "type"))
-    return f"<table><tr>{names}</tr>{''.join(rows)}</table>"
+    return _table(("model", "name", "form", "class", "type"), rows)
 
 
 def _skipped(skipped: Mapping[str, str]) -> str:
@@ -222,19 +213,18 @@ def _skipped(skipped: Mapping[str, str]) -> str:
 
 
 def _facts(manifest: Mapping[str, Any]) -> str:
-    sets = "".join(
+    sets = [
         f"<tr><td>{in_html(name)}</td><td>{in_html(told['source'] or 'given')}</td>"
         f'<td class="number">{told["items"]}</td><td class="number">{told["subjects"]}</td>'
         f"<td>{in_html(told['first'] or '')}</td></tr>"
         for name, told in manifest["sets"].items()
-    )
+    ]
+    heads = ("set", "from", "items", "subjects", "the first, scored between [[ and ]]")
     limits = ", ".join(f"{name} {value}" for name, value in manifest["thresholds"].items())
     rate = manifest["learning_rate"]
     how = "given" if rate["given"] else "taken from the size of the weights"
     return (
-        "<h2>How it was made</h2><table><tr><th>set</th><th>from</th><th>items</th>"
-        "<th>subjects</th><th>the first, scored between [[ and ]]</th></tr>"
-        f"{sets}</table><p>Thresholds: {in_html(limits)}.</p>"
+        f"<h2>How it was made</h2>{_table(heads, sets)}<p>Thresholds: {in_html(limits)}.</p>"
         f"<p>Budget {in_html(manifest['budget']['name'])}; learning rate of relearning "
         f"{rate['value']:g}, {how}; {manifest['seconds']} s.</p>"
     )
@@ -250,8 +240,14 @@ def _whole(table: pd.DataFrame) -> str:
             for c in ("value", "low", "high", "n")
         )
         rows.append(f"<tr>{keys}{values}</tr>")
-    heads = "".join(f"<th>{head}</th>" for head in table.columns)
+    whole = _table([*map(str, table.columns)], rows)
+    return f"<details><summary>All values</summary>{whole}</details>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[str]) -> str:
+    """A table whose headings sort it; the rows are HTML."""
+    named = "".join(f"<th>{in_html(head)}</th>" for head in heads)
     return (
-        f"<details><summary>All values</summary><table><tr>{heads}</tr>{''.join(rows)}</table>"
-        "</details>"
+        f'<div class="wide"><table class="sortable"><thead><tr>{named}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

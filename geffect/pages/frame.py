@@ -27,6 +27,20 @@ def page(template: str, *rooms: str, **values: Any) -> str:
     return _environment(rooms).get_template(template).render(**values)
 
 
+def framed(title: str, head: str, body: str, *, style: str = "") -> str:
+    """A page of HTML that is at hand: in `head` and `body` all that others wrote is escaped.
+
+    - `head`: what stands above the contents.
+    - `style`: rules of its own, behind those of all pages.
+
+    >>> page = framed("a", "<h1>a</h1>", "<h2>b</h2>")
+    >>> "<title>a</title>" in page, '<h2 id="b">b</h2>' in page
+    (True, True)
+    """
+    parts = {"head": Markup(head), "body": Markup(body), "style": Markup(style)}
+    return page("framed.html.jinja", title=title, **parts)
+
+
 @cache
 def _environment(rooms: tuple[str, ...]) -> Environment:
     environment = Environment(

@@ -13,6 +13,7 @@ from geffect.audit.relearning import RelearningBudget
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 from tests.utils.command_line import Answer, Ask
+from tests.utils.pages import assert_self_contained
 
 SHORT = Budget(
     "quick",
@@ -69,8 +70,9 @@ def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
     assert "unlearned: " in err and "left" in err
     text = page.read_text(encoding="utf-8")
     for title in ("Asked directly", "Relearning", "Depth", "What stays"):
-        assert f"<h2>{title}</h2>" in text
-    assert "<svg" in text and "http" not in text
+        assert re.search(rf"<h2 id=[^>]*>{title}</h2>", text)
+    assert "<svg" in text
+    assert_self_contained(text)
     for mark, role in (("●", "unlearned"), ("○", "original")):  # as in the pictures
         assert re.search(rf"{mark}</span> {role}</td>", text)
     assert "Thresholds: kept 0.25" in text
