@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import choice
+from .command import Apart, Needs, check_together
+from .options import choice, whole
 from .selection import By
 from .terminal import canvas, draw, say, terminal
 
@@ -25,8 +26,24 @@ PAUSE = 1.0
 WIDE = 100
 """The columns of a frame that goes to no terminal."""
 
+HIGHEST = 65535
+"""The highest number of a port."""
+
+RULES = (Apart("--once", "--serve"), Needs("--port", "--serve"))
+
+
+def _port(text: str) -> int:
+    number = whole(0)(text)
+    if number > HIGHEST:
+        raise typer.BadParameter(
+            f"should be a port, {HIGHEST} at most. Found `{text}`. Leave it out for one that is "
+            "free."
+        )
+    return number
+
 
 def command(
+    ctx: typer.Context,
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run file (.h5), which need not be there yet.")
     ],
@@ -34,6 +51,16 @@ def command(
     once: Annotated[
         bool, typer.Option("--once", help="Show how the run stands now, and end.")
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Show it as a page on 127.0.0.1 that renews itself."),
+    ] = False,
+    port: Annotated[
+        int,
+        typer.Option(
+            parser=_port, metavar="N", help="The port of that page; 0 for any that is free."
+        ),
+    ] = 0,
 ) -> None:
     """Follow a run while it is written, from before its file is there until it is complete.
 
@@ -43,13 +70,21 @@ def command(
     """
     from .followed import Followed
 
+    check_together(ctx, RULES)
     _check_place(run)
     followed, console = Followed(run, str(by)), terminal()
     if once:
         _show_once(followed.look())
         return
     with _interrupted() as ended:
-        if console.is_terminal:
+        if serve:
+            from .watch_page import serving
+
+            followed.look()  # what is no run is said here
+            with serving(followed, port) as address:
+                say(console, f"{run} is shown at {address} (Ctrl-C ends it)")
+                ended.wait()
+        elif console.is_terminal:
             _live(followed, ended)
         else:
             _tell(followed, console, ended)

@@ -99,7 +99,10 @@ def test_a_pipe_gets_a_line_for_each_step_until_the_run_is_complete(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--once", "--serve"], "`--once` should be without `--serve`"),
+        (["--port", "80"], "`--port` should go with `--serve`"),
         (["--by", "step"], "should be one of"),
+        (["--serve", "--port", "70000"], "65535"),
     ],
 )
 def test_what_is_asked_wrongly(ask: Ask, recorded: Path, words: list[str], said: str) -> None:
