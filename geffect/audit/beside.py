@@ -24,6 +24,7 @@ class Beside:
     - `retrained`: one, or a sequence of several that were trained from different seeds.
     - `sets`, `budget`, `learning_rate`: as for `geffect.audit`; the rate has to be given.
     - `batteries`: what is measured.
+    - `known`: what `read` of another one has found of the original and the retrained models.
     """
 
     original: nn.Module
@@ -32,27 +33,31 @@ class Beside:
     learning_rate: float
     budget: Budget = QUICK
     batteries: Sequence[str] = tuple(BATTERIES)
-    _read: pd.DataFrame | None = field(default=None, repr=False)
+    known: pd.DataFrame | None = field(default=None, repr=False)
     _original: Original | None = field(default=None, repr=False)
 
     def audited(
         self, unlearned: nn.Module, thresholds: Thresholds | None = None
     ) -> tuple[Verdict, pd.DataFrame]:
         """The verdict of one unlearned model, and its table."""
-        if self._read is None:
-            self._read = self._beside()
-        items = pd.concat([self._read, self._of(UNLEARNED, unlearned)], ignore_index=True)
+        items = pd.concat([self.read(), self._of(UNLEARNED, unlearned)], ignore_index=True)
         limits = thresholds or Thresholds()
         table = table_of(items, limits)
         return judged(table, limits), table
 
+    def read(self) -> pd.DataFrame:
+        """The values of all items under the original and the retrained models."""
+        if self.known is None:
+            self.known = self._beside()
+        return self.known
+
     def _beside(self) -> pd.DataFrame:
-        one = isinstance(self.retrained, nn.Module)
-        several = [self.retrained] if isinstance(self.retrained, nn.Module) else [*self.retrained]
+        given = self.retrained
+        several = [given] if isinstance(given, nn.Module) else [*given]
         roles = retrained_roles(len(several))
         known = {ORIGINAL: self.original, **dict(zip(roles, several, strict=True))}
         items = pd.concat([self._of(role, model) for role, model in known.items()])
-        return items if one else with_mean(items, roles, RETRAINED)
+        return items if len(several) == 1 else with_mean(items, roles, RETRAINED)
 
     def _of(self, role: str, model: nn.Module) -> pd.DataFrame:
         if self._original is None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ class AuditModels(Mapping[str, Source]):
     @property
     def _sources(self) -> dict[str, Source]:
         given = self.retrained
-        several = () if given is None else given if _is_several(given) else [given]
+        several: Sequence[Source] = () if given is None else _listed(given)
         return {
             ORIGINAL: self.original,
             **dict(zip(retrained_roles(len(several)), several, strict=True)),
@@ -142,6 +142,10 @@ def named(source: Source) -> str:
 def _is_several(source: object) -> TypeGuard[Sequence[Source]]:
     """Whether it is a sequence of models."""
     return isinstance(source, Sequence) and not isinstance(source, str)
+
+
+def _listed(given: Source | Sequence[Source]) -> Sequence[Source]:
+    return given if _is_several(given) else (cast(Source, given),)
 
 
 def _check_retrained(given: object) -> None:

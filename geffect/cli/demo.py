@@ -51,6 +51,7 @@ RULES: tuple[Rule, ...] = (
     Apart("--resume", "--overwrite"),
     Apart("--so-far", "--overwrite"),
     Apart("--edits", "--model"),
+    Apart("--audit", "--model"),
     Needs("--data", "--data-folder"),
     Needs("--data-folder", "--data"),
     *(
@@ -63,6 +64,7 @@ RULES: tuple[Rule, ...] = (
             "--model",
             "--variants",
             "--edits",
+            "--audit",
             "--so-far",
         )
     ),
@@ -110,6 +112,14 @@ def command(
         typer.Option(
             "--controls",
             help="Also with few retain facts, other learning rates, several retain sets.",
+        ),
+    ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Also audit each unlearned model: what comes back of what it forgot. Takes as "
+            "long again.",
         ),
     ] = False,
     model: Annotated[
@@ -223,6 +233,7 @@ def command(
             rivals=subject.paced(RIVALS) if subject else RIVALS,
             named=in_variants,
             edits=edited,
+            audit=audit,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

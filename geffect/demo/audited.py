@@ -1,10 +1,21 @@
-"""The corpus as an audit asks it: the sets, with paraphrases and other values of each fact."""
+"""The corpus as an audit asks it, and what an audit says of a model of the study."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
 from typing import Any
 
+import pandas as pd
+from torch import nn
+
 from geffect.audit import AuditSets, sets_of
+from geffect.audit.attacks import DECODER_SWAP
+from geffect.audit.beside import Beside
+from geffect.audit.budget import QUICK
+from geffect.audit.models import UNLEARNED
+from geffect.audit.relearning import RelearningBudget
+from geffect.audit.verdict import RECOVERABLE
 
 from .corpus import TEMPLATES, Corpus, Fact, Size, generate, value_of
 
@@ -13,6 +24,65 @@ OTHERS = 15
 
 UNSEEN = 6
 """So many authors that no model has seen are the holdout."""
+
+
+BENIGN = "relearning benign, 48 steps, rate x 1"
+
+BUDGET = replace(
+    QUICK,
+    name="study",
+    relearning=RelearningBudget(steps=(48,), rates=(1.0,), seeds=(0,), sources=("benign",)),
+    kept=40,
+    said=8,
+    layers=False,
+)
+"""A quick audit of one of many models: the last step of relearning alone, some of what stays."""
+
+BATTERIES = ("memorised", "hidden", "utility")
+
+SHARES = {"audit_benign": BENIGN, "audit_swap": DECODER_SWAP, "audit_int4": "rounding to int4"}
+"""The attacks that have a column in the tables of a study, each by its recoverable share."""
+
+Judge = Callable[[nn.Module], dict[str, Any]]
+"""What an audit says of an unlearned model."""
+
+
+def beside(
+    original: nn.Module,
+    retrained: Sequence[nn.Module],
+    sets: AuditSets,
+    rate: float,
+    known: Mapping[str, Sequence[Any]] | None = None,
+) -> Beside:
+    """The models of a seed as an audit of the study holds others against them.
+
+    - `rate`: the learning rate of its attacks, the same for all methods.
+    - `known`: what was read of these models before.
+    """
+    read = None if known is None else pd.DataFrame(known)
+    return Beside(original, retrained, sets, rate, BUDGET, BATTERIES, read)
+
+
+def judge(of: Beside) -> Judge:
+    """What a study keeps of the audit of each of its models.
+
+    The verdict, what is in the tables (`SHARES`), and the largest share of an attack that is
+    certain to bring something back, with its name. None for an attack that says nothing.
+    """
+
+    def judged(model: nn.Module) -> dict[str, Any]:
+        verdict, table = of.audited(model)
+        own = table[(table["model"] == UNLEARNED) & (table["battery"] == RECOVERABLE)]
+        shares = own.set_index("metric")["value"]
+        named = {**SHARES, "audit_most": verdict.attack}
+        found = {name: float(shares.get(attack, float("nan"))) for name, attack in named.items()}
+        return {
+            **{name: share if isfinite(share) else None for name, share in found.items()},
+            "audit_attack": verdict.attack,
+            "verdict": verdict.verdict,
+        }
+
+    return judged
 
 
 def audited_sets(corpus: Corpus, tokenizer: Any, seed: int = 0) -> AuditSets:

@@ -153,6 +153,7 @@ def _measured(varied: Varied, subject: Subject, found: Strength) -> Metrics | No
             **measure(model, data),
             "relearn_nll": relearn(model, data, subject.config),
             **recognised(model, data.asked, data.tokenizer, subject.config),
+            **data.judged(model),
         }
 
 

@@ -29,6 +29,11 @@ MOST = 0.9
 """The share of appreciable steps that has to have a sign for a run to have it: among the first of
 them are some whose sign is that of the batch."""
 
+MOST_BACK = "audit_most"
+
+SHALLOW = {"hidden", "remembers", "broken"}
+"""Verdicts of an audit on models that did not forget as a retrained one."""
+
 INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
 
 THIN = ("gru-coordinate", "select", "select-coordinate")
@@ -111,6 +116,8 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
         *_at_their_best(runs, further),
         *_protects_both(runs, further),
         *_keeps_constraint([*runs, *further]),
+        *_as_deep(runs),
+        *_hides_no_more(runs),
     ]
 
 
@@ -375,6 +382,78 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
     ]
 
 
+def _as_deep(runs: Runs) -> list[dict[str, Any]]:
+    """Whether no model hides what it should have forgotten, as an audit reads them."""
+    verdicts: dict[str, list[str]] = {}
+    most: dict[str, list[float]] = {}
+    for run in runs:
+        at_level = run["at_level"] or {}
+        if "verdict" in at_level:
+            name = f"{run['method']} {run['variant']}"
+            verdicts.setdefault(name, []).append(at_level["verdict"])
+            most.setdefault(name, []).append(_number(at_level["audit_most"]))
+    if not verdicts:
+        return []
+    means = {name: sum(of) / len(of) for name, of in most.items()}
+    return [
+        _finding(
+            "Forgetting is as deep as retraining: an audit reads no model at the level as one that "
+            f"hides, remembers or is broken, {_in_seeds(runs)}",
+            [name for name, said in verdicts.items() if {*said} & SHALLOW],
+            [
+                f"{name} {' / '.join(dict.fromkeys(said))}, {_share(means[name])} comes back"
+                for name, said in verdicts.items()
+            ],
+            {"verdicts": verdicts, "share_that_comes_back": means},
+        )
+    ]
+
+
+def _hides_no_more(runs: Runs) -> list[dict[str, Any]]:
+    """Whether what keeps more brings back no more than the objective alone, by variant."""
+    found = []
+    for variant in ("gru", "gru-update", *THIN):
+        compared = ("plain", variant)
+        most = {
+            method: {name: _mean(_cells(runs, method, name, MOST_BACK)) for name in compared}
+            for method in dict.fromkeys(run["method"] for run in runs)
+            if _are_audited(runs, method, compared)
+        }
+        if most:
+            found.append(
+                _finding(
+                    f"At equal forgetting the strongest attack brings no more back after {variant} "
+                    f"than after plain, {_mean_over(runs)}",
+                    [method for method, of in most.items() if not of[variant] <= of["plain"]],
+                    [
+                        f"{method} {_share(of[variant])} against {_share(of['plain'])} (plain)"
+                        for method, of in most.items()
+                    ],
+                    {"share_that_comes_back": most},
+                )
+            )
+    return found
+
+
+def _are_audited(runs: Runs, method: str, variants: Sequence[str]) -> bool:
+    """Whether an audit says of all runs of a method in these variants what comes back."""
+    return all(
+        cells and not any(math.isnan(share) for share in cells.values())
+        for cells in (
+            {s: _number(x) for s, x in _cells(runs, method, name, MOST_BACK).items()}
+            for name in variants
+        )
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _share(value: float) -> str:
+    return "no value" if math.isnan(value) else f"{value:.0%}"
+
+
 def _finding(
     claim: str, exceptions: list[str], measured: Sequence[str], numbers: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -414,6 +493,10 @@ def _seed(seed: int, by_seed: Mapping[int, object]) -> str:
 
 def _each(by_seed: Mapping[int, object]) -> str:
     return "in every seed" if len(by_seed) > 1 else "in the one seed"
+
+
+def _in_seeds(runs: Runs) -> str:
+    return _each({run["seed"]: run for run in runs})
 
 
 def _mean_over(runs: Runs) -> str:

@@ -7,13 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .config import SubjectConfig
 from .corpus import Corpus, Fact, generate
 from .edits import EDIT, StudiedEdit
 from .methods import EQUAL, RunSpec, Variant
 from .workers import Job, Say
+
+if TYPE_CHECKING:
+    from .audited import Judge
 
 KINDS = ("original", "gold")
 """The model that has memorised all facts, and the one that never saw the forget set."""
@@ -73,8 +76,65 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Read the original and the gold model as an audit does, which holds others against them."""
+
+    out: Path = field(repr=False)
+    seed: int
+    subject: SubjectConfig
+    stage: str = "train"
+    weight: float = 2.0
+
+    @property
+    def name(self) -> str:
+        return f"audit-seed{self.seed}"
+
+    def run(self, say: Say) -> dict[str, Any]:
+        from .audited import audited_sets, beside
+
+        original, retrained = (_trained(self, kind) for kind in KINDS)
+        corpus = generate(self.seed, self.subject.corpus)
+        sets = audited_sets(corpus, original[1], self.seed)
+        rate = self.subject.unlearning.relearning_rate
+        read = beside(original[0], [retrained[0]], sets, rate).read()
+        return {str(column): values for column, values in read.to_dict("list").items()}
+
+
+class OfSeed(Protocol):
+    """A job that begins with the models of a seed."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def subject(self) -> SubjectConfig: ...
+
+
+def _trained(job: OfSeed, kind: str) -> tuple[Any, Any]:
+    """A model of the seed and its tokenizer."""
+    return job.subject.load(job.out / "models" / f"{kind}-seed{job.seed}")
+
+
+def _judged(job: OfSeed) -> "Judge":
+    """What an audit says of a model of the seed, beside what was read of the others."""
+    from .audited import audited_sets, beside, judge
+
+    original, tokenizer = _trained(job, "original")
+    read = Kept(Reading(job.out, job.seed, job.subject), job.out / "results", resume=True).found()
+    corpus = generate(job.seed, job.subject.corpus)
+    sets = audited_sets(corpus, tokenizer, job.seed)
+    return judge(beside(original, (), sets, job.subject.unlearning.relearning_rate, read))
+
+
+@dataclass(frozen=True)
 class Unlearning:
-    """One unlearning run, from the original to the levels of the gold model."""
+    """One unlearning run, from the original to the levels of the gold model.
+
+    - `audit`: whether its model at the forget NLL of the gold model is audited.
+    """
 
     out: Path = field(repr=False)
     seed: int
@@ -82,6 +142,7 @@ class Unlearning:
     variant: Variant
     levels: Mapping[str, float]
     subject: SubjectConfig
+    audit: bool = False
     stage: str = "unlearn"
 
     @property
@@ -103,10 +164,11 @@ class Unlearning:
         spec, subject, level = self.spec, self.subject, self.levels["forget_nll"]
         model, tokenizer = subject.load(self.out / "models" / f"original-seed{self.seed}")
         corpus = generate(self.seed, replace(subject.corpus, heldout=spec.heldout))
+        data = Data.of(corpus, tokenizer, self.seed, model.device)
         file = f"runs/{self.name}.h5"
         result = unlearn(
             model,
-            Data.of(corpus, tokenizer, self.seed, model.device),
+            replace(data, judged=_judged(self)) if self.audit else data,
             spec,
             self.variant,
             subject.unlearning,
@@ -138,6 +200,7 @@ class Editing:
     studied: StudiedEdit
     level: float  # the gold model's forget NLL
     subject: SubjectConfig
+    audit: bool = False
     stage: str = "edit"
     weight: float = 2.0
 
@@ -155,6 +218,8 @@ class Editing:
         model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
         corpus = generate(self.seed, self.subject.corpus)
         data = Data.of(corpus, tokenizer, self.seed, model.device)
+        if self.audit:
+            data = replace(data, judged=_judged(self))
         file = f"runs/{self.name}.h5"
         return {
             "part": EQUAL,

@@ -17,7 +17,7 @@ from .scale_table import agreement, g_effects
 from .scale_table import as_markdown as scales_as_markdown
 from .scales import SCALES
 from .study import IN_A_LOOK, QUICK_METHODS
-from .tables import COLUMNS, KEYS, Row, as_markdown, compared, rows, tables
+from .tables import COLUMNS, KEYS, OF_AN_AUDIT, Row, as_markdown, compared, rows, tables
 
 NAME = "study.md"
 
@@ -65,6 +65,16 @@ steps.
   average of a retain gradient.
 
 Losses are in nats per token. Tables show means over seeds.
+"""
+
+AUDITED = """\
+A quick [audit](audit.md) attacks each unlearned model at the level, and the gold model in the same
+way. **Comes back (benign)** is by 48 steps of training on what should stay, **decoder swap** by the
+original's last norm and head, **int4** by rounding, **strongest attack** by whichever of all brings
+most back and is certain to: each a share of what the original knows beyond the gold model, 0 for a
+model that forgot as deeply as retraining does and 1 for the original. The **verdict** is that of
+the audit. Where seeds differ, how many say so stands behind it. Values are of the step after the
+level.
 """
 
 EDITED = """\
@@ -152,6 +162,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         f"retain questions and {config['optimizer']}. The running average of the retain gradients "
         f"weighs the new one by {config['ema']}. {_objectives(runs)}".rstrip(),
         HOW,
+        *([AUDITED] if config.get("audit") else []),
         _variants(config["variants"]),
         *([EDITED.format(disruption=DISRUPTION), _edits(config["edits"], edits)] if edits else []),
         "## What is found",
@@ -206,6 +217,7 @@ def command(summary: Mapping[str, Any]) -> str:
         f"--edits {','.join(edits)}": edits,
         "--all-variants": every,
         "--controls": summary["further_runs"],
+        "--audit": config.get("audit"),
     }
     return " ".join(["geffect demo", *(option for option, given in options.items() if given)])
 
@@ -296,14 +308,16 @@ def _finding(finding: Mapping[str, Any]) -> str:
 
 
 def _single(found: Iterable[Row]) -> str:
+    shown = [*found]
+    names = (*SINGLE, *(name for name in OF_AN_AUDIT if shown and name in shown[0].values))
     lines = [
         [
             *map(in_markdown, row.keys.values()),
-            *(" / ".join(row.values[name].single) for name in SINGLE),
+            *(" / ".join(row.values[name].single) for name in names),
         ]
-        for row in found
+        for row in shown
     ]
-    headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in SINGLE))]
+    headings = [heading for heading, _ in (*KEYS.values(), *(COLUMNS[name] for name in names))]
     return markdown(headings, lines)
 
 

@@ -16,7 +16,7 @@ from . import scale_table
 from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .edits import EDIT, EDITS
 from .findings import findings
-from .jobs import KINDS, Drawing, Editing, Kept, Training, Unlearning
+from .jobs import KINDS, Drawing, Editing, Kept, Reading, Training, Unlearning
 from .methods import (
     ADAMW,
     EQUAL,
@@ -63,8 +63,9 @@ class Plan:
     `all_variants` every method in every variant, run on to equal extraction strength. With
     `controls` the same with few facts that feed the retain gradient and, of the first method, at
     three learning rates of every variant, and with several retain sets. `edits` are names of
-    `geffect.demo.edits.EDITS`, which are made in every seed. `so_far`: nothing is run, and what has
-    a result is reported.
+    `geffect.demo.edits.EDITS`, which are made in every seed. With `audit` a quick audit says of
+    each unlearned model whether it forgot. `so_far`: nothing is run, and what has a result is
+    reported.
     """
 
     seeds: Sequence[int] = (0,)
@@ -83,6 +84,7 @@ class Plan:
     named: Sequence[str] = ()
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
     edits: Sequence[str] = ()
+    audit: bool = False
     so_far: bool = False
 
     def __post_init__(self) -> None:
@@ -119,12 +121,12 @@ class Plan:
         """How much work the plan is, in plain unlearning runs."""
         runs = sum(spec.weight(self.variant(spec)) for spec in self.specs())
         work = len(KINDS) * Training.weight + runs + len(self.edits) * Editing.weight
-        return len(self.seeds) * work
+        return len(self.seeds) * (work + self.audit * Reading.weight)
 
     @property
     def jobs(self) -> int:
-        """How many runs and edits a seed has."""
-        return len(self.specs()) + len(self.edits)
+        """How many runs and edits a seed has, and whether its models are read by an audit."""
+        return len(self.specs()) + len(self.edits) + self.audit
 
     def variant(self, spec: RunSpec) -> Variant:
         """The variant of a run."""
@@ -217,6 +219,7 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             trained: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
             for job, measured in zip(training, run(_kept(training, out, plan)), strict=True):
                 trained[job.kind][str(job.seed)] = measured
+            run(_kept(_asked(_reading(out, plan), out, plan), out, plan))
         with clock.stage("unlearn"):
             after = _asked(_after(out, plan, trained["gold"]), out, plan)
             found = run(_kept(after, out, plan))
@@ -233,7 +236,7 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             "format": FORMAT,
             "versions": {p: version(p) for p in ("geffect", "torch", "transformers", "tokenizers")},
             "seeds": seeds,
-            "whole": {"runs": len(found), "of": len(plan.seeds) * plan.jobs},
+            "whole": {"runs": len(found), "of": len(plan.seeds) * (plan.jobs - plan.audit)},
             "config": _config(plan),
             "wall_seconds": {},
             **trained,
@@ -260,7 +263,7 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
     """
     training = _kept(_training(out, plan), out, plan)
     # How far a run goes is read from the gold model of its seed.
-    after = _kept(_after(out, plan, _gold(training)), out, plan)
+    after = _kept([*_reading(out, plan), *_after(out, plan, _gold(training))], out, plan)
     there = sum(kept.found() is not None for kept in (*training, *after))
     return there, len(training) + len(plan.seeds) * plan.jobs
 
@@ -312,12 +315,18 @@ def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
     names = {
         f"{name}-seed{seed}"
         for seed in plan.seeds
-        for name in (*(spec.name for spec in plan.specs()), *(f"edit-{e}" for e in plan.edits))
+        for name in (
+            *(spec.name for spec in plan.specs()),
+            *(f"edit-{edit}" for edit in plan.edits),
+            *(["audit"] if plan.audit else []),
+        )
     }
     foreign = found - names - {kept.name for kept in training}
     gold = _gold(training)
     foreign |= {
-        kept.name for kept in (*training, *_kept(_after(out, plan, gold), out, plan)) if kept.other
+        kept.name
+        for kept in (*training, *_kept([*_reading(out, plan), *_after(out, plan, gold)], out, plan))
+        if kept.other
     }
     if foreign:
         raise ValueError(
@@ -343,6 +352,11 @@ def _training(out: Path, plan: Plan) -> list[Training]:
     return [Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS]
 
 
+def _reading(out: Path, plan: Plan) -> list[Reading]:
+    """What an audit needs of the models of each seed."""
+    return [Reading(out, seed, plan.studied) for seed in plan.seeds] if plan.audit else []
+
+
 def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Unlearning]:
     """The runs of the seeds whose gold model is known."""
     return [
@@ -353,6 +367,7 @@ def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) 
             plan.variant(spec),
             {name: gold[str(seed)][name] for name in plan.levels(spec)},
             plan.studied,
+            plan.audit,
         )
         for seed in plan.seeds
         if str(seed) in gold
@@ -363,7 +378,9 @@ def _unlearning(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) 
 def _editing(out: Path, plan: Plan, gold: Mapping[str, Mapping[str, float]]) -> list[Editing]:
     """The edits of the seeds whose gold model is known."""
     return [
-        Editing(out, seed, name, EDITS[name], gold[str(seed)]["forget_nll"], plan.studied)
+        Editing(
+            out, seed, name, EDITS[name], gold[str(seed)]["forget_nll"], plan.studied, plan.audit
+        )
         for seed in plan.seeds
         if str(seed) in gold
         for name in plan.edits
@@ -408,6 +425,7 @@ def _config(plan: Plan) -> dict[str, Any]:
         "ema": unlearning.ema,
         "options": dict(plan.options),
         "named": list(plan.named),
+        "audit": plan.audit,
         "optimizer": ADAMW,
         "batch": {"forget": unlearning.forget_batch, "retain": unlearning.retain_batch},
         "most_steps": unlearning.most_steps,

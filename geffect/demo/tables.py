@@ -24,6 +24,12 @@ AT_LEVEL = {
     "value_nll": "NLL of the values to forget",
     "recognition": "recognition of the values to forget",
     "recognition_taught": "recognition of the values to forget after the others were taught",
+    "audit_benign": "share of what was known that comes back by training on what stays",
+    "audit_swap": "share of what was known that the original's decoder tells",
+    "audit_int4": "share of what was known that comes back by rounding to 4 bits",
+    "audit_most": "share of what was known that comes back by the strongest attack",
+    "audit_attack": "the strongest attack",
+    "verdict": "what an audit says",
 }
 """What is measured at a level, with its name in words."""
 
@@ -49,11 +55,21 @@ COLUMNS = {
     "recognition": ("recognition", "{:.2f}"),
     "recognition_taught": ("others taught", "{:.2f}"),
     "share_update_violating": ("violating steps", "{:.2f}"),
+    "audit_benign": ("comes back (benign)", "{:.2f}"),
+    "audit_swap": ("decoder swap", "{:.2f}"),
+    "audit_int4": ("int4", "{:.2f}"),
+    "audit_most": ("strongest attack", "{:.2f}"),
+    "verdict": ("verdict", "{}"),
 }
 """What is shown of each row: means over seeds."""
 
 PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "value_nll", "recognition"))
-"""The columns for which a terminal is wide enough."""
+"""The columns for which a terminal is wide enough; those of an audit where there was one."""
+
+OF_AN_AUDIT = tuple(name for name in COLUMNS if name.startswith("audit_") or name == "verdict")
+
+WORDS = ("audit_attack", "verdict")
+"""What is told in words, of which there is no mean."""
 
 OF_ONE_FEED = ("relearn_nll", "value_nll", "recognition", "recognition_taught")
 """What is measured of a model once, whatever feeds the retain gradient."""
@@ -188,12 +204,25 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], pd.DataFrame]]] = {
 """Every table by the name of its files, with its heading; the first is the main one."""
 
 
-def rows(runs: pd.DataFrame) -> list[Row]:
-    """The rows of a table, the seeds of each in one, as they are shown."""
+def columns_of(runs: pd.DataFrame) -> tuple[str, ...]:
+    """The columns that are shown of a table: those of an audit where there was one."""
+    audited = bool(runs["verdict"].notna().any())
+    return tuple(name for name in COLUMNS if audited or name not in OF_AN_AUDIT)
+
+
+def rows(runs: pd.DataFrame, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table, the seeds of each in one, as they are shown.
+
+    - `columns`: some of `COLUMNS`; those of the table if left out.
+    """
+    shown = columns or columns_of(runs)
     return [
         Row(
             {n: _text(x, form) for (n, (_, form)), x in zip(KEYS.items(), key, strict=True)},
-            {name: _value(part[name].dropna(), form) for name, (_, form) in COLUMNS.items()},
+            {
+                name: (_said if name in WORDS else _value)(part[name].dropna(), COLUMNS[name][1])
+                for name in shown
+            },
             part["seed"].tolist(),
             (missed := part.loc[~part["reached_level"]])["seed"].tolist(),
             missed[HIGHEST].max(),
@@ -213,9 +242,10 @@ def as_markdown(runs: pd.DataFrame) -> str:
     Where some seeds did not, their number stands behind the steps, and how far they came behind
     the forget NLL.
     """
-    lines = [[title for title, _ in (*KEYS.values(), *(COLUMNS[name] for name in PRINTED))]]
+    printed = [name for name in columns_of(runs) if name in PRINTED]
+    lines = [[title for title, _ in (*KEYS.values(), *(COLUMNS[name] for name in printed))]]
     for row in rows(runs):
-        cells = {name: row.values[name].text for name in PRINTED}
+        cells = {name: row.values[name].text for name in printed}
         if row.missed:
             reached = len(row.seeds) - len(row.missed)
             cells["step"] = f"{cells['step']} ({reached} of {len(row.seeds)} seeds)".strip()
@@ -289,7 +319,8 @@ def _models(
 def _frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=[*SETTING, HIGHEST, "reached_level", *AT_LEVEL, *SHARES])
     # A column of nothing but None has no number in it, and is one of numbers all the same.
-    numbers = [name for name in frame if name not in ("method", "variant", "reached_level")]
+    words = ("method", "variant", "reached_level", *WORDS)
+    numbers = [name for name in frame if name not in words]
     return frame.astype({name: float for name in numbers if frame[name].dtype == object})
 
 
@@ -299,6 +330,14 @@ def _reached(runs: pd.DataFrame) -> bool:
 
 def _value(single: "pd.Series[float]", form: str) -> Value:
     return Value(single.mean(), _text(single.mean(), form), [form.format(x) for x in single])
+
+
+def _said(single: "pd.Series[str]", form: str) -> Value:
+    """What is said of the seeds, each once, with the number of seeds where they differ."""
+    counts = single.value_counts(sort=False)
+    several = len(counts) > 1
+    told = ", ".join(f"{said} ({n})" if several else str(said) for said, n in counts.items())
+    return Value(float("nan"), told, [form.format(x) for x in single])
 
 
 def _text(value: Any, form: str) -> str:

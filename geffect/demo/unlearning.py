@@ -56,6 +56,7 @@ class Data:
     tokenizer: Any
     seed: int = 0  # of the order in which batches are drawn
     answers: Mapping[str, lm.Batch] = field(default_factory=dict)
+    judged: Callable[[PreTrainedModel], Metrics] = lambda model: {}  # what an audit says of it
 
     @classmethod
     def of(
@@ -189,6 +190,7 @@ def unlearn(
                     **_between(model, trained, earlier, data, share),
                     "relearn_nll": relearn(model, data, config),
                     **recognised(model, data.asked, data.tokenizer, config),
+                    **(data.judged(model) if name == "forget_nll" else {}),
                 }
                 if spec.shown and name == "forget_nll":
                     keep_effects(recorder, model, data.batches, data.tokenizer)

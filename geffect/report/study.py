@@ -1,7 +1,7 @@
 """The page of a study."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ BARS = {"retain_nll": "inside", "retain_heldout_authors_nll": "outside"}
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
     """The page of a study, from its summary and the figures in `out`."""
     from geffect.demo import figures
-    from geffect.demo.tables import COLUMNS, KEYS, tables
+    from geffect.demo.tables import COLUMNS, KEYS, columns_of, tables
 
     main, *further = made = tables(summary)
+    columns = columns_of(main.runs)
     return page(
         "study.html.jinja",
         "geffect.report",
@@ -30,10 +31,10 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
             for name in figures.names(summary, out)
         },
         methods=list(dict.fromkeys(run["method"] for run in summary["runs"])),
-        headings=[heading for heading, _ in (*KEYS.values(), *COLUMNS.values())],
+        headings=[heading for heading, _ in (*KEYS.values(), *(COLUMNS[c] for c in columns))],
         bars=BARS,
-        main=_table(summary, main),
-        further=[_table(summary, table) for table in further],
+        main=_table(summary, main, columns),
+        further=[_table(summary, table, columns) for table in further],
         files=[f"{table.name}.csv" for table in made],
     )
 
@@ -43,12 +44,12 @@ def embedded(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _table(summary: Mapping[str, Any], table: "Table") -> dict[str, Any]:
+def _table(summary: Mapping[str, Any], table: "Table", columns: Sequence[str]) -> dict[str, Any]:
     """What a page shows of a table of a study; the models before unlearning come last."""
     from geffect.demo.tables import before, rows
 
     originals = before(summary, table.runs["retain_feed"].unique())
-    shown = [*rows(table.runs), *rows(originals)]
+    shown = [*rows(table.runs, columns), *rows(originals, columns)]
     means = [row.values[name].mean for row in shown for name in BARS]
     return {
         "heading": table.heading,

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from geffect.cli.report import study_report
 from geffect.demo import figures
 from geffect.demo.findings import findings
 from geffect.demo.methods import EQUAL, FEW, RATES, SETS, VARIANTS
@@ -23,6 +22,7 @@ from geffect.demo.tables import (
     retain_sets,
     write_tables,
 )
+from geffect.report import study_report
 
 RETAIN = {
     "plain": 1.0, "gru": 0.5, "gru-update": 0.2, "gru-coordinate": 0.05, "select": 0.02,
@@ -406,7 +406,7 @@ def test_a_report_without_further_tables_has_no_sections_of_them(
 ) -> None:
     text = page(look())
     (main, _), *further = TABLES.values()
-    assert f"<h2>{main}</h2>" in text
+    assert re.search(rf"<h2[^>]*>{main}", text)
     assert "<details>" not in text
     assert not [heading for heading, _ in further if heading in text]
 
@@ -476,3 +476,59 @@ def test_one_seed_is_not_called_several() -> None:
 def test_one_step_with_the_sign_of_its_batch_makes_no_exception(share: float, holds: bool) -> None:
     runs = study(**{"ga plain 0": {"share_appreciable_retaining_negative": share}})
     assert finding(runs, "GA harms")["holds"] is holds
+
+
+def audited(most: dict[str, float], **verdicts: str) -> list[dict[str, Any]]:
+    """A study of two methods whose models were audited."""
+    found = []
+    for made in study():
+        name = made["variant"]
+        said = {
+            "audit_benign": 0.1, "audit_swap": None, "audit_int4": 0.0,
+            "audit_most": most.get(name, 0.02), "audit_attack": "int4",
+            "verdict": verdicts.get(name.replace("-", "_"), "never knew"),
+        }  # fmt: skip
+        found.append({**made, "at_level": {**made["at_level"], **said}})
+    return found
+
+
+def test_forgetting_is_held_against_retraining_where_there_was_an_audit() -> None:
+    def deep(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {f["claim"]: f for f in findings(runs) if re.search("audit|strongest", f["claim"])}
+
+    assert deep(study()) == {}
+    shares = {"plain": 0.3, "gru": 0.2, "gru-coordinate": 0.4, "select": 0.6}
+    found = deep(audited(shares, plain="hidden", select="broken", gru="partly forgotten"))
+    first, *others = found.values()
+    assert not first["holds"]
+    assert {*first["except"]} == {
+        f"{m} {v}" for m in ("ga", "wga", "npo") for v in ("plain", "select")
+    }
+    assert "ga plain hidden, 30% comes back" in first["measured"]
+    by_variant = {f["claim"].split("after ")[1].split(" than")[0]: f for f in others}
+    assert {name: f["holds"] for name, f in by_variant.items()} == {
+        "gru": True, "gru-update": True, "gru-coordinate": False, "select": False,
+    }  # fmt: skip
+    assert by_variant["select"]["except"] == ["ga", "wga", "npo"]
+    assert "ga 60% against 30% (plain)" in by_variant["select"]["measured"]
+    assert deep(audited({}))[first["claim"]]["holds"]
+
+
+def test_tables_have_the_columns_of_an_audit_where_there_was_one() -> None:
+    runs = audited({"plain": 0.3}, plain="hidden")
+    runs[1]["at_level"]["verdict"] = "never knew"
+    gold = {str(seed): {"by_feed": {"140": GOLD}} for seed in (0, 1)}
+    told = {"runs": runs, "further_runs": [], "gold": gold}
+    lines = as_markdown(compared(told, "at_level", EQUAL)).splitlines()
+    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert heads[-5:] == [
+        "comes back (benign)",
+        "decoder swap",
+        "int4",
+        "strongest attack",
+        "verdict",
+    ]
+    plain = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert plain[-5:] == ["0.10", "", "0.00", "0.30", "hidden (1), never knew (1)"]
+    without = as_markdown(compared({**told, "runs": study()}, "at_level", EQUAL))
+    assert "comes back" not in without and "verdict" not in without
