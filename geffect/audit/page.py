@@ -22,7 +22,7 @@ LISTED = 10
 STYLE = """
   .verdict { font-size: 1.2rem; border-left: .4rem solid #b3261e; padding: .4rem 1rem; }
   .verdict.good { border-color: #00875f; }
-  td { text-align: left; vertical-align: top; } td.number { text-align: right; }
+  th, td { text-align: left; vertical-align: top; } td.number { text-align: right; }
 """
 
 

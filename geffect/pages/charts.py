@@ -47,11 +47,13 @@ class Lines:
     """Curves over the steps, on one scale.
 
     - `title`: what the values are, with their unit.
+    - `across`: what is counted from left to right.
     """
 
     title: str
     scale: Scale
     series: Sequence[Series]
+    across: str = "step"
 
     def told(self) -> dict[str, Any]:
         """What the browser draws: steps that curves share stand once."""
@@ -64,6 +66,7 @@ class Lines:
         return {
             "kind": "lines",
             "title": plain(self.title),
+            "across": self.across,
             "y": self.scale.told(),
             "tables": tables,
             "series": [
@@ -88,12 +91,14 @@ class Map:
     values: NDArray[np.float64]
     palette: Palette
     says: tuple[str, str] | None = None
+    across: str = "step"
 
     def told(self) -> dict[str, Any]:
         """What the browser draws."""
         return {
             "kind": "map",
             "title": plain(self.title),
+            "across": self.across,
             "scale": self.scale.told(),
             "steps": [int(step) for step in self.steps],
             "blocks": [plain(name) for name in self.blocks],

@@ -47,7 +47,7 @@ def _lines(chart: Lines) -> str:
     across = _across(min(steps, default=0), max(steps, default=1))
     scale = Scale("linear", *across)
     wide, bottom = WIDTH - LEFT - RIGHT, TOP + TALL
-    parts = [*_bottom(scale, LEFT, wide, bottom)]
+    parts = [*_bottom(chart.across, scale, LEFT, wide, bottom)]
     for value, label in chart.scale.ticks():
         y = bottom - TALL * chart.scale.place(value)
         parts.append(
@@ -103,7 +103,10 @@ def _map(chart: Map) -> str:
     wide, tall = WIDTH - left - RIGHT, min(max(15 * len(names), 30), 260)
     ends = edges(chart.steps)
     scale = Scale("linear", ends[0], ends[-1])
-    parts = [_image(chart, ends, left, wide, tall), *_bottom(scale, left, wide, TOP + tall)]
+    parts = [
+        _image(chart, ends, left, wide, tall),
+        *_bottom(chart.across, scale, left, wide, TOP + tall),
+    ]
     for index in marked(len(names), int(tall // 13)):
         y = TOP + tall * (index + 0.5) / len(names) + 3.5
         name = in_html(names[index])
@@ -135,13 +138,13 @@ def _pixels(
     )
 
 
-def _bottom(scale: Scale, left: float, wide: float, y: float) -> Iterator[str]:
+def _bottom(across: str, scale: Scale, left: float, wide: float, y: float) -> Iterator[str]:
     yield f'<path class="axis" d="M{left:.0f} {y}h{wide:.0f}"/>'
     for value, label in scale.ticks():
         if value == int(value):
             x = left + wide * scale.place(value)
             yield f'<text x="{x:.1f}" y="{y + 14}" text-anchor="middle">{label}</text>'
-    yield f'<text x="{left + wide:.0f}" y="{y + 27}" text-anchor="end">step</text>'
+    yield f'<text x="{left + wide:.0f}" y="{y + 27}" text-anchor="end">{across}</text>'
 
 
 def _across(first: float, last: float) -> tuple[float, float]:

@@ -119,8 +119,8 @@ class Scale:
                 return _multiples(self.low, self.high, most)
             return _powers(first, last, most)
         reach = max(-self.low, self.high)
-        first, last = round(log10(self.threshold)) + 1, floor(log10(reach) + 1e-9)
-        powers = _powers(first, last, max(1, (most + 1) // 2)) if last >= first else [reach]
+        last = floor(log10(reach) + 1e-9)
+        powers = _powers(min(round(log10(self.threshold)) + 1, last), last, (most + 1) // 2)
         return [*(-power for power in reversed(powers)), 0.0, *powers]
 
     def told(self) -> dict[str, Any]:

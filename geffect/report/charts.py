@@ -1,17 +1,16 @@
-"""The charts of a report: overlays of all runs, and the maps and curves of each."""
+"""The charts of one run of a report: maps of blocks by steps, and curves."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from geffect.analysis import implicit_weights
-from geffect.groups import By
 from geffect.pages import Lines, Map, Scale, Series
 from geffect.pages.charts import Chart, Palette
 from geffect.plots.rectification import COURSES, MARKS, UNMARKED
-from geffect.plots.style import DIVERGING, DOTTED, SOLID, SPARE, Dashes, Ink, inks
+from geffect.plots.style import DIVERGING, Ink, inks
 from geffect.scores import Score, score_of
 
 from .read import Numbers, Read, grid
@@ -19,11 +18,13 @@ from .read import Numbers, Read, grid
 NUMBERS = 240_000
 """So many numbers all maps of a page have, at most; then every n-th step is shown."""
 
-POINTS = 120_000
-"""The same of all curves."""
-
 FEWEST = 40
 """So many steps are shown at least."""
+
+
+COSINES, SHARES = Scale("linear", -1.0, 1.0), Scale("linear", 0.0, 1.0)
+
+MARK = MARKS["fired"][1].colour
 
 
 @dataclass(frozen=True)
@@ -38,71 +39,6 @@ class Figure:
 def diverging(count: int = 129) -> Palette:
     """Brown to purple, white at zero: what all pictures of signed scores have."""
     return [_hex(DIVERGING(share)) for share in np.linspace(0.0, 1.0, count)]
-
-
-def overlays(several: Sequence[Read]) -> list[Figure]:
-    """All runs in the same panel: risks, G-effects and cosine of the model, over the steps."""
-    drawn = run_inks([read.name for read in several])
-    stride = _strides(several, curves=6)
-    made = []
-    for title, of, scaled, caption in _COURSES:
-        courses = {read.name: of(read) for read in several}
-        known = [values for values in courses.values() if np.isfinite(values).any()]
-        if not known:
-            continue
-        series = [
-            _series(read.name, read, courses[read.name], drawn[read.name], stride[read.name])
-            for read in several
-            if len(courses[read.name])
-        ]
-        made.append(Figure(Lines(title, scaled(np.concatenate(known)), series), title, caption))
-    return made
-
-
-_NATS = "nats per unit learning rate"
-
-_COURSES: tuple[tuple[str, Callable[[Read], Numbers], Callable[[Numbers], Scale], str], ...] = (
-    (
-        "forget risk (nats)", lambda read: read.losses.get("forget", np.array([])),
-        Scale.positive, "High means forgotten.",
-    ),
-    (
-        "retain risk (nats)", lambda read: read.losses.get("retain", np.array([])),
-        Scale.positive, "Low means kept.",
-    ),
-    (
-        f"unlearning G-effect ({_NATS})", lambda read: read.effect("unlearning"),
-        lambda values: Scale.signed(values, "symlog"), "Negative is good.",
-    ),
-    (
-        f"retaining G-effect ({_NATS})", lambda read: read.effect("retaining"),
-        lambda values: Scale.signed(values, "symlog"), "Negative is damage.",
-    ),
-    (
-        "cosine of objective and retain gradient",
-        lambda read: read.cosine["value"].to_numpy(dtype=float),
-        lambda values: Scale("linear", -1.0, 1.0), "Below zero they are in conflict.",
-    ),
-    (
-        "conflict, share of blocks", lambda read: _shares(read.conflicts),
-        lambda values: Scale("linear", -0.02, 1.02), "1: all blocks of a step are in conflict.",
-    ),
-)  # fmt: skip
-
-
-def _shares(table: pd.DataFrame) -> Numbers:
-    return table.groupby("step")["value"].mean().to_numpy(dtype=float)
-
-
-def run_inks(names: Sequence[str]) -> dict[str, Ink]:
-    """A colour for each run, the dashes others where the colours begin again."""
-    if len(names) <= len(SPARE):
-        return dict(zip(names, SPARE, strict=False))
-    turns: tuple[Dashes, ...] = (SOLID, (0, (5, 2)), DOTTED, (0, (8, 2, 1, 2)))
-    return {
-        name: Ink(SPARE[i % len(SPARE)].colour, turns[i // len(SPARE) % len(turns)])
-        for i, name in enumerate(names)
-    }
 
 
 @dataclass(frozen=True)
@@ -130,147 +66,136 @@ class Scales:
         )
 
 
-def of_effects(read: Read, scales: Scales, stride: int) -> list[Figure]:
-    """A map of each G-effect: unlearning and retaining, and what was made of them."""
-    made = []
-    for effect, part in read.block_effects.groupby("effect", observed=True, sort=False):
-        score = score_of(part)
-        risk = str(effect).partition(",")[0]
-        good = "Negative is good." if risk == "unlearning" else "Negative is damage."
-        title = f"{effect}: {score.full}"
-        made.append(
-            Figure(_map(part, title, scales.of_unit[score.unit], scales, stride), title, good)
-        )
-    return made
+@dataclass(frozen=True)
+class OfRun:
+    """The charts of a run, with the colours of all runs of the page.
 
+    - `stride`: every so many-th step is shown.
+    """
 
-def of_cosine(read: Read, scales: Scales, stride: int) -> Figure:
-    """The map of the cosine of objective and retain gradient."""
-    table = read.block_cosine
-    title = score_of(table).full
-    chart = _map(table, title, Scale("linear", -1.0, 1.0), scales, stride)
-    return Figure(chart, title, "Below zero the two are in conflict.")
+    read: Read
+    scales: Scales
+    stride: int
 
+    def effects(self) -> list[Figure]:
+        """A map of each G-effect: unlearning and retaining, and what was made of them."""
+        made = []
+        for effect, part in self.read.block_effects.groupby("effect", observed=True, sort=False):
+            score = score_of(part)
+            good = "Negative is good." if str(effect).startswith("unl") else "Negative is damage."
+            chart = self._map(part, f"{effect}: {score.full}", self.scales.of_unit[score.unit])
+            made.append(Figure(chart, chart.title, good))
+        return made
 
-def of_course(read: Read, stride: int) -> list[Figure]:
-    """The G-effects of the model over the steps, a panel for each unit."""
-    named = inks([str(name) for name in read.effects["effect"].unique()])
-    made = []
-    for _, own in read.effects.groupby("unit", sort=False):
-        score = score_of(own)
-        values = own["value"].to_numpy(dtype=float)
+    def cosine(self) -> Figure:
+        """The map of the cosine of objective and retain gradient."""
+        table = self.read.block_cosine
+        chart = self._map(table, score_of(table).full, COSINES)
+        return Figure(chart, chart.title, "Below zero the two are in conflict.")
+
+    def course(self) -> list[Figure]:
+        """The G-effects of the model over the steps, a panel for each unit."""
+        table = self.read.effects
+        named = inks([str(name) for name in table["effect"].unique()])
+        made = []
+        for _, own in table.groupby("unit", sort=False):
+            score = score_of(own)
+            courses = {
+                str(name): part["value"].to_numpy(dtype=float)
+                for name, part in own.groupby("effect", observed=True, sort=False)
+            }
+            scale = Scale.signed(own["value"], score.scale)
+            chart = self._lines(f"model: {score.full}", scale, courses, named)
+            made.append(Figure(chart, chart.title))
+        return made
+
+    def losses(self) -> list[Figure]:
+        """The losses over the steps, where there are any."""
+        known = {name: v for name, v in self.read.losses.items() if np.isfinite(v).any()}
+        if not known:
+            return []
+        values = np.concatenate([*known.values()])
+        scale = Scale.positive(values)
+        if np.nanmin(values) < 0:
+            scale = Scale.signed(values, "symlog")
+        chart = self._lines("losses", scale, known, inks([*known]))
+        return [Figure(chart, "losses as they were given")]
+
+    def weights(self) -> list[Figure]:
+        """The means of the implicit weights, where the run has them."""
+        if not self.read.run.contents.weights:
+            return []
+        table = implicit_weights(self.read.run)
+        own = table[table["statistic"] == "mean"]
+        courses = {
+            str(name): part["value"].to_numpy(dtype=float)
+            for name, part in own.groupby("weight", observed=True, sort=False)
+        }
+        scale = Scale.positive(own["value"])
+        chart = self._lines("mean implicit weight", scale, courses, inks([*courses]))
+        return [Figure(chart, chart.title)]
+
+    def rectification(self) -> list[Figure]:
+        """Cosines with the retain average before, after and as applied; where it fired or broke."""
+        made = []
+        for by, table in self.read.rectifications.items():
+            sets = [str(name) for name in table["against"].unique()]
+            for against in sets:
+                own = table[table["against"].astype(str) == against]
+                which = f" against {against}" if len(sets) > 1 else ""
+                of = self._of_model if by == "model" else self._of_blocks
+                made += of(own, f"{which}, by {by}" if by != "model" else which)
+        return made
+
+    def _of_model(self, own: pd.DataFrame, which: str) -> list[Figure]:
+        courses = {name: _values(own, quantity) for quantity, (name, _) in COURSES.items()}
+        known = {name: v for name, v in courses.items() if np.isfinite(v).any()}
+        drawn = dict(COURSES.values())
+        curves = self._lines(f"cosine with the retain average{which}", COSINES, known, drawn)
+        rows = {name: _values(own, quantity) for quantity, (name, _) in MARKS.items()}
+        marks = self._marks(f"where it acted{which}", [*rows], np.stack([*rows.values()]))
+        shares = ", ".join(f"{name} {_share(row)}" for name, row in rows.items())
+        made = [Figure(curves, curves.title, "Below zero is harm.")] if known else []
+        return [*made, Figure(marks, marks.title, f"Of the steps: {shares}.")]
+
+    def _of_blocks(self, own: pd.DataFrame, which: str) -> list[Figure]:
+        made = []
+        for quantity in ("cosine_before", "cosine_after"):
+            title = f"cosine with the retain average, {COURSES[quantity][0]}{which}"
+            chart = self._map(own[own["quantity"] == quantity], title, COSINES)
+            made.append(Figure(chart, title, "Below zero is harm."))
+        for quantity, (name, _) in MARKS.items():
+            _, blocks, values = grid(own[own["quantity"] == quantity])
+            marks = self._marks(f"{name}{which}", blocks, values)
+            made.append(Figure(marks, marks.title, f"{_share(values)} of steps and blocks."))
+        return made
+
+    def _map(self, table: pd.DataFrame, title: str, scale: Scale) -> Map:
+        steps, blocks, values = grid(table)
+        steps, values = steps[:: self.stride], values[:, :: self.stride]
+        palette = self.scales.palette
+        return Map(title, scale, steps, blocks, values, palette, across=self.read.across)
+
+    def _marks(self, title: str, blocks: Sequence[str], values: Numbers) -> Map:
+        steps, values = self.read.steps[:: self.stride], values[:, :: self.stride]
+        palette = [UNMARKED, MARK]
+        return Map(title, SHARES, steps, blocks, values, palette, ("no", "yes"), self.read.across)
+
+    def _lines(
+        self, title: str, scale: Scale, courses: Mapping[str, Numbers], drawn: Mapping[str, Ink]
+    ) -> Lines:
         series = [
-            _series(str(name), read, part["value"].to_numpy(dtype=float), named[str(name)], stride)
-            for name, part in own.groupby("effect", observed=True, sort=False)
+            series_of(self.read, values, drawn[name], self.stride, name)
+            for name, values in courses.items()
         ]
-        chart = Lines(f"model: {score.full}", Scale.signed(values, score.scale), series)
-        made.append(Figure(chart, chart.title))
-    return made
+        return Lines(title, scale, series, self.read.across)
 
 
-def of_losses(read: Read, stride: int) -> Figure | None:
-    """The losses over the steps."""
-    known = {name: v for name, v in read.losses.items() if np.isfinite(v).any()}
-    if not known:
-        return None
-    drawn = inks([*known])
-    values = np.concatenate([*known.values()])
-    kind = Scale.positive(values) if np.nanmin(values) >= 0 else Scale.signed(values, "symlog")
-    series = [_series(name, read, v, drawn[name], stride) for name, v in known.items()]
-    return Figure(Lines("losses", kind, series), "losses as they were given")
-
-
-def of_rectification(read: Read, scales: Scales, stride: int) -> list[Figure]:
-    """Cosines with the retain average before, after and as applied; where it fired or broke."""
-    made = []
-    for by, table in read.rectifications.items():
-        sets = [str(name) for name in table["against"].unique()]
-        for against in sets:
-            own = table[table["against"].astype(str) == against]
-            which = f" ({against})" if len(sets) > 1 else ""
-            if by == "model":
-                made += _rectified_model(read, own, which, stride)
-            else:
-                made += _rectified_blocks(own, by, which, scales, stride)
-    return made
-
-
-def _rectified_model(read: Read, own: pd.DataFrame, which: str, stride: int) -> list[Figure]:
-    series = []
-    for quantity, (name, ink) in COURSES.items():
-        values = _values(own, quantity)
-        if np.isfinite(values).any():
-            series.append(_series(name, read, values, ink, stride))
-    title = f"cosine with the retain average{which}, model"
-    rows = [_values(own, quantity) for quantity in MARKS]
-    marks = Map(
-        f"marks of the steps{which}",
-        Scale("linear", 0.0, 1.0),
-        read.steps[::stride],
-        [name for name, _ in MARKS.values()],
-        np.stack(rows)[:, ::stride],
-        _MARKED,
-        ("no", "yes"),
-    )
-    shares = ", ".join(
-        f"{name} {_share(row)}" for (name, _), row in zip(MARKS.values(), rows, strict=True)
-    )
-    curves = [
-        Figure(Lines(title, Scale("linear", -1.0, 1.0), series), title, "Below zero is harm.")
-    ]
-    return [*(curves if series else []), Figure(marks, f"where it acted{which}", f"{shares}.")]
-
-
-def _rectified_blocks(
-    own: pd.DataFrame, by: By, which: str, scales: Scales, stride: int
-) -> list[Figure]:
-    made = []
-    for quantity in ("cosine_before", "cosine_after"):
-        part = own[own["quantity"] == quantity]
-        title = f"cosine with the retain average, {COURSES[quantity][0]}{which}, by {by}"
-        chart = _map(part, title, Scale("linear", -1.0, 1.0), scales, stride)
-        made.append(Figure(chart, title, "Below zero is harm."))
-    for quantity, (name, _) in MARKS.items():
-        steps, blocks, values = grid(own[own["quantity"] == quantity])
-        chart = Map(
-            f"{name}{which}, by {by}", Scale("linear", 0.0, 1.0), steps[::stride], blocks,
-            values[:, ::stride], _MARKED, ("no", "yes"),
-        )  # fmt: skip
-        made.append(Figure(chart, chart.title, f"{_share(values)} of steps and {by}s."))
-    return made
-
-
-def of_weights(read: Read, stride: int) -> Figure | None:
-    """The means of the implicit weights, where the run has them."""
-    if not read.run.contents.weights:
-        return None
-    table = implicit_weights(read.run)
-    own = table[table["statistic"] == "mean"]
-    names = [str(name) for name in own["weight"].unique()]
-    drawn = inks(names)
-    series = [
-        _series(name, read, part["value"].to_numpy(dtype=float), drawn[name], stride)
-        for name, part in ((n, own[own["weight"].astype(str) == n]) for n in names)
-    ]
-    chart = Lines("mean implicit weight", Scale.positive(own["value"]), series)
-    return Figure(chart, chart.title)
-
-
-_MARKED = [UNMARKED, "#00875f"]
-
-
-def _map(table: pd.DataFrame, title: str, scale: Scale, scales: Scales, stride: int) -> Map:
-    steps, blocks, values = grid(table)
-    return Map(title, scale, steps[::stride], blocks, values[:, ::stride], scales.palette)
-
-
-def _series(name: str, read: Read, values: Numbers, ink: Ink, stride: int) -> Series:
-    shown = values[::stride]
-    return Series(name, read.steps[::stride], [*map(float, shown)], ink.colour, _dashes(ink))
-
-
-def _dashes(ink: Ink) -> list[float]:
-    return [] if ink.dashes == "-" else [round(1.6 * float(length), 1) for length in ink.dashes[1]]
+def series_of(read: Read, values: Numbers, ink: Ink, stride: int, name: str) -> Series:
+    """The curve of a run: every so many-th step, in its ink."""
+    dashes = [] if ink.dashes == "-" else [round(1.6 * float(part), 1) for part in ink.dashes[1]]
+    shown = [*map(float, values[::stride])]
+    return Series(name, read.steps[::stride], shown, ink.colour, dashes)
 
 
 def _values(table: pd.DataFrame, quantity: str) -> Numbers:
@@ -285,12 +210,6 @@ def _share(values: Numbers) -> str:
 def _hex(colour: Iterable[float]) -> str:
     red, green, blue, *_ = (round(255 * share) for share in colour)
     return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def _strides(several: Sequence[Read], curves: int) -> dict[str, int]:
-    """Of each run every n-th step, so that a page has its room for curves."""
-    most = max(FEWEST, POINTS // (len(several) * curves))
-    return {read.name: -(-len(read.steps) // most) for read in several}
 
 
 def stride_of_maps(read: Read, runs: int) -> int:

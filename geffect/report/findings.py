@@ -34,10 +34,11 @@ def _harm(read: Read) -> Iterator[str]:
         return
     worst = int(np.nanargmin(values))
     count = int((values[known] < 0).sum())
-    before = ", before rectification" if read.rectified else ""
+    before = ", before rectification," if read.rectified else ""
     yield (
         f"The retaining G-effect of the model{before} is negative, which is damage, in {count} of "
-        f"{known.sum()} steps; it is lowest at step {read.steps[worst]}, with {values[worst]:.4g}."
+        f"{known.sum()} steps; it is lowest at {read.across} {read.steps[worst]}, with "
+        f"{values[worst]:.4g}."
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from geffect.analysis import conflict, cosine, g_effect, rectification, violation
 from geffect.analysis.rectified import acts, constrained
 from geffect.groups import By
-from geffect.scores import blocks_of, score_of
+from geffect.scores import BLOCKS, blocks_of, score_of
 from geffect.sources import AVERAGE, UPDATE
 from geffect.store import Run
 
@@ -32,8 +32,29 @@ class Read:
     by: By
 
     @cached_property
+    def repeats(self) -> bool:
+        """Whether steps come again, as in a run of several requests: then its rows are counted."""
+        return len({*self.run.steps.tolist()}) < len(self.run.steps)
+
+    @property
+    def across(self) -> str:
+        """What charts count from left to right."""
+        return "row" if self.repeats else "step"
+
+    @cached_property
     def steps(self) -> list[int]:
-        return [int(step) for step in self.run.steps]
+        """The steps; of a run in which they repeat the numbers of its rows."""
+        steps: list[int] = self.run.steps.tolist()
+        return [*range(len(steps))] if self.repeats else steps
+
+    def _counted(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table of the run whose steps are those of `steps`."""
+        if not self.repeats:
+            return table
+        told_apart = [
+            c for c in table.columns if c in BLOCKS or c in ("effect", "quantity", "against")
+        ]
+        return table.assign(step=table.groupby(told_apart, observed=True).cumcount())
 
     @cached_property
     def losses(self) -> Mapping[str, Numbers]:
@@ -42,25 +63,25 @@ class Read:
     @cached_property
     def effects(self) -> pd.DataFrame:
         """The G-effects of the model."""
-        return g_effect(self.run, "model")
+        return self._counted(g_effect(self.run, "model"))
 
     @cached_property
     def block_effects(self) -> pd.DataFrame:
-        return g_effect(self.run, self.by)
+        return self._counted(g_effect(self.run, self.by))
 
     @cached_property
     def cosine(self) -> pd.DataFrame:
         """The cosine of objective and retain gradient, of the model."""
-        return cosine(self.run, "objective", "retain", "model")
+        return self._counted(cosine(self.run, "objective", "retain", "model"))
 
     @cached_property
     def block_cosine(self) -> pd.DataFrame:
-        return cosine(self.run, "objective", "retain", self.by)
+        return self._counted(cosine(self.run, "objective", "retain", self.by))
 
     @cached_property
     def conflicts(self) -> pd.DataFrame:
         """Of the blocks that the rectifier constrains."""
-        return conflict(self.run)
+        return self._counted(conflict(self.run))
 
     @cached_property
     def violations(self) -> pd.DataFrame | None:
@@ -75,7 +96,7 @@ class Read:
             return {}
         finer = FINER.get((self.run.manifest["rectifier"] or {}).get("scope", "model"))
         levels: list[By] = ["model", finer] if finer else ["model"]
-        return {by: rectification(self.run, by) for by in levels}
+        return {by: self._counted(rectification(self.run, by)) for by in levels}
 
     @property
     def rectified(self) -> bool:

@@ -11,6 +11,7 @@ from geffect.store import Run
 from . import charts
 from .divergence import against_the_first
 from .findings import findings
+from .overlays import overlays, unit_of
 from .read import Read, objective_of, opened, rectifier_of
 from .study import embedded
 from .summary import COLUMNS, rows
@@ -39,10 +40,11 @@ def runs_report(runs: Sequence[Run], by: By = "layer") -> str:
     return page(
         "runs.html.jinja",
         "geffect.report",
-        by=by,
+        by=by if isinstance(by, str) else "group",
         columns=COLUMNS,
+        units=_units(several),
         rows=rows(several),
-        overlays=charts.overlays(several) if len(several) > 1 else [],
+        overlays=overlays(several) if len(several) > 1 else [],
         parted=against_the_first(several),
         runs=[_sections(read, scales, len(several)) for read in several],
     )
@@ -50,7 +52,8 @@ def runs_report(runs: Sequence[Run], by: By = "layer") -> str:
 
 def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
     run, stride = read.run, charts.stride_of_maps(read, count)
-    last = read.effects[read.effects["step"] == read.effects["step"].max()]
+    drawn = charts.OfRun(read, scales, stride)
+    last = read.effects.groupby("effect", observed=True, sort=False).tail(1)
     return {
         "name": read.name,
         "anchor": read.anchor,
@@ -61,6 +64,7 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "rectifier": rectifier_of(run.manifest),
         "state": run.state,
         "steps": len(run.steps),
+        "repeats": read.repeats,
         "thinned": ordinal(stride) if stride > 1 else "",
         "sources": run.sources,
         "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
@@ -69,15 +73,21 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "changed": read.rectified,
         "rates": read.rates(),
         "constrained": read.constrained,
-        "courses": [
-            f for f in (charts.of_losses(read, stride), *charts.of_course(read, stride)) if f
-        ],
-        "effects": charts.of_effects(read, scales, stride),
-        "cosine": [charts.of_cosine(read, scales, stride)],
-        "rectification": charts.of_rectification(read, scales, stride),
-        "weights": [f for f in (charts.of_weights(read, stride),) if f],
+        "courses": [*drawn.losses(), *drawn.course()],
+        "effects": drawn.effects(),
+        "cosine": [drawn.cosine()],
+        "rectification": drawn.rectification(),
+        "weights": drawn.weights(),
         **_effects(run),
     }
+
+
+def _units(several: Sequence[Read]) -> str:
+    """The unit of the G-effects of the table; of each run where they are not the same."""
+    units = {read.name: unit_of(read) for read in several}
+    if len({*units.values()}) == 1:
+        return units[several[0].name]
+    return ", ".join(f"of {name} {unit}" for name, unit in units.items())
 
 
 def ordinal(number: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from geffect import Run, open_run
 from geffect.analysis import compare, conflict, cosine, g_effect, violation
-from geffect.report import charts, runs_report
+from geffect.report import charts, overlays, runs_report
 from geffect.report.runs import ordinal
 from geffect.report.summary import COLUMNS
 from tests.utils.many_runs import random_run
@@ -141,14 +141,14 @@ def test_twenty_runs_fit(tmp_path: Path) -> None:
 def test_all_numbers_of_long_runs_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth of the room, and of the steps: what is thinned says so, and keeps its values."""
     monkeypatch.setattr(charts, "NUMBERS", charts.NUMBERS // 100)
-    monkeypatch.setattr(charts, "POINTS", charts.POINTS // 100)
+    monkeypatch.setattr(overlays, "POINTS", overlays.POINTS // 100)
     monkeypatch.setattr(charts, "FEWEST", 10)
     run = open_run(random_run(tmp_path / "long.h5", 90, layers=6, rectified=True))
     page = Page(runs_report([run] * 3))
     maps = [chart for chart in page.charts if chart["kind"] == "map"]
     assert sum(len(row) for chart in maps for row in chart["rows"]) <= charts.NUMBERS
     curves = [chart for chart in page.charts if chart["kind"] == "lines"][:6]
-    assert sum(len(v) for c in curves for _, *own in c["tables"] for v in own) <= charts.POINTS
+    assert sum(len(v) for c in curves for _, *own in c["tables"] for v in own) <= overlays.POINTS
     ((first, second),) = {tuple(chart["steps"][:2]) for chart in maps}
     assert first == 0 and second > 1 and f"Charts show every {ordinal(second)} step" in page.words
     whole = g_effect(run, "layer").pivot(index="layer", columns=["effect", "step"], values="value")

@@ -3,7 +3,7 @@
 (() => {
   const INK = "#1d2129", GRID = "#e3e5ea", UNDEFINED = "#bdbdbd", SHOWN = 8;
   const FONT = "11px system-ui, sans-serif";
-  const said = (value) => (value === null ? "undefined" : String(value));
+  const said = (value) => (value === null ? "undefined or infinite" : String(value));
 
   const place = ({ kind, low, high, threshold }) => {
     const spread = { log: Math.log10, symlog: (v) => Math.asinh(v / threshold) }[kind] ?? ((v) => v);
@@ -48,7 +48,7 @@
     stroke: INK, font: FONT, labelFont: FONT, labelSize: 16, gap: 4,
     ticks: { size: 4, stroke: GRID }, grid: { stroke: GRID, width: 1 }, ...more,
   });
-  const steps = (more) => axis({ label: "step", size: 26, incrs: [1, 2, 5].flatMap(
+  const steps = (label, more) => axis({ label, size: 26, incrs: [1, 2, 5].flatMap(
     (m) => [1, 10, 100, 1e3, 1e4, 1e5, 1e6].map((p) => m * p)).sort((a, b) => a - b), ...more });
   const room = (u, labels) => {
     if (!labels) return 40;
@@ -59,7 +59,7 @@
     return Math.ceil(widest) + 12;
   };
 
-  const lines = ({ y, tables, series }) => {
+  const lines = ({ across, y, tables, series }) => {
     const tell = (u) => {
       const { idx, top } = u.cursor;
       if (idx === null || idx === undefined) return null;
@@ -69,14 +69,14 @@
       const near = [...there].sort((a, b) => far(a) - far(b)).slice(0, SHOWN);
       const told = there.filter((one) => near.includes(one))
         .map(([one, value]) => [`${one.name}: ${said(value)}`, one.colour]);
-      return [[`step ${u.data[0][idx]}`], ...told];
+      return [[`${across} ${u.data[0][idx]}`], ...told];
     };
     return {
       data: uPlot.join(tables),
       height: 250,
       scales: { y: { range: () => [y.low, y.high], asinh: y.threshold,
         distr: { log: 3, symlog: 4 }[y.kind] ?? 1 } },
-      axes: [steps(), axis({ size: room, splits: () => y.ticks.map(([value]) => value),
+      axes: [steps(across), axis({ size: room, space: 0, splits: () => y.ticks.map(([value]) => value),
         filter: (u, splits) => splits, values: () => y.ticks.map(([, label]) => label) })],
       series: [{}, ...series.map((one) => ({ label: one.name, stroke: one.colour, dash: one.dash,
         width: 1.6, points: { show: tables[0][0].length < 40, size: 4 } }))],
@@ -85,7 +85,7 @@
     };
   };
 
-  const map = ({ scale, steps: at, blocks, labels, rows, palette, says, bar }) => {
+  const map = ({ across, scale, steps: at, blocks, labels, rows, palette, says, bar }) => {
     const count = blocks.length, last = at.length - 1, to = place(scale);
     const ends = at.map((x, i) => (i ? (at[i - 1] + x) / 2 : x - (last ? (at[1] - x) / 2 : 0.5)));
     ends.push(last ? 2 * at[last] - ends[last] : at[last] + 0.5);
@@ -98,7 +98,7 @@
       const value = rows[row]?.[column];
       if (value === undefined) return null;
       const words = says && value !== null ? says[value] : said(value);
-      return [[`step ${at[column]}, ${blocks[row]}`], [words]];
+      return [[`${across} ${at[column]}, ${blocks[row]}`], [words]];
     };
     const draw = (u) => {
       const { ctx, bbox } = u;
@@ -136,7 +136,7 @@
           (low <= at[0] && high >= at[last] ? [ends[0], ends[last + 1]] : [low, high]) },
         y: { dir: -1, range: () => [-0.5, count - 0.5] },
       },
-      axes: [steps({ grid: { show: false } }), axis({ grid: { show: false }, size: room,
+      axes: [steps(across, { grid: { show: false } }), axis({ grid: { show: false }, size: room, space: 0,
         splits: () => marked, filter: (u, splits) => splits,
         values: () => marked.map((i) => labels[i]) })],
       series: [{}, { paths: () => null, points: { show: false } }],
