@@ -22,6 +22,7 @@ from .style import (
     LINEAR_SHARE,
     QUIET,
     Frame,
+    axis_label,
     decade_format,
     decades,
     dress,
@@ -29,10 +30,6 @@ from .style import (
     key,
     new_axes,
     note,
-    wrapped,
-)
-from .style import (
-    points as size_of,
 )
 
 RANGE = 0.2  # of the weights that share a colour
@@ -86,16 +83,14 @@ def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         reached += _lines_of_density(ax, part, colour)
         drawn.append(Line2D([], [], color=colour, marker="o", markersize=3, label=name))
     _limit(ax, np.concatenate(reached))
-    unit = wrapped(score_of(table).full)
-    ax.set_xlabel(f"forget: {unit}", fontsize=size_of("medium"))
-    ax.set_ylabel(f"retain: {unit}", fontsize=size_of("medium"))
+    unit = score_of(table).full
+    axis_label(ax.xaxis, f"forget: {unit}", longest=60)
+    axis_label(ax.yaxis, f"retain: {unit}")
     dress(ax)
     heading(ax, constants(table.drop(columns="risk")))
     note(ax, "left: forgets; below zero: damages")
     if "weight" in table:
-        legend = key(ax, drawn)
-        legend.set_title("weight (samples)")
-        legend.get_title().set_fontsize(size_of("small"))
+        key(ax, drawn, title="weight (samples)")
     return ax
 
 
@@ -176,5 +171,5 @@ def _scale(ax: Axes, axis: Literal["x", "y"], table: pd.DataFrame) -> None:
     set_scale, of = (ax.set_xscale, ax.xaxis) if axis == "x" else (ax.set_yscale, ax.yaxis)
     set_scale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
     of.set_major_locator(FixedLocator(decades(frame)))
-    of.set_major_formatter(decade_format(frame))
+    of.set_major_formatter(decade_format())
     of.set_minor_locator(NullLocator())

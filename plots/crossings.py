@@ -11,8 +11,20 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from .fit import levels, once_only, require
-from .style import QUIET, SPARE, drawn, dress, heading, new_figure, points
+from .style import (
+    QUIET,
+    SPARE,
+    axis_label,
+    drawn,
+    dress,
+    heading,
+    medium,
+    new_figure,
+    panels_abreast,
+    points,
+)
 from .style import title as put_title
+from .ticks import log_ticks
 from .tradeoff import mark
 
 Floats = NDArray[np.float64]
@@ -59,21 +71,24 @@ def crossings(
     require(table, [by, "method", "step", "forget_nll", kept, "at_level"])
     once_only(table, [by, "method", "step"])
     names = levels(table[by])
-    tall = -(-len(names) // columns)
+    tall = -(-len(names) // panels_abreast(columns))
     wide = -(-len(names) // tall)
-    figure = new_figure(4.3 * wide, 4.9 * tall)
+    made_for = medium()
+    is_narrow = made_for is not None and made_for.is_narrow
+    figure = new_figure(4.3 * wide, (3.0 if is_narrow else 4.9) * tall)
     shown = table[table["at_level"] | (table["forget_nll"] <= level)]
     values = shown[kept].to_numpy(dtype=float)
     limits = (0.8 * values[values > 0].min(), 1.25 * values.max())
     for index, name in enumerate(names):
         ax = figure.add_subplot(tall, wide, index + 1)
         ax.set_yscale("log")
+        log_ticks(ax.yaxis)
         ax.set_xlim(0.0, level)
         ax.set_ylim(*limits)
         _panel(ax, shown[shown[by].astype(str) == name], kept, level)
-        ax.set_xlabel("forget NLL (nats per token)", fontsize=points("medium"))
+        axis_label(ax.xaxis, "forget NLL (nats per token)")
         if index % wide == 0:
-            ax.set_ylabel(f"{drawn(label, most=60)} (nats per token)", fontsize=points("medium"))
+            axis_label(ax.yaxis, f"{label} (nats per token)", longest=60)
         dress(ax)
         heading(ax, name)
     if title:
@@ -111,8 +126,9 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
     missed = [method for method in lines if method not in ends]
     if missed:
         ax.annotate(
-            _on_lines(f"not reached: {', '.join(map(drawn, missed))}"), xy=(0.0, -0.15),
-            xycoords="axes fraction", va="top", fontsize=points("x-small"), color="#555555",
+            _on_lines(f"not reached: {', '.join(map(drawn, missed))}"), xy=(0.0, 0.0),
+            xycoords=("axes fraction", ax.xaxis.label), xytext=(0, -3),
+            textcoords="offset points", va="top", fontsize=points("x-small"), color="#555555",
             annotation_clip=False,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 
 from .conventions import Asked, picture
 from .fit import all_levels, levels, once_only, require
-from .style import drawn, dress, heading, key, new_axes, points
+from .style import axis_label, drawn, dress, heading, key, new_axes
 
 
 @picture(Line2D)
@@ -45,10 +45,8 @@ def evaluations(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.2, marker="o",
                          markersize=3, zorder=3),
         )  # fmt: skip
-    ax.set_xlabel(
-        "accumulated predicted fall of the risk (nats per token)", fontsize=points("medium")
-    )
-    ax.set_ylabel(drawn(metrics[0]), fontsize=points("medium"))
+    axis_label(ax.xaxis, "accumulated predicted fall of the risk (nats per token)", longest=60)
+    axis_label(ax.yaxis, metrics[0])
     dress(ax)
     heading(ax, drawn(metrics[0]))
     key(ax, handles)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import SymLogNorm
 from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
@@ -13,11 +14,14 @@ from .conventions import Asked, picture
 from .fit import constants, short, told_apart
 from .style import (
     Frame,
+    axis_label,
+    colour_bar,
     colours_of,
     decade_format,
     decades,
     drawn,
     dress,
+    few_decades,
     heading,
     longest,
     new_axes,
@@ -25,10 +29,9 @@ from .style import (
     points,
     rate,
     step_axis,
-    thinned,
     towers_apart,
-    wrapped,
 )
+from .ticks import BlockTicks
 
 
 @picture(QuadMesh, by="cmap")
@@ -71,9 +74,8 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     )
     ax.set_ylim(len(frame.blocks) - 0.5, -0.5)
     towers_apart(ax.axhline, frame.blocks)
-    indices = thinned(len(frame.blocks))
-    ax.set_yticks(indices, [drawn(names[index]) for index in indices])
-    ax.set_ylabel(drawn(block), fontsize=points("medium"))
+    BlockTicks.put(ax.yaxis, [*map(drawn, names)], points("small"))
+    axis_label(ax.yaxis, block)
     step_axis(ax)
     dress(ax, frame=False)
     heading(ax, constants(table))
@@ -81,17 +83,16 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     if score.is_rate:
         note(ax, rate(table))
 
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06, aspect=28)
-    undefined = "\n(grey: undefined)" if np.ma.is_masked(cells) else ""
-    bar.set_label(wrapped(score.full) + undefined, fontsize=points("medium"))
-    if score.scale == "symlog":
-        bar.ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
-        bar.ax.yaxis.set_major_formatter(decade_format(frame))
+    undefined = "(grey: undefined)" if np.ma.is_masked(cells) else ""
+    bar = colour_bar(ax, mesh, score.full, undefined)
+    if isinstance(mesh.norm, SymLogNorm):
+        ticks = decades(frame) if bar.orientation == "vertical" else few_decades(frame)
+        bar.set_ticks(FixedLocator(ticks))
+        bar.long_axis.set_major_formatter(decade_format())
+        bar.ax.minorticks_off()
     if score.is_rate:
         bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(width=0.6, length=0 if score.is_rate else 2.5, labelsize=points("small"))
-    bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
     return ax
 
 

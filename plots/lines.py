@@ -14,6 +14,7 @@ from .style import (
     SIDE,
     Ink,
     all_blocks,
+    axis_label,
     depth_colours,
     drawn,
     dress_sides,
@@ -31,6 +32,7 @@ from .style import (
     units_of_sides,
     value_axes,
 )
+from .ticks import BlockTicks
 
 
 @picture(Line2D)
@@ -64,11 +66,13 @@ def profile(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     names = short(blocks)
     units = units_of_sides(table)
     spare = SIDE * (len(units) - 1)
-    ax = ax or new_axes(5.6 + 2 * spare, 3.0 + 0.04 * longest(names))
+    lines = list(lines_of(table, several, asked))
+    tall = 3.0 + 0.04 * longest(names)
+    ax = ax or new_axes(5.6 + 2 * spare, tall, named=len(lines) * len(units))
     sides = value_axes(ax, table, units)
     handles = []
     at = range(len(blocks))
-    for name, ink, part in lines_of(table, several, asked):
+    for name, ink, part in lines:
         score = score_of(part)
         side = sides[score.unit]
         values = part.groupby(block, observed=True)["value"]
@@ -89,16 +93,11 @@ def profile(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
                 at, low, high, color=handles[-1].get_color(), alpha=0.16, linewidth=0, zorder=2
             )
     towers_apart(ax.axvline, blocks)
-    indices = thinned(len(blocks), most=14)
-    ax.set_xticks(
-        indices,
-        [drawn(names[index]) for index in indices],
-        rotation=45,
-        ha="right",
-        rotation_mode="anchor",
-    )
+    BlockTicks.put(ax.xaxis, [*map(drawn, names)], points("small"), most=14)
+    for label in ax.get_xticklabels():  # those of ticks that come with more room follow the first
+        label.set(rotation=45, ha="right", rotation_mode="anchor")
     ax.set_xlim(-0.5, len(blocks) - 0.5)
-    ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize=points("medium"))
+    axis_label(ax.xaxis, f"{block}, from input to output")
     dress_sides(sides.values())
     heading(ax, constants(table))
     if table["step"].nunique() > 1:
@@ -149,7 +148,7 @@ def trajectory(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         lines = list(lines_of(table, several, asked))
     units = units_of_sides(table)
     spare = SIDE * (len(units) - 1)
-    ax = ax or new_axes(5.6 + 2 * spare)
+    ax = ax or new_axes(5.6 + 2 * spare, named=len(lines) * len(units))
     sides = value_axes(ax, table, units)
     few = len(lines) <= 12
     marker = "o" if few and table["step"].nunique() <= 40 else ""

@@ -8,7 +8,16 @@ from matplotlib.collections import QuadMesh
 from geffect.scores import score_of
 
 from .conventions import Asked, picture
-from .style import colours_of, drawn, dress, longest, new_axes, points, wrapped
+from .style import (
+    axis_label,
+    colour_bar,
+    colours_of,
+    drawn,
+    dress,
+    longest,
+    new_axes,
+    points,
+)
 
 
 @picture(QuadMesh, by="cmap")
@@ -47,8 +56,8 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ax.invert_yaxis()
     ax.set_xticks(np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right")
     ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
-    ax.set_xlabel("earlier request", fontsize=points("medium"))
-    ax.set_ylabel("request", fontsize=points("medium"))
+    axis_label(ax.xaxis, "earlier request")
+    axis_label(ax.yaxis, "request")
     columns, rows = ({name: place for place, name in enumerate(of)} for of in (earlier, later))
     for pair in table.to_dict("records"):
         value = pair["value"]
@@ -65,7 +74,5 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             fontsize=points("medium") if is_known else "small",
         )
     dress(ax, frame=False)
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06)
-    bar.set_label(wrapped(score_of(table).full), fontsize=points("medium"))
-    bar.outline.set_visible(False)
+    colour_bar(ax, mesh, score_of(table).full)
     return ax

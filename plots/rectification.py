@@ -13,6 +13,7 @@ from geffect.scores import Score, blocks_of, said
 
 from .fit import blocks_in, levels, once_only, require
 from .heatmap import edges, heatmap
+from .sheet import shared_key
 from .style import (
     GRU,
     GRU_COORDINATE,
@@ -20,10 +21,12 @@ from .style import (
     QUIET,
     UNDEFINED,
     Ink,
+    axis_label,
     dress,
     framed,
     heading,
     key,
+    medium,
     new_figure,
     note,
     points,
@@ -109,23 +112,29 @@ def _lines(table: pd.DataFrame) -> Figure:
         below.tick_params(left=False)
         if len(sets) > 1:
             heading(above, f"against {against}")
-    grid[0, 0].set_ylabel(COSINE.label, fontsize=points("medium"))
+    axis_label(grid[0, 0].yaxis, COSINE.label)
     drawn = grid[0, -1].lines[1:]
     key(grid[0, -1], [line for line in drawn if np.isfinite(line.get_ydata()).any()])
+    made_for = medium()
+    if made_for and made_for.is_narrow:  # below the marks, not between them and the lines
+        shared_key(figure, [grid[0, -1]])
     return figure
 
 
 def _maps(table: pd.DataFrame) -> Figure:
     sets, blocks = levels(table["against"]), blocks_in(table)
     tall = float(np.clip(0.17 * len(blocks), 2.4, 5.5))
-    figure = new_figure(13.0, len(sets) * tall + 0.7)
+    made_for = medium()
+    wide = 2 if made_for and made_for.is_narrow else 4
+    figure = new_figure(3.25 * wide, len(sets) * (4 // wide) * tall + 0.7)
     mapped = ("cosine_before", "cosine_after")
     cosines = said(table[table["quantity"].isin(mapped)], COSINE)
     # Further apart than usual: the label of the colour bar belongs to the panels on its left.
     grid = figure.subplots(
-        len(sets), 4, sharex=True, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06}
-    )
-    for axes, against in zip(grid, sets, strict=True):
+        len(sets) * (4 // wide), wide, sharex=True, sharey=True, squeeze=False,
+        gridspec_kw={"wspace": 0.06},
+    )  # fmt: skip
+    for axes, against in zip(grid.reshape(len(sets), 4), sets, strict=True):
         where = f", against {against}" if len(sets) > 1 else ""
         for ax, quantity in zip(axes[:2], mapped, strict=True):
             heatmap(framed(_of(cosines, against, quantity), cosines), ax=ax)

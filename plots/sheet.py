@@ -15,7 +15,19 @@ from geffect.scores import LEVEL, blocks_of, in_common
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
 from .heatmap import heatmap
 from .lines import profile, trajectory
-from .style import SIDE, framed, heading, longest, new_figure, points, write_labels
+from .style import (
+    LEGEND,
+    SIDE,
+    abreast,
+    framed,
+    heading,
+    longest,
+    medium,
+    new_figure,
+    panels_abreast,
+    points,
+    write_labels,
+)
 from .style import title as put_title
 
 
@@ -48,7 +60,7 @@ def facets(
     """
     require(table, [by])
     names = levels(table[by])
-    tall = -(-len(names) // columns)
+    tall = -(-len(names) // panels_abreast(columns))
     wide = -(-len(names) // tall)
     units = max(len(units_in(table[table[by].astype(str) == name])) for name in names)
     further = max(units - 1, 0)  # scales on the right of each panel
@@ -108,8 +120,16 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
         else [table]
     )
     long = longest(short(blocks_in(table)))
-    figure = new_figure(12.0 + 0.12 * long, 2.9 * len(rows) + 0.5 + 0.04 * long)
-    grid = figure.subplots(len(rows), 3, sharex="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1))
+    made_for = medium()
+    is_narrow = made_for is not None and made_for.is_narrow
+    if made_for and is_narrow:
+        figure = new_figure(made_for.width, 3 * len(rows) * 2.0)
+        grid = figure.subplots(3 * len(rows), 1).reshape(len(rows), 3)
+    else:
+        figure = new_figure(12.0 + 0.12 * long, 2.9 * len(rows) + 0.5 + 0.04 * long)
+        grid = figure.subplots(
+            len(rows), 3, sharex="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1)
+        )
     scaled: dict[tuple[str, ...], NDArray[np.object_]] = {}  # the first row of each unit
     for axes, part in zip(grid, rows, strict=True):
         first = scaled.setdefault(units_in(part), axes)
@@ -117,8 +137,16 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
             if ax is not alike:
                 ax.sharey(alike)
             plot(framed(part.drop(columns=LEVEL, errors="ignore"), table), ax=ax)
-    for ax in grid[:-1].flat:
-        ax.set_xlabel("")
+    if not is_narrow:
+        for ax in grid[:-1].flat:
+            ax.set_xlabel("")
+        for maps, profiles, courses in grid:  # what a value is stands once a row
+            said = profiles.get_ylabel()
+            courses.set_ylabel("")
+            if (bar := maps.collections[0].colorbar) and bar.ax.get_ylabel() == said:
+                bar.set_label("")
+    if made_for:
+        shared_key(figure, grid[:, 2], below=True)
     keep_once(grid[:, 2])
     level = levels(table[LEVEL]) if LEVEL in table else []
     by = ": ".join([f"by {blocks_of(table)}", *level])
@@ -135,8 +163,11 @@ def units_in(table: pd.DataFrame) -> tuple[str, ...]:
     return tuple(levels(table["unit"])) if "unit" in table else ()
 
 
-def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for the whole figure in the place of those of its panels."""
+def shared_key(figure: Figure, panels: Iterable[Axes], *, below: bool = False) -> None:
+    """One legend for the whole figure in the place of those of its panels.
+
+    It stands on the right, or `below`, as it always does where there is no room on the right.
+    """
     named: dict[str, Artist] = {}
     for ax in panels:
         if legend := ax.get_legend():
@@ -145,13 +176,15 @@ def shared_key(figure: Figure, panels: Iterable[Axes]) -> None:
                     named.setdefault(text.get_text(), handle)
             legend.remove()
     if named:
+        made_for = medium()
+        is_below = below or (made_for is not None and made_for.is_narrow)
         shared = figure.legend(
             handles=list(named.values()),
             labels=["" for _ in named],
-            loc="outside right upper",
-            frameon=False,
+            loc="outside lower left" if is_below else "outside right upper",
+            ncols=abreast([*named], 68 * figure.get_figwidth()) if is_below else 1,
             fontsize=points("small"),
-            handlelength=2.6,
+            **LEGEND,
         )
         write_labels(shared, named)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from itertools import cycle, pairwise
 from textwrap import wrap
 from typing import Any, Literal
@@ -16,22 +15,27 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib import font_manager, pyplot
+from matplotlib import pyplot
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, ListedColormap, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Affine2DBase, ScaledTranslation
+from numpy.typing import NDArray
 
 from geffect.places import tower_in
 from geffect.scores import SAYS, score_of, scores_in
 from geffect.text import plain
 
 from .fit import blocks_in
+from .ticks import has_glyph, power
 
 Dashes = Literal["-"] | tuple[int, tuple[float, ...]]
 
@@ -282,9 +286,24 @@ def decades(frame: Frame, most: int = 3) -> list[float]:
     return [*(-power for power in reversed(powers)), 0.0, *powers]
 
 
-def decade_format(frame: Frame) -> LogFormatterMathtext:
-    """How `decades` are written: as powers of ten."""
-    return LogFormatterMathtext(linthresh=frame.threshold)
+def few_decades(frame: Frame) -> list[float]:
+    """Ticks of a short symmetric-log scale: zero, and one or two powers of ten a side.
+
+    >>> few_decades(Frame(300.0, 1e-3, []))
+    [-100.0, 0.0, 100.0]
+    >>> few_decades(Frame(300.0, 1e-4, []))
+    [-100.0, -0.1, 0.0, 0.1, 100.0]
+    """
+    high = int(np.floor(np.log10(frame.limit) + 1e-9))
+    low = int(np.round(np.log10(frame.threshold)))
+    exponents = [high] if high - low < 6 else [(high + low + 1) // 2, high]
+    powers = [float(f"1e{exponent}") for exponent in exponents]
+    return [*(-power for power in reversed(powers)), 0.0, *powers]
+
+
+def decade_format() -> FuncFormatter:
+    """How `decades` are written: as powers of ten, exponents no smaller than the rest."""
+    return FuncFormatter(lambda value, _: power(value))
 
 
 def value_axis(ax: Axes, table: pd.DataFrame) -> None:
@@ -294,11 +313,12 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     """
     score, frame = score_of(table), Frame.of(table)
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
-    ax.set_ylabel(wrapped(score.axis), fontsize=points("medium"))
+    axis_label(ax.yaxis, score.axis)
     if score.scale == "symlog":
         ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
-        ax.yaxis.set_major_locator(FixedLocator(decades(frame)))
-        ax.yaxis.set_major_formatter(decade_format(frame))
+        room = int(72 * _height(ax) / (1.7 * points("small")))
+        ax.yaxis.set_major_locator(FixedLocator(decades(frame, max(1, min(3, (room - 1) // 2)))))
+        ax.yaxis.set_major_formatter(decade_format())
         ax.yaxis.set_minor_locator(NullLocator())
         # Zero alone would be on view where all values are near it.
         ax.update_datalim([(0.0, -frame.threshold), (0.0, frame.threshold)], updatex=False)
@@ -354,9 +374,9 @@ def dress_sides(sides: Iterable[Axes]) -> None:
 
 def step_axis(ax: Axes) -> None:
     """Gives x its label and whole-numbered ticks."""
-    ax.set_xlabel("optimizer step", fontsize=points("medium"))
+    axis_label(ax.xaxis, "optimizer step")
     ax.xaxis.set_major_locator(
-        MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+        MaxNLocator(nbins="auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
     )
 
 
@@ -374,10 +394,21 @@ def thinned(count: int, most: int = 20) -> list[int]:
     return indices
 
 
-def new_axes(width: float = 5.6, height: float = 3.4) -> Axes:
-    """Axes alone on a new figure, which reserves room for whatever is outside of them."""
-    figure = pyplot.figure(figsize=_size(width, height), layout="constrained", FigureClass=Picture)
+def new_axes(width: float = 5.6, height: float = 3.4, *, named: int = 4) -> Axes:
+    """Axes alone on a new figure, which reserves room for whatever is outside of them.
+
+    `named` is how many lines a key has: in a narrow medium it stands below.
+    """
+    figure = pyplot.figure(
+        figsize=_size(width, height, named), layout="constrained", FigureClass=Picture
+    )
     return figure.subplots()
+
+
+def panels_abreast(most: int) -> int:
+    """How many panels stand side by side, at most, in the medium that pictures are made for."""
+    made_for = medium()
+    return min(most, made_for.abreast) if made_for else most
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -389,11 +420,35 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _size(width: float, height: float) -> tuple[float, float]:
+def _size(width: float, height: float, named: int = 0) -> tuple[float, float]:
     """The size in inches: as it is asked for, or of the medium's width and about as upright."""
     if (made_for := medium()) is None:
         return width, height
-    return made_for.width, height * (1 + made_for.width / width) / 2
+    below = 0.15 + 0.08 * min(named, 14) if made_for.is_narrow else 0.0
+    return made_for.width, height * (1 + made_for.width / width) / 2 + below
+
+
+def colour_bar(ax: Axes, mesh: ScalarMappable, label: str, also: str = "") -> Colorbar:
+    """The scale of the colours: on the right, or where that has no room below.
+
+    What is said `also` stands on a line of its own.
+    """
+    assert ax.figure is not None
+    made_for = medium()
+    is_below = made_for is not None and made_for.is_narrow
+    place = {"location": "bottom", "aspect": 34} if is_below else {"aspect": 28, "fraction": 0.06}
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, **place)
+    room = (_width(ax) if is_below else _height(ax)) * 72 / (0.56 * points("medium"))
+    axis = bar.ax.xaxis if is_below else bar.ax.yaxis
+    lines = [wrapped(label, max(12, min(LONGEST if is_below else 34, int(room)))), also]
+    axis.set_label_text("\n".join(filter(None, lines)), fontsize=points("medium"))
+    if is_below:
+        bar.locator = MaxNLocator(nbins=4, steps=[1, 2, 5, 10])
+        bar.update_ticks()
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(width=0.6, length=2.5, labelsize=points("small"))
+    bar.outline.set_visible(False)
+    return bar
 
 
 def dress(ax: Axes, *, frame: bool = True) -> None:
@@ -401,25 +456,87 @@ def dress(ax: Axes, *, frame: bool = True) -> None:
     seaborn.despine(ax=ax, left=not frame, bottom=not frame)
     ax.spines[["left", "bottom"]].set_linewidth(0.6)
     ax.tick_params(width=0.6, length=2.5, labelsize=points("small"))
-    ax.tick_params(which="minor", width=0.4, length=1.5)
+    ax.tick_params(which="minor", width=0.4, length=1.5, labelsize=points("small"))
 
 
-def key(ax: Axes, handles: Sequence[Artist], *, offset: float = 0.0) -> Legend:
-    """The legend of the handles, `offset` inches to the right of the data."""
+def _height(ax: Axes) -> float:
+    """About how tall axes are, in inches, with what else the layout may put there."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    height = float(figure.get_figheight() * ax.get_position().height)
+    return 0.85 * height if medium() else height
+
+
+def key(ax: Axes, handles: Sequence[Artist], *, offset: float = 0.0, title: str = "") -> Legend:
+    """The legend of the handles: `offset` inches to the right of the data, or where that has no
+    room below it."""
     assert ax.figure is not None
+    labels = [drawn(handle.get_label()) for handle in handles]
+    made_for = medium()
+    if made_for and made_for.is_narrow:
+        place: dict[str, Any] = {
+            "bbox_to_anchor": (0.0, -0.5),
+            "bbox_transform": _Below(ax),
+            "ncols": abreast([*labels, title], 72 * _width(ax)),
+        }
+    else:
+        to_the_right = ScaledTranslation(offset, 0, ax.figure.dpi_scale_trans)
+        place = {"bbox_to_anchor": (1.01, 1.0), "bbox_transform": ax.transAxes + to_the_right}
     legend = ax.legend(
         handles=list(handles),
         labels=["" for _ in handles],
         loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        bbox_transform=ax.transAxes + ScaledTranslation(offset, 0, ax.figure.dpi_scale_trans),
         borderaxespad=0.0,
-        frameon=False,
-        fontsize=points("small"),
-        handlelength=2.6,
+        title=title or None,
+        **LEGEND,
+        **place,
     )
-    write_labels(legend, [drawn(handle.get_label()) for handle in handles])
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set_fontsize(points("small"))
+    write_labels(legend, labels)
     return legend
+
+
+LEGEND: dict[str, Any] = {
+    "frameon": False, "handlelength": 2.6, "columnspacing": 1.4, "alignment": "left"
+}  # fmt: skip
+
+
+def abreast(labels: Sequence[str], room: float) -> int:
+    """How many labels of a legend stand side by side in so many points.
+
+    >>> abreast(["unlearning", "retaining"], 240.0)
+    2
+    """
+    size = points("small")
+    wide = (2.6 + 0.8 + 1.4 + 0.62 * max(map(len, labels), default=0)) * size
+    return max(1, min(len(labels), int(room / wide)))
+
+
+class _Below(Affine2DBase):
+    """Points from the lower left corner of axes with all that is written below them."""
+
+    def __init__(self, ax: Axes) -> None:
+        super().__init__()
+        self._ax = ax
+        self.set_children(ax.transAxes)
+
+    def get_matrix(self) -> NDArray[np.float64]:
+        figure = self._ax.get_figure(root=True)
+        assert figure is not None
+        inside, scale = self._ax.bbox, figure.dpi / 72
+        written = self._ax.xaxis.get_tightbbox()
+        low = inside.y0 if written is None else min(inside.y0, written.y0)
+        self._invalid = 0  # or nobody would be told when the axes move again
+        return np.array([[scale, 0.0, inside.x0], [0.0, 10 * scale, low], [0.0, 0.0, 1.0]])
+
+
+def _width(ax: Axes) -> float:
+    """About how wide axes are, in inches, before anything is laid out."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width = float(figure.get_figwidth() * ax.get_position().width)
+    return 0.85 * width if medium() and width < 4 else width  # labels beside it take their share
 
 
 def write_labels(legend: Legend, labels: Iterable[str]) -> None:
@@ -439,23 +556,27 @@ def towers_apart(line: Callable[..., Line2D], blocks: Sequence[str]) -> None:
 
 def heading(ax: Axes, text: str) -> None:
     """What the panel shows, above its left edge."""
-    ax.set_title(_on_lines(text, ABREAST), loc="left", fontsize=points("medium"))
+    room = min(ABREAST, int(72 * _width(ax) / (0.55 * points("medium"))))
+    ax.set_title(_on_lines(text, room), loc="left", fontsize=points("medium"))
     if beside := ax.get_title(loc="right"):
         note(ax, beside)
 
 
 def title(figure: Figure, text: str) -> None:
     """What the figure shows, above its panels."""
-    figure.suptitle(_on_lines(text, LONGEST), fontsize=points("large"))
+    room = min(LONGEST, int(72 * figure.get_figwidth() / (0.6 * points("large"))))
+    figure.suptitle(_on_lines(text, room), fontsize=points("large"))
 
 
 def note(ax: Axes, text: str) -> None:
     """How to read the panel, small, above its right edge."""
-    left = ax.get_title(loc="left")
-    # In characters: a panel has no room for more.
-    if len(left.split("\n")[-1]) + 0.75 * len(text) > 36:
-        ax.set_title(f"{left}\n", loc="left", fontsize=points("medium"))
-    ax.set_title(text, loc="right", fontsize=points("x-small"), color="#555555")
+    left = ax.get_title(loc="left").rstrip("\n")
+    room, small = 72 * _width(ax), 0.56 * points("x-small")
+    lines = _lines(text.replace("\n", " "), max(12, int(room / small))) or [""]
+    beside = 0.6 * points("medium") * len(left.split("\n")[-1]) + small * max(map(len, lines))
+    lifted = len(lines) if left and beside + 10 > room else len(lines) - 1
+    ax.set_title(left + "\n" * lifted, loc="left", fontsize=points("medium"))
+    ax.set_title("\n".join(lines), loc="right", fontsize=points("x-small"), color="#555555")
 
 
 def drawn(text: object, most: int = 36) -> str:
@@ -470,9 +591,8 @@ def drawn(text: object, most: int = 36) -> str:
 
 
 def _short(text: object, most: int) -> str:
-    families = mpl.rcParams["font.family"]
     written = plain(text)
-    written = "".join(c if c.isascii() or _has(c, *families) else _code(c) for c in written)
+    written = "".join(c if c.isascii() or has_glyph(c) else _code(c) for c in written)
     if len(written) <= most:
         return written
     return f"{written[: most // 2]}…{written[-(most // 2) :]}"
@@ -492,13 +612,6 @@ def _code(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-@cache
-def _has(character: str, *families: str) -> bool:
-    """Whether one of the fonts has the character."""
-    fonts = (font_manager.findfont(FontProperties(family=[family])) for family in families)
-    return any(font_manager.get_font(font).get_char_index(ord(character)) for font in fonts)
-
-
 def longest(names: Iterable[str]) -> int:
     """The characters of the longest name as it is drawn."""
     return max(len(drawn(name)) for name in names)
@@ -514,14 +627,22 @@ def rate(table: pd.DataFrame) -> str:
     return f"rate {100 * known.mean():.0f} % of {len(known)}" if len(known) else "undefined"
 
 
-def wrapped(label: str) -> str:
-    """The label on lines short enough to stand upright beside a panel, the unit on its own.
+def wrapped(label: str, most: int = 34) -> str:
+    """The label on lines short enough to stand beside a panel, the unit on its own.
 
     >>> wrapped("retaining G-effect (nats per token per step)").splitlines()
     ['retaining G-effect', '(nats per token per step)']
     """
-    if len(label) <= 34:
-        return drawn(label)
+    if len(label) <= most:
+        return drawn(label, most)
     words, bracket, unit = plain(label).partition(" (")
     parts = [_short(part, LONGEST) for part in (words, bracket.strip() + unit) if part]
-    return "\n".join(drawn(line) for part in parts for line in _lines(part, 34))
+    return "\n".join(drawn(line) for part in parts for line in _lines(part, most))
+
+
+def axis_label(axis: Axis, text: str, longest: int = 34) -> None:
+    """What an axis shows, on lines no longer than the axis is."""
+    is_x = isinstance(axis, XAxis)
+    length = _width(axis.axes) if is_x else _height(axis.axes)
+    room = int(72 * length / (0.52 * points("medium")))
+    axis.set_label_text(wrapped(text, max(12, min(longest, room))), fontsize=points("medium"))

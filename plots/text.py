@@ -201,7 +201,7 @@ def _scale(ax: Axes, table: pd.DataFrame, asked: Asked) -> ScalarMappable:
     bar.ax.set_xlabel(drawn(score.full, 120) + undefined, fontsize=size_of("small"), loc="left")
     if score.scale == "symlog":
         bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
-        bar.ax.xaxis.set_major_formatter(decade_format(frame))
+        bar.ax.xaxis.set_major_formatter(decade_format())
     bar.ax.minorticks_off()
     bar.ax.tick_params(width=0.6, length=2.5, labelsize=size_of("x-small"))
     bar.outline.set_visible(False)

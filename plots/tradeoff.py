@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 
 from .conventions import Asked, picture
 from .fit import all_levels, constants, levels, once_only, require
-from .style import QUIET, Ink, dress, heading, key, new_axes, note, points
+from .style import QUIET, Ink, axis_label, dress, heading, key, new_axes, note
+from .ticks import log_ticks
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -45,6 +46,7 @@ def tradeoff(
     markers = dict(zip(all_levels(table["method"]), cycle(MARKERS), strict=False))
     ax = ax or new_axes(5.8, 3.8)
     ax.set_yscale("log")
+    log_ticks(ax.yaxis)
     lines = table.groupby(["method", "variant"], observed=True, sort=False)
     for (method, variant), part in lines:
         if str(variant) not in variants:
@@ -64,8 +66,8 @@ def tradeoff(
             )  # fmt: skip
     if level is not None:
         mark(ax, level)
-    ax.set_xlabel("forget NLL (nats per token)", fontsize=points("medium"))
-    ax.set_ylabel("retain NLL (nats per token)", fontsize=points("medium"))
+    axis_label(ax.xaxis, "forget NLL (nats per token)")
+    axis_label(ax.yaxis, "retain NLL (nats per token)")
     dress(ax)
     heading(ax, constants(table[["method", "variant"]]))
     key(ax, [*ink_samples(colours, variants), *marker_samples(markers, methods)])

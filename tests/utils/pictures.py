@@ -222,3 +222,15 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "sheet": lambda: plots.sheet(effects()),
 }
 """For a picture on axes the table of an example, for a figure the figure. A new picture has one."""
+
+
+PRINTED: dict[str, Callable[[], Any]] = {
+    "maps": lambda: plots.rectification(rectified(8)),
+    "profiles": lambda: plots.facets(
+        stack({"ga": effects(), "npo": effects()}, "method"), plots.profile, "method"
+    ),
+    "heatmaps": lambda: plots.facets(effects(), plots.heatmap, "effect"),
+    "tradeoffs": lambda: plots.facets(losses(), plots.tradeoff, "method"),
+    "two_units": lambda: plots.facets(two_units(), plots.profile, "unit"),
+}
+"""Further figures that are looked at in print."""

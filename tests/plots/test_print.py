@@ -1,0 +1,145 @@
+"""Every picture as it is printed: width, fonts, the size of text, and what covers what."""
+
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from matplotlib.transforms import Bbox
+
+from geffect import plots
+from tests.utils.pictures import EXAMPLES, PRINTED
+
+pytestmark = pytest.mark.usefixtures("untouched")
+
+WIDTHS = {"column": 3.3, "page": 6.9, "slide": 10.0}
+
+
+def figure_of(name: str) -> Figure:
+    made = {**EXAMPLES, **PRINTED}[name]()
+    if isinstance(made, Figure):
+        return made
+    figure = getattr(plots, name)(made).get_figure(root=True)
+    pyplot.close(figure)
+    return figure
+
+
+NAMES = sorted({**EXAMPLES, **PRINTED})
+
+
+def written(figure: Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def shown(figure: Figure) -> Iterator[tuple[str, Bbox, str]]:
+    """Titles, labels, ticks within their axis, keys and names: what must not cover another."""
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            span = 1e-6 * (high - low)
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                for label in (tick.label1, tick.label2):
+                    if label.get_visible() and low - span <= tick.get_loc() <= high + span:
+                        yield "tick", label.get_window_extent(), label.get_text()
+            yield "label", axis.label.get_window_extent(), axis.label.get_text()
+        for title in (ax._left_title, ax.title, ax._right_title):
+            yield "title", of_lines_with_words(title), title.get_text()
+        for text in ax.texts:
+            if isinstance(text, Annotation):
+                yield "name", Text.get_window_extent(text), text.get_text()
+    for legend in [*figure.legends, *(ax.get_legend() for ax in figure.axes)]:
+        if legend:
+            yield "key", legend.get_window_extent(), "key"
+    if figure._suptitle:
+        yield "title", figure._suptitle.get_window_extent(), figure._suptitle.get_text()
+
+
+def of_lines_with_words(title: Text) -> Bbox:
+    """The box without the empty lines below, which lift a title over a note beside it."""
+    box, lines = title.get_window_extent(), title.get_text().split("\n")
+    empty = len(lines) - len(title.get_text().rstrip("\n").split("\n"))
+    return Bbox.from_extents(box.x0, box.y0 + box.height * empty / len(lines), box.x1, box.y1)
+
+
+def fonts_and_sizes(figure: Figure, path: Path) -> tuple[bytes, list[float]]:
+    """The figure as PDF, and the sizes in which text is set in it."""
+    with mpl.rc_context({"pdf.compression": 0}):
+        figure.savefig(path, dpi=72)
+    whole = path.read_bytes()
+    return whole, [float(size) for size in re.findall(rb"/F\d+ ([\d.]+) Tf", whole)]
+
+
+SLANTED = {"profile", "pairs", "sheet", "two_units", "profiles"}
+"""Pictures of slanted ticks: the boxes around these cover each other, what is written does not."""
+
+
+@pytest.mark.parametrize(
+    ("name", "medium"),
+    [(name, "column") for name in NAMES]
+    + [(name, "page") for name in NAMES]
+    + [(name, "slide") for name in ("heatmap", "profile", "facets", "sheet", "two_units")],
+)
+def test_a_picture_can_be_read_in_print(
+    name: str, medium: str, recwarn: pytest.WarningsRecorder, tmp_path: Path
+) -> None:
+    with plots.style(medium):
+        figure = figure_of(name)
+        whole, sizes = fonts_and_sizes(figure, tmp_path / "a.pdf")
+        figure.draw_without_rendering()
+        assert not [str(w.message) for w in recwarn if "layout" in str(w.message)]
+        assert figure.get_figwidth() == pytest.approx(WIDTHS[medium])
+        assert not {t.get_text(): t.get_fontsize() for t in written(figure) if t.get_fontsize() < 7}
+        assert b"/Type3" not in whole and b"/Type /Font" in whole
+        assert sizes and min(sizes) >= 7
+        nothing_covers_another(figure, slanted=name in SLANTED)
+
+
+def nothing_covers_another(figure: Figure, *, slanted: bool) -> None:
+    boxes = [(kind, box, text) for kind, box, text in shown(figure) if text.strip()]
+    page = figure.bbox.padded(2)
+    for kind, box, text in boxes:
+        assert page.contains(box.x0, box.y0) and page.contains(box.x1, box.y1), (kind, text)
+    for (kind, box, text), (other, beside, words) in combinations(boxes, 2):
+        wide = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+        tall = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+        both_slanted = slanted and kind == other == "tick"
+        assert both_slanted or wide < 1 or tall < 1, (kind, text, other, words, wide, tall)
+
+
+@pytest.mark.parametrize("name", ["contours", "facets", "heatmap", "text"])
+def test_a_picture_saves_text_as_text_outside_of_a_style_too(name: str, tmp_path: Path) -> None:
+    figure = figure_of(name)
+    whole, _ = fonts_and_sizes(figure, tmp_path / "a.pdf")
+    assert b"/Type3" not in whole
+    figure.savefig(tmp_path / "a.svg")
+    page = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    words = {re.sub(r"\W.*", "", t.get_text().strip(), flags=re.DOTALL) for t in written(figure)}
+    assert "<text" in page and all(word in page for word in words if word.isascii())
+
+
+def test_a_style_leaves_the_session_as_it_was_also_after_an_error() -> None:
+    before = dict(mpl.rcParams)
+    with pytest.raises(ZeroDivisionError), plots.style("slide"):
+        assert mpl.rcParams["pdf.fonttype"] == mpl.rcParams["ps.fonttype"] == 42
+        assert mpl.rcParams["svg.fonttype"] == "none"
+        raise ZeroDivisionError
+    assert dict(mpl.rcParams) == before
+    ax = plots.heatmap(EXAMPLES["heatmap"]())
+    assert ax.figure.get_figwidth() > 5
+    pyplot.close(ax.figure)
+
+
+def test_styles_nest_and_unknown_ones_are_refused() -> None:
+    with plots.style("page"):
+        with plots.style("column"):
+            assert figure_of("profile").get_figwidth() == 3.3
+        assert figure_of("profile").get_figwidth() == 6.9
+    with pytest.raises(
+        ValueError, match=r"`name` should be 'column', 'page', 'slide'\. Found 'A4'"
+    ):
+        plots.style("A4").__enter__()
