@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import cycle, pairwise
 from textwrap import wrap
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Affine2DBase, ScaledTranslation
 from numpy.typing import NDArray
@@ -573,10 +575,20 @@ def note(ax: Axes, text: str) -> None:
     left = ax.get_title(loc="left").rstrip("\n")
     room, small = 72 * _width(ax), 0.56 * points("x-small")
     lines = _lines(text.replace("\n", " "), max(12, int(room / small))) or [""]
-    beside = 0.6 * points("medium") * len(left.split("\n")[-1]) + small * max(map(len, lines))
-    lifted = len(lines) if left and beside + 10 > room else len(lines) - 1
+    beside = printed(left.split("\n")[-1], points("medium"))
+    beside += max(printed(line, points("x-small")) for line in lines)
+    lifted = len(lines) if left and beside + 6 > room else len(lines) - 1
     ax.set_title(left + "\n" * lifted, loc="left", fontsize=points("medium"))
     ax.set_title("\n".join(lines), loc="right", fontsize=points("x-small"), color="#555555")
+
+
+@cache
+def printed(text: str, size: float) -> float:
+    """How wide a line of text is, in points."""
+    width, _, _ = text_to_path.get_text_width_height_descent(
+        text.replace(r"\$", "$"), FontProperties(size=size), ismath=False
+    )
+    return float(width)
 
 
 def drawn(text: object, most: int = 36) -> str:
