@@ -126,7 +126,7 @@ def _maps(table: pd.DataFrame) -> Figure:
     tall = float(np.clip(0.17 * len(blocks), 2.4, 5.5))
     made_for = medium()
     wide = 2 if made_for and made_for.is_narrow else 4
-    figure = new_figure(3.25 * wide, len(sets) * (4 // wide) * tall + 0.7)
+    figure = new_figure(3.5 * wide, len(sets) * (4 // wide) * tall + 0.7)
     mapped = ("cosine_before", "cosine_after")
     cosines = said(table[table["quantity"].isin(mapped)], COSINE)
     # Further apart than usual: the label of the colour bar belongs to the panels on its left.

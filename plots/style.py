@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import cycle, pairwise
+from itertools import count, pairwise
 from textwrap import wrap
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, ListedColormap, Normalize, SymLogNorm
+from matplotlib.colors import Colormap, ListedColormap, Normalize, SymLogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
@@ -59,21 +59,23 @@ DOTTED: Dashes = (0, (1.1, 1.3))
 DASH_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5))
 DASH_DOT_DOT: Dashes = (0, (6, 1.5, 1.1, 1.5, 1.1, 1.5))
 
+DASHES = (SOLID, DASHED, DOTTED, DASH_DOT, DASH_DOT_DOT)
+
 UNLEARNING, RETAINING = Ink("#b3261e", SOLID), Ink("#4a90d9", DASHED)
 PLAIN = Ink("#333333", SOLID)
 GRU = Ink("#00875f", DASHED)
 GRU_UPDATE = Ink("#b0569b", DASH_DOT)
 GRU_COORDINATE = Ink("#e08e0b", DOTTED)
-SELECT = Ink("#3fa0d8", DASH_DOT_DOT)
+SELECT = Ink("#5b4bb5", DASH_DOT_DOT)
 
 NAMED = {
     "unlearning": UNLEARNING,
     "forget": UNLEARNING,
     "retaining": RETAINING,
     "retain": RETAINING,
-    "original": Ink(PLAIN.colour, DOTTED),
-    "retrained": GRU,
-    "unlearned": UNLEARNING,
+    "original": Ink("#708090", DOTTED),
+    "retrained": Ink("#0b7285", DASHED),
+    "unlearned": Ink("#8c5a2b", SOLID),
     "plain": PLAIN,
     "gru": GRU,
     "gru-update": GRU_UPDATE,
@@ -84,13 +86,19 @@ NAMED = {
     "unlearning, update": Ink(UNLEARNING.colour, DASH_DOT),
     "retaining, update": Ink(RETAINING.colour, DASH_DOT),
 }
-SPARE = (PLAIN, GRU, GRU_UPDATE, GRU_COORDINATE, SELECT, Ink("#8c5a2b", DASHED), Ink("#6a5acd"))
+# None of the colours above: a colour that stands for something stands for nothing else.
+SPARE = (
+    Ink("#1f3a8a", SOLID), Ink("#e5739d", DASHED), Ink("#a3a500", DASH_DOT),
+    Ink("#6b8e9e", DOTTED), Ink("#c49a6c", DASH_DOT_DOT), Ink("#4d7c3a", DASHED),
+)  # fmt: skip
 
 UNDEFINED = "#bdbdbd"
 QUIET = "#8a8a8a"
 # Brown to purple: red and blue name the two effects, so the two signs take other hues.
 DIVERGING: Colormap = mpl.colormaps["PuOr"].with_extremes(bad=UNDEFINED)
 NO_OR_YES: Colormap = ListedColormap(DIVERGING([0.5, 0.9])).with_extremes(bad=UNDEFINED)
+
+DEPTH: Colormap = mpl.colormaps["viridis"]
 
 LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logarithmic halves
 MOST_DECADES = 6
@@ -181,21 +189,30 @@ class Picture(Figure):
 def inks(names: Sequence[str]) -> dict[str, Ink]:
     """An ink a name: its own where it has one, else the spare ones in turn.
 
-    >>> inks(["unlearning", "alpha 1"])["alpha 1"] == PLAIN
+    Where these run out, their colours come again with other dashes.
+
+    >>> inks(["unlearning", "alpha 1"])["alpha 1"] == SPARE[0]
     True
     """
-    taken = [NAMED[name] for name in names if name in NAMED]
-    spare = cycle([ink for ink in SPARE if ink not in taken])
-    return {name: NAMED[name] if name in NAMED else next(spare) for name in names}
+    turns = ((ink, turn) for turn in count() for ink in SPARE)
+    return {name: NAMED[name] if name in NAMED else _turned(*next(turns)) for name in names}
+
+
+def _turned(ink: Ink, turns: int) -> Ink:
+    return replace(ink, dashes=DASHES[(DASHES.index(ink.dashes) + turns) % len(DASHES)])
 
 
 def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
     """A colour a block, from dark at the input to light at the output.
 
+    One perceptual sequence, whose lightness rises: the ends are apart in grey too. The lightest
+    tenth, which is hard to see on white, is left out.
+
     >>> depth_colours(["embedding", "head"])
-    {'embedding': '#31688e', 'head': '#35b779'}
+    {'embedding': '#440154', 'head': '#bddf26'}
     """
-    return dict(zip(blocks, seaborn.color_palette("viridis", len(blocks)).as_hex(), strict=True))
+    shares = np.linspace(0.0, 0.9, len(blocks))
+    return {block: to_hex(DEPTH(share)) for block, share in zip(blocks, shares, strict=True)}
 
 
 FRAMES = "frames"
@@ -575,7 +592,7 @@ def note(ax: Axes, text: str) -> None:
     left = ax.get_title(loc="left").rstrip("\n")
     room, small = 72 * _width(ax), 0.56 * points("x-small")
     lines = _lines(text.replace("\n", " "), max(12, int(room / small))) or [""]
-    beside = printed(left.split("\n")[-1], points("medium"))
+    beside = max(printed(line, points("medium")) for line in left.split("\n"))
     beside += max(printed(line, points("x-small")) for line in lines)
     lifted = len(lines) if left and beside + 6 > room else len(lines) - 1
     ax.set_title(left + "\n" * lifted, loc="left", fontsize=points("medium"))
