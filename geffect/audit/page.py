@@ -1,20 +1,23 @@
 """The page of an audit: the verdict, a picture of each battery, and what came back most."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import pandas as pd
 
+from geffect import plots
 from geffect.pages import framed
+from geffect.plots.conventions import Draws
+from geffect.plots.style import inks
+from geffect.plots.svg import svg
 from geffect.text import in_html
 
-from .attacks import DEPTH, HIDDEN, RELEARNING, baseline
-from .drawn import Dot, curves, dots, key
-from .models import ORIGINAL, ROLES, UNLEARNED
+from . import panels
+from .attacks import HIDDEN, baseline
+from .models import ORIGINAL, UNLEARNED
 from .sets import FORGET, HOLDOUT
 from .summary import DIRECTLY
-from .verdict import DIRECT, MEMORISED, NLL, PRIVACY, RECOVERABLE, UTILITY, Verdict
+from .verdict import MEMORISED, PRIVACY, UTILITY, Verdict
 
 LISTED = 10
 """So many items are listed that came back most."""
@@ -71,99 +74,67 @@ def page(report: Reported) -> str:
 
 def _pictures(report: Reported) -> Iterator[str]:
     table, limits = report.table, report.manifest["thresholds"]
-    shares = _dots(table, (DIRECT, RECOVERABLE), models=(UNLEARNED,))
-    noise = _dots(table, (RECOVERABLE,), models=[m for m in ROLES if m != UNLEARNED])
     lines = {"hidden": limits["hidden"], "remembers": limits["remembers"], "original": 1.0}
     yield from _figure(
         "What is there, and what comes back",
-        dots([*shares, *noise], lines) if shares else "",
+        plots.shares,
+        panels.shares(table),
         "Shares of what the original knows beyond a model that never knew, with 95 % intervals. "
         "Hollow marks are noise: how large the share of a model seems that hides nothing.",
+        lines=lines,
     )
     yield from _figure(
         "Asked directly",
-        _picture(_dots(table, (MEMORISED,), metrics=DIRECTLY, of=FORGET)),
+        plots.shares,
+        panels.measured(table, MEMORISED, DIRECTLY, of=FORGET),
         "Of the forget set. The aim is the retrained model, not 0.",
     )
-    yield from _figure("Relearning", _relearned(table), "NLL of the forget set, over the steps.")
+    yield from _figure(
+        "Relearning",
+        plots.relearning,
+        panels.relearning(table),
+        "NLL of the forget set, over the steps.",
+    )
     yield from _figure(
         "Depth",
-        _depth(table),
+        plots.depth,
+        panels.depth(table),
         "By how much the output of each block, handed to the original, lowers log p of the answer.",
     )
     aucs = [m for m in table["metric"].unique() if str(m).startswith("AUC ")]
     yield from _figure(
         "Membership",
-        _picture(_dots(table, (PRIVACY,), metrics=aucs), {".5": 0.5}),
+        plots.shares,
+        panels.measured(table, PRIVACY, aucs),
         "How well the forget set is told from a holdout. The aim is the retrained model, not .5.",
+        lines={".5": 0.5},
     )
     yield from _figure(
         "What stays",
-        _picture(_dots(table, (UTILITY,), metrics=("es",), by_set=True)),
+        plots.shares,
+        panels.measured(table, UTILITY, ("es",), label="set"),
         "Extraction strength of the sets that should stay.",
     )
 
 
-def _figure(title: str, picture: str, says: str) -> Iterator[str]:
-    if picture:
+def _figure(title: str, plot: Draws, table: pd.DataFrame, says: str, **how: Any) -> Iterator[str]:
+    if len(table):
+        picture = svg(plot(table, **how), title)
         yield (
             f"<h2>{in_html(title)}</h2>\n<figure>{picture}"
             f"<figcaption>{in_html(says)}</figcaption></figure>"
         )
 
 
-def _picture(found: Sequence[Dot], lines: Mapping[str, float] | None = None) -> str:
-    return dots(found, lines) if found else ""
+def key(role: str) -> str:
+    """The mark of a model in the pictures, in its colour, for text beside them.
 
-
-def _dots(
-    table: pd.DataFrame,
-    batteries: Sequence[str],
-    *,
-    metrics: Sequence[str] | None = None,
-    models: Iterable[str] = ROLES,
-    of: str | None = None,
-    by_set: bool = False,
-) -> list[Dot]:
-    chosen = table[table["battery"].isin([*batteries]) & table["model"].isin([*models])]
-    if metrics is not None:
-        chosen = chosen[chosen["metric"].isin([*metrics])]
-    if of is not None:
-        chosen = chosen[chosen["set"] == of]
-    chosen = chosen[chosen["value"].notna()]
-    return [
-        Dot(row["set"] if by_set else row["metric"], row["model"], *_values(row))
-        for row in chosen.to_dict("records")
-    ]
-
-
-def _values(row: Mapping[Any, Any]) -> tuple[float, float, float]:
-    return float(row["value"]), float(row["low"]), float(row["high"])
-
-
-def _relearned(table: pd.DataFrame) -> str:
-    """Curves of the benign source at its first rate, from the model that is not attacked."""
-    means = table[(table["set"] == FORGET) & (table["battery"] == HIDDEN)]
-    pattern = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in means.to_dict("records"):
-        found = pattern.match(row["metric"])
-        if found:
-            series.setdefault(row["model"], []).append((float(found[1]), float(row["value"])))
-    before = table[(table["battery"] == MEMORISED) & (table["metric"] == NLL)]
-    for row in before[before["set"] == FORGET].to_dict("records"):
-        if row["model"] in series:
-            series[row["model"]].append((0.0, float(row["value"])))
-    return curves({m: sorted(points) for m, points in series.items()}, "steps", "NLL (nats)")
-
-
-def _depth(table: pd.DataFrame) -> str:
-    layers = table[(table["battery"] == DEPTH) & table["metric"].str.startswith("patched ")]
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in layers[layers["set"] == FORGET].to_dict("records"):
-        layer = float(row["metric"].removeprefix("patched "))
-        series.setdefault(row["model"], []).append((layer, float(row["value"])))
-    return curves({m: sorted(points) for m, points in series.items()}, "block", "nats")
+    >>> key("retrained 2")
+    '<span style="color:#00875f">○</span>'
+    """
+    model = role.rstrip(" 0123456789")  # of several that were retrained each has a number
+    colour = inks([model])[model].colour
+    return f'<span style="color:{colour}">{"●" if model == UNLEARNED else "○"}</span>'
 
 
 def _came_back(report: Reported) -> str:

@@ -67,4 +67,4 @@ def assert_self_contained(text: str) -> None:
     own = text.replace(LIBRARY, "")
     assert not re.search(r"https?://|@import|<script [^>]*src|<link", own)
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", own)
-    assert not re.search(r"url\((?!data:)", own)
+    assert not re.search(r"url\((?!data:|#)", own)
