@@ -1,7 +1,7 @@
 """Pages in a browser: charts show the values of tables, links lead, all of it is printed."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from geffect import open_run
 from geffect.analysis import g_effect
 from geffect.report import runs_report
-from tests.utils.browser import Browser, browser, words_of
+from tests.utils.browser import Browser, words_of
 from tests.utils.many_runs import random_run
 from tests.utils.pages import Page
 
@@ -56,12 +56,6 @@ class Chart:
         self.mouse("moved", at=at)
         shown: list[str] = self.browser.run(TIP)
         return shown
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +169,7 @@ def test_a_heading_sorts_its_table(chromium: Browser, report: Path) -> None:
 
 def test_paper_holds_all_that_the_page_says(chromium: Browser, report: Path) -> None:
     chromium.open(report)
-    pdf = words_of(chromium.printed())
+    pdf = "".join(words_of(chromium.printed()))
     page = Page(report.read_text(encoding="utf-8"))
     for table in page.tables:
         for cell in (cell for row in table for cell in row):

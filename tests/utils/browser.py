@@ -99,10 +99,12 @@ def browser() -> Iterator[Browser]:
         opened.quit()
 
 
-def words_of(pdf: bytes) -> str:
-    """The text of a PDF without its blanks, which lines break."""
+def words_of(pdf: bytes) -> list[str]:
+    """The text on each page of a PDF without its blanks, which lines break."""
     pypdfium2 = pytest.importorskip("pypdfium2")
-    document = pypdfium2.PdfDocument(pdf)
-    # Of each page the part that is on the paper.
-    told = [page.get_textpage().get_text_bounded(*page.get_mediabox()) for page in document]
-    return re.sub(r"\s+", "", "".join(told))
+    # What lies beside the paper is in the file too.
+    told = [
+        page.get_textpage().get_text_bounded(*page.get_mediabox())
+        for page in pypdfium2.PdfDocument(pdf)
+    ]
+    return [re.sub(r"\s+", "", words) for words in told]

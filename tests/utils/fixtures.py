@@ -19,6 +19,7 @@ from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
 from tests.utils import forks, tiny
+from tests.utils.browser import Browser, browser
 from tests.utils.command_line import Ask, alone, answering
 
 
@@ -66,6 +67,13 @@ def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Stu
             assert code == 0, written
             said.write_text(json.dumps(written), encoding="utf-8")
     return Study(out, *json.loads(said.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A browser, which is started once by a process that needs it."""
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

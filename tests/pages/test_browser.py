@@ -1,0 +1,89 @@
+"""What all pages share, in a browser: they fit on a phone, and paper loses no column of a table."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geffect.pages import framed
+from tests.utils.browser import Browser, words_of
+from tests.utils.pages import Page
+
+HEADS = [f"heading {number}" for number in range(20)]
+ROWS = 90
+FOREIGN = "name_without_any_blank_" * 12
+
+FITS = """
+for (const one of document.querySelectorAll("details")) one.open = true;
+return [document.documentElement.scrollWidth, innerWidth];
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with a table of many columns and rows, which is folded, and a long name."""
+    head = "".join(f"<th>{heading}</th>" for heading in HEADS)
+    rows = "".join(
+        f"<tr><td>{FOREIGN if row == 3 else f'row {row}'}</td>"
+        + "".join(f"<td>{row}.{column:03}</td>" for column in range(1, len(HEADS)))
+        + "</tr>"
+        for row in range(ROWS)
+    )
+    body = (
+        f"<h2>A table</h2><p>{FOREIGN}</p><details><summary>All</summary>"
+        f'<div class="wide"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details><h2>The end</h2>"
+    )
+    path = tmp_path_factory.mktemp("wide") / "page.html"
+    path.write_text(framed("wide", "<h1>A page</h1>", body), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1400])
+def test_a_wide_table_scrolls_and_the_page_does_not(
+    chromium: Browser, wide: Path, width: int
+) -> None:
+    chromium.open(wide, width=width)
+    found, room = chromium.run(FITS)
+    assert found <= room == width
+    assert chromium.console() == [] and chromium.requests() == [wide.as_uri()]
+
+
+def test_paper_holds_every_column_and_each_page_its_headings(chromium: Browser, wide: Path) -> None:
+    chromium.open(wide)
+    pages = words_of(chromium.printed())
+    whole = "".join(pages)
+    for row in range(ROWS):
+        assert all(f"{row}.{column:03}" in whole for column in range(1, len(HEADS))), row
+    assert FOREIGN in whole
+    of_table = [page for page in pages if "row" in page]
+    assert len(of_table) > 1
+    for page in of_table:
+        assert all(heading.replace(" ", "") in page for heading in HEADS)
+
+
+def test_what_was_folded_is_folded_again_behind_the_printer(chromium: Browser, wide: Path) -> None:
+    chromium.open(wide)
+    chromium.printed()
+    assert chromium.run("return document.querySelector('details').open") is False
+
+
+def test_without_scripts_all_is_there(chromium: Browser, wide: Path, tmp_path: Path) -> None:
+    text = re.sub(r"<script>.*?</script>", "", wide.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "plain.html").write_text(text, encoding="utf-8")
+    chromium.open(tmp_path / "plain.html")
+    assert "89.019" in "".join(words_of(chromium.printed()))
+
+
+def test_the_page_of_a_study_fits_and_is_printed_whole(chromium: Browser, quick_study: Any) -> None:
+    path = quick_study.out / "report.html"
+    for width in (390, 1400):
+        chromium.open(path, width=width, dark=True)
+        found, room = chromium.run(FITS)
+        assert found <= room == width
+        assert chromium.console() == [] and chromium.requests() == [path.as_uri()]
+    printed = "".join(words_of(chromium.printed()))
+    for table in Page(path.read_text(encoding="utf-8")).tables:
+        for cell in (cell for row in table for cell in row):
+            assert re.sub(r"\s+", "", cell) in printed, cell
