@@ -1,6 +1,6 @@
 """What a run shows, in sentences with their numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,10 +10,62 @@ from geffect.scores import blocks_of
 from .read import Numbers, Read
 from .summary import conflict_rate, last, mean, violation_rate
 
+ALIKE = 0.05
+"""Forget risks up to this share apart count as equal."""
+
+_FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, str], ...] = (
+    (
+        "The forget risk at the last step is highest in",
+        lambda read: last(read.losses.get("forget", np.array([]))),
+        True,
+        "{:.4g} nats",
+    ),
+    (
+        "The retain risk at the last step is lowest in",
+        lambda read: last(read.losses.get("retain", np.array([]))),
+        False,
+        "{:.4g} nats",
+    ),
+    ("Conflicts are rarest in", conflict_rate, False, "{:.1%}"),
+    ("Updates violate the constraint least often in", violation_rate, False, "{:.1%}"),
+)
+"""What runs are ordered by: the words, the value, whether high is first, how it is written."""
+
 
 def findings(read: Read) -> list[str]:
     """Sentences on what a run did to the risks, where, how often against what should stay."""
     return [*_risks(read), *_harm(read), *_where(read), *_rates(read), *_rectified(read)]
+
+
+def compared(several: Sequence[Read]) -> list[str]:
+    """Which run is first by what counts, and what makes the runs hard to compare."""
+    said = [*_firsts(several)]
+    forgotten = {read.name: last(read.losses.get("forget", np.array([]))) for read in several}
+    known = {name: value for name, value in forgotten.items() if np.isfinite(value)}
+    if len(known) > 1:
+        low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+        if known[high] - known[low] > ALIKE * abs(known[high]):
+            said.append(
+                f"The runs did not forget alike: at their last steps the forget risk lies between "
+                f"{known[low]:.4g} ({low}) and {known[high]:.4g} nats ({high}). A run that forgets "
+                "less harms less, so compare damage where the forget risks are equal."
+            )
+    return said
+
+
+def _firsts(several: Sequence[Read]) -> Iterator[str]:
+    for words, of, highest, form in _FIRSTS:
+        values = {read.name: of(read) for read in several}
+        known = {name: value for name, value in values.items() if np.isfinite(value)}
+        if len(known) > 1:
+            sign = -1 if highest else 1
+            order = sorted(known, key=lambda name: sign * known[name])
+            first, end = order[0], order[-1]
+            if known[first] != known[end]:
+                yield (
+                    f"{words} {first}, with {form.format(known[first])}; the other end is {end}, "
+                    f"with {form.format(known[end])}."
+                )
 
 
 def _risks(read: Read) -> Iterator[str]:

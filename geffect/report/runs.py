@@ -10,7 +10,7 @@ from geffect.store import Run
 
 from . import charts
 from .divergence import against_the_first
-from .findings import findings
+from .findings import compared, findings
 from .overlays import overlays, unit_of
 from .read import Read, objective_of, opened, rectifier_of
 from .study import embedded
@@ -44,6 +44,7 @@ def runs_report(runs: Sequence[Run], by: By = "layer") -> str:
         columns=COLUMNS,
         units=_units(several),
         rows=rows(several),
+        compared=compared(several),
         overlays=overlays(several) if len(several) > 1 else [],
         parted=against_the_first(several),
         runs=[_sections(read, scales, len(several)) for read in several],

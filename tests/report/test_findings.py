@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from geffect import open_run
-from geffect.report.findings import findings
+from geffect.report.findings import compared, findings
 from geffect.report.read import Read, opened
 from tests.utils.many_runs import SOURCES, random_run
 
@@ -68,3 +68,26 @@ def test_a_run_without_numbers_says_nothing_of_them(tmp_path: Path) -> None:
     (read,) = opened([run], "layer")
     assert not [sentence for sentence in findings(read) if "nan" in sentence]
     assert not [sentence for sentence in findings(read) if "rectifier" in sentence]
+
+
+def test_runs_that_are_compared(tmp_path: Path) -> None:
+    """One forgets for 60 steps, the other for 3."""
+    several = opened(
+        [open_run(random_run(tmp_path / f"{n}.h5", n, rectified=True)) for n in (60, 3)], "layer"
+    )
+    forget, retain = ([read.losses[name][-1] for read in several] for name in ("forget", "retain"))
+    rates = [np.mean([sum(K[0, 2] for K in row) < 0 for row in r.run.gram()]) for r in several]
+    first, second, third, *_, last = compared(several)
+    assert first.startswith(
+        f"The forget risk at the last step is highest in 60, with {forget[0]:.4g}"
+    )
+    assert second.startswith(
+        f"The retain risk at the last step is lowest in 3, with {retain[1]:.4g}"
+    )
+    fewer = int(np.argmin(rates))
+    assert third.startswith(f"Conflicts are rarest in {(60, 3)[fewer]}, with {min(rates):.1%};")
+    assert f"between {forget[1]:.4g} (3) and {forget[0]:.4g} nats (60)" in last
+
+
+def test_the_same_run_twice_stands_out_in_nothing(read: Read) -> None:
+    assert compared(opened([read.run, read.run], "layer")) == []
