@@ -17,6 +17,7 @@ from .metrics import metrics
 from .noise_floor import noise_floor
 from .norm_ratio import norm_ratio
 from .pairs import pairs
+from .pixels import pixels
 from .rectification import rectification
 from .relearning import relearning
 from .shares import shares
@@ -42,6 +43,7 @@ __all__ = [
     "noise_floor",
     "norm_ratio",
     "pairs",
+    "pixels",
     "profile",
     "rectification",
     "relearning",

@@ -59,6 +59,14 @@ def draw(console: Console, drawn: RenderableType) -> None:
     console.print(drawn)
 
 
+def picture(drawn: RenderableType, width: int, title: str) -> str:
+    """What a terminal of so many columns shows, as SVG that asks nobody for a font."""
+    console = _Terminal(file=io.StringIO(), width=width, record=True, force_terminal=True)
+    console.print(drawn)
+    svg = console.export_svg(title=title, unique_id="terminal")
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+
+
 def tall(drawn: RenderableType, width: int) -> int:
     """How many lines something takes in so many columns."""
     return len(_Terminal(file=io.StringIO(), width=width).render_lines(drawn))

@@ -2,6 +2,7 @@
 
 from .callback import GEffectCallback
 from .rectify import RectifyMixin, rectify
+from .trackers import Trackers
 from .unlearning import UnlearningTrainer
 
-__all__ = ["GEffectCallback", "RectifyMixin", "UnlearningTrainer", "rectify"]
+__all__ = ["GEffectCallback", "RectifyMixin", "Trackers", "UnlearningTrainer", "rectify"]

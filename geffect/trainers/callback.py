@@ -18,8 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from geffect import distributed, gram
-from geffect.capture.collector import Measurement
+from geffect import distributed
 from geffect.capture.recording import IfExists, OnError, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
@@ -27,18 +26,14 @@ from geffect.capture.stopping import StopWhen
 from geffect.capture.store_options import StoreOptions
 from geffect.gradients import Gradients, GradientTransform
 from geffect.hooks import Hooks, weakly
-from geffect.layers import is_adapter
 from geffect.projection.listeners import listeners
 from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
 from geffect.sources import (
     AVERAGE,
-    FORGET,
     OBJECTIVE,
     RECTIFIED,
-    RETAIN,
     UPDATE,
     check_risks,
-    is_risk,
 )
 from geffect.steps import StepFollower, check_descends, unwrapped
 from geffect.store.paths import place_of
@@ -53,11 +48,9 @@ from .loop import (
     stop_if_due,
 )
 from .step import CapturedStep
+from .trackers import Reports, Trackers, log_scores
 
 log = logging.getLogger(__name__)
-
-EFFECTS = {FORGET: "unlearning", RETAIN: "retaining"}
-"""What the effects on these two risks are called; another one's has the name of the risk."""
 
 _open_callbacks: "weakref.WeakSet[GEffectCallback]" = weakref.WeakSet()
 """Those that have a file open: of a training that goes on, or of one that raised."""
@@ -86,6 +79,8 @@ class GEffectCallback(TrainerCallback):
       `geffect/unlearning_g_effect`, `geffect/retaining_g_effect`, `geffect/cosine_objective_retain`
       and so on. Those of adapters are effects in the space of their factors, and do not compare
       with others: they are `geffect/adapter/unlearning_g_effect` and so on.
+    - `trackers`: a `Trackers`, by which the trackers that the Trainer reports to get the scores of
+      each layer too, and the sheet of the run as an image.
     - `stop`: a `StopWhen`, which ends training at the step that is captured when it fires.
     - `store`, `metadata`, `overwrite`, `on_error`: as those of `Recording`.
 
@@ -122,6 +117,7 @@ class GEffectCallback(TrainerCallback):
         when: Schedule | None = None,
         update: bool = True,
         log: bool = True,
+        trackers: Trackers | None = None,
         store: str | StoreOptions = "gram",
         metadata: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -134,7 +130,8 @@ class GEffectCallback(TrainerCallback):
         self._due = every_kth(every) if when is None else when
         self._update, self._log, self._store = update, log, store
         self._metadata, self._overwrite, self._on_error = metadata, overwrite, on_error
-        self._stop = stop
+        self._stop, self._trackers = stop, trackers
+        self._reports: Reports | None = None
         self._recording: Recording | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._step: CapturedStep | None = None
@@ -151,7 +148,7 @@ class GEffectCallback(TrainerCallback):
     ) -> None:
         """Refuse what cannot be recorded, and open the file."""
         self._let_go()
-        self._take_over()
+        _take_over(self._path)
         model, trainer = kwargs["model"], firing_loop().trainer
         check_gradients_can_be_had(trainer, kwargs["optimizer"])
         if kwargs["optimizer"] is not None:
@@ -160,6 +157,8 @@ class GEffectCallback(TrainerCallback):
             for name, batches in self._probes.items():
                 with noting_risk(name):
                     check_data(batches)
+        if self._trackers is not None:
+            self._reports = Reports(self._trackers, trainer, self._path, self._probes)
         resumed = state.global_step > 0
         steps = range(state.global_step, state.max_steps)
         due = list(filter(self._due, steps))
@@ -291,15 +290,14 @@ class GEffectCallback(TrainerCallback):
         """Hand the scores of the step to what the Trainer reports to, and stop if that is due."""
         step = self._step
         stop_if_due(self._stop, control)
-        if not self._log or step is None or step.measured is None:
+        if step is None or step.measured is None or OBJECTIVE not in step.measured.names:
             return
-        if OBJECTIVE not in step.measured.names:
-            return
-        adapted = any(is_adapter(parameter.name) for parameter in self._opened().table)
-        prefix, asked = "geffect/adapter" if adapted else "geffect", control.should_log
-        # Not `trainer.log`: those of TRL would take their own averages for logged, and begin anew.
-        Trainer.log(firing_loop().trainer, _scores(step.measured, step.stepped, prefix))
-        control.should_log = asked  # which every log answers with "done"
+        reported = firing_loop().trainer, step.measured, step.stepped, self._opened().table
+        if self._log:
+            log_scores(*reported)
+        if self._reports is not None:
+            with self._let_go_if_it_fails():
+                self._reports.take(*reported)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -354,12 +352,13 @@ class GEffectCallback(TrainerCallback):
                 self._let_go()
             raise
 
-    def _take_over(self) -> None:
-        """Close what was left open here by another callback, of a training that raised."""
-        for other in list(_open_callbacks):
-            trainer = other._trainer and other._trainer()
-            if other._path == self._path and not (trainer and is_running(trainer)):
-                other._let_go()
+
+def _take_over(path: Path) -> None:
+    """Close what was left open here by another callback, of a training that raised."""
+    for other in list(_open_callbacks):
+        trainer = other._trainer and other._trainer()
+        if other._path == path and not (trainer and is_running(trainer)):
+            other._let_go()
 
 
 def _check_probes(probes: Mapping[str, RiskSet]) -> None:
@@ -392,20 +391,3 @@ def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
         "mixed_precision": trainer.accelerator.mixed_precision,
         "seed": args.seed,
     }
-
-
-def _scores(measured: Measurement, stepped: Sequence[bool] | None, prefix: str) -> dict[str, float]:
-    """G-effects and cosines of all that is stepped, by the names under which they are logged."""
-    moved = measured.gram if stepped is None else measured.gram[torch.tensor(stepped)]
-    K = moved.sum(dim=0)
-    scores = {}
-    for source, named in ((OBJECTIVE, ""), (RECTIFIED, "rectified_")):
-        if source not in measured.names:
-            continue
-        own = measured.names.index(source)
-        for index, risk in enumerate(measured.names):
-            if is_risk(risk):
-                effect = named + EFFECTS.get(risk, risk)
-                scores[f"{prefix}/{effect}_g_effect"] = float(gram.inner(K, index, own))
-                scores[f"{prefix}/cosine_{source}_{risk}"] = float(gram.cosine(K, own, index))
-    return scores
