@@ -7,6 +7,7 @@
 # make edu_relat DATA=DIR
 #             the study of the family whose data are in DIR, into runs/edu_relat, and from there
 #             docs/edu_relat.md; five minutes on two cores
+# make docs   the site, into build/docs/html; executes the gallery and the notebooks, three minutes
 # make stress a writer killed, and a training of every kind interrupted, more than two hundred times
 # make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
 # make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
@@ -19,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study edu_relat test types suite stress fuzz bench clean
+.PHONY: demo study edu_relat test types suite docs stress fuzz bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/geffect demo $(ARGS)
@@ -48,6 +49,9 @@ types: $(VENV)/installed-test
 suite: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/site/build.py build/docs $(ARGS)
+
 bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)
 	$(BIN)/python -m tests.bench.page
@@ -69,7 +73,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --constraint constraints.txt --group test --editable ".[trainers,peft,datasets,torchjd,gguf,deepspeed,bitsandbytes]"
+	$(PIP) --constraint constraints.txt --group test --group docs --editable ".[trainers,peft,datasets,torchjd,gguf,deepspeed,bitsandbytes]"
 	touch $@
 
 clean:

@@ -1,13 +1,12 @@
 """The notebooks run, from their first cell to their last, and show what they speak of."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-
-from tests.utils import notebooks
 
 PLACE = Path(__file__).parents[1] / "notebooks"
 
@@ -53,14 +52,14 @@ def test_it_is_kept_without_outputs(notebook: Any) -> None:
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_it_runs(name: str, notebook: Any, quick_study: Any, tmp_path: Path) -> None:
-    notebooks.run(notebook, tmp_path, {"GEFFECT_STUDY": str(quick_study.out)})
+@pytest.mark.usefixtures("quick_study")  # so that it is among the first
+def test_it_runs(name: str, executed: Callable[[str], Path]) -> None:
+    notebook = nbformat.read(executed(name), as_version=4)
     drawn = {title.partition(":")[0]: n for title, n in pictures(notebook).items() if n}
     assert drawn == FIGURES[name]
     said = [output for cell in code(notebook) for output in cell.outputs]
     assert not [output for output in said if output.output_type in ("error", "stream")]
     assert [output for output in said if output.get("data", {}).get("text/plain") == "True"]
-    assert list(tmp_path.iterdir()) == []
 
 
 def code(notebook: Any) -> list[Any]:

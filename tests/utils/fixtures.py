@@ -1,11 +1,14 @@
 """What several tests share: runs to read, and one quick study for the whole session."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,9 +21,11 @@ from geffect.objectives import SharedForward, nll
 from geffect.sketch import Sketch
 from geffect.store.schema import VERSION, Contents, Row
 from geffect.store.writer import RunWriter
-from tests.utils import forks, tiny
+from tests.utils import forks, notebooks, tiny
 from tests.utils.browser import Browser, browser
 from tests.utils.command_line import Ask, alone, answering
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,11 +59,16 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 @pytest.fixture(scope="session")
-def quick_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Study:
-    """The quick study of GA, run once: the first process to need it runs it for all."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of the suite share."""
     folder = tmp_path_factory.getbasetemp()
-    folder = folder if worker_id == "master" else folder.parent
-    out, said = folder / "quick study", folder / "quick study.json"
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def quick_study(shared_folder: Path) -> Study:
+    """The quick study of GA, run once: the first process to need it runs it for all."""
+    out, said = shared_folder / "quick study", shared_folder / "quick study.json"
     with FileLock(f"{said}.lock"):
         if not said.exists():
             # One worker: other tests keep the other cores busy.
@@ -74,6 +84,26 @@ def chromium() -> Iterator[Browser]:
     """A browser, which is started once by a process that needs it."""
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def executed(shared_folder: Path, quick_study: Study) -> Callable[[str], Path]:
+    """Runs a notebook, once for all processes, and tells where it is with its outputs."""
+    folder = shared_folder / "notebooks"
+    folder.mkdir(exist_ok=True)
+
+    def executed(name: str) -> Path:
+        place, lock = folder / f"{name}.ipynb", shared_folder / f"{name}.lock"
+        with FileLock(lock):
+            if not place.exists():
+                notebook = nbformat.read(NOTEBOOKS / place.name, as_version=4)
+                with tempfile.TemporaryDirectory() as empty:
+                    notebooks.run(notebook, Path(empty), {"GEFFECT_STUDY": str(quick_study.out)})
+                    assert os.listdir(empty) == [], "A notebook leaves nothing where it runs."
+                nbformat.write(notebook, place)
+        return place
+
+    return executed
 
 
 @pytest.fixture(scope="session")
