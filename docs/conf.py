@@ -34,7 +34,6 @@ nitpick_ignore_regex = [
 
 autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
 autodoc_inherit_docstrings = False
-autodoc_preserve_defaults = True
 autodoc_use_type_comments = False
 autosummary_generate = False
 add_module_names = False
@@ -64,6 +63,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"\.py$",
     "within_subsection_order": "FileNameSortKey",
     "backreferences_dir": None,
+    "image_scrapers": ("figures",),
     "capture_repr": ("_repr_html_",),
     "download_all_examples": False,
     "abort_on_example_error": True,

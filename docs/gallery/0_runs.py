@@ -68,7 +68,7 @@ memorised = LlamaForCausalLM(
     )
 )  # fmt: skip
 optimizer = torch.optim.AdamW(memorised.parameters(), lr=5e-3)
-for _ in range(100):
+for _ in range(80):
     nll(memorised, batch(range(8), whole=True)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -103,7 +103,7 @@ def preference(model):
     return {"objective": objective, "forget": partial(nll, model, sets["forget"])}
 
 
-def unlearn(name, losses, make_rectifier, steps=24):
+def unlearn(name, losses, make_rectifier, steps=20):
     """Record a run in `name`.h5, and return the risks before it and after each of its steps."""
     model = copy.deepcopy(memorised)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.0)

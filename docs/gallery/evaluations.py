@@ -10,5 +10,5 @@ from geffect import open_run
 from geffect.analysis import join, read_evaluations
 from geffect.plots import evaluations
 
-metrics = read_evaluations([f"{step}=ga-{step}.json" for step in range(4, 25, 4)])
+metrics = read_evaluations([f"{step}=ga-{step}.json" for step in range(4, 21, 4)])
 evaluations(join(open_run("ga.h5"), metrics))

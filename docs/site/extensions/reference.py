@@ -23,6 +23,7 @@ ROOMS = (
     "geffect.requests",
     "geffect.risk",
     "geffect.store",
+    "geffect.report",
 )
 """Whose names are public."""
 
@@ -44,6 +45,8 @@ MODULES = (
     "geffect.evaluation.rouge",
     "geffect.gram",
     "geffect.groups",
+    "geffect.plots.conventions",
+    "geffect.plots.paper",
     "geffect.scores",
     "geffect.sketch",
     "geffect.sources",

@@ -1,0 +1,14 @@
+"""
+Half-spaces: what one step does to either risk
+==============================================
+
+The gradients of a step in the plane of the forget and the retain gradient. A step goes against the
+gradient of the objective. In the shaded region it forgets and keeps.
+"""
+
+from geffect import open_run
+from geffect.analysis import angles
+from geffect.plots import half_spaces
+
+cosines = angles(open_run("npo.h5"), by="model")
+half_spaces(cosines[cosines["step"] == 4])
