@@ -132,4 +132,5 @@ def test_notebooks_have_their_outputs(site: Any) -> None:
 
 def test_formulas_are_drawn_by_the_browser(site: Any) -> None:
     page = pages(site.pages)[site.pages / "notebooks" / "rectify.html"]
-    assert "<math" in page.text and "mathjax" not in page.text.lower()
+    assert "<math" in page.text and r"\(" not in page.text
+    assert not [place for place in page.fetched if "mathjax" in place.lower()]
