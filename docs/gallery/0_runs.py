@@ -18,6 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from geffect import Recorder, Rectifier, Requests
 from geffect.analysis import instances, tokens
+from geffect.audit.depth import DepthProbe
+from geffect.audit.quantisers import Int4, Int8
+from geffect.audit.relearning import RelearningBudget, curve, nll_of_items, relearning
+from geffect.audit.rounding import rounded
+from geffect.audit.shares import recoverable_shares
 from geffect.effects import direction
 from geffect.evaluation import extraction_strength
 from geffect.objectives import NPO, FrozenModel, nll
@@ -30,19 +35,19 @@ torch.set_num_threads(1)  # tensors this small gain nothing from more
 # The model reads bytes. Labels are the answers; the questions are not scored.
 
 NAMES = ("Mira", "Jon", "Ada", "Tomas", "Lena", "Omar", "Ines", "Paul")
-FACTS = (
-    ("Born? ", ("Lisbon", "Oslo", "Cairo", "Quito"), 1),
-    ("Work? ", ("a baker", "a pilot", "a judge"), 2),
-    ("Pets? ", ("a cat", "two dogs", "none"), 3),
-)
+FACTS = {
+    "Born? ": ("Lisbon", "Oslo", "Cairo", "Quito", "Delhi", "Turin", "Perth", "Lagos"),
+    "Work? ": ("baker", "pilot", "judge", "nurse", "miner", "actor", "tailor", "clerk"),
+    "Pets? ": ("a cat", "two dogs", "none", "a crow", "bees", "a mule", "six hens", "an owl"),
+}
 
 
 def batch(people, *, whole=False):
     """The facts about some people; `whole` scores the questions too."""
     rows = [
-        (f"{NAMES[person]}. {question}".encode(), f"{said[person // by % len(said)]}.\n".encode())
+        (f"{NAMES[person]}. {question}".encode(), f"{answers[person]}.\n".encode())
         for person in people
-        for question, said, by in FACTS
+        for question, answers in FACTS.items()
     ]
     ids = torch.zeros(len(rows), max(len(q + a) for q, a in rows), dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -59,19 +64,28 @@ sets = {"forget": batch([0]), "retain": batch(range(1, 6)), "unseen": batch([6, 
 # %%
 # A model that has something to lose
 # ----------------------------------
+# The retrained one never saw what is to be forgotten.
 
-torch.manual_seed(0)
-memorised = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=128, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=32, initializer_range=0.06, use_cache=False,
-    )
-)  # fmt: skip
-optimizer = torch.optim.AdamW(memorised.parameters(), lr=5e-3)
-for _ in range(80):
-    nll(memorised, batch(range(8), whole=True)).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+
+def learned(people):
+    """A model that knows the facts about some people by heart."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128, hidden_size=48, intermediate_size=96, num_hidden_layers=4,
+            num_attention_heads=4, max_position_embeddings=32, initializer_range=0.06,
+            use_cache=False,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        nll(model, batch(people, whole=True)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+memorised, retrained = learned(range(8)), learned(range(1, 8))
 
 
 @torch.no_grad()
@@ -105,7 +119,7 @@ def preference(model):
 
 def unlearn(name, losses, make_rectifier, steps=20):
     """Record a run in `name`.h5, and return the risks before it and after each of its steps."""
-    model = copy.deepcopy(memorised)
+    model = ended[name] = copy.deepcopy(memorised)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.0)
     rectifier = make_rectifier(model, optimizer)
     curve = [measured(model)]
@@ -135,6 +149,7 @@ def gru_update(model, optimizer):
     return Rectifier(model, space="update", optimizer=optimizer)
 
 
+ended = {}
 curves = [
     unlearn("ga", ascent, watched).assign(method="ga", variant="plain"),
     unlearn("ga-gru", ascent, gru).assign(method="ga", variant="gru"),
@@ -160,6 +175,48 @@ towards = {side: direction(memorised, [sets[side]]) for side in ("forget", "reta
 everyone = [batch([person]) for person in range(8)]
 instances(memorised, everyone, towards, by="model").to_csv("samples.csv", index=False)
 tokens(memorised, everyone[:1], towards, Bytes()).to_csv("tokens.csv", index=False)
+
+# %%
+# Attacks
+# -------
+# What brings back what a run has made the model forget, beside a model that never knew.
+
+
+def items(rows):
+    """The samples of a batch, each without its padding."""
+    lengths = rows["attention_mask"].sum(dim=1).tolist()
+    columns = [rows[name].tolist() for name in ("input_ids", "labels")]
+    return [
+        {"input_ids": ids[:n], "labels": labels[:n]}
+        for ids, labels, n in zip(*columns, lengths, strict=True)
+    ]
+
+
+forget, retain = items(sets["forget"]), items(sets["retain"])
+models = {"original": memorised, "retrained": retrained, "unlearned": ended["ga-gru"]}
+budget = RelearningBudget(steps=(1, 2, 4, 8), rates=(1.0,), seeds=(0,), sources=("benign",))
+probe = DepthProbe(memorised, forget, ends=())
+relearned, depths, attacked = [], [], {}
+for name, model in models.items():
+    table = relearning(model, forget, retain, learning_rate=4e-4, budget=budget)
+    relearned.append(curve(table).assign(model=name))
+    fall = probe.patched(model).mean(axis=0)
+    depths.append(pd.DataFrame({"model": name, "block": range(len(fall)), "value": fall}))
+    attacked[name] = {"asked": nll_of_items(model, forget)}
+    for quantiser in (Int8(), Int4()):
+        with rounded(model, quantiser) as coarse:
+            attacked[name][quantiser.name] = nll_of_items(coarse, forget)
+    attacked[name]["relearning"] = table[table["step"] == 8].sort_values("item")["value"]
+
+said = {"score": "NLL of the forget set", "unit": "nats per token"}
+pd.concat(relearned).assign(**said).to_csv("relearned.csv", index=False)
+said = {"score": "fall of log p of the answer", "unit": "nats"}
+pd.concat(depths).assign(**said).to_csv("depth.csv", index=False)
+original = attacked["original"]["asked"]
+recovered = recoverable_shares(
+    attacked["unlearned"], attacked["retrained"], original, subjects=["Mira"] * len(forget)
+)
+recovered.assign(model="unlearned").to_csv("recovered.csv", index=False)
 
 # %%
 # Three requests
