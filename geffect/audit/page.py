@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from geffect import plots
-from geffect.pages import framed
+from geffect.pages import framed, word
 from geffect.plots.conventions import Draws
 from geffect.plots.style import inks
 from geffect.plots.svg import svg
@@ -18,6 +18,7 @@ from .models import ORIGINAL, UNLEARNED
 from .sets import FORGET, HOLDOUT
 from .summary import DIRECTLY
 from .verdict import MEMORISED, PRIVACY, UTILITY, Verdict
+from .words import definitions
 
 LISTED = 10
 """So many items are listed that came back most."""
@@ -67,6 +68,7 @@ def page(report: Reported) -> str:
         _skipped(report.manifest["skipped"]),
         _facts(report.manifest),
         _whole(report.table),
+        definitions(),
     ]
     title = f"Audit: {report.judgement.verdict}"
     return framed(title, "\n".join(head), "\n".join(parts), style=STYLE)
@@ -79,15 +81,17 @@ def _pictures(report: Reported) -> Iterator[str]:
         "What is there, and what comes back",
         plots.shares,
         panels.shares(table),
-        "Shares of what the original knows beyond a model that never knew, with 95 % intervals. "
-        "Hollow marks are noise: how large the share of a model seems that hides nothing.",
+        f"{word('Shares', 'share')} of what the original knows beyond a model that never knew, "
+        f"with 95 % intervals. Hollow marks are {word('noise')}: how large the share of a model "
+        "seems that hides nothing.",
         lines=lines,
     )
     yield from _figure(
         "Asked directly",
         plots.shares,
         panels.measured(table, MEMORISED, DIRECTLY, of=FORGET),
-        "Of the forget set. The aim is the retrained model, not 0.",
+        f"Of the forget set: {word('es')} is extraction strength, {word('em')} exact match. The "
+        "aim is the retrained model, not 0.",
     )
     yield from _figure(
         "Relearning",
@@ -99,30 +103,32 @@ def _pictures(report: Reported) -> Iterator[str]:
         "Depth",
         plots.depth,
         panels.depth(table),
-        "By how much the output of each block, handed to the original, lowers log p of the answer.",
+        f"{word('Depth')}: by how much the output of each block, handed to the original, lowers "
+        "log p of the answer.",
     )
     aucs = [m for m in table["metric"].unique() if str(m).startswith("AUC ")]
     yield from _figure(
         "Membership",
         plots.shares,
         panels.measured(table, PRIVACY, aucs),
-        "How well the forget set is told from a holdout. The aim is the retrained model, not .5.",
+        f"How well the forget set is told from a holdout ({word('AUC')}). The aim is the retrained "
+        "model, not .5.",
         lines={".5": 0.5},
     )
     yield from _figure(
         "What stays",
         plots.shares,
         panels.measured(table, UTILITY, ("es",), label="set"),
-        "Extraction strength of the sets that should stay.",
+        f"{word('Extraction strength', 'es')} of the sets that should stay.",
     )
 
 
 def _figure(title: str, plot: Draws, table: pd.DataFrame, says: str, **how: Any) -> Iterator[str]:
+    """A section with a picture, where there is something in it; `says` is HTML of our own."""
     if len(table):
         picture = svg(plot(table, **how), title)
         yield (
-            f"<h2>{in_html(title)}</h2>\n<figure>{picture}"
-            f"<figcaption>{in_html(says)}</figcaption></figure>"
+            f"<h2>{in_html(title)}</h2>\n<figure>{picture}<figcaption>{says}</figcaption></figure>"
         )
 
 

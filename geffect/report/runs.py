@@ -68,7 +68,7 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "repeats": read.repeats,
         "thinned": ordinal(stride) if stride > 1 else "",
         "sources": run.sources,
-        "losses": {name: (values[0], values[-1]) for name, values in run.losses().items()},
+        "losses": {name: (values[0], values[-1]) for name, values in read.losses.items()},
         "last": last.to_dict("records"),
         "findings": findings(read),
         "changed": read.rectified,
