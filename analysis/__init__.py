@@ -19,11 +19,12 @@ from .recommended_layers import Recommendation, recommended_layers
 from .rectification import rectification
 from .requests import revivals, task_vectors
 from .setting import Setting, setting
-from .tables import SAMPLES, TOKENS, as_columns, kept
+from .tables import METRICS, SAMPLES, TOKENS, as_columns, kept
 from .tokens import tokens
 from .violation import violation
 
 __all__ = [
+    "METRICS",
     "SAMPLES",
     "TOKENS",
     "Comparison",

@@ -15,6 +15,9 @@ from .instances import SCORE
 SAMPLES, TOKENS = "samples", "tokens"
 """The names under which the tables of `instances` and of `tokens` are kept."""
 
+METRICS = "metrics"
+"""That of what others measured of the model that a run left: columns `metric` and `value`."""
+
 
 def as_columns(table: pd.DataFrame) -> Mapping[str, NDArray[np.generic] | list[str]]:
     """The columns as `recorder.keep_table(name, columns)` takes them: numbers, and lists of texts.

@@ -15,7 +15,7 @@ from .style import QUIET, heading, key, new_axes, note, points
 GRADIENTS = (FORGET, RETAIN, OBJECTIVE)
 """Those that are drawn."""
 
-WANTED = "#00875f"
+WANTED = "#4d7c3a"
 REACH = 1.5
 NARROW = 35.0  # degrees, which have no room for words
 

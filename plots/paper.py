@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from .contours import contours
 from .conventions import Draws
+from .fit import levels
 from .half_spaces import half_spaces
 from .lines import trajectory
 from .metrics import metrics
@@ -83,7 +84,11 @@ def regularisers(table: pd.DataFrame) -> Figure:
 
 def inverse_confidence(table: pd.DataFrame) -> Figure:
     """A figure of the mean of 1/p over the steps, a line for each setting."""
-    return _alone(trajectory, table)
+    figure = _alone(trajectory, table)
+    (ax,) = figure.axes
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.8)  # no 1/p is below 1
+    return figure
 
 
 def table_1(table: pd.DataFrame) -> Figure:
@@ -92,7 +97,8 @@ def table_1(table: pd.DataFrame) -> Figure:
 
 
 def _by_setting(table: pd.DataFrame, title: str) -> Figure:
-    return facets(table, trajectory, "setting", title=title)
+    alone = levels(table["setting"]) == [title]
+    return facets(table, trajectory, "setting", title="" if alone else title)
 
 
 def _alone(plot: Draws, table: pd.DataFrame) -> Figure:

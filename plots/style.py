@@ -76,6 +76,7 @@ NAMED = {
     "original": Ink("#708090", DOTTED),
     "retrained": Ink("#0b7285", DASHED),
     "unlearned": Ink("#8c5a2b", SOLID),
+    "objective": PLAIN,
     "plain": PLAIN,
     "gru": GRU,
     "gru-update": GRU_UPDATE,

@@ -7,13 +7,10 @@ from matplotlib.lines import Line2D
 from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
-from .accumulated import MEASURED, PREDICTED
+from .accumulated import PREDICTED
 from .conventions import Asked, picture
 from .fit import all_levels, constants, levels, names_in, once_only, require
-from .style import DASHED, QUIET, SOLID, Ink, dress, heading, key, new_axes, note, points, wrapped
-
-LOOKS = {PREDICTED: Ink("#00875f", SOLID), MEASURED: Ink("#b0569b", DASHED)}
-"""Of a single run: what is predicted, and what was measured."""
+from .style import DASHED, QUIET, SOLID, dress, heading, key, new_axes, note, points, wrapped
 
 
 @picture(Line2D)
@@ -58,8 +55,6 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         )
     known = all_levels(table[hue])
     colours = asked.inks(known)
-    if hue == "how" and asked.palette is None:
-        colours = {name: LOOKS.get(name, ink) for name, ink in colours.items()}
     ax = ax or new_axes(5.2, 3.6)
     for at_zero in (ax.axhline, ax.axvline):
         at_zero(0.0, color=QUIET, linewidth=0.6, zorder=1)

@@ -135,8 +135,8 @@ def _figure(title: str, plot: Draws, table: pd.DataFrame, says: str, **how: Any)
 def key(role: str) -> str:
     """The mark of a model in the pictures, in its colour, for text beside them.
 
-    >>> key("retrained 2")
-    '<span style="color:#00875f">○</span>'
+    >>> key("retrained 2") == key("retrained"), key("unlearned")[-8:]
+    (True, '●</span>')
     """
     model = role.rstrip(" 0123456789")  # of several that were retrained each has a number
     colour = inks([model])[model].colour

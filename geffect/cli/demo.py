@@ -52,6 +52,8 @@ RULES: tuple[Rule, ...] = (
     Apart("--so-far", "--overwrite"),
     Apart("--edits", "--model"),
     Apart("--audit", "--model"),
+    Apart("--paper", "--model"),
+    Apart("--paper", "--so-far"),
     Needs("--data", "--data-folder"),
     Needs("--data-folder", "--data"),
     *(
@@ -65,6 +67,7 @@ RULES: tuple[Rule, ...] = (
             "--variants",
             "--edits",
             "--audit",
+            "--paper",
             "--so-far",
         )
     ),
@@ -120,6 +123,14 @@ def command(
             "--audit",
             help="Also audit each unlearned model: what comes back of what it forgot. Takes as "
             "long again.",
+        ),
+    ] = False,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="Also runs of several alpha, beta, layers and regularisers, and the figures of "
+            "arXiv 2502.19301 from them, in DIR/paper.",
         ),
     ] = False,
     model: Annotated[
@@ -241,6 +252,8 @@ def command(
         _say_memory(subject, processes, console)
     try:
         _study(out, plan, console)
+        if paper:
+            _draw_paper(out, plan, console)
     except KeyboardInterrupt:
         done, jobs = whole(out, plan)
         say(
@@ -277,6 +290,22 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
         say_marked(console, *mark, said)
     seconds = summary["wall_seconds"]["total"]
     say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
+
+
+def _draw_paper(out: Path, plan: "Plan", console: "Console") -> None:
+    """Make the runs behind the figures of the paper, draw them, and say which were made."""
+    from geffect import open_run
+    from geffect.demo.paper import FOLDER, run_paper, weight
+
+    from .figures import Style, made_of, write
+    from .progress import shown
+
+    with shown(weight(plan), console, "paper") as report:
+        runs = run_paper(out, plan, report)
+    made = made_of([open_run(path) for path in runs])
+    written = write(made, out / FOLDER, Style.COLUMN)
+    say(console, *(one.said for one in made))
+    say(console, f"{written} of {len(made)} figures of the paper in {out / FOLDER}")
 
 
 def _family_plan(

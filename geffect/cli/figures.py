@@ -21,12 +21,9 @@ if TYPE_CHECKING:
 KINDS = (".pdf", ".png", ".csv")
 """What is written of each figure: twice the picture, and its numbers."""
 
-METRICS = "metrics"
-"""The table of a run that has its metrics, with the columns `metric` and `value`."""
-
 MEAN = "mean"
 INVERSE, WEIGHTS = "inverse confidence", "weight"
-MEANS = {INVERSE: "mean of 1/p over the answer tokens", WEIGHTS: "mean weight of a sample"}
+MEANS = {INVERSE: "mean of 1/p", WEIGHTS: "mean weight of a sample"}
 """The implicit weights that are drawn, and what their means are."""
 
 CALLED = {"coefficient": "c"}
@@ -64,6 +61,7 @@ class PaperFigure:
     - `table`: what is drawn of one run. Raises ValueError for a run that lacks it.
     - `told`: the options that name a setting, whether or not its runs differ in them.
     - `several`: whether it shows all such runs, else the first.
+    - `mixed`: whether runs with a regulariser stand beside those without.
     """
 
     name: str
@@ -73,6 +71,7 @@ class PaperFigure:
     table: Callable[["Run"], "pd.DataFrame"]
     told: Sequence[str] = ()
     several: bool = True
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,11 +212,14 @@ def figures() -> list[PaperFigure]:
         PaperFigure(
             "regularisers", "effects with GD, KL and RR",
             lambda own: own.regulariser in ("GD", "KL", "RR"), "a run with GD, KL or RR", _effects,
+            mixed=True,
         ),
         PaperFigure(
             "inverse-confidence", "mean of 1/p", lambda own: True, "a run", _weight(INVERSE)
         ),
-        PaperFigure("table-1", "metrics by setting", lambda own: True, "a run", _metrics),
+        PaperFigure(
+            "table-1", "metrics by setting", lambda own: True, "a run", _metrics, mixed=True
+        ),
     ]  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
     """The figure from those of the runs that are of its kind."""
     of_kind = [one for one in given if figure.wants(one.setting)]
     plain = [one for one in of_kind if not one.setting.rectified]
-    wanted = plain if figure.name == "regularisers" else _alike(plain)
+    wanted = plain if figure.mixed else _alike(plain)
     if not wanted:
         found = "a rectifier changed its steps" if of_kind else f"none is {figure.needs}"
         return Made(figure, why=f"of {_count(given)} {found}.")
@@ -370,6 +372,8 @@ def _angles(run: "Run") -> "pd.DataFrame":
 
 def _metrics(run: "Run") -> "pd.DataFrame":
     import pandas as pd
+
+    from geffect.analysis import METRICS
 
     table = pd.DataFrame(run.table(METRICS))
     missing = {"metric", "value"} - {*table.columns}

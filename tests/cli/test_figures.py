@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from geffect import Run, open_run
-from geffect.analysis import g_effect, implicit_weights, setting
-from geffect.cli.figures import KINDS, METRICS, Given, figures, labels, made_of
+from geffect.analysis import METRICS, g_effect, implicit_weights, setting
+from geffect.cli.figures import KINDS, Given, figures, labels, made_of
 from geffect.plots import paper
 from tests.utils.command_line import Ask
 from tests.utils.settings import recorded

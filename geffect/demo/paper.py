@@ -1,0 +1,188 @@
+"""The runs behind the figures of the G-effect paper: each objective at several of its options."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import SubjectConfig
+from .corpus import generate
+from .jobs import Kept
+from .methods import Variant
+from .study import Plan
+from .workers import OnProgress, Say, working
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from geffect.objectives import Objective, Reference
+
+    from .unlearning import Data
+
+FOLDER = "paper"
+"""Where a study keeps these runs and their figures."""
+
+RUNS: tuple[tuple[str, Mapping[str, float]], ...] = (
+    ("ga", {}),
+    *(("wga", {"alpha": alpha}) for alpha in (0.5, 1.0, 2.0)),
+    *(("npo", {"beta": beta}) for beta in (0.05, 0.1, 0.5)),
+    *(("tnpo", {"beta": beta}) for beta in (1.0, 4.0)),
+    ("po", {}),
+    *(("rmu", {"layer": layer, "coefficient": 2.0}) for layer in (1 / 3, 2 / 3)),
+    ("rmu", {"layer": 1 / 3, "coefficient": 20.0}),
+    *((f"ga+{regulariser}", {}) for regulariser in ("gd", "kl", "rr")),
+)
+"""The objectives and the options that are set apart from their defaults."""
+
+WEIGHED = ("npo",)
+"""The objectives whose samples are looked at one by one."""
+
+CHECKPOINTS = (5, 10, 15)
+"""After so many updates that is done; the figure pools them."""
+
+
+@dataclass(frozen=True)
+class PaperRun:
+    """One of these runs: so many steps without a rectifier, recorded with what its figures need."""
+
+    out: Path = field(repr=False)
+    seed: int
+    method: str
+    options: tuple[tuple[str, float], ...]
+    variant: Variant
+    subject: SubjectConfig
+    stage: str = "paper"
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        told = (f"{name}{value:.3g}" for name, value in self.options)
+        return "-".join([self.method, *told, f"seed{self.seed}"])
+
+    @property
+    def file(self) -> str:
+        """The run file, in the folder of the study."""
+        return f"{FOLDER}/{self.name}.h5"
+
+    def run(self, say: Say) -> str:
+        from transformers.utils.logging import disable_progress_bar
+
+        from .unlearning import Data
+
+        disable_progress_bar()
+        model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
+        corpus = generate(self.seed, self.subject.corpus)
+        self._unlearn(model, Data.of(corpus, tokenizer, self.seed), say)
+        return self.file
+
+    def _unlearn(self, model: "PreTrainedModel", data: "Data", say: Say) -> None:
+        """Record every step, keep the effects of single samples, and metrics at the end."""
+        import torch
+
+        from geffect import Recorder
+        from geffect.analysis import METRICS, SAMPLES, as_columns
+        from geffect.objectives import FrozenModel, SharedForward, named, step_losses
+        from geffect.risk import nll
+
+        config = self.subject.unlearning
+        objective = named(self.method, dict(self.options)).begin(model)
+        original = None if objective.reference == "none" else FrozenModel.copied(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = self.variant.stepping(trained, self.variant.learning_rates[0])
+        batches = data.draws(config.sizes(()), objective.sides)
+        metadata = {"method": self.method, "seed": self.seed, "figures": FOLDER}
+        samples: list[Any] = []
+        with Recorder(
+            model, self.out / self.file, metadata=metadata, update=True, overwrite=True
+        ) as recorder:
+            recorder.note_objective(
+                objective, reference="a frozen copy of the model" if original else None
+            )
+            for step in range(1, config.plain_steps + 1):
+                batch = next(batches)
+                shared = SharedForward(model)
+                reference = original and FrozenModel(SharedForward(original.model))
+                parts = objective.components(shared, batch, reference)
+                losses: dict[str, Any] = {**step_losses(parts, apart=len(parts) > 1)}
+                risks: dict[str, Any] = {
+                    name: losses.pop(name) if name in losses else partial(nll, shared, own)
+                    for name, own in batch.items()
+                }
+                weights = partial(objective.implicit_weights, shared, batch, reference)
+                recorder.backward(**losses, **risks, weights=weights)
+                optimizer.step()
+                optimizer.zero_grad()
+                objective.advance()
+                say(step / config.plain_steps, f"step {step} of {config.plain_steps}")
+                if self.method in WEIGHED and step in CHECKPOINTS:
+                    table = weighed(model, data, objective, original)
+                    samples.append(table.assign(step=step))
+            if samples:
+                import pandas as pd
+
+                recorder.keep_table(SAMPLES, as_columns(pd.concat(samples, ignore_index=True)))
+            with torch.no_grad():
+                recorder.keep_table(METRICS, metrics(model, data))
+
+
+def weighed(
+    model: "PreTrainedModel", data: "Data", objective: "Objective", reference: "Reference | None"
+) -> Any:
+    """The PG-effects of the forget samples on both risks, with the weight that each is given."""
+    import numpy as np
+
+    from geffect.analysis import instances
+    from geffect.effects import direction
+    from geffect.sources import FORGET, RETAIN
+
+    batches = data.batches[FORGET]
+    directions = {risk: direction(model, data.batches[risk]) for risk in (FORGET, RETAIN)}
+    table = instances(model, batches, directions, by="model")
+    weights = np.concatenate(
+        [
+            objective.implicit_weights(model, {FORGET: batch}, reference)["weight"].numpy()
+            for batch in batches
+        ]
+    )
+    return table.assign(weight=weights[table["sample"].to_numpy()])
+
+
+def metrics(model: "PreTrainedModel", data: "Data") -> dict[str, Any]:
+    """The columns of table 1, as far as they need no retrained model."""
+    import numpy as np
+
+    from . import language_model as lm
+
+    sets = {
+        "ES exact, forget": "forget",
+        "ES perturbed, forget": "forget_paraphrase",
+        "ES exact, retain": "retain",
+    }
+    strengths = [lm.evaluate(model, data.batches[of]).extraction_strength for of in sets.values()]
+    return {"metric": [*sets], "value": np.array(strengths)}
+
+
+def jobs(out: Path, plan: Plan) -> Iterator[PaperRun]:
+    """The runs, of the first seed of a study."""
+    for method, options in RUNS:
+        yield PaperRun(
+            out, plan.seeds[0], method, tuple(options.items()), plan.variants["plain"], plan.studied
+        )
+
+
+def weight(plan: Plan) -> float:
+    """How much work they are, in plain unlearning runs."""
+    return sum(job.weight for job in jobs(Path(), plan))
+
+
+def run_paper(out: Path, plan: Plan, report: OnProgress) -> list[Path]:
+    """Make the runs in a study's folder, from its original model, and say where they are.
+
+    Runs that are there are taken as they are where the plan says to `resume`.
+    """
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    kept = [Kept(job, out / FOLDER, plan.resume) for job in jobs(out, plan)]
+    with working(plan.workers, report, plan.threads) as run:
+        return [out / file for file in run(kept)]
