@@ -24,7 +24,8 @@ FEWEST = 40
 
 COSINES, SHARES = Scale("linear", -1.0, 1.0), Scale("linear", 0.0, 1.0)
 
-MARK = MARKS["fired"][1].colour
+MARK = "#44546a"
+"""The colour of a mark, which is neither good nor bad by itself."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The frame of pages: anchors, contents, and what is written into it."""
 
+import hashlib
+
 import pytest
 
 from geffect.pages.frame import with_contents, word
 from tests.utils.hostile import HOSTILE
-from tests.utils.pages import Page
+from tests.utils.pages import LIBRARY, Page
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,9 @@ def test_headings_of_others_are_text(name: str) -> None:
 
     page = Page(str(with_contents(f"<h2>{in_html(name)}</h2>")))
     assert page.tags == {"nav", "ul", "li", "a", "h2"} and len(page.ids) == 1
+
+
+def test_the_library_is_the_one_that_its_authors_gave_out() -> None:
+    assert LIBRARY.startswith("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
+    digest = hashlib.sha256(LIBRARY.encode()).hexdigest()
+    assert digest == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
