@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .checkpoints.edited import edit, record_edit
     from .checkpoints.plan import Probe, plan
     from .checkpoints.replay import replay
+    from .costs import Estimate, estimate
     from .projection import Rectifier
     from .relearning import Relearned, relearned
     from .requests import Requests
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Estimate",
     "Probe",
     "Recorder",
     "Rectifier",
@@ -49,6 +51,7 @@ __all__ = [
     "edit",
     "edits",
     "effects",
+    "estimate",
     "objectives",
     "open_run",
     "plan",
@@ -62,6 +65,7 @@ __all__ = [
 
 # Loaded when first asked for: reading a run file needs no torch.
 _HOMES = {
+    "Estimate": "costs",
     "Probe": "checkpoints.plan",
     "Recorder": "capture",
     "Rectifier": "projection",
@@ -71,6 +75,7 @@ _HOMES = {
     "RunFileError": "store",
     "StopWhen": "capture",
     "edit": "checkpoints.edited",
+    "estimate": "costs",
     "open_run": "store",
     "plan": "checkpoints.plan",
     "record_edit": "checkpoints.edited",

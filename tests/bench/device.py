@@ -34,6 +34,7 @@ SMALL = Size(
 )
 SIZES: dict[str, Size] = {
     "small": SMALL,
+    "34m": Size(rounds=3),
     "361m": replace(
         SMALL, hidden=1024, layers=24, vocabulary=25_600, samples=8, positions=256, rounds=5
     ),
