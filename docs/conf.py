@@ -32,7 +32,7 @@ nitpick_ignore_regex = [
 
 # Docstrings
 
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
 autodoc_use_type_comments = False
 autosummary_generate = False
@@ -83,7 +83,7 @@ html_static_path = ["site/static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"index": [], "CHANGELOG": [], "CONTRIBUTING": [], "docs/faq": []}
+html_sidebars = {"index": [], "docs/index": [], "CHANGELOG": [], "CONTRIBUTING": [], "docs/faq": []}
 html_theme_options = {
     "show_nav_level": 1,
     "navigation_depth": 2,

@@ -12,6 +12,8 @@ PLACE = Path(__file__).parents[1] / "notebooks"
 
 # How many figures stand under each heading.
 FIGURES = {
+    "audit": {"What comes back, attack by attack": 1},
+    "capture": {"What is in the file": 1, "Is it true?": 1},
     "read_the_geometry": {
         "The G-effect": 1,
         "Where": 2,

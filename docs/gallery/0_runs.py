@@ -26,6 +26,7 @@ from geffect.audit.shares import recoverable_shares
 from geffect.effects import direction
 from geffect.evaluation import extraction_strength
 from geffect.objectives import NPO, FrozenModel, nll
+from geffect.plots import tradeoff
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more
 
@@ -157,6 +158,7 @@ curves = [
     unlearn("npo", preference, watched).assign(method="npo", variant="plain"),
 ]
 pd.concat(curves).to_csv("curves.csv", index=False)
+tradeoff(pd.concat(curves, ignore_index=True))
 
 # %%
 # Samples and tokens

@@ -7,7 +7,7 @@ The same as a block of HTML, for a page of your own. A token under the pointer s
 
 import pandas as pd
 
-from geffect.plots import spans
+from geffect.plots import spans, text
 
 tokens = pd.read_csv("tokens.csv", keep_default_na=False)
 html = spans(tokens[(tokens["sample"] == 0) & (tokens["risk"] == "retain")])
@@ -21,3 +21,8 @@ class Shown:
 
 
 Shown()
+
+# %%
+# As a picture this is ``text``:
+
+text(tokens[(tokens["sample"] == 0) & (tokens["risk"] == "retain")])
