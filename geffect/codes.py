@@ -24,7 +24,7 @@ def holds_codes(tensor: Tensor) -> bool:
 def coded(model: nn.Module) -> Iterator[str]:
     """The tensors of a model that hold weights as codes, in words.
 
-    >>> [*coded(nn.Linear(2, 2).to(torch.float8_e4m3fn))]
+    >>> [*coded(nn.Linear(2, 2, bias=False).to(torch.float8_e4m3fn))]
     ['`weight` of torch.float8_e4m3fn']
     """
     for name, parameter in model.named_parameters():

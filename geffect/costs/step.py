@@ -93,8 +93,8 @@ def estimate(
 
     >>> from geffect.costs import Shape
     >>> found = estimate("1b", batch=Shape(1, 128))
-    >>> found.memory["weights"], found.disk < 10_000
-    (2471628800, True)
+    >>> found.memory["weights"], found.network
+    (2471628800, {'passes': 0, 'own': 0})
     """
     config = config_of(model)
     _check(gpus, sharding, rectifier, store, gradients, dtype)
