@@ -157,7 +157,7 @@ def measured(
     described: dict[str, Any] = {}
     has_retrained = models.retrained is not None
     seconds = expected_seconds(original.model, sets, budget) * len(models)
-    report(f"{ORIGINAL}: {_spelt(seconds)} to go", 0.0)
+    report(f"{ORIGINAL}: {_spelt(seconds)}", 0.0)
     for place, role in enumerate(models):
         model = original.model if role == ORIGINAL else models.loaded(role)
         described[role] = _described(models[role], model)

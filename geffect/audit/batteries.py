@@ -19,9 +19,9 @@ from geffect.evaluation.degenerate import degenerate
 from geffect.evaluation.memorised import nll, prob
 from geffect.evaluation.privacy import privacy as scored
 from geffect.evaluation.rouge import rouge
-from geffect.evaluation.tokens import TokenTable
+from geffect.evaluation.tokens import TokenTable, evaluate_tokens
 from geffect.evaluation.truth_ratio import truth_ratio
-from geffect.evaluation.utility import divergence
+from geffect.evaluation.utility import divergence, multiple_choice
 
 from .attacks import HIDDEN, attacks, recognised
 from .look import Look
@@ -30,6 +30,9 @@ from .sets import FORGET, HOLDOUT, RETAIN, TEXT, AuditSet
 from .verdict import MEMORISED, NEAR_TIES, PRIVACY, UNIFORM, UTILITY
 
 PARAPHRASED = "paraphrase prob"
+
+TOKEN_NLL = "nll of a token"
+"""Of running text, whose perplexity is its exponential."""
 
 
 def memorised(look: Look) -> Iterator[pd.DataFrame]:
@@ -51,6 +54,7 @@ def memorised(look: Look) -> Iterator[pd.DataFrame]:
             asked = _grouped(of.paraphrased, measured(prob))
             means = [float(np.mean(x)) if len(x) else float("nan") for x in asked]
             yield look.rows(MEMORISED, PARAPHRASED, of, means)
+        yield from _chosen(look, MEMORISED, of)
         yield from _said(look, MEMORISED, of)
 
 
@@ -60,6 +64,9 @@ def utility(look: Look) -> Iterator[pd.DataFrame]:
         if name in look.sets:
             of = look.budget.some_of(look.sets[name], look.budget.kept)
             yield from _told(look, UTILITY, of)
+            yield from _chosen(look, UTILITY, of)
+            if name == TEXT:
+                yield from _perplexity(look, of)
             yield from look.tried(f"divergence on {name}", partial(_divergence, look, of))
     of = look.budget.some_of(look.sets[RETAIN], look.budget.said)
     yield from look.tried("answers to retain", partial(_answers, look, of))
@@ -102,6 +109,27 @@ def _told(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
     found = memorised_of(look.record(of))
     for metric, part in found.groupby("metric", sort=False):
         yield look.rows(battery, str(metric), of, part.sort_values("item")["value"])
+
+
+def _chosen(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """Multiple choice, of the rows that have choices."""
+    rows = [row for row, options in enumerate(of.options) if options]
+    if not rows:
+        return
+    right = [of.choices[row].index(of.answers[row]) for row in rows]
+    options = [of.options[row] for row in rows]
+    found = multiple_choice(look.model, options, right, ends=look.ends)
+    for metric, part in found.groupby("metric", sort=False):
+        values = np.full(len(of), np.nan)
+        values[rows] = part.sort_values("item")["value"]
+        yield look.rows(battery, f"choices {metric}", of, values)
+
+
+def _perplexity(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """Of each window its part of the NLL of a token of the text: their mean is that of all."""
+    record = evaluate_tokens(look.model, of.items, ends=look.ends, include_end=True)
+    share = record.lengths / record.lengths.mean()
+    yield look.rows(UTILITY, TOKEN_NLL, of, -record.mean("logprob") * share)
 
 
 def _divergence(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:

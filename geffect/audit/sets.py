@@ -22,8 +22,9 @@ text; general knowledge."""
 KEPT = (RETAIN, NEIGHBOURS, WORLD)
 """The sets of questions that unlearning should leave alone."""
 
-LISTS = ("answers", "wrong", "paraphrases")
-"""The keys of a row that hold lists of texts: further answers, wrong ones, further questions."""
+LISTS = ("answers", "wrong", "paraphrases", "choices")
+"""The keys of a row that hold lists of texts: further answers, wrong ones, further questions, and
+all answers of a question of multiple choice."""
 
 Item = Mapping[str, Any]
 """`input_ids` and `labels`, and maybe `attention_mask`, as `geffect.data.examples.example` makes
@@ -44,6 +45,7 @@ class AuditSet:
     - `wrong`, `alternatives`: answers to each question that are not right, as texts and as items.
     - `reworded`: items of further right answers to each question, those of the rows' `answers`.
     - `paraphrases`, `paraphrased`: other questions with the same answer, as texts and as items.
+    - `choices`, `options`: the answers of a question of multiple choice, as texts and as items.
 
     All have an entry a row. Those that nobody gave are empty in each: `of` fills them.
 
@@ -63,6 +65,8 @@ class AuditSet:
     alternatives: tuple[Items, ...]
     reworded: tuple[Items, ...]
     paraphrased: tuple[Items, ...]
+    choices: tuple[tuple[str, ...], ...]
+    options: tuple[Items, ...]
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -124,7 +128,8 @@ class AuditSet:
 
 COLUMNS: Mapping[str, Any] = {
     "questions": "", "answers": "", "subjects": "", "numbers": 0, "entities": "", "wrong": (),
-    "paraphrases": (), "alternatives": (), "reworded": (), "paraphrased": (),
+    "paraphrases": (), "alternatives": (), "reworded": (), "paraphrased": (), "choices": (),
+    "options": (),
 }  # fmt: skip
 """What a set has beside its items, and what an entry is where nobody gives it."""
 
@@ -191,9 +196,9 @@ def sets_of(
     - `template`, `positions`: as for `geffect.data.examples.read`.
 
     A row has a form of `geffect.data.examples.read`, and may have more keys: `subject`; `entity`,
-    a part of the answer; and lists of texts, `answers` (also right), `wrong`, and `paraphrases` (of
-    the question). Raises ValueError for names that an audit does not know and for rows in another
-    form, and says where they stand.
+    a part of the answer; and lists of texts, `answers` (also right), `wrong`, `paraphrases` (of the
+    question), and `choices`, two or more with the answer among them. Raises ValueError for names
+    that an audit does not know and for rows in another form, and says where they stand.
 
     >>> sets = sets_of({name: [{"input_ids": [1, 2], "labels": [-100, 2]}]
     ...                 for name in ("retain", "forget")})
@@ -285,6 +290,13 @@ class _Reading:
                 f"{where} should have answers in `wrong` that are not right. Found {taken!r}, "
                 "which is one of its answers. Leave it out."
             )
+        choices = further["choices"]
+        if choices and (len({*choices}) < max(2, len(choices)) or choices.count(answer) != 1):
+            raise ValueError(
+                f"{where} should have two `choices` or more, each once, with its answer among "
+                f"them. Found {len(choices)}: {', '.join(map(repr, choices))}, and the answer "
+                f"{answer!r}. Write the answer as it stands among them."
+            )
         if entity not in answer:
             raise ValueError(
                 f"{where} should have an `entity` that stands in its answer. Found {entity!r}, and "
@@ -305,6 +317,8 @@ class _Reading:
             "entities": entity,
             "wrong": further["wrong"],
             "paraphrases": further["paraphrases"],
+            "choices": choices,
+            "options": other(choices, "choices"),
             "alternatives": other(further["wrong"], "wrong"),
             "reworded": other(further["answers"], "answers"),
             "paraphrased": tuple(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan, nan
+from math import exp, isnan, nan
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from geffect.evaluation.membership import Scores, auc, membership
 from geffect.evaluation.utility import kept_share
 
 from .attacks import DEPTH, HIDDEN, baseline
-from .batteries import PARAPHRASED
+from .batteries import PARAPHRASED, TOKEN_NLL
 from .depth import unlearning_depth
 from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
 from .prompts import ROUGE
@@ -107,16 +107,17 @@ def table_of(items: pd.DataFrame, limits: Thresholds) -> pd.DataFrame:
     recoverable shares of the retrained model (of the original, where the floor is estimated) are
     noise: of a half of the items beside the other.
     """
-    values = Values.of(items)
+    values, means = Values.of(items), summed(items)
     made = [
         *_kept(values),
+        *_perplexity(means),
         *_known(values),
         *_direct(values, limits.retraining),
         *_recoverable(values, limits.retraining),
         *_aucs(values, limits.retraining_auc),
         *_depth(values),
     ]
-    return pd.concat([summed(items), pd.DataFrame(made, columns=[*SUMMED])], ignore_index=True)
+    return pd.concat([means, pd.DataFrame(made, columns=[*SUMMED])], ignore_index=True)
 
 
 Row = tuple[str, str, str, str, float, float, float, int]
@@ -144,6 +145,14 @@ def _kept(values: Values) -> Iterator[Row]:
                 Share(kept_share(after, before), low, high, len(after)),
                 of,
             )
+
+
+def _perplexity(means: pd.DataFrame) -> Iterator[Row]:
+    """exp of the NLL of a token of running text."""
+    for row in means[means["metric"] == TOKEN_NLL].to_dict("records"):
+        value, low, high = (exp(row[column]) for column in ("value", "low", "high"))
+        share = Share(value, low, high, int(row["n"]))
+        yield _row(UTILITY, "perplexity", str(row["model"]), share, str(row["set"]))
 
 
 def _ratio(after: Floats, before: Floats) -> Floats:

@@ -168,7 +168,7 @@ def command(
             base=base,
             tokenizer=tokenizer,
             device=device,
-            report=_telling(tell, roles),
+            report=_telling(tell, roles, lambda time: say(console, f"The audit takes {time}")),
         )
     if output is not None:
         report.to_html(output)
@@ -181,8 +181,10 @@ def command(
     raise typer.Exit(code=report.judgement.exit_code)
 
 
-def _telling(tell: Callable[[News], None], roles: int) -> Callable[[str, float], None]:
-    """What tells how far the model is that is looked at now."""
+def _telling(
+    tell: Callable[[News], None], roles: int, begin: Callable[[str], None]
+) -> Callable[[str, float], None]:
+    """What tells how long it will take, and then how far the model is that is looked at now."""
     begun: list[str] = []
 
     def told(what: str, done: float) -> None:
@@ -191,6 +193,8 @@ def _telling(tell: Callable[[News], None], roles: int) -> Callable[[str, float],
             tell(Told(begun[-1], "audit", 1.0, 1.0, "done"))
         if not battery:
             return
+        if not begun:
+            begin(battery)
         if not begun or begun[-1] != role:
             begun.append(role)
         share = min(1.0, max(0.0, done * roles - (len(begun) - 1)))

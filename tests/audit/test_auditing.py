@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import geffect
-from geffect.audit import Thresholds
+from geffect.audit import AuditSet, Thresholds
 from geffect.audit.auditing import audit
 from geffect.audit.budget import QUICK
 from geffect.audit.relearning import RelearningBudget
@@ -22,6 +23,7 @@ from tests.utils.models import bits
 
 SHORT = RelearningBudget(steps=(1, 2), rates=(1.0,), seeds=(0,), sources=("benign",))
 BUDGET = type(QUICK)("short", SHORT, taught=(1,), kept=3, said=2, samples=0, layers=True)
+TOLD_BY = ("memorised", "utility")
 TOLD = ["nll", "prob", "em", "es", "entropy"]
 
 
@@ -244,3 +246,45 @@ def test_a_holdout_that_was_seen(models: list[nn.Module], name: str) -> None:
     sets["holdout"] = [*items(2), sets[name][3]]
     with pytest.raises(ValueError, match=f"Found item 6 of it.* also as item 3 of `{name}`"):
         audit(*models, sets=sets, budget=BUDGET)
+
+
+def test_running_text_has_a_perplexity_and_choices_an_accuracy(models: list[nn.Module]) -> None:
+    text = [{**item, "labels": [-100, *item["input_ids"][1:]]} for item in items(3)]
+    text[2] = {name: values[:4] for name, values in text[2].items()}
+    asked = items(0)
+    others = items(4, 12)
+    options = tuple(
+        ()
+        if n == 1
+        else tuple(
+            {"input_ids": item["input_ids"][:4] + o["input_ids"][4:], "labels": o["labels"]}
+            for o in (item, *others[2 * n : 2 * n + 2])
+        )
+        for n, item in enumerate(asked)
+    )
+    told = {"answers": ["a"] * 6, "choices": [("a", "b", "c")] * 6, "options": options}
+    forget = AuditSet.of("forget", asked, **told)
+    sets = {"forget": forget, "retain": items(1), "text": text}
+    report = audit(*models, sets=sets, budget=replace(BUDGET, kept=None), batteries=TOLD_BY)
+    table = report.table.set_index(["battery", "metric", "set", "model"])
+    model = models[0].eval()
+    log_p, tokens, right = 0.0, 0, []
+    with torch.no_grad():
+        for item in text:
+            ids = torch.tensor([item["input_ids"]])
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            log_p += float(logs.gather(1, ids[0, 1:, None]).sum())
+            tokens += ids.shape[1] - 1
+        for own in filter(None, options):
+            sums = []
+            for option in own:
+                ids = torch.tensor([option["input_ids"]])
+                logs = model(input_ids=ids).logits[0, 3:-1].log_softmax(-1)
+                sums.append(float(logs.gather(1, ids[0, 4:, None]).sum()))
+            right.append(sums[0] == max(sums))
+    models[0].train()
+    perplexity = table.loc[("utility", "perplexity", "text", "unlearned")]
+    assert perplexity["value"] == pytest.approx(np.exp(-log_p / tokens), rel=1e-5)
+    assert perplexity["low"] < perplexity["value"] < perplexity["high"]
+    accuracy = table.loc[("memorised", "choices accuracy_sum", "forget", "unlearned")]
+    assert accuracy["value"] == pytest.approx(np.mean(right)) and accuracy["n"] == 5

@@ -157,3 +157,16 @@ def test_text_in_another_encoding(tmp_path: Path) -> None:
     given = {"forget": [PLAIN], "retain": [PLAIN], "text": tmp_path / "text.txt"}
     with pytest.raises(ValueError, match="Found a byte that is none at 2"):
         sets_of(given, make_tokenizer())
+
+
+def test_choices_have_the_answer_among_them() -> None:
+    tokenizer = make_tokenizer()
+    row = {**PLAIN, "choices": ["Bea.", "Ada.", "Cid."]}
+    found = sets_of({"forget": [row, PLAIN], "retain": [PLAIN]}, tokenizer)["forget"]
+    assert found.choices == (("Bea.", "Ada.", "Cid."), ()) and found.options[1] == ()
+    assert [*found.options[0]] == [
+        example({**PLAIN, "answer": choice}, tokenizer) for choice in row["choices"]
+    ]
+    for choices in (["Ada."], ["Bea.", "Cid."], ["Ada.", "Ada.", "Bea."], ["Bea.", "Bea.", "Ada."]):
+        with pytest.raises(ValueError, match="two `choices` or more, each once, with its answer"):
+            sets_of({"forget": [{**PLAIN, "choices": choices}], "retain": [PLAIN]}, tokenizer)
