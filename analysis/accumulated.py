@@ -1,5 +1,7 @@
 """The accumulated change of each risk: as the updates predict it, and as it was measured."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -42,23 +44,15 @@ def accumulated(run: Run, by: By = "model") -> pd.DataFrame:
     2     2    0.8
     """
     check_run(run)
-    apart = np.diff(run.steps)
-    if (apart <= 0).any():
-        raise ValueError(
-            f"`run` should be one training, whose steps follow each other. Found `{run.path}`, "
-            "where they begin anew. Accumulate a run of one request."
-        )
+    before = before_steps(run, run.steps)
     blocks, K = summed_gram(run, by)
     update, losses = run.index(UPDATE), run.losses()
-    skipped = run.column("skipped").astype(bool)[:, np.newaxis]
     tables = {}
     for risk in risks_of(run):
-        rises = np.where(skipped, 0.0, inner(K, run.index(risk), update))
-        predicted = np.zeros_like(rises)
-        predicted[1:] = np.cumsum(rises[:-1] * apart[:, np.newaxis], axis=0)
+        predicted = summed_before(run, before, inner(K, run.index(risk), update))
         values, gap = {PREDICTED: predicted}, np.full_like(predicted, np.nan)
         if by == "model":
-            loss = losses.get(risk, np.full(len(rises), np.nan))[:, np.newaxis]
+            loss = losses.get(risk, np.full(len(predicted), np.nan))[:, np.newaxis]
             values[MEASURED] = loss - loss[:1]
             gap = _gap(predicted, values[MEASURED])
         tables[risk] = stack(
@@ -77,6 +71,48 @@ def accumulated(run: Run, by: By = "model") -> pd.DataFrame:
     table = stack(tables, "risk")
     table.insert(list(table).index("value") + 1, "gap", table.pop("gap"))
     return table
+
+
+def before_steps(run: Run, steps: Iterable[int]) -> Floats:
+    """How many of the updates before each step each row of the run stands for, (step, row).
+
+    Step N is the model after N updates. A row that was captured stands for those up to the next.
+    Raises a ValueError for a run that begins anew, and for steps outside of it.
+    """
+    own = run.steps.astype(np.float64)
+    if not len(own):
+        raise ValueError(
+            f"`run` should have a step. Found none in `{run.path}`. Record a training first."
+        )
+    apart = np.diff(own)
+    if (apart <= 0).any():
+        raise ValueError(
+            f"`run` should be one training, whose steps follow each other. Found `{run.path}`, "
+            "where they begin anew. Take a run of one request."
+        )
+    ends = np.append(own[1:], own[-1] + (float(np.median(apart)) if len(apart) else 1.0))
+    wanted = np.array([*steps], dtype=np.float64)
+    outside = wanted[(wanted < own[0]) | (wanted > ends[-1])]
+    if len(outside):
+        raise ValueError(
+            f"A checkpoint should be one of the run, from {own[0]:g} to {ends[-1]:g} updates. "
+            f"Found {outside[0]:g}. Leave it out, or name the run that it is of."
+        )
+    counts: Floats = np.clip(np.minimum(ends, wanted[:, np.newaxis]) - own, 0.0, None)
+    return counts
+
+
+def summed_before(run: Run, before: Floats, changes: Floats) -> Floats:
+    """The changes (row, block) of all updates before each step, by `before_steps`: (step, block).
+
+    A step that the optimizer skipped counts 0. What is not known makes unknown what comes after.
+    """
+    skipped = run.column("skipped").astype(bool)[:, np.newaxis]
+    known = np.where(skipped, 0.0, changes)
+    missing = ~np.isfinite(known)
+    sums: Floats = before @ np.where(missing, 0.0, known)
+    sums[(before > 0).astype(np.float64) @ missing > 0] = np.nan
+    return sums
 
 
 def _gap(predicted: Floats, measured: Floats) -> Floats:

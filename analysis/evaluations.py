@@ -15,7 +15,8 @@ from geffect.numbers import is_number
 from geffect.store import Run
 from geffect.text import plain
 
-from .base import Floats, check_run, risks_of
+from .accumulated import before_steps, summed_before
+from .base import check_run, risks_of
 from .predicted_change import predicted_change
 
 
@@ -88,16 +89,21 @@ def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
         )
     risks = risks_of(run)
     changes = predicted_change(run, by="model")
-    of_risk = {risk: changes[changes["risk"] == risk]["value"].to_numpy() for risk in risks}
-    skipped, losses = run.column("skipped"), run.losses()
+    held = evaluations.to_dict("records")
+    steps = [_whole(row["step"]) for row in held]
+    before = before_steps(run, steps)
+    of_risk = {
+        risk: summed_before(
+            run, before, changes[changes["risk"] == risk]["value"].to_numpy()[:, np.newaxis]
+        )[:, 0]
+        for risk in risks
+    }
+    losses = run.losses()
     rows = []
-    for row in evaluations.to_dict("records"):
-        step = _whole(row["step"])
-        weights = _weights(run, step)
+    for place, (step, row) in enumerate(zip(steps, held, strict=True)):
         there = np.flatnonzero(run.steps == step)
         for risk in risks:
-            values = np.where(skipped & (weights > 0), 0.0, of_risk[risk])
-            change = float((values[weights > 0] * weights[weights > 0]).sum())
+            change = float(of_risk[risk][place])
             loss = losses.get(risk)
             known = loss is not None and len(there)
             measured = float(loss[0] - loss[there[0]]) if loss is not None and known else np.nan
@@ -150,30 +156,6 @@ def _gap(known: pd.DataFrame) -> float:
         return np.nan
     last = measured.iloc[-1]
     return float(abs(last["change"] - last["measured"]) / abs(last["measured"]))
-
-
-def _weights(run: Run, step: int) -> Floats:
-    """How many of the updates before a step each row of the run stands for."""
-    steps = run.steps.astype(np.float64)
-    if not len(steps):
-        raise ValueError(
-            f"`run` should have a step. Found none in `{run.path}`. Record a training first."
-        )
-    apart = np.diff(steps)
-    if (apart <= 0).any():
-        raise ValueError(
-            f"`run` should be one training, whose steps follow each other. Found {run.path.name}, "
-            "where they begin anew. Join a run of one request."
-        )
-    stride = float(np.median(apart)) if len(apart) else 1.0
-    ends = np.append(steps[1:], steps[-1] + stride)
-    if not steps[0] <= step <= ends[-1]:
-        raise ValueError(
-            f"A checkpoint should be one of the run, from {steps[0]:g} to {ends[-1]:g} updates. "
-            f"Found {step}. Leave it out, or name the run that it is of."
-        )
-    weights: Floats = np.clip(np.minimum(ends, step) - steps, 0.0, None)
-    return weights
 
 
 def _placed(file: str) -> tuple[int, Path]:

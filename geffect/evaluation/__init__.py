@@ -10,7 +10,6 @@ from .degenerate import degenerate
 from .edu_relat import Family, Target
 from .ends import ends_of
 from .extraction import extraction_strength
-from .geometry import geometry
 from .membership import Membership, Scores, auc, membership, privleak
 from .memorised import memorised
 from .minimal_sets import minimal_sets
@@ -41,7 +40,6 @@ __all__ = [
     "extraction_strength",
     "forget_quality",
     "generated",
-    "geometry",
     "grad_norm",
     "kept_share",
     "membership",

@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from geffect import Recorder, Run, open_run
 from geffect.analysis import agreement, join, predicted_change, read_evaluations
+from geffect.analysis.accumulated import before_steps, summed_before
 from geffect.capture import every
 from geffect.capture.schedule import Schedule
 from tests.utils.command_line import Ask
@@ -188,3 +190,25 @@ def test_the_command(ask: Ask, run: Run, tmp_path: Path) -> None:
     assert len(rows) == 1 + 2 * 2 * STEPS
     refused = ask("join", run.path, tmp_path / "none.json")
     assert refused.code == 1 and "checkpoint-60/evals" in refused.err
+
+
+def test_numbers_are_those_of_a_loop_over_checkpoints() -> None:
+    rng = np.random.default_rng(0)
+    change, value = rng.normal(size=13), rng.normal(size=13)
+    steps = range(13)
+    columns = {"step": steps, "suite": "", "metric": "es", "risk": "forget", "measured": change}
+    joined = pd.DataFrame({**columns, "change": change, "value": value})
+    row = agreement(joined.sample(frac=1.0, random_state=1)).iloc[0]
+    assert row["rho"] == pytest.approx(stats.spearmanr(change, value).statistic)
+    assert row["slope"] == pytest.approx(np.polyfit(change, value, 1)[0])
+    assert (row["gap"], row["checkpoints"]) == (0.0, 13)
+    half = agreement(joined.assign(measured=2 * change)).iloc[0]
+    assert half["gap"] == pytest.approx(0.5)
+    assert agreement(joined.assign(value=1.0))["rho"].isna().all()
+
+
+def test_an_update_that_is_unknown_ends_what_is_known(run: Run) -> None:
+    changes = np.ones((len(run.steps), 1))
+    changes[6] = np.nan
+    sums = summed_before(run, before_steps(run, range(STEPS + 1)), changes)[:, 0]
+    np.testing.assert_array_equal(sums, [0, 1, 2, 3, 4, 5, 6, *[np.nan] * 4])

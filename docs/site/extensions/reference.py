@@ -39,7 +39,6 @@ MODULES = (
     "geffect.data.examples",
     "geffect.data.others",
     "geffect.data.pairs",
-    "geffect.evaluation.geometry",
     "geffect.evaluation.memorised",
     "geffect.evaluation.privacy",
     "geffect.evaluation.rouge",
