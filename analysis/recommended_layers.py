@@ -64,6 +64,10 @@ def recommended_layers(
     should forget. Where more than half of the gain is in the head and the last layer, `warnings`
     says so.
 
+    A gain says where this update forgets, not where a fact lies. Of ten models with three blocks,
+    into one of which new facts were trained alone, that block had the largest gain in all four
+    where it was the first, and in none of the other six: gradients are larger in early blocks.
+
     Raises a ValueError for a run without update, without `forget`, without another risk, or of
     fewer than 8 steps: the first steps of a model that has memorised its data say nothing.
     """
