@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,9 +30,22 @@ def build(out: Path, told: Sequence[str] = (), *, notebooks: Path = ROOT / "note
     for name in FILES:
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "docs" / "site" / "pages", source, dirs_exist_ok=True)
+    place_others(source)
     os.environ["IPYTHONDIR"] = str(out / "ipython")  # settings of whoever builds change no page
     words = ["-W", "--keep-going", "-q", "-c", source / "docs", source, out / "html"]
     return build_main([*map(str, words), *told])
+
+
+def place_others(source: Path) -> None:
+    """Put the pages that no table of contents names at the end of the guide."""
+    named = "".join(path.read_text(encoding="utf-8") for path in source.glob("*.rst"))
+    pages = sorted(f"docs/{path.stem}" for path in (source / "docs").glob("*.md"))
+    others = [page for page in pages if page not in re.findall(r"docs/\w+", named)]
+    if others:
+        guide = source / "guide.rst"
+        lines = [guide.read_text(encoding="utf-8"), ".. toctree::", "   :maxdepth: 1"]
+        lines += ["   :caption: More", "", *(f"   {page}" for page in others), ""]
+        guide.write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,20 @@ def test_every_plot_is_in_the_gallery(name: str, site: Any) -> None:
     assert f"{name}(" in re.sub(r"<[^>]*>", "", page.text)
 
 
+def test_every_page_can_be_reached(site: Any) -> None:
+    known = pages(site.pages)
+    start, reached = site.pages / "index.html", set()
+    next_ones = {start}
+    while next_ones:
+        reached |= next_ones
+        links = {(path.parent / unquote(urlsplit(link).path)).resolve()
+                 for path in next_ones for link in known[path].links
+                 if not urlsplit(link).scheme}  # fmt: skip
+        next_ones = links & {*known} - reached
+    written = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert written <= {path.stem for path in reached if path.parent.name == "docs"}
+
+
 def test_notebooks_have_their_outputs(site: Any) -> None:
     places = sorted((ROOT / "notebooks").glob("*.ipynb"))
     assert places

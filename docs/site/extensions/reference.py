@@ -24,6 +24,7 @@ ROOMS = (
     "geffect.risk",
     "geffect.store",
     "geffect.report",
+    "geffect.costs",
 )
 """Whose names are public."""
 
