@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 
+from geffect.analysis import SAMPLES
 from tests.utils.site import extension
 
 DOCSTRINGS = extension("docstrings")
@@ -48,3 +49,8 @@ def test_its_example() -> None:
 )  # fmt: skip
 def test_what_becomes_of(written: str, read: str) -> None:
     assert as_rest(written) == read.rstrip()
+
+
+def test_a_constant_has_what_stands_below_it() -> None:
+    said = " ".join(DOCSTRINGS.of_constant("geffect.analysis.SAMPLES", SAMPLES))
+    assert "table" in said and DOCSTRINGS.of_constant("geffect.analysis.SAMPLES", "") == []

@@ -84,6 +84,7 @@ def test_every_public_name_has_an_entry(site: Any) -> None:
     known = REFERENCE.links(REFERENCE.homes())
     for room in (*REFERENCE.ROOMS, *REFERENCE.MODULES):
         page = pages(site.pages)[site.pages / "api" / f"{room}.html"]
+        assert "str(object=" not in page.text, "A constant should have words below it."
         for name in REFERENCE.names_in(importlib.import_module(room)):
             home = known[f"{room}.{name}"]
             assert home in entries, home

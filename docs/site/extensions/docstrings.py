@@ -6,8 +6,11 @@ an indented formula a literal block, and a name in backticks a link if this site
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 Link = Callable[[str], str | None]
 """From what stands in backticks to the full name of the page on it, if there is one."""
@@ -99,11 +102,24 @@ def linked(said: str, room: str, name: str, links: dict[str, str]) -> str | None
     return None
 
 
+def of_constant(name: str, value: object) -> list[str]:
+    """What stands below a constant where it is defined: it has no docstring of its own."""
+    last = name.rpartition(".")[2]
+    for home, module in sorted(sys.modules.items()):
+        if home.startswith("geffect.") and vars(module).get(last) is value:
+            said = ModuleAnalyzer.for_module(home).find_attr_docs().get(("", last))
+            if said:
+                return [*said]
+    return []
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Rewrite the docstrings that autodoc reads."""
 
-    def rewrite(app: Any, what: str, name: str, _: object, __: object, lines: list[str]) -> None:
+    def rewrite(app: Any, what: str, name: str, found: object, _: object, lines: list[str]) -> None:
         links = app.env.geffect_names
+        if what == "data":
+            lines[:] = of_constant(name, found)
         room = name if what == "module" else name.rpartition(".")[0]
         lines[:] = as_rest(lines, lambda said: linked(said, room, name, links))
 
