@@ -37,6 +37,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         "other": [row.name for row in opened.layers if part_of(row) == OTHER],
         **opened.manifest,
         **_stopped(opened),
+        **_waited(opened),
     }
     if form is FactsFormat.JSON:
         write(json.dumps(facts, indent=1) + "\n")
@@ -55,6 +56,17 @@ def _stopped(run: "Run") -> dict[str, Any]:
     if not {"clause", "message"} <= table.keys() or not len(table["message"]):
         return {}
     return {"stopped": f"{table['clause'][0]}: {table['message'][0]}"}
+
+
+def _waited(run: "Run") -> dict[str, Any]:
+    """For how long training waited for the disk, where gradients are kept."""
+    from geffect.store.schema import WAITED
+
+    table = run.table(WAITED) if WAITED in run.tables else {}
+    if not {"seconds", "rows"} <= table.keys() or not len(table["seconds"]):
+        return {}
+    seconds, rows = float(table["seconds"][0]), int(table["rows"][0])
+    return {"waited_for_disk": {"seconds": round(seconds, 3), "rows": rows}}
 
 
 def _said(value: object) -> str:

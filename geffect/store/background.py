@@ -3,13 +3,16 @@
 import atexit
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
 from .layout import Columns
 from .processes import Home
-from .schema import Contents, Row
+from .schema import WAITED, Contents, Row
 
 
 class Writer(Protocol):
@@ -39,7 +42,8 @@ class BackgroundWriter:
 
     At most `bound_bytes` wait for the disk, or one row that is larger by itself; `append` waits
     for room. The arrays of a row must not change after it was handed over. The next call raises
-    what went wrong, once; rows that waited behind it are given up.
+    what went wrong, once; rows that waited behind it are given up. `waited` is for how many seconds
+    callers did; a run that is closed as complete has that as a table.
     """
 
     def __init__(self, writer: Writer, bound_bytes: int) -> None:
@@ -49,6 +53,8 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._failed = self._ended = False
+        self.waited = 0.0
+        self._appended = 0
         self._home = Home()
         self._thread: threading.Thread | None = None
 
@@ -66,6 +72,7 @@ class BackgroundWriter:
             self._wait_until(lambda: not self._rows or self._waiting_bytes + size <= self._bound)
             self._raise()
             self._rows.append(row)
+            self._appended += 1
             self._changed.notify_all()
 
     def amend(self, row: Row) -> None:
@@ -100,9 +107,12 @@ class BackgroundWriter:
         self._drain()
         atexit.unregister(self._drain)
         with self._changed:
-            self._ended = True
+            was_ended, self._ended = self._ended, True
             self._changed.notify_all()
             self._raise()
+        if complete and self._appended and not (was_ended or self._failed):
+            told = {"seconds": np.array([self.waited]), "rows": np.array([self._appended])}
+            self._writer.keep(WAITED, told)
         self._writer.close(complete=complete)
 
     def _start(self) -> None:
@@ -148,7 +158,13 @@ class BackgroundWriter:
     def _wait_until(self, come: Callable[[], bool]) -> None:
         """Wait for the thread, which may not know its last row yet: an interrupt came before."""
         self._changed.notify_all()
-        self._changed.wait_for(come)
+        if come():
+            return
+        began = time.perf_counter()
+        try:
+            self._changed.wait_for(come)
+        finally:
+            self.waited += time.perf_counter() - began
 
     @property
     def _waiting_bytes(self) -> int:

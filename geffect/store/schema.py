@@ -145,6 +145,11 @@ MARKS = 1 << 53
 RELEARNED = "relearned"
 """Of the manifest, where the objective's gradient is not at theta: what `geffect.Relearned` is."""
 
+WAITED = "waited"
+"""The table of a run that keeps gradients: for how many `seconds` training waited for the disk,
+over how many `rows`, since the run was opened or resumed. Of several processes, that of the first.
+"""
+
 STOP = "stop"
 """The table of what stopped a run, with the columns of `geffect.capture.Stop`."""
 

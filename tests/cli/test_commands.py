@@ -55,6 +55,16 @@ def test_info(ask: Ask, recorded: Path) -> None:
         assert word in said.out
 
 
+def test_info_says_for_how_long_training_waited_for_the_disk(ask: Ask, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with Recorder(model, tmp_path / "a.h5", store="bf16") as recorder:
+        for _ in range(3):
+            recorder.backward(objective=lambda: model(torch.ones(2)).sum())
+    told = strict(ask("info", tmp_path / "a.h5", "--format", "json").out)["waited_for_disk"]
+    assert told["rows"] == 3
+    assert told["seconds"] >= 0
+
+
 def test_info_as_json(ask: Ask, recorded: Path) -> None:
     facts, run = strict(ask("info", recorded, "--format", "json").out), open_run(recorded)
     assert facts["sources"] == [

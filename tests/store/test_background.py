@@ -24,7 +24,11 @@ def test_rows_are_written_in_order_behind_the_caller(tmp_path: Path) -> None:
     to.close(complete=True)
     to.close(complete=True)
     run = open_run(path)
-    assert (run.state, run.steps.tolist(), run.tables) == ("complete", list(range(50)), ("done",))
+    assert (run.state, run.steps.tolist(), run.tables) == (
+        "complete",
+        list(range(50)),
+        ("done", "waited"),
+    )
 
 
 @pytest.mark.parametrize("bound", [0, 3 * 144])
@@ -47,7 +51,10 @@ def test_no_more_bytes_wait_than_allowed(
     gate.set()
     late.join()
     to.close(complete=True)
-    assert len(open_run(slow.path).steps) == room + 1
+    run = open_run(slow.path)
+    assert len(run.steps) == room + 1
+    assert run.table("waited")["seconds"][0] > 0  # of the late row
+    assert run.table("waited")["rows"].tolist() == [room + 1]
 
 
 @pytest.mark.parametrize("then", ["append", "close", "keep", "amend"])
