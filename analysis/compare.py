@@ -105,7 +105,8 @@ class _Pair:
         _check_parameters(run, other)
         sources = tuple(name for name in run.sources if name in other.sources)
         keys = [[*zip(r.column("request"), r.steps, strict=True)] for r in (run, other)]
-        shared = [key for key in keys[0] if key in {*keys[1]}]
+        places = [{key: at for at, key in enumerate(own)} for own in keys]
+        shared = [key for key in keys[0] if key in places[1]]
         if not sources or not shared:
             raise ValueError(
                 "Runs that are compared should have a step and a source in common. Found "
@@ -113,8 +114,8 @@ class _Pair:
                 f"{_listed(other.sources)} at {len(other.steps)}. Compare runs of one training."
             )
         gram, losses = [], []
-        for one, own in zip((run, other), keys, strict=True):
-            at = [own.index(key) for key in shared]
+        for one, place in zip((run, other), places, strict=True):
+            at = [place[key] for key in shared]
             of = [one.index(name) for name in sources]
             gram.append(one.gram()[at][..., of, :][..., of])
             known = one.losses()

@@ -22,7 +22,9 @@ class Parted:
 def against_the_first(several: Sequence[Read]) -> list[Parted]:
     """None for the first; runs of other models are told as such."""
     first, *others = several
-    return [_parted(first, other) for other in others]
+    parted = [_parted(first, other) for other in others]
+    first.run.let_go()
+    return parted
 
 
 def _parted(first: Read, other: Read) -> Parted:
@@ -30,4 +32,7 @@ def _parted(first: Read, other: Read) -> Parted:
         found = compare(first.run, other.run)
     except ValueError as refused:
         return Parted(other.name, other.anchor, "not comparable", None, str(refused))
+    finally:
+        if other.run is not first.run:
+            other.run.let_go()
     return Parted(other.name, other.anchor, found.level, found.step, found.sentence)

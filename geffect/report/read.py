@@ -10,11 +10,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from geffect.analysis import conflict, cosine, g_effect, rectification, violation
+from geffect.analysis.base import check_run
 from geffect.analysis.rectified import acts, constrained
 from geffect.groups import By
 from geffect.scores import BLOCKS, blocks_of, score_of
 from geffect.sources import AVERAGE, UPDATE
 from geffect.store import Run
+
+from .held import Held, held
 
 Numbers = NDArray[np.float64]
 
@@ -26,10 +29,17 @@ FINER: Mapping[str, By] = {"group": "group", "layer": "layer", "parameter": "lay
 class Read:
     """A run with its name among the others of a report, and its scores."""
 
-    run: Run
+    run: Held
     name: str
     anchor: str
     by: By
+
+    def read_all(self) -> None:
+        """Take every score while the rows of the run are in memory, and let go of these."""
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                getattr(self, name)
+        self.run.let_go()
 
     @cached_property
     def repeats(self) -> bool:
@@ -145,10 +155,15 @@ def grid(table: pd.DataFrame) -> tuple[list[int], list[str], Numbers]:
 
 def opened(runs: Sequence[Run], by: By) -> list[Read]:
     """The runs of a report, each with a name that no other has."""
-    return [
-        Read(run, name, f"run-{number}", by)
+    for run in runs:
+        check_run(run)
+    several = [
+        Read(held(run), name, f"run-{number}", by)
         for number, (run, name) in enumerate(zip(runs, names(runs), strict=True), start=1)
     ]
+    for read in several:
+        read.read_all()
+    return several
 
 
 def names(runs: Sequence[Run]) -> list[str]:
