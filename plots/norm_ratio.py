@@ -22,8 +22,8 @@ def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     >>> table = pd.DataFrame({"step": [0, 1], "model": "model", "value": [10.0, 0.1],
     ...                       "clip_scale": [1.0, 0.5], "score": "ratio", "unit": ""})
     >>> above, below = norm_ratio(table).axes
-    >>> above.get_yscale(), below.get_ylim()
-    ('log', (0.0, 1.05))
+    >>> above.get_yscale(), *map(float, below.get_ylim())
+    ('log', 0.0, 1.05)
     """
     require(table, ["step", "value", "clip_scale"])
     told_apart(table, most=0)
