@@ -372,7 +372,7 @@ def _planned(run: "Run") -> Planned | None:
     if not isinstance(told, Mapping) or run.latest(1).column("request").any():
         return None
     steps, ranges = told.get("steps"), told.get("ranges")
-    if type(steps) is not int or not isinstance(ranges, list):
+    if type(steps) is not int or steps < 1 or not isinstance(ranges, list):
         return None
     whole = all(
         isinstance(one, list) and len(one) == 3 and all(type(n) is int for n in one) and one[2] > 0

@@ -84,7 +84,7 @@ def command(
             with serving(followed, port) as address:
                 say(console, f"{run} is shown at {address} (Ctrl-C ends it)")
                 ended.wait()
-        elif console.is_terminal:
+        elif console.is_terminal and not console.is_dumb_terminal:
             _live(followed, ended)
         else:
             _tell(followed, console, ended)

@@ -1,6 +1,7 @@
 """What a browser on this machine shows of a run that is followed. Nothing can be written there."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def serving(followed: Followed, port: int) -> Iterator[str]:
     """The address of the page, which is there as long as the block runs."""
     source = _Source(followed)
     try:
-        server = ThreadingHTTPServer((HERE, port), partial(_Handler, source.answer))
+        server = _Server((HERE, port), partial(_Handler, source.answer))
     except OSError as error:
         raise ValueError(
             f"`--port` should be one that is free. Found {port}: {error.strerror}. Choose another, "
@@ -203,6 +204,13 @@ def _page(template: str, view: View) -> str:
     from geffect.pages import page
 
     return page(template, "geffect.cli", view=view, rows=rows(view), totals=totals(view))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *whom: Any) -> None:
+        """Say nothing of a browser that has gone before it was answered."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*whom)
 
 
 class _Handler(BaseHTTPRequestHandler):

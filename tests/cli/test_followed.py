@@ -290,6 +290,7 @@ def test_the_next_step_of_a_plan(ranges: list[list[int]], after: int, comes: int
         ([0, 5], {"steps": 4, "ranges": [[0, 1, 0]]}, "next: step 10, if it goes on"),
         ([0, 5], {"steps": "4", "ranges": 7}, "next: step 10, if it goes on"),
         ([0, 5], [3], "next: step 10, if it goes on"),
+        ([0, 5], {"steps": -4, "ranges": [[0, 15, 5]]}, "next: step 10, if it goes on"),
     ],
 )
 def test_what_comes_next(tmp_path: Path, steps: list[int], planned: Any, said: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -197,6 +198,18 @@ def test_a_terminal_follows_a_run_and_ends_at_an_interrupt(
         assert process.wait(30) == 0
     assert "Interrupted" not in said and "Traceback" not in said
     writer.close(complete=False)
+
+
+def test_a_page_is_served_until_an_interrupt(recorded: Path) -> None:
+    command = [sys.executable, "-m", "geffect", "watch", str(recorded), "--serve"]
+    with running(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline().decode()
+        (address,) = re.findall(r"http://127\.0\.0\.1:\d+/", said)
+        with urlopen(address, timeout=30) as page:
+            assert b"complete: 4 steps" in page.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0 and process.stdout.read() == b""
 
 
 # Beside a training.

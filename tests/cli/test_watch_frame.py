@@ -8,6 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from geffect.cli import watch_picture
 from geffect.cli.followed import Course, State, View
 from geffect.cli.watch_frame import BLOCKS, LETTERS, bar, curve, frame, lines_of, marks_of, number
 
@@ -84,6 +85,12 @@ def test_a_frame_fits_its_height_with_the_first_and_the_last_block(width: int, h
     assert ("of 80 rows" in text) == (height < 100)
 
 
+@pytest.mark.parametrize("width", [1, 2, 5, 9, 13, 20])
+@pytest.mark.parametrize("height", [None, 0, 1, 7])
+def test_a_terminal_may_be_too_small_for_anything(width: int, height: int | None) -> None:
+    assert drawn(view_of(), width, height)
+
+
 def test_names_of_tensors_are_whole_however_narrow_it_is() -> None:
     view = view_of(blocks=2)
     names = (LONG, LONG.replace("10", "11"))
@@ -138,6 +145,12 @@ def test_a_line_a_step_holds_its_numbers() -> None:
         for course in (*view.totals, *view.losses):
             assert f"{course.name} {number(course.values[i, 0])}" in line
         assert f"conflict {100 * view.rates[0].values[i].mean():.0f} %" in line
+
+
+def test_the_picture_of_a_frame_asks_nobody_for_anything(recorded: Path) -> None:
+    svg = watch_picture.drawn(recorded)
+    assert svg.startswith("<svg") and "url(http" not in svg and "@font-face" not in svg
+    assert "unlearning" in svg and "4\u00a0captured" in svg.replace("&#160;", "\u00a0")
 
 
 # Bars and curves.
