@@ -52,6 +52,11 @@ class Score:
         return _LIMITS.get(self.unit)
 
     @property
+    def is_positive(self) -> bool:
+        """Whether values are never below zero: weights."""
+        return self.unit == WEIGHT
+
+    @property
     def is_rate(self) -> bool:
         """Whether values are 0 or 1, and summed up by their rate."""
         return self.unit == YES_OR_NO

@@ -25,7 +25,7 @@ from .style import (
 )
 from .style import title as put_title
 from .ticks import log_ticks
-from .tradeoff import mark
+from .tradeoff import mark_level
 
 Floats = NDArray[np.float64]
 
@@ -122,7 +122,7 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
             arrowprops={"arrowstyle": "-", "color": ink.colour, "linewidth": 0.5,
                         "relpos": (0.0, 0.5), "shrinkA": 0.0, "shrinkB": 2.0},
         )  # fmt: skip
-    mark(ax, level)
+    mark_level(ax, level)
     missed = [method for method in lines if method not in ends]
     if missed:
         ax.annotate(

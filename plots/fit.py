@@ -7,6 +7,9 @@ import pandas as pd
 
 from geffect.scores import BLOCKS, SAYS, blocks_of
 
+SEED = "seed"
+"""The column that tells runs apart that differ in their random numbers alone."""
+
 
 def levels(column: pd.Series) -> list[str]:
     """The values that occur, in the order of the categories, else of appearance.
@@ -98,7 +101,11 @@ def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
     """
     require(table, ["step", "value"])
     block = blocks_of(table)
-    several = {column: names for column, names in names_in(table).items() if len(names) > 1}
+    several = {
+        column: names
+        for column, names in names_in(table).items()
+        if len(names) > 1 and column != SEED
+    }
     if len(several) > most:
         column, names = next(iter(several.items()))
         found = "; ".join(f"{of} ({', '.join(map(repr, those))})" for of, those in several.items())
@@ -108,12 +115,27 @@ def told_apart(table: pd.DataFrame, *, most: int) -> list[str]:
             f"Choose with table[table[{column!r}] == {names[0]!r}], "
             f"or draw a panel for each with facets(table, ..., by={column!r})."
         )
-    place = ["step", block, *several]
+    place = ["step", block, *several, *seed_in(table)]
     # Scores that were put below one another are told apart by what they are.
     if most > len(several) and "score" in table and table.duplicated(place).any():
         several["score"] = levels(table["score"])
-    once_only(table, ["step", block, *several])
+    once_only(table, ["step", block, *several, *seed_in(table)])
     return list(several)
+
+
+def seed_in(table: pd.DataFrame) -> list[str]:
+    """The column of seeds, where there are several of them.
+
+    >>> seed_in(pd.DataFrame({"seed": [0, 1]})), seed_in(pd.DataFrame({"seed": [0, 0]}))
+    (['seed'], [])
+    """
+    return [SEED] if SEED in table and table[SEED].nunique() > 1 else []
+
+
+def has_intervals(table: pd.DataFrame) -> bool:
+    """Whether rows have an interval, as those of `geffect.analysis.intervals` do."""
+    ends = {"low", "high"} <= {*table.columns}
+    return ends and bool(table[["low", "high"]].notna().all(axis=1).any())
 
 
 def once_only(table: pd.DataFrame, place: Sequence[str]) -> None:

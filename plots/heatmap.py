@@ -4,15 +4,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import SymLogNorm
-from matplotlib.ticker import FixedLocator
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.ticker import FixedLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from geffect.scores import blocks_of, score_of
 
 from .conventions import Asked, picture
-from .fit import constants, short, told_apart
+from .fit import SEED, constants, seed_in, short, told_apart
+from .long import largest_of_spans, rates_of_spans, spans_of
 from .style import (
+    RATE,
     Frame,
     axis_label,
     colour_bar,
@@ -32,6 +34,9 @@ from .style import (
     towers_apart,
 )
 from .ticks import BlockTicks
+
+MOST_MARKS, RATES = 120, 40
+"""Steps up to which zeros and ones are cells; of more, the spans that each have a rate."""
 
 
 @picture(QuadMesh, by="cmap")
@@ -57,16 +62,37 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ['embedding', 'head']
     """
     told_apart(table, most=0)
+    seeds = table[SEED].nunique() if seed_in(table) else 0
+    if seeds:
+        keys = ["step", blocks_of(table)]
+        table = table.assign(value=table.groupby(keys, observed=True)["value"].transform("mean"))
+        table = table.drop_duplicates(keys)
     block, frame = blocks_of(table), Frame.of(table)
     grid = table.pivot(index=block, columns="step", values="value").reindex(frame.blocks)
-    names = short(frame.blocks)
-    cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
+    names, score = short(frame.blocks), score_of(table)
     if ax is None:
         tall = float(np.clip(0.17 * len(frame.blocks), 2.8, 5.5))
         ax = new_axes(5.0 + 0.06 * longest(names), tall)
-    cmap, norm = colours_of(table)
+    steps = grid.columns.to_numpy(dtype=float)
+    values = grid.where(np.isfinite(grid)).to_numpy(dtype=float)
+    apart, said = edges(steps), []
+    if seeds:
+        said.append(f"mean of {seeds} seeds")
+    if score.is_rate:
+        said.append(rate(table))
+    if score.is_rate and len(steps) > MOST_MARKS:
+        starts, values = rates_of_spans(steps, values, RATES)
+        apart = np.append(starts - 0.5, apart[-1])
+        said.append(f"rate of about {len(steps) // len(starts)} steps")
+    elif len(steps) > spans_of(ax):
+        starts, values = largest_of_spans(steps, values, spans_of(ax))
+        apart = np.append(starts - 0.5, apart[-1])
+        said.append(f"of about {len(steps) // len(starts)} steps the largest")
+    cells = np.ma.masked_invalid(values)
+    are_rates = score.is_rate and not {*np.unique(cells.compressed())} <= {0.0, 1.0}
+    cmap, norm = (RATE, Normalize(0.0, 1.0)) if are_rates else colours_of(table)
     mesh = ax.pcolormesh(
-        edges(grid.columns.to_numpy(dtype=float)),
+        apart,
         np.arange(len(frame.blocks) + 1) - 0.5,
         cells,
         # Thousands of vector cells show seams and make a heavy file.
@@ -79,18 +105,18 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     step_axis(ax)
     dress(ax, frame=False)
     heading(ax, constants(table))
-    score = score_of(table)
-    if score.is_rate:
-        note(ax, rate(table))
-
+    if said:
+        note(ax, "; ".join(said))
     undefined = "(grey: undefined)" if np.ma.is_masked(cells) else ""
-    bar = colour_bar(ax, mesh, score.full, undefined)
+    bar = colour_bar(ax, mesh, score.axis if are_rates else score.full, undefined)
     if isinstance(mesh.norm, SymLogNorm):
         ticks = decades(frame) if bar.orientation == "vertical" else few_decades(frame)
         bar.set_ticks(FixedLocator(ticks))
         bar.long_axis.set_major_formatter(decade_format())
         bar.ax.minorticks_off()
-    if score.is_rate:
+    if are_rates:
+        bar.long_axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    elif score.is_rate:
         bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
         bar.ax.tick_params(length=0)
     return ax

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -14,12 +15,16 @@ PER_INCH = 120
 """Spans of an inch, of each of which the lowest and the highest value are drawn."""
 
 
-def window(steps: int) -> int:
-    """Over how many steps the median rolls: an odd number, a hundredth of a long course.
+def window(steps: int, *, rates: bool = False) -> int:
+    """Over how many steps a line rolls: an odd number, a hundredth of a long course.
 
-    >>> window(40), window(500), window(2000)
-    (1, 5, 21)
+    A rate is one of several steps: of a tenth of them, from 20 steps on.
+
+    >>> window(40), window(500), window(2000), window(40, rates=True)
+    (1, 5, 21, 5)
     """
+    if rates:
+        return 1 if steps < 20 else 2 * (steps // 20) + 1
     return 1 if steps < LONG else 2 * (steps // 200) + 1
 
 
@@ -33,6 +38,18 @@ def rolling_median(course: Any, over: int) -> Any:
     if over == 1:
         return course
     return course.rolling(over, center=True, min_periods=1).median().where(course.notna())
+
+
+def rolling_rate(course: Any, over: int) -> Any:
+    """The mean of so many steps about each, of zeros and ones; undefined where these are."""
+    return course.rolling(over, center=True, min_periods=1).mean().where(course.notna())
+
+
+def spans_of(ax: Axes) -> int:
+    """How many spans axes have room for."""
+    figure = ax.get_figure(root=True)
+    width = figure.get_figwidth() if figure else 6.0
+    return max(50, int(PER_INCH * width * ax.get_position().width))
 
 
 def spans(steps: Floats, count: int) -> NDArray[np.int64]:
@@ -80,3 +97,27 @@ def thinned_course(steps: Floats, values: Floats, count: int) -> tuple[Floats, F
     kept |= {*gaps[np.flatnonzero(np.diff(of[gaps], prepend=-1))]}
     at = np.array(sorted(kept))
     return steps[at], values[at]
+
+
+def largest_of_spans(steps: Floats, cells: Floats, count: int) -> tuple[Floats, Floats]:
+    """The value of the largest size in each span, of cells (block, step): where a spike is, it is.
+
+    >>> largest_of_spans(np.arange(4.0), np.array([[1.0, -9.0, np.nan, 2.0]]), 2)
+    (array([0., 2.]), array([[-9.,  2.]]))
+    """
+    starts = spans(steps, count)
+    low = np.fmin.reduceat(cells, starts, axis=1)
+    high = np.fmax.reduceat(cells, starts, axis=1)
+    return steps[starts], np.where(-low > high, low, high)
+
+
+def rates_of_spans(steps: Floats, cells: Floats, count: int) -> tuple[Floats, Floats]:
+    """The mean of what is defined in each span, of cells (block, step).
+
+    >>> rates_of_spans(np.arange(4.0), np.array([[1.0, 0.0, np.nan, 1.0]]), 2)
+    (array([0., 2.]), array([[0.5, 1. ]]))
+    """
+    starts = spans(steps, count)
+    known = np.add.reduceat((~np.isnan(cells)).astype(float), starts, axis=1)
+    total = np.add.reduceat(np.nan_to_num(cells), starts, axis=1)
+    return steps[starts], np.divide(total, known, out=np.full_like(total, np.nan), where=known > 0)

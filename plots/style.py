@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
-from matplotlib.colors import Colormap, ListedColormap, Normalize, SymLogNorm, to_hex
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend import Legend
@@ -37,7 +37,7 @@ from geffect.scores import SAYS, score_of, scores_in
 from geffect.text import plain
 
 from .fit import blocks_in
-from .ticks import has_glyph, power
+from .ticks import has_glyph, log_ticks, power
 
 Dashes = Literal["-"] | tuple[int, tuple[float, ...]]
 
@@ -51,6 +51,7 @@ class Ink:
 
     colour: str
     dashes: Dashes = "-"
+    marker: str = "o"
 
 
 SOLID: Dashes = "-"
@@ -97,6 +98,8 @@ UNDEFINED = "#bdbdbd"
 QUIET = "#8a8a8a"
 # Brown to purple: red and blue name the two effects, so the two signs take other hues.
 DIVERGING: Colormap = mpl.colormaps["PuOr"].with_extremes(bad=UNDEFINED)
+POSITIVE: Colormap = mpl.colormaps["viridis_r"].with_extremes(bad=UNDEFINED)
+RATE: Colormap = mpl.colormaps["Purples"].with_extremes(bad=UNDEFINED)
 NO_OR_YES: Colormap = ListedColormap(DIVERGING([0.5, 0.9])).with_extremes(bad=UNDEFINED)
 
 DEPTH: Colormap = mpl.colormaps["viridis"]
@@ -203,6 +206,24 @@ def _turned(ink: Ink, turns: int) -> Ink:
     return replace(ink, dashes=DASHES[(DASHES.index(ink.dashes) + turns) % len(DASHES)])
 
 
+METHOD = "method"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def marks_of(names: Sequence[str], by: str) -> dict[str, Ink]:
+    """Dashes and markers of names: methods have both of their own, other names the dashes.
+
+    >>> marks_of(["ga", "npo"], by="method")["npo"].marker
+    's'
+    """
+    if by != METHOD:
+        return inks(names)
+    return {
+        name: replace(ink, dashes=DASHES[turn % len(DASHES)], marker=MARKERS[turn % len(MARKERS)])
+        for turn, (name, ink) in enumerate(inks(names).items())
+    }
+
+
 def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
     """A colour a block, from dark at the input to light at the output.
 
@@ -273,6 +294,17 @@ def of_unit(table: pd.DataFrame, unit: str) -> pd.DataFrame:
     return table[table["unit"].fillna("") == unit] if {*SAYS} <= {*table.columns} else table
 
 
+def are_above_zero(table: pd.DataFrame) -> bool:
+    """Whether values are of a score that is never negative, and none is zero.
+
+    >>> weights = pd.DataFrame({"value": [0.1, 2.0], "score": "weight", "unit": "weight"})
+    >>> are_above_zero(weights), are_above_zero(weights.assign(value=0.0))
+    (True, False)
+    """
+    values = table["value"].dropna()
+    return score_of(table).is_positive and len(values) > 0 and bool((values > 0).all())
+
+
 def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
     """Map and norm: diverging and symmetric about zero, two colours where values are 0 or 1.
 
@@ -282,6 +314,10 @@ def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
     (-2.0, 2.0)
     """
     score, frame = score_of(table), Frame.of(table)
+    if are_above_zero(table):
+        known = table["value"].to_numpy(dtype=float)
+        known = known[np.isfinite(known)]
+        return POSITIVE, LogNorm(known.min(), known.max() * (1 + 1e-9))
     if score.scale == "symlog":
         norm = SymLogNorm(
             linthresh=frame.threshold, linscale=LINEAR_SHARE, vmin=-frame.limit, vmax=frame.limit
@@ -329,11 +365,17 @@ def decade_format() -> FuncFormatter:
 def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     """Gives y the label, scale and limits of the table's score, and a line at zero.
 
+    Weights have a logarithmic scale, where none of them is zero.
+
     Comes before the data: margins are those of the scale on which the data are added.
     """
     score, frame = score_of(table), Frame.of(table)
-    ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
     axis_label(ax.yaxis, score.axis)
+    if are_above_zero(table):
+        ax.set_yscale("log")
+        log_ticks(ax.yaxis)
+        return
+    ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
     if score.scale == "symlog":
         ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
         room = int(72 * _height(ax) / (1.7 * points("small")))
@@ -458,9 +500,12 @@ def colour_bar(ax: Axes, mesh: ScalarMappable, label: str, also: str = "") -> Co
     is_below = made_for is not None and made_for.is_narrow
     place = {"location": "bottom", "aspect": 34} if is_below else {"aspect": 28, "fraction": 0.06}
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, **place)
-    room = (_width(ax) if is_below else _height(ax)) * 72 / (0.56 * points("medium"))
+    room = 34
+    if made_for:
+        length = _width(ax) if is_below else _height(ax)
+        room = min(LONGEST if is_below else 34, int(72 * length / (0.56 * points("medium"))))
     axis = bar.ax.xaxis if is_below else bar.ax.yaxis
-    lines = [wrapped(label, max(12, min(LONGEST if is_below else 34, int(room)))), also]
+    lines = [wrapped(label, max(12, room)), also]
     axis.set_label_text("\n".join(filter(None, lines)), fontsize=points("medium"))
     if is_below:
         bar.locator = MaxNLocator(nbins=4, steps=[1, 2, 5, 10])
@@ -673,6 +718,8 @@ def wrapped(label: str, most: int = 34) -> str:
 def axis_label(axis: Axis, text: str, longest: int = 34) -> None:
     """What an axis shows, on lines no longer than the axis is."""
     is_x = isinstance(axis, XAxis)
-    length = _width(axis.axes) if is_x else _height(axis.axes)
-    room = int(72 * length / (0.52 * points("medium")))
+    room = longest
+    if medium():
+        length = _width(axis.axes) if is_x else _height(axis.axes)
+        room = int(72 * length / (0.52 * points("medium")))
     axis.set_label_text(wrapped(text, max(12, min(longest, room))), fontsize=points("medium"))

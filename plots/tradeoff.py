@@ -1,7 +1,6 @@
 """What forgetting costs: retain loss against forget loss, along each run."""
 
 from collections.abc import Sequence
-from itertools import cycle
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,11 +8,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from .conventions import Asked, picture
-from .fit import all_levels, constants, levels, once_only, require
-from .style import QUIET, Ink, axis_label, dress, heading, key, new_axes, note
+from .fit import all_levels, constants, levels, once_only, require, seed_in
+from .style import (
+    METHOD,
+    QUIET,
+    SOLID,
+    Ink,
+    axis_label,
+    dress,
+    heading,
+    key,
+    marks_of,
+    new_axes,
+    note,
+)
 from .ticks import log_ticks
-
-MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @picture(Line2D)
@@ -39,42 +48,48 @@ def tradeoff(
     ['plain', 'gru']
     """
     require(table, ["method", "variant", "step", "forget_nll", "retain_nll"])
-    once_only(table, ["method", "variant", "step"])
+    once_only(table, ["method", "variant", "step", *seed_in(table)])
     methods, variants = levels(table["method"]), levels(table["variant"])
-    colours = asked.inks(all_levels(table["variant"]))
+    colours, marks = (
+        asked.inks(all_levels(table["variant"])),
+        marks_of(all_levels(table[METHOD]), by=METHOD),
+    )
     variants = asked.order(variants, colours)
-    markers = dict(zip(all_levels(table["method"]), cycle(MARKERS), strict=False))
+    # Of one method its dashes say nothing, and may tell the variants apart once more.
+    is_one = len(methods) == 1
     ax = ax or new_axes(5.8, 3.8)
     ax.set_yscale("log")
     log_ticks(ax.yaxis)
-    lines = table.groupby(["method", "variant"], observed=True, sort=False)
-    for (method, variant), part in lines:
+    lines = table.groupby([METHOD, "variant", *seed_in(table)], observed=True, sort=False)
+    for (method, variant, *_), part in lines:
         if str(variant) not in variants:
             continue
-        ink, marker, ordered = colours[str(variant)], markers[str(method)], part.sort_values("step")
+        ink, mark, ordered = colours[str(variant)], marks[str(method)], part.sort_values("step")
+        dashes = ink.dashes if is_one else mark.dashes
         forget, retain = ordered["forget_nll"].to_numpy(), ordered["retain_nll"].to_numpy()
         ax.plot(
             forget, retain,
-            **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.3, marker=marker,
+            **asked.look(color=ink.colour, linestyle=dashes, linewidth=1.3, marker=mark.marker,
                          markersize=2.8, zorder=3),
         )  # fmt: skip
         if "at_level" in ordered:
             reached = ordered["at_level"].to_numpy(dtype=bool)
             ax.plot(
                 forget[reached], retain[reached], color=ink.colour, linestyle="none",
-                marker=marker, markersize=7.5, markeredgecolor="white", zorder=4,
+                marker=mark.marker, markersize=7.5, markeredgecolor="white", zorder=4,
             )  # fmt: skip
     if level is not None:
-        mark(ax, level)
+        mark_level(ax, level)
     axis_label(ax.xaxis, "forget NLL (nats per token)")
     axis_label(ax.yaxis, "retain NLL (nats per token)")
     dress(ax)
     heading(ax, constants(table[["method", "variant"]]))
-    key(ax, [*ink_samples(colours, variants), *marker_samples(markers, methods)])
+    of_variants = variant_samples(colours, variants, solid=not is_one)
+    key(ax, [*of_variants, *method_samples(marks, methods)])
     return ax
 
 
-def mark(ax: Axes, level: float) -> None:
+def mark_level(ax: Axes, level: float) -> None:
     """A line at the level, the region beyond shaded and named."""
     beyond = Rectangle(
         (level, 0.0), 1e4, 1.0, transform=ax.get_xaxis_transform(), color=QUIET, alpha=0.12,
@@ -86,18 +101,20 @@ def mark(ax: Axes, level: float) -> None:
     note(ax, "retrained without the forget data")
 
 
-def ink_samples(colours: dict[str, Ink], names: Sequence[str]) -> list[Line2D]:
+def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: bool) -> list[Line2D]:
     """A stretch of each line for the legend."""
     return [
-        Line2D([], [], color=colours[name].colour, linestyle=colours[name].dashes, label=name)
+        Line2D([], [], color=colours[name].colour, label=name,
+               linestyle=SOLID if solid else colours[name].dashes)
         for name in names
-    ]
+    ]  # fmt: skip
 
 
-def marker_samples(markers: dict[str, str], names: Sequence[str]) -> list[Line2D]:
-    """Each marker for the legend, where there is more than one."""
+def method_samples(marks: dict[str, Ink], names: Sequence[str]) -> list[Line2D]:
+    """Marker and dashes of each method for the legend, where there is more than one."""
     return [
-        Line2D([], [], color=QUIET, linestyle="none", marker=markers[name], label=name)
+        Line2D([], [], color=QUIET, linestyle=marks[name].dashes, marker=marks[name].marker,
+               markersize=4, label=name)
         for name in names
         if len(names) > 1
-    ]
+    ]  # fmt: skip

@@ -85,14 +85,13 @@ def command(
 
 def draw(joined: "pd.DataFrame") -> "Figure":
     """A panel a metric."""
-    from matplotlib.figure import Figure
-
     from geffect.plots import evaluations
+    from geffect.plots.style import new_figure
 
     panels = [*joined.groupby(["suite", "metric"], sort=False, observed=True)]
     wide = min(SIDE_BY_SIDE, len(panels))
     tall = -(-len(panels) // wide)
-    figure = Figure(figsize=(4.2 * wide, 3.4 * tall), layout="constrained")
+    figure = new_figure(4.2 * wide, 3.4 * tall)
     for place, (_, part) in enumerate(panels, start=1):
         evaluations(part, ax=figure.add_subplot(tall, wide, place))
     return figure

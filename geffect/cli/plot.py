@@ -1,6 +1,7 @@
 """`geffect plot`: a picture of a score of a run."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import OverwriteOption, check_output, choice
+from .parts import LayersOption, StepsOption, chosen
 from .selection import (
     BetweenOption,
     ByOption,
@@ -39,6 +41,14 @@ class Kind(StrEnum):
     ANGLES = "angles"
     NORM_RATIO = "norm-ratio"
     NOISE_FLOOR = "noise-floor"
+
+
+class Medium(StrEnum):
+    """What a picture is made for."""
+
+    COLUMN = "column"
+    PAGE = "page"
+    SLIDE = "slide"
 
 
 OF_ONE: Mapping[Kind, tuple[ScoreName, ...]] = {
@@ -87,22 +97,36 @@ def command(
     ] = None,
     by: ByOption = None,
     between: BetweenOption = "objective,retain",
+    steps: StepsOption = None,
+    layers: LayersOption = None,
+    style: Annotated[
+        Medium | None,
+        choice(
+            "--style",
+            Medium,
+            "Made for a column (3.3 inches wide), a page (6.9) or a slide (10), with text that can "
+            "be read there and without the name of the run",
+            "STYLE",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Draw a score of a run: layers by steps, the profile over depth, its course, or all three.
 
     What a rectifier did is a score and a picture of its own.
     """
-    from geffect import open_run
+    from geffect import open_run, plots
     from geffect.plots.style import drawn
 
     kind, score = _chosen(kind, score)
     check_taken(ctx, score)
     check_output(output, overwrite=overwrite)
-    table = table_of(open_run(run), score, by, between)
-    figure = draw(table, kind)
-    figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())
-    figure.savefig(output, dpi=150)
+    table = chosen(table_of(open_run(run), score, by, between), steps, layers)
+    with plots.style(style.value) if style else nullcontext():
+        figure = draw(table, kind)
+        if not style:
+            figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())
+        figure.savefig(output, dpi=300 if style else 150)
     say(terminal(), f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
 
 
@@ -136,9 +160,9 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
         return alone(plot)
 
     def alone(plot: Callable[..., "Axes"]) -> "Figure":
-        from matplotlib.figure import Figure
+        from geffect.plots.style import new_figure
 
-        figure = Figure(layout="constrained")
+        figure = new_figure(6.4, 4.8)
         plot(table, ax=figure.subplots())
         return figure
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect
 from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, trajectory
+from geffect.plots.style import new_figure
 from geffect.scores import stack
 
 from .methods import in_one_picture
@@ -107,7 +108,7 @@ def _cosines(runs: Runs) -> pd.DataFrame:
 def _conflict_rates(plain: Mapping[str, Run]) -> Figure:
     """The share of steps in which a layer's objective gradient opposes the retain gradient."""
     conflicts = {method: conflict(run, by="layer") for method, run in plain.items()}
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = new_figure(6.4, 3.6)
     profile(stack(conflicts, "method"), ax=figure.subplots())
     return figure
 
