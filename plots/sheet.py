@@ -200,7 +200,7 @@ def keep_once(panels: Iterable[Axes]) -> None:
             said.add(text)
         for mappable in ax.collections:
             if bar := mappable.colorbar:
-                text = (bar.ax.get_ylabel(),)
+                text = (bar.ax.get_ylabel(), bar.ax.get_xlabel())  # of a scale below
                 if text in said:
                     bar.remove()
                 said.add(text)

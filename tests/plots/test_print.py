@@ -13,7 +13,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from geffect import plots
-from tests.utils.pictures import EXAMPLES, PRINTED
+from tests.utils.pictures import EXAMPLES, PRINTED, two_units
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -143,3 +143,10 @@ def test_styles_nest_and_unknown_ones_are_refused() -> None:
         ValueError, match=r"`name` should be 'column', 'page', 'slide'\. Found 'A4'"
     ):
         plots.style("A4").__enter__()
+
+
+def test_maps_of_two_units_have_a_scale_each_in_a_column_too() -> None:
+    with plots.style("column"):
+        figure = plots.facets(two_units(), plots.heatmap, "effect")
+    said = [ax.get_xlabel() for ax in figure.axes if "nats" in ax.get_xlabel()]
+    assert sorted("per token" in label for label in said) == [False, True]
