@@ -34,7 +34,8 @@ def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
         1 + told, 1, sharex=True, squeeze=False, height_ratios=(3, 1) if told else (1,)
     )[:, 0]
     trajectory(table, ax=above)
-    above.set_yscale("log")
+    if (table["value"] > 0).any():  # of gradients that are all zero there is no ratio
+        above.set_yscale("log")
     log_ticks(above.yaxis)
     above.axhline(1.0, color=QUIET, linewidth=0.6, zorder=1)
     for ax in below:

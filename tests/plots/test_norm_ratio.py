@@ -18,6 +18,11 @@ def test_both_are_drawn_over_the_same_steps() -> None:
     assert any(list(line.get_ydata()) == [1.0, 1.0] for line in above.lines)
 
 
+def test_of_gradients_of_zero_there_is_nothing_to_scale(recwarn: pytest.WarningsRecorder) -> None:
+    above, _ = norm_ratio(ratios().assign(value=np.nan)).axes
+    assert above.get_yscale() == "linear" and not recwarn.list
+
+
 def test_where_clipping_is_not_known_that_is_said() -> None:
     (ax,) = norm_ratio(ratios().assign(clip_scale=np.nan)).axes
     assert ax.get_title(loc="right") == "what clipping did is not known"
