@@ -19,8 +19,8 @@ from tests.utils.pictures import EXAMPLES, LAYERS, effects
 pytestmark = pytest.mark.usefixtures("untouched")
 
 SHARED = {"ax", "xlim", "ylim", "title"}
-OTHERS = {"spans", "style"}
-"""What is public and no picture of matplotlib: text as HTML, and a context."""
+OTHERS = {"spans", "style", "pixels"}
+"""What is public and no picture of matplotlib: text as HTML, a context, and a figure as an array."""
 
 
 def returned(name: str) -> object:
