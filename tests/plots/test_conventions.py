@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 SHARED = {"ax", "xlim", "ylim", "title"}
 OTHERS = {"spans", "style", "pixels"}
-"""What is public and no picture of matplotlib: text as HTML, a context, and a figure as an array."""
+"""What is public and no picture of matplotlib: text as HTML, a context, a figure as an array."""
 
 
 def returned(name: str) -> object:
