@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from geffect.capture.recording import WAITING_BYTES
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.distributed.reduction import BUCKET_BYTES
 from geffect.layers import Parameter, describe, layers_of
 from geffect.projection.portions import PORTION_BYTES
+from geffect.risk import predicts_next
+from geffect.risk.limits import POSITIONS, limit_in
 from geffect.sources import RECTIFIED, RETAIN, average_of
 from geffect.store.schema import Contents, StoredGradients
 from geffect.store.size import projected_bytes
@@ -99,8 +102,11 @@ def estimate(
     config = config_of(model)
     _check(gpus, sharding, rectifier, store, gradients, dtype)
     kind: torch.dtype = getattr(torch, dtype)
+    _check_positions(config, batch)
     one = traced(config, kind, batch)
-    table = describe(on_meta(config, kind))
+    whole = on_meta(config, kind)
+    table = describe(whole)
+    _check_layers(whole, one)
     keep = None if store is None else kept(store)
     held = _Held(one, gpus, sharding, kind.itemsize)
     passes = gradients if rectifier is None else 2
@@ -257,6 +263,27 @@ def _own(table: tuple[Parameter, ...], sources: int, keep: StoreOptions | None) 
         0 if keep is None or keep.sketch is None else keep.sketch.width * len(layers_of(table))
     )
     return 2 * 8 * (len(table) * sources**2 + sources * sketches + sources + 3)
+
+
+def _check_positions(config: Any, batch: Shape) -> None:
+    limit = limit_in(config, POSITIONS)
+    if limit is not None and batch.positions > limit:
+        raise ValueError(
+            f"A sample should have at most {limit} positions, as many as the model has. Found "
+            f"{batch.positions}. Pass, say, Shape({batch.samples}, {limit})."
+        )
+
+
+def _check_layers(model: nn.Module, one: Traced) -> None:
+    """Refuse layers that are not alike, and models that look ahead."""
+    predicts_next(model)
+    count = sum(p.nbytes for p in model.parameters())
+    if count != one.parameters:
+        raise ValueError(
+            "The layers of the model should be as the second, which is traced for all of them. "
+            f"Found {count} bytes of parameters in `{type(model).__name__}`, and "
+            f"{one.parameters} if they were. Measure a step of it instead."
+        )
 
 
 def _check(

@@ -7,7 +7,7 @@ when an operation makes it until it is freed. The other layers are as the second
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def traced(config: Any, dtype: torch.dtype, batch: Shape) -> Traced:
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(live.arrived)
         ids = torch.zeros(batch.samples, batch.positions, dtype=torch.long)
-        with live:
+        with live, _traceable(config):
             _loss(model, ids).backward()
         layer = sum(p.nbytes for p in blocks[1].parameters())
         further = config.num_hidden_layers - TRACED
@@ -158,10 +158,24 @@ def _of_layers(config: Any, count: int) -> Any:
             f"`num_hidden_layers` should be at least {count}. Found {config.num_hidden_layers}. "
             "Measure a step of so small a model instead."
         )
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:count]
     small.num_hidden_layers = count
+    if getattr(small, "layer_types", None):
+        with suppress(AttributeError):  # where they follow from the number of layers
+            small.layer_types = small.layer_types[:count]
     return small
+
+
+@contextmanager
+def _traceable(config: Any) -> Iterator[None]:
+    """Names a model whose pass depends on numbers, or that its configuration does not allow."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"A pass of `{type(config).__name__}` should be one that can be traced without "
+            f"numbers. Found: {said}. Check the configuration, or measure a step instead."
+        ) from error
 
 
 class _Live(TorchDispatchMode):

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, T5Config
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from geffect import Recorder, Rectifier
 from geffect.costs import Estimate, Shape, estimate
@@ -189,6 +196,22 @@ def test_a_mixture_of_layers_is_traced(tmp_path: Path) -> None:
         ({"store": "int5"}, r"`store` should be one of"),
         ({"gpus": 2, "sharding": "fsdp", "store": "int4"}, r"for a sharded model.* Found `int4`"),
         ({"model": T5Config()}, r"a causal language model.* Found `T5Config`"),
+        ({"model": LlamaConfig(max_position_embeddings=64)}, r"at most 64 positions.* Found 2048"),
+        ({"model": BertConfig(num_hidden_layers=2), "batch": Shape(1, 8)}, r"looks ahead"),
+        (
+            {
+                "model": Qwen3MoeConfig(
+                    num_hidden_layers=3,
+                    mlp_only_layers=[0],
+                    hidden_size=32,
+                    moe_intermediate_size=8,
+                    num_experts=8,
+                    vocab_size=64,
+                ),
+                "batch": Shape(1, 8),
+            },
+            r"layers of the model should be as the second|should be one that can be traced",
+        ),
         ({"model": LlamaConfig(num_hidden_layers=1)}, r"at least 2. Found 1"),
     ],
 )
