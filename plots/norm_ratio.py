@@ -36,7 +36,7 @@ def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     trajectory(table, ax=above)
     if (table["value"] > 0).any():  # of gradients that are all zero there is no ratio
         above.set_yscale("log")
-    log_ticks(above.yaxis)
+        log_ticks(above.yaxis)
     above.axhline(1.0, color=QUIET, linewidth=0.6, zorder=1)
     for ax in below:
         above.set_xlabel("")
