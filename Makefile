@@ -29,6 +29,7 @@ study: $(VENV)/installed
 	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants --controls --audit $(ARGS)
 	cp runs/study/study.md docs/study.md
 	cp runs/study/figures/tradeoff.png docs/images/tradeoff.png
+	cp runs/study/figures/recognition.png docs/images/recognition.png
 	$(BIN)/geffect demo --out runs/comparison --seeds 0,1,2 --methods all --audit $(ARGS)
 	sed 's|(figures/|(images/|' runs/comparison/study.md > docs/comparison.md
 	cp runs/comparison/figures/comparison.png docs/images/comparison.png

@@ -7,9 +7,9 @@ would come back. Everything else of a step stays at theta.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -101,6 +101,10 @@ class Relearned:
             "relearns": FORGET if self.loss is None else "a loss of its own",
             "stays": list(self.stays),
         }
+
+    def keeping(self, names: Iterable[str]) -> "Relearned":
+        """The same, where the losses of these names stay at theta too."""
+        return replace(self, stays=tuple(dict.fromkeys((*self.stays, *names))))
 
     def elsewhere(
         self, model: nn.Module, losses: Mapping[str, Loss], scaler: GradScaler | None

@@ -1,4 +1,4 @@
-"""What forgetting costs: retain loss against forget loss, along each run."""
+"""What forgetting costs: retain loss against forget loss, or another pair, along each run."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,7 @@ from .style import (
     SOLID,
     Ink,
     axis_label,
+    drawn,
     dress,
     heading,
     key,
@@ -24,16 +25,31 @@ from .style import (
 )
 from .ticks import log_ticks
 
+NAMES = {
+    "forget_nll": "forget NLL (nats per token)",
+    "retain_nll": "retain NLL (nats per token)",
+    "retain_heldout_authors_nll": "retain NLL outside (nats per token)",
+    "recognition_taught": "recognition after the others were taught",
+}
+"""Columns in words, for the axes; others go by their own names."""
+
 
 @picture(Line2D)
 def tradeoff(
-    table: pd.DataFrame, ax: Axes | None, asked: Asked, *, level: float | None = None
+    table: pd.DataFrame,
+    ax: Axes | None,
+    asked: Asked,
+    *,
+    level: float | None = None,
+    x: str = "forget_nll",
+    y: str = "retain_nll",
 ) -> Axes:
     """A point a step, a line a variant, a marker a method; lower at equal forgetting is better.
 
     - `table`: the losses of each run over its steps; rows with a true `at_level` stand out.
     - `level`: the forget loss of a model that was retrained without the forget data, in nats per
       token. Runs beyond it have forgotten more than retraining would.
+    - `x`, `y`: other columns in place of forget and retain loss; `level` is then that of `x`.
     - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
       `geffect.plots.conventions`.
 
@@ -47,7 +63,7 @@ def tradeoff(
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['plain', 'gru']
     """
-    require(table, ["method", "variant", "step", "forget_nll", "retain_nll"])
+    require(table, ["method", "variant", "step", x, y])
     once_only(table, ["method", "variant", "step", *seed_in(table)])
     methods, variants = levels(table["method"]), levels(table["variant"])
     colours, marks = (
@@ -66,7 +82,7 @@ def tradeoff(
             continue
         ink, mark, ordered = colours[str(variant)], marks[str(method)], part.sort_values("step")
         dashes = ink.dashes if is_one else mark.dashes
-        forget, retain = ordered["forget_nll"].to_numpy(), ordered["retain_nll"].to_numpy()
+        forget, retain = ordered[x].to_numpy(), ordered[y].to_numpy()
         ax.plot(
             forget, retain,
             **asked.look(color=ink.colour, linestyle=dashes, linewidth=1.3, marker=mark.marker,
@@ -80,8 +96,8 @@ def tradeoff(
             )  # fmt: skip
     if level is not None:
         mark_level(ax, level)
-    axis_label(ax.xaxis, "forget NLL (nats per token)")
-    axis_label(ax.yaxis, "retain NLL (nats per token)")
+    axis_label(ax.xaxis, NAMES.get(x, drawn(x)))
+    axis_label(ax.yaxis, NAMES.get(y, drawn(y)))
     dress(ax)
     heading(ax, constants(table[["method", "variant"]]))
     of_variants = variant_samples(colours, variants, solid=not is_one)

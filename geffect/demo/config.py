@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from .corpus import Corpus, Fact, Size
 
-LEVELS = {"forget_nll": "at_level", "forget_es": "at_es"}
+LEVELS = {"forget_nll": "at_level", "value_nll": "at_value", "forget_es": "at_es"}
 """Where runs are compared, at the gold model's value of it, and the name of what is measured there.
 
-The loss says how likely the model still finds the answers, the extraction strength how much of
-them it completes by itself.
+The loss says how likely the model still finds the answers, that of the values alone leaves out
+names and templates, and the extraction strength says how much of the answers it completes.
 """
 
 Counted = Callable[[int, int], None]
@@ -44,6 +44,11 @@ class UnlearningConfig:
     teaching_steps: int = 20
     """So many steps one half of the facts is taught before the other is to be recognised."""
     teaching_rate: float = 1e-3
+    attack_steps: tuple[int, ...] = (10, 20, 40)
+    attack_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """The budgets of the strongest attack; the steps and the rate of teaching are among them."""
+    savings_steps: int = 5
+    savings_rate: float = 3e-4
 
     def sizes(self, retain_sets: Sequence[str]) -> dict[str, int]:
         """How many rows of each set a step draws."""

@@ -14,11 +14,14 @@ from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, 
 from geffect.plots.style import new_figure
 from geffect.scores import stack
 
-from .methods import in_one_picture
+from .methods import EQUAL, in_one_picture
+from .tables import compared
 
 FORMATS = ("png", "pdf")
 
-DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "sago")
+TAUGHT = "recognition_taught"
+
+DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "select-relearned", "sago")
 """The variants in the figures; the tables have all."""
 
 Runs = dict[tuple[str, str], Run]  # by method and variant
@@ -51,6 +54,7 @@ def _figures(summary: Mapping[str, Any], out: Path) -> dict[str, Callable[[], Fi
         "tradeoff": lambda: facets(
             _curves(of_seed, level), partial(tradeoff, level=level), "method"
         ),
+        **({"recognition": lambda: _recognition(summary)} if _is_recognised(summary) else {}),
         **(
             {"comparison": lambda: _comparison(summary, seed, level)}
             if in_one_picture(summary)
@@ -79,6 +83,30 @@ def _comparison(summary: Mapping[str, Any], seed: int, level: float) -> Figure:
     return crossings(
         table, "variant", kept, level=level, label="retain NLL outside the retain gradient"
     )
+
+
+def _is_recognised(summary: Mapping[str, Any]) -> bool:
+    """Whether runs tell how far facts are recognised once others are taught."""
+    reached = [run["at_level"] for run in summary["runs"] if run["at_level"]]
+    return any(at.get(TAUGHT) is not None for at in reached)
+
+
+def _recognition(summary: Mapping[str, Any]) -> Figure:
+    """Retain loss outside over recognition after the attack, at equal forgetting, gold in a corner.
+
+    Means over the seeds that reached the level.
+    """
+    kept = "retain_heldout_authors_nll"
+    found = compared(summary, "at_level", EQUAL).dropna(subset=[TAUGHT])
+    of = ["method", "variant"]
+    table = found.groupby(of, sort=False)[[TAUGHT, kept]].mean().reset_index()
+    table = table.assign(step=0, at_level=True).astype(
+        {name: _in_order(table[name]) for name in of}
+    )
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    level = table.loc[table["method"] == "gold", TAUGHT].iloc[0]
+    tradeoff(table, level=level, x=TAUGHT, y=kept, ax=figure.subplots())
+    return figure
 
 
 def _curves(runs: list[Mapping[str, Any]], level: float, kept: str = "retain_nll") -> pd.DataFrame:

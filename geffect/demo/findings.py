@@ -13,8 +13,7 @@ from geffect.analysis import cosine, g_effect
 from geffect.analysis.violation import ROUNDING
 from geffect.sources import UPDATE
 
-from .config import LEVELS
-from .methods import FEW, RATES, SETS
+from .methods import FEW, HIDES, RATES, SETS
 from .tables import AT_LEVEL
 
 Runs = Sequence[Mapping[str, Any]]
@@ -95,8 +94,11 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
         )
     ]
     few = [run for run in further if run["part"] == FEW]
+    reached = _reached(runs, further)
+    # What only seems to forget is no rival of what does.
+    further = [run for run in further if run["part"] != HIDES]
     return [
-        _reached(runs, further),
+        reached,
         *([_negative_throughout(runs)] if "ga" in plain else []),
         *([_milder(runs)] if {"ga", "wga"} <= plain else []),
         *[_limits_itself(runs, m) for m in methods if m in ("wga", "npo") and {m, "ga"} <= plain],
@@ -110,7 +112,7 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
         *[
             _below_sago(part, compared, at)
             for part in (runs, few)
-            for at in LEVELS.values()
+            for at in ("at_level", "at_es")
             if (compared := _with_sago(part, at))
         ],
         *_at_their_best(runs, further),

@@ -45,6 +45,7 @@ class Training:
     seed: int
     kind: str
     subject: SubjectConfig
+    probed: bool = False  # whether it is attacked in every way
     stage: str = "train"
     weight: float = 4.0
 
@@ -53,8 +54,7 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from .recognised import recognised
-        from .unlearning import Data, measure, relearn
+        from .unlearning import Data, measure, probe, relearn
 
         subject, folder = self.subject, self.out / "models" / self.name
         corpus = generate(self.seed, subject.corpus)
@@ -67,7 +67,7 @@ class Training:
         return {
             **measured,
             "relearn_nll": relearn(model, data, subject.unlearning),
-            **recognised(model, data.asked, tokenizer, subject.unlearning),
+            **probe(model, data, subject.unlearning, attacked=self.probed),
             "by_feed": {
                 str(len(corpus.retain)): measured,
                 str(len(few.retain)): measure(model, Data.of(few, tokenizer, device=model.device)),

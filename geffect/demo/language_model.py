@@ -250,15 +250,22 @@ def taught(
     model: PreTrainedModel, facts: Batch, *, steps: int, learning_rate: float
 ) -> PreTrainedModel:
     """A copy of `model` after some steps of AdamW, without weight decay, each on all `facts`."""
+    *_, student = teaching(model, [facts] * steps, learning_rate=learning_rate)
+    return student
+
+
+def teaching(
+    model: PreTrainedModel, batches: Iterable[Batch], *, learning_rate: float
+) -> Iterator[PreTrainedModel]:
+    """One copy of `model`, after each step of AdamW, without weight decay, on these batches."""
     student = copy.deepcopy(model)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    facts = on_device(facts, parameters[0].device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-    for _ in range(steps):
+    for batch in batches:
         optimizer.zero_grad()
-        _loss(student, facts).backward()
+        _loss(student, on_device(batch, parameters[0].device)).backward()
         optimizer.step()
-    return student
+        yield student
 
 
 def relearn_nll(

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from .corpus import Corpus
+
 if TYPE_CHECKING:
     import torch
 
-    from geffect import Rectifier
+    from geffect import Rectifier, Relearned
 
     from .repselect import SingleShot
 
@@ -58,7 +60,8 @@ class Variant:
     `rule` makes the rule where it is used. `adds_retain`: the rule adds the retain gradient, so
     that a retain term of the objective is left to it. `duration` is that of a run beside the plain
     one, both at their own learning rate. `whole`: a step draws all facts to forget, and all that
-    feed the retain gradient.
+    feed the retain gradient. `relearned`: where the gradient of the objective is taken, on all
+    facts to forget.
     """
 
     summary: str
@@ -69,6 +72,8 @@ class Variant:
     adds_retain: bool = False
     optimizer: Literal["AdamW", "SGD"] = "AdamW"
     whole: bool = False
+    relearned: Mapping[str, Any] = field(default_factory=dict)  # of `geffect.Relearned`
+    retain_batch: int | None = None  # other than that of the study
 
     def described(self) -> dict[str, Any]:
         """What summary.json says of it."""
@@ -76,9 +81,27 @@ class Variant:
             "summary": self.summary,
             "learning_rate": self.learning_rates[0],
             "learning_rates": sorted(self.learning_rates),
-            "options": dict(self.options),
+            "options": {**self.options, **({"relearned": text} if (text := self._copy()) else {})},
             "optimizer": self.optimizer,
         }
+
+    def _copy(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.relearned.items())
+
+    def begun(self, model: "torch.nn.Module", corpus: Corpus, tokenizer: Any) -> "Variant":
+        """The variant as it runs on this model and these data."""
+        return self
+
+    def place(
+        self, model: "torch.nn.Module", forget: "Mapping[str, torch.Tensor]"
+    ) -> "Relearned | None":
+        """Where the gradient of the objective is taken, if not at theta."""
+        if not self.relearned:
+            return None
+        from geffect import Relearned
+        from geffect.risk import nll
+
+        return Relearned(**self.relearned, loss=partial(nll, model, forget))
 
     @property
     def protect(self) -> tuple[str, ...]:
@@ -196,7 +219,24 @@ def _one_shot(summary: str, **options: Any) -> Variant:
     )
 
 
+def _selective(summary: str, **options: Any) -> Variant:
+    return Variant(
+        f"AdamW's own step, on the most salient 0.5 % of coordinates{summary}",
+        _no_rule,
+        {"space": "update", "select": 0.005},
+        learning_rates=(2e-3, 1e-3, 4e-3),
+        **options,
+    )
+
+
 RIVALS: dict[str, Variant] = {
+    "select-70": _selective(", with 70 retain questions a step", retain_batch=70, duration=2.5),
+    "select-relearned": _selective(
+        ", with 70 retain questions a step; the gradient of the objective at a relearned copy",
+        retain_batch=70,
+        relearned={"radius": 0.006, "steps": 5},
+        duration=5.0,
+    ),
     "hamu": _by_gain(0.1, None),
     "hamu-fast": _by_gain(0.1, 0.3),
     "hamu-even": _by_gain(0.05, 0.5, duration=2.0),
@@ -217,7 +257,7 @@ RIVALS: dict[str, Variant] = {
         strength="hard",
     ),
 }
-"""Further methods of the field, as baselines: a study runs those that are named."""
+"""Further methods, ours and others', and baselines: a study runs those that are named."""
 
 RETAIN_SETS: dict[str, Variant] = {
     "gru-world": Variant("GRU against the world facts alone", options={"protect": ("world",)}),
@@ -263,6 +303,7 @@ def in_one_picture(summary: Mapping[str, Any]) -> bool:
 
 
 EQUAL, FEW, RATES, SETS = "equal forgetting", "few retain facts", "learning rates", "retain sets"
+HIDES = "controls that hide"
 """What a run is there for: the comparison itself, or one of its controls."""
 
 
@@ -280,6 +321,7 @@ class RunSpec:
     learning_rate: float
     heldout: int
     options: tuple[tuple[str, float], ...] = ()
+    compared: bool = False  # in one picture with all others: then its curve has what that needs
 
     @property
     def name(self) -> str:

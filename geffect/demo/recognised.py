@@ -1,7 +1,8 @@
 """Whether the values to forget are recognised among others, now and when other facts are taught."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice, repeat
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from transformers import PreTrainedModel
 
 from geffect.audit import AuditSet
 from geffect.audit.recognition import (
+    Halves,
     every_other,
     recognition,
-    recognition_after,
     value_items,
     value_nll,
 )
@@ -40,31 +41,92 @@ def forget_set(corpus: Corpus, tokenizer: Any) -> AuditSet:
 
 
 def recognised(
-    model: PreTrainedModel, asked: AuditSet, tokenizer: Any, config: UnlearningConfig
+    model: PreTrainedModel,
+    asked: AuditSet,
+    tokenizer: Any,
+    config: UnlearningConfig,
+    text: Iterable[lm.Batch] | None = None,
 ) -> dict[str, float | None]:
     """Means over the facts to forget, None where nothing is to be told apart.
 
     `value_nll` is that of the values alone, in nats a token. `recognition` is the share of other
     values that a fact beats, .5 for a model that never saw it; `recognition_taught` the same after
     a copy was taught every other fact of each author: those that are asked for are not shown.
+
+    With batches of retain text also the same after a copy was trained on these,
+    `recognition_retain`; after the strongest of all attacks that teach other facts,
+    `recognition_strongest`; and after a few steps on the very facts, `savings`.
     """
-
-    def teach(student: nn.Module, items: Sequence[Item]) -> nn.Module:
-        facts = collate(items, pad_token_id=pad_token_of(tokenizer))
-        steps, rate = config.teaching_steps, config.teaching_rate
-        model: Any = student  # of transformers, maybe with adapters of PEFT around it
-        taught: nn.Module = lm.taught(model, facts, steps=steps, learning_rate=rate)
-        return taught
-
     others = asked.alternatives
-    valued = value_items(asked.items, others, values=asked.entities, tokenizer=tokenizer)
     halves = every_other(asked.subjects)
-    after = recognition_after(model, asked.items, others, {"taught": teach}, halves)
-    return {
-        "value_nll": _mean(value_nll(model, valued)),
-        "recognition": _mean(recognition(model, asked.items, others)),
-        "recognition_taught": _mean(after["value"].to_numpy()),
+    rates, steps = config.attack_rates, config.attack_steps
+    if text is None:
+        rates, steps = (config.teaching_rate,), (config.teaching_steps,)
+    after = {
+        budget: np.concatenate(values)
+        for rate in rates
+        for budget, values in _after(model, asked, halves, tokenizer, rate, steps).items()
     }
+    found = {
+        "value_nll": value_nll_of(model, asked, tokenizer),
+        "recognition": _mean(recognition(model, asked.items, others)),
+        "recognition_taught": _mean(after[config.teaching_rate, config.teaching_steps]),
+    }
+    if text is None:
+        return found
+    students = {
+        "recognition_retain": lm.teaching(
+            model, islice(text, config.teaching_steps), learning_rate=config.teaching_rate
+        ),
+        "savings": lm.teaching(
+            model,
+            repeat(_batch(asked.items, tokenizer), config.savings_steps),
+            learning_rate=config.savings_rate,
+        ),
+    }
+    return {
+        **found,
+        "recognition_strongest": max(
+            (mean for mean in map(_mean, after.values()) if mean is not None), default=None
+        ),
+        **{
+            name: _mean(recognition([*taught][-1], asked.items, others))
+            for name, taught in students.items()
+        },
+    }
+
+
+def value_nll_of(model: nn.Module, asked: AuditSet, tokenizer: Any) -> float | None:
+    """The mean NLL of the values to forget, in nats a token of each."""
+    valued = value_items(
+        asked.items, asked.alternatives, values=asked.entities, tokenizer=tokenizer
+    )
+    return _mean(value_nll(model, valued))
+
+
+def _after(
+    model: PreTrainedModel,
+    asked: AuditSet,
+    halves: Halves,
+    tokenizer: Any,
+    rate: float,
+    budgets: Sequence[int],
+) -> dict[tuple[float, int], list[np.ndarray]]:
+    """Recognition of each half after so many steps on the other one: one training for all."""
+    found: dict[tuple[float, int], list[np.ndarray]] = {}
+    for shown, hidden in (halves, halves[::-1]):
+        facts = _batch([asked.items[i] for i in shown], tokenizer)
+        items = [asked.items[i] for i in hidden]
+        others = [asked.alternatives[i] for i in hidden]
+        students = lm.teaching(model, repeat(facts, max(budgets)), learning_rate=rate)
+        for step, student in enumerate(students, 1):
+            if step in budgets:
+                found.setdefault((rate, step), []).append(recognition(student, items, others))
+    return found
+
+
+def _batch(items: Sequence[Item], tokenizer: Any) -> lm.Batch:
+    return collate(items, pad_token_id=pad_token_of(tokenizer))
 
 
 def _mean(values: np.ndarray) -> float | None:

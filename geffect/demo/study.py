@@ -16,11 +16,14 @@ from . import scale_table
 from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .edits import EDIT, EDITS
 from .findings import findings
+from .hiding import HIDING
 from .jobs import KINDS, Drawing, Editing, Kept, Reading, Training, Unlearning
 from .methods import (
     ADAMW,
     EQUAL,
     FEW,
+    HIDES,
+    MANY,
     METHODS,
     RATES,
     RETAIN_SETS,
@@ -62,10 +65,10 @@ class Plan:
     With `named` every method in the variants, or rivals, of these names, and in no others. With
     `all_variants` every method in every variant, run on to equal extraction strength. With
     `controls` the same with few facts that feed the retain gradient and, of the first method, at
-    three learning rates of every variant, and with several retain sets. `edits` are names of
-    `geffect.demo.edits.EDITS`, which are made in every seed. With `audit` a quick audit says of
-    each unlearned model whether it forgot. `so_far`: nothing is run, and what has a result is
-    reported.
+    three learning rates of every variant, with several retain sets, and controls that hide.
+    `edits` are names of `geffect.demo.edits.EDITS`, which are made in every seed. With `audit` a
+    quick audit says of each unlearned model whether it forgot. `so_far`: nothing is run, and what
+    has a result is reported.
     """
 
     seeds: Sequence[int] = (0,)
@@ -83,6 +86,7 @@ class Plan:
     rivals: Mapping[str, Variant] = field(default_factory=lambda: RIVALS)
     named: Sequence[str] = ()
     retain_sets: Mapping[str, Variant] = field(default_factory=lambda: RETAIN_SETS)
+    hiding: Mapping[str, Variant] = field(default_factory=lambda: HIDING)
     edits: Sequence[str] = ()
     audit: bool = False
     so_far: bool = False
@@ -99,7 +103,7 @@ class Plan:
             )
         if self.options or not {*self.methods} <= {*METHODS}:
             _check_methods(self.methods, self.options)
-        _check_names("variants", self.named, {**self.variants, **self.rivals})
+        _check_names("variants", self.named, self.known)
         _check_names("edits", self.edits, EDITS)
         repeated = len(set(self.seeds)) < len(self.seeds) or len(set(self.methods)) < len(
             self.methods
@@ -130,13 +134,24 @@ class Plan:
 
     def variant(self, spec: RunSpec) -> Variant:
         """The variant of a run."""
-        known = self.retain_sets if spec.part == SETS else {**self.variants, **self.rivals}
-        return known[spec.variant]
+        return (self.retain_sets if spec.part == SETS else self.known)[spec.variant]
+
+    @property
+    def known(self) -> dict[str, Variant]:
+        """The variants that may be named."""
+        return {**self.variants, **self.rivals, **self.hiding}
 
     def levels(self, spec: RunSpec) -> tuple[str, ...]:
         """What a run goes on to; a look and most controls end at equal forgetting."""
         both = self.all_variants and spec.part in (EQUAL, FEW)
-        return tuple(LEVELS) if both else ("forget_nll",)
+        valued = self.probed and spec.part in (EQUAL, HIDES)
+        further = {"value_nll": valued, "forget_es": both}
+        return tuple(name for name in LEVELS if further.get(name, True))
+
+    @property
+    def probed(self) -> bool:
+        """Whether models are attacked in every way, and compared at equal loss of the values."""
+        return self.all_variants or self.controls or bool(self.named)
 
     def specs(self) -> list[RunSpec]:
         """The runs of every seed, the comparison first."""
@@ -144,11 +159,18 @@ class Plan:
         first = self.methods[:1]
 
         def of(part: str, methods: Sequence[str], heldout: int) -> list[RunSpec]:
-            known = {**self.variants, **self.rivals}
-            chosen = {name: known[name] for name in self.named} or self.variants
-            variants = self.retain_sets if part == SETS else chosen
+            chosen = {name: self.known[name] for name in self.named} or self.variants
+            variants = {SETS: self.retain_sets, HIDES: self.hiding}.get(part, chosen)
             return [
-                RunSpec(part, method, name, rate, heldout, tuple(self.options.items()))
+                RunSpec(
+                    part,
+                    method,
+                    name,
+                    rate,
+                    heldout,
+                    tuple(self.options.items()),
+                    compared=part == EQUAL and (bool(self.edits) or len(self.methods) > MANY),
+                )
                 for method in methods
                 for name, variant in variants.items()
                 for rate in (
@@ -165,7 +187,9 @@ class Plan:
                 for spec in planned
                 if spec.variant in (IN_A_LOOK if spec.method in LOOKED_AT else EVERYWHERE)
             ]
-        return planned + (of(SETS, first, many) if self.controls else [])
+        return planned + (
+            [*of(SETS, first, many), *of(HIDES, first, many)] if self.controls else []
+        )
 
 
 def _check_names(option: str, names: Sequence[str], known: Mapping[str, object]) -> None:
@@ -349,7 +373,11 @@ def _gold(training: Sequence[Kept]) -> dict[str, Any]:
 
 
 def _training(out: Path, plan: Plan) -> list[Training]:
-    return [Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS]
+    return [
+        Training(out, seed, kind, plan.studied, plan.probed)
+        for seed in plan.seeds
+        for kind in KINDS
+    ]
 
 
 def _reading(out: Path, plan: Plan) -> list[Reading]:

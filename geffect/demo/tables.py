@@ -9,7 +9,7 @@ import pandas as pd
 
 from geffect.text import in_markdown
 
-from .methods import EQUAL, FEW, RATES, SETS
+from .methods import EQUAL, FEW, HIDES, RATES, SETS
 
 AT_LEVEL = {
     "step": "step at the level",
@@ -20,10 +20,13 @@ AT_LEVEL = {
     "forget_es": "forget extraction strength",
     "retain_es": "retain extraction strength",
     "forget_paraphrase_nll": "forget NLL, unseen paraphrases",
-    "relearn_nll": "forget NLL after relearning the other half",
+    "relearn_nll": "forget NLL, mostly of names and templates, after relearning the other half",
     "value_nll": "NLL of the values to forget",
     "recognition": "recognition of the values to forget",
     "recognition_taught": "recognition of the values to forget after the others were taught",
+    "recognition_retain": "recognition of the values to forget after training on retain text",
+    "recognition_strongest": "recognition of the values to forget after the strongest attack",
+    "savings": "recognition of the values to forget after a few steps on them",
     "audit_benign": "share of what was known that comes back by training on what stays",
     "audit_swap": "share of what was known that the original's decoder tells",
     "audit_int4": "share of what was known that comes back by rounding to 4 bits",
@@ -50,10 +53,13 @@ COLUMNS = {
     "forget_nll": ("forget NLL", "{:.2f}"),
     "forget_es": ("forget ES", "{:.2f}"),
     "forget_paraphrase_nll": ("paraphrases NLL", "{:.2f}"),
-    "relearn_nll": ("relearned NLL", "{:.2f}"),
+    "relearn_nll": ("names relearned NLL", "{:.2f}"),
     "value_nll": ("value NLL", "{:.2f}"),
     "recognition": ("recognition", "{:.2f}"),
     "recognition_taught": ("others taught", "{:.2f}"),
+    "recognition_retain": ("retain text", "{:.2f}"),
+    "recognition_strongest": ("strongest teaching", "{:.2f}"),
+    "savings": ("savings", "{:.2f}"),
     "share_update_violating": ("violating steps", "{:.2f}"),
     "audit_benign": ("comes back (benign)", "{:.2f}"),
     "audit_swap": ("decoder swap", "{:.2f}"),
@@ -63,7 +69,19 @@ COLUMNS = {
 }
 """What is shown of each row: means over seeds."""
 
-PRINTED = tuple(name for name in COLUMNS if name not in ("retain_es", "value_nll", "recognition"))
+PROBED = (
+    "value_nll",
+    "recognition",
+    "recognition_taught",
+    "recognition_retain",
+    "recognition_strongest",
+    "savings",
+)
+"""What is asked of the values to forget."""
+
+PRINTED = tuple(
+    name for name in COLUMNS if name not in {"retain_es", *PROBED} - {"recognition_taught"}
+)
 """The columns for which a terminal is wide enough; those of an audit where there was one."""
 
 OF_AN_AUDIT = tuple(name for name in COLUMNS if name.startswith("audit_") or name == "verdict")
@@ -71,7 +89,18 @@ OF_AN_AUDIT = tuple(name for name in COLUMNS if name.startswith("audit_") or nam
 WORDS = ("audit_attack", "verdict")
 """What is told in words, of which there is no mean."""
 
-OF_ONE_FEED = ("relearn_nll", "value_nll", "recognition", "recognition_taught")
+OF_DEPTH = (
+    "step",
+    "retain_nll",
+    "retain_heldout_authors_nll",
+    "world_nll",
+    "forget_nll",
+    "forget_es",
+    *PROBED,
+)
+"""The columns of tables that tell forgetting from hiding."""
+
+OF_ONE_FEED = ("relearn_nll", *PROBED)
 """What is measured of a model once, whatever feeds the retain gradient."""
 
 HIGHEST = "highest_forget_nll"
@@ -94,6 +123,11 @@ class Table:
     name: str  # of its files
     heading: str
     runs: pd.DataFrame
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """The columns of it in Markdown."""
+        return OF_DEPTH if self.name in ("equal_values", "controls_that_hide") else PRINTED
 
 
 @dataclass(frozen=True)
@@ -131,7 +165,7 @@ def compared(summary: Mapping[str, Any], at: str, *parts: str) -> pd.DataFrame:
     behind the runs, where the level is one that they are made to reach.
     """
     compared = [run for run in _runs(summary) if run["part"] in parts]
-    edits = _edits(summary) if EQUAL in parts and at != "at_es" else []
+    edits = _edits(summary) if EQUAL in parts and at == "at_level" else []
     return _table(summary, [*compared, *edits], at)
 
 
@@ -169,7 +203,9 @@ def learning_rates(summary: Mapping[str, Any]) -> pd.DataFrame:
         return run["method"], run["retain_feed"]
 
     several = {cell(run) for run in _runs(summary) if run["part"] == RATES}
-    runs = [run for run in _runs(summary) if cell(run) in several and run["part"] != SETS]
+    runs = [
+        run for run in _runs(summary) if cell(run) in several and run["part"] not in (SETS, HIDES)
+    ]
     variants = list(dict.fromkeys(run["variant"] for run in runs))
     runs.sort(key=lambda r: (*cell(r), variants.index(r["variant"]), r["learning_rate"]))
     return _table(summary, runs, "at_level")
@@ -191,6 +227,14 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], pd.DataFrame]]] = {
     "equal_forgetting": (
         "The price of forgetting",
         lambda summary: compared(summary, "at_level", EQUAL, FEW),
+    ),
+    "equal_values": (
+        "At equal loss of the values to forget",
+        lambda summary: compared(summary, "at_value", EQUAL),
+    ),
+    "controls_that_hide": (
+        "Controls that hide",
+        lambda summary: compared(summary, "at_level", HIDES),
     ),
     "equal_extraction": (
         "At equal extraction strength",
@@ -236,13 +280,13 @@ def before(summary: Mapping[str, Any], feeds: Iterable[int]) -> pd.DataFrame:
     return _frame(_models(summary["original"], ("before", "unlearning"), feeds))
 
 
-def as_markdown(runs: pd.DataFrame) -> str:
+def as_markdown(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> str:
     """A table for a terminal or a README: means over the seeds that reached the level.
 
     Where some seeds did not, their number stands behind the steps, and how far they came behind
     the forget NLL.
     """
-    printed = [name for name in columns_of(runs) if name in PRINTED]
+    printed = [name for name in columns_of(runs) if name in shown]
     lines = [[title for title, _ in (*KEYS.values(), *(COLUMNS[name] for name in printed))]]
     for row in rows(runs):
         cells = {name: row.values[name].text for name in printed}
@@ -269,7 +313,9 @@ def write_tables(summary: Mapping[str, Any], out: Path) -> None:
     """Every table of a study, as out/<name>.csv and, in means, as out/<name>.md."""
     for table in tables(summary):
         table.runs.to_csv(out / f"{table.name}.csv", index=False)
-        (out / f"{table.name}.md").write_text(as_markdown(table.runs), encoding="utf-8")
+        (out / f"{table.name}.md").write_text(
+            as_markdown(table.runs, table.shown), encoding="utf-8"
+        )
 
 
 def _runs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -285,8 +331,8 @@ def _table(summary: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], at: st
         {
             **{name: run[name] for name in (*SETTING, *SHARES)},
             HIGHEST: run.get(HIGHEST),
-            "reached_level": run[at] is not None,
-            **_measured(run[at] or {}),
+            "reached_level": run.get(at) is not None,
+            **_measured(run.get(at) or {}),
         }
         for run in runs
     ]

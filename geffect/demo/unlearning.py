@@ -21,6 +21,7 @@ from geffect.objectives import (
     ALTERNATE,
     FrozenModel,
     SharedForward,
+    kept_losses,
     named,
     options_of,
     step_losses,
@@ -31,8 +32,9 @@ from . import language_model as lm
 from .config import LEVELS, UnlearningConfig
 from .corpus import Corpus
 from .effects import keep_effects
+from .hiding import all_trained
 from .methods import RunSpec, Variant
-from .recognised import forget_set, recognised
+from .recognised import forget_set, recognised, value_nll_of
 
 Metrics = dict[str, Any]
 
@@ -137,19 +139,28 @@ def unlearn(
     retain NLL. What is measured at a level is interpolated linearly between the two steps around
     the first crossing; relearning and recognition are of the step after it.
     """
+    whole = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    variant = variant.begun(model, data.corpus, data.tokenizer)
     objective = named(spec.method, dict(spec.options)).begin(model)
     original = None if objective.reference == "none" else FrozenModel.copied(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = variant.stepping(trained, spec.learning_rate)
     rectifier = variant.rectifier(model, optimizer, config.ema)
     sizes = config.sizes(variant.protect)
+    if variant.retain_batch is not None:
+        sizes["retain"] = min(variant.retain_batch, len(data.sets["retain"]["input_ids"]))
     if variant.whole:
         sizes = {name: len(data.sets[name]["input_ids"]) for name in sizes}
     batches = data.draws(sizes, objective.sides)
-    forget = _looked_at(model, data)
-    curve = [{"step": 0, **forget, **_kept(model, data)}]
+    place = variant.place(model, data.sets["forget"])
+    forget = _looked_at(model, data, levels)
+    curve = [{"step": 0, **forget, **_kept(model, data, outside=spec.compared)}]
     start = forget["forget_nll"]
     rising = Rising(levels["forget_nll"], start, config.patience, highest=start)
+    valued = None
+    if "value_nll" in levels:
+        known = forget["value_nll"]
+        valued = Rising(levels["value_nll"], known, config.patience, highest=known)
     crossings: dict[str, Metrics] = {}
     earlier = [parameter.detach().clone() for parameter in trained]
     least = config.plain_steps if spec.shown else 0
@@ -174,32 +185,44 @@ def unlearn(
                 **risks,
                 rectifier=rectifier,
                 weights=partial(objective.implicit_weights, shared, batch, reference),
+                relearned=place and place.keeping(kept_losses(objective, parts)),
             )
             optimizer.step()
             optimizer.zero_grad()
             objective.advance()
-            before, forget = forget, _looked_at(model, data)
+            before, forget = forget, _looked_at(model, data, levels)
             if not math.isfinite(forget["forget_nll"]):
                 break
             report(step, forget["forget_nll"])
             for name, share in _crossed(levels, before, forget):
                 if LEVELS[name] in crossings:
                     continue
-                crossings[LEVELS[name]] = {
-                    "step": step - 1 + share,
-                    **_between(model, trained, earlier, data, share),
-                    "relearn_nll": relearn(model, data, config),
-                    **recognised(model, data.asked, data.tokenizer, config),
-                    **(data.judged(model) if name == "forget_nll" else {}),
-                }
+                with all_trained(whole):
+                    crossings[LEVELS[name]] = {
+                        "step": step - 1 + share,
+                        **_between(model, trained, earlier, data, share),
+                        "relearn_nll": relearn(model, data, config),
+                        **probe(
+                            model,
+                            data,
+                            config,
+                            attacked="value_nll" in levels and name == "forget_nll",
+                        ),
+                        **(data.judged(model) if name == "forget_nll" else {}),
+                    }
                 if spec.shown and name == "forget_nll":
                     keep_effects(recorder, model, data.batches, data.tokenizer)
                 least = max(least, step + config.steps_beyond)
             reached_all = len(crossings) == len(levels) and step >= least
             stands = not rising.goes_on(forget["forget_nll"]) and "at_level" not in crossings
+            if valued is not None and not valued.goes_on(forget["value_nll"]):
+                # What is left to reach is out of reach.
+                stands = stands or levels.keys() - {"value_nll"} == {
+                    name for name in levels if LEVELS[name] in crossings
+                }
             last = reached_all or stands or step == config.most_steps
             if last or step % config.curve_every == 0:
-                curve.append({"step": step, **forget, **_kept(model, data)})
+                curve.append({"step": step, **forget, **_kept(model, data, outside=spec.compared)})
             if last:
                 break
             _copy(trained, earlier)
@@ -260,13 +283,28 @@ def relearn(model: PreTrainedModel, data: Data, config: UnlearningConfig) -> lis
     )
 
 
-def _looked_at(model: PreTrainedModel, data: Data) -> Metrics:
+def probe(
+    model: PreTrainedModel, data: Data, config: UnlearningConfig, *, attacked: bool
+) -> Metrics:
+    """What is recognised; where it is attacked, also after every attack."""
+    text = None
+    if attacked:
+        size = min(config.retain_batch, len(data.sets["retain"]["input_ids"]))
+        drawn = data.draws({"retain": size})
+        text = (dict(batch["retain"]) for batch in drawn)
+    return {**recognised(model, data.asked, data.tokenizer, config, text)}
+
+
+def _looked_at(model: PreTrainedModel, data: Data, levels: Mapping[str, float]) -> Metrics:
     result = lm.evaluate(model, data.batches["forget"])
-    return {"forget_nll": result.nll, "forget_es": result.extraction_strength}
+    found = {"forget_nll": result.nll, "forget_es": result.extraction_strength}
+    if "value_nll" in levels:
+        found["value_nll"] = value_nll_of(model, data.asked, data.tokenizer) or 0.0
+    return found
 
 
-def _kept(model: PreTrainedModel, data: Data) -> Metrics:
-    names = ("retain", "retain_heldout_authors")
+def _kept(model: PreTrainedModel, data: Data, *, outside: bool) -> Metrics:
+    names = ("retain", "retain_heldout_authors") if outside else ("retain",)
     return {f"{name}_nll": lm.nll(model, data.batches[name]) for name in names}
 
 
@@ -275,7 +313,7 @@ def _crossed(
 ) -> Iterator[tuple[str, float]]:
     """The levels that a step has reached, each with the share of the step that it took."""
     for name, level in levels.items():
-        sign = 1 if name == "forget_nll" else -1  # the loss rises to its level, the strength falls
+        sign = -1 if name == "forget_es" else 1  # losses rise to their level, the strength falls
         if sign * before[name] < sign * level <= sign * after[name]:
             yield name, (level - before[name]) / (after[name] - before[name])
 

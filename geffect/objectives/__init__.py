@@ -4,7 +4,7 @@ from geffect.forwards import SharedForward
 from geffect.risk import nll
 
 from .acquisition import SKU, SSUAcquire
-from .base import Component, Objective, Reduction, loss_name, step_losses
+from .base import Component, Objective, Reduction, kept_losses, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, probable, spelt
 from .ceu import CEU
 from .combination import Combination
@@ -73,7 +73,7 @@ __all__ = [
     "answers_of",
     "as_objective",
     "check_sides",
-    "loss_name",
+    "kept_losses",
     "named",
     "names",
     "nll",

@@ -268,6 +268,17 @@ def loss_name(part: str, component: Component) -> str:
     return component.risk or f"{OBJECTIVE}.{part}"
 
 
+def kept_losses(objective: Objective, parts: Mapping[str, Component]) -> list[str]:
+    """The names of the losses of those parts that keep what should stay.
+
+    >>> from geffect.objectives import KL, GradientAscent, Regularised
+    >>> parts = {"forget": Component(torch.ones(())), "kl": Component(torch.ones(()))}
+    >>> kept_losses(Regularised(GradientAscent(), KL()), parts)
+    ['objective.kl']
+    """
+    return [loss_name(name, part) for name, part in parts.items() if name in objective.keeps]
+
+
 def step_losses(parts: Mapping[str, Component], *, apart: bool) -> dict[str, Loss]:
     """The losses of a step as `Recorder.backward` and `Rectifier.backward` take them.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from geffect.forwards import AT_COPY
 from geffect.gradients import AtCopy, reduced
 from geffect.layers import trainable
 from geffect.losses import Elsewhere, Loss, loss_scale, of_objective, plan
-from geffect.objectives import Component, Objective, loss_name
+from geffect.objectives import Component, Objective, kept_losses
 from geffect.relearning import Relearned, check_can_relearn, tell_unbounded
 from geffect.risk import nll
 from geffect.sources import FORGET
@@ -52,10 +52,9 @@ def with_parts(
     """The same where the parts of an objective that are of data to keep stay at theta."""
     if relearned is None:
         return None
-    kept = [loss_name(name, part) for name, part in parts.items() if name in objective.keeps]
     if objective.unbounded and not any(part.weight < 0 for part in parts.values()):
         tell_unbounded(type(objective).__name__)  # ascent on a risk is told of by its weight
-    return replace(relearned, stays=tuple(dict.fromkeys((*relearned.stays, *kept))))
+    return relearned.keeping(kept_losses(objective, parts))
 
 
 @dataclass(frozen=True)

@@ -435,10 +435,10 @@ def test_demo_writes_its_table(quick_study: Any) -> None:
 
 def test_demo_draws(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = sorted(path.name for path in (quick_study.out / "figures").iterdir())
-    names = ["conflict", "cosine", "g_effect_ga", "sheet_ga", "tradeoff"]
+    names = ["conflict", "cosine", "g_effect_ga", "recognition", "sheet_ga", "tradeoff"]
     assert drawn == sorted(f"{name}.{kind}" for name in names for kind in ("pdf", "png"))
     assert figures.names(quick_study.summary, quick_study.out) == [
-        "tradeoff", "g_effect_ga", "sheet_ga", "cosine", "conflict"
+        "tradeoff", "recognition", "g_effect_ga", "sheet_ga", "cosine", "conflict"
     ]  # fmt: skip
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     for name in names:

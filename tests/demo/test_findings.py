@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from geffect.demo import figures
+from geffect.demo.config import LEVELS
 from geffect.demo.findings import findings
-from geffect.demo.methods import EQUAL, FEW, RATES, SETS, VARIANTS
+from geffect.demo.methods import EQUAL, FEW, HIDES, RATES, SETS, VARIANTS
 from geffect.demo.study import IN_A_LOOK, Plan
 from geffect.demo.tables import (
     TABLES,
@@ -59,6 +60,7 @@ def run(method: str, variant: str, seed: int, **changed: Any) -> dict[str, Any]:
         "steps": 20,
         "reached_level": True,
         "at_level": {"step": 17.5, **measured},
+        "at_value": {"step": 22.5, **measured},
         "at_es": {"step": 27.5, **measured},
         "share_retaining_negative": 0.95,
         "share_appreciable_retaining_negative": 1.0,
@@ -113,7 +115,8 @@ def planned(plan: Plan) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             retain=2 * retain if cell.part == RATES else retain,
             world=world if cell.part == SETS else 0.1 * retain,
         )
-        runs.append(made if "forget_es" in plan.levels(cell) else made | {"at_es": None})
+        missing = {at: None for name, at in LEVELS.items() if name not in plan.levels(cell)}
+        runs.append(made | missing)
     return (
         [r for r in runs if r["part"] == EQUAL],
         [r for r in runs if r["part"] != EQUAL],
@@ -129,7 +132,9 @@ def summary(**changed: dict[str, Any]) -> dict[str, Any]:
         }
         for seed in (0, 1)
     }
-    return {"runs": study(**changed), "further_runs": controls(**changed), "gold": gold}
+    hiding = [run("ga", "name-rows", seed, part=HIDES) for seed in (0, 1)]
+    further = [*controls(**changed), *hiding]
+    return {"runs": study(**changed), "further_runs": further, "gold": gold}
 
 
 def edits() -> list[dict[str, Any]]:
@@ -144,7 +149,8 @@ def edits() -> list[dict[str, Any]]:
 
 def look() -> dict[str, Any]:
     """A summary of runs that end at equal forgetting, without controls."""
-    return summary() | {"runs": [r | {"at_es": None} for r in study()], "further_runs": []}
+    short = {"at_es": None, "at_value": None}
+    return summary() | {"runs": [r | short for r in study()], "further_runs": []}
 
 
 def finding(
@@ -311,7 +317,10 @@ def test_retain_sets_are_beside_variants_that_know_one() -> None:
 
 def test_only_tables_that_have_runs_are_written(tmp_path: Path) -> None:
     write_tables(summary(), tmp_path)
-    names = ["equal_extraction", "equal_forgetting", "learning_rates", "retain_sets"]
+    names = [
+        "controls_that_hide", "equal_extraction", "equal_forgetting", "equal_values",
+        "learning_rates", "retain_sets",
+    ]  # fmt: skip
     files = sorted(f"{name}.{kind}" for name in names for kind in ("csv", "md"))
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     alone = tmp_path / "alone"
@@ -339,7 +348,7 @@ def test_the_printed_table_has_the_means_over_the_seeds_that_reached_the_level()
 
 
 def test_a_table_without_a_run_at_its_level_says_so(tmp_path: Path) -> None:
-    missed = [r | {"at_level": None, "at_es": None} for r in study()]
+    missed = [r | dict.fromkeys(LEVELS.values()) for r in study()]
     write_tables(look() | {"runs": missed}, tmp_path)
     printed = (tmp_path / "equal_forgetting.md").read_text(encoding="utf-8")
     assert printed.count("(0 of 2 seeds)") == 3 * len(RETAIN)
@@ -376,6 +385,8 @@ def shown(page: str) -> dict[str, list[list[str]]]:
 @pytest.mark.parametrize(
     ("name", "row"),
     [
+        ("equal_values", ["ga", "gru", "140", "0.0003", "22", "0.500", "0.750"]),
+        ("controls_that_hide", ["ga", "name-rows", "140", "0.0003", "18"]),
         ("equal_extraction", ["ga", "gru", "30", "0.0003", "28", "0.500", "0.750"]),
         ("learning_rates", ["ga", "gru", "140", "0.0006", "18", "1.000", "1.500"]),
         ("retain_sets", ["ga", "nearest", "140", "0.0003", "18", "0.400", "0.600", "0.030"]),

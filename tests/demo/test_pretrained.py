@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from geffect import open_run
 from geffect.batch import IGNORED
-from geffect.cli.report import study_report
 from geffect.codes import coded
 from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
@@ -26,6 +25,7 @@ from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import Plan, run_study
 from geffect.demo.workers import Job
+from geffect.report import study_report
 from tests.utils.command_line import Ask
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)

@@ -279,6 +279,14 @@ def test_tradeoff_marks_the_level_and_what_lies_beyond() -> None:
     assert 4.0 < ax.get_xlim()[1] < 5.0  # in view, and the shade does not stretch the axis
 
 
+def test_tradeoff_of_other_columns() -> None:
+    table = runs().assign(recognition_taught=0.5, kept=0.1)
+    ax = tradeoff(table, level=0.6, x="recognition_taught", y="kept", ax=blank())
+    assert ax.get_xlabel().replace("\n", " ") == "recognition after the others were taught"
+    assert ax.get_ylabel() == "kept"
+    assert {tuple(line.get_xdata()) for line in ax.lines} == {(0.5,) * 5, (0.5,), (0.6, 0.6)}
+
+
 def test_tradeoff_of_one_method_names_it_above() -> None:
     ax = tradeoff(runs().query("method == 'npo'"), ax=blank())
     assert legend_of(ax) == ["plain", "gru", "gru-update"]
