@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -57,6 +58,8 @@ html_math_renderer = "mathml"
 # Pictures
 
 os.environ["MPLBACKEND"] = "Agg"
+# What libraries say of their own next versions is no output of a script; it names files, too.
+warnings.filterwarnings("ignore", category=DeprecationWarning)
 sphinx_gallery_conf = {
     "examples_dirs": ["docs/gallery"],
     "gallery_dirs": ["gallery"],

@@ -49,12 +49,16 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     if ax is None:
         # The label of the scale is on its side, and the names below are slanted.
         tall = max(2.4, 0.4 * len(later)) + 0.05 * longest(earlier)
-        ax = new_axes(max(1.6, 0.6 * len(earlier)) + 0.08 * longest(later) + 1.4, tall)
+        left = 0.08 * max(longest(later), longest(earlier))
+        ax = new_axes(max(1.6, 0.6 * len(earlier)) + left + 1.4, tall)
     cmap, norm = colours_of(table)
     mesh = ax.pcolormesh(cells, **asked.mesh(cmap, norm))
     mesh.set_cmap(mesh.cmap.with_extremes(bad="none"))
     ax.invert_yaxis()
-    ax.set_xticks(np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right")
+    ax.set_xticks(
+        np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right",
+        rotation_mode="anchor",
+    )  # fmt: skip
     ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
     axis_label(ax.xaxis, "earlier request")
     axis_label(ax.yaxis, "request")

@@ -14,11 +14,11 @@ from matplotlib.image import imread
 
 from geffect import Recorder, Rectifier, Run, open_run
 from geffect.analysis import intervals, predicted_change, rectification, violation
-from geffect.cli.report import runs_report
 from geffect.layers import describe
 from geffect.objectives import nll
 from geffect.projection import gru
 from geffect.projection.rules import nearest
+from geffect.report import runs_report
 from geffect.store import layout
 from geffect.store.schema import RECTIFICATION_COLUMNS, VERSION, Contents, Row
 from geffect.store.writer import RunWriter
@@ -456,10 +456,10 @@ def test_the_report_shows_it_where_there_was_a_rectifier(
     layers = open_run(tmp_path / "run.h5")
     pages = [runs_report([open_run(path)]) for path in (unwatched, recorded, layers.path)]
     plain, model_alone, by_layer = (page.count("data:image/png;base64,") for page in pages)
-    assert (model_alone, by_layer) == (plain + 1, plain + 2)
-    assert ["<h3>Rectification</h3>" in page for page in pages] == [False, True, True]
+    assert plain < model_alone < by_layer
+    assert [">Rectification</h3>" in page for page in pages] == [False, True, True]
     fired = 100 * np.mean(values(rectification(layers), quantity="fired"))
-    assert f"Fired in {fired:.0f} % of the steps" in pages[-1]
+    assert f"The rectifier fired in {fired:.1f}% of the steps" in pages[-1]
 
 
 def test_the_command_line_has_it_of_the_model(recorded: Path, ask: Ask) -> None:

@@ -260,7 +260,8 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         (
             ["scores", "{recorded}", "--score", "violation", "--all-parameters"],
             2,
-            "should go with one of the scores g-effect, cosine, conflict. Found it with violation",
+            "should go with one of the scores g-effect, cosine, conflict, angles, norm-ratio, "
+            "noise-floor. Found it with violation",
         ),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
@@ -451,7 +452,7 @@ def test_demo_reports(quick_study: Any) -> None:
     assert_self_contained(text)
     for word in ("The price of forgetting", "What the numbers mean", *IN_A_LOOK):
         assert word in text
-    assert text.count("data:image/png;base64,") == 5
+    assert text.count("data:image/png;base64,") == 6
 
 
 def test_demo_tells_how_far_it_is_in_plain_lines(quick_study: Any) -> None:

@@ -124,7 +124,8 @@ def test_an_option_changes_the_picture_or_is_refused(
     told = ["plot", partly_stepped, "-o", tmp_path / "picture.png", "--score", score]
     told += ["--overwrite"]
     of_the_score = {"--between", "--by", "--kind", "--output", "--score"}
-    assert options_of("plot") == of_the_score | {"--overwrite"}
+    parts = {"--steps", "--layers"}  # of any score: what they leave is tested by itself
+    assert options_of("plot") == of_the_score | parts | {"--style", "--overwrite"}
     assert ask(*told, "--by", "model").code == 0
     said = ask(*told, "--by", "model", "--between", "forget,retain")
     if "--between" in SCORES[score].takes:

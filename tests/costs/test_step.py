@@ -1,5 +1,7 @@
 """Estimates against the measured peak of real steps, real files, and counts by hand."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,3 +256,21 @@ def test_the_command_says_it(ask: Ask) -> None:
     assert '"sharding": "fsdp"' in found.out
     refused = ask("estimate", "--model", "1b", "--sharding", "ddp")
     assert refused.code == 2
+
+
+PLANNING = Path(__file__).parents[2] / "docs" / "planning.md"
+ALL = re.MULTILINE | re.DOTALL
+BLOCKS = re.findall(r"^```console\n(.*?)^```", PLANNING.read_text(encoding="utf-8"), ALL)
+SHOWN = dict(re.findall(r"^\$ geffect (.*?)\n(.*?)(?=^\$|\Z)", "".join(BLOCKS), ALL))
+"""What each command on the page is shown to answer."""
+
+
+@pytest.mark.parametrize("told", SHOWN)
+def test_the_page_shows_what_the_command_says(told: str, ask: Ask) -> None:
+    said = ask(*shlex.split(told))
+    assert (said.code, said.err) == (0, "")
+    assert said.out.split() == SHOWN[told].split()
+
+
+def test_the_page_shows_three_sizes() -> None:
+    assert len(SHOWN) == 3

@@ -31,7 +31,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose models are trained and read."""
     out = tmp_path_factory.mktemp("study")
     claim(out, Plan(methods=("ga",), named=("plain",), subject=SMALL, audit=True))
-    jobs = [*(Training(out, 0, kind, SMALL) for kind in KINDS), Reading(out, 0, SMALL)]
+    jobs = [*(Training(out, 0, kind, SMALL, probed=True) for kind in KINDS), Reading(out, 0, SMALL)]
     for job in jobs:
         Kept(job, out / "results", resume=True).run(say)
     return out

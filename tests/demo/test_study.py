@@ -18,10 +18,12 @@ from geffect.demo.config import QUICK
 from geffect.demo.corpus import UNKNOWN, Size, generate
 from geffect.demo.edits import EDITS
 from geffect.demo.findings import KEEPING, shares
+from geffect.demo.hiding import HIDING
 from geffect.demo.jobs import KINDS, Editing, Kept, Training, Unlearning
 from geffect.demo.methods import (
     EQUAL,
     FEW,
+    HIDES,
     METHODS,
     RATES,
     RETAIN_SETS,
@@ -36,7 +38,7 @@ from geffect.demo.workers import Say
 from geffect.edits import CATALOGUE, named, options_of
 from tests.utils.subject import TINY
 
-EVERY = VARIANTS | RETAIN_SETS | RIVALS
+EVERY = VARIANTS | RETAIN_SETS | RIVALS | HIDING
 STUDY = Plan(all_variants=True, controls=True)
 
 Unlearn = Callable[..., dict[str, Any]]
@@ -68,7 +70,7 @@ def test_named_variants_and_rivals_are_run_alone_by_every_method() -> None:
     assert [(spec.method, spec.variant) for spec in named.specs()] == [
         (method, variant) for method in ("ga", "npo") for variant in ("sago", "hamu", "gu")
     ]
-    assert {named.levels(spec) for spec in named.specs()} == {("forget_nll",)}
+    assert {named.levels(spec) for spec in named.specs()} == {("forget_nll", "value_nll")}
     controlled = replace(named, controls=True).specs()
     assert {s.variant for s in controlled if s.part in (FEW, RATES)} == {"sago", "hamu", "gu"}
     assert {s.variant for s in controlled if s.part == SETS} == set(RETAIN_SETS)
@@ -98,11 +100,11 @@ def test_a_study_with_edits_counts_and_resumes_them(tmp_path: Path) -> None:
     plan = Plan(methods=("ga",), named=("plain",), edits=("mix",), resume=True, quick=True)
     claim(tmp_path, plan)
     jobs = [
-        *(Training(tmp_path, 0, kind, QUICK) for kind in KINDS),
+        *(Training(tmp_path, 0, kind, QUICK, probed=True) for kind in KINDS),
         Editing(tmp_path, 0, "mix", EDITS["mix"], 3.0, QUICK),
     ]
     for job in jobs:
-        kept = {"job": repr(job), "result": {"forget_nll": 3.0}}
+        kept = {"job": repr(job), "result": {"forget_nll": 3.0, "value_nll": 3.0}}
         (tmp_path / "results" / f"{job.name}.json").write_text(json.dumps(kept))
     assert whole(tmp_path, plan) == (3, 4)
     claim(tmp_path, plan)
@@ -119,7 +121,7 @@ def test_nothing_is_reported_of_no_study(tmp_path: Path) -> None:
 def test_every_variant_is_run_at_three_learning_rates_and_with_both_feeds() -> None:
     rates: dict[tuple[str, int], set[float]] = {}
     for spec in STUDY.specs():
-        if spec.method == "ga" and spec.part != SETS:
+        if spec.method == "ga" and spec.part not in (SETS, HIDES):
             rates.setdefault((spec.variant, spec.heldout), set()).add(spec.learning_rate)
     assert rates.keys() == {(variant, heldout) for variant in VARIANTS for heldout in (4, 15)}
     for (variant, heldout), of_variant in rates.items():

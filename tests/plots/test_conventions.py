@@ -48,8 +48,9 @@ def test_a_picture_on_axes_is_called_as_all_are(name: str) -> None:
     words = by_name.pop("keywords")
     assert words.kind is Parameter.VAR_KEYWORD
     assert all(found.kind is Parameter.KEYWORD_ONLY for found in by_name.values())
-    assert all(found.default is None for found in by_name.values())
     assert {*by_name} >= SHARED
+    assert all(by_name[name].default is None for name in SHARED)
+    assert all(found.default is not Parameter.empty for found in by_name.values())
     assert ("cmap" in by_name) != ({"palette", "hue_order"} <= {*by_name})
 
 

@@ -408,7 +408,10 @@ def test_ticks_stay_within_the_scale_and_mirror(limit: float) -> None:
 
 
 def test_named_inks_are_distinct_within_a_figure() -> None:
-    for names in (["unlearning", "retaining"], list(NAMED)[4:], [f"run {n}" for n in range(7)]):
+    sources, models = ["objective", "forget", "retain"], ["original", "retrained", "unlearned"]
+    variants = [name for name in NAMED if name not in {*sources, *models}][2:]
+    assert variants[:2] == ["plain", "gru"]
+    for names in (sources, models, variants, [f"run {n}" for n in range(7)]):
         given = list(inks(names).values())
         assert len(set(given)) == len(names)
 

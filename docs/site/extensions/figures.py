@@ -12,9 +12,9 @@ def returned(block: Any, told: dict[str, Any], gallery: dict[str, Any]) -> str:
     shown = told["example_globals"].get("___")
     pyplot.close("all")
     figure = shown.get_figure(root=True) if isinstance(shown, Artist) else None
-    told["example_globals"]["___"] = None  # or a later block would show it again
     if figure is None:
-        return ""
+        return ""  # what shows itself as HTML is still to be asked
+    told["example_globals"]["___"] = None  # or a later block would show it again
     place = next(told["image_path_iterator"])
     figure.savefig(place, dpi=150, bbox_inches="tight")
     return str(figure_rst([place], gallery["src_dir"]))
