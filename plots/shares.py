@@ -7,9 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from geffect.scores import score_of
+
 from .conventions import Asked, picture
 from .fit import levels, once_only, require
-from .style import QUIET, drawn, dress, key, longest, new_axes, points
+from .style import QUIET, axis_label, drawn, dress, key, longest, new_axes, points
 
 FILLED = "unlearned"
 """The model whose marks are filled: it is what an audit is of."""
@@ -29,7 +31,8 @@ def shares(
     """A row a label, in it a mark a model with its interval, and a line at each limit.
 
     - `table`: `label`, `model`, `value`, and its 95 % interval `low` and `high`; NaN bounds draw
-      none, and a value that is not known has no mark.
+      none, and a value that is not known has no mark. The axis is named by `score` and `unit`,
+      where it has them.
     - `lines`: values by what they say, such as the limits of a verdict.
     - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
       `geffect.plots.conventions`.
@@ -49,7 +52,7 @@ def shares(
     labels, known = levels(there["label"]), levels(there["model"])
     colours = asked.inks(known)
     limits = dict(lines or {})
-    ax = ax or new_axes(4.6 + 0.06 * longest(labels), 0.9 + ROW * (len(labels) + 2 * bool(limits)))
+    ax = ax or new_axes(4.6 + 0.06 * longest(labels), 1.1 + ROW * (len(labels) + 2 * bool(limits)))
     models = asked.order(known)
     for said, value in limits.items():
         ax.axvline(value, color=QUIET, linewidth=0.7, linestyle=(0, (3, 2)), zorder=1)
@@ -78,6 +81,7 @@ def shares(
                 )  # fmt: skip
     ax.set_yticks(range(len(labels)), [drawn(label, 60) for label in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)
+    axis_label(ax.xaxis, score_of(table).full)
     ax.grid(axis="y", color="#eeeeee", linewidth=0.6)
     ax.set_axisbelow(True)
     dress(ax)

@@ -218,7 +218,8 @@ original = attacked["original"]["asked"]
 recovered = recoverable_shares(
     attacked["unlearned"], attacked["retrained"], original, subjects=["Mira"] * len(forget)
 )
-recovered.assign(model="unlearned").to_csv("recovered.csv", index=False)
+said = {"score": "share of what the original knows", "unit": ""}
+recovered.assign(model="unlearned", **said).to_csv("recovered.csv", index=False)
 
 # %%
 # Three requests

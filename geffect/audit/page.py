@@ -10,6 +10,7 @@ from geffect.pages import framed, word
 from geffect.plots.conventions import Draws
 from geffect.plots.style import inks
 from geffect.plots.svg import svg
+from geffect.scores import Score, said
 from geffect.text import in_html
 
 from . import panels
@@ -110,7 +111,7 @@ def _pictures(report: Reported) -> Iterator[str]:
     yield from _figure(
         "Membership",
         plots.shares,
-        panels.measured(table, PRIVACY, aucs),
+        said(panels.measured(table, PRIVACY, aucs), Score("AUC")),
         f"How well the forget set is told from a holdout ({word('AUC')}). The aim is the retrained "
         "model, not .5.",
         lines={".5": 0.5},
@@ -118,7 +119,7 @@ def _pictures(report: Reported) -> Iterator[str]:
     yield from _figure(
         "What stays",
         plots.shares,
-        panels.measured(table, UTILITY, ("es",), label="set"),
+        said(panels.measured(table, UTILITY, ("es",), label="set"), Score("extraction strength")),
         f"{word('Extraction strength', 'es')} of the sets that should stay.",
     )
 

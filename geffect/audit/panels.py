@@ -24,6 +24,7 @@ PATCHED = "patched "
 RELEARNED = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
 """The attack whose course is drawn: with benign text, at the first rate."""
 
+OF_SHARES = Score("share of what the original knows")
 OF_NLL = Score("NLL of the forget set", "nats")
 OF_DEPTH = Score("fall of log p of the answer", "nats")
 
@@ -31,15 +32,14 @@ OF_DEPTH = Score("fall of log p of the answer", "nats")
 def shares(table: pd.DataFrame) -> pd.DataFrame:
     """What is there and what comes back, of the model audited; of the others the noise.
 
-    Columns: label, model, value, low, high; no rows where no share was measured.
+    Columns: label, model, value, low, high, score, unit; no rows where no share was measured.
     """
     own = marks(_of(table, battery=(DIRECT, RECOVERABLE), model=(UNLEARNED,)))
     if own.empty:
         return own
     others = [model for model in ROLES if model != UNLEARNED]
-    return pd.concat(
-        [own, marks(_of(table, battery=(RECOVERABLE,), model=others))], ignore_index=True
-    )
+    noise = marks(_of(table, battery=(RECOVERABLE,), model=others))
+    return said(pd.concat([own, noise], ignore_index=True), OF_SHARES)
 
 
 def marks(rows: pd.DataFrame, label: str = "metric") -> pd.DataFrame:

@@ -8,6 +8,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from geffect.plots import shares
+from geffect.scores import Score, said
 from tests.utils.pictures import recovered
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -34,6 +35,12 @@ def test_each_mark_is_at_its_value_in_its_row_with_its_interval() -> None:
         else:
             assert list(own[0].get_xdata()) == [row["low"], row["high"]]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first row is on top
+
+
+def test_the_axis_says_what_the_values_are() -> None:
+    assert drawn(recovered()).get_xlabel() == "value"
+    shown = drawn(said(recovered(), Score("fall of the NLL", "nats")))
+    assert shown.get_xlabel() == "fall of the NLL (nats)"
 
 
 def test_what_is_unlearned_alone_is_filled() -> None:
