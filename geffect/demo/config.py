@@ -46,7 +46,7 @@ class UnlearningConfig:
     teaching_rate: float = 1e-3
     attack_steps: tuple[int, ...] = (10, 20, 40)
     attack_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """The budgets of the strongest attack; the steps and the rate of teaching are among them."""
+    """The budgets of the strongest attack, beside the steps and the rate of teaching."""
     savings_steps: int = 5
     savings_rate: float = 3e-4
 

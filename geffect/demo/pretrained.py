@@ -102,6 +102,8 @@ class Pretrained:
             relearning_rate=3e-5,
             teaching_steps=10,
             teaching_rate=1e-4,
+            attack_rates=(3e-5, 1e-4, 3e-4),
+            savings_rate=3e-5,
         )
     )
     epochs: int = 6

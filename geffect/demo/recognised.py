@@ -1,7 +1,7 @@
 """Whether the values to forget are recognised among others, now and when other facts are taught."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice, repeat
 from typing import Any
 
@@ -59,9 +59,10 @@ def recognised(
     """
     others = asked.alternatives
     halves = every_other(asked.subjects)
-    rates, steps = config.attack_rates, config.attack_steps
-    if text is None:
-        rates, steps = (config.teaching_rate,), (config.teaching_steps,)
+    rates, steps = {config.teaching_rate}, {config.teaching_steps}
+    if text is not None:
+        rates |= {*config.attack_rates}
+        steps |= {*config.attack_steps}
     after = {
         budget: np.concatenate(values)
         for rate in rates
@@ -110,7 +111,7 @@ def _after(
     halves: Halves,
     tokenizer: Any,
     rate: float,
-    budgets: Sequence[int],
+    budgets: Collection[int],
 ) -> dict[tuple[float, int], list[np.ndarray]]:
     """Recognition of each half after so many steps on the other one: one training for all."""
     found: dict[tuple[float, int], list[np.ndarray]] = {}

@@ -92,3 +92,18 @@ def test_without_alternatives_there_is_no_recognition(asked: AuditSet, tokenizer
     )
     assert found["value_nll"] is not None
     assert (found["recognition"], found["recognition_taught"]) == (None, None)
+
+
+def test_the_strongest_attack_is_none_weaker_than_teaching(
+    corpus: Corpus, asked: AuditSet, tokenizer: Any
+) -> None:
+    """Whose budget need not be among those of the attacks."""
+    config = replace(CONFIG, attack_steps=(1,), attack_rates=(1e-4,), savings_steps=1)
+    model, text = lm.build(SHAPE, tokenizer, seed=0), lm.encode(tokenizer, corpus.retain)
+    found = recognised(model, asked, tokenizer, config, [text] * 3)
+    others = [
+        recognised(model, asked, tokenizer, replace(config, teaching_steps=n, teaching_rate=rate))
+        for n, rate in ((1, 1e-2), (3, 1e-2), (1, 1e-4), (3, 1e-4))
+    ]
+    assert found["recognition_taught"] == others[1]["recognition_taught"]
+    assert found["recognition_strongest"] == max(of["recognition_taught"] or 0.0 for of in others)
