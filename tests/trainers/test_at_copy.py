@@ -1,7 +1,6 @@
 """Trainers that differentiate their objective at a relearned copy, beside loops."""
 
 import copy
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, Relearned, distributed, open_run, relearned
 from geffect.capture import every
@@ -24,18 +22,20 @@ from tests.utils import shallow as tiny
 from tests.utils import unlearning_trainers as kinds
 from tests.utils.rectified_trainers import gradient, gru, stepped
 from tests.utils.rectified_trainers import windows as windows_of
-from tests.utils.trainers import Sharding, same, whole
+from tests.utils.trainers import same, whole
 from tests.utils.unlearning_runs import (
     FORGET,
-    LR,
+    KINDS,
     RETAIN,
     WEIGHT,
+    Item,
     alike_items,
     arguments,
+    ends_of,
     flat_gradient,
+    followed,
     states,
     wga,
-    windows,
 )
 
 AT = Relearned(radius=0.05, steps=2)
@@ -69,27 +69,17 @@ def trained(
 
 def naive(model: nn.Module, weight: float, rectified: bool) -> nn.Module:
     """A copy of the model after plain SGD: WGA at the copy, its retain term at theta."""
-    model = copy.deepcopy(model)
-    average = None
-    for window in windows(forget=FORGET, retain=RETAIN):
+
+    def gradient_of(model: nn.Module, window: list[dict[str, Item]]) -> Tensor:
         at_copy = []
         for batch in window:
             learned = partial(reference.nll, model, batch["forget"])
             with relearned(model, learned, radius=AT.radius, steps=AT.steps):
                 at_copy.append(flat_gradient(model, [wga(model, None, batch)]))
         r = flat_gradient(model, [reference.nll(model, batch["retain"]) for batch in window])
-        u = torch.stack(at_copy).mean(0) + weight * r
-        if rectified:
-            average = r if average is None else 0.8 * r + 0.2 * average
-            u = gru(u, average)
-        step = LR * u * min(1.0, 1.0 / (u.norm().item() + 1e-6))
-        offset = 0
-        with torch.no_grad():
-            for parameter in model.parameters():
-                size = parameter.numel()
-                parameter -= step[offset : offset + size].view_as(parameter)
-                offset += size
-    return model
+        return torch.stack(at_copy).mean(0) + weight * r
+
+    return followed(model, gradient_of, gru if rectified else None)
 
 
 @pytest.mark.parametrize("rectified", [False, True])
@@ -219,11 +209,6 @@ def test_what_cannot_be_trained_at_a_copy(tmp_path: Path) -> None:
         rectify(other, Rectifier(other.model), retain=kinds.RETAIN, relearned=True)
 
 
-class ShardingUnlearning(Sharding, UnlearningTrainer):
-    """One that shards its model by FSDP2, which it does by itself on GPUs alone."""
-
-
-KINDS = {"ddp": UnlearningTrainer, "fsdp2": ShardingUnlearning}
 RUNS = [(kind, rectified) for kind in KINDS for rectified in (False, True)]
 
 
@@ -245,16 +230,7 @@ def end(folder: Path, kind: Any, rectified: bool, **options: Any) -> list[np.nda
 
 
 def of_two(folder: str) -> dict[Any, Any]:
-    rank = distributed.rank()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in told.items()}
-    said = {}
-    for kind, rectified in RUNS:
-        place = Path(folder, kind)
-        place.mkdir(exist_ok=True)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        said[kind, rectified] = end(place, KINDS[kind], rectified)
-    return said
+    return ends_of(folder, RUNS, end)
 
 
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:

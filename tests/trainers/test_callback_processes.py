@@ -1,6 +1,5 @@
 """The callback in two processes with a Trainer each, by DDP and by FSDP2."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,9 +61,7 @@ def full_disk(at_step: int) -> Iterator[None]:
 
 def of_two(folder: str) -> dict[str, Any]:
     """What one of two processes has to say of each kind."""
-    rank = distributed.rank()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in told.items()}
+    two_ranks.tell_place()
     return {kind: of_kind(kind, Path(folder, kind)) for kind in KINDS}
 
 

@@ -1,6 +1,5 @@
 """Rectified Trainers in two processes, by DDP and by FSDP2, against one that has all the data."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,10 +103,7 @@ def stopped_of_two(layout: str, folder: str) -> list[dict[str, Any]]:
 
 
 def end(layout: str, folder: str, case: str, *callbacks: Any, **told: Any) -> dict[str, Any]:
-    rank = distributed.rank()
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    place |= told.pop("place", {})
-    os.environ |= {name: str(value) for name, value in place.items()}
+    two_ranks.tell_place(**told.pop("place", {}))
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = train(Path(folder), case, KINDS[layout], *callbacks, processes=2, **told)
     sharded = any(map(distributed.is_sharded, trainer.model.parameters()))

@@ -32,21 +32,21 @@ from tests.utils.trainers import same
 from tests.utils.unlearning_runs import (
     BATCH,
     FORGET,
-    LR,
     OBJECTIVES,
     RETAIN,
     SEED,
     WEIGHT,
     WORLD,
+    Item,
     arguments,
     flat_gradient,
+    followed,
     ga,
     items,
     padded,
     plus_retain,
     states,
     trained,
-    windows,
 )
 
 
@@ -57,22 +57,12 @@ def naive(
     ema: float = 0.8,
 ) -> nn.Module:
     """A copy of the model after plain SGD, its gradient rectified against the average, clipped."""
-    origin, model = copy.deepcopy(model), copy.deepcopy(model)
-    average = None
-    for window in windows(forget=FORGET, retain=RETAIN):
-        u = flat_gradient(model, [loss_of(model, origin, batch) for batch in window])
-        if rule is not None:
-            r = flat_gradient(model, [reference.nll(model, batch["retain"]) for batch in window])
-            average = r if average is None else ema * r + (1 - ema) * average
-            u = rule(u, average)
-        step = LR * u * min(1.0, 1.0 / (u.norm().item() + 1e-6))
-        offset = 0
-        with torch.no_grad():
-            for parameter in model.parameters():
-                size = parameter.numel()
-                parameter -= step[offset : offset + size].view_as(parameter)
-                offset += size
-    return model
+    origin = copy.deepcopy(model)
+
+    def gradient_of(model: nn.Module, window: list[dict[str, Item]]) -> Tensor:
+        return flat_gradient(model, [loss_of(model, origin, batch) for batch in window])
+
+    return followed(model, gradient_of, rule, ema)
 
 
 def assert_close(a: nn.Module, b: nn.Module, tolerance: float) -> None:

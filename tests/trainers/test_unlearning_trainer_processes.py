@@ -1,28 +1,20 @@
 """The trainer for unlearning in two processes, by DDP and by FSDP2."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from geffect import Recorder, Rectifier, distributed, open_run
 from geffect.objectives import NPO, GradDiff
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import shallow as tiny
 from tests.utils import two_ranks
-from tests.utils.trainers import Sharding, whole
-from tests.utils.unlearning_runs import alike_items, arguments
+from tests.utils.trainers import whole
+from tests.utils.unlearning_runs import alike_items, arguments, ends_of
 
-
-class ShardingUnlearning(Sharding, UnlearningTrainer):
-    """One that shards its model by FSDP2, which it does by itself on GPUs alone."""
-
-
-KINDS = {"ddp": UnlearningTrainer, "fsdp2": ShardingUnlearning}
 RECTIFIERS: dict[str, Any] = {
     "ordinary": lambda model: None,
     "recorded": lambda model: None,
@@ -63,16 +55,7 @@ def end(folder: Path, kind: type[UnlearningTrainer], rectified: str, **options: 
 
 def of_two(folder: str) -> dict[str, Any]:
     """What one of two processes has to say of each kind."""
-    rank = distributed.rank()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in told.items()}
-    said = {}
-    for kind, rectified in RUNS:
-        place = Path(folder, kind)
-        place.mkdir(exist_ok=True)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        said[kind, rectified] = end(place, KINDS[kind], rectified)
-    return said
+    return ends_of(folder, RUNS, end)
 
 
 @pytest.fixture(scope="module")

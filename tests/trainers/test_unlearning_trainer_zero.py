@@ -1,6 +1,5 @@
 """The trainer for unlearning under DeepSpeed: two processes, against DDP and against itself."""
 
-import os
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from geffect import Recorder, Rectifier, open_run
@@ -71,9 +69,7 @@ def ended(trainer: UnlearningTrainer, **options: Any) -> dict[str, Any]:
 
 def in_processes(folder: str) -> Any:
     """What training comes to under DDP and at stages of ZeRO, and resumed there."""
-    rank = dist.get_rank()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in told.items()}
+    two_ranks.tell_place()
     loaded()
     said = {}
     for stage in (None, *ZERO):  # DDP comes first: an engine is said to all that follow

@@ -1,7 +1,6 @@
 """The callback and `rectify` under DeepSpeed: two processes, against DDP and against themselves."""
 
 import math
-import os
 import re
 from functools import partial
 from importlib.util import find_spec
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers import Trainer
 
@@ -128,9 +126,7 @@ def rectified(stage: str, case: str, folder: Path, *callbacks: Any, **options: A
 
 def begin() -> None:
     """Tell this process its place, and have DeepSpeed there."""
-    rank = dist.get_rank()
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in place.items()}
+    two_ranks.tell_place()
     loaded()
 
 

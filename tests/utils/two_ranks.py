@@ -54,6 +54,13 @@ def run(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     return [said[rank][1] for rank in range(RANKS)]
 
 
+def tell_place(**others: Any) -> None:
+    """Tell the environment what a launcher would: which of the processes of one node this is."""
+    rank = dist.get_rank()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ |= {name: str(value) for name, value in (place | others).items()}
+
+
 def _collected(pipes: list[Connection]) -> dict[int, tuple[str, Any]]:
     """The answers: (traceback or "", result), by rank."""
     said: dict[int, tuple[str, Any]] = {}

@@ -1,10 +1,12 @@
 """Unlearnings that a plain loop can follow: their arguments, data, and the loop's losses."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -12,7 +14,9 @@ from geffect import Rectifier
 from geffect.data.pairs import Pairing
 from geffect.objectives import NPO, GradDiff, GradientAscent, Objective, WeightedGradientAscent
 from geffect.trainers.unlearning import UnlearningTrainer
-from tests.utils import reference, tiny
+from tests.utils import reference, tiny, two_ranks
+from tests.utils.rectified_trainers import stepped
+from tests.utils.trainers import Sharding
 
 LR, BATCH, WINDOW, EPOCHS, SEED = 1e-2, 2, 2, 2, 3
 
@@ -155,3 +159,42 @@ OBJECTIVES = {
 
 def flat_gradient(model: nn.Module, losses: list[Tensor]) -> Tensor:
     return reference.flat(reference.gradient(model, torch.stack(losses).mean()))
+
+
+def followed(
+    model: nn.Module,
+    gradient_of: Callable[[nn.Module, list[dict[str, Item]]], Tensor],
+    rule: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ema: float = 0.8,
+) -> nn.Module:
+    """A copy of the model after plain SGD, its gradient rectified against the average, clipped."""
+    model = copy.deepcopy(model)
+    average = None
+    for window in windows(forget=FORGET, retain=RETAIN):
+        u = gradient_of(model, window)
+        if rule is not None:
+            r = flat_gradient(model, [reference.nll(model, batch["retain"]) for batch in window])
+            average = r if average is None else ema * r + (1 - ema) * average
+            u = rule(u, average)
+        stepped(model, u, rate=LR, limit=1.0)
+    return model
+
+
+class ShardingUnlearning(Sharding, UnlearningTrainer):
+    """One that shards its model by FSDP2, which it does by itself on GPUs alone."""
+
+
+KINDS = {"ddp": UnlearningTrainer, "fsdp2": ShardingUnlearning}
+"""How a trainer spreads its model over processes."""
+
+
+def ends_of(folder: str, runs: Sequence[tuple[str, Any]], end: Callable[..., Any]) -> Any:
+    """What one of two processes has to say of runs, each a kind and what else `end` is told."""
+    two_ranks.tell_place()
+    said = {}
+    for kind, how in runs:
+        place = Path(folder, kind)
+        place.mkdir(exist_ok=True)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        said[kind, how] = end(place, KINDS[kind], how)
+    return said
