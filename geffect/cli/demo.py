@@ -10,7 +10,7 @@ import typer
 from .command import Apart, Needs, Rule, check_together
 from .fields import texts_given
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
-from .options import choice, whole
+from .options import Medium, choice, whole
 from .terminal import say, say_marked, terminal
 
 if TYPE_CHECKING:
@@ -297,13 +297,13 @@ def _draw_paper(out: Path, plan: "Plan", console: "Console") -> None:
     from geffect import open_run
     from geffect.demo.paper import FOLDER, run_paper, weight
 
-    from .figures import Style, made_of, write
+    from .figures import made_of, write
     from .progress import shown
 
     with shown(weight(plan), console, "paper") as report:
         runs = run_paper(out, plan, report)
     made = made_of([open_run(path) for path in runs])
-    written = write(made, out / FOLDER, Style.COLUMN)
+    written = write(made, out / FOLDER, Medium.COLUMN)
     say(console, *(one.said for one in made))
     say(console, f"{written} of {len(made)} figures of the paper in {out / FOLDER}")
 

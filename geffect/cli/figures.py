@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import check_output, choice
+from .options import Medium, check_output, choice
 from .terminal import say, terminal
 
 if TYPE_CHECKING:
@@ -28,14 +27,6 @@ MEANS = {INVERSE: "mean of 1/p", WEIGHTS: "mean weight of a sample"}
 
 CALLED = {"coefficient": "c"}
 """What options are called in a figure, where that is not their own name."""
-
-
-class Style(StrEnum):
-    """Where figures are to stand."""
-
-    COLUMN = "column"
-    PAGE = "page"
-    SLIDE = "slide"
 
 
 @dataclass(frozen=True)
@@ -111,8 +102,9 @@ def command(
         ),
     ] = False,
     place: Annotated[
-        Style, choice("--style", Style, "Where they are to stand, which sets their width", "PLACE")
-    ] = Style.COLUMN,
+        Medium,
+        choice("--style", Medium, "Where they are to stand, which sets their width", "PLACE"),
+    ] = Medium.COLUMN,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace figures that are in the folder.")
     ] = False,
@@ -156,7 +148,7 @@ def made_of(runs: Sequence["Run"]) -> list[Made]:
     return [_made(figure, given) for figure in figures()]
 
 
-def write(made: Sequence[Made], folder: Path, place: Style) -> int:
+def write(made: Sequence[Made], folder: Path, place: Medium) -> int:
     """Write the figures that were made into a folder, and say how many those are."""
     from geffect import plots
     from geffect.plots import paper

@@ -80,6 +80,14 @@ class FactsFormat(StrEnum):
     JSON = "json"
 
 
+class Medium(StrEnum):
+    """What a picture is made for."""
+
+    COLUMN = "column"
+    PAGE = "page"
+    SLIDE = "slide"
+
+
 FormatOption = Annotated[
     Format,
     choice("--format", Format, "How the table is printed, for you or for a script", "FORMAT"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import OverwriteOption, check_output, choice
+from .options import Medium, OverwriteOption, check_output, choice
 from .parts import LayersOption, StepsOption, chosen
 from .selection import (
     BetweenOption,
@@ -41,14 +41,6 @@ class Kind(StrEnum):
     ANGLES = "angles"
     NORM_RATIO = "norm-ratio"
     NOISE_FLOOR = "noise-floor"
-
-
-class Medium(StrEnum):
-    """What a picture is made for."""
-
-    COLUMN = "column"
-    PAGE = "page"
-    SLIDE = "slide"
 
 
 OF_ONE: Mapping[Kind, tuple[ScoreName, ...]] = {
