@@ -36,7 +36,12 @@ NUMBER = re.compile(r"(?<![\w])\d+(?![\w])")
 def chosen(table: "pd.DataFrame", steps: str | None, layers: str | None) -> "pd.DataFrame":
     """The rows of the steps and the layers that are asked for. Raises BadParameter for none."""
     if steps is not None:
-        low, high = _ends(steps)
+        if (ends := _ends(steps)) is None:
+            raise typer.BadParameter(
+                f"`--steps` should be two whole numbers with a colon between them. Found "
+                f"`{plain(steps)}`. Pass, say, --steps 100:500."
+            )
+        low, high = ends
         found = table["step"]
         table = table[(found >= low) & (found <= high)]
         if table.empty:
@@ -47,19 +52,6 @@ def chosen(table: "pd.DataFrame", steps: str | None, layers: str | None) -> "pd.
     if layers is not None:
         table = _of_layers(table, layers)
     return table
-
-
-def _ends(steps: str) -> tuple[float, float]:
-    written = re.fullmatch(r"\s*(\d*)\s*(:?)\s*(\d*)\s*", steps)
-    if written is None or not (written[1] or written[3]):
-        raise typer.BadParameter(
-            f"`--steps` should be two whole numbers with a colon between them. Found "
-            f"`{plain(steps)}`. Pass, say, --steps 100:500."
-        )
-    low, colon, high = written.groups()
-    if not colon:
-        return float(low), float(low)
-    return float(low or 0), float(high or "inf")
 
 
 def _of_layers(table: "pd.DataFrame", layers: str) -> "pd.DataFrame":
@@ -86,11 +78,17 @@ def _of_layers(table: "pd.DataFrame", layers: str) -> "pd.DataFrame":
 
 
 def _is_asked(name: str, asked: str) -> bool:
-    span = re.fullmatch(r"(\d*)(:?)(\d*)", asked)
-    if span is None or not (span[1] or span[3]):
+    ends = _ends(asked)
+    if ends is None:
         return fnmatchcase(name, asked)
     number = NUMBER.search(name.replace(".", " "))
-    if number is None:
-        return False
-    low, colon, high = span.groups()
-    return int(low or 0) <= int(number[0]) <= (float(high or "inf") if colon else int(low))
+    return number is not None and ends[0] <= int(number[0]) <= ends[1]
+
+
+def _ends(written: str) -> tuple[float, float] | None:
+    """Both ends of a number or a range, as in 5, 100: and 0:7; None where it is neither."""
+    found = re.fullmatch(r"\s*(\d*)\s*(?:(:)\s*(\d*)\s*)?", written)
+    if found is None or not (found[1] or found[3]):
+        return None
+    low, colon, high = found.groups()
+    return (float(low or 0), float(high or "inf")) if colon else (float(low), float(low))

@@ -24,7 +24,7 @@ def test_steps_are_of_both_ends(asked: str, kept: list[int]) -> None:
     assert chosen(table(), asked, None)["step"].unique().tolist() == kept
 
 
-@pytest.mark.parametrize("asked", ["", ":", "a:b", "10-20", "-5", "1:2:3", "1.5"])
+@pytest.mark.parametrize("asked", ["", ":", "a:b", "10-20", "-5", "1:2:3", "1.5", "5 10"])
 def test_steps_that_are_none_are_refused(asked: str) -> None:
     with pytest.raises(typer.BadParameter, match=r"`--steps` should be .* Found .* Pass, say"):
         chosen(table(), asked, None)
@@ -64,7 +64,7 @@ def test_parameters_and_towers_have_numbers_too() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", ["", "12", "hed", "layer 99", "head,", "20:30", "5:3"])
+@pytest.mark.parametrize("asked", ["", "12", "hed", "layer 99", "head,", "20:30", "5:3", "1 2"])
 def test_layers_that_are_none_are_refused(asked: str) -> None:
     with pytest.raises(typer.BadParameter, match=r"`--layers` should name blocks .* Found `"):
         chosen(table(), None, asked)
