@@ -51,11 +51,15 @@ FEW_STEPS = 12
 
 
 def _show(table: "pd.DataFrame") -> None:
+    from pandas.api.types import is_numeric_dtype
+
     from geffect.scores import LEVEL, SAYS, in_common
 
-    beside = ("tolerance", "floor", "gap", "length", "clip_scale")
-    numbers = ("step", "value", *beside, "rows", "low", "high")
-    names = [c for c in table.columns if c not in (*numbers, LEVEL, *SAYS)]
+    names = [
+        str(name)
+        for name, column in table.items()
+        if name not in (LEVEL, *SAYS) and not is_numeric_dtype(column)
+    ]
     steps = f"{table['step'].nunique()} steps, {table['step'].min()} to {table['step'].max()}"
     title = f"{in_common(table) or 'rectification'}: {steps}"
     if LEVEL in table:
