@@ -82,9 +82,7 @@ def half_spaces(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             [x], [y], marker=(3, 0, towards - 90), markersize=4 * lines[-1].get_linewidth(),
             color=lines[-1].get_color(), alpha=lines[-1].get_alpha(), markeredgewidth=0, zorder=3,
         )  # fmt: skip
-    legend = key(ax, lines)
-    legend.set_title("gradient")
-    legend.get_title().set_fontsize(points("small"))
+    key(ax, lines, title="gradient")
     heading(ax, constants(table.drop(columns=["source", "other"])))
     note(ax, f"step {table['step'].iloc[0]:g}")
     return ax
