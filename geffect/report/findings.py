@@ -16,13 +16,13 @@ ALIKE = 0.05
 _FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, str], ...] = (
     (
         "The forget risk at the last step is highest in",
-        lambda read: last(read.losses.get("forget", np.array([]))),
+        lambda read: last(read.loss("forget")),
         True,
         "{:.4g} nats",
     ),
     (
         "The retain risk at the last step is lowest in",
-        lambda read: last(read.losses.get("retain", np.array([]))),
+        lambda read: last(read.loss("retain")),
         False,
         "{:.4g} nats",
     ),
@@ -40,7 +40,7 @@ def findings(read: Read) -> list[str]:
 def compared(several: Sequence[Read]) -> list[str]:
     """Which run is first by what counts, and what makes the runs hard to compare."""
     said = [*_firsts(several)]
-    forgotten = {read.name: last(read.losses.get("forget", np.array([]))) for read in several}
+    forgotten = {read.name: last(read.loss("forget")) for read in several}
     known = {name: value for name, value in forgotten.items() if np.isfinite(value)}
     if len(known) > 1:
         low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
@@ -71,7 +71,7 @@ def _firsts(several: Sequence[Read]) -> Iterator[str]:
 def _risks(read: Read) -> Iterator[str]:
     said = []
     for name in ("forget", "retain"):
-        known = read.losses.get(name, np.array([]))
+        known = read.loss(name)
         known = known[~np.isnan(known)]
         if len(known):
             said.append(f"the {name} risk went from {known[0]:.4g} to {known[-1]:.4g} nats")

@@ -92,7 +92,7 @@ def unit_of(read: Read) -> str:
 
 
 def _loss(name: str) -> Callable[[Read], Numbers]:
-    return lambda read: read.losses.get(name, np.array([]))
+    return lambda read: read.loss(name)
 
 
 def _effect(name: str, unit: str) -> Callable[[Read], Numbers]:

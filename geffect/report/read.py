@@ -70,6 +70,10 @@ class Read:
     def losses(self) -> Mapping[str, Numbers]:
         return self.run.losses()
 
+    def loss(self, name: str) -> Numbers:
+        """One loss over the steps; of no length where the run does not have it."""
+        return self.losses.get(name, np.array([]))
+
     @cached_property
     def effects(self) -> pd.DataFrame:
         """The G-effects of the model."""

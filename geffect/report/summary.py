@@ -62,7 +62,7 @@ def violation_rate(read: Read) -> float:
 
 
 def _loss(name: str) -> Callable[[Read], float]:
-    return lambda read: last(read.losses.get(name, np.array([])))
+    return lambda read: last(read.loss(name))
 
 
 def _effect(name: str, summed: Callable[[Numbers], float]) -> Callable[[Read], float]:
