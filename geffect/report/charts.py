@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from geffect.analysis import implicit_weights
 from geffect.pages import Lines, Map, Scale, Series
 from geffect.pages.charts import Chart, Palette
 from geffect.plots.rectification import COURSES, MARKS, UNMARKED
@@ -124,10 +123,9 @@ class OfRun:
 
     def weights(self) -> list[Figure]:
         """The means of the implicit weights, where the run has them."""
-        if not self.read.run.contents.weights:
+        own = self.read.weights
+        if own is None:
             return []
-        table = implicit_weights(self.read.run)
-        own = table[table["statistic"] == "mean"]
         courses = {
             str(name): part["value"].to_numpy(dtype=float)
             for name, part in own.groupby("weight", observed=True, sort=False)

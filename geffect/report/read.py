@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from geffect.analysis import conflict, cosine, g_effect, rectification, violation
+from geffect.analysis import (
+    conflict,
+    cosine,
+    g_effect,
+    implicit_weights,
+    rectification,
+    violation,
+)
 from geffect.analysis.base import check_run
 from geffect.analysis.rectified import acts, constrained
 from geffect.groups import By
@@ -111,6 +118,14 @@ class Read:
         finer = FINER.get((self.run.manifest["rectifier"] or {}).get("scope", "model"))
         levels: list[By] = ["model", finer] if finer else ["model"]
         return {by: self._counted(rectification(self.run, by)) for by in levels}
+
+    @cached_property
+    def weights(self) -> pd.DataFrame | None:
+        """The means of the implicit weights; None where the run has none."""
+        if not self.run.contents.weights:
+            return None
+        table = implicit_weights(self.run)
+        return table[table["statistic"] == "mean"]
 
     @property
     def rectified(self) -> bool:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from geffect import open_run
+from geffect.pages import Lines
+from geffect.report.charts import OfRun, Scales
 from geffect.report.read import names, objective_of, opened, rectifier_of
 from geffect.store.schema import Contents, Row
 from geffect.store.writer import RunWriter
@@ -69,3 +71,19 @@ def test_rows_of_several_requests_are_counted(tmp_path: Path) -> None:
 def test_steps_that_do_not_repeat_are_steps(tmp_path: Path) -> None:
     (read,) = opened([open_run(random_run(tmp_path / "run.h5", 3))], "layer")
     assert (read.across, read.steps) == ("step", [0, 1, 2])
+
+
+def test_all_is_read_before_the_rows_are_let_go(tmp_path: Path) -> None:
+    """Also the mean of the implicit weights, which charts ask for when all runs were read."""
+    path = tmp_path / "run.h5"
+    writer = RunWriter(path, PARAMETERS)
+    manifest = {"metadata": {}, "rectifier": None}
+    writer.begin(Contents(("objective", "forget", "retain"), manifest, weights=("tokens",)))
+    gram, weights = np.tile(np.eye(3), (2, 1, 1)), np.array([[1.0, 1.5, 1.9, 2.0]])
+    writer.append(Row(step=0, losses=np.ones(3), gram=gram, weights=weights))
+    writer.close(complete=True)
+    (read,) = opened([open_run(path)], "layer")
+    path.unlink()
+    (drawn,) = OfRun(read, Scales.of([read]), 1).weights()
+    assert isinstance(drawn.chart, Lines)
+    assert [(one.name, one.values) for one in drawn.chart.series] == [("tokens", [1.0])]
