@@ -1,10 +1,11 @@
 """The charts of one run of a report: maps of blocks by steps, and curves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex
 
 from geffect.pages import Lines, Map, Scale, Series
 from geffect.pages.charts import Chart, Palette
@@ -38,7 +39,7 @@ class Figure:
 
 def diverging(count: int = 129) -> Palette:
     """Brown to purple, white at zero: what all pictures of signed scores have."""
-    return [_hex(DIVERGING(share)) for share in np.linspace(0.0, 1.0, count)]
+    return [to_hex(DIVERGING(share)) for share in np.linspace(0.0, 1.0, count)]
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,6 @@ def _values(table: pd.DataFrame, quantity: str) -> Numbers:
 def _share(values: Numbers) -> str:
     known = values[~np.isnan(values)]
     return f"{known.mean():.0%}" if len(known) else "undefined"
-
-
-def _hex(colour: Iterable[float]) -> str:
-    red, green, blue, *_ = (round(255 * share) for share in colour)
-    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def stride_of_maps(read: Read, runs: int) -> int:
