@@ -39,23 +39,33 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
     moves none of a block.
     """
     of, labels, gram = parts_of(run, by)
-    blocks = in_network_order([run.layers[i] for i in of], labels)
-    belongs = np.array([[label == block for label in labels] for block in blocks])
+    blocks, belongs = _members(run, of, labels)
     stepped = run.stepped()[:, of] if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
     gram[~stepped] = 0.0
-    summed = np.stack([gram[:, members].sum(axis=1) for members in belongs], axis=1)
+    summed = _summed(gram, belongs)
     moved = np.stack([stepped[:, members].any(axis=1) for members in belongs], axis=1)
     summed[~moved] = np.nan
     return blocks, summed
 
 
 def block_sums(run: Run, parts: tuple[NDArray[np.int64], list[str]], values: Floats) -> Floats:
-    """The sums over each block of an array (step, part); of `parts_of` the first two."""
-    of, labels = parts
+    """The sums over each block of an array (step, part, ...); of `parts_of` the first two.
+
+    What is NaN makes its own block NaN, and no other.
+    """
+    return _summed(values, _members(run, *parts)[1])
+
+
+def _members(
+    run: Run, of: NDArray[np.int64], labels: Sequence[str]
+) -> tuple[list[str], NDArray[np.bool_]]:
+    """The blocks in network order, and which parts belong to each: an array (block, part)."""
     blocks = in_network_order([run.layers[i] for i in of], labels)
-    belongs = np.array([[label == block for block in blocks] for label in labels], dtype=float)
-    summed: Floats = values @ belongs
-    return summed
+    return blocks, np.array([[label == block for label in labels] for block in blocks])
+
+
+def _summed(values: Floats, belongs: NDArray[np.bool_]) -> Floats:
+    return np.stack([values[:, members].sum(axis=1) for members in belongs], axis=1)
 
 
 def parts_of(run: Run, by: By) -> tuple[NDArray[np.int64], list[str], Floats]:

@@ -5,11 +5,10 @@ import pandas as pd
 from scipy.special import ndtri
 
 from geffect.groups import By
-from geffect.layers import in_network_order
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
-from .base import check_run, parts_of
+from .base import block_sums, check_run, parts_of
 from .cosine import cosine
 
 
@@ -54,10 +53,10 @@ def noise_floor(
     # Of an estimate a squared length may be negative: its cosine is NaN, and so is its floor.
     squares, others = (K[..., i, i] for i in map(run.index, (a, b)))
     numbers = np.array([run.layers[i].numel for i in of]) / np.bincount(of)[of]
-    products = np.stack([squares, others, squares * others / numbers])
-    blocks = in_network_order([run.layers[i] for i in of], labels)
-    summed = [products[..., [label == block for label in labels]].sum(axis=-1) for block in blocks]
-    first, second, both = np.stack(summed, axis=-1)
+    first, second, both = (
+        block_sums(run, (of, labels), products)
+        for products in (squares, others, squares * others / numbers)
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
         # One length after the other: the product of two tiny ones would underflow.
         spread = np.sqrt(both) / np.sqrt(first) / np.sqrt(second)
