@@ -7,7 +7,7 @@ import pandas as pd
 
 from geffect.gram import inner
 from geffect.groups import By
-from geffect.scores import PER_TOKEN, Score, stack, tidy
+from geffect.scores import PER_TOKEN, Score, beside, stack, tidy
 from geffect.sources import UPDATE
 from geffect.store import Run
 
@@ -69,8 +69,7 @@ def accumulated(run: Run, by: By = "model") -> pd.DataFrame:
             "how",
         )
     table = stack(tables, "risk")
-    table.insert(list(table).index("value") + 1, "gap", table.pop("gap"))
-    return table
+    return beside(table, "gap", table["gap"])
 
 
 def before_steps(run: Run, steps: Iterable[int]) -> Floats:

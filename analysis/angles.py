@@ -4,7 +4,7 @@ import pandas as pd
 
 from geffect.gram import cosine, norm
 from geffect.groups import By
-from geffect.scores import COSINE, Score, stack, tidy
+from geffect.scores import COSINE, Score, beside, stack, tidy
 from geffect.store import Run
 
 from .base import check_run, column_of, in_space, summed_gram
@@ -45,5 +45,4 @@ def angles(run: Run, by: By = "model", *, stepped_only: bool = True) -> pd.DataF
         for i, source in enumerate(run.sources)
     }
     table = stack(tables, "source")
-    table.insert(list(table).index("value") + 1, "length", table.pop("length"))
-    return table
+    return beside(table, "length", table["length"])

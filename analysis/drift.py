@@ -11,7 +11,7 @@ from geffect import sketch
 from geffect.encodings import ENCODINGS
 from geffect.groups import By, label_of
 from geffect.layers import Parameter, in_network_order
-from geffect.scores import COSINE, Score, tidy
+from geffect.scores import COSINE, Score, beside, tidy
 from geffect.sources import RETAIN
 from geffect.store import Run
 
@@ -75,8 +75,7 @@ def drift(
     )
     every = np.tile(np.repeat(products.other_steps, len(blocks)), len(products.steps))
     table.insert(1, "other_step", every)
-    table.insert(list(table).index("value") + 1, "error", error.reshape(-1))
-    return table
+    return beside(table, "error", error.reshape(-1))
 
 
 @dataclass(frozen=True)

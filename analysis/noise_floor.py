@@ -5,6 +5,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from geffect.groups import By
+from geffect.scores import beside
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
@@ -62,5 +63,4 @@ def noise_floor(
         spread = np.sqrt(both) / np.sqrt(first) / np.sqrt(second)
     floor = np.minimum(1.0, ndtri((1 + level) / 2) * spread).reshape(-1)
     floor[table["value"].isna()] = np.nan
-    table.insert(list(table).index("value") + 1, "floor", floor)
-    return table
+    return beside(table, "floor", floor)

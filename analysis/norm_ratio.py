@@ -5,7 +5,7 @@ import pandas as pd
 
 from geffect.gram import norm
 from geffect.groups import By
-from geffect.scores import Score, tidy
+from geffect.scores import Score, beside, tidy
 from geffect.sources import OBJECTIVE, RETAIN
 from geffect.store import Run
 
@@ -33,6 +33,4 @@ def norm_ratio(
     values = np.where(above > 0, above, np.nan) / np.where(below > 0, below, np.nan)
     score = Score(f"length of {named(run, a)} over that of {b}")
     table = tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))
-    scale = np.repeat(run.column("clip_scale"), len(blocks))
-    table.insert(list(table).index("value") + 1, "clip_scale", scale)
-    return table
+    return beside(table, "clip_scale", np.repeat(run.column("clip_scale"), len(blocks)))

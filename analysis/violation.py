@@ -5,7 +5,7 @@ import pandas as pd
 
 from geffect.gram import cosine, norm
 from geffect.groups import By
-from geffect.scores import YES_OR_NO, Score, stack, tidy
+from geffect.scores import YES_OR_NO, Score, beside, stack, tidy
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
 
@@ -64,7 +64,7 @@ def violation(run: Run, by: By | None = None) -> pd.DataFrame:
             by=column_of(by),
             **level_told(run, by),
         )
-        table.insert(list(table).index("value") + 1, "tolerance", allowed.reshape(-1))
+        table = beside(table, "tolerance", allowed.reshape(-1))
         tables[against] = table
     return stack(tables, "against") if len(tables) > 1 else table
 

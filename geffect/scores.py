@@ -119,6 +119,20 @@ def said(table: pd.DataFrame, score: Score) -> pd.DataFrame:
     return table.assign(score=score.label, unit=score.unit)
 
 
+def beside(
+    table: pd.DataFrame, name: str, numbers: NDArray[np.float64] | pd.Series
+) -> pd.DataFrame:
+    """The table with a further column of numbers, which stands after `value`.
+
+    >>> beside(pd.DataFrame({"value": [1.0], "unit": ["s"]}), "error", np.array([0.1]))
+       value  error unit
+    0    1.0    0.1    s
+    """
+    others = table.drop(columns=name, errors="ignore")
+    others.insert(list(others).index("value") + 1, name, numbers)
+    return others
+
+
 def stack(tables: Mapping[str, pd.DataFrame], column: str) -> pd.DataFrame:
     """The tables below one another, told apart by a new `column` before `value`.
 
