@@ -18,10 +18,10 @@ from .style import (
     drawn,
     dress,
     heading,
-    medium,
+    is_narrow,
     new_figure,
-    panels_abreast,
     points,
+    rows_and_columns,
 )
 from .style import title as put_title
 from .ticks import log_ticks
@@ -71,11 +71,8 @@ def crossings(
     require(table, [by, "method", "step", "forget_nll", kept, "at_level"])
     once_only(table, [by, "method", "step"])
     names = levels(table[by])
-    tall = -(-len(names) // panels_abreast(columns))
-    wide = -(-len(names) // tall)
-    made_for = medium()
-    is_narrow = made_for is not None and made_for.is_narrow
-    figure = new_figure(4.3 * wide, (3.0 if is_narrow else 4.9) * tall)
+    tall, wide = rows_and_columns(len(names), columns)
+    figure = new_figure(4.3 * wide, (3.0 if is_narrow() else 4.9) * tall)
     shown = table[table["at_level"] | (table["forget_nll"] <= level)]
     values = shown[kept].to_numpy(dtype=float)
     limits = (0.8 * values[values > 0].min(), 1.25 * values.max())

@@ -25,8 +25,8 @@ from .style import (
     dress,
     framed,
     heading,
+    is_narrow,
     key,
-    medium,
     new_figure,
     note,
     points,
@@ -115,8 +115,7 @@ def _lines(table: pd.DataFrame) -> Figure:
     axis_label(grid[0, 0].yaxis, COSINE.label)
     drawn = grid[0, -1].lines[1:]
     key(grid[0, -1], [line for line in drawn if np.isfinite(line.get_ydata()).any()])
-    made_for = medium()
-    if made_for and made_for.is_narrow:  # below the marks, not between them and the lines
+    if is_narrow():  # below the marks, not between them and the lines
         shared_key(figure, [grid[0, -1]])
     return figure
 
@@ -124,8 +123,7 @@ def _lines(table: pd.DataFrame) -> Figure:
 def _maps(table: pd.DataFrame) -> Figure:
     sets, blocks = levels(table["against"]), blocks_in(table)
     tall = float(np.clip(0.17 * len(blocks), 2.4, 5.5))
-    made_for = medium()
-    wide = 2 if made_for and made_for.is_narrow else 4
+    wide = 2 if is_narrow() else 4
     figure = new_figure(3.5 * wide, len(sets) * (4 // wide) * tall + 0.7)
     mapped = ("cosine_before", "cosine_after")
     cosines = said(table[table["quantity"].isin(mapped)], COSINE)

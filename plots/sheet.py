@@ -21,11 +21,12 @@ from .style import (
     abreast,
     framed,
     heading,
+    is_narrow,
     longest,
     medium,
     new_figure,
-    panels_abreast,
     points,
+    rows_and_columns,
     write_labels,
 )
 from .style import title as put_title
@@ -60,8 +61,7 @@ def facets(
     """
     require(table, [by])
     names = levels(table[by])
-    tall = -(-len(names) // panels_abreast(columns))
-    wide = -(-len(names) // tall)
+    tall, wide = rows_and_columns(len(names), columns)
     units = max(len(units_in(table[table[by].astype(str) == name])) for name in names)
     further = max(units - 1, 0)  # scales on the right of each panel
     figure = new_figure((2.9 + 2 * SIDE * further) * wide + 1.4, (2.7 + 0.6 * further) * tall + 0.5)
@@ -121,8 +121,7 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     )
     long = longest(short(blocks_in(table)))
     made_for = medium()
-    is_narrow = made_for is not None and made_for.is_narrow
-    if made_for and is_narrow:
+    if made_for and is_narrow():
         figure = new_figure(made_for.width, 3 * len(rows) * 2.0)
         grid = figure.subplots(3 * len(rows), 1).reshape(len(rows), 3)
     else:
@@ -137,7 +136,7 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
             if ax is not alike:
                 ax.sharey(alike)
             plot(framed(part.drop(columns=LEVEL, errors="ignore"), table), ax=ax)
-    if not is_narrow:
+    if not is_narrow():
         for ax in grid[:-1].flat:
             ax.set_xlabel("")
         for maps, profiles, courses in grid:  # what a value is stands once a row
@@ -176,8 +175,7 @@ def shared_key(figure: Figure, panels: Iterable[Axes], *, below: bool = False) -
                     named.setdefault(text.get_text(), handle)
             legend.remove()
     if named:
-        made_for = medium()
-        is_below = below or (made_for is not None and made_for.is_narrow)
+        is_below = below or is_narrow()
         shared = figure.legend(
             handles=list(named.values()),
             labels=["" for _ in named],

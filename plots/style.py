@@ -110,6 +110,7 @@ ABREAST = 48  # characters of a heading on one line
 LONGEST = 120  # characters of a label on several lines
 SIDE = 0.85  # inches that a scale on the right takes, with its label
 LEAST = 7.0  # points of the smallest text
+NARROW = 5.0  # inches below which a picture has no room beside the data
 
 EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
 """TrueType in PDF and PostScript, which journals ask for; text of an SVG that stays text."""
@@ -126,11 +127,6 @@ class Medium:
     width: float
     text: float
     abreast: int
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether keys and scales have no room beside the data, and stand below."""
-        return self.width < 5
 
 
 MEDIA = {"column": Medium(3.3, 8.0, 1), "page": Medium(6.9, 8.5, 3), "slide": Medium(10.0, 15.0, 2)}
@@ -175,6 +171,12 @@ def style(name: Literal["column", "page", "slide"]) -> Iterator[None]:
 def medium() -> Medium | None:
     """What pictures are made for, inside of `style`."""
     return _MEDIUM.get()
+
+
+def is_narrow() -> bool:
+    """Whether keys and scales have no room beside the data, and stand below."""
+    made_for = medium()
+    return made_for is not None and made_for.width < NARROW
 
 
 def points(size: Literal["large", "medium", "small", "x-small"]) -> float:
@@ -467,10 +469,15 @@ def new_axes(width: float = 5.6, height: float = 3.4, *, named: int = 4) -> Axes
     return figure.subplots()
 
 
-def panels_abreast(most: int) -> int:
-    """How many panels stand side by side, at most, in the medium that pictures are made for."""
+def rows_and_columns(panels: int, most: int) -> tuple[int, int]:
+    """How many rows and columns panels stand in: at most so many, and what the medium takes.
+
+    >>> rows_and_columns(4, 3)
+    (2, 2)
+    """
     made_for = medium()
-    return min(most, made_for.abreast) if made_for else most
+    rows = -(-panels // (min(most, made_for.abreast) if made_for else most))
+    return rows, -(-panels // rows)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -486,7 +493,7 @@ def _size(width: float, height: float, named: int = 0) -> tuple[float, float]:
     """The size in inches: as it is asked for, or of the medium's width and about as upright."""
     if (made_for := medium()) is None:
         return width, height
-    below = 0.15 + 0.08 * min(named, 14) if made_for.is_narrow else 0.0
+    below = 0.15 + 0.08 * min(named, 14) if is_narrow() else 0.0
     return made_for.width, height * (1 + made_for.width / width) / 2 + below
 
 
@@ -496,12 +503,11 @@ def colour_bar(ax: Axes, mesh: ScalarMappable, label: str, also: str = "") -> Co
     What is said `also` stands on a line of its own.
     """
     assert ax.figure is not None
-    made_for = medium()
-    is_below = made_for is not None and made_for.is_narrow
+    is_below = is_narrow()
     place = {"location": "bottom", "aspect": 34} if is_below else {"aspect": 28, "fraction": 0.06}
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, **place)
     room = 34
-    if made_for:
+    if medium():
         length = _width(ax) if is_below else _height(ax)
         room = min(LONGEST if is_below else 34, int(72 * length / (0.56 * points("medium"))))
     axis = bar.ax.xaxis if is_below else bar.ax.yaxis
@@ -537,8 +543,7 @@ def key(ax: Axes, handles: Sequence[Artist], *, offset: float = 0.0, title: str 
     room below it."""
     assert ax.figure is not None
     labels = [drawn(handle.get_label()) for handle in handles]
-    made_for = medium()
-    if made_for and made_for.is_narrow:
+    if is_narrow():
         place: dict[str, Any] = {
             "bbox_to_anchor": (0.0, -0.5),
             "bbox_transform": _Below(ax),
