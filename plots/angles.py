@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 
 from .conventions import Asked, picture
 from .fit import blocks_in, constants, levels, once_only, require
-from .style import DIVERGING, drawn, dress, heading, new_axes, note, points, wrapped
+from .style import DIVERGING, colour_bar, drawn, dress, heading, new_axes, note, points
 from .text import readable_on
 
 
@@ -70,9 +70,5 @@ def angles(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     heading(ax, constants(table.drop(columns=["source", "other"])))
     steps = table["step"].nunique()
     note(ax, f"median of {steps} steps" if steps > 1 else f"step {table['step'].iloc[0]:g}")
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.06, aspect=28)
-    undefined = " (grey: undefined)" if np.isnan(values).any() else ""
-    bar.set_label(wrapped(f"cosine{undefined}"), fontsize=points("medium"))
-    bar.ax.tick_params(width=0.6, length=2.5, labelsize=points("small"))
-    bar.outline.set_visible(False)
+    colour_bar(ax, mesh, "cosine", "(grey: undefined)" if np.isnan(values).any() else "")
     return ax
