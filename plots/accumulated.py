@@ -9,7 +9,7 @@ from geffect.text import plain
 
 from .conventions import Asked, picture
 from .fit import all_levels, constants, levels, once_only, require
-from .style import QUIET, SOLID, dress, heading, key, new_axes, note, points, step_axis, wrapped
+from .style import QUIET, SOLID, axis_label, dress, heading, key, new_axes, note, points, step_axis
 
 PREDICTED, MEASURED = "predicted", "measured"
 
@@ -58,7 +58,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         known_gaps = measured["gap"].dropna()
         gaps += [f"{plain(risk)} {100 * known_gaps.iloc[-1]:.0f} %"] if len(known_gaps) else []
     step_axis(ax)
-    ax.set_ylabel(wrapped(score_of(table).full), fontsize=points("medium"))
+    axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
     note(ax, "points: measured")

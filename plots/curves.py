@@ -8,7 +8,7 @@ from geffect.scores import score_of
 
 from .conventions import Asked
 from .fit import constants, levels, once_only, require
-from .style import drawn, dress, heading, key, new_axes, points, wrapped
+from .style import axis_label, dress, heading, key, new_axes
 
 
 def curves_of_models(
@@ -28,9 +28,9 @@ def curves_of_models(
             **asked.look(color=ink.colour, linestyle=ink.dashes, linewidth=1.4, zorder=3,
                          marker="o" if len(own) <= 40 else "", markersize=3),
         )  # fmt: skip
-    ax.set_xlabel(drawn(says), fontsize=points("medium"))
+    axis_label(ax.xaxis, says)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
-    ax.set_ylabel(wrapped(score_of(table).full), fontsize=points("medium"))
+    axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
     heading(ax, constants(table.drop(columns="model")))
     key(ax, handles)

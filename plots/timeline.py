@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from geffect.scores import blocks_of, score_of
+from geffect.scores import score_of
 
-from .fit import constants, told_apart
+from .fit import blocks_in, constants, told_apart
 from .heatmap import heatmap
 from .lines import trajectory
-from .style import framed, longest, new_figure, points
+from .style import axis_label, framed, longest, new_figure
 from .style import title as put_title
 
 
@@ -36,7 +36,7 @@ def timeline(table: pd.DataFrame, *, title: str | None = None) -> Figure:
             f"`table` should be of a score that is 0 or 1. Found {score.full!r}. Pass that of "
             "conflict or violation, or draw it with heatmap."
         )
-    blocks = table[blocks_of(table)].astype(str).unique()
+    blocks = blocks_in(table)
     tall = float(np.clip(0.17 * len(blocks), 2.2, 4.5))
     figure = new_figure(5.2 + 0.06 * longest(blocks), tall + 1.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(tall, 1.1))
@@ -47,7 +47,7 @@ def timeline(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     below.set_title("", loc="right")
     if (legend := below.get_legend()) is not None:
         legend.remove()
-    below.set_ylabel("rate (%)", fontsize=points("medium"))
+    axis_label(below.yaxis, "rate (%)")
     if title is not None or constants(table):
         above.set_title("", loc="left")
         put_title(figure, constants(table) if title is None else title)

@@ -10,7 +10,7 @@ from geffect.sources import FORGET, RETAIN
 from .accumulated import PREDICTED
 from .conventions import Asked, picture
 from .fit import all_levels, constants, levels, names_in, once_only, require
-from .style import DASHED, QUIET, SOLID, dress, heading, key, new_axes, note, points, wrapped
+from .style import DASHED, QUIET, SOLID, axis_label, dress, heading, key, new_axes, note
 
 
 @picture(Line2D)
@@ -77,8 +77,8 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             )  # fmt: skip
             handles += [line] if name not in {h.get_label() for h in handles} else []
     rise = score_of(table).full
-    ax.set_xlabel(wrapped(f"forget: {rise}"), fontsize=points("medium"))
-    ax.set_ylabel(wrapped(f"retain: {rise}"), fontsize=points("medium"))
+    axis_label(ax.xaxis, f"forget: {rise}")
+    axis_label(ax.yaxis, f"retain: {rise}")
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
     note(ax, "right: forgets; up: harms" + ("; dashed: measured" if several else ""))
