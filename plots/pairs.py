@@ -18,6 +18,7 @@ from .style import (
     new_axes,
     points,
 )
+from .text import readable_on
 
 
 @picture(QuadMesh, by="cmap")
@@ -66,16 +67,15 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     for pair in table.to_dict("records"):
         value = pair["value"]
         is_known = bool(np.isfinite(value))
-        red, green, blue, _ = mesh.to_rgba(value) if is_known else (1.0, 1.0, 1.0, 1.0)
-        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        background = tuple(mesh.to_rgba(value)) if is_known else (1.0, 1.0, 1.0, 1.0)
         ax.text(
             columns[str(pair["other"])] + 0.5,
             rows[str(pair["request"])] + 0.5,
             f"{value:.2f}" if is_known else "undefined",
             ha="center",
             va="center",
-            color="white" if is_dark else "black",
-            fontsize=points("medium") if is_known else "small",
+            color=readable_on(background),
+            fontsize=points("medium" if is_known else "small"),
         )
     dress(ax, frame=False)
     colour_bar(ax, mesh, score_of(table).full)
