@@ -24,7 +24,7 @@ from .style import (
     rows_and_columns,
 )
 from .style import title as put_title
-from .ticks import log_ticks
+from .ticks import log_scale
 from .tradeoff import mark_level
 
 Floats = NDArray[np.float64]
@@ -78,8 +78,7 @@ def crossings(
     limits = (0.8 * values[values > 0].min(), 1.25 * values.max())
     for index, name in enumerate(names):
         ax = figure.add_subplot(tall, wide, index + 1)
-        ax.set_yscale("log")
-        log_ticks(ax.yaxis)
+        log_scale(ax)
         ax.set_xlim(0.0, level)
         ax.set_ylim(*limits)
         _panel(ax, shown[shown[by].astype(str) == name], kept, level)

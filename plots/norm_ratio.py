@@ -7,7 +7,7 @@ from .fit import require, told_apart
 from .lines import trajectory
 from .style import PLAIN, QUIET, dress, new_figure, note, points, step_axis
 from .style import title as put_title
-from .ticks import log_ticks
+from .ticks import log_scale
 
 
 def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
@@ -35,8 +35,7 @@ def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     )[:, 0]
     trajectory(table, ax=above)
     if (table["value"] > 0).any():  # of gradients that are all zero there is no ratio
-        above.set_yscale("log")
-        log_ticks(above.yaxis)
+        log_scale(above)
     above.axhline(1.0, color=QUIET, linewidth=0.6, zorder=1)
     for ax in below:
         above.set_xlabel("")

@@ -15,6 +15,7 @@ from .half_spaces import half_spaces
 from .lines import trajectory
 from .metrics import metrics
 from .sheet import facets
+from .ticks import log_scale
 
 
 def figure_1(table: pd.DataFrame) -> Figure:
@@ -86,7 +87,7 @@ def inverse_confidence(table: pd.DataFrame) -> Figure:
     """A figure of the mean of 1/p over the steps, a line for each setting."""
     figure = _alone(trajectory, table)
     (ax,) = figure.axes
-    ax.set_yscale("log")
+    log_scale(ax)
     ax.set_ylim(bottom=0.8)  # no 1/p is below 1
     return figure
 

@@ -37,7 +37,7 @@ from geffect.scores import SAYS, score_of, scores_in
 from geffect.text import plain
 
 from .fit import blocks_in
-from .ticks import has_glyph, log_ticks, power
+from .ticks import has_glyph, log_scale, power
 
 Dashes = Literal["-"] | tuple[int, tuple[float, ...]]
 
@@ -374,8 +374,7 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     score, frame = score_of(table), Frame.of(table)
     axis_label(ax.yaxis, score.axis)
     if are_above_zero(table):
-        ax.set_yscale("log")
-        log_ticks(ax.yaxis)
+        log_scale(ax)
         return
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
     if score.scale == "symlog":

@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator
@@ -141,9 +142,10 @@ class PlainLog(Formatter):
         return f"{x:g}" if 1e-3 <= x < 1e5 else power(float(f"{x:.3g}"))
 
 
-def log_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis, also within a decade."""
-    axis.set_major_locator(LogLocator(numticks=9))
-    axis.set_major_formatter(PlainLog())
-    axis.set_minor_locator(LogLocator(subs=(2.0, 5.0), numticks=9))
-    axis.set_minor_formatter(PlainLog(most=2.0))
+def log_scale(ax: Axes) -> None:
+    """Gives y a logarithmic scale and ticks in plain text, also within a decade."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(numticks=9))
+    ax.yaxis.set_major_formatter(PlainLog())
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0), numticks=9))
+    ax.yaxis.set_minor_formatter(PlainLog(most=2.0))

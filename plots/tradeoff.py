@@ -23,7 +23,7 @@ from .style import (
     new_axes,
     note,
 )
-from .ticks import log_ticks
+from .ticks import log_scale
 
 NAMES = {
     "forget_nll": "forget NLL (nats per token)",
@@ -74,8 +74,7 @@ def tradeoff(
     # Of one method its dashes say nothing, and may tell the variants apart once more.
     is_one = len(methods) == 1
     ax = ax or new_axes(5.8, 3.8)
-    ax.set_yscale("log")
-    log_ticks(ax.yaxis)
+    log_scale(ax)
     lines = table.groupby([METHOD, "variant", *seed_in(table)], observed=True, sort=False)
     for (method, variant, *_), part in lines:
         if str(variant) not in variants:

@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
 from geffect.plots import half_spaces, metrics
+from geffect.plots.paper import inverse_confidence
+from geffect.scores import WEIGHT, Score, stack, tidy
 from tests.utils.pictures import angles_of_a_step, measured
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -64,6 +66,17 @@ def test_what_has_no_direction_or_is_not_there_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=says):
             half_spaces(other)
+
+
+def test_the_axis_of_the_inverse_confidence_is_in_plain_text() -> None:
+    one = tidy(
+        np.array([[3.0], [40.0]]), Score("mean of 1/p", WEIGHT), steps=np.array([0, 5]),
+        blocks=["model"], by="model",
+    )  # fmt: skip
+    (ax,) = inverse_confidence(stack({"GA": one}, "setting")).axes
+    assert ax.get_yscale() == "log" and ax.get_ylim()[0] == 0.8
+    said = [label.get_text() for label in ax.get_yticklabels(which="both")]
+    assert {"1", "2", "10", "20"} <= {*said}
 
 
 def test_a_table_has_each_number_in_its_place() -> None:
