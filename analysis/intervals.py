@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtrit
 
 from geffect.store import Run
 
@@ -74,6 +73,8 @@ def intervals(
 
 def share_below(level: float, rows: int) -> float:
     """What share of the replicates lies below an interval of means of so many rows."""
+    from scipy.special import ndtr, stdtrit  # takes long to load
+
     freedom = rows - 1
     t = stdtrit(freedom, (1 + level) / 2)  # the quantile of Student's t
     return float(ndtr(-t * np.sqrt(rows / freedom)))

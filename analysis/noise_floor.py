@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
 
 from geffect.groups import By
 from geffect.scores import beside
@@ -47,6 +46,8 @@ def noise_floor(
             f"`level` should be between 0 and 1. Found {level}. Pass, say, level=0.95."
         )
     check_run(run)
+    from scipy.special import ndtri  # takes long to load
+
     table = cosine(run, a, b, by, stepped_only=stepped_only)
     of, labels, K = parts_of(run, by)
     if stepped_only:
