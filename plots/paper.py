@@ -5,7 +5,6 @@ Effects are score tables of `geffect.analysis.g_effect`, of one block, below one
 """
 
 import pandas as pd
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from .contours import contours
@@ -15,6 +14,7 @@ from .half_spaces import half_spaces
 from .lines import trajectory
 from .metrics import metrics
 from .sheet import facets
+from .style import figure_of
 from .ticks import log_scale
 
 
@@ -103,7 +103,4 @@ def _by_setting(table: pd.DataFrame, title: str) -> Figure:
 
 
 def _alone(plot: Draws, table: pd.DataFrame) -> Figure:
-    figure = plot(table).get_figure(root=True)
-    assert figure is not None
-    pyplot.close(figure)  # which pyplot would keep, although it is the caller's alone
-    return figure
+    return figure_of(plot(table))

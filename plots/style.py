@@ -488,6 +488,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def figure_of(ax: Axes) -> Figure:
+    """The figure that the axes are on, from now on the caller's alone."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    pyplot.close(figure)  # which pyplot would keep
+    return figure
+
+
 def _size(width: float, height: float, named: int = 0) -> tuple[float, float]:
     """The size in inches: as it is asked for, or of the medium's width and about as upright."""
     if (made_for := medium()) is None:

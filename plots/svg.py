@@ -4,12 +4,11 @@ import re
 from io import BytesIO
 
 import matplotlib as mpl
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from geffect.text import in_html
 
-from .style import EMBEDDED
+from .style import EMBEDDED, figure_of
 
 MARK = "mark"
 """How the marks are called in the SVG before they are told by their names."""
@@ -31,8 +30,7 @@ def svg(ax: Axes, says: str) -> str:
     >>> "<title>unlearned, int4: 0.5</title>" in text, "http" in text
     (True, False)
     """
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = figure_of(ax)
     named = [artist for artist in figure.findobj() if artist.get_gid()]
     titles = {f"{MARK}{index}": str(artist.get_gid()) for index, artist in enumerate(named)}
     written = BytesIO()
@@ -44,7 +42,6 @@ def svg(ax: Axes, says: str) -> str:
     finally:
         for title, artist in zip(titles.values(), named, strict=True):
             artist.set_gid(title)
-    pyplot.close(figure)  # which pyplot would keep, although the page is its only use
     text = written.getvalue().decode("utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")

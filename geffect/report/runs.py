@@ -135,11 +135,8 @@ def _effects(run: Run) -> Mapping[str, Any]:
 
 
 def _panel(axes: "Axes") -> str:
-    from matplotlib import pyplot
+    from geffect.plots.style import figure_of
 
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    pyplot.close(figure)  # which pyplot would keep, although the page is its only use
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=100)
+    figure_of(axes).savefig(drawn, format="png", dpi=100)
     return embedded(drawn.getvalue())
