@@ -26,15 +26,20 @@ def learn(
     subject: SubjectConfig, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, say: Say
 ) -> None:
     """Make the model of a subject learn facts, and save it in a folder, which is made."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # that of saving a checkpoint; the study has its own
+    _quiet()
     folder.mkdir(parents=True, exist_ok=True)
 
     def told(done: int, total: int) -> None:
         say(done / total, f"step {done} of {total}")
 
     subject.learn(folder, corpus, facts, seed, told)
+
+
+def _quiet() -> None:
+    """No progress bars of loading and saving: a study has its own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Reading:
     def run(self, say: Say) -> dict[str, Any]:
         from .audited import audited_sets, beside
 
-        original, retrained = (_trained(self, kind) for kind in KINDS)
+        original, retrained = (model_of(self, kind) for kind in KINDS)
         corpus = generate(self.seed, self.subject.corpus)
         sets = audited_sets(corpus, original[1], self.seed)
         rate = self.subject.unlearning.relearning_rate
@@ -113,8 +118,9 @@ class OfSeed(Protocol):
     def subject(self) -> SubjectConfig: ...
 
 
-def _trained(job: OfSeed, kind: str) -> tuple[Any, Any]:
+def model_of(job: OfSeed, kind: str) -> tuple[Any, Any]:
     """A model of the seed and its tokenizer."""
+    _quiet()
     return job.subject.load(job.out / "models" / f"{kind}-seed{job.seed}")
 
 
@@ -122,7 +128,7 @@ def _judged(job: OfSeed) -> "Judge":
     """What an audit says of a model of the seed, beside what was read of the others."""
     from .audited import audited_sets, beside, judge
 
-    original, tokenizer = _trained(job, "original")
+    original, tokenizer = model_of(job, "original")
     read = Kept(Reading(job.out, job.seed, job.subject), job.out / "results", resume=True).found()
     corpus = generate(job.seed, job.subject.corpus)
     sets = audited_sets(corpus, tokenizer, job.seed)
@@ -154,15 +160,12 @@ class Unlearning:
         return f"{self.spec.name}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from transformers.utils.logging import disable_progress_bar
-
         from .findings import shares
         from .scales import on_common_scales
         from .unlearning import Data, unlearn
 
-        disable_progress_bar()
         spec, subject, level = self.spec, self.subject, self.levels["forget_nll"]
-        model, tokenizer = subject.load(self.out / "models" / f"original-seed{self.seed}")
+        model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, replace(subject.corpus, heldout=spec.heldout))
         data = Data.of(corpus, tokenizer, self.seed, model.device)
         file = f"runs/{self.name}.h5"
@@ -209,13 +212,10 @@ class Editing:
         return f"edit-{self.edit}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from transformers.utils.logging import disable_progress_bar
-
         from .editing import Subject, edited
         from .unlearning import Data
 
-        disable_progress_bar()
-        model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
+        model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, self.subject.corpus)
         data = Data.of(corpus, tokenizer, self.seed, model.device)
         if self.audit:

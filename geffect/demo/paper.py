@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import SubjectConfig
 from .corpus import generate
-from .jobs import Kept
+from .jobs import Kept, model_of
 from .methods import Variant
 from .study import Plan
 from .workers import OnProgress, Say, working
@@ -67,14 +67,11 @@ class PaperRun:
         return f"{FOLDER}/{self.name}.h5"
 
     def run(self, say: Say) -> str:
-        from transformers.utils.logging import disable_progress_bar
-
         from .unlearning import Data
 
-        disable_progress_bar()
-        model, tokenizer = self.subject.load(self.out / "models" / f"original-seed{self.seed}")
+        model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, self.subject.corpus)
-        self._unlearn(model, Data.of(corpus, tokenizer, self.seed), say)
+        self._unlearn(model, Data.of(corpus, tokenizer, self.seed, model.device), say)
         return self.file
 
     def _unlearn(self, model: "PreTrainedModel", data: "Data", say: Say) -> None:
