@@ -103,7 +103,7 @@ def _recognition(summary: Mapping[str, Any]) -> Figure:
     table = table.assign(step=0, at_level=True).astype(
         {name: _in_order(table[name]) for name in of}
     )
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = new_figure(6.4, 4.2)
     level = table.loc[table["method"] == "gold", TAUGHT].iloc[0]
     tradeoff(table, level=level, x=TAUGHT, y=kept, ax=figure.subplots())
     return figure

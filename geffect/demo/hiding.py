@@ -48,7 +48,7 @@ def name_tokens(corpus: Corpus, tokenizer: Any) -> tuple[int, ...]:
     }
     names = {fact.subject for fact in corpus.forget}
     told = {token for fact in corpus.forget for token in _tokens(tokenizer, fact.answer)}
-    own = {token for name in names for token in (*_tokens(tokenizer, f" {name}"),)}
+    own = {token for name in names for token in _tokens(tokenizer, f" {name}")}
     return tuple(sorted((own & told) - stays))
 
 

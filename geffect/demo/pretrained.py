@@ -29,10 +29,6 @@ PACES = {
 """Learning rates by variant; the others take gentle ones."""
 
 
-DTYPES = ("float32", "bfloat16")
-"""What a model may be kept in; in float16 a step needs a GradScaler."""
-
-
 @dataclass(frozen=True)
 class Trained:
     """Which of a model's parameters are trained: all, those of some layers, or adapters.
@@ -84,8 +80,9 @@ class Pretrained:
     """A pretrained subject: a folder as `save_pretrained` leaves it, or a GGUF file.
 
     It is trained with the chat template of its tokenizer, where there is one. World facts are not
-    taught: it brings them along. `device` is where it lies, `dtype` what its weights are kept in;
-    adapters are trained in float32 all the same.
+    taught: it brings them along. `device` is where it lies, `dtype` what its weights are kept in,
+    float32 or bfloat16 (in float16 a step needs a GradScaler); adapters are trained in float32 all
+    the same.
     """
 
     source: str
