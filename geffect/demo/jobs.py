@@ -50,7 +50,6 @@ class Training:
     seed: int
     kind: str
     subject: SubjectConfig
-    probed: bool = False  # whether it is attacked in every way
     stage: str = "train"
     weight: float = 4.0
 
@@ -72,12 +71,36 @@ class Training:
         return {
             **measured,
             "relearn_nll": relearn(model, data, subject.unlearning),
-            **probe(model, data, subject.unlearning, attacked=self.probed),
+            **probe(model, data, subject.unlearning, attacked=False),
             "by_feed": {
                 str(len(corpus.retain)): measured,
                 str(len(few.retain)): measure(model, Data.of(few, tokenizer, device=model.device)),
             },
         }
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Attack the model of one kind in every way, for a study that compares models so."""
+
+    out: Path = field(repr=False)
+    seed: int
+    kind: str
+    subject: SubjectConfig
+    stage: str = "train"
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"probe-{self.kind}-seed{self.seed}"
+
+    def run(self, say: Say) -> dict[str, Any]:
+        from .unlearning import Data, probe
+
+        model, tokenizer = model_of(self, self.kind)
+        corpus = generate(self.seed, self.subject.corpus)
+        data = Data.of(corpus, tokenizer, device=model.device)
+        return probe(model, data, self.subject.unlearning, attacked=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .config import FULL, LEVELS, QUICK, SubjectConfig
 from .edits import EDIT, EDITS
 from .findings import findings
 from .hiding import HIDING
-from .jobs import KINDS, Drawing, Editing, Kept, Reading, Training, Unlearning
+from .jobs import KINDS, Drawing, Editing, Kept, Probing, Reading, Training, Unlearning
 from .methods import (
     ADAMW,
     EQUAL,
@@ -125,7 +125,8 @@ class Plan:
         """How much work the plan is, in plain unlearning runs."""
         runs = sum(spec.weight(self.variant(spec)) for spec in self.specs())
         work = len(KINDS) * Training.weight + runs + len(self.edits) * Editing.weight
-        return len(self.seeds) * (work + self.audit * Reading.weight)
+        probing = self.probed * len(KINDS) * Probing.weight
+        return len(self.seeds) * (work + probing + self.audit * Reading.weight)
 
     @property
     def jobs(self) -> int:
@@ -243,6 +244,9 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             trained: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
             for job, measured in zip(training, run(_kept(training, out, plan)), strict=True):
                 trained[job.kind][str(job.seed)] = measured
+            probing = _asked(_probing(out, plan), out, plan)
+            for attack, probed in zip(probing, run(_kept(probing, out, plan)), strict=True):
+                trained[attack.kind][str(attack.seed)] |= probed
             run(_kept(_asked(_reading(out, plan), out, plan), out, plan))
         with clock.stage("unlearn"):
             after = _asked(_after(out, plan, trained["gold"]), out, plan)
@@ -285,11 +289,11 @@ def whole(out: Path, plan: Plan) -> tuple[int, int]:
 
     Figures and tables are not counted: they take seconds.
     """
-    training = _kept(_training(out, plan), out, plan)
+    before = _kept(_before(out, plan), out, plan)
     # How far a run goes is read from the gold model of its seed.
-    after = _kept([*_reading(out, plan), *_after(out, plan, _gold(training))], out, plan)
-    there = sum(kept.found() is not None for kept in (*training, *after))
-    return there, len(training) + len(plan.seeds) * plan.jobs
+    after = _kept([*_reading(out, plan), *_after(out, plan, _gold(before))], out, plan)
+    there = sum(kept.found() is not None for kept in (*before, *after))
+    return there, len(before) + len(plan.seeds) * plan.jobs
 
 
 def claim(out: Path, plan: Plan) -> None:
@@ -335,7 +339,7 @@ def _has(file: Path, keys: set[str]) -> bool:
 
 def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
     """Refuse a plan that would go on with another study: what that has must be part of it."""
-    training = _kept(_training(out, plan), out, plan)
+    before = _kept(_before(out, plan), out, plan)
     names = {
         f"{name}-seed{seed}"
         for seed in plan.seeds
@@ -345,13 +349,9 @@ def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
             *(["audit"] if plan.audit else []),
         )
     }
-    foreign = found - names - {kept.name for kept in training}
-    gold = _gold(training)
-    foreign |= {
-        kept.name
-        for kept in (*training, *_kept([*_reading(out, plan), *_after(out, plan, gold)], out, plan))
-        if kept.other
-    }
+    foreign = found - names - {kept.name for kept in before}
+    after = _kept([*_reading(out, plan), *_after(out, plan, _gold(before))], out, plan)
+    foreign |= {kept.name for kept in (*before, *after) if kept.other}
     if foreign:
         raise ValueError(
             "A study to go on with should have the seeds, methods, options and model of the one "
@@ -361,23 +361,31 @@ def _check_same(out: Path, plan: Plan, found: set[str]) -> None:
         )
 
 
-def _gold(training: Sequence[Kept]) -> dict[str, Any]:
+def _gold(before: Sequence[Kept]) -> dict[str, Any]:
     """What the gold models that are kept have measured, by seed."""
     return {
         str(kept.job.seed): result
-        for kept in training
+        for kept in before
         if isinstance(kept.job, Training)
         and kept.job.kind == "gold"
         and (result := kept.found()) is not None
     }
 
 
+def _before(out: Path, plan: Plan) -> list[Job]:
+    """What is measured of the models that others are held against."""
+    return [*_training(out, plan), *_probing(out, plan)]
+
+
 def _training(out: Path, plan: Plan) -> list[Training]:
-    return [
-        Training(out, seed, kind, plan.studied, plan.probed)
-        for seed in plan.seeds
-        for kind in KINDS
-    ]
+    return [Training(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS]
+
+
+def _probing(out: Path, plan: Plan) -> list[Probing]:
+    """The attacks on the models of each seed, for a plan that compares others with them so."""
+    if not plan.probed:
+        return []
+    return [Probing(out, seed, kind, plan.studied) for seed in plan.seeds for kind in KINDS]
 
 
 def _reading(out: Path, plan: Plan) -> list[Reading]:

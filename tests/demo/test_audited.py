@@ -13,9 +13,10 @@ from geffect.audit.beside import Beside
 from geffect.audit.verdict import EXIT_CODES
 from geffect.demo.audited import BATTERIES, BENIGN, BUDGET, audited_sets
 from geffect.demo.corpus import generate
-from geffect.demo.jobs import KINDS, Kept, Reading, Training, Unlearning
+from geffect.demo.jobs import KINDS, Kept, Probing, Reading, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
 from geffect.demo.study import Plan, claim, whole
+from geffect.demo.workers import Job
 from tests.utils.models import bits
 from tests.utils.subject import TINY
 
@@ -31,7 +32,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose models are trained and read."""
     out = tmp_path_factory.mktemp("study")
     claim(out, Plan(methods=("ga",), named=("plain",), subject=SMALL, audit=True))
-    jobs = [*(Training(out, 0, kind, SMALL, probed=True) for kind in KINDS), Reading(out, 0, SMALL)]
+    jobs: list[Job] = [Training(out, 0, kind, SMALL) for kind in KINDS]
+    jobs += [*(Probing(out, 0, kind, SMALL) for kind in KINDS), Reading(out, 0, SMALL)]
     for job in jobs:
         Kept(job, out / "results", resume=True).run(say)
     return out
@@ -72,7 +74,7 @@ def test_a_plan_with_an_audit_reads_each_seed_first(out: Path) -> None:
     plan = Plan(methods=("ga",), named=("plain",), subject=SMALL, audit=True, resume=True)
     without = replace(plan, audit=False)
     assert plan.jobs == without.jobs + 1 and plan.weight == without.weight + Reading.weight
-    assert whole(out, plan) == (3, 4)
+    assert whole(out, plan) == (5, 6)
     claim(out, plan)
     with pytest.raises(ValueError, match="Found a result of another: audit-seed0"):
         claim(out, without)

@@ -108,6 +108,7 @@ def test_what_is_gone_on_with_keeps_its_results(held: Path) -> None:
     claim(held, Plan(resume=True, seeds=(1, 0)))
     moved = held.rename(held.with_name("moved"))
     claim(moved, Plan(resume=True, edits=("mix",)))
+    claim(moved, Plan(resume=True, all_variants=True))
     assert (moved / "results" / "gold-seed0.json").exists()
     assert whole(moved, Plan())[0] == 1
 
@@ -117,7 +118,6 @@ def test_what_is_gone_on_with_keeps_its_results(held: Path) -> None:
     [
         {"seeds": (1,)},
         {"quick": True},
-        {"all_variants": True},  # whose models are attacked in every way
         {"subject": EmbeddedConfig(epochs=3)},
     ],
     ids=str,

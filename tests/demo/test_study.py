@@ -19,7 +19,7 @@ from geffect.demo.corpus import UNKNOWN, Size, generate
 from geffect.demo.edits import EDITS
 from geffect.demo.findings import KEEPING, shares
 from geffect.demo.hiding import HIDING
-from geffect.demo.jobs import KINDS, Editing, Kept, Training, Unlearning
+from geffect.demo.jobs import KINDS, Editing, Kept, Probing, Training, Unlearning
 from geffect.demo.methods import (
     EQUAL,
     FEW,
@@ -34,7 +34,7 @@ from geffect.demo.methods import (
 )
 from geffect.demo.study import Plan, claim, run_study, whole
 from geffect.demo.unlearning import Data, Rising, measure, unlearn
-from geffect.demo.workers import Say
+from geffect.demo.workers import Job, Say
 from geffect.edits import CATALOGUE, named, options_of
 from tests.utils.subject import TINY
 
@@ -99,14 +99,15 @@ def test_edits_are_made_in_every_seed() -> None:
 def test_a_study_with_edits_counts_and_resumes_them(tmp_path: Path) -> None:
     plan = Plan(methods=("ga",), named=("plain",), edits=("mix",), resume=True, quick=True)
     claim(tmp_path, plan)
-    jobs = [
-        *(Training(tmp_path, 0, kind, QUICK, probed=True) for kind in KINDS),
+    jobs: list[Job] = [
+        *(Training(tmp_path, 0, kind, QUICK) for kind in KINDS),
+        *(Probing(tmp_path, 0, kind, QUICK) for kind in KINDS),
         Editing(tmp_path, 0, "mix", EDITS["mix"], 3.0, QUICK),
     ]
     for job in jobs:
         kept = {"job": repr(job), "result": {"forget_nll": 3.0, "value_nll": 3.0}}
         (tmp_path / "results" / f"{job.name}.json").write_text(json.dumps(kept))
-    assert whole(tmp_path, plan) == (3, 4)
+    assert whole(tmp_path, plan) == (5, 6)
     claim(tmp_path, plan)
     with pytest.raises(ValueError, match="Found a result of another: edit-mix-seed0"):
         claim(tmp_path, replace(plan, edits=()))
