@@ -42,7 +42,14 @@ def config_of(model: Any) -> Any:
         return LlamaConfig(**LLAMAS[str(model)])
     path = Path(model)
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".json"):
-        return AutoConfig.from_pretrained(path)
+        try:
+            return AutoConfig.from_pretrained(path)
+        except Exception as error:  # of any class: each configuration checks itself
+            says = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"`{path}` should hold a configuration that transformers reads. Found: {says}. "
+                "Correct the file, or name one of another model."
+            ) from error
     raise ValueError(
         f"`model` should be one of {', '.join(LLAMAS)}, a folder with a config.json, that file, or "
         f"a configuration of transformers. Found `{model}`. Choose one of those."

@@ -222,6 +222,26 @@ def test_what_cannot_be_told_is_refused(options: dict[str, Any], said: str) -> N
         estimate(**{"model": "1b", **options})
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{}", "Unrecognized model"),
+        ("{", "not a valid JSON file"),
+        ('{"model_type": "nope"}', "model type `nope`"),
+        ('{"model_type": "llama", "num_attention_heads": 7}', "not a multiple of the number of"),
+        ('{"model_type": "llama", "num_hidden_layers": "x"}', "expected int, got str"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(
+    written: str, said: str, tmp_path: Path, ask: Ask
+) -> None:
+    (tmp_path / "config.json").write_text(written)
+    code, _, error = ask("estimate", "--model", tmp_path)
+    found = f"should hold a configuration that transformers reads. Found: .*{re.escape(said)}"
+    assert code == 2
+    assert re.fullmatch(f"geffect: `.*` {found}.*", error.strip())
+
+
 def test_a_batch_without_a_target_is_refused() -> None:
     with pytest.raises(ValueError, match=r"two positions. Found 1 x 1"):
         Shape(1, 1)
