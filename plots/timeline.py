@@ -9,7 +9,7 @@ from geffect.scores import score_of
 from .fit import blocks_in, constants, told_apart
 from .heatmap import heatmap
 from .lines import trajectory
-from .style import axis_label, framed, longest, new_figure
+from .style import axis_label, longest, new_figure
 from .style import title as put_title
 
 
@@ -41,7 +41,7 @@ def timeline(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     figure = new_figure(5.2 + 0.06 * longest(blocks), tall + 1.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(tall, 1.1))
     heatmap(table, ax=above)
-    trajectory(framed(table, table), ax=below)
+    trajectory(table, ax=below)
     above.set_xlabel("")
     below.set_title("", loc="left")
     below.set_title("", loc="right")
