@@ -1,6 +1,6 @@
 """Text that others wrote, such as names, metadata and tokens, as text: a function a medium.
 
-Whatever shows such text uses one of these, or `geffect.plots.style.drawn` for pictures.
+Whatever shows such text uses one of these, or `geffect.plots.words.drawn` for pictures.
 """
 
 import html

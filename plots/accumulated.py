@@ -7,9 +7,14 @@ from matplotlib.lines import Line2D
 from geffect.scores import score_of
 from geffect.text import plain
 
+from .axes import dress, step_axis
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import all_levels, constants, levels, once_only, require
-from .style import QUIET, SOLID, axis_label, dress, heading, key, new_axes, note, points, step_axis
+from .inks import QUIET, SOLID
+from .legends import key
+from .style import points
+from .words import axis_label, heading, note
 
 PREDICTED, MEASURED = "predicted", "measured"
 

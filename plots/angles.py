@@ -6,10 +6,15 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize
 
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import blocks_in, constants, levels, once_only, require
-from .style import DIVERGING, colour_bar, drawn, dress, heading, new_axes, note, points
+from .inks import DIVERGING
+from .legends import colour_bar
+from .style import points
 from .text import readable_on
+from .words import drawn, heading, note
 
 
 @picture(QuadMesh, by="cmap")

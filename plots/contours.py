@@ -16,21 +16,14 @@ from numpy.typing import NDArray
 from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import constants, once_only, require
-from .style import (
-    LINEAR_SHARE,
-    QUIET,
-    Frame,
-    axis_label,
-    decade_format,
-    decades,
-    dress,
-    heading,
-    key,
-    new_axes,
-    note,
-)
+from .frames import LINEAR_SHARE, Frame, decade_format, decades
+from .inks import QUIET
+from .legends import key
+from .words import axis_label, heading, note
 
 RANGE = 0.2  # of the weights that share a colour
 FEWEST = 5  # points that a density is drawn of

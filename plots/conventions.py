@@ -38,7 +38,8 @@ from matplotlib.text import Text
 
 from geffect.near import meant
 
-from .style import UNDEFINED, Ink, heading, inks
+from .inks import UNDEFINED, Ink, inks
+from .words import heading
 
 Palette = str | Sequence[Any] | Mapping[str, Any]
 Limits = tuple[float | None, float | None]

@@ -10,22 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from .axes import dress
+from .figures import new_figure, rows_and_columns
 from .fit import levels, once_only, require
-from .style import (
-    QUIET,
-    SPARE,
-    axis_label,
-    drawn,
-    dress,
-    heading,
-    is_narrow,
-    new_figure,
-    points,
-    rows_and_columns,
-)
-from .style import title as put_title
+from .inks import QUIET, SPARE
+from .style import is_narrow, points
 from .ticks import log_scale
 from .tradeoff import mark_level
+from .words import axis_label, drawn, heading
+from .words import title as put_title
 
 Floats = NDArray[np.float64]
 

@@ -6,9 +6,12 @@ from matplotlib.ticker import MaxNLocator
 
 from geffect.scores import score_of
 
+from .axes import dress
 from .conventions import Asked
+from .figures import new_axes
 from .fit import constants, levels, once_only, require
-from .style import axis_label, dress, heading, key, new_axes
+from .legends import key
+from .words import axis_label, heading
 
 
 def curves_of_models(

@@ -4,9 +4,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import all_levels, levels, once_only, require
-from .style import axis_label, drawn, dress, heading, key, new_axes
+from .legends import key
+from .words import axis_label, drawn, heading
 
 
 @picture(Line2D)

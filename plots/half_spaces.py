@@ -9,8 +9,12 @@ from matplotlib.patches import Wedge
 from geffect.sources import FORGET, OBJECTIVE, RETAIN
 
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import blocks_in, constants, levels, require
-from .style import QUIET, heading, key, new_axes, note, points
+from .inks import QUIET
+from .legends import key
+from .style import points
+from .words import heading, note
 
 GRADIENTS = (FORGET, RETAIN, OBJECTIVE)
 """Those that are drawn."""

@@ -10,30 +10,17 @@ from numpy.typing import NDArray
 
 from geffect.scores import blocks_of, score_of
 
+from .axes import dress, step_axis, towers_apart
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import SEED, constants, seed_in, short, told_apart
+from .frames import Frame, colours_of, decade_format, decades, few_decades
+from .inks import RATE
+from .legends import colour_bar
 from .long import largest_of_spans, rates_of_spans, spans_of
-from .style import (
-    RATE,
-    Frame,
-    axis_label,
-    colour_bar,
-    colours_of,
-    decade_format,
-    decades,
-    drawn,
-    dress,
-    few_decades,
-    heading,
-    longest,
-    new_axes,
-    note,
-    points,
-    rate,
-    step_axis,
-    towers_apart,
-)
+from .style import points
 from .ticks import BlockTicks
+from .words import axis_label, drawn, heading, longest, note, rate
 
 MOST_MARKS, RATES = 120, 40
 """Steps up to which zeros and ones are cells; of more, the spans that each have a rate."""

@@ -11,7 +11,9 @@ from matplotlib.lines import Line2D
 
 from geffect.scores import blocks_of, score_of, scores_in
 
+from .axes import dress_sides, step_axis, towers_apart, value_axes
 from .conventions import Asked, coloured, picture
+from .figures import new_axes
 from .fit import (
     SEED,
     all_levels,
@@ -25,32 +27,13 @@ from .fit import (
     short,
     told_apart,
 )
+from .frames import all_blocks, units_of_sides
+from .inks import METHOD, QUIET, Ink, depth_colours, marks_of
+from .legends import SIDE, key
 from .long import Floats, envelope, rolling_median, rolling_rate, spans_of, thinned_course, window
-from .style import (
-    METHOD,
-    QUIET,
-    SIDE,
-    Ink,
-    all_blocks,
-    axis_label,
-    depth_colours,
-    drawn,
-    dress_sides,
-    heading,
-    key,
-    longest,
-    marks_of,
-    new_axes,
-    note,
-    points,
-    rate,
-    step_axis,
-    thinned,
-    towers_apart,
-    units_of_sides,
-    value_axes,
-)
-from .ticks import BlockTicks
+from .style import points
+from .ticks import BlockTicks, thinned
+from .words import axis_label, drawn, heading, longest, note, rate
 
 FEW = 12
 """Lines up to which each has its own band."""

@@ -5,9 +5,12 @@ from textwrap import wrap
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .figures import new_figure
 from .fit import levels, once_only, require
-from .style import QUIET, drawn, longest, new_figure, points
-from .style import title as put_title
+from .inks import QUIET
+from .style import points
+from .words import drawn, longest
+from .words import title as put_title
 
 WIDE = 11  # characters of a line of a heading
 FEWEST = 10  # characters of a line of a setting

@@ -7,24 +7,15 @@ from matplotlib.lines import Line2D
 
 from geffect.scores import blocks_of
 
+from .axes import dress, step_axis, towers_apart, value_axis
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import blocks_in, constants, require, short, told_apart
-from .style import (
-    PLAIN,
-    UNDEFINED,
-    drawn,
-    dress,
-    heading,
-    key,
-    longest,
-    new_axes,
-    note,
-    points,
-    step_axis,
-    thinned,
-    towers_apart,
-    value_axis,
-)
+from .inks import PLAIN, UNDEFINED
+from .legends import key
+from .style import points
+from .ticks import thinned
+from .words import drawn, heading, longest, note
 
 COSINE, FLOOR = "cosine", "by chance"
 

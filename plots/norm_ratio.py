@@ -3,11 +3,15 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .axes import dress, step_axis
+from .figures import new_figure
 from .fit import require, told_apart
+from .inks import PLAIN, QUIET
 from .lines import trajectory
-from .style import PLAIN, QUIET, dress, new_figure, note, points, step_axis
-from .style import title as put_title
+from .style import points
 from .ticks import log_scale
+from .words import note
+from .words import title as put_title
 
 
 def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:

@@ -7,18 +7,14 @@ from matplotlib.collections import QuadMesh
 
 from geffect.scores import score_of
 
+from .axes import dress
 from .conventions import Asked, picture
-from .style import (
-    axis_label,
-    colour_bar,
-    colours_of,
-    drawn,
-    dress,
-    longest,
-    new_axes,
-    points,
-)
+from .figures import new_axes
+from .frames import colours_of
+from .legends import colour_bar
+from .style import points
 from .text import readable_on
+from .words import axis_label, drawn, longest
 
 
 @picture(QuadMesh, by="cmap")

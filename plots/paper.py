@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from .contours import contours
 from .conventions import Draws
+from .figures import figure_of
 from .fit import levels
 from .half_spaces import half_spaces
 from .lines import trajectory
 from .metrics import metrics
 from .sheet import facets
-from .style import figure_of
 from .ticks import log_scale
 
 

@@ -11,28 +11,17 @@ from matplotlib.figure import Figure
 from geffect.scores import COSINE as UNIT
 from geffect.scores import Score, blocks_of, said
 
+from .axes import dress, step_axis
+from .figures import new_figure
 from .fit import blocks_in, levels, once_only, require
+from .frames import framed
 from .heatmap import edges, heatmap
+from .inks import GRU, GRU_COORDINATE, PLAIN, QUIET, UNDEFINED, Ink
+from .legends import key
 from .sheet import shared_key
-from .style import (
-    GRU,
-    GRU_COORDINATE,
-    PLAIN,
-    QUIET,
-    UNDEFINED,
-    Ink,
-    axis_label,
-    dress,
-    framed,
-    heading,
-    is_narrow,
-    key,
-    new_figure,
-    note,
-    points,
-    step_axis,
-)
-from .style import title as put_title
+from .style import is_narrow, points
+from .words import axis_label, heading, note
+from .words import title as put_title
 
 COSINE = Score("cosine with the retain average", UNIT)
 COURSES = {

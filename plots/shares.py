@@ -9,9 +9,14 @@ from matplotlib.lines import Line2D
 
 from geffect.scores import score_of
 
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import levels, once_only, require
-from .style import QUIET, axis_label, drawn, dress, key, longest, new_axes, points
+from .inks import QUIET
+from .legends import key
+from .style import points
+from .words import axis_label, drawn, longest
 
 FILLED = "unlearned"
 """The model whose marks are filled: it is what an audit is of."""

@@ -12,24 +12,15 @@ from numpy.typing import NDArray
 
 from geffect.scores import LEVEL, blocks_of, in_common
 
+from .figures import new_figure, rows_and_columns
 from .fit import blocks_in, constants, levels, names_in, require, short, told_apart
+from .frames import framed
 from .heatmap import heatmap
+from .legends import LEGEND, SIDE, abreast, write_labels
 from .lines import profile, trajectory
-from .style import (
-    LEGEND,
-    SIDE,
-    abreast,
-    framed,
-    heading,
-    is_narrow,
-    longest,
-    medium,
-    new_figure,
-    points,
-    rows_and_columns,
-    write_labels,
-)
-from .style import title as put_title
+from .style import is_narrow, medium, points
+from .words import heading, longest
+from .words import title as put_title
 
 
 def facets(

@@ -7,7 +7,8 @@ from matplotlib.colors import to_hex
 from geffect.scores import score_of
 from geffect.text import in_html
 
-from .style import UNDEFINED, Frame, colours_of
+from .frames import Frame, colours_of
+from .inks import UNDEFINED
 from .text import BREAK, answer, apart, readable_on
 
 LEGEND = 41  # colours in the bar below the text

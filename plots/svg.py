@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 
 from geffect.text import in_html
 
-from .style import EMBEDDED, figure_of
+from .figures import figure_of
+from .style import EMBEDDED
 
 MARK = "mark"
 """How the marks are called in the SVG before they are told by their names."""

@@ -18,9 +18,11 @@ from geffect.scores import score_of
 from geffect.text import plain
 
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import constants, levels, names_in, once_only, require
-from .style import Frame, colours_of, decade_format, decades, drawn, heading, new_axes
+from .frames import Frame, colours_of, decade_format, decades
 from .style import points as size_of
+from .words import drawn, heading
 
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]
 # Of a character and a line of the first font, in font sizes. A character is 0.602 wide; on screens

@@ -149,3 +149,17 @@ def log_scale(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(PlainLog())
     ax.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0), numticks=9))
     ax.yaxis.set_minor_formatter(PlainLog(most=2.0))
+
+
+def thinned(count: int, most: int = 20) -> list[int]:
+    """At most `most` evenly spaced indices out of `count`, the first and the last among them.
+
+    >>> thinned(34)[:3], thinned(34)[-2:]
+    ([0, 2, 4], [30, 33])
+    """
+    stride = max(1, -(-count // most))
+    indices = list(range(0, count, stride))
+    if indices and indices[-1] != count - 1:
+        # The last one is too close to its neighbour to stand beside it: it takes its place.
+        indices[-1] = count - 1
+    return indices

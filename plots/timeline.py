@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 
 from geffect.scores import score_of
 
+from .figures import new_figure
 from .fit import blocks_in, constants, told_apart
 from .heatmap import heatmap
 from .lines import trajectory
-from .style import axis_label, longest, new_figure
-from .style import title as put_title
+from .words import axis_label, longest
+from .words import title as put_title
 
 
 def timeline(table: pd.DataFrame, *, title: str | None = None) -> Figure:

@@ -7,23 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import all_levels, constants, levels, once_only, require, seed_in
-from .style import (
-    METHOD,
-    QUIET,
-    SOLID,
-    Ink,
-    axis_label,
-    drawn,
-    dress,
-    heading,
-    key,
-    marks_of,
-    new_axes,
-    note,
-)
+from .inks import METHOD, QUIET, SOLID, Ink, marks_of
+from .legends import key
 from .ticks import log_scale
+from .words import axis_label, drawn, heading, note
 
 NAMES = {
     "forget_nll": "forget NLL (nats per token)",

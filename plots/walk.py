@@ -8,9 +8,13 @@ from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
 from .accumulated import PREDICTED
+from .axes import dress
 from .conventions import Asked, picture
+from .figures import new_axes
 from .fit import all_levels, constants, levels, names_in, once_only, require
-from .style import DASHED, QUIET, SOLID, axis_label, dress, heading, key, new_axes, note
+from .inks import DASHED, QUIET, SOLID
+from .legends import key
+from .words import axis_label, heading, note
 
 
 @picture(Line2D)

@@ -8,7 +8,7 @@ import pandas as pd
 from geffect import plots
 from geffect.pages import framed, word
 from geffect.plots.conventions import Draws
-from geffect.plots.style import inks
+from geffect.plots.inks import inks
 from geffect.plots.svg import svg
 from geffect.scores import Score, said
 from geffect.text import in_html

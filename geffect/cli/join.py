@@ -86,7 +86,7 @@ def command(
 def draw(joined: "pd.DataFrame") -> "Figure":
     """A panel a metric."""
     from geffect.plots import evaluations
-    from geffect.plots.style import new_figure
+    from geffect.plots.figures import new_figure
 
     panels = [*joined.groupby(["suite", "metric"], sort=False, observed=True)]
     wide = min(SIDE_BY_SIDE, len(panels))

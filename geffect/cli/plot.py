@@ -108,7 +108,7 @@ def command(
     What a rectifier did is a score and a picture of its own.
     """
     from geffect import open_run, plots
-    from geffect.plots.style import drawn
+    from geffect.plots.words import drawn
 
     kind, score = _chosen(kind, score)
     check_taken(ctx, score)
@@ -152,7 +152,7 @@ def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
         return alone(plot)
 
     def alone(plot: Callable[..., "Axes"]) -> "Figure":
-        from geffect.plots.style import new_figure
+        from geffect.plots.figures import new_figure
 
         figure = new_figure(6.4, 4.8)
         plot(table, ax=figure.subplots())

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect
 from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, trajectory
-from geffect.plots.style import new_figure
+from geffect.plots.figures import new_figure
 from geffect.scores import stack
 
 from .methods import EQUAL, in_one_picture

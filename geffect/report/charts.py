@@ -9,8 +9,8 @@ from matplotlib.colors import to_hex
 
 from geffect.pages import Lines, Map, Scale, Series
 from geffect.pages.charts import Chart, Palette
+from geffect.plots.inks import DIVERGING, Ink, inks
 from geffect.plots.rectification import COURSES, MARKS, UNMARKED
-from geffect.plots.style import DIVERGING, Ink, inks
 from geffect.scores import Score, score_of
 
 from .read import Numbers, Read, grid

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from geffect.pages import Lines, Scale
-from geffect.plots.style import DOTTED, SOLID, SPARE, Dashes, Ink
+from geffect.plots.inks import DOTTED, SOLID, SPARE, Dashes, Ink
 from geffect.scores import score_of
 
 from .charts import COSINES, FEWEST, Figure, series_of

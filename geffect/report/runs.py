@@ -135,7 +135,7 @@ def _effects(run: Run) -> Mapping[str, Any]:
 
 
 def _panel(axes: "Axes") -> str:
-    from geffect.plots.style import figure_of
+    from geffect.plots.figures import figure_of
 
     drawn = io.BytesIO()
     figure_of(axes).savefig(drawn, format="png", dpi=100)

@@ -11,7 +11,7 @@ import pytest
 from geffect.audit import panels
 from geffect.audit.page import page
 from geffect.audit.table import SUMMED
-from geffect.plots.style import inks
+from geffect.plots.inks import inks
 
 Row = tuple[str, str, str, str, float]
 

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from geffect import open_run
 from geffect.cli.plot import Kind, draw
 from geffect.cli.selection import ScoreName, table_of
-from geffect.plots.style import drawn
+from geffect.plots.words import drawn
 from geffect.text import plain
 from tests.utils.command_line import Ask
 from tests.utils.hostile import HOSTILE, hostile_run

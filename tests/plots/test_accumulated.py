@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from geffect.plots import accumulated
-from geffect.plots.style import NAMED
+from geffect.plots.inks import NAMED
 from tests.utils.pictures import risen
 
 pytestmark = pytest.mark.usefixtures("untouched")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from geffect.plots import contours, text
-from geffect.plots.style import DIVERGING, UNDEFINED
+from geffect.plots.inks import DIVERGING, UNDEFINED
 from geffect.plots.text import cells, flow, lines
 from geffect.scores import Score, said
 

@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from geffect.plots import heatmap, profile, tradeoff, trajectory
+from geffect.plots.inks import NAMED, RETAINING, SPARE, depth_colours, inks
 from geffect.plots.long import (
     envelope,
     largest_of_spans,
@@ -19,7 +20,6 @@ from geffect.plots.long import (
     spans,
     thinned_course,
 )
-from geffect.plots.style import NAMED, RETAINING, SPARE, depth_colours, inks
 from geffect.scores import PER_RATE, WEIGHT, YES_OR_NO, Score, stack, tidy
 from tests.utils.pictures import losses
 

@@ -25,17 +25,9 @@ from geffect.plots import (
     tradeoff,
     trajectory,
 )
-from geffect.plots.style import (
-    NAMED,
-    RETAINING,
-    SPARE,
-    UNDEFINED,
-    UNLEARNING,
-    Frame,
-    decades,
-    inks,
-    thinned,
-)
+from geffect.plots.frames import Frame, decades
+from geffect.plots.inks import NAMED, RETAINING, SPARE, UNDEFINED, UNLEARNING, inks
+from geffect.plots.ticks import thinned
 from geffect.scores import COSINE as UNIT
 from geffect.scores import YES_OR_NO, Score, said, stack, tidy
 

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from geffect.plots import rectification
-from geffect.plots.style import GRU, GRU_COORDINATE, PLAIN, UNDEFINED
+from geffect.plots.inks import GRU, GRU_COORDINATE, PLAIN, UNDEFINED
 from geffect.scores import Score, stack, tidy
 
 STEPS = np.array([0, 5, 10, 15])

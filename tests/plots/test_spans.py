@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from geffect.plots import spans
-from geffect.plots.style import DIVERGING, UNDEFINED, colours_of
+from geffect.plots.frames import colours_of
+from geffect.plots.inks import DIVERGING, UNDEFINED
 from geffect.scores import Score, said
 
 SCORE = Score("PG-effect", "nats")
