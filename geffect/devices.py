@@ -1,5 +1,6 @@
 """Devices: how tensors are walked over where they lie."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -43,6 +44,21 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     tensor([1., 1.])
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Exchange values tensor by tensor: no second copy of a model at any time.
+
+    >>> one, other = torch.ones(2), torch.zeros(2)
+    >>> swap([one], [other])
+    >>> one, other
+    (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    for one, other in zip(some, others, strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 LARGE = 2**24

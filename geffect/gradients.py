@@ -235,19 +235,24 @@ class Rectification:
     unmet: tuple[float, ...]
 
 
-def differentiate(parameters: Sequence[Tensor], losses: Mapping[str, Loss]) -> Gradients:
+def differentiate(
+    parameters: Sequence[Tensor],
+    losses: Mapping[str, Loss],
+    *,
+    elsewhere: Elsewhere | None = None,
+) -> Gradients:
     """The gradients of the losses, one backward pass for each scalar and none for a combination.
 
     What stood in `.grad` stands there again afterwards. Losses may share a forward: the graph is
     kept for as long as a later loss needs it. One that is a function is asked right before its
-    pass.
+    pass. With `elsewhere` that of the objective is made there.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> step = differentiate([x], {"forget": x**2, "objective": {"forget": -1.0}})
     >>> step.of("objective"), x.grad
     ([tensor(-6.)], None)
     """
-    return separate(parameters, plan(parameters, losses))
+    return separate(parameters, plan(parameters, losses, elsewhere=elsewhere))
 
 
 def separate(

@@ -172,6 +172,15 @@ class Copy:
     length: float
 
 
+def check_relearned(relearned: object) -> None:
+    """Refuse what says of no copy where it is."""
+    if not isinstance(relearned, Relearned | None):
+        raise TypeError(
+            f"`relearned` should be a geffect.Relearned. Found `{type(relearned).__name__}`. Pass, "
+            "say, Relearned(radius=0.006)."
+        )
+
+
 def tell_unbounded(found: str) -> None:
     """Warn of an objective without a bound, once at each place that asks for it."""
     warnings.warn(UNBOUNDED.format(found=found), stacklevel=4)

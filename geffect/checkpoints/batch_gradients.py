@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from geffect import dots
 from geffect.batch import Batch, side_of
 from geffect.capture.collector import Collector, Measurement
 from geffect.gradients import Gradients, Vector, Weights, combined, differentiate
 from geffect.layers import trainable
-from geffect.losses import Loss
+from geffect.losses import Elsewhere, Loss
 from geffect.objectives import (
     Component,
     Objective,
@@ -23,8 +24,11 @@ from geffect.objectives import (
     SharedForward,
     step_losses,
 )
+from geffect.relearning import Relearned
 from geffect.risk import nll
-from geffect.sources import OBJECTIVE, UPDATE
+from geffect.sources import FORGET, OBJECTIVE, UPDATE
+
+from .at_copy import copy_of
 
 Basis = Mapping[str, Vector]
 """The gradients that were taken, one a backward pass, by the names of their losses."""
@@ -49,6 +53,8 @@ class Sources:
     - `objective`: one of those sets; a combination of their risks costs no backward pass.
     - `reference`: what it compares with, if it does.
     - `update`: the way of the parameters to the next checkpoint.
+    - `relearned`: how far the forget set is relearned before the gradient of the objective is
+      taken, but for its parts that are of other data.
     - `report(done, total)` counts batches.
 
     >>> class Table(nn.Embedding):
@@ -72,6 +78,7 @@ class Sources:
         *,
         reference: Reference | None = None,
         update: Vector | None = None,
+        relearned: Relearned | None = None,
         collector: NewCollector | None = None,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -81,6 +88,7 @@ class Sources:
         self._model = model
         self._objective = objective
         self._reference = reference
+        self._relearned = relearned
         self._collector = collector
         self._report = report
         self._done = self._total = self._rows = 0
@@ -222,6 +230,37 @@ class Sources:
             )
         return {name: declared[name] for name in found}
 
+    @cached_property
+    def _elsewhere(self) -> Elsewhere | None:
+        """Where the objective's gradient is taken, which is found once."""
+        if self._relearned is None:
+            return None
+        keeps = self._objective.keeps
+        own = [risk or _source(c) for c, (_, risk) in self._components.items() if c in keeps]
+        stays = frozenset((*self._relearned.stays, *own))
+        if stays >= self.weights[OBJECTIVE].keys():
+            raise ValueError(
+                "The objective of a replay with `relearned` should have a part that is of the "
+                f"forget set. Found {self._objective!r}. Choose another, or leave `relearned` out."
+            )
+        return Elsewhere(copy_of(self._model, self._risk_to_forget, self._relearned), stays)
+
+    def _is_moved(self, name: str, part: Component) -> bool:
+        """Whether a component of the objective is taken at the relearned copy."""
+        way, loss = self._relearned, part.risk or _source(name)
+        return not (way is None or name in self._objective.keeps or loss in way.stays)
+
+    def _risk_to_forget(self) -> Tensor:
+        """The risk on the whole forget set, of whose graphs one batch is in memory at a time."""
+        batches, how = self.sets[FORGET], Reduction(FORGET, "token_mean")
+        everything = range(len(batches))
+        terms = [
+            self._share(how, index, everything)
+            * checkpoint(nll, self._model, batch, use_reentrant=False)
+            for index, batch in enumerate(batches)
+        ]
+        return torch.stack(terms).sum()
+
     def _share(self, how: Reduction, index: int, among: Sequence[int]) -> float:
         """What part of the tokens, or of the samples, of some batches one of them has."""
         counts = self._counts.get(how)
@@ -238,10 +277,12 @@ class Sources:
         return side if side in self.sets else side.partition(".")[0]
 
     def _parts(self, model: Any, batches: Mapping[str, Batch]) -> dict[str, Component]:
-        """The components of the objective; only the risk of a whole set goes as a risk."""
+        """The components of the objective; only the risk of a whole set at theta goes as a risk."""
         parts = self._objective.components(model, batches, self._reference)
         return {
-            name: part if part.risk in self.sets else replace(part, risk=None)
+            name: replace(part, risk=None)
+            if part.risk not in self.sets or self._is_moved(name, part)
+            else part
             for name, part in parts.items()
         }
 
@@ -254,14 +295,20 @@ class Sources:
         model = SharedForward(self._model)
         batches = {name: self.sets[name][index] for name, index in indices.items()}
         parts = self._parts(model, batches)
-        # A combination of risks is declared as that, and anything else is one loss.
+        # A combination of risks is declared as that, and anything else at one place is one loss.
         of_risks = all(part.risk is not None for part in parts.values())
-        losses = step_losses(parts, apart=of_risks)
-        for name, batch in batches.items():
-            if name not in losses:
-                losses[name] = partial(nll, model, batch)
+        losses: dict[str, Loss] = {
+            **{name: partial(nll, model, batch) for name, batch in batches.items()},
+            **step_losses(parts, apart=of_risks or self._relearned is not None),
+        }
         order = [OBJECTIVE, *self.sets]
-        return self._differentiated({name: losses[name] for name in order})
+        every = dict.fromkeys((*order, *losses))
+        gradients = self._differentiated({name: losses[name] for name in every})
+        return replace(
+            gradients,
+            weights={name: gradients.weights[name] for name in order},
+            losses={name: gradients.losses[name] for name in order},
+        )
 
     def _add_part(
         self,
@@ -278,7 +325,7 @@ class Sources:
             values[loss] = values.get(loss, 0.0) + share * gradients.losses[loss]
 
     def _differentiated(self, losses: Mapping[str, Loss]) -> Gradients:
-        gradients = differentiate(self._parameters, losses)
+        gradients = differentiate(self._parameters, losses, elsewhere=self._elsewhere)
         self._done += 1
         if self._report is not None:
             self._report(self._done, self._total)

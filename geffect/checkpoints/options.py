@@ -8,6 +8,7 @@ import torch
 
 from geffect.capture.store_options import StoreOptions
 from geffect.near import meant
+from geffect.relearning import Relearned
 
 from .loading import Folder
 
@@ -36,6 +37,7 @@ class ReplayOptions(DataOptions, total=False):
     reference: Folder | None
     base: Folder | None
     device: str | torch.device | None
+    relearned: Relearned | None
     update: bool
     store: str | StoreOptions
     metadata: Mapping[str, Any] | None
@@ -56,6 +58,7 @@ DEFAULTS: ReplayOptions = {
     "reference": None,
     "base": None,
     "device": None,
+    "relearned": None,
     "update": False,
     "store": "gram",
     "metadata": None,

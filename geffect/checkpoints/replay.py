@@ -19,8 +19,9 @@ from geffect.losses import NotFinite
 from geffect.objectives import Objective, answers_of, as_objective, check_sides
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 from geffect.store import Run, open_run
-from geffect.store.schema import ESTIMATES
+from geffect.store.schema import ESTIMATES, RELEARNED
 
+from .at_copy import check_replayed, told
 from .batch_gradients import Sources
 from .estimators import ENOUGH_ROWS, split_batch
 from .loading import (
@@ -59,6 +60,10 @@ def replay(
       Every batch is used; where a set has more of them than another, several stand together.
     - `estimator`: one of `geffect.checkpoints.estimators`. Its rows are the rows of the step, and
       numbers of the step are their mean; `geffect.analysis.intervals` tells how certain they are.
+
+    - `relearned`: a `geffect.Relearned`, where the gradient of the objective is taken, but for its
+      parts that are of other data than the forget set: at each checkpoint once that has relearned
+      the whole forget set. An estimator without bias has none for that place.
 
     Models:
 
@@ -118,6 +123,8 @@ def replay(
     traits, keep = traits_of(estimator), kept(options["store"])
     minimised, reference = as_objective(objective), options["reference"]
     _check(minimised, given, risks or {}, options["update"], len(folders))
+    relearned = options["relearned"]
+    check_replayed(relearned, minimised)
     _check_kept(keep, traits, estimator)
     for folder in [*folders.values(), *([] if reference is None else [reference])]:
         check_folder(folder)
@@ -167,6 +174,7 @@ def replay(
                 "batches": counts,
                 "batches_used": traits.used(counts),
             },
+            **({} if relearned is None else {RELEARNED: told(relearned, minimised, sets)}),
         },
     )
     following = [*folders.values()][1:]
@@ -182,6 +190,7 @@ def replay(
                 sets,
                 reference=compared,
                 update=loader.change(after) if options["update"] and after is not None else None,
+                relearned=relearned,
                 collector=partial(_collector, recording, keep, step),
                 report=partial(options["report"], folder.name) if options["report"] else None,
             )

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command import Apart, check_together
+from .command import Apart, Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
 from .options import (
     DATA_FORMS,
@@ -25,6 +26,7 @@ from .options import (
     TokenizerOption,
     check_output,
     choice,
+    number,
     risks_of,
     whole,
 )
@@ -34,12 +36,17 @@ from .terminal import say, show, showing_rows, terminal, write, write_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from geffect import Run
+    from geffect import Relearned, Run
 
 
 COMMAND = CommandOfObjectives
 
-RULES = (Apart("--reference-ema", "--estimator"), Apart("--reference-ema", "--seed"))
+RULES = (
+    Apart("--reference-ema", "--estimator"),
+    Apart("--reference-ema", "--seed"),
+    Needs("--relearned-steps", "--relearned-radius"),
+    Needs("--relearned-unit", "--relearned-radius"),
+)
 
 
 class EstimatorName(StrEnum):
@@ -48,6 +55,14 @@ class EstimatorName(StrEnum):
     SPLIT_BATCH = "split_batch"
     SAME_BATCH = "same_batch"
     FULL = "full"
+
+
+class UnitName(StrEnum):
+    """What a radius of relearning is measured in, by its name on the command line."""
+
+    THETA = "theta"
+    LENGTH = "length"
+    LOSS = "loss"
 
 
 class StoreName(StrEnum):
@@ -128,6 +143,28 @@ def command(
             "of the files.",
         ),
     ] = False,
+    relearned_radius: Annotated[
+        float | None,
+        typer.Option(
+            parser=number("a number from 0", lambda value: 0 <= value < inf, "0.006"),
+            metavar="RADIUS",
+            help="Take the gradient of the objective where each checkpoint has relearned the "
+            "forget set: so far away, in units of --relearned-unit.",
+        ),
+    ] = None,
+    relearned_steps: Annotated[
+        int, typer.Option(parser=whole(0), metavar="N", help="The steps of relearning.")
+    ] = 5,
+    relearned_unit: Annotated[
+        UnitName,
+        choice(
+            "--relearned-unit",
+            UnitName,
+            "A share of the norm of all trained parameters, a length of theirs, or the share of "
+            "the loss that should be gone",
+            "NAME",
+        ),
+    ] = UnitName.THETA,
     batch_size: BatchSizeOption = 4,
     seed: Annotated[
         int, typer.Option(parser=whole(), metavar="N", help="Of the order of the examples.")
@@ -160,6 +197,7 @@ def command(
     check_output(output, overwrite=overwrite)
     name = estimator or EstimatorName.SPLIT_BATCH
     named_risks = risks_of(risk or [])
+    relearned = _relearned(relearned_radius, relearned_steps, relearned_unit)
     # What a script reads is all that stands on the standard output.
     console = terminal(stderr=form is not Format.TABLE)
     disable_progress_bar()  # there is one of our own
@@ -184,6 +222,7 @@ def command(
             reference=reference,
             base=base,
             device=device,
+            relearned=relearned,
             tokenizer=tokenizer,
             template=template,
             max_length=max_length,
@@ -204,11 +243,28 @@ def command(
         write_table(pd.DataFrame(facts["effects"]), form)
 
 
+def _relearned(radius: float | None, steps: int, unit: UnitName) -> "Relearned | None":
+    """Where the gradient of the objective is taken, if not at the checkpoints themselves."""
+    from geffect import Relearned
+
+    if radius is None:
+        return None
+    try:
+        return Relearned(radius=radius, steps=steps, unit=unit.value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _facts(run: "Run", output: Path) -> dict[str, Any]:
     """What the summary says, for a script to read."""
     from geffect.analysis import g_effect, intervals
+    from geffect.store.schema import RELEARNED
 
-    how = {**run.manifest["replay"], "objective": run.manifest["objective"]}
+    how = {
+        **run.manifest["replay"],
+        "objective": run.manifest["objective"],
+        RELEARNED: run.manifest.get(RELEARNED),
+    }
     table = intervals(g_effect, run, by="model").astype(object)
     table = table.where(table.notna(), None)
     named = run.metadata["checkpoints"]
@@ -255,6 +311,9 @@ def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
         yield "Biased by the variance of a batch; no interval tells of that."
     if not certain:
         yield "No intervals: fewer than 8 rows. More examples, or smaller batches, make more rows."
+    if (copy := how["relearned"]) is not None:
+        way = f"{copy['steps']} steps, {copy['radius']:g} of {copy['unit']}"
+        yield f"Objective at a copy that has relearned {copy['relearns']}: {way}."
     if how["objective"]["reference"] is not None:
         yield f"Reference model: {how['objective']['reference']['is']}."
 

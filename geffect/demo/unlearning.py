@@ -17,6 +17,7 @@ from geffect.audit import AuditSet
 from geffect.batch import ORIGINAL, Pair, on_device
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.others import WithOthers, among_others
+from geffect.devices import swap
 from geffect.objectives import (
     ALTERNATE,
     FrozenModel,
@@ -327,19 +328,10 @@ def _between(
 ) -> Metrics:
     """What is measured a share of the way from the model with its earlier parameters to this."""
     after = measure(model, data)
-    _swap(trained, earlier)
+    swap(trained, earlier)
     before = measure(model, data)
-    _swap(trained, earlier)
+    swap(trained, earlier)
     return {name: (1 - share) * before[name] + share * after[name] for name in after}
-
-
-@torch.no_grad()
-def _swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    """Exchange values tensor by tensor: no second copy of the model at any time."""
-    for one, other in zip(some, others, strict=True):
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
 
 
 @torch.no_grad()

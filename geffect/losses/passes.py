@@ -346,7 +346,7 @@ def _moved(
         for name in terms[source]
         if name not in staying
     }
-    if not places:
+    if not places and OBJECTIVE in terms:
         raise ValueError(
             "The objective should have a part that is taken at the relearned copy. Found "
             f"{', '.join(f'`{name}`' for name in terms[OBJECTIVE])} alone, which stays where the "

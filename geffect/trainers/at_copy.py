@@ -24,15 +24,6 @@ from geffect.store.schema import RELEARNED
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def check_relearned(relearned: object) -> None:
-    """Refuse what says of no copy where it is."""
-    if not isinstance(relearned, Relearned | None):
-        raise TypeError(
-            f"`relearned` should be a geffect.Relearned. Found `{type(relearned).__name__}`. Pass, "
-            "say, Relearned(radius=0.006)."
-        )
-
-
 def check_trained(relearned: Relearned | None, model: nn.Module) -> None:
     """Refuse a model whose parameters cannot move, before the first step."""
     if relearned is not None:

@@ -28,7 +28,7 @@ from geffect.gradients import Gradients
 from geffect.interrupts import to_the_end
 from geffect.layers import trainable
 from geffect.projection import Rectifier
-from geffect.relearning import Relearned
+from geffect.relearning import Relearned, check_relearned
 from geffect.risk import RiskGradient, RiskSet, noting_risk, risk_gradient
 from geffect.sources import OBJECTIVE, RETAIN, check_risks
 
@@ -131,7 +131,7 @@ class _Steps(TrainerCallback):
         probes: Mapping[str, RiskSet] | None,
         relearned: Relearned | None,
     ) -> None:
-        at_copy.check_relearned(relearned)
+        check_relearned(relearned)
         if relearned is not None and retain is None:
             raise ValueError(
                 "`retain` batches should be given with `relearned`: their gradient is taken at "

@@ -31,7 +31,7 @@ from geffect.objectives import (
     step_losses,
 )
 from geffect.projection import Rectifier
-from geffect.relearning import Relearned
+from geffect.relearning import Relearned, check_relearned
 from geffect.risk import (
     check_answers,
     inputs_of,
@@ -116,7 +116,7 @@ class UnlearningTrainer(Trainer):
         **options: Any,
     ) -> None:
         minimised = as_objective(objective)
-        at_copy.check_relearned(relearned)
+        check_relearned(relearned)
         sets = _training_sets(forget, retain, given=train_dataset is not None)
         args = args or TrainingArguments("tmp_trainer")  # as a Trainer has it
         seed = args.seed if args.data_seed is None else args.data_seed

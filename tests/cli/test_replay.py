@@ -88,6 +88,20 @@ def test_replay(replayed: Ask, tmp_path: Path) -> None:
     assert out.index(first) < out.index("checkpoint-5: batch")
 
 
+def test_an_objective_at_a_relearned_copy(replayed: Ask, ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "run.h5"
+    way = ["--relearned-radius", 0.5, "--relearned-steps", 3, "--relearned-unit", "loss"]
+    code, out, err = replayed("-o", path, *way, only=1, objective="wga")
+    assert (code, err) == (0, "")
+    assert "Objective at a copy that has relearned the forget set: 3 steps, 0.5 of loss." in out
+    told = open_run(path).manifest["relearned"]
+    assert (told["radius"], told["steps"], told["unit"]) == (0.5, 3, "loss")
+    assert "the forget set" in ask("info", path)[1]
+    code, out, _ = replayed("-o", path, "--overwrite", "--format", "json", *way, only=1)
+    assert json.loads(out)["how"]["relearned"] == told
+    assert replayed("-o", path, "--overwrite", only=1)[1].count("copy") == 0
+
+
 def test_a_summary_without_intervals(replayed: Ask, folder: Path, tmp_path: Path) -> None:
     """Of one checkpoint, with rows that are biased and few."""
     given = {"estimator": "same_batch", "batch_size": 4, "forget": folder / "facts.jsonl"}
@@ -244,6 +258,15 @@ def test_further_risks_the_update_and_a_reference(
         ([], {"estimator": "same-batch"}, 2, "Did you mean `same_batch`?"),
         (["--reference-ema"], {"estimator": "full"}, 2, "Leave one of them out"),
         ([], {"output": "run.csv"}, 2, ".h5"),
+        (["--relearned-steps", "3"], {}, 2, "should go with `--relearned-radius`"),
+        (["--relearned-unit", "loss"], {}, 2, "should go with `--relearned-radius`"),
+        (["--relearned-radius", "inf"], {}, 2, "a number from 0"),
+        (
+            ["--relearned-radius", "2", "--relearned-unit", "loss"],
+            {},
+            2,
+            "`radius` should be a number from 0 to 1",
+        ),
     ],
 )
 def test_how_it_says_no(
