@@ -7,13 +7,12 @@ itself while it runs is not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .rounds import Load
 from .workload import Workload
@@ -44,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in _tensors((*args, *kwargs.values())):
             self._see(tensor, size=0)  # it was there before, or is known
         result = function(*args, **kwargs)
         for tensor in _tensors(result):
@@ -98,5 +97,10 @@ def _matrices(workload: Workload) -> list[Tensor]:
     return [parameter for parameter in workload.parameters if parameter.dim() > 1]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those among what an operator takes or gives, which is at most a list of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)

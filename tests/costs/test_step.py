@@ -42,13 +42,13 @@ RECTIFIERS: dict[str, dict[str, Any]] = {
 
 def config(**more: Any) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
+        vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=3,
         num_attention_heads=6, num_key_value_heads=6, use_cache=False, **more,
     )  # fmt: skip
 
 
 def measured(found: Estimate, path: Path) -> int:
-    """The peak of the third step of such a setting, of all tensors that are alive."""
+    """The peak of the second step of such a setting, of all tensors that are alive."""
     of = found.setting
     with LiveBytes() as live:
         model: Any = LlamaForCausalLM(config()).to(getattr(torch, of["dtype"])).train()
@@ -73,7 +73,7 @@ def measured(found: Estimate, path: Path) -> int:
             recorder = Recorder(model, path)
             also = {} if of["rectifier"] is None else {"rectifier": rectifier}
             backward = lambda: recorder.backward(**losses, **also)  # noqa: E731
-        for _ in range(3):
+        for _ in range(2):
             live.peak = live.now
             backward()
             optimizer.step()
