@@ -356,6 +356,7 @@ def _relearn(
             wanted = losses[0] * (1 - way.radius * step / way.steps)
             length = min(max(value - wanted, 0.0) * scale / norm, theta / way.steps)
         place.move(gradient, norm, length)
+        del gradient  # before the next is there
     return tuple(losses)
 
 

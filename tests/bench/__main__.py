@@ -12,12 +12,21 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from . import capture, device, effects, products, public_procedure, rectification, storage
+from . import (
+    capture,
+    device,
+    effects,
+    products,
+    public_procedure,
+    rectification,
+    relearned,
+    storage,
+)
 from .bars import Row
 from .rounds import CLOCKS
 from .workload import FULL, QUICK, Workload
 
-KINDS = (capture, rectification, effects, public_procedure, storage, products)
+KINDS = (capture, rectification, relearned, effects, public_procedure, storage, products)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,15 @@ from torch import nn
 from geffect import Rectifier, dots
 from geffect.gradients import differentiate
 from tests.bench import __main__ as bench
-from tests.bench import device, others, page, public_procedure, rectification
+from tests.bench import (
+    capture,
+    device,
+    others,
+    page,
+    public_procedure,
+    rectification,
+    relearned,
+)
 from tests.bench.bars import Bar, Row
 from tests.bench.memory import LiveBytes, gradient_bytes, peak_bytes, peak_gradients
 from tests.bench.products import heavy_tailed, relative_error
@@ -171,12 +179,26 @@ def test_what_a_rectification_takes_is_counted() -> None:
     assert rectification.passes_of(workload, step) == 2
 
 
+def test_what_a_relearned_copy_takes_is_counted() -> None:
+    workload = Workload.of(SMALLEST, "cpu")
+    stepping = capture.stepping_of(workload)
+    passes = [
+        rectification.passes_of(workload, stepping(relearned.at_copy(workload, steps)))
+        for steps in (0, 1, 5)
+    ]
+    assert passes == [4, 4 + 2, 4 + 10]  # of the objective and the retain risk, both ways
+    assert all(relearned.passes(workload, steps).measured.ratio == 1 for steps in (1, 5))
+    # Of matrices that are larger than what is looked at at a time.
+    large = Workload.of(replace(SMALLEST, hidden=320, vocabulary=320), "cpu").minute()
+    assert all(relearned.memory(large, steps).measured.ratio == 1 for steps in (1, 5))
+
+
 def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUICK", SMALLEST)
     out = tmp_path / "of a folder to come" / "bench.json"
     bench.main(["--quick", "--out", str(out)])
     rows = json.loads(out.read_text())
-    assert len({row["quantity"] for row in rows}) == len(rows) == 25
+    assert len({row["quantity"] for row in rows}) == len(rows) == 29
     for row in rows:
         assert {"quantity", "ratio", "bar", "holds", "rounds", "spread"} <= row.keys()
         assert row["quick"] is True
