@@ -1,13 +1,15 @@
 """The derivative of a function of parameters along one direction."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 _log = logging.getLogger(__name__)
 
@@ -19,9 +21,10 @@ def differential(
 ) -> tuple[Tensor, Tensor]:
     """The function at the parameters, and its derivative there: d/de f(theta + e v) at e = 0.
 
-    One evaluation in forward mode. Where an operation has no forward rule, as a fused kernel of
-    one's own, each number of the function takes a backward pass, which is said once: the function
-    should have few.
+    What `along` does not name stands still, and so does, as in a backward pass, what the function
+    computes without gradients. One evaluation in forward mode. Where an operation has no forward
+    rule, as a fused kernel of one's own, each number of the function takes a backward pass, which
+    is said once: the function should have few.
 
     >>> value, slope = differential(
     ...     lambda parameters: parameters["x"] ** 2, {"x": torch.tensor(3.0)},
@@ -34,7 +37,7 @@ def differential(
     at = {name: tensor.detach() for name, tensor in at.items()}
     try:
         # Of the attention kernels of torch only the plain one has a forward rule.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _StillWithoutGradients():
             return _by_forward_mode(function, at, along)
     except NotImplementedError as missing:
         _say(str(missing).partition("\n")[0])
@@ -53,17 +56,17 @@ def _by_forward_mode(
     function: Callable[[Parameters], Tensor], at: Parameters, along: Parameters
 ) -> tuple[Tensor, Tensor]:
     with forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(tensor, along[name]) for name, tensor in at.items()}
-        value, slope = forward_ad.unpack_dual(function(duals))
-    return value, torch.zeros_like(value) if slope is None else slope
+        duals = {name: forward_ad.make_dual(at[name], tensor) for name, tensor in along.items()}
+        value, slope = forward_ad.unpack_dual(function({**at, **duals}))
+    return value.detach(), torch.zeros_like(value) if slope is None else slope.detach()
 
 
 def _by_backward_passes(
     function: Callable[[Parameters], Tensor], at: Parameters, along: Parameters
 ) -> tuple[Tensor, Tensor]:
-    leaves = {name: tensor.requires_grad_() for name, tensor in at.items()}
+    leaves = {name: at[name].requires_grad_() for name in along}
     with torch.enable_grad():
-        value = function(leaves)
+        value = function({**at, **leaves})
         numbers = value.flatten().unbind()
     slopes = torch.zeros_like(value, dtype=torch.float64)
     if value.requires_grad:
@@ -77,6 +80,20 @@ def _by_backward_passes(
                 if g is not None
             )
     return value.detach(), slopes
+
+
+class _StillWithoutGradients(TorchFunctionMode):
+    """Where gradients are not enabled nothing has a slope; of itself forward mode goes on there."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
+            return func(*args, **(kwargs or {}))
 
 
 @cache

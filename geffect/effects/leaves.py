@@ -66,7 +66,7 @@ class Call:
             )
             return products(delta, output).reshape(len(delta), -1).sum(dim=1)
 
-        return differential(effects, {name: self.module.get_parameter(name)}, {name: v})[1]
+        return differential(effects, dict(self.module.named_parameters()), {name: v})[1]
 
 
 def _of_sample(

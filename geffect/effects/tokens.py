@@ -68,7 +68,6 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     check_direction(tensors, direction)
     check_one_answer(batch, "effects of tokens, which add up to those of samples")
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
-    moving = [(p, v) for p, v in zip(tensors, direction, strict=True) if v is not None]
     with undisturbed(model, recompute=False), _padding_stands_still(model):
         scored = scored_tokens(model, batch)
 
@@ -77,8 +76,8 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
 
         found = differential(
             log_probabilities,
-            at={names[p]: p for p, _ in moving},
-            along={names[p]: v for p, v in moving},
+            at={names[p]: p for p in tensors},
+            along={names[p]: v for p, v in zip(tensors, direction, strict=True) if v is not None},
         )
     log_p, slopes = (_placed(values, scored) for values in found)
     if predicts_next(model):  # the first position predicts, but is not predicted
