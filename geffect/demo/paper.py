@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,41 +79,23 @@ class PaperRun:
 
         from geffect import Recorder
         from geffect.analysis import METRICS, SAMPLES, as_columns
-        from geffect.objectives import FrozenModel, SharedForward, named, step_losses
-        from geffect.risk import nll
 
-        config = self.subject.unlearning
-        objective = named(self.method, dict(self.options)).begin(model)
-        original = None if objective.reference == "none" else FrozenModel.copied(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = self.variant.stepping(trained, self.variant.learning_rates[0])
-        batches = data.draws(config.sizes(()), objective.sides)
+        from .descent import Descent
+
+        config, rate = self.subject.unlearning, self.variant.learning_rates[0]
+        descent = Descent.begun(model, self.method, self.options, self.variant, rate)
+        batches = data.draws(config.sizes(()), descent.objective.sides)
         metadata = {"method": self.method, "seed": self.seed, "figures": FOLDER}
         samples: list[Any] = []
         with Recorder(
             model, self.out / self.file, metadata=metadata, update=True, overwrite=True
         ) as recorder:
-            recorder.note_objective(
-                objective, reference="a frozen copy of the model" if original else None
-            )
+            descent.note(recorder)
             for step in range(1, config.plain_steps + 1):
-                batch = next(batches)
-                shared = SharedForward(model)
-                reference = original and FrozenModel(SharedForward(original.model))
-                parts = objective.components(shared, batch, reference)
-                losses: dict[str, Any] = {**step_losses(parts, apart=len(parts) > 1)}
-                risks: dict[str, Any] = {
-                    name: losses.pop(name) if name in losses else partial(nll, shared, own)
-                    for name, own in batch.items()
-                }
-                weights = partial(objective.implicit_weights, shared, batch, reference)
-                recorder.backward(**losses, **risks, weights=weights)
-                optimizer.step()
-                optimizer.zero_grad()
-                objective.advance()
+                descent.step(recorder, next(batches))
                 say(step / config.plain_steps, f"step {step} of {config.plain_steps}")
                 if self.method in WEIGHED and step in CHECKPOINTS:
-                    table = weighed(model, data, objective, original)
+                    table = weighed(model, data, descent.objective, descent.original)
                     samples.append(table.assign(step=step))
             if samples:
                 import pandas as pd

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from geffect import Recorder, open_run
 from geffect.analysis import predicted_change
 from geffect.evaluation.restoration import recovery, verdict
 from geffect.layers import trainable
-from geffect.objectives import FrozenModel, SharedForward, named, step_losses
-from geffect.risk import nll, token_log_probabilities
+from geffect.risk import token_log_probabilities
 
 from . import language_model as lm
 from .corpus import Fact
 from .deep import Known
+from .descent import Descent
 from .family import FamilyConfig, alter
+from .methods import VARIANTS
 
 OPTIONS = ("true", "false", "third")
 """The answers to an altered question: the one it had, the one it was given, and a word that is
@@ -55,26 +55,18 @@ def restore(
     lm.memorise(model, rows["false"], lessons, seed)
     corrupted, states = _kept(model), {"clean": before}
     states["corrupted"] = _state(model, known, altered, rows)
-    objective = named(method)
-    original = None if objective.reference == "none" else FrozenModel.copied(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.restoring_rate, weight_decay=0.0, fused=True
-    )
+    descent = Descent.begun(model, method, (), VARIANTS["plain"], config.restoring_rate)
+    risks = {"forget": rows["false"], "true": rows["true"]}
     order = torch.Generator().manual_seed(seed)
     curve = []
     with Recorder(
         model, path, metadata={"method": method}, update=True, overwrite=True
     ) as recorder:
+        descent.note(recorder)
         for step in range(1, config.restoring_steps + 1):
             drawn = torch.randperm(len(retain["input_ids"]), generator=order)[: config.altered]
             batch = {"forget": rows["false"], "retain": lm.rows(retain, drawn)}
-            parts = objective.components(SharedForward(model), batch, original)
-            risks = {"forget": rows["false"], "true": rows["true"]}
-            losses: dict[str, Any] = step_losses(parts, apart=False)
-            losses |= {n: partial(nll, model, b) for n, b in risks.items() if n not in losses}
-            recorder.backward(**losses)
-            optimizer.step()
-            optimizer.zero_grad()
+            descent.step(recorder, batch, risks=risks)
             found = recovery(clean, corrupted, model)["model"]
             curve.append(
                 {

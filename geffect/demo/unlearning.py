@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,12 @@ from geffect.batch import ORIGINAL, Pair, on_device
 from geffect.data.collate import collate, pad_token_of
 from geffect.data.others import WithOthers, among_others
 from geffect.devices import swap
-from geffect.objectives import (
-    ALTERNATE,
-    FrozenModel,
-    SharedForward,
-    kept_losses,
-    named,
-    options_of,
-    step_losses,
-)
-from geffect.risk import nll
+from geffect.objectives import ALTERNATE, options_of
 
 from . import language_model as lm
 from .config import LEVELS, UnlearningConfig
 from .corpus import Corpus
+from .descent import Descent
 from .effects import keep_effects
 from .hiding import all_trained
 from .methods import RunSpec, Variant
@@ -142,11 +134,10 @@ def unlearn(
     """
     whole = [parameter for parameter in model.parameters() if parameter.requires_grad]
     variant = variant.begun(model, data.corpus, data.tokenizer)
-    objective = named(spec.method, dict(spec.options)).begin(model)
-    original = None if objective.reference == "none" else FrozenModel.copied(model)
+    descent = Descent.begun(model, spec.method, spec.options, variant, spec.learning_rate)
+    objective = descent.objective
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = variant.stepping(trained, spec.learning_rate)
-    rectifier = variant.rectifier(model, optimizer, config.ema)
+    rectifier = variant.rectifier(model, descent.optimizer, config.ema)
     sizes = config.sizes(variant.protect)
     if variant.retain_batch is not None:
         sizes["retain"] = min(variant.retain_batch, len(data.sets["retain"]["input_ids"]))
@@ -167,30 +158,9 @@ def unlearn(
     least = config.plain_steps if spec.shown else 0
     metadata = {**asdict(spec), "seed": data.seed, "levels": dict(levels)}
     with Recorder(model, path, metadata=metadata, update=True, overwrite=True) as recorder:
-        recorder.note_objective(
-            objective, reference="a frozen copy of the model" if original else None
-        )
+        descent.note(recorder)
         for step in range(1, config.most_steps + 1):
-            batch = next(batches)
-            shared = SharedForward(model)
-            reference = original and FrozenModel(SharedForward(original.model))
-            parts = objective.components(shared, batch, reference)
-            losses: dict[str, Any] = variant.objective(step_losses(parts, apart=len(parts) > 1))
-            # In the order of the sets, so that all runs have their sources in one order.
-            risks: dict[str, Any] = {
-                n: losses.pop(n) if n in losses else partial(nll, shared, b)
-                for n, b in batch.items()
-            }
-            recorder.backward(
-                **losses,
-                **risks,
-                rectifier=rectifier,
-                weights=partial(objective.implicit_weights, shared, batch, reference),
-                relearned=place and place.keeping(kept_losses(objective, parts)),
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-            objective.advance()
+            descent.step(recorder, next(batches), rectifier=rectifier, place=place)
             before, forget = forget, _looked_at(model, data, levels)
             if not math.isfinite(forget["forget_nll"]):
                 break
