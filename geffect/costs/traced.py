@@ -5,18 +5,17 @@ when an operation makes it until it is freed. The other layers are as the second
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from geffect.risk import log_likelihood
+
+from .live_bytes import LiveBytes, key_of
 
 TRACED = 2
 """Layers: the first, and one that others are like."""
@@ -178,63 +177,38 @@ def _traceable(config: Any) -> Iterator[None]:
         ) from error
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes that come to be and are alive, and notes them after each operation."""
+class _Live(LiveBytes):
+    """Tells gradients of parameters from all else that is alive, and notes both as they change."""
 
     def __init__(self, moments: list[Moment]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.activations = self.gradients = 0
+        super().__init__()
+        self.gradients = 0
         self._moments = moments
-        self._storages: dict[int, Any] = {}
+        self._arrived: set[int] = set()
 
-    def __torch_dispatch__(
-        self,
-        function: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
-            self._see(tensor, 0)  # it was there before, or is known
-        result = function(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._see(tensor, tensor.untyped_storage().nbytes())
+    @property
+    def activations(self) -> int:
+        """Bytes of all that is alive and no gradient of a parameter."""
+        return self.now - self.gradients
+
+    def operated(self) -> None:
         now = Moment(self.activations, self.gradients)
         if not self._moments or self._moments[-1] != now:
             self._moments.append(now)
-        return result
 
     def arrived(self, parameter: Tensor) -> None:
         """The gradient of a parameter is there: it is no activation."""
         assert parameter.grad is not None
-        known = self._storages.get(parameter.grad.untyped_storage()._cdata)
-        if known is not None and not known["gradient"]:
-            known["gradient"] = True
-            self.activations -= known["size"]
-            self.gradients += known["size"]
+        key, size = key_of(parameter.grad), self.counted(parameter.grad)
+        if size and key not in self._arrived:
+            self._arrived.add(key)
+            self.gradients += size
 
-    def _see(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._storages:
-            return
-        own: dict[str, Any] = {"size": size, "gradient": False}
-
-        def freed(_: object) -> None:
-            del self._storages[key]
-            if own["gradient"]:
-                self.gradients -= size
-            else:
-                self.activations -= size
-
-        own["ref"] = weakref.ref(storage, freed)
-        self._storages[key] = own
-        self.activations += size
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    def freed(self, storage: int, size: int) -> None:
+        super().freed(storage, size)
+        if storage in self._arrived:
+            self._arrived.remove(storage)
+            self.gradients -= size
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from geffect import Rectifier, dots
+from geffect.costs.live_bytes import LiveBytes
 from geffect.gradients import differentiate
 from tests.bench import __main__ as bench
 from tests.bench import (
@@ -24,7 +25,7 @@ from tests.bench import (
     relearned,
 )
 from tests.bench.bars import Bar, Row
-from tests.bench.memory import LiveBytes, gradient_bytes, peak_bytes, peak_gradients
+from tests.bench.memory import gradient_bytes, peak_bytes, peak_gradients
 from tests.bench.products import heavy_tailed, relative_error
 from tests.bench.public_procedure import WINDOW, PublicProcedure
 from tests.bench.rounds import Load, Ratio, cpu_seconds, interleaved, ratio

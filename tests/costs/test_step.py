@@ -20,13 +20,13 @@ from transformers import (
 
 from geffect import Recorder, Rectifier
 from geffect.costs import Estimate, Shape, estimate
+from geffect.costs.live_bytes import LiveBytes
 from geffect.costs.measured import constants
 from geffect.layers import describe
 from geffect.objectives import nll
 from geffect.projection import SAGO
 from geffect.store.segments import folder_of
 from tests.bench.constants import constants as shipped
-from tests.bench.memory import LiveBytes
 from tests.utils.command_line import Ask
 
 VOCABULARY = 4096

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from geffect.costs.live_bytes import LiveBytes
 from geffect.projection.memory import NOISE, RetainMemory, State
-from tests.bench.memory import LiveBytes
 
 EXACT, HALF = State(), State(torch.bfloat16)
 Vector = Sequence[Tensor | None]
