@@ -39,7 +39,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ...                       "value": [0.0, 0.4, 0.0, 0.5], "gap": [float("nan"), 0.2] * 2})
     >>> ax = accumulated(table, ax=Figure().subplots())
     >>> ax.get_title(loc="right"), ax.texts[0].get_text().splitlines()
-    ('points: measured', ['gap at the end', 'forget 20 %'])
+    ('lines: predicted; points: measured', ['gap at the end', 'forget 20 %'])
     """
     require(table, ["step", "risk", "how", "value", "gap"])
     once_only(table, ["step", "risk", "how"])
@@ -66,7 +66,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
-    note(ax, "points: measured")
+    note(ax, "lines: predicted; points: measured")
     if gaps:
         ax.text(
             0.03, 0.97, "\n".join(["gap at the end", *gaps]), transform=ax.transAxes, va="top",

@@ -14,6 +14,7 @@ from .inks import DIVERGING
 from .legends import colour_bar
 from .style import points
 from .text import readable_on
+from .ticks import slant
 from .words import drawn, heading, note
 
 
@@ -67,9 +68,9 @@ def angles(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(-0.5, len(names) - 0.5)
     places = range(len(names))
-    ax.set_xticks(places, [drawn(name) for name in names], rotation=45, ha="right",
-                  rotation_mode="anchor")  # fmt: skip
-    ax.set_yticks(places, [drawn(name) for name in names])
+    called = [*map(drawn, names)]
+    ax.set_xticks(places, called, **slant(ax, called, points("small")))
+    ax.set_yticks(places, called)
     dress(ax, frame=False)
     ax.tick_params(length=0)
     heading(ax, constants(table.drop(columns=["source", "other"])))

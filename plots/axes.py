@@ -7,16 +7,15 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from geffect.places import tower_in
 from geffect.scores import score_of
 
-from .figures import height_of
-from .frames import FRAMES, LINEAR_SHARE, Frame, are_above_zero, decade_format, decades, of_unit
+from .frames import FRAMES, LINEAR_SHARE, Frame, are_above_zero, of_unit
 from .inks import QUIET
 from .style import points
-from .ticks import log_scale
+from .ticks import Decades, log_scale
 from .words import axis_label
 
 
@@ -35,10 +34,7 @@ def value_axis(ax: Axes, table: pd.DataFrame) -> None:
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
     if score.scale == "symlog":
         ax.set_yscale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
-        room = int(72 * height_of(ax) / (1.7 * points("small")))
-        ax.yaxis.set_major_locator(FixedLocator(decades(frame, max(1, min(3, (room - 1) // 2)))))
-        ax.yaxis.set_major_formatter(decade_format())
-        ax.yaxis.set_minor_locator(NullLocator())
+        Decades.put(ax.yaxis, frame.threshold, points("small"))
         # Zero alone would be on view where all values are near it.
         ax.update_datalim([(0.0, -frame.threshold), (0.0, frame.threshold)], updatex=False)
     if score.limits:

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.contour import ContourSet
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from geffect.scores import score_of
@@ -20,9 +19,11 @@ from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
 from .fit import constants, once_only, require
-from .frames import LINEAR_SHARE, Frame, decade_format, decades
+from .frames import LINEAR_SHARE, Frame
 from .inks import QUIET
 from .legends import key
+from .style import points
+from .ticks import Decades
 from .words import axis_label, heading, note
 
 RANGE = 0.2  # of the weights that share a colour
@@ -163,6 +164,4 @@ def _scale(ax: Axes, axis: Literal["x", "y"], table: pd.DataFrame) -> None:
         return
     set_scale, of = (ax.set_xscale, ax.xaxis) if axis == "x" else (ax.set_yscale, ax.yaxis)
     set_scale("symlog", linthresh=frame.threshold, linscale=LINEAR_SHARE)
-    of.set_major_locator(FixedLocator(decades(frame)))
-    of.set_major_formatter(decade_format())
-    of.set_minor_locator(NullLocator())
+    Decades.put(of, frame.threshold, points("small"))

@@ -1,7 +1,6 @@
 """What forgetting costs, of many methods at once: each named where it reaches the level."""
 
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from .axes import dress
 from .figures import new_figure, rows_and_columns
 from .fit import levels, once_only, require
-from .inks import QUIET, SPARE
+from .inks import QUIET, Ink, inks
 from .style import is_narrow, points
 from .ticks import log_scale
 from .tradeoff import mark_level
-from .words import axis_label, drawn, heading
+from .words import axis_label, drawn, heading, level_headings
 from .words import title as put_title
 
 Floats = NDArray[np.float64]
@@ -63,7 +62,7 @@ def crossings(
     """
     require(table, [by, "method", "step", "forget_nll", kept, "at_level"])
     once_only(table, [by, "method", "step"])
-    names = levels(table[by])
+    names, looks = levels(table[by]), inks(levels(table["method"]))
     tall, wide = rows_and_columns(len(names), columns)
     figure = new_figure(4.3 * wide, (3.0 if is_narrow() else 4.9) * tall)
     shown = table[table["at_level"] | (table["forget_nll"] <= level)]
@@ -74,18 +73,19 @@ def crossings(
         log_scale(ax)
         ax.set_xlim(0.0, level)
         ax.set_ylim(*limits)
-        _panel(ax, shown[shown[by].astype(str) == name], kept, level)
+        _panel(ax, shown[shown[by].astype(str) == name], kept, level, looks)
         axis_label(ax.xaxis, "forget NLL (nats per token)")
         if index % wide == 0:
             axis_label(ax.yaxis, f"{label} (nats per token)", longest=60)
         dress(ax)
         heading(ax, name)
+    level_headings(figure.axes[row * wide :][:wide] for row in range(tall))
     if title:
         put_title(figure, title)
     return figure
 
 
-def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
+def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float, looks: Mapping[str, Ink]) -> None:
     ends: dict[str, float] = {}
     lines: dict[str, tuple[Floats, Floats]] = {}
     for method in levels(part["method"]):
@@ -98,7 +98,8 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float) -> None:
         ax.plot(*lines[method], color=QUIET, linewidth=0.6, alpha=0.7, zorder=2)
     ordered = sorted(ends, key=lambda method: ends[method])
     places = within(spread([_share(ax, ends[method]) for method in ordered], APART), APART)
-    for method, place, ink in zip(ordered, places, cycle(SPARE)):
+    for method, place in zip(ordered, places, strict=True):
+        ink = looks[method]
         ax.plot(*lines[method], color=ink.colour, linestyle=ink.dashes, linewidth=1.1, zorder=3)
         ax.plot(
             [level], [ends[method]], color=ink.colour, marker="o", markersize=4, clip_on=False,

@@ -5,13 +5,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Colormap, LogNorm, Normalize, SymLogNorm
-from matplotlib.ticker import FuncFormatter
 
 from geffect.scores import SAYS, score_of, scores_in
 
 from .fit import blocks_in
 from .inks import DIVERGING, NO_OR_YES, POSITIVE
-from .ticks import power
 
 LINEAR_SHARE = 0.8  # of a decade, on either side of zero, between the two logarithmic halves
 MOST_DECADES = 6
@@ -105,40 +103,6 @@ def colours_of(table: pd.DataFrame) -> tuple[Colormap, Normalize]:
     if score.is_rate:
         return NO_OR_YES, Normalize(0.0, 1.0)
     return DIVERGING, Normalize(-frame.limit, frame.limit)
-
-
-def decades(frame: Frame, most: int = 3) -> list[float]:
-    """Ticks of a symmetric-log scale: zero and, from the threshold, `most` powers of ten a side.
-
-    >>> decades(Frame(300.0, 1e-3, []))
-    [-10.0, -0.1, -0.001, 0.0, 0.001, 0.1, 10.0]
-    """
-    # The small guard keeps a power of ten its own decade after the rounding of the logarithm.
-    high = int(np.floor(np.log10(frame.limit) + 1e-9))
-    low = int(np.round(np.log10(frame.threshold)))
-    stride = max(1, -(-(high - low + 1) // most))
-    powers = [float(f"1e{exponent}") for exponent in range(low, high + 1, stride)]
-    return [*(-power for power in reversed(powers)), 0.0, *powers]
-
-
-def few_decades(frame: Frame) -> list[float]:
-    """Ticks of a short symmetric-log scale: zero, and one or two powers of ten a side.
-
-    >>> few_decades(Frame(300.0, 1e-3, []))
-    [-100.0, 0.0, 100.0]
-    >>> few_decades(Frame(300.0, 1e-4, []))
-    [-100.0, -0.1, 0.0, 0.1, 100.0]
-    """
-    high = int(np.floor(np.log10(frame.limit) + 1e-9))
-    low = int(np.round(np.log10(frame.threshold)))
-    exponents = [high] if high - low < 6 else [(high + low + 1) // 2, high]
-    powers = [float(f"1e{exponent}") for exponent in exponents]
-    return [*(-power for power in reversed(powers)), 0.0, *powers]
-
-
-def decade_format() -> FuncFormatter:
-    """How `decades` are written: as powers of ten, exponents no smaller than the rest."""
-    return FuncFormatter(lambda value, _: power(value))
 
 
 def all_blocks(table: pd.DataFrame) -> list[str]:

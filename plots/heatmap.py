@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Normalize, SymLogNorm
-from matplotlib.ticker import FixedLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from geffect.scores import blocks_of, score_of
@@ -14,12 +14,12 @@ from .axes import dress, step_axis, towers_apart
 from .conventions import Asked, picture
 from .figures import new_axes
 from .fit import SEED, constants, seed_in, short, told_apart
-from .frames import Frame, colours_of, decade_format, decades, few_decades
-from .inks import RATE
+from .frames import Frame, colours_of
+from .inks import QUIET, RATE
 from .legends import colour_bar
 from .long import largest_of_spans, rates_of_spans, spans_of
 from .style import points
-from .ticks import BlockTicks
+from .ticks import BlockTicks, Decades
 from .words import axis_label, drawn, heading, longest, note, rate
 
 MOST_MARKS, RATES = 120, 40
@@ -97,15 +97,13 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     undefined = "(grey: undefined)" if np.ma.is_masked(cells) else ""
     bar = colour_bar(ax, mesh, score.axis if are_rates else score.full, undefined)
     if isinstance(mesh.norm, SymLogNorm):
-        ticks = decades(frame) if bar.orientation == "vertical" else few_decades(frame)
-        bar.set_ticks(FixedLocator(ticks))
-        bar.long_axis.set_major_formatter(decade_format())
-        bar.ax.minorticks_off()
+        Decades.put(bar.long_axis, frame.threshold, points("small"))
     if are_rates:
         bar.long_axis.set_major_formatter(PercentFormatter(1.0, symbol=""))
     elif score.is_rate:
         bar.set_ticks([0.25, 0.75], labels=["no", "yes"])
         bar.ax.tick_params(length=0)
+        bar.outline.set(visible=True, edgecolor=QUIET, linewidth=0.6)  # "no" is as light as paper
     return ax
 
 

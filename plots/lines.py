@@ -95,8 +95,6 @@ def profile(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             fill(side, at, low, high, handles[-1].get_color())
     towers_apart(ax.axvline, blocks)
     BlockTicks.put(ax.xaxis, [*map(drawn, names)], points("small"), most=14)
-    for label in ax.get_xticklabels():  # those of ticks that come with more room follow the first
-        label.set(rotation=45, ha="right", rotation_mode="anchor")
     ax.set_xlim(-0.5, len(blocks) - 0.5)
     axis_label(ax.xaxis, f"{block}, from input to output")
     dress_sides(sides.values())

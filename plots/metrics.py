@@ -14,7 +14,7 @@ from .words import title as put_title
 
 WIDE = 11  # characters of a line of a heading
 FEWEST = 10  # characters of a line of a setting
-LINE, GAP = 0.15, 0.07  # inches
+LINE, GAP = 1.3, 0.6  # of the size of the text
 
 
 def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
@@ -38,15 +38,15 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
         (str(row["setting"]), str(row["metric"])): row["value"] for row in table.to_dict("records")
     }
     size = points("small")
-    letter = 0.58 * size / 72  # inches
+    letter, line, gap = (share * size / 72 for share in (0.58, LINE, GAP))  # inches
     heads = ["\n".join(wrap(drawn(name, 3 * WIDE).replace("_", " "), WIDE)) for name in names]
     wide = 1.5 + max(len(line) for head in heads for line in [*head.split("\n"), "0.00123"])
     figure = new_figure(letter * (longest(settings) + 4 + wide * len(names)), 2.0)
     across = figure.get_figwidth() / letter - 2
     first = int(max(FEWEST, across - wide * len(names) - 1))
     rows = [wrap(drawn(name), first) for name in settings]
-    head, row = (LINE * (1 + max(text.count("\n") for text in heads)), LINE * max(map(len, rows)))
-    tall = head + row * len(rows) + 3 * GAP
+    head, row = (line * (1 + max(text.count("\n") for text in heads)), line * max(map(len, rows)))
+    tall = head + row * len(rows) + 3 * gap
     figure.set_figheight(tall + (0.3 if title else 0.1))
     ax = figure.subplots()
     ax.set_axis_off()
@@ -54,14 +54,14 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     ax.set_ylim(tall, 0)
     centres = [across - wide * (len(names) - index - 0.5) for index in range(len(names))]
     for x, text in zip(centres, heads, strict=True):
-        ax.text(x, GAP / 2 + head, text, ha="center", va="bottom", fontsize=size)
+        ax.text(x, gap / 2 + head, text, ha="center", va="bottom", fontsize=size)
     for index, (setting, said) in enumerate(zip(settings, rows, strict=True)):
-        y = head + 2 * GAP + row * (index + 0.5)
+        y = head + 2 * gap + row * (index + 0.5)
         ax.text(0, y, "\n".join(said), ha="left", va="center", fontsize=size)
         for x, name in zip(centres, names, strict=True):
             number = _said(values.get((setting, name)))
             ax.text(x, y, number, ha="center", va="center", fontsize=size)
-    for y, width in ((0.0, 0.9), (head + GAP, 0.5), (tall, 0.9)):
+    for y, width in ((0.0, 0.9), (head + gap, 0.5), (tall, 0.9)):
         ax.axhline(y, color=QUIET, linewidth=width, clip_on=False)
     if title is not None:
         put_title(figure, title)

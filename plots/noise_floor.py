@@ -14,7 +14,7 @@ from .fit import blocks_in, constants, require, short, told_apart
 from .inks import PLAIN, UNDEFINED
 from .legends import key
 from .style import points
-from .ticks import thinned
+from .ticks import BlockTicks
 from .words import drawn, heading, longest, note
 
 COSINE, FLOOR = "cosine", "by chance"
@@ -71,9 +71,7 @@ def noise_floor(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         step_axis(ax)
     else:
         towers_apart(ax.axvline, blocks)
-        places = thinned(len(blocks), most=14)
-        ax.set_xticks(places, [drawn(names[index]) for index in places], rotation=45, ha="right",
-                      rotation_mode="anchor")  # fmt: skip
+        BlockTicks.put(ax.xaxis, [*map(drawn, names)], points("small"), most=14)
         ax.set_xlim(-0.5, len(blocks) - 0.5)
         ax.set_xlabel(drawn(f"{block}, from input to output"), fontsize=points("medium"))
     dress(ax)

@@ -14,6 +14,7 @@ from .frames import colours_of
 from .legends import colour_bar
 from .style import points
 from .text import readable_on
+from .ticks import slant
 from .words import axis_label, drawn, longest
 
 
@@ -52,10 +53,9 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     mesh = ax.pcolormesh(cells, **asked.mesh(cmap, norm))
     mesh.set_cmap(mesh.cmap.with_extremes(bad="none"))
     ax.invert_yaxis()
-    ax.set_xticks(
-        np.arange(len(earlier)) + 0.5, [*map(drawn, earlier)], rotation=30, ha="right",
-        rotation_mode="anchor",
-    )  # fmt: skip
+    called = [*map(drawn, earlier)]
+    turned = slant(ax, called, points("small"), angle=30)
+    ax.set_xticks(np.arange(len(earlier)) + 0.5, called, **turned)
     ax.set_yticks(np.arange(len(later)) + 0.5, [*map(drawn, later)])
     axis_label(ax.xaxis, "earlier request")
     axis_label(ax.yaxis, "request")

@@ -20,7 +20,7 @@ from .inks import GRU, GRU_COORDINATE, PLAIN, QUIET, UNDEFINED, Ink
 from .legends import key
 from .sheet import shared_key
 from .style import is_narrow, points
-from .words import axis_label, heading, note
+from .words import axis_label, heading, level_headings, note
 from .words import title as put_title
 
 COSINE = Score("cosine with the retain average", UNIT)
@@ -134,6 +134,7 @@ def _maps(table: pd.DataFrame) -> Figure:
             heading(ax, name + where)
             note(ax, _share(marks))
         axes[0].collections[0].colorbar.remove()  # that of the next panel is for both
+    level_headings(grid)
     for ax in grid.flat:
         ax.label_outer(remove_inner_ticks=True)
     return figure

@@ -19,7 +19,7 @@ from .heatmap import heatmap
 from .legends import LEGEND, SIDE, abreast, write_labels
 from .lines import profile, trajectory
 from .style import is_narrow, medium, points
-from .words import heading, longest
+from .words import heading, level_headings, longest
 from .words import title as put_title
 
 
@@ -82,8 +82,10 @@ def facets(
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     shared_key(figure, panels)
-    # A bar stands on the right of its row.
-    keep_once(ax for row in range(tall) for ax in reversed(panels[row * wide :][:wide]))
+    # A bar stands on the right of its row, and one that stands below them below them all.
+    rows = [panels] if is_narrow() else [panels[row * wide :][:wide] for row in range(tall)]
+    keep_once(ax for row in rows for ax in reversed(row))
+    level_headings(panels[row * wide :][:wide] for row in range(tall))
     # What the panels are named by stands above each, also where there is but one.
     put_title(figure, constants(table.drop(columns=by)) if title is None else title)
     return figure
@@ -120,6 +122,8 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
         grid = figure.subplots(
             len(rows), 3, sharex="col", squeeze=False, width_ratios=(1.2, 1.0, 1.1)
         )
+        if made_for:  # what is written around a panel takes its share of the height
+            figure.set_figheight(len(rows) * (0.8 + 0.2 * made_for.text))
     scaled: dict[tuple[str, ...], NDArray[np.object_]] = {}  # the first row of each unit
     for axes, part in zip(grid, rows, strict=True):
         first = scaled.setdefault(units_in(part), axes)
@@ -131,13 +135,14 @@ def sheet(table: pd.DataFrame, *, title: str | None = None) -> Figure:
         for ax in grid[:-1].flat:
             ax.set_xlabel("")
         for maps, profiles, courses in grid:  # what a value is stands once a row
-            said = profiles.get_ylabel()
+            said = profiles.get_ylabel().split()
             courses.set_ylabel("")
-            if (bar := maps.collections[0].colorbar) and bar.ax.get_ylabel() == said:
+            if (bar := maps.collections[0].colorbar) and bar.ax.get_ylabel().split() == said:
                 bar.set_label("")
     if made_for:
         shared_key(figure, grid[:, 2], below=True)
     keep_once(grid[:, 2])
+    level_headings(grid)
     level = levels(table[LEVEL]) if LEVEL in table else []
     by = ": ".join([f"by {blocks_of(table)}", *level])
     put_title(figure, ", ".join(filter(None, [in_common(table), by])) if title is None else title)

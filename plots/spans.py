@@ -9,7 +9,8 @@ from geffect.text import in_html
 
 from .frames import Frame, colours_of
 from .inks import UNDEFINED
-from .text import BREAK, answer, apart, readable_on
+from .text import BREAK, answer, readable_on
+from .ticks import decades
 
 LEGEND = 41  # colours in the bar below the text
 
@@ -69,7 +70,8 @@ def _legend(table: pd.DataFrame) -> str:
     """A bar from the lowest colour to the highest, with its ends, zero and unit in words."""
     score, (cmap, norm) = score_of(table), colours_of(table)
     bar = ", ".join(to_hex(cmap(share)) for share in np.linspace(0, 1, LEGEND))
-    ticks = apart(Frame.of(table)) if score.scale == "symlog" else [norm.vmin, 0.0, norm.vmax]
+    frame, is_symlog = Frame.of(table), score.scale == "symlog"
+    ticks = decades(frame.threshold, frame.limit, 2) if is_symlog else [norm.vmin, 0.0, norm.vmax]
     marks = "".join(
         f'<span style="position: absolute; left: {100 * float(norm(tick)):.1f}%; '
         f'transform: translateX(-50%)">{tick:g}</span>'

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Affine2D, ScaledTranslation, Transform
 
 from geffect.scores import score_of
@@ -20,15 +19,17 @@ from geffect.text import plain
 from .conventions import Asked, picture
 from .figures import new_axes
 from .fit import constants, levels, names_in, once_only, require
-from .frames import Frame, colours_of, decade_format, decades
+from .frames import Frame, colours_of
+from .style import LEAST, medium
 from .style import points as size_of
+from .ticks import Decades
 from .words import drawn, heading
 
 FONTS = ["DejaVu Sans Mono", "DejaVu Sans"]
 # Of a character and a line of the first font, in font sizes. A character is 0.602 wide; on screens
 # it is rounded up to whole pixels.
 ADVANCE, LEADING = 0.64, 1.7
-SIZES = (9.0, 8.0, 7.0, 6.0, 5.0)
+SHRUNK = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the text of other pictures, as it has room
 WIDTH = 84  # characters in a line of a figure of one's own
 BREAK = "↵"
 # What would move the text, as itself.
@@ -69,8 +70,11 @@ def text(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     name, table = answer(table)
     tokens = [_shown(token) for token in table["token"]]
     if ax is None:
-        tall = lines(tokens, WIDTH) * LEADING * SIZES[0] / 72
-        ax = new_axes(WIDTH * ADVANCE * SIZES[0] / 72 + 0.2, tall + 0.9)
+        advance = ADVANCE * _sizes()[0] / 72
+        made_for = medium()
+        columns = int((made_for.width - 0.2) / advance) if made_for else WIDTH
+        tall = lines(tokens, columns) * LEADING * _sizes()[0] / 72
+        ax = new_axes(columns * advance + 0.2, tall + 0.09 * size_of("medium"))
     ax.set_axis_off()
     heading(ax, name)
     colours = _scale(ax, table, asked)
@@ -202,8 +206,7 @@ def _scale(ax: Axes, table: pd.DataFrame, asked: Asked) -> ScalarMappable:
     undefined = " (grey: undefined)" if table["value"].isna().any() else ""
     bar.ax.set_xlabel(drawn(score.full, 120) + undefined, fontsize=size_of("small"), loc="left")
     if score.scale == "symlog":
-        bar.ax.xaxis.set_major_locator(FixedLocator(apart(frame)))
-        bar.ax.xaxis.set_major_formatter(decade_format())
+        Decades.put(bar.ax.xaxis, frame.threshold, size_of("x-small"))
     bar.ax.minorticks_off()
     bar.ax.tick_params(width=0.6, length=2.5, labelsize=size_of("x-small"))
     bar.outline.set_visible(False)
@@ -216,28 +219,23 @@ def _room(ax: Axes, tokens: Sequence[str]) -> tuple[float, int]:
     figure.draw_without_rendering()  # the layout decides how wide the axes are
     inside = ax.get_window_extent()
     wide, tall = (side * 72 / figure.dpi for side in (inside.width, inside.height))
-    for size in SIZES:
+    for size in _sizes():
         columns = max(2, int(wide / (ADVANCE * size)))
         if lines(tokens, columns) * LEADING * size <= tall:
             break
     return size, columns
 
 
+def _sizes() -> list[float]:
+    """The sizes of the text, of which the first is what it should have."""
+    first, *smaller = (share * size_of("medium") for share in SHRUNK)
+    return [max(first, LEAST), *smaller]
+
+
 def _from_upper_left(ax: Axes) -> Transform:
     """Points to the right of, and above, the upper left corner of the axes."""
     corner = ScaledTranslation(0.0, 1.0, ax.transAxes)  # type: ignore[arg-type]
     return Affine2D().scale(1 / 72) + ax.figure.dpi_scale_trans + corner
-
-
-def apart(frame: Frame) -> list[float]:
-    """The ticks of a narrow bar, in which the innermost powers would touch zero.
-
-    >>> apart(Frame(300.0, 1e-3, []))
-    [-10.0, -0.1, 0.0, 0.1, 10.0]
-    """
-    ticks = decades(frame)
-    zero = len(ticks) // 2
-    return ticks if zero < 2 else [*ticks[: zero - 1], 0.0, *ticks[zero + 2 :]]
 
 
 def readable_on(background: Sequence[float]) -> str:

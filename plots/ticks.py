@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby, pairwise
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +13,8 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import Formatter, FuncFormatter, Locator, LogLocator, NullLocator
 
 APART = 1.3
 """Of the size of the text: how far labels stand from each other at least."""
@@ -37,6 +39,9 @@ class BlockTicks(Locator):
         ticks = cls(axis, names, size, most)
         axis.set_major_locator(ticks)
         axis.set_major_formatter(FuncFormatter(lambda place, _: ticks._labels.get(place, "")))
+        if isinstance(axis, XAxis):
+            for label in axis.get_ticklabels():  # those of ticks that come later follow the first
+                label.set(**slant(axis.axes, names, size))
 
     def __call__(self) -> Sequence[float]:
         low, high = sorted(self._of.get_view_interval())
@@ -97,6 +102,79 @@ def _crowds(places: Sequence[int], gap: float) -> list[list[int]]:
 
 def _together(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]}"
+
+
+class Decades(Locator):
+    """Zero and, on either side of it, as many powers of ten as stand apart when they are drawn."""
+
+    def __init__(self, axis: Axis, threshold: float, size: float) -> None:
+        self._of, self._threshold, self._size = axis, threshold, size
+
+    @classmethod
+    def put(cls, axis: Axis, threshold: float, size: float) -> None:
+        """Give a symmetric-log axis its ticks, and their labels in a size."""
+        axis.set_major_locator(cls(axis, threshold, size))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+        axis.set_minor_locator(NullLocator())
+
+    def __call__(self) -> Sequence[float]:
+        low, high = sorted(self._of.get_view_interval())
+        return self.tick_values(low, high)
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        reach = max(abs(vmin), abs(vmax))
+        for most in (3, 2, 1):
+            ticks = decades(self._threshold, reach, most)
+            zero = len(ticks) // 2
+            for shown in (ticks, [*ticks[: zero - 1], 0.0, *ticks[zero + 2 :]]):
+                on_view = [tick for tick in shown if vmin <= tick <= vmax]
+                if len(shown) > 1 and self._stand_apart(on_view):
+                    return on_view
+        return [tick for tick in (0.0,) if vmin <= tick <= vmax]
+
+    def _stand_apart(self, ticks: Sequence[float]) -> bool:
+        box, figure = self._of.axes.bbox, self._of.get_figure(root=True)
+        is_x = isinstance(self._of, XAxis)
+        length = 72 * (box.width if is_x else box.height) / (figure.dpi if figure else 72)
+        transform = self._of.get_transform()
+        low, high = sorted(transform.transform(np.array(self._of.get_view_interval())))
+        places = transform.transform(np.array(ticks)) * length / (high - low)
+        sizes = [printed(power(tick), self._size) if is_x else self._size for tick in ticks]
+        needed = [(a + b) / 2 + (APART - 1) * self._size for a, b in pairwise(sizes)]
+        return bool((np.diff(places) >= needed).all())
+
+
+def decades(threshold: float, reach: float, most: int = 3) -> list[float]:
+    """Zero and, up to where values reach, at most so many powers of ten on either side of it.
+
+    >>> decades(1e-3, 300.0)
+    [-100.0, -1.0, -0.01, 0.0, 0.01, 1.0, 100.0]
+    """
+    # The small guard keeps a power of ten its own decade after the rounding of the logarithm.
+    high = int(np.floor(np.log10(reach) + 1e-9))
+    low = min(high, int(np.round(np.log10(threshold))))
+    stride = -(-(high - low + 1) // most)
+    powers = [float(f"1e{exponent}") for exponent in range(high, low - 1, -stride)]
+    return [*(-power for power in powers), 0.0, *reversed(powers)]
+
+
+def slant(ax: Axes, names: Sequence[str], size: float, angle: float = 45) -> dict[str, Any]:
+    """How names below axes are turned: not at all where they stand beside each other upright."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    each = 0.8 * 72 * figure.get_figwidth() * ax.get_position().width / max(1, len(names))
+    if max((printed(name, size) for name in names), default=0.0) + size <= each:
+        return {}
+    return {"rotation": angle, "ha": "right", "rotation_mode": "anchor"}
+
+
+@cache
+def printed(text: str, size: float) -> float:
+    """How wide a line of text is, in points."""
+    width, _, _ = text_to_path.get_text_width_height_descent(
+        text.replace(r"\$", "$"), FontProperties(size=size), ismath=False
+    )
+    return float(width)
 
 
 def has_glyph(*characters: str) -> bool:

@@ -1,21 +1,18 @@
 """Text of a picture: labels, headings and notes on lines that fit; what others wrote."""
 
 from collections.abc import Iterable
-from functools import cache
 from textwrap import wrap
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 
 from geffect.text import plain
 
 from .figures import height_of, width_of
 from .style import medium, points
-from .ticks import has_glyph
+from .ticks import has_glyph, printed
 
 ABREAST = 48  # characters of a heading on one line
 LONGEST = 120  # characters of a label on several lines
@@ -27,6 +24,16 @@ def heading(ax: Axes, text: str) -> None:
     ax.set_title(_on_lines(text, room), loc="left", fontsize=points("medium"))
     if beside := ax.get_title(loc="right"):
         note(ax, beside)
+
+
+def level_headings(rows: Iterable[Iterable[Axes]]) -> None:
+    """Puts the headings of a row of panels at one height, over the tallest note beside them."""
+    for row in rows:
+        said = {ax: ax.get_title(loc="left") for ax in row}
+        lifted = max(len(text) - len(text.rstrip("\n")) for text in said.values())
+        for ax, text in said.items():
+            lines = text.rstrip("\n") + "\n" * lifted
+            ax.set_title(lines, loc="left", fontsize=points("medium"))
 
 
 def title(figure: Figure, text: str) -> None:
@@ -45,15 +52,6 @@ def note(ax: Axes, text: str) -> None:
     lifted = len(lines) if left and beside + 6 > room else len(lines) - 1
     ax.set_title(left + "\n" * lifted, loc="left", fontsize=points("medium"))
     ax.set_title("\n".join(lines), loc="right", fontsize=points("x-small"), color="#555555")
-
-
-@cache
-def printed(text: str, size: float) -> float:
-    """How wide a line of text is, in points."""
-    width, _, _ = text_to_path.get_text_width_height_descent(
-        text.replace(r"\$", "$"), FontProperties(size=size), ismath=False
-    )
-    return float(width)
 
 
 def drawn(text: object, most: int = 36) -> str:
@@ -81,8 +79,17 @@ def _on_lines(text: object, width: int) -> str:
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """The text on lines of a width: a G-effect is one word."""
-    return wrap(text, width, break_on_hyphens=False)
+    """The text on as few lines of a width as can be, about as long as each other.
+
+    A G-effect is one word.
+
+    >>> _lines("rate of conflict of objective and retain", 34)
+    ['rate of conflict of', 'objective and retain']
+    """
+    lines = wrap(text, width, break_on_hyphens=False)
+    longest_word = max(map(len, text.split()), default=1)
+    narrower = (wrap(text, most, break_on_hyphens=False) for most in range(longest_word, width))
+    return next((found for found in narrower if len(found) <= len(lines)), lines)
 
 
 def _code(character: str) -> str:
@@ -105,7 +112,7 @@ def rate(table: pd.DataFrame) -> str:
 
 
 def wrapped(label: str, most: int = 34) -> str:
-    """The label on lines short enough to stand beside a panel, the unit on its own.
+    """The label on lines short enough to stand beside a panel, the unit whole where that goes.
 
     >>> wrapped("retaining G-effect (nats per token per step)").splitlines()
     ['retaining G-effect', '(nats per token per step)']
@@ -113,15 +120,18 @@ def wrapped(label: str, most: int = 34) -> str:
     if len(label) <= most:
         return drawn(label, most)
     words, bracket, unit = plain(label).partition(" (")
-    parts = [_short(part, LONGEST) for part in (words, bracket.strip() + unit) if part]
-    return "\n".join(drawn(line) for part in parts for line in _lines(part, most))
+    lines = _lines(_short(words, LONGEST), most)
+    of_unit = _lines(_short(bracket.strip() + unit, LONGEST), most)
+    if lines and len(of_unit) == 1 and len(last := f"{lines[-1]} {of_unit[0]}") <= most:
+        lines, of_unit = lines[:-1], [last]
+    return "\n".join(map(drawn, [*lines, *of_unit]))
 
 
 def axis_label(axis: Axis, text: str, longest: int = 34) -> None:
     """What an axis shows, on lines no longer than the axis is."""
     is_x = isinstance(axis, XAxis)
-    room = longest
-    if medium():
-        length = width_of(axis.axes) if is_x else height_of(axis.axes)
-        room = int(72 * length / (0.52 * points("medium")))
-    axis.set_label_text(wrapped(text, max(12, min(longest, room))), fontsize=points("medium"))
+    length = width_of(axis.axes) if is_x else height_of(axis.axes)
+    room = int(72 * length / (0.52 * points("medium")))
+    if not is_x:
+        room = min(longest, room) if medium() else longest
+    axis.set_label_text(wrapped(text, max(12, room)), fontsize=points("medium"))

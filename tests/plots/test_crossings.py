@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 
 from geffect.plots import crossings
 from geffect.plots.crossings import APART, spread, within
@@ -36,6 +37,25 @@ def test_every_method_is_named_at_the_level_or_below() -> None:
         assert max(line.get_xdata()[-1] for line in ax.lines if len(line.get_xdata())) <= 3.0
     assert figure.axes[0].get_ylabel() == "retain NLL outside (nats per token)"
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+def test_a_method_has_one_look_in_every_panel_whatever_its_place_there() -> None:
+    table = losses(8, 8)
+    is_turned = table["variant"] == "select"
+    table.loc[is_turned, "retain_nll"] = 1 / table.loc[is_turned, "retain_nll"]
+    figure = crossings(table, "variant", "retain_nll", level=3.0, label="")
+    orders, looks = zip(*(looks_of(ax) for ax in figure.axes), strict=True)
+    assert orders[0] == orders[1][::-1]
+    assert looks[0] == looks[1]
+    assert len({*looks[0].values()}) == 8
+
+
+def looks_of(ax: Axes) -> tuple[list[str], dict[str, tuple[str, str]]]:
+    """The names from below to above, and colour and dashes of the line of each."""
+    names = [text.get_text() for text in ax.texts]
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 3]  # up to the level
+    looks = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines]
+    return names, dict(zip(names, looks, strict=True))
 
 
 def test_places_are_apart_and_as_near_as_they_can_be() -> None:

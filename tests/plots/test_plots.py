@@ -25,9 +25,9 @@ from geffect.plots import (
     tradeoff,
     trajectory,
 )
-from geffect.plots.frames import Frame, decades
 from geffect.plots.inks import NAMED, RETAINING, SPARE, UNDEFINED, UNLEARNING, inks
-from geffect.plots.ticks import thinned
+from geffect.plots.ticks import decades, thinned
+from geffect.plots.words import wrapped
 from geffect.scores import COSINE as UNIT
 from geffect.scores import YES_OR_NO, Score, said, stack, tidy
 
@@ -393,10 +393,37 @@ def test_thinned_places_hold_both_ends(count: int) -> None:
 
 @pytest.mark.parametrize("limit", [1e-10, 1.0, 7e2, 1e15])
 def test_ticks_stay_within_the_scale_and_mirror(limit: float) -> None:
-    ticks = decades(Frame(limit, limit * 1e-4, []))
+    ticks = decades(limit * 1e-4, limit)
     assert ticks == sorted(ticks) == [-tick for tick in reversed(ticks)]
     assert ticks[-1] <= limit * (1 + 1e-6)
     assert 3 <= len(ticks) <= 7
+
+
+@pytest.mark.parametrize("height", [1.8, 2.4, 4.0])
+@pytest.mark.parametrize("plot", [trajectory, heatmap])
+def test_powers_of_ten_stand_apart_however_short_their_axis_is(plot, height: float) -> None:
+    figure = Figure(figsize=(4.0, height), layout="constrained")
+    plot(grown(1), ax=figure.subplots())
+    figure.draw_without_rendering()
+    axis = figure.axes[-1].yaxis  # of the values, or of the bar of their colours
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = sorted((tick.label2 if plot is heatmap else tick.label1).get_window_extent().y0
+                   for tick in ticks)  # fmt: skip
+    size = ticks[0].label1.get_fontsize() * figure.dpi / 72
+    assert len(ticks) >= 3
+    assert 0.0 in [tick.get_loc() for tick in ticks]
+    assert (np.diff(boxes) >= 0.99 * size).all()
+
+
+def test_a_label_is_broken_into_lines_of_about_one_length() -> None:
+    words = "accumulated predicted fall of the risk"
+    lines = wrapped(f"{words} (nats per token)", 26).split("\n")
+    assert lines == ["accumulated predicted", "fall of the risk", "(nats per token)"]
+    assert wrapped("conflict of objective and retain (%)", 30).split("\n") == [
+        "conflict of", "objective and retain (%)"
+    ]  # fmt: skip
+    assert wrapped("ab objectives and more", 12).split("\n") == ["ab", "objectives", "and more"]
 
 
 def test_named_inks_are_distinct_within_a_figure() -> None:
