@@ -1,174 +1,15 @@
-"""Who steps what, and what a step moved."""
+"""What a step moved, whoever took it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.hooks import BEFORE_STEPS, Hooks, weakly
-
-__all__ = [
-    "Differences",
-    "DirectionWatch",
-    "Move",
-    "Standstill",
-    "StepFollower",
-    "check_descends",
-    "check_owned",
-    "described",
-    "moved_by",
-    "tensors_of",
-    "unwrapped",
-]
-
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers as long as others, by their bytes."""
-
-_PART = 2**18
-"""Numbers whose bits are looked at together on a CPU, in whose cache they are."""
-
-_PART_ELSEWHERE = 2**22
-"""On another device, where they only have to fit the memory."""
-
-_MULTIPLIER = 6364136223846793005
-"""Knuth's, of the next part of a fingerprint."""
-
-
-def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that an optimizer steps.
-
-    >>> weight = torch.nn.Parameter(torch.ones(2))
-    >>> tensors_of(torch.optim.SGD([weight], lr=0.1))[0] is weight
-    True
-    """
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
-
-
-def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer's next step moves: its own, where they have a gradient."""
-    return [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, without what accelerate put around it, which has no hooks to call.
-
-    That of a DeepSpeed engine is what stands for it. Raises a `ValueError` for DeepSpeed's of an
-    engine that nobody looks at, and for what is no optimizer of torch.
-    """
-    foreign = False
-    while (behind := distributed.optimizer_behind(optimizer)) is None:
-        if not hasattr(optimizer, "optimizer"):
-            break
-        foreign = foreign or "DeepSpeed" in type(optimizer).__name__
-        optimizer = optimizer.optimizer
-    if behind is not None:
-        return behind
-    if foreign:
-        raise ValueError(
-            "`optimizer` should be that of the engine which is the model. Found DeepSpeed's, and a "
-            "model outside of an engine. Pass what `deepspeed.initialize` gave: the engine as "
-            "the model, and `optimizer=engine.optimizer`."
-        )
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(
-            f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
-            "Pass optimizer=optimizer, the one that steps the model."
-        )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise ValueError(
-            "`optimizer` should be made by `torch.optim.Optimizer.__init__`, so that its steps can "
-            f"be followed. Found `{type(optimizer).__name__}`, which leaves that out. Pass the "
-            "optimizer inside of it, or let its `__init__` call `super().__init__`."
-        )
-    return optimizer
-
-
-def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer and the options of its parameter groups."""
-    return {
-        "class": type(optimizer).__name__,
-        "groups": [
-            {key: v for key, v in group.items() if isinstance(v, int | float | tuple)}
-            for group in optimizer.param_groups
-        ],
-    }
-
-
-ROUNDING = 1e-6
-"""Of a learning rate, in terms of the one that its schedule starts from."""
-
-
-def check_descends(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that climbs: G-effects and rectifiers take a step to go down.
-
-    >>> weight = torch.nn.Parameter(torch.ones(2))
-    >>> check_descends(torch.optim.SGD([weight], lr=0.1, maximize=True))
-    Traceback (most recent call last):
-    ValueError: `maximize` of SGD should be False: ... Negate the loss instead.
-    """
-    if any(group.get("maximize", False) for group in optimizer.param_groups):
-        raise ValueError(
-            f"`maximize` of {type(optimizer).__name__} should be False: a gradient is taken for "
-            "what the step goes down. Found `maximize = True`, with which every sign would be "
-            "wrong. Negate the loss instead."
-        )
-    for group in optimizer.param_groups:
-        rate = group.get("lr")
-        # A schedule that ends at zero may pass it by a rounding.
-        if rate is not None and rate < -ROUNDING * abs(group.get("initial_lr", rate)):
-            raise ValueError(
-                f"The learning rate of {type(optimizer).__name__} should not be negative: a "
-                f"gradient is taken for what the step goes down. Found {float(rate)}, with which "
-                "every sign would be wrong. Negate the loss instead."
-            )
-
-
-class DirectionWatch:
-    """Refuses an optimizer that climbs at the step that it takes with an expected gradient.
-
-    For those who leave a gradient and do not know the optimizer that steps it. It looks at the
-    steps of all optimizers for as long as it lives.
-    """
-
-    def __init__(self, parameters: Collection[Tensor]) -> None:
-        self.expects = False  # whether a gradient lies there that no optimizer has stepped yet
-        self._own = set(map(id, parameters))
-        hooks = Hooks()
-        finalize(self, hooks.remove)
-        hooks.add(BEFORE_STEPS.register, weakly(self._look))
-
-    def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self.expects and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
-            check_descends(optimizer)
-            self.expects = False
-
-
-def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:
-    """Refuse an optimizer that steps other tensors than the model's parameters."""
-    own = set(map(id, parameters))
-    tensors = tensors_of(optimizer)
-    if not own.intersection(map(id, tensors)):
-        raise ValueError(
-            "`optimizer` should step the parameters of `model`. Found one that has none of "
-            "them. Make it from model.parameters()."
-        )
-    foreign = [
-        tensor
-        for tensor in tensors
-        if id(tensor) not in own and (tensor.requires_grad or tensor.grad is not None)
-    ]
-    if foreign:
-        raise ValueError(
-            "`optimizer` should step the parameters of `model` and no others, which nothing "
-            f"here could rectify. Found others, {len(foreign)} in number, that are not the model's "
-            "or were unfrozen since the rectifier was made. Give those an optimizer of their own, "
-            "or make the rectifier after choosing the parameters to train."
-        )
+from geffect.fingerprints import bits, differ, fingerprints
+from geffect.optimizers import described, moved_by, tensors_of
 
 
 class Differences(Sequence[Tensor | None]):
@@ -193,32 +34,6 @@ class Differences(Sequence[Tensor | None]):
         now, before = self._parameters[index].detach(), self._before[index]
         # In half precision the difference of two numbers has more digits than either.
         return now - before if now.itemsize > 2 else now.float() - before.float()
-
-
-class Standstill:
-    """Tells whether parameters have moved since it was made, by an optimizer or otherwise.
-
-    >>> weight = torch.nn.Parameter(torch.ones(2))
-    >>> still = Standstill([weight])
-    >>> _ = weight.data.sub_(0.5)
-    >>> still.over
-    True
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters, self._prints = parameters, _prints(parameters)
-        self._versions = [parameter._version for parameter in parameters]
-
-    @property
-    def likely_over(self) -> bool:
-        """Whether something may have moved; what goes around autograd is not noticed."""
-        versions = [parameter._version for parameter in self._parameters]
-        return versions != self._versions and self.over
-
-    @property
-    def over(self) -> bool:
-        """Whether a value is another one."""
-        return not torch.equal(self._prints, _prints(self._parameters))
 
 
 @dataclass(frozen=True)
@@ -288,7 +103,7 @@ class StepFollower:
             before=[p.detach().clone() for p in parameters] if self._updates else None,
             versions=[p._version for p in parameters],
             printed=printed,
-            prints=_prints([parameters[i] for i in printed]),
+            prints=fingerprints([parameters[i] for i in printed]),
         )
 
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
@@ -374,7 +189,7 @@ class _FollowedStep:
     def news(self, *, at_gradient: bool) -> Move | None:
         """What has moved, if that is something else than was told."""
         stepped = self._moved()
-        now = _prints(self.parameters if self.before is not None else [])
+        now = fingerprints(self.parameters if self.before is not None else [])
         if self.told is not None:
             prints, flags = self.told
             if not any(self._anywhere([not torch.equal(prints, now)])) and flags == stepped:
@@ -398,10 +213,10 @@ class _FollowedStep:
         """Whether the values that this process holds are others, by index."""
         if self.before is not None:
             pairs = zip(self.parameters, self.before, strict=True)
-            return _differ([(_bits(parameter), _bits(before)) for parameter, before in pairs])
+            return differ([(bits(parameter), bits(before)) for parameter, before in pairs])
         versions = zip(self.parameters, self.versions, strict=True)
         changed = [parameter._version != version for parameter, version in versions]
-        now = _prints([self.parameters[index] for index in self.printed])
+        now = fingerprints([self.parameters[index] for index in self.printed])
         for index, same in zip(self.printed, (now == self.prints).tolist(), strict=True):
             changed[index] = not same
         return changed
@@ -411,57 +226,3 @@ class _FollowedStep:
         if not any(map(distributed.is_sharded, self.parameters)):
             return flags
         return [share > 0 for share in distributed.mean([*map(float, flags)])]
-
-
-def _prints(tensors: Sequence[Tensor]) -> Tensor:
-    """Int64[tensor], a fingerprint of what this process holds: another where one has changed."""
-    prints = torch.empty(len(tensors), dtype=torch.int64)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(i)
-    for indices in by_device.values():  # each device is waited for once
-        prints[indices] = torch.stack([_print(tensors[i]) for i in indices]).cpu()
-    return prints
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """What this process holds, as whole numbers: NaN equals itself there, and 0 is not -0."""
-    values = distributed.local(tensor.detach())
-    whole = torch.view_as_real(values) if values.is_complex() else values
-    return whole.reshape(-1).view(_WORDS[whole.element_size()])
-
-
-def _print(tensor: Tensor) -> Tensor:
-    bits = _bits(tensor)
-    size = bits.element_size()
-    if bits.numel() * size % 8 == 0 and bits.storage_offset() * size % 8 == 0:
-        bits = bits.view(torch.int64)  # several numbers at once
-    # Each place has a factor of its own, so that changes do not cancel: a plain sum would miss a
-    # bit up here and one down there, and numbers that change places.
-    factors = _factors(bits.device)
-    first, *others = bits.split(len(factors))
-    mixed: Tensor = (first * factors[: len(first)]).sum()
-    for part in others:
-        mixed = mixed * _MULTIPLIER + (part * factors[: len(part)]).sum()
-    return mixed
-
-
-@cache
-def _factors(device: torch.device) -> Tensor:
-    """Int64[part], odd and at random, as many as there are numbers in a part."""
-    generator = torch.Generator().manual_seed(0)
-    part = _PART if device.type == "cpu" else _PART_ELSEWHERE
-    return (torch.randint(2**62, (part,), generator=generator, device="cpu") * 2 + 1).to(device)
-
-
-def _differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
-    """Whether two tensors of a pair have different values; other devices are waited for once."""
-    differs = [
-        not torch.equal(*pair) if pair[0].device.type == "cpu" else (pair[0] != pair[1]).any()
-        for pair in pairs
-    ]
-    asked = [flag for flag in differs if isinstance(flag, Tensor)]
-    if asked:
-        told = iter(torch.stack([flag.to(asked[0].device) for flag in asked]).tolist())
-        return [next(told) if isinstance(flag, Tensor) else flag for flag in differs]
-    return [bool(flag) for flag in differs]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from geffect.steps import StepFollower, check_descends, moved_by, tensors_of
+from geffect.optimizers import check_descends, moved_by, tensors_of
+from geffect.steps import StepFollower
 
 
 def pair() -> list[nn.Parameter]:

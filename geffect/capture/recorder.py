@@ -25,7 +25,7 @@ from geffect.losses import (
     plan,
 )
 from geffect.objectives import Objective, as_objective
-from geffect.steps import check_descends
+from geffect.optimizers import check_descends
 
 from .implicit_weights import ImplicitWeights, asked_with
 from .pending_row import PendingRow

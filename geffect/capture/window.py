@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import distributed
+from geffect.fingerprints import Standstill
 from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
 from geffect.losses import Passes, check_no_step_inside
@@ -20,7 +21,7 @@ from geffect.sources import (
     check_spelt,
     is_reserved,
 )
-from geffect.steps import Move, Standstill
+from geffect.steps import Move
 from geffect.store.labels import is_name
 from geffect.text import plain
 

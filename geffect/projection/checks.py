@@ -11,8 +11,8 @@ from geffect.dots import is_sparse
 from geffect.gradients import Gradients, peak
 from geffect.layers import trainable
 from geffect.losses import Loss
+from geffect.optimizers import check_descends, tensors_of
 from geffect.sources import OBJECTIVE
-from geffect.steps import check_descends, tensors_of
 
 from .options import Options
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 from geffect import distributed
 from geffect.gradients import without_graph
 from geffect.interrupts import put_back_after, to_the_end
-from geffect.steps import moved_by
+from geffect.optimizers import moved_by
 
 PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time, where that can be chosen."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Rectification
-from geffect.steps import tensors_of
+from geffect.optimizers import tensors_of
 
 from . import fused
 from .elementwise import Elementwise

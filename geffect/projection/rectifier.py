@@ -12,8 +12,8 @@ from geffect.forwards import check_no_loss_asked
 from geffect.gradients import AtCopy, Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import Elsewhere, Passes, check_reached, declared, loss_scale, plan
+from geffect.optimizers import DirectionWatch, check_owned, unwrapped
 from geffect.sources import OBJECTIVE, RETAIN, average_of
-from geffect.steps import DirectionWatch, check_owned, unwrapped
 
 from . import checks
 from .attachment import Attachment, check_steps_alone, check_unattached

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.interrupts import Once
-from geffect.steps import moved_by
+from geffect.optimizers import moved_by
 
 PART = 2**18
 """Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU

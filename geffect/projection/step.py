@@ -12,7 +12,7 @@ from torch import Tensor
 from geffect import distributed
 from geffect.gradients import Gradients, Rectification, Vector, peak, without_graph
 from geffect.interrupts import to_the_end
-from geffect.steps import check_owned, moved_by
+from geffect.optimizers import check_owned, moved_by
 
 from .notices import Notices
 from .portions import StepInPortions, steps_tensor_by_tensor

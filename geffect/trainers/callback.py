@@ -26,6 +26,7 @@ from geffect.capture.stopping import StopWhen
 from geffect.capture.store_options import StoreOptions
 from geffect.gradients import Gradients, GradientTransform
 from geffect.hooks import Hooks, weakly
+from geffect.optimizers import check_descends, unwrapped
 from geffect.projection.listeners import listeners
 from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
 from geffect.sources import (
@@ -35,7 +36,7 @@ from geffect.sources import (
     UPDATE,
     check_risks,
 )
-from geffect.steps import StepFollower, check_descends, unwrapped
+from geffect.steps import StepFollower
 from geffect.store.paths import place_of
 
 from .at_copy import told

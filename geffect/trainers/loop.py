@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerControl
 from geffect import distributed
 from geffect.capture import Recorder, StopWhen
 from geffect.losses import check_no_step_inside
-from geffect.steps import unwrapped
+from geffect.optimizers import unwrapped
 
 STEPS_IN_BACKWARD = ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo")
 """Optimizers, as the Trainer knows them, that are done when the backward pass is."""

@@ -15,9 +15,10 @@ from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
 from geffect.capture.window import sources_of
 from geffect.gradients import Gradients, GradientTransform, Vector
+from geffect.optimizers import check_descends, described, unwrapped
 from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, RECTIFIED, UPDATE
-from geffect.steps import Move, StepFollower, check_descends, described, unwrapped
+from geffect.steps import Move, StepFollower
 
 from .loop import INSTEAD, clip_scale, current_scale
 
