@@ -256,7 +256,7 @@ def test_gradients_through_packed_codes_are_refused(pairs: Pairs) -> None:
     along = risk_gradient(model, [RETAIN]).vector
     state = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer")
     state.weight.quant_state.packing_format_for_cpu = True
-    refused = r"not be packed for inference.*Found `base_model\.model\.model\.layers\.1\.mlp\.up_proj"
+    refused = r"not be packed for inference.*Found `base_model\..*layers\.1\.mlp\.up_proj"
     for take in (
         lambda: risk_gradient(model, [FORGET]),
         lambda: token_effects(model, FORGET, along),
