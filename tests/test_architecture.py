@@ -156,12 +156,12 @@ def test_forbidden_imports(name: str, others: list[str]) -> None:
 
 
 def test_nothing_below_the_demo_knows_analysis_or_plots() -> None:
-    """But for what hands pictures to the trackers of a Trainer, when it does."""
+    """But for what hands pictures to a Trainer's trackers, and what an audit reads of a run."""
+    known = {"geffect.audit.page": {"plots"}, "geffect.audit.geometry": {"analysis"}}
     rooms = [name for name in COMPONENTS if component(name) not in ("demo", "report", "cli")]
     for name in {*rooms} - {"geffect.trainers.trackers"}:
         others = {component(imported) for imported in internal(name)} - {component(name)}
-        known = {"plots"} if name == "geffect.audit.page" else set()
-        assert not others & {"analysis", "plots"} - known, name
+        assert not others & {"analysis", "plots"} - known.get(name, set()), name
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)

@@ -30,6 +30,9 @@ HIDDEN = "hidden"
 DEPTH = "depth"
 """The battery of what the original tells from the layers of a model: no attack, but a place."""
 
+PATCHED, LENS = "patched", "lens"
+"""How it is told, of each block by its number: `patched 3`."""
+
 RELEARNING, ROUNDING, PROMPT = "relearning", "rounding", "prompt"
 DECODER_SWAP, RECOGNITION = "decoder swap", "recognition"
 
@@ -102,7 +105,7 @@ def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     _check_states(look)
     yield look.rows(HIDDEN, DECODER_SWAP, of, probe.decoder_swap(look.model))
     if look.budget.layers:
-        for name, found in (("patched", probe.patched), ("lens", probe.lens)):
+        for name, found in ((PATCHED, probe.patched), (LENS, probe.lens)):
             for layer, values in enumerate(found(look.model).T):
                 yield look.rows(DEPTH, f"{name} {layer}", of, values)
 

@@ -2,26 +2,27 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from geffect.checkpoints.loading import tokenizer_of
 from geffect.data.collate import check_tokens
 from geffect.data.examples import spelled
 from geffect.evaluation.tokens import evaluate_tokens
-from geffect.near import meant
-from geffect.numbers import is_number
+from geffect.store import Run
 
 from .batteries import BATTERIES
-from .budget import BUDGETS, Budget
+from .budget import Budget
+from .controlled import Controlled
+from .controls import CONTROLS
+from .geometry import Geometry, check_run_of, checkpoint_metrics, depths_in, sets_in
 from .look import Look, Original
 from .models import (
     ORIGINAL,
@@ -29,10 +30,12 @@ from .models import (
     ROLES,
     AuditModels,
     Source,
+    form_of,
     kind_of,
     limits_of,
     named,
 )
+from .options import AuditOptions, Report, chosen_of, names_of
 from .report import AuditReport
 from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, check_fits, sets_of
 from .summary import table_of
@@ -45,32 +48,6 @@ STEP_SHARE = 0.005
 
 TIMED = 16
 """So many items tell how long a forward takes."""
-
-Report = Callable[[str, float], None]
-"""Told what is done now, and how much of all is done, from 0 to 1."""
-
-
-class AuditOptions(TypedDict, total=False):
-    """The options of `geffect.audit`, each a keyword of it."""
-
-    tokenizer: Any
-    template: bool
-    base: str | os.PathLike[str] | None
-    device: str | torch.device | None
-    budget: str | Budget
-    learning_rate: float | None
-    report: Report | None
-
-
-DEFAULTS: AuditOptions = {
-    "tokenizer": None,
-    "template": True,
-    "base": None,
-    "device": None,
-    "budget": "quick",
-    "learning_rate": None,
-    "report": None,
-}
 
 
 def audit(
@@ -90,8 +67,8 @@ def audit(
       much such models differ. Without it the set "holdout" stands for what a model that never knew
       would show, and the best verdict is "not recovered by these attacks".
     - `sets`: what is asked, by the names of `geffect.audit.sets.NAMES`, as for `sets_of`.
-    - `batteries`: some of memorised, privacy, hidden and utility; all by default. What is not
-      measured is not judged.
+    - `batteries`: some of memorised, privacy, hidden, utility, and, with a `run`, geometry; all by
+      default. What is not measured is not judged.
     - `thresholds`: where the verdict turns.
 
     Options:
@@ -101,6 +78,11 @@ def audit(
     - `base`: the model that adapters are for, where it is not at the place that they name.
     - `device`: where models are loaded; by default cuda where there is one.
     - `budget`: "quick", "full", or a `Budget`.
+    - `run`: the run file of the unlearning, recorded with its updates: then the battery geometry
+      says how far these explain what was measured, in `geometry` of the report.
+    - `checkpoints`: folders of models after some of its steps, eight or more: their metrics too.
+    - `controls`: also builds models of which it is known whether they forgot, and says how they are
+      read, in `controls` of the report.
     - `learning_rate`: that of the unlearning, from which attacks take theirs. By default one that
       moves each weight by half a per cent of their size a step, which the manifest tells.
     - `report`: told how far it is.
@@ -115,8 +97,8 @@ def audit(
     >>> report.verdict
     'undecided'
     """
-    chosen = _chosen(options)
-    names = _names(batteries)
+    chosen = chosen_of(options)
+    names = names_of(batteries, chosen)
     limits = thresholds or Thresholds()
     models = AuditModels(unlearned, original, retrained, chosen["base"], chosen["device"])
     read = _sets(sets, models, chosen)
@@ -128,20 +110,31 @@ def audit(
         )
     _check_fits(read, models)
     _check_holdout(read)
+    tell: Report = chosen["report"] or (lambda what, done: None)
     started = time.monotonic()
     ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
-    items, manifest = measured(models, ordered, names, chosen)
+    items, manifest = measured(models, ordered, [n for n in names if n in BATTERIES], chosen)
     table = table_of(items, limits)
     told = {
         **_provenance(models, read),
         **manifest,
         "batteries": [*names],
+        "run": None if chosen["run"] is None else str(chosen["run"].path),
         "thresholds": asdict(limits),
         "seconds": round(time.monotonic() - started, 1),
     }
     asked = read[FORGET]
-    texts = dict(enumerate(zip(asked.questions, asked.answers, strict=True)))
-    return AuditReport(judged(table, limits), table, items, told, texts)
+    report = AuditReport(
+        judged(table, limits),
+        table,
+        items,
+        told,
+        geometry=_geometry(models, read, items, chosen),
+        controls=_controls(models, ordered, items, told, chosen) if chosen["controls"] else None,
+        texts=dict(enumerate(zip(asked.questions, asked.answers, strict=True))),
+    )
+    tell("done", 1.0)
+    return report
 
 
 def measured(
@@ -151,22 +144,24 @@ def measured(
     budget: Budget = chosen["budget"]
     report: Report = chosen["report"] or (lambda what, done: None)
     original = Original(models.loaded(ORIGINAL))
+    if chosen["run"] is not None:
+        check_run_of(chosen["run"], original.model)
     rate = chosen["learning_rate"] or _rate_of(original.model)
     skipped: dict[str, str] = {}
     found: list[pd.DataFrame] = []
     described: dict[str, Any] = {}
     has_retrained = models.retrained is not None
-    seconds = expected_seconds(original.model, sets, budget) * len(models)
+    looks = len(models) + (len(CONTROLS) if chosen["controls"] else 0)
+    seconds = expected_seconds(original.model, sets, budget) * looks
     report(f"{ORIGINAL}: {_spelt(seconds)}", 0.0)
     for place, role in enumerate(models):
         model = original.model if role == ORIGINAL else models.loaded(role)
         described[role] = _described(models[role], model)
-        looked = _Progress(report, role, place, len(models), len(names))
+        looked = _Progress(report, role, place, len(models) + chosen["controls"], len(names))
         look = Look(role, model, sets, budget, rate, original, has_retrained, looked.tell, skipped)
         for name in names:
             looked.begin(name)
             found += BATTERIES[name](look)
-    report("done", 1.0)
     if not found:
         raise ValueError(
             f"An audit should measure something. Found nothing that {', '.join(names)} could: "
@@ -182,6 +177,51 @@ def measured(
     items = pd.concat(found, ignore_index=True)
     several = [role for role in models if role not in ROLES]
     return (with_mean(items, several, RETRAINED) if several else items), told
+
+
+def _geometry(
+    models: AuditModels, sets: AuditSets, items: pd.DataFrame, chosen: Mapping[str, Any]
+) -> Geometry | None:
+    """What the run of the unlearning says, beside its checkpoints and the depth that was found."""
+    run: Run | None = chosen["run"]
+    if run is None:
+        return None
+    metrics = None
+    if chosen["checkpoints"]:
+        asked = sets_in(run, sets)
+        metrics = checkpoint_metrics(chosen["checkpoints"], models.read, asked, sets.tokenizer)
+    return Geometry.of(run, metrics, depths_in(items))
+
+
+def _controls(
+    models: AuditModels,
+    sets: AuditSets,
+    items: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+) -> pd.DataFrame:
+    """How the audit reads its controls."""
+    report: Report = chosen["report"] or (lambda what, done: None)
+    original = Original(models.loaded(ORIGINAL))
+    look = Look(
+        ORIGINAL,
+        original.model,
+        sets,
+        chosen["budget"],
+        manifest["learning_rate"]["value"],
+        original,
+        models.retrained is not None,
+        skipped=manifest["skipped"],
+    )
+    names = [name for name in manifest["batteries"] if name in BATTERIES]
+    beyond = len(models) / (len(models) + 1)
+    return Controlled(
+        items,
+        names,
+        look,
+        Thresholds(**manifest["thresholds"]),
+        lambda what, done: report(f"controls: {what}", beyond + done * (1 - beyond)),
+    ).table()
 
 
 def expected_seconds(model: nn.Module, sets: AuditSets, budget: Budget) -> float:
@@ -236,43 +276,6 @@ class _Progress:
         """So much of the battery that has begun is done."""
         share = (self.begun + done) / self.batteries
         self.report(f"{self.role}: {what}", (self.place + share) / self.roles)
-
-
-def _chosen(options: AuditOptions) -> dict[str, Any]:
-    unknown = [name for name in options if name not in DEFAULTS]
-    if unknown:
-        raise TypeError(
-            f"The options of an audit should be some of {', '.join(DEFAULTS)}. Found "
-            f"`{unknown[0]}`.{meant(unknown[0], DEFAULTS)} Choose from those."
-        )
-    chosen: dict[str, Any] = {**DEFAULTS, **options}
-    budget = chosen["budget"]
-    if not isinstance(budget, Budget):
-        if budget not in BUDGETS:
-            raise ValueError(
-                f"`budget` should be one of {', '.join(BUDGETS)}, or a Budget. Found {budget!r}. "
-                "Choose one of those."
-            )
-        chosen["budget"] = BUDGETS[budget]
-    rate = chosen["learning_rate"]
-    if rate is not None and not (is_number(rate) and rate > 0):
-        raise ValueError(
-            f"`learning_rate` should be a number above 0, that of the unlearning. Found {rate!r}. "
-            "Leave it out, or pass, say, 1e-5."
-        )
-    return chosen
-
-
-def _names(batteries: Iterable[str] | None) -> tuple[str, ...]:
-    names = [*BATTERIES] if batteries is None else [*batteries]
-    unknown = [name for name in names if name not in BATTERIES]
-    if unknown or not names:
-        found = f"`{unknown[0]}`" if unknown else "none"
-        raise ValueError(
-            f"`batteries` should be some of {', '.join(BATTERIES)}. Found {found}."
-            f"{meant(unknown[0], BATTERIES) if unknown else ''} Choose from those."
-        )
-    return tuple(name for name in BATTERIES if name in names)
 
 
 def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, Any]) -> AuditSets:
@@ -342,7 +345,7 @@ def _described(source: Source, model: nn.Module) -> dict[str, Any]:
     parameters = [*model.parameters()]
     return {
         "name": named(source),
-        "kind": kind_of(source),
+        "kind": form_of(source),
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in parameters),
         "dtype": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),

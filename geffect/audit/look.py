@@ -1,7 +1,7 @@
 """One model as the batteries of an audit see it: who it is, what is asked, and how far they go."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from numpy.typing import ArrayLike
@@ -67,6 +67,10 @@ class Look:
     def ends(self) -> tuple[int, ...]:
         """The tokens that end an answer, those of the chat template among them."""
         return ends_of(self.model, self.sets.tokenizer)
+
+    def at(self, role: str, model: nn.Module) -> "Look":
+        """Another model, looked at in the same way; what cannot be measured of it is not told."""
+        return replace(self, role=role, model=model, skipped={}, records={})
 
     def record(self, of: AuditSet) -> TokenTable:
         """What the model says to each token of a set, which is read once."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,10 @@ class AuditModels(Mapping[str, Source]):
 
         An adapter is merged into its model; a GGUF file is dequantised.
         """
-        source = self[role]
+        return self.read(self[role])
+
+    def read(self, source: Source) -> nn.Module:
+        """Any other model, as those of the roles are read."""
         if isinstance(source, nn.Module):
             return source
         device = there(self.device)
@@ -180,15 +184,42 @@ def _check_source(role: str, source: object) -> None:
     check_folder(path)
 
 
-def _of_gguf(path: Path) -> Any:
+def form_of(source: Source) -> str:
+    """What a model is given as, and of a GGUF file in which format most of its numbers are.
+
+    >>> form_of(nn.Linear(1, 1))
+    'model'
+    """
+    kind = kind_of(source)
+    if kind != "gguf" or isinstance(source, nn.Module):
+        return kind
+    counts: Counter[str] = Counter()
+    for tensor in _gguf(Path(source)).GGUFReader(source).tensors:
+        counts[tensor.tensor_type.name] += int(tensor.n_elements)
+    return f"{kind}, {counts.most_common(1)[0][0]}"
+
+
+def _gguf(path: Path) -> Any:
     try:
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
         raise ImportError(
             f"`gguf` should be installed to read `{path}`. Found no such package. Run `pip install "
             "gguf`, or pass the folder of the model that it was made of."
         ) from error
+    return gguf
+
+
+def _of_gguf(path: Path) -> Any:
+    _gguf(path)
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"A GGUF file should hold a causal language model that transformers reads. Found in "
+            f"`{path}`: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Pass "
+            "the folder of the model that it was made of."
+        ) from error
     return loaded.eval()

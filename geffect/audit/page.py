@@ -15,6 +15,7 @@ from geffect.text import in_html
 
 from . import panels
 from .attacks import HIDDEN, baseline
+from .geometry import ERASED, Geometry
 from .models import ORIGINAL, UNLEARNED
 from .sets import FORGET, HOLDOUT
 from .summary import DIRECTLY
@@ -47,6 +48,12 @@ class Reported(Protocol):
     def manifest(self) -> dict[str, Any]: ...
 
     @property
+    def geometry(self) -> Geometry | None: ...
+
+    @property
+    def controls(self) -> pd.DataFrame | None: ...
+
+    @property
     def texts(self) -> Mapping[int, tuple[str, str]]: ...
 
 
@@ -65,6 +72,8 @@ def page(report: Reported) -> str:
     parts = [
         _models(report.manifest),
         *_pictures(report),
+        *_geometry(report.geometry),
+        _controls(report.controls),
         _came_back(report),
         _skipped(report.manifest["skipped"]),
         _facts(report.manifest),
@@ -114,7 +123,7 @@ def _pictures(report: Reported) -> Iterator[str]:
         said(panels.measured(table, PRIVACY, aucs), Score("AUC")),
         f"How well the forget set is told from a holdout ({word('AUC')}). The aim is the retrained "
         "model, not .5.",
-        lines={"by chance": 0.5},
+        lines={".5": 0.5},
     )
     yield from _figure(
         "What stays",
@@ -122,6 +131,56 @@ def _pictures(report: Reported) -> Iterator[str]:
         said(panels.measured(table, UTILITY, ("es",), label="set"), Score("extraction strength")),
         f"{word('Extraction strength', 'es')} of the sets that should stay.",
     )
+
+
+def _geometry(found: Geometry | None) -> Iterator[str]:
+    """The course of the run, and what of it goes with what was measured."""
+    if found is None:
+        return
+    yield from _figure(
+        "Geometry",
+        plots.accumulated,
+        found.course,
+        "How far the updates of the run have raised each risk: lines as they predict it, points as "
+        "it was measured.",
+    )
+    yield _plain(found.table)
+    yield (
+        f"<p>{word('rho', 'rho')} between a metric and the predicted fall of the risk, from 8 "
+        f"points on; for {in_html(ERASED)} between what each block has lost and the rise of the "
+        "forget risk there. gap: how far the predicted fall is from the measured one.</p>"
+    )
+
+
+def _controls(found: pd.DataFrame | None) -> str:
+    """How the audit reads models of which it is known whether they forgot."""
+    if found is None:
+        return ""
+    return (
+        f"<h2>Controls</h2>{_plain(found)}<p>Models of which it is known what an audit should say: "
+        "made of the original, and read as this model is. Where one is read wrong, so may this "
+        "model be.</p>"
+    )
+
+
+def _plain(table: pd.DataFrame) -> str:
+    """A table of words and numbers as it stands."""
+    rows = [
+        "<tr>"
+        + "".join(
+            f"<td>{in_html(x)}</td>"
+            if isinstance(x, str)
+            else f'<td class="number">{_number(x)}</td>'
+            for x in row
+        )
+        + "</tr>"
+        for row in table.itertuples(index=False)
+    ]
+    return _table(tuple(map(str, table.columns)), rows)
+
+
+def _number(value: float) -> str:
+    return "" if pd.isna(value) else format(value, ".4g")
 
 
 def _figure(title: str, plot: Draws, table: pd.DataFrame, says: str, **how: Any) -> Iterator[str]:
@@ -214,8 +273,7 @@ def _whole(table: pd.DataFrame) -> str:
     for row in shown.to_dict("records"):
         keys = "".join(f"<td>{in_html(row[c])}</td>" for c in ("battery", "metric", "set", "model"))
         values = "".join(
-            f'<td class="number">{"" if pd.isna(row[c]) else format(row[c], ".4g")}</td>'
-            for c in ("value", "low", "high", "n")
+            f'<td class="number">{_number(row[c])}</td>' for c in ("value", "low", "high", "n")
         )
         rows.append(f"<tr>{keys}{values}</tr>")
     whole = _table([*map(str, table.columns)], rows)

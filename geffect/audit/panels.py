@@ -11,15 +11,13 @@ import pandas as pd
 
 from geffect.scores import Score, said
 
-from .attacks import DEPTH, HIDDEN, RELEARNING
+from .attacks import DEPTH, HIDDEN, PATCHED, RELEARNING
 from .models import ROLES, UNLEARNED
 from .sets import FORGET
 from .verdict import DIRECT, MEMORISED, NLL, RECOVERABLE
 
 MARKED = ("label", "model", "value", "low", "high")
 """The columns of marks with intervals, as `geffect.plots.shares` draws them."""
-
-PATCHED = "patched "
 
 RELEARNED = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
 """The attack whose course is drawn: with benign text, at the first rate."""

@@ -208,7 +208,7 @@ def teach(
     """
     trained = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     required = [parameter.requires_grad for parameter in trained]
-    batches = _batches(items, batch, seed)
+    batches = batches_of(items, batch, seed)
     try:
         with torch.inference_mode(False), undisturbed(model):
             stepping = _Stepping(trained, learning_rate)
@@ -360,7 +360,7 @@ def _is_scored(model: nn.Module, item: Item) -> bool:
     return bool(scored_tokens(model, collate([item])).any())
 
 
-def _batches(items: Sequence[Item], size: int, seed: int) -> Iterator[Mapping[str, Any]]:
+def batches_of(items: Sequence[Item], size: int, seed: int) -> Iterator[Mapping[str, Any]]:
     """Batches without end: of each pass in another order as many as are whole."""
     draw = torch.Generator().manual_seed(seed)
     size = min(size, len(items))

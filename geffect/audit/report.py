@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from .geometry import Geometry
 from .verdict import Verdict
 
 FORMAT = 1
@@ -24,6 +25,9 @@ class AuditReport:
     - `items`: the value of every item, `battery, metric, set, model, item, subject, value`. Where
       some items of a set were looked at, they are counted among these.
     - `manifest`: models, data with their hashes, budget, thresholds, versions, what was skipped.
+    - `geometry`: how far the updates of a run explain what was measured, where a run was given.
+    - `controls`: how the audit reads models of which it is known whether they forgot, where that
+      was asked for: the columns of `geffect.audit.controlled.Controlled.table`.
     - `texts`: question and answer of each forget item that has them, by its number.
     """
 
@@ -31,6 +35,8 @@ class AuditReport:
     table: pd.DataFrame = field(repr=False)
     items: pd.DataFrame = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
+    geometry: Geometry | None = field(default=None, repr=False)
+    controls: pd.DataFrame | None = field(default=None, repr=False)
     texts: Mapping[int, tuple[str, str]] = field(default_factory=dict, repr=False)
 
     @property
@@ -70,6 +76,8 @@ class AuditReport:
             "attack": self.judgement.attack,
             "exit_code": self.judgement.exit_code,
             "table": _plain(self.table),
+            "geometry": None if self.geometry is None else _plain(self.geometry.table),
+            "controls": None if self.controls is None else _plain(self.controls),
             "manifest": self.manifest,
         }
         text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -143,6 +143,37 @@ class _Weight:
     kept: str
 
 
+def int4_cells(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The weights that int4 rounds, and between what each of their numbers keeps its code.
+
+    The largest number of a group gives the scale, and does not move; no other may become it.
+
+    Returns weights as they lie in the model, with bounds of the same shape.
+
+    >>> model = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(1, 1))
+    >>> model.get_output_embeddings = lambda: model[1]
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[7.0, 2.2, -1.0]]))
+    >>> [(_, low, high)] = int4_cells(model)
+    >>> low.round(decimals=2), high.round(decimals=2)
+    (tensor([[ 7.0000,  1.5100, -1.4900]]), tensor([[ 7.0000,  2.4900, -0.5100]]))
+    """
+    int4 = next(q for q in quantisers_for(model) if isinstance(q, Int4))
+    return [_cells(weight, int4) for weight in _to_round(model, int4)]
+
+
+def _cells(weight: _Weight, int4: Int4) -> tuple[Tensor, Tensor, Tensor]:
+    values, found = _oriented(weight).float(), _codes(weight, int4)
+    most = found.scale * 7
+    fixed = values.abs() >= most * (1 - 1e-6)
+    inside = most * 0.999
+    bounds = [
+        torch.where(fixed, values, ((found.codes + side) * found.scale).clamp(-inside, inside))
+        for side in (-0.49, 0.49)
+    ]
+    low, high = (b.transpose(-1, -2) if weight.turned else b for b in bounds)
+    return weight.parameter, low, high
+
+
 def _of(model: nn.Module, adapter: Form) -> nn.Module:
     check_weights(model, _ATTACK)
     return deployed(model, adapter)

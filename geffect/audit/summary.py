@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from geffect.evaluation.membership import Scores, auc, membership
 from geffect.evaluation.utility import kept_share
 
-from .attacks import DEPTH, HIDDEN, baseline
+from .attacks import DEPTH, HIDDEN, LENS, PATCHED, baseline
 from .batteries import PARAPHRASED, TOKEN_NLL
 from .depth import unlearning_depth
 from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
@@ -267,7 +267,7 @@ def _count(values: Floats) -> int:
 
 def _depth(values: Values) -> Iterator[Row]:
     """UDS of the unlearned model: 0 where layers have kept it all, 1 where as gone as retrained."""
-    for kind, name in (("patched", "UDS"), ("lens", "lens depth")):
+    for kind, name in ((PATCHED, "UDS"), (LENS, "lens depth")):
         layers = [m for m in values.metrics(DEPTH, UNLEARNED) if m.startswith(kind)]
         of = {
             model: [x for m in layers if (x := values.get(DEPTH, m, FORGET, model)) is not None]

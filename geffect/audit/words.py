@@ -29,6 +29,11 @@ WORDS = {
         "How often a score ranks an item of the forget set before one of the holdout: .5 is by "
         "chance.",
     ),
+    "rho": (
+        "rho",
+        "The correlation of ranks: near 1 or -1, the first-order effects of the updates explain "
+        "what was measured.",
+    ),
     "depth": (
         "Depth",
         "The output of a block is handed to the original: by how much this lowers log p of the "

@@ -9,6 +9,7 @@ import typer
 
 from geffect.near import meant
 
+from .command import Needs, check_together
 from .options import (
     DATA_FORMS,
     BaseOption,
@@ -26,12 +27,15 @@ from .selection import written_as
 from .terminal import say, show, terminal, write
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
     from geffect.audit import AuditReport
 
-BATTERIES = ("memorised", "privacy", "hidden", "utility")
+GEOMETRY = "geometry"
+BATTERIES = ("memorised", "privacy", "hidden", "utility", GEOMETRY)
 MODELS = "A folder of a model or of an adapter, or a GGUF file"
+RULES = (Needs("--overwrite", "--output"), Needs("--checkpoints", "--run"))
 SHOWN = 6
 """So many attacks are listed, those that bring most back."""
 
@@ -55,10 +59,22 @@ def batteries_of(text: str) -> tuple[str, ...]:
     return names
 
 
+def models_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, as a trainer names them."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if not found:
+        raise typer.BadParameter(
+            "`--checkpoints` should be a folder with checkpoint-1 and further models in it. Found "
+            f"none in `{folder}`. Pass the output folder of the training."
+        )
+    return found
+
+
 _rate = number("a learning rate between 0 and 1", lambda rate: 0 < rate < 1, "say, 1e-5")
 
 
 def command(
+    ctx: typer.Context,
     unlearned: Annotated[Path, typer.Argument(metavar="MODEL", help=f"{MODELS}: what is audited.")],
     original: Annotated[
         Path,
@@ -95,10 +111,34 @@ def command(
         typer.Option(
             parser=batteries_of,
             metavar="NAME,...",
-            help=f"What is measured, some of {', '.join(BATTERIES)}; all if left out.",
+            help=f"What is measured, some of {', '.join(BATTERIES)}; all if left out, "
+            f"{GEOMETRY} with --run.",
             show_default=False,
         ),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="The run file of the unlearning (.h5), with its updates: how far they explain "
+            "what is measured.",
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder of checkpoint-1 and further models of that run, for their metrics.",
+        ),
+    ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls",
+            help="Also build models of which it is known whether they forgot, and tell how the "
+            "audit reads them.",
+        ),
+    ] = False,
     budget: Annotated[
         BudgetName, choice("--budget", BudgetName, "How far it goes, for a look or a report")
     ] = BudgetName.QUICK,
@@ -141,6 +181,7 @@ def command(
             "`geffect audit` should be given --retrained or --holdout: without them nothing says "
             "what a model shows that never knew. Found neither. Pass one of them."
         )
+    check_together(ctx, RULES)
     if output is not None:
         check_output(output, overwrite=overwrite)
     from transformers.utils.logging import disable_progress_bar
@@ -154,7 +195,7 @@ def command(
     }  # fmt: skip
     console = terminal(stderr=True)
     several = retrained or []
-    roles = 2 + len(several)
+    roles = 2 + len(several) + controls
     with shown(roles, console, "audit") as tell:
         report = audit(
             unlearned,
@@ -168,6 +209,9 @@ def command(
             base=base,
             tokenizer=tokenizer,
             device=device,
+            run=run,
+            checkpoints=[] if checkpoints is None else models_in(checkpoints),
+            controls=controls,
             report=_telling(tell, roles, lambda time: say(console, f"The audit takes {time}")),
         )
     if output is not None:
@@ -218,8 +262,24 @@ def _summarise(report: "AuditReport", console: "Console") -> None:
     if rows:
         headings = ["share", "of", "value", "low", "high"]
         show(console, headings, rows, names=["share", "of"])
+    if report.geometry is not None:
+        say(console, "How far the updates of the run explain what was measured, to first order:")
+        _show(console, report.geometry.table)
+    if report.controls is not None:
+        say(console, "How it reads models of which it is known whether they forgot:")
+        _show(console, report.controls.drop(columns="says"))
     for what, why in report.manifest["skipped"].items():
         say(console, f"Not measured: {what}. {why}")
+
+
+def _show(console: "Console", table: "pd.DataFrame") -> None:
+    """A table whose words are names and whose numbers have two digits."""
+    names = [str(c) for c in table if table[c].dtype == object]
+    rows = [
+        [_told(x) if isinstance(x, float) else str(x) for x in row]
+        for row in table.itertuples(index=False)
+    ]
+    show(console, [*map(str, table.columns)], rows, names=names)
 
 
 def _told(share: float) -> str:

@@ -63,7 +63,7 @@ def command(
 
 
 def _show(table: "pd.DataFrame") -> None:
-    names = ["layer", "needed"]
+    names = ["layer", "chosen"]
     lines = [
         [
             str(row["layer"]),
@@ -76,10 +76,9 @@ def _show(table: "pd.DataFrame") -> None:
     ]
     console = terminal()
     say(console, "Rise of the forget risk and of the others, in nats to first order:")
-    headings = ["layer", "gain", "harm", "gain/harm", "needed"]
-    show(console, headings, lines, names=names, spare=headings[3:])
+    show(console, ["layer", "gain", "harm", "gain/harm", "chosen"], lines, names=names)
 
 
 def _chosen(fraction: float) -> str:
-    """How much is needed of the gain of a layer that is chosen."""
-    return "" if not fraction else "all" if fraction == 1 else f"{fraction:.0%}"
+    """How much of a layer is needed."""
+    return "" if not fraction else "yes" if fraction == 1 else f"{fraction:.0%} of it"

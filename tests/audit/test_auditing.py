@@ -15,22 +15,13 @@ from torch import nn
 import geffect
 from geffect.audit import AuditSet, Thresholds
 from geffect.audit.auditing import audit
-from geffect.audit.budget import QUICK
-from geffect.audit.relearning import RelearningBudget
 from geffect.audit.verdict import judged
 from tests.utils import tiny
+from tests.utils.audits import BUDGET, items
 from tests.utils.models import bits
 
-SHORT = RelearningBudget(steps=(1, 2), rates=(1.0,), seeds=(0,), sources=("benign",))
-BUDGET = type(QUICK)("short", SHORT, taught=(1,), kept=3, said=2, samples=0, layers=True)
 TOLD_BY = ("memorised", "utility")
 TOLD = ["nll", "prob", "em", "es", "entropy"]
-
-
-def items(seed: int, count: int = 6) -> list[dict[str, list[int]]]:
-    drawn = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, tiny.VOCABULARY, (count, 8), generator=drawn).tolist()
-    return [{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in rows]
 
 
 @pytest.fixture(scope="module")

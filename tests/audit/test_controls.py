@@ -3,29 +3,18 @@
 On the quick models of the study, one seed; `tests/utils/controls.py` does the same on full ones.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from geffect.audit.beside import Beside
-from geffect.audit.budget import QUICK as BUDGET
-from geffect.audit.relearning import RelearningBudget
 from geffect.audit.verdict import Verdict, judged
 from geffect.demo.audited import audited_sets
 from geffect.demo.config import QUICK
+from tests.utils.audits import OF_CONTROLS
 from tests.utils.controls import CONTROLS, RATE, Subject
 from tests.utils.fixtures import Study
-
-SHORT = replace(
-    BUDGET,
-    relearning=RelearningBudget(steps=(48,), rates=(1.0,), seeds=(0,), sources=("benign",)),
-    kept=12,
-    said=4,
-    layers=False,
-)
-
 
 PLAIN = ("remembers", "broken")
 """What is told without attacks, which come after it."""
@@ -43,7 +32,7 @@ def subject(quick_study: Study) -> Subject:
 def beside(subject: Subject) -> Beside:
     sets = audited_sets(subject.corpus, subject.tokenizer)
     chosen = ("memorised", "hidden", "utility")
-    return Beside(subject.original, subject.retrained, sets, RATE, SHORT, chosen)
+    return Beside(subject.original, subject.retrained, sets, RATE, OF_CONTROLS, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def asked_alone(subject: Subject) -> Beside:
     """Without attacks, which what is broken or remembers does not need."""
     sets = audited_sets(subject.corpus, subject.tokenizer)
     chosen = ("memorised", "utility")
-    return Beside(subject.original, subject.retrained, sets, RATE, SHORT, chosen)
+    return Beside(subject.original, subject.retrained, sets, RATE, OF_CONTROLS, chosen)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +108,7 @@ def test_the_order_of_rows_and_the_models_decide(
         subject.retrained,
         audited_sets(subject.corpus, subject.tokenizer),
         RATE,
-        SHORT,
+        OF_CONTROLS,
         ("memorised", "utility"),
     )
     assert swapped.audited(subject.original)[0].verdict == "remembers"

@@ -56,7 +56,13 @@ def report(rows: list[Row] = ROWS, roles: tuple[str, ...] = ("original", "unlear
     }  # fmt: skip
     items = pd.DataFrame()
     return SimpleNamespace(
-        judgement=judgement, table=table(rows), items=items, manifest=manifest, texts={}
+        judgement=judgement,
+        table=table(rows),
+        items=items,
+        manifest=manifest,
+        texts={},
+        geometry=None,
+        controls=None,
     )
 
 

@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
+from geffect import Recorder
 from geffect.audit import budget as budgets
 from geffect.audit.budget import Budget
 from geffect.audit.relearning import RelearningBudget
+from geffect.objectives import nll
 from tests.utils import tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
 from tests.utils.command_line import Answer, Ask
@@ -105,6 +108,54 @@ def test_several_retrained_models(audit: Ask, folder: Path) -> None:
     assert "retrained 2: " in err and code in (1, 4)
     code, out, err = audit(*retrained[:2], *retrained[:2])
     assert (code, out) == (1, "") and "Found the same one twice" in err
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """The run of the unlearning, with checkpoints beside it."""
+    model = LlamaForCausalLM.from_pretrained(folder / "unlearned")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(model, folder / "run.h5", update=True) as recorder:
+        for step, batch in enumerate(tiny.pairs(3)):
+            model.save_pretrained(folder / "steps" / f"checkpoint-{step}")
+            recorder.backward(
+                objective={"forget": -1.0},
+                forget=lambda batch=batch: nll(model, batch["forget"]),
+                retain=lambda batch=batch: nll(model, batch["retain"]),
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+    return folder / "run.h5"
+
+
+def test_the_run_of_the_unlearning(audit: Ask, folder: Path, run: Path, tmp_path: Path) -> None:
+    asked = ["--retrained", folder / "retrained", "--batteries", "memorised,geometry"]
+    beside = ["--run", run, "--checkpoints", folder / "steps", "-o", tmp_path / "audit.html"]
+    code, out, err = audit(*asked, *beside)
+    assert code == 1, err
+    assert "How far the updates of the run explain what was measured" in out
+    for metric, of in (("loss", "forget"), ("es", "retain")):
+        assert re.search(rf"{metric} +│ {of} +│.*│ 3 │", out), out
+    text = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert re.search(r"<h2 id=[^>]*>Geometry</h2>", text)
+    assert_self_contained(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--checkpoints", "steps"], "--checkpoints.*--run"),
+        (["--run", "run.h5", "--checkpoints", "original"], "Found none in"),
+        (["--run", "run.h5", "--batteries", "memorised"], "Found no geometry among them"),
+    ],
+)
+def test_what_a_run_goes_with(
+    audit: Ask, folder: Path, run: Path, options: list[str], says: str
+) -> None:
+    given = [str(folder / word) if (folder / word).exists() else word for word in options]
+    code, out, err = audit("--retrained", folder / "retrained", *given)
+    assert code in (1, 2) and out == ""
+    assert re.search(says, err.replace("\n", " "))
 
 
 @pytest.mark.parametrize(

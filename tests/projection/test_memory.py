@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from geffect.costs.live_bytes import LiveBytes
-from geffect.projection.kept import State
-from geffect.projection.memory import NOISE, RetainMemory
+from geffect.projection.memory import NOISE, RetainMemory, State
 
 EXACT, HALF = State(), State(torch.bfloat16)
 Vector = Sequence[Tensor | None]

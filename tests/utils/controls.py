@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from geffect.audit import controls
 from geffect.audit.verdict import Verdict
 from geffect.demo import language_model as lm
 from geffect.demo.config import FULL, EmbeddedConfig
@@ -25,7 +26,6 @@ from geffect.demo.unlearning import Data
 from geffect.objectives import FrozenModel, SharedForward, named
 
 RATE = 3e-4
-GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,9 @@ class Subject:
         return lm.nll(self.retrained, self.data.batches["forget"])
 
 
-Step = Callable[[nn.Module], Any]
-
-
 def head_only(subject: Subject) -> Any:
     """All facts are in the body still: an untied head alone ascends on them."""
-    model = copy.deepcopy(subject.original)
-    head = nn.Linear(*model.lm_head.weight.shape[::-1], bias=False)
-    head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    model.lm_head = head
-    model.config.tie_word_embeddings = False
-    return _to_level(model, subject, "graddiff", [head.weight], rate=1e-3)
+    return controls.head_only(subject.original, _batches(subject), 1e-3, _reached(subject))
 
 
 def name_rows(subject: Subject) -> Any:
@@ -89,19 +81,7 @@ def name_rows(subject: Subject) -> Any:
 
 def int4_cell(subject: Subject) -> Any:
     """An edit that rounding to four bits takes back: no weight leaves its cell."""
-    model = copy.deepcopy(subject.original)
-    layers = [
-        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n
-    ]
-    bounds = [_cells(layer.weight.detach()) for layer in layers]
-
-    def keep() -> None:
-        for layer, (low, high) in zip(layers, bounds, strict=True):
-            layer.weight.clamp_(low, high)
-
-    return _to_level(
-        model, subject, "graddiff", [layer.weight for layer in layers], rate=1e-3, after=keep
-    )
+    return controls.in_int4_cells(subject.original, _batches(subject), 1e-3, _reached(subject))
 
 
 def retrained_again(subject: Subject) -> Any:
@@ -112,20 +92,12 @@ def retrained_again(subject: Subject) -> Any:
 
 def collapsed(subject: Subject) -> Any:
     """Gradient ascent that nobody stopped."""
-    model = copy.deepcopy(subject.original)
-    _steps(model, subject, "ga", [*model.parameters()], RATE, 60)
-    return model
+    return controls.ascended(subject.original, _batches(subject), RATE)
 
 
 def shuffled(subject: Subject) -> Any:
     """All weights in another order."""
-    model = copy.deepcopy(subject.original)
-    draw = torch.Generator().manual_seed(subject.seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            flat = parameter.flatten()
-            parameter.copy_(flat[torch.randperm(len(flat), generator=draw)].view_as(parameter))
-    return model
+    return controls.shuffled(subject.original, subject.seed)
 
 
 def untrained(subject: Subject) -> Any:
@@ -179,13 +151,6 @@ def _to_level(
     raise AssertionError(f"{method} did not reach {level:.2f} in {most} steps")
 
 
-def _steps(
-    model: Any, subject: Subject, method: str, trained: list[Tensor], rate: float, count: int
-) -> None:
-    for _ in _stepping(model, subject, method, trained, rate, lambda: None, count):
-        pass
-
-
 def _stepping(
     model: Any,
     subject: Subject,
@@ -201,9 +166,7 @@ def _stepping(
     objective = named(method).begin(model)
     reference = None if objective.reference == "none" else FrozenModel.copied(model)
     optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
-    size = min(20, len(subject.corpus.retain))
-    half = len(subject.corpus.forget) // 2
-    batches = subject.data.draws({"forget": half, "retain": size})
+    batches = _batches(subject)
     for step in range(most):
         parts = objective.components(SharedForward(model), next(batches), reference)
         losses = [part.weight * _value(part.given) for part in parts.values()]
@@ -216,6 +179,16 @@ def _stepping(
     model.requires_grad_(True)
 
 
+def _batches(subject: Subject) -> Any:
+    size = min(20, len(subject.corpus.retain))
+    return subject.data.draws({"forget": len(subject.corpus.forget) // 2, "retain": size})
+
+
+def _reached(subject: Subject) -> Callable[[nn.Module], bool]:
+    forget, level = subject.data.batches["forget"], subject.level
+    return lambda model: lm.nll(model, forget) >= level  # type: ignore[arg-type]
+
+
 def _value(loss: Any) -> Tensor:
     value: Tensor = loss() if callable(loss) else loss
     return value
@@ -226,21 +199,6 @@ def _names(subject: Subject) -> list[int]:
     forget = {f.subject for f in subject.corpus.forget}
     texts = [" " + word for name in forget for word in name.split()]
     return sorted({t for text in texts for t in subject.tokenizer(text)["input_ids"]})
-
-
-def _cells(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Between what each weight keeps its code of int4; the largest of a group does not move."""
-    blocks = weight.reshape(-1, GROUP)
-    largest = blocks.abs().amax(1, keepdim=True)
-    scale = largest / 7
-    code = (blocks / scale).round().clamp(-8, 7)
-    low, high = (code - 0.49) * scale, (code + 0.49) * scale
-    is_largest = blocks.abs() == largest
-    low, high = torch.where(is_largest, blocks, low), torch.where(is_largest, blocks, high)
-    # No other may become the largest.
-    low, high = low.maximum(-largest * 0.999), high.minimum(largest * 0.999)
-    low, high = torch.where(is_largest, blocks, low), torch.where(is_largest, blocks, high)
-    return low.view_as(weight), high.view_as(weight)
 
 
 def main(study: str) -> None:
