@@ -15,6 +15,9 @@ from geffect.store import Run
 
 Floats = NDArray[np.float64]
 
+Members = slice | list[int]
+"""The places of the parts of a block."""
+
 
 def check_run(run: object) -> None:
     """Refuse what is no run, such as the path of its file.
@@ -38,11 +41,22 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
     block. With `stepped_only` the sum is over the parameters that the step moves, and NaN where it
     moves none of a block.
     """
+    if stepped_only and not run.stepped().all():
+        return run.once(("stepped", by), lambda: _sums_of_stepped(run, by))
+    return run.once(("all", by), lambda: _sums(run, by))
+
+
+def _sums(run: Run, by: By) -> tuple[list[str], Floats]:
     of, labels, gram = parts_of(run, by)
     blocks, belongs = _members(run, of, labels)
-    stepped = run.stepped()[:, of] if stepped_only else np.ones(gram.shape[:2], dtype=np.bool_)
-    gram[~stepped] = 0.0
-    summed = _summed(gram, belongs)
+    return blocks, _summed(gram, belongs)
+
+
+def _sums_of_stepped(run: Run, by: By) -> tuple[list[str], Floats]:
+    of, labels, gram = parts_of(run, by)
+    blocks, belongs = _members(run, of, labels)
+    stepped = run.stepped()[:, of]
+    summed = _summed(np.where(stepped[..., np.newaxis, np.newaxis], gram, 0.0), belongs)
     moved = np.stack([stepped[:, members].any(axis=1) for members in belongs], axis=1)
     summed[~moved] = np.nan
     return blocks, summed
@@ -58,13 +72,22 @@ def block_sums(run: Run, parts: tuple[NDArray[np.int64], list[str]], values: Flo
 
 def _members(
     run: Run, of: NDArray[np.int64], labels: Sequence[str]
-) -> tuple[list[str], NDArray[np.bool_]]:
-    """The blocks in network order, and which parts belong to each: an array (block, part)."""
+) -> tuple[list[str], list[Members]]:
+    """The blocks in network order, and the parts that belong to each."""
     blocks = in_network_order([run.layers[i] for i in of], labels)
-    return blocks, np.array([[label == block for label in labels] for block in blocks])
+    places: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        places.setdefault(label, []).append(place)
+    return blocks, [_together(places[block]) for block in blocks]
 
 
-def _summed(values: Floats, belongs: NDArray[np.bool_]) -> Floats:
+def _together(places: list[int]) -> Members:
+    """Places as a slice where they follow each other: nothing is copied that is read by it."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if last - first < len(places) else places
+
+
+def _summed(values: Floats, belongs: Sequence[Members]) -> Floats:
     return np.stack([values[:, members].sum(axis=1) for members in belongs], axis=1)
 
 

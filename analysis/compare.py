@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "float16": 16 * 2**-10, "bfloat16
 ALIKE = 1e-3
 """How far a common factor of two updates may differ from layer to layer."""
 
+AT_ONCE = 2**17
+"""So many products are held against each other at a time: they stay in the processor's cache."""
+
 Level = Literal["identical", "rounding", "diverged"]
 
 
@@ -41,7 +45,16 @@ class Comparison:
     step: int | None
     layers: tuple[str, ...]
     sentence: str
-    table: pd.DataFrame = field(repr=False, compare=False)
+    _steps: NDArray[np.int64] = field(repr=False, compare=False)
+    _parameters: Sequence[str] = field(repr=False, compare=False)
+    _distance: Floats = field(repr=False, compare=False)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """How far apart they are; made where it is asked for."""
+        return tidy(
+            self._distance, SCORE, steps=self._steps, blocks=self._parameters, by="parameter"
+        )
 
 
 def compare(run: Run, other: Run) -> Comparison:
@@ -69,34 +82,31 @@ def compare(run: Run, other: Run) -> Comparison:
     check_run(other)
     pair = _Pair.of(run, other)
     distance = pair.distance(pair.sources)
-    table = tidy(
-        distance,
-        SCORE,
-        steps=pair.steps,
-        blocks=[parameter.name for parameter in run.layers],
-        by="parameter",
-    )
+    numbers = (pair.steps, [parameter.name for parameter in run.layers], distance)
     apart = (distance > pair.tolerance).any(axis=1) | pair.losses_differ.any(axis=1)
     if not apart.any():
         level: Level = "identical" if pair.is_identical else "rounding"
-        return Comparison(level, None, (), pair.told(_same(pair, distance)), table)
+        return Comparison(level, None, (), pair.told(_same(pair, distance)), *numbers)
     at = int(np.argmax(apart))
     layers, cause = _origin(pair, at)
     step = int(pair.steps[at])
-    return Comparison(
-        "diverged", step, layers, pair.told(f"The runs part at step {step}: {cause}."), table
-    )
+    said = pair.told(f"The runs part at step {step}: {cause}.")
+    return Comparison("diverged", step, layers, said, *numbers)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """The steps and sources that two runs share: Gram matrices, losses, and what is rounding."""
+    """The steps and sources that two runs share: Gram matrices, losses, and what is rounding.
+
+    - `gram`: of each run that of all its sources; `places` says where the shared ones stand there.
+    """
 
     run: Run
     other: Run
     steps: NDArray[np.int64]
     sources: tuple[str, ...]
     gram: tuple[Floats, Floats]
+    places: tuple[dict[str, int], dict[str, int]]
     losses: tuple[Floats, Floats]
     tolerance: float
 
@@ -116,15 +126,15 @@ class _Pair:
         gram, losses = [], []
         for one, place in zip((run, other), places, strict=True):
             at = [place[key] for key in shared]
-            of = [one.index(name) for name in sources]
-            gram.append(one.gram()[at][..., of, :][..., of])
+            gram.append(one.gram() if at == [*range(len(one.steps))] else one.gram()[at])
             known = one.losses()
             nothing = np.full(len(one.steps), np.nan)
             losses.append(np.stack([known.get(name, nothing)[at] for name in sources], axis=1))
         types = {parameter.dtype for r in (run, other) for parameter in r.layers}
         return cls(
             run, other, np.array([step for _, step in shared]), sources,
-            (gram[0], gram[1]), (losses[0], losses[1]),
+            (gram[0], gram[1]), (_places(run, sources), _places(other, sources)),
+            (losses[0], losses[1]),
             max(TOLERANCE.get(dtype, TOLERANCE["float32"]) for dtype in types),
         )  # fmt: skip
 
@@ -150,14 +160,27 @@ class _Pair:
         apart = (apart | odd) & ~np.array(is_sum)
         return np.asarray(apart, dtype=np.bool_)
 
-    def distance(self, sources: Sequence[str], factor: Floats | float = 1.0) -> Floats:
-        """Float64[step, parameter] over these sources; `factor` scales the updates of the first.
+    def distance(self, sources: Sequence[str]) -> Floats:
+        """Float64[step, parameter] over these sources.
 
         What is not there in both is infinitely far, but for the update of the last step of a run,
         which that run does not know.
         """
-        of = [self.sources.index(name) for name in sources]
-        K, L = (one[..., of, :][..., of].copy() for one in self.gram)
+        at_once = max(1, AT_ONCE // max(1, self.gram[0][0].size))
+        begins = range(0, len(self.steps), at_once)
+        parts = [self._distance(sources, slice(at, at + at_once)) for at in begins]
+        return np.concatenate(parts)
+
+    def distance_at(self, at: int, sources: Sequence[str], factor: float = 1.0) -> Floats:
+        """Float64[parameter], that of one step; `factor` scales the update of the first run."""
+        (found,) = self._distance(sources, slice(at, at + 1), factor)
+        return np.asarray(found)
+
+    def _distance(self, sources: Sequence[str], at: slice, factor: float = 1.0) -> Floats:
+        K, L = (
+            _chosen(one[at], [places[name] for name in sources])
+            for one, places in zip(self.gram, self.places, strict=True)
+        )
         if UPDATE in sources:
             u = sources.index(UPDATE)
             K[..., u, :] *= factor
@@ -170,8 +193,8 @@ class _Pair:
         with np.errstate(invalid="ignore", divide="ignore"):
             # One length after the other: the product of two tiny ones would underflow.
             apart = np.abs(K - L) / lengths[..., :, np.newaxis] / lengths[..., np.newaxis, :]
-        apart[(K == L) | (np.isnan(K) & np.isnan(L))] = 0.0
-        apart[np.isnan(apart)] = np.inf
+        np.copyto(apart, 0.0, where=(K == L) | (np.isnan(K) & np.isnan(L)))
+        np.copyto(apart, np.inf, where=np.isnan(apart))
         return np.asarray(apart.max(axis=(-1, -2), initial=0.0), dtype=np.float64)
 
     def layers_where(self, apart: NDArray[np.bool_]) -> tuple[str, ...]:
@@ -237,7 +260,7 @@ def _origin(pair: _Pair, at: int) -> tuple[tuple[str, ...], str]:
     """The layers where a difference begins, and the cause, in words."""
     for is_meant, told in _CAUSES:
         sources = [name for name in pair.sources if is_meant(name)]
-        apart = pair.distance(sources)[at] > pair.tolerance
+        apart = pair.distance_at(at, sources) > pair.tolerance
         losses = [
             name
             for name, differs in zip(pair.sources, pair.losses_differ[at], strict=True)
@@ -246,7 +269,7 @@ def _origin(pair: _Pair, at: int) -> tuple[tuple[str, ...], str]:
         if apart.any() or losses:
             return told(pair, at, apart, losses)
     # The products of two kinds differ, and those of neither kind.
-    everything = pair.distance(pair.sources)[at] > pair.tolerance
+    everything = pair.distance_at(at, pair.sources) > pair.tolerance
     return pair.layers_where(everything), "directions of the update against the gradients"
 
 
@@ -303,13 +326,13 @@ def _of_rectifier(
 def _of_update(
     pair: _Pair, at: int, apart: NDArray[np.bool_], losses: list[str]
 ) -> tuple[tuple[str, ...], str]:
-    layers, u = pair.layers_where(apart), _at(pair, UPDATE)
-    squares = [one[at, :, u, u] for one in pair.gram]
+    layers, of_both = pair.layers_where(apart), [places[UPDATE] for places in pair.places]
+    squares = [one[at, :, u, u] for one, u in zip(pair.gram, of_both, strict=True)]
     moved = (squares[0] > 0) | (squares[1] > 0)
     total = np.nansum(squares[0]), np.nansum(squares[1])
     if apart[moved].all() and all(total):
         factor = float(np.sqrt(total[1] / total[0]))
-        if (pair.distance(pair.sources, factor)[at] <= max(ALIKE, pair.tolerance)).all():
+        if (pair.distance_at(at, pair.sources, factor) <= max(ALIKE, pair.tolerance)).all():
             return layers, f"update, all layers, factor {factor:.4g}: the learning rate"
     where = "all layers" if apart[moved].all() else _listed(layers)
     still = [
@@ -338,8 +361,14 @@ _CAUSES: tuple[tuple[Callable[[str], bool], Told], ...] = (
 """The kinds of sources in the order in which a step makes them, and what a difference tells."""
 
 
-def _at(pair: _Pair, source: str) -> int:
-    return pair.sources.index(source)
+def _chosen(gram: Floats, of: Sequence[int]) -> Floats:
+    """The products of these sources alone, as a copy."""
+    at = np.array(of, dtype=np.intp)
+    return gram[..., at[:, np.newaxis], at]
+
+
+def _places(run: Run, sources: Sequence[str]) -> dict[str, int]:
+    return {name: run.index(name) for name in sources}
 
 
 def _listed(names: Sequence[str]) -> str:

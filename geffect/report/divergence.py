@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from geffect.analysis import compare
+from geffect.analysis import Comparison
 
 from .read import Read
 
@@ -21,18 +21,10 @@ class Parted:
 
 def against_the_first(several: Sequence[Read]) -> list[Parted]:
     """None for the first; runs of other models are told as such."""
-    first, *others = several
-    parted = [_parted(first, other) for other in others]
-    first.run.let_go()
-    return parted
+    return [_parted(read, read.parts) for read in several if read.parts is not None]
 
 
-def _parted(first: Read, other: Read) -> Parted:
-    try:
-        found = compare(first.run, other.run)
-    except ValueError as refused:
-        return Parted(other.name, other.anchor, "not comparable", None, str(refused))
-    finally:
-        if other.run is not first.run:
-            other.run.let_go()
-    return Parted(other.name, other.anchor, found.level, found.step, found.sentence)
+def _parted(read: Read, found: Comparison | str) -> Parted:
+    if isinstance(found, str):
+        return Parted(read.name, read.anchor, "not comparable", None, found)
+    return Parted(read.name, read.anchor, found.level, found.step, found.sentence)

@@ -10,6 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from geffect.analysis import (
+    Comparison,
+    compare,
     conflict,
     cosine,
     g_effect,
@@ -20,7 +22,7 @@ from geffect.analysis import (
 from geffect.analysis.base import check_run
 from geffect.analysis.rectified import acts, constrained
 from geffect.groups import By
-from geffect.scores import BLOCKS, blocks_of, score_of
+from geffect.scores import BLOCKS, blocks_of
 from geffect.sources import AVERAGE, UPDATE
 from geffect.store import Run
 
@@ -34,19 +36,22 @@ FINER: Mapping[str, By] = {"group": "group", "layer": "layer", "parameter": "lay
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A run with its name among the others of a report, and its scores."""
+    """A run with its name among the others of a report, and its scores.
+
+    - `first`: the run that it is held against; None of that one itself.
+    """
 
     run: Held
     name: str
     anchor: str
     by: By
+    first: Held | None = None
 
     def read_all(self) -> None:
-        """Take every score while the rows of the run are in memory, and let go of these."""
+        """Take every score while the rows of the run, and those of the first, are in memory."""
         for name, value in vars(type(self)).items():
             if isinstance(value, cached_property):
                 getattr(self, name)
-        self.run.let_go()
 
     @cached_property
     def repeats(self) -> bool:
@@ -127,6 +132,16 @@ class Read:
         table = implicit_weights(self.run)
         return table[table["statistic"] == "mean"]
 
+    @cached_property
+    def parts(self) -> Comparison | str | None:
+        """Where it parts from the first run, or why the two do not compare."""
+        if self.first is None:
+            return None
+        try:
+            return compare(self.first, self.run)
+        except ValueError as refused:
+            return str(refused)
+
     @property
     def rectified(self) -> bool:
         return acts(self.run)
@@ -166,22 +181,31 @@ class Read:
 
 
 def grid(table: pd.DataFrame) -> tuple[list[int], list[str], Numbers]:
-    """Steps, blocks, and the values of a table of one score as Float64[block, step]."""
-    score_of(table)
-    wide = table.pivot(index=blocks_of(table), columns="step", values="value")
-    return [int(step) for step in wide.columns], [*map(str, wide.index)], wide.to_numpy(dtype=float)
+    """Steps, blocks, and the values as Float64[block, step], of a table with a row for each pair.
+
+    Its rows are by step, and in it by block, as `geffect.scores.tidy` orders them.
+    """
+    blocks = [*map(str, table[blocks_of(table)].cat.categories)]
+    values = table["value"].to_numpy(dtype=float).reshape(-1, len(blocks)).T
+    return table["step"].tolist()[:: len(blocks)], blocks, values
 
 
 def opened(runs: Sequence[Run], by: By) -> list[Read]:
     """The runs of a report, each with a name that no other has."""
     for run in runs:
         check_run(run)
+    first, *others = map(held, runs)
     several = [
-        Read(held(run), name, f"run-{number}", by)
-        for number, (run, name) in enumerate(zip(runs, names(runs), strict=True), start=1)
+        Read(run, name, f"run-{number}", by, None if run is first else first)
+        for number, (run, name) in enumerate(
+            zip((first, *others), names(runs), strict=True), start=1
+        )
     ]
     for read in several:
         read.read_all()
+        if read.run is not first:
+            read.run.let_go()
+    first.let_go()
     return several
 
 

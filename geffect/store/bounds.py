@@ -44,10 +44,10 @@ class BoundedDataset:
             self.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
         return values
 
-    def rows(self, begin: int, stop: int) -> Array:
-        """Some of its rows, which there are."""
+    def rows(self, begin: int, stop: int, into: Array | None = None) -> Array:
+        """Some of its rows, which there are; `into` has room for them."""
         _, *entry = self.shape or ()
-        values = np.empty((stop - begin, *entry), self.dtype)
+        values = np.empty((stop - begin, *entry), self.dtype) if into is None else into
         if values.size:
             chosen = self.id.get_space()
             chosen.select_hyperslab((begin, *[0] * len(entry)), values.shape)

@@ -7,6 +7,7 @@ do not pass for each other.
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,10 @@ from numpy.typing import NDArray
 from .schema import Array
 
 DTYPE = np.dtype("<u4")
+
+_LAST = 0xFFFFFFFF
+"""A row's index is added to the CRC-32 of the name of its dataset, within as many numbers: two
+indices begin with two remainders, which stay apart over the same bytes."""
 
 
 class Changed(ValueError):
@@ -27,14 +32,18 @@ def of_row(name: str, index: int, entry: Array) -> int:
     >>> of_row("losses", 0, entry) == of_row("losses", 0, entry) != of_row("losses", 1, entry)
     True
     """
-    # Two indices begin with two remainders, which stay apart over the same bytes.
-    seed = zlib.crc32(name.encode()) + index & 0xFFFFFFFF
+    seed = zlib.crc32(name.encode()) + index & _LAST
     return zlib.crc32(np.ascontiguousarray(entry).data, seed)
 
 
 def of_rows(name: str, values: Array, first: int = 0) -> NDArray[np.uint32]:
     """Those of some rows, which are rows `first` and on of a dataset."""
-    sums = (of_row(name, first + i, entry) for i, entry in enumerate(values))
+    seed, width = zlib.crc32(name.encode()) + first, prod(values.shape[1:]) * values.itemsize
+    stored = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+    sums = (
+        zlib.crc32(stored[i * width : (i + 1) * width], seed + i & _LAST)
+        for i in range(len(values))
+    )
     return np.fromiter(sums, dtype=DTYPE, count=len(values))
 
 

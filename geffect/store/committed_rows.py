@@ -1,9 +1,9 @@
 """The rows of a run file that counted when it was opened. Needs neither torch nor the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from .rows import Rows
 from .schema import KEY, Contents, RunFileError
 from .segments import Segments
 from .tables import read_table, tables_in
+
+Made = TypeVar("Made")
 
 KEY_COLUMNS = tuple(f"steps/{name}" for name in KEY)
 """The datasets that tell the rows apart."""
@@ -71,6 +73,11 @@ class CommittedRows:
         """The rows of a dataset as they are in the file, or one entry of each."""
         (rows,) = self.rows_of([name], entry)
         return rows
+
+    def once(self, of: Hashable, make: Callable[[], Made]) -> Made:
+        """What is made of these rows; a run that holds what it read makes it once, by what it is
+        of."""
+        return make()
 
     def segments(self) -> Segments:
         """Where the gradients lie that are kept whole."""
@@ -128,6 +135,8 @@ class CommittedRows:
         with opened(self.path) as file:
             rows = Rows(file, count, first)
             read = [rows.read(name, shapes.get(name, unlisted), entry) for name in names]
+        if np.array_equal(self.drawn, np.arange(first, count)):
+            return read
         return [found[self.drawn - first] for found in read]
 
 

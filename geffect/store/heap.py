@@ -22,7 +22,7 @@ _REFERENCE = struct.Struct("<IQI")  # length, address, object
 _COLLECTION = struct.Struct("<4sB3xQ")  # "GCOL", version, size
 _OBJECT = struct.Struct("<HHIQ")  # number, references, nothing, size
 
-_BEGIN, _SLAB = b"GCOL\1", 1 << 24
+_BEGIN, _SLAB = b"GCOL\1", 1 << 18
 
 _VIEWS = (b"\0", b"\1")
 """The first byte of what says where a view is from, its version; no text begins with one."""

@@ -31,12 +31,14 @@ class Rows:
         dataset = self._file.rows(name, dtype, self._count, wanted)
         _, *held = dataset.shape or ()
         found = np.empty((self._count - first, *held[len(entry) :]), dtype)
+        chosen: tuple[slice | int, ...] = (slice(None), *entry)
         for begin, stop in slabs(len(found), prod(held) * dtype.itemsize):
-            rows = dataset.rows(first + begin, first + stop)
+            into = None if entry else found[begin:stop]
+            rows = dataset.rows(first + begin, first + stop, into)
             if written is not None:
                 _compare(name, rows, written[begin:stop], first + begin)
-            chosen: tuple[slice | int, ...] = (slice(None), *entry)
-            found[begin:stop] = rows[chosen]
+            if entry:
+                found[begin:stop] = rows[chosen]
         if name == "stored":
             _check_numbers(found, first)
         return found

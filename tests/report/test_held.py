@@ -26,11 +26,27 @@ def test_it_says_what_the_file_says(run: Run) -> None:
         assert all(np.array_equal(kept.losses()[name], v) for name, v in run.losses().items())
 
 
-def test_what_a_reader_changes_is_its_own(run: Run) -> None:
+def test_nobody_changes_what_it_holds(run: Run) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        held(run).gram()[:] = 0.0
+
+
+def test_what_is_made_of_it_is_made_once(run: Run) -> None:
+    kept, made = held(run), iter(range(2))
+    assert [kept.once("a", lambda: next(made)) for _ in range(2)] == [0, 0]
+    kept.let_go()
+    assert kept.once("a", lambda: next(made)) == 1
+
+
+def test_other_rows_of_it_are_not_taken_for_its_own(run: Run) -> None:
     kept = held(run)
-    kept.gram()[:] = 0.0
-    kept.column("step")[:] = 7
-    assert kept.gram().any() and kept.column("step").tolist() == [0, 1, 2, 3, 4, 5]
+    for own, expected in (
+        (kept, run),
+        (kept.latest(2), run.latest(2)),
+        (kept.until(3), run.until(3)),
+    ):
+        assert np.array_equal(own.gram(), expected.gram())
+        assert g_effect(own).equals(g_effect(expected))
 
 
 def test_the_file_is_read_once_until_it_is_let_go(run: Run, tmp_path: Path) -> None:
