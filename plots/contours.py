@@ -18,7 +18,7 @@ from geffect.sources import FORGET, RETAIN
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import constants, once_only, require
+from .fit import constants, once_only, require, require_names
 from .frames import LINEAR_SHARE, Frame
 from .inks import QUIET
 from .legends import key
@@ -93,13 +93,9 @@ def _points(table: pd.DataFrame) -> pd.DataFrame:
     place = [column for column in ("step", "sample") if column in table]
     once_only(table, [*place, "risk"])
     given = [*place, *(["weight"] if "weight" in table else [])]
+    advice = "Pass directions of both to geffect.analysis.instances."
+    require_names(table, "risk", (FORGET, RETAIN), advice)
     points = table.pivot(index=given, columns="risk", values="value")
-    missing = [risk for risk in (FORGET, RETAIN) if risk not in points]
-    if missing:
-        raise ValueError(
-            f"`table` should have rows of the risks {FORGET} and {RETAIN}. Found none of "
-            f"{' and '.join(missing)}. Pass directions of both to geffect.analysis.instances."
-        )
     return points[[FORGET, RETAIN]].dropna().reset_index()
 
 

@@ -77,6 +77,20 @@ def require(table: pd.DataFrame, columns: Sequence[str]) -> None:
         )
 
 
+def require_names(table: pd.DataFrame, column: str, names: Sequence[str], advice: str) -> None:
+    """Refuses a table without rows of each of the names in a column, and gives the advice.
+
+    >>> require_names(pd.DataFrame({"risk": ["forget"]}), "risk", ["forget"], "Record both.")
+    """
+    found = levels(table[column])
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"`table` should have rows of each {column}: {', '.join(names)}. Found none of "
+            f"{', '.join(missing)}. {advice}"
+        )
+
+
 def names_in(table: pd.DataFrame) -> dict[str, list[str]]:
     """The columns that name rows besides step and block, each with the names that occur.
 

@@ -10,7 +10,7 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN
 
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import blocks_in, constants, levels, require
+from .fit import blocks_in, constants, require, require_names
 from .inks import QUIET
 from .legends import key
 from .style import points
@@ -19,7 +19,7 @@ from .words import heading, note
 GRADIENTS = (FORGET, RETAIN, OBJECTIVE)
 """Those that are drawn."""
 
-WANTED = "#4d7c3a"
+WANTED = "#3d3d3d"  # no hue: those of all gradients and runs have a meaning
 REACH = 1.5
 NARROW = 35.0  # degrees, which have no room for words
 
@@ -114,12 +114,7 @@ def _places(table: pd.DataFrame) -> dict[str, np.ndarray]:
     pairs = table.assign(
         source=table["source"].astype(str), other=table["other"].astype(str)
     ).set_index(["source", "other"])["value"]
-    missing = [name for name in GRADIENTS if name not in levels(table["source"])]
-    if missing:
-        raise ValueError(
-            f"`table` should have the gradients {', '.join(GRADIENTS)}. Found none of "
-            f"{', '.join(missing)}. Record a run with an objective and both risks."
-        )
+    require_names(table, "source", GRADIENTS, "Record a run with an objective and both risks.")
     between = float(pairs[FORGET, RETAIN])
     with_forget, with_retain = float(pairs[OBJECTIVE, FORGET]), float(pairs[OBJECTIVE, RETAIN])
     if not np.isfinite([between, with_forget, with_retain]).all():

@@ -11,7 +11,7 @@ from .accumulated import PREDICTED
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import all_levels, constants, levels, names_in, once_only, require
+from .fit import all_levels, constants, levels, names_in, once_only, require, require_names
 from .inks import DASHED, QUIET, SOLID
 from .legends import key
 from .words import axis_label, heading, note
@@ -51,12 +51,7 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         )
     hue = several[0] if several else "how"
     once_only(table, [*several, "step", "risk", "how"])
-    missing = [risk for risk in (FORGET, RETAIN) if risk not in levels(table["risk"])]
-    if missing:
-        raise ValueError(
-            f"`table` should have the risks {FORGET} and {RETAIN}. Found none of "
-            f"{' and '.join(missing)}. Record a run with both."
-        )
+    require_names(table, "risk", (FORGET, RETAIN), "Record a run with both.")
     known = all_levels(table[hue])
     colours = asked.inks(known)
     ax = ax or new_axes(5.2, 3.6)

@@ -296,7 +296,7 @@ def test_few_or_degenerate_samples_are_drawn_as_points(count: int, values: str) 
 def test_steps_are_pooled_and_what_is_missing_is_said() -> None:
     table = pd.concat([points(6).assign(step=step) for step in (5, 10)], ignore_index=True)
     assert sum(map(len, dots(contours(table, ax=blank())))) == 12
-    with pytest.raises(ValueError, match=r"risks forget and retain. Found none of retain. Pass"):
+    with pytest.raises(ValueError, match=r"each risk: forget, retain. Found none of retain. Pass"):
         contours(table[table["risk"] == "forget"])
     with pytest.raises(ValueError, match=r"one row for each sample, risk"):
         contours(table.drop(columns="step"))
