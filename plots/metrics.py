@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .figures import new_figure
-from .fit import levels, once_only, require
+from .fit import SEED, levels, once_only, require, seed_in
 from .inks import QUIET
 from .style import points
 from .words import drawn, longest
@@ -14,6 +14,7 @@ from .words import title as put_title
 
 WIDE = 11  # characters of a line of a heading
 FEWEST = 10  # characters of a line of a setting
+NOTHING = "-"
 LINE, GAP = 1.3, 0.6  # of the size of the text
 
 
@@ -21,7 +22,8 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     """A figure of a table: a row for each setting, a column for each metric.
 
     - `table`: `setting`, `metric` and `value`, one row for each pair; a pair that is not there, or
-      undefined, is a dash.
+      undefined, is a dash. Of several values in a column `seed` the mean is shown, and the range
+      below it.
     - `title`: above the table.
 
     Returns the figure.
@@ -32,20 +34,23 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     ['forget\\nquality', 'GA', '0.01', 'NPO', '0.72']
     """
     require(table, ["setting", "metric", "value"])
-    once_only(table, ["setting", "metric"])
+    once_only(table, ["setting", "metric", *seed_in(table)])
     settings, names = levels(table["setting"]), levels(table["metric"])
     values = {
-        (str(row["setting"]), str(row["metric"])): row["value"] for row in table.to_dict("records")
+        (str(setting), str(metric)): _said(part["value"])
+        for (setting, metric), part in table.groupby(["setting", "metric"], observed=True)
     }
     size = points("small")
     letter, line, gap = (share * size / 72 for share in (0.58, LINE, GAP))  # inches
     heads = ["\n".join(wrap(drawn(name, 3 * WIDE).replace("_", " "), WIDE)) for name in names]
-    wide = 1.5 + max(len(line) for head in heads for line in [*head.split("\n"), "0.00123"])
+    written = [*heads, *values.values(), "0.00123"]
+    wide = 1.5 + max(len(line) for text in written for line in text.split("\n"))
     figure = new_figure(letter * (longest(settings) + 4 + wide * len(names)), 2.0)
     across = figure.get_figwidth() / letter - 2
     first = int(max(FEWEST, across - wide * len(names) - 1))
     rows = [wrap(drawn(name), first) for name in settings]
-    head, row = (line * (1 + max(text.count("\n") for text in heads)), line * max(map(len, rows)))
+    head = line * max(map(_lines, heads))
+    row = line * max([*map(len, rows), *map(_lines, values.values())])
     tall = head + row * len(rows) + 3 * gap
     figure.set_figheight(tall + (0.3 if title else 0.1))
     ax = figure.subplots()
@@ -55,19 +60,30 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     centres = [across - wide * (len(names) - index - 0.5) for index in range(len(names))]
     for x, text in zip(centres, heads, strict=True):
         ax.text(x, gap / 2 + head, text, ha="center", va="bottom", fontsize=size)
-    for index, (setting, said) in enumerate(zip(settings, rows, strict=True)):
+    for index, (setting, called) in enumerate(zip(settings, rows, strict=True)):
         y = head + 2 * gap + row * (index + 0.5)
-        ax.text(0, y, "\n".join(said), ha="left", va="center", fontsize=size)
+        ax.text(0, y, "\n".join(called), ha="left", va="center", fontsize=size)
         for x, name in zip(centres, names, strict=True):
-            number = _said(values.get((setting, name)))
-            ax.text(x, y, number, ha="center", va="center", fontsize=size)
+            said = values.get((setting, name), NOTHING)
+            ax.text(x, y, said, ha="center", va="center", fontsize=size)
     for y, width in ((0.0, 0.9), (head + gap, 0.5), (tall, 0.9)):
         ax.axhline(y, color=QUIET, linewidth=width, clip_on=False)
+    if seed_in(table):
+        several = f"mean and range of {table[SEED].nunique()} seeds"
+        ax.text(0, gap / 2 + head, "\n".join(wrap(several, first)), va="bottom", fontsize=size)
     if title is not None:
         put_title(figure, title)
     return figure
 
 
-def _said(value: float | None) -> str:
-    """A number in three digits; a dash for what is not known."""
-    return "-" if value is None or pd.isna(value) else f"{value:.3g}"
+def _said(values: pd.Series) -> str:
+    """A number in three digits, with the range of several below it; a dash where none is known."""
+    known = values.dropna()
+    if known.empty:
+        return NOTHING
+    ends = f"\n{known.min():.2g}\N{EN DASH}{known.max():.2g}" if len(known) > 1 else ""
+    return f"{known.mean():.3g}{ends}"
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1

@@ -25,6 +25,9 @@ INVERSE, WEIGHTS = "inverse confidence", "weight"
 MEANS = {INVERSE: "mean of 1/p", WEIGHTS: "mean weight of a sample"}
 """The implicit weights that are drawn, and what their means are."""
 
+SEED = "seed"
+"""The column that tells the runs of a setting apart; pictures make lines with bands of it."""
+
 CALLED = {"coefficient": "c"}
 """What options are called in a figure, where that is not their own name."""
 
@@ -82,7 +85,8 @@ class Made:
             return f"{self.figure.name}: not made: {self.why}"
         less = "".join(f"; not of {file}: {why}" for file, why in self.left_out.items())
         files = ", ".join(given.file for given in self.runs)
-        return f"{self.figure.name}: {self.figure.shows}, from {files}{less}"
+        pooled = "" if SEED not in self.table else ", mean and range of the seeds of a setting"
+        return f"{self.figure.name}: {self.figure.shows}{pooled}, from {files}{less}"
 
 
 def command(
@@ -253,18 +257,26 @@ def _alike(given: Sequence[Given]) -> list[Given]:
 
 
 def _stacked(figure: PaperFigure, tables: Sequence[tuple[Given, "pd.DataFrame"]]) -> "pd.DataFrame":
-    """The tables below one another, told apart by their settings."""
+    """The tables below one another, told apart by their settings, and in these by their seeds."""
+    import pandas as pd
+
     from geffect.scores import stack
 
     names = labels([one for one, _ in tables], figure.told)
-    return stack({name: table for name, (_, table) in zip(names, tables, strict=True)}, "setting")
+    of_setting: dict[str, list[pd.DataFrame]] = {}
+    for name, (one, table) in zip(names, tables, strict=True):
+        of_seed = table.assign(seed=one.setting.seed) if len({*names}) < len(names) else table
+        of_setting.setdefault(name, []).append(of_seed)
+    joined = {name: pd.concat(own, ignore_index=True) for name, own in of_setting.items()}
+    return stack(joined, "setting")
 
 
 def labels(given: Sequence[Given], told: Sequence[str] = ()) -> list[str]:
-    """A name for each run: its objective where they differ in it, and options, seeds or files.
+    """A name for each run: its objective where they differ in it, and options.
 
     Options are those that are told whatever they are, and those in which runs of one objective
-    differ.
+    differ. Runs of one setting and as many seeds share a name; others have their seeds or files
+    in it.
     """
     settings = [one.setting for one in given]
     one_name = len({own.name for own in settings}) == 1
@@ -277,13 +289,20 @@ def labels(given: Sequence[Given], told: Sequence[str] = ()) -> list[str]:
             if name in told or any(other.get(name) != value for other in others)
         ]
         names.append(", ".join(said if one_name and said else [own.name, *said]))
+    kept = {name for name in names if _are_seeds(names, settings, name)}
     for more in (_seed, lambda one: one.run.name, lambda one: str(one.run.path)):
-        count = Counter(names)
+        count = Counter(name for name in names if name not in kept)
         names = [
             ", ".join(filter(None, [name, more(one)])) if count[name] > 1 else name
             for name, one in zip(names, given, strict=True)
         ]
     return names
+
+
+def _are_seeds(names: Sequence[str], settings: Sequence["Setting"], name: str) -> bool:
+    """Whether the runs of a name have each a seed of its own, and differ in nothing else."""
+    seeds = [own.seed for other, own in zip(names, settings, strict=True) if other == name]
+    return None not in seeds and len({*seeds}) == len(seeds)
 
 
 def _seed(one: Given) -> str:

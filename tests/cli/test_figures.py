@@ -156,7 +156,10 @@ def test_runs_that_differ_in_nothing_told_have_names_of_their_own(
         return labels([Given(one, setting(one)) for one in runs], ("beta",))
 
     seeds = [run(tmp_path / f"{n}.h5", "npo", metadata={"seed": n}) for n in (0, 1)]
-    assert named(*seeds) == ["beta 0.1, seed 0", "beta 0.1, seed 1"]
+    assert named(*seeds) == ["beta 0.1"] * 2
+    assert named(*seeds, run(tmp_path / "again.h5", "npo", metadata={"seed": 1})) == [
+        "beta 0.1, seed 0", "beta 0.1, seed 1, 1", "beta 0.1, seed 1, again",
+    ]  # fmt: skip
     files = [run(tmp_path / f"{name}.h5", "npo") for name in "ab"]
     assert named(*files) == ["beta 0.1, a", "beta 0.1, b"]
     assert named(files[0]) == ["beta 0.1"]
@@ -164,6 +167,35 @@ def test_runs_that_differ_in_nothing_told_have_names_of_their_own(
     (tmp_path / "other").mkdir()
     same = run(tmp_path / "other" / "a.h5", "npo")
     assert len(set(named(files[0], same))) == 2
+
+
+def test_seeds_of_one_setting_are_a_line_with_a_band(tmp_path: Path) -> None:
+    tables = [{METRICS: {"metric": ["utility"], "value": np.array([v])}} for v in (0.25, 0.75)]
+    runs = [
+        run(tmp_path / f"{beta}-{seed}.h5", "npo", options={"beta": beta}, metadata={"seed": seed},
+            weights={"weight": 1.0 + seed}, tables=tables[seed])
+        for beta, seed in ((0.1, 0), (0.1, 1), (0.5, 0))
+    ]  # fmt: skip
+    found = made(*runs)
+    effects, weights, numbers = (found[n] for n in ("figure-4", "figure-5a", "table-1"))
+    assert "mean and range of the seeds of a setting" in effects.said
+    first, second = paper.figure_4(effects.table).axes
+    assert [ax.get_title(loc="left") for ax in (first, second)] == ["beta 0.1", "beta 0.5"]
+    assert "mean and range of 2 seeds" in {text.get_text() for text in first.texts} | {
+        first.get_title(loc="right")
+    }
+    assert len(first.collections) == 2 and not second.collections
+    (ax,) = paper.figure_5a(weights.table).axes
+    drawn = next(line for line in ax.lines if line.get_label() == "beta 0.1")
+    each = [open_run(r.path).weights()["weight"]["mean"] for r in runs[:2]]
+    np.testing.assert_allclose(drawn.get_ydata(), np.mean(each, axis=0))
+    low, high = (end(each, axis=0) for end in (np.min, np.max))
+    (band,) = ax.collections
+    reached = band.get_paths()[0].vertices
+    assert {*low, *high} <= {*reached[:, 1]}
+    written = [text.get_text() for text in paper.table_1(numbers.table).axes[0].texts]
+    assert "0.5\n0.25\N{EN DASH}0.75" in written
+    assert "mean and range of 2 seeds" in {text.replace("\n", " ") for text in written}
 
 
 def test_what_is_there_is_not_replaced_unasked(folder: Path, ask: Ask, tmp_path: Path) -> None:
