@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from geffect.scores import blocks_of, score_of
+from geffect.spans import largest_of_spans, rates_of_spans
 
 from .axes import dress, step_axis, towers_apart
 from .conventions import Asked, picture
@@ -17,7 +18,7 @@ from .fit import SEED, constants, seed_in, short, told_apart
 from .frames import Frame, colours_of
 from .inks import QUIET, RATE
 from .legends import colour_bar
-from .long import largest_of_spans, rates_of_spans, spans_of
+from .long import spans_of
 from .style import points
 from .ticks import BlockTicks, Decades
 from .words import axis_label, drawn, heading, longest, note, rate

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from geffect.scores import blocks_of, score_of, scores_in
+from geffect.spans import Floats, envelope, thinned_course
 
 from .axes import dress_sides, step_axis, towers_apart, value_axes
 from .conventions import Asked, coloured, picture
@@ -30,7 +31,7 @@ from .fit import (
 from .frames import all_blocks, units_of_sides
 from .inks import METHOD, QUIET, Ink, depth_colours, marks_of
 from .legends import SIDE, key
-from .long import Floats, envelope, rolling_median, rolling_rate, spans_of, thinned_course, window
+from .long import rolling_median, rolling_rate, spans_of, window
 from .style import points
 from .ticks import BlockTicks, thinned
 from .words import axis_label, drawn, heading, longest, note, rate

@@ -22,7 +22,7 @@ import geffect
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    "sources": 1, "gram": 1, "scores": 1, "correlation": 1, "encodings": 1,
+    "sources": 1, "gram": 1, "scores": 1, "spans": 1, "correlation": 1, "encodings": 1,
     "distributed": 1, "batch": 1,
     "text": 0, "near": 0, "numbers": 0, "places": 1, "devices": 1, "kernels": 1,
     "beside": 1, "forwards": 1,

@@ -6,13 +6,14 @@ scripts; in the browser uPlot draws the same and shows the value under the point
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.spans import largest_of_spans
 from geffect.text import plain
 
 from .scales import Scale, Tick
@@ -114,6 +115,12 @@ class Map:
         if self.says:
             return [(0.25, self.says[0]), (0.75, self.says[1])]
         return [(self.scale.place(value), label) for value, label in self.scale.ticks(most=4)]
+
+    def thinned(self, count: int) -> "Map":
+        """At most so many columns: of each span of steps the value of the largest size."""
+        steps = np.asarray(self.steps, dtype=float)
+        starts, values = largest_of_spans(steps, self.values, count)
+        return replace(self, steps=[int(step) for step in starts], values=values)
 
     def colours(self) -> NDArray[np.int64]:
         """The index of the colour of each cell, and -1 where it has no finite value."""

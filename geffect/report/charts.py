@@ -1,7 +1,7 @@
 """The charts of one run of a report: maps of blocks by steps, and curves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,14 +12,15 @@ from geffect.pages.charts import Chart, Palette
 from geffect.plots.inks import DIVERGING, Ink, inks
 from geffect.plots.rectification import COURSES, MARKS, UNMARKED
 from geffect.scores import Score, score_of
+from geffect.spans import thinned_course
 
 from .read import Numbers, Read, grid
 
 NUMBERS = 240_000
-"""So many numbers all maps of a page have, at most; then every n-th step is shown."""
+"""So many numbers all maps of a page have, at most: then spans of steps are shown."""
 
 FEWEST = 40
-"""So many steps are shown at least."""
+"""So many spans are shown at least."""
 
 
 COSINES, SHARES = Scale("linear", -1.0, 1.0), Scale("linear", 0.0, 1.0)
@@ -71,12 +72,12 @@ class Scales:
 class OfRun:
     """The charts of a run, with the colours of all runs of the page.
 
-    - `stride`: every so many-th step is shown.
+    - `most`: so many columns a map has, and values a curve; of more steps, spans are shown.
     """
 
     read: Read
     scales: Scales
-    stride: int
+    most: int
 
     def effects(self) -> list[Figure]:
         """A map of each G-effect: unlearning and retaining, and what was made of them."""
@@ -172,30 +173,34 @@ class OfRun:
 
     def _map(self, table: pd.DataFrame, title: str, scale: Scale) -> Map:
         steps, blocks, values = grid(table)
-        steps, values = steps[:: self.stride], values[:, :: self.stride]
         palette = self.scales.palette
-        return Map(title, scale, steps, blocks, values, palette, across=self.read.across)
+        return self._fitted(Map(title, scale, steps, blocks, values, palette))
 
     def _marks(self, title: str, blocks: Sequence[str], values: Numbers) -> Map:
-        steps, values = self.read.steps[:: self.stride], values[:, :: self.stride]
         palette = [UNMARKED, MARK]
-        return Map(title, SHARES, steps, blocks, values, palette, ("no", "yes"), self.read.across)
+        return self._fitted(
+            Map(title, SHARES, self.read.steps, blocks, values, palette, ("no", "yes"))
+        )
+
+    def _fitted(self, chart: Map) -> Map:
+        chart = replace(chart, across=self.read.across)
+        return chart.thinned(self.most) if len(chart.steps) > self.most else chart
 
     def _lines(
         self, title: str, scale: Scale, courses: Mapping[str, Numbers], drawn: Mapping[str, Ink]
     ) -> Lines:
         series = [
-            series_of(self.read, values, drawn[name], self.stride, name)
+            series_of(self.read, values, drawn[name], self.most, name)
             for name, values in courses.items()
         ]
         return Lines(title, scale, series, self.read.across)
 
 
-def series_of(read: Read, values: Numbers, ink: Ink, stride: int, name: str) -> Series:
-    """The curve of a run: every so many-th step, in its ink."""
+def series_of(read: Read, values: Numbers, ink: Ink, most: int, name: str) -> Series:
+    """The curve of a run in its ink; of more steps than `most`, the ends of each span."""
     dashes = [] if ink.dashes == "-" else [round(1.6 * float(part), 1) for part in ink.dashes[1]]
-    shown = [*map(float, values[::stride])]
-    return Series(name, read.steps[::stride], shown, ink.colour, dashes)
+    steps, values = thinned_course(np.array(read.steps, dtype=float), values, max(1, most // 4))
+    return Series(name, [*map(int, steps)], [*map(float, values)], ink.colour, dashes)
 
 
 def _values(table: pd.DataFrame, quantity: str) -> Numbers:
@@ -207,10 +212,9 @@ def _share(values: Numbers) -> str:
     return f"{known.mean():.0%}" if len(known) else "undefined"
 
 
-def stride_of_maps(read: Read, runs: int) -> int:
-    """Of a run every n-th step, so that the maps of all runs of a page find room."""
+def most_of_maps(read: Read, runs: int) -> int:
+    """So many columns a map of a run may have, that those of all runs of a page find room."""
     blocks = read.block_effects.groupby("effect", observed=True).size().sum() / max(
         1, len(read.steps)
     )
-    most = max(FEWEST, int(NUMBERS / (runs * (1.2 * blocks + 4))))
-    return -(-len(read.steps) // most)
+    return max(FEWEST, int(NUMBERS / (runs * (1.2 * blocks + 4))))

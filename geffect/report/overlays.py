@@ -13,7 +13,7 @@ from .charts import COSINES, FEWEST, Figure, series_of
 from .read import Numbers, Read
 
 POINTS = 120_000
-"""So many numbers all curves of the overlays have, at most; then every n-th step is shown."""
+"""So many numbers all curves of the overlays have, at most: then the ends of spans are shown."""
 
 TURNS: Sequence[Dashes] = (SOLID, (0, (5, 2)), DOTTED, (0, (8, 2, 1, 2)))
 """The dashes of the runs whose colours come again."""
@@ -41,11 +41,10 @@ def overlays(several: Sequence[Read]) -> list[Figure]:
         known = [those for those in values.values() if np.isfinite(those).any()]
         if known:
             series = [
-                series_of(read, values[read.name], drawn[read.name],
-                          -(-len(read.steps) // most), read.name)
+                series_of(read, values[read.name], drawn[read.name], most, read.name)
                 for read in several
                 if len(values[read.name])
-            ]  # fmt: skip
+            ]
             chart = Lines(course.title, course.scaled(np.concatenate(known)), series, across)
             made.append(Figure(chart, course.title, course.remark))
     return made

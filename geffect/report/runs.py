@@ -52,8 +52,8 @@ def runs_report(runs: Sequence[Run], by: By = "layer") -> str:
 
 
 def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
-    run, stride = read.run, charts.stride_of_maps(read, count)
-    drawn = charts.OfRun(read, scales, stride)
+    run, most = read.run, charts.most_of_maps(read, count)
+    drawn = charts.OfRun(read, scales, most)
     last = read.effects.groupby("effect", observed=True, sort=False).tail(1)
     return {
         "name": read.name,
@@ -66,7 +66,7 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
         "state": run.state,
         "steps": len(run.steps),
         "repeats": read.repeats,
-        "thinned": ordinal(stride) if stride > 1 else "",
+        "thinned": len(read.steps) > most,
         "sources": run.sources,
         "losses": {name: (values[0], values[-1]) for name, values in read.losses.items()},
         "last": last.to_dict("records"),
@@ -89,16 +89,6 @@ def _units(several: Sequence[Read]) -> str:
     if len({*units.values()}) == 1:
         return units[several[0].name]
     return ", ".join(f"of {name} {unit}" for name, unit in units.items())
-
-
-def ordinal(number: int) -> str:
-    """The number as one of a row.
-
-    >>> [ordinal(n) for n in (2, 3, 11, 12, 21, 104)]
-    ['2nd', '3rd', '11th', '12th', '21st', '104th']
-    """
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
 def _model(told: Mapping[str, Any]) -> str:

@@ -12,15 +12,9 @@ from matplotlib.figure import Figure
 
 from geffect.plots import heatmap, profile, tradeoff, trajectory
 from geffect.plots.inks import NAMED, RETAINING, SPARE, depth_colours, inks
-from geffect.plots.long import (
-    envelope,
-    largest_of_spans,
-    rates_of_spans,
-    rolling_median,
-    spans,
-    thinned_course,
-)
+from geffect.plots.long import rolling_median
 from geffect.scores import PER_RATE, WEIGHT, YES_OR_NO, Score, stack, tidy
+from geffect.spans import envelope, largest_of_spans, rates_of_spans, spans, thinned_course
 from tests.utils.pictures import losses
 
 pytestmark = pytest.mark.usefixtures("untouched")
