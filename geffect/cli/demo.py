@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from geffect.demo.family_study import FamilyPlan
+    from geffect.demo.plan import Plan
     from geffect.demo.pretrained import Pretrained
-    from geffect.demo.study import Plan
 
 PRETRAINED_METHODS = ("ga",)
 """A run of a pretrained model takes minutes where one of the embedded model takes seconds."""
@@ -203,7 +203,8 @@ def command(
         VARIANTS,
         every_objective,
     )
-    from geffect.demo.study import QUICK_METHODS, Plan, whole
+    from geffect.demo.plan import QUICK_METHODS, Plan
+    from geffect.demo.study import whole
 
     check_together(ctx, RULES)
     console = terminal()

@@ -13,10 +13,10 @@ from geffect.text import in_markdown
 from .edits import DISRUPTION, EDITS
 from .findings import findings
 from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective, in_one_picture
+from .plan import IN_A_LOOK, QUICK_METHODS
 from .scale_table import agreement, g_effects
 from .scale_table import as_markdown as scales_as_markdown
 from .scales import SCALES
-from .study import IN_A_LOOK, QUICK_METHODS
 from .tables import COLUMNS, KEYS, OF_AN_AUDIT, Row, as_markdown, compared, rows, tables
 
 NAME = "study.md"

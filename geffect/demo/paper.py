@@ -9,7 +9,7 @@ from .config import SubjectConfig
 from .corpus import generate
 from .jobs import Kept, model_of
 from .methods import Variant
-from .study import Plan
+from .plan import Plan
 from .workers import OnProgress, Say, working
 
 if TYPE_CHECKING:

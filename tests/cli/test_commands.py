@@ -27,7 +27,7 @@ from geffect.demo.config import QUICK
 from geffect.demo.edits import EDITS
 from geffect.demo.jobs import Kept, Unlearning
 from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objective
-from geffect.demo.study import IN_A_LOOK, Plan
+from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
 from tests.utils import shallow as tiny

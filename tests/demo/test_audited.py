@@ -15,7 +15,8 @@ from geffect.demo.audited import BATTERIES, BENIGN, BUDGET, audited_sets
 from geffect.demo.corpus import generate
 from geffect.demo.jobs import KINDS, Kept, Probing, Reading, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
-from geffect.demo.study import Plan, claim, whole
+from geffect.demo.plan import Plan
+from geffect.demo.study import claim, whole
 from geffect.demo.workers import Job
 from tests.utils.models import bits
 from tests.utils.subject import TINY

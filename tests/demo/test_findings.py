@@ -14,7 +14,7 @@ from geffect.demo import figures
 from geffect.demo.config import LEVELS
 from geffect.demo.findings import findings
 from geffect.demo.methods import EQUAL, FEW, HIDES, RATES, SETS, VARIANTS
-from geffect.demo.study import IN_A_LOOK, Plan
+from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.demo.tables import (
     TABLES,
     as_markdown,

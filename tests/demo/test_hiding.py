@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from geffect import open_run
 from geffect.demo.hiding import HIDING, all_trained, name_tokens
 from geffect.demo.methods import EQUAL, RIVALS, RunSpec
-from geffect.demo.study import Plan
+from geffect.demo.plan import Plan
 from geffect.demo.tables import PROBED
 from geffect.demo.unlearning import Data, unlearn
 from tests.utils.subject import TINY

@@ -15,7 +15,8 @@ import pytest
 
 from geffect.demo.config import LEVELS, EmbeddedConfig
 from geffect.demo.jobs import Training
-from geffect.demo.study import PAGES, Plan, claim, whole
+from geffect.demo.plan import Plan
+from geffect.demo.study import PAGES, claim, whole
 
 DEMO = [sys.executable, "-m", "geffect", "demo", "--quick", "--out"]
 

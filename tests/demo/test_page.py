@@ -10,7 +10,7 @@ import torch
 from geffect.demo.edits import EDITS
 from geffect.demo.methods import ADAMW, OF_ALL, VARIANTS, every_objective
 from geffect.demo.page import best, command, main, study_page, write_page
-from geffect.demo.study import IN_A_LOOK
+from geffect.demo.plan import IN_A_LOOK
 from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
 
 SEEN = ("retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "relearn_nll")

@@ -15,7 +15,7 @@ from geffect.cli.figures import made_of
 from geffect.demo.config import QUICK
 from geffect.demo.jobs import learn
 from geffect.demo.paper import CHECKPOINTS, RUNS, PaperRun, jobs, weighed
-from geffect.demo.study import Plan
+from geffect.demo.plan import Plan
 from geffect.objectives import NPO, FrozenModel, names
 from tests.utils import reference, tiny
 

@@ -22,8 +22,9 @@ from geffect.demo import memory_estimate as memory
 from geffect.demo.corpus import Corpus, Size, generate
 from geffect.demo.jobs import KINDS, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
+from geffect.demo.plan import Plan
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
-from geffect.demo.study import Plan, run_study
+from geffect.demo.study import run_study
 from geffect.demo.workers import Job
 from geffect.report import study_report
 from tests.utils.command_line import Ask

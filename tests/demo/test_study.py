@@ -32,7 +32,8 @@ from geffect.demo.methods import (
     VARIANTS,
     RunSpec,
 )
-from geffect.demo.study import Plan, claim, run_study, whole
+from geffect.demo.plan import Plan
+from geffect.demo.study import claim, run_study, whole
 from geffect.demo.unlearning import Data, Rising, measure, unlearn
 from geffect.demo.workers import Job, Say
 from geffect.edits import CATALOGUE, named, options_of

@@ -17,7 +17,7 @@ from geffect.checkpoints.replay import replay
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
 from geffect.demo.methods import FEW, METHODS, VARIANTS, RunSpec
-from geffect.demo.study import Plan
+from geffect.demo.plan import Plan
 from geffect.demo.unlearning import Data, unlearn
 from geffect.objectives import (
     CATALOGUE,
