@@ -1,4 +1,4 @@
-"""Devices: how tensors are walked over where they lie."""
+"""Devices: which there are, and how tensors are walked over where they lie."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,6 +8,24 @@ import torch
 from torch import Tensor
 
 KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def there(device: str | torch.device | None) -> torch.device:
+    """The device; where none is said cuda, if it is there, else the CPU.
+
+    >>> there("cpu")
+    device(type='cpu')
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.empty(0, device=device).device
+    # The second is from a torch without CUDA, the third from a name that is none.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise _no_device(device) from error
+    if found.type == "meta":
+        raise _no_device(device)
+    return found
 
 
 def has_kernels(*tensors: Tensor) -> bool:
@@ -67,3 +85,10 @@ LARGE = 2**24
 @cache
 def _runs_triton(device: torch.device) -> bool:
     return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _no_device(device: object) -> ValueError:
+    return ValueError(
+        f"`device` should be one of this machine, such as cpu or cuda:0. Found `{device}`, which "
+        "torch does not have here. Choose another, or leave it out."
+    )

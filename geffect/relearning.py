@@ -8,7 +8,7 @@ would come back. Everything else of a step stays at theta.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed, dots
 from geffect.beside import beside
+from geffect.devices import there
 from geffect.forwards import AT_COPY, check_no_loss_asked
 from geffect.gradients import Vector, reduced
 from geffect.hooks import BEFORE_STEPS, Hooks
@@ -77,6 +78,8 @@ class Relearned:
       out, the loss that is named `forget` of the step, or the risk on its forget batch.
     - `stays`: of an objective that is a sum, the terms that are taken at theta, by the names of
       their losses. A trainer adds the parts of its objective that are not of forget data.
+    - `device`: where the copy of the trained parameters lies meanwhile, such as "cpu"; beside them
+      if left out.
 
     No radius is right for all models: see the page on rectifying.
 
@@ -89,6 +92,7 @@ class Relearned:
     unit: Unit = "theta"
     loss: Callable[[], Tensor] | None = field(default=None, repr=False)
     stays: tuple[str, ...] = field(default=(RETAIN,), repr=False)
+    device: str | torch.device | None = field(default=None, repr=False)
 
     @property
     def options(self) -> Mapping[str, object]:
@@ -126,16 +130,20 @@ class Relearned:
             rising = [n for n, w in objective.items() if w < 0 and n not in self.stays]
             if rising:
                 tell_unbounded(f"ascent on `{rising[0]}`")
-        return Elsewhere(
-            lambda: relearned(
-                model,
-                loss,
-                radius=self.radius,
-                steps=self.steps,
-                unit=self.unit,
-                scaler=scaler,
-            ),
-            self.stays,
+        return Elsewhere(lambda: self.block(model, loss, scaler), self.stays)
+
+    def block(
+        self, model: nn.Module, loss: Callable[[], Tensor], scaler: GradScaler | None = None
+    ) -> AbstractContextManager["Copy"]:
+        """A block inside of which the model has relearned so far by the loss."""
+        return relearned(
+            model,
+            loss,
+            radius=self.radius,
+            steps=self.steps,
+            unit=self.unit,
+            scaler=scaler,
+            device=self.device,
         )
 
     def __post_init__(self) -> None:
@@ -150,6 +158,8 @@ class Relearned:
                 f"`unit` should be one of {', '.join(get_args(Unit))}. Found {self.unit!r}. Pass "
                 "what the radius is measured in."
             )
+        if self.device is not None:
+            there(self.device)
         most = 1.0 if self.unit == "loss" else math.inf
         if not (is_number(self.radius) and 0 <= self.radius <= most):
             raise ValueError(
@@ -195,6 +205,7 @@ def relearned(
     steps: int = 5,
     unit: Unit = "theta",
     scaler: GradScaler | None = None,
+    device: str | torch.device | None = None,
 ) -> Iterator[Copy]:
     """A block inside of which the model has relearned, by normalised steps down a loss.
 
@@ -204,7 +215,7 @@ def relearned(
 
     - `loss`: a function that returns the loss at the present parameters, as of the facts to forget.
       It is called `steps` times.
-    - `radius`, `steps`, `unit`: see `Relearned`.
+    - `radius`, `steps`, `unit`, `device`: see `Relearned`.
     - `scaler`: multiplies the loss on its way back, so that float16 keeps small gradients; return
       the loss as it is.
 
@@ -212,7 +223,7 @@ def relearned(
     adapters these alone. Passes of the loss leave `.grad`, buffers, modes and random numbers alone;
     those of the block are its own. Parameters in half precision move in float32 and are rounded
     where they stand; a warning tells where rounding takes the way. Memory: a copy of the trained
-    parameters, and one gradient.
+    parameters, and one gradient; steps cannot be taken back by adding them again, which rounds.
 
     Raises RuntimeError where an optimizer steps inside of the block, a recorder or rectifier is
     called there, or a gradient is taken behind it of what the model returned inside. Losses that
@@ -229,13 +240,13 @@ def relearned(
     >>> model.weight.tolist(), model.weight.grad
     ([[1.0, 1.0]], tensor([[-27., -36.]]))
     """
-    way = Relearned(radius=radius, steps=steps, unit=unit)
+    way = Relearned(radius=radius, steps=steps, unit=unit, device=device)
     parameters = _checked(model, loss)
     if not (way.steps and way.radius):
         yield Copy((), 0.0)
         return
     distributed.reshard(model)
-    place, hooks, is_inside, before = _Place(parameters), Hooks(), [True], AT_COPY.get()
+    place, hooks, is_inside, before = _Place(parameters, device), Hooks(), [True], AT_COPY.get()
 
     def put_back() -> None:
         is_inside.clear()
@@ -272,10 +283,12 @@ def relearned(
 class _Place:
     """Where parameters stand, and where they were. Those in half precision move in float32."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], device: str | torch.device | None = None
+    ) -> None:
         self.parameters, self.path = parameters, 0.0
         self._held = [distributed.local(parameter.detach()) for parameter in parameters]
-        self._before = [tensor.clone() for tensor in self._held]
+        self._before = [tensor.to(device or tensor.device, copy=True) for tensor in self._held]
         self._at = [t.float() if t.itemsize < 4 else t for t in self._held]
         torch.clear_autocast_cache()  # what it has cast belongs to a graph of training
 
@@ -293,11 +306,13 @@ class _Place:
 
     @torch.no_grad()
     def measured(self) -> float:
-        """How far the steps have led; a warning where rounding made that."""
+        """How far the steps have led, which are all taken; a warning where rounding made that."""
         products = [
-            dots.gram([held.to(at.dtype) - before.to(at.dtype), at - before.to(at.dtype)])
+            dots.gram([held.to(at.dtype) - own, at - own])
             for held, at, before in zip(self._held, self._at, self._before, strict=True)
+            for own in (before.to(at),)
         ]
+        self._at = self._held  # what moved in float32 is there
         over = [distributed.holders(parameter) for parameter in self.parameters]
         (moved, both), (_, meant) = dots.gathered(products, over).sum(0).tolist()
         rounded = moved + meant - 2 * both > LOST**2 * meant

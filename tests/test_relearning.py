@@ -11,6 +11,7 @@ from geffect import Recorder, Rectifier, Relearned, relearned
 from geffect.gradients import differentiate
 from geffect.layers import trainable
 from tests.utils import tiny, two_ranks
+from tests.utils.far_device import Counted, Spread, moved_far
 from tests.utils.interrupts import grads_of, hooks_left, interrupted_at_line, same
 from tests.utils.layouts import LAYOUTS, Small
 from tests.utils.models import bits
@@ -234,6 +235,38 @@ def test_half_precision_moves_in_float32() -> None:
     assert nn.functional.cosine_similarity(way, expected, dim=0) > 0.95
 
 
+def test_the_copy_may_lie_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the device is waited for once for each tensor that leaves it."""
+    # The device of these tests has the name of one that parameters cannot move on.
+    monkeypatch.setattr("geffect.relearning.check_can_relearn", lambda m: [*m.parameters()])
+    models = [Spread(3) for _ in range(3)]
+    ends, counts = [], []
+    for model, device in zip(models, (None, None, "cpu"), strict=True):
+        if model is not models[0]:
+            moved_far(model)
+        before = [p.detach().cpu().clone() for p in model.parameters()]
+        with Counted() as counted:
+            way = Relearned(radius=0.1, steps=2, device=device)
+            with way.block(model, lambda model=model: model.losses()["forget"]):
+                ends.append([p.detach().cpu().clone() for p in model.parameters()])
+        counts.append(counted)
+        after = [p.detach().cpu() for p in model.parameters()]
+        assert all(map(torch.equal, before, after))
+        assert not any(map(torch.equal, before, ends[-1]))
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0])
+    beside, away = counts[1:]
+    assert away.waits["_to_copy"] - beside.waits["_to_copy"] == 3
+
+
+def test_steps_that_are_added_again_give_not_every_bit_back() -> None:
+    """Why there is a copy."""
+    model = nn.Linear(40, 30)
+    before, gradient = model.weight.detach().clone(), torch.randn(30, 40)
+    there = before - 0.01 * gradient
+    assert not torch.equal(there + 0.01 * gradient, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_way_that_rounding_takes_is_told(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -358,6 +391,7 @@ def test_a_loss_that_takes_the_copy_with_it_is_refused() -> None:
         ({"radius": 0.1, "unit": "norm"}, "`unit` should be one of theta, length, loss"),
         ({"radius": 0.1, "steps": -1}, "`steps` should be a whole number"),
         ({"radius": 0.1, "steps": True}, "`steps` should be a whole number"),
+        ({"radius": 0.1, "device": "gpu"}, "`device` should be one of this machine"),
     ],
 )
 def test_ways_that_are_none(options: dict[str, Any], says: str) -> None:

@@ -18,7 +18,7 @@ from geffect.checkpoints.loading import (
     vocabulary_of,
     whole_of,
 )
-from geffect.checkpoints.sets import there
+from geffect.devices import there
 from geffect.risk import limits
 
 ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"

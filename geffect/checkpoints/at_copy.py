@@ -10,7 +10,7 @@ from geffect.devices import swap
 from geffect.forwards import AT_COPY
 from geffect.layers import trainable
 from geffect.objectives import Objective
-from geffect.relearning import Relearned, check_relearned, relearned, tell_unbounded
+from geffect.relearning import Relearned, check_relearned, tell_unbounded
 from geffect.sources import OBJECTIVE
 
 RELEARNS = "the forget set"
@@ -47,11 +47,11 @@ def copy_of(
     """Blocks at the place where the model has relearned: it is found now, for all of them.
 
     Inside of each the parameters are there; behind it they have every bit of before. Memory: a copy
-    of the trained parameters.
+    of the trained parameters, on the device of the way.
     """
     parameters = [*trainable(model).values()]
-    with relearned(model, loss, radius=way.radius, steps=way.steps, unit=way.unit):
-        other = [parameter.detach().clone() for parameter in parameters]
+    with way.block(model, loss):
+        other = [p.detach().to(way.device or p.device, copy=True) for p in parameters]
 
     @contextmanager
     def block() -> Iterator[None]:

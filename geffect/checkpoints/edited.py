@@ -14,6 +14,7 @@ from geffect.capture.header import Declared
 from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
+from geffect.devices import there
 from geffect.edits import Change, Edit, as_edit, options_of
 from geffect.interrupts import put_back_after
 from geffect.layers import trainable
@@ -25,7 +26,7 @@ from geffect.store.place import check_place
 
 from .loading import Folder, Loader, base_of, check_folder, positions_of, save, whole_of
 from .options import EditOptions, resolved_edit
-from .sets import Data, check_files, check_known, sets_of, there
+from .sets import Data, check_files, check_known, sets_of
 
 RUN = "edit.h5"
 """The run file, in the folder of the edited model, where no other is named."""

@@ -17,6 +17,7 @@ from geffect.correlation import ranks
 from geffect.data.collate import batched, collate, pad_token_of
 from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
+from geffect.devices import there
 from geffect.layers import describe, trainable
 from geffect.numbers import is_number
 from geffect.objectives import (
@@ -32,7 +33,7 @@ from geffect.sources import FORGET, RETAIN
 from geffect.steps import Differences
 
 from .loading import Folder, Loader, base_of, check_folder, positions_of, tokenizer_of
-from .sets import check_files, check_known, there
+from .sets import check_files, check_known
 
 OPTIONS = ("base", "device", "tokenizer", "template", "max_length", "show")
 

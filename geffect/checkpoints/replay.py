@@ -14,6 +14,7 @@ from geffect.capture.collector import Collector
 from geffect.capture.recording import IfExists, Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
+from geffect.devices import there
 from geffect.gradients import Weights
 from geffect.losses import NotFinite
 from geffect.objectives import Objective, answers_of, as_objective, check_sides
@@ -34,7 +35,7 @@ from .loading import (
 )
 from .options import ReplayOptions, resolved
 from .reference import model_before, reference_of
-from .sets import Data, check_files, check_known, sets_of, there
+from .sets import Data, check_files, check_known, sets_of
 from .traits import Estimator, Traits, traits_of
 
 

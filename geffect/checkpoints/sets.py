@@ -99,27 +99,6 @@ def check_known(sets: Mapping[str, Items], model: nn.Module) -> None:
                     check_tokens(side["input_ids"], vocabulary, f"`{name}`")
 
 
-def there(device: str | torch.device | None) -> torch.device:
-    """The device; where none is said cuda, if it is there, else the CPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.empty(0, device=device).device
-    # The second is from a torch without CUDA, the third from a name that is none.
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        raise _no_device(device) from error
-    if found.type == "meta":
-        raise _no_device(device)
-    return found
-
-
-def _no_device(device: object) -> ValueError:
-    return ValueError(
-        f"`device` should be one of this machine, such as cpu or cuda:0. Found `{device}`, which "
-        "torch does not have here. Choose another, or leave it out."
-    )
-
-
 def _check_ready(name: str, batches: Sequence[Batch], positions: int | None) -> None:
     if not batches:
         raise ValueError(

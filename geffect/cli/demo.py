@@ -358,8 +358,8 @@ def _subject(
     dtype: DtypeName | None,
 ) -> "Pretrained":
     """The pretrained model that is asked for."""
-    from geffect.checkpoints.sets import there
     from geffect.demo.pretrained import Pretrained, Trained, layers_from
+    from geffect.devices import there
 
     trained = Trained(None if layers is None else layers_from(layers), lora, in_4bit)
     where = str(there(device or "cpu"))
