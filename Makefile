@@ -10,8 +10,8 @@
 # make docs   the site, into build/docs/html; executes the gallery and the notebooks, three minutes
 # make stress a writer killed, and a training of every kind interrupted, more than two hundred times
 # make fuzz   ten thousand run files damaged, each to be read right or refused; five minutes
-# make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md and
-#             the figures of README; fifteen minutes on an idle machine
+# make bench  what recording costs, in ratios, into runs/bench.json, and from there docs/costs.md, the
+#             figures of README and what geffect estimate knows; fifteen minutes on an idle machine
 
 PYTHON ?= python3
 VENV := .venv
@@ -56,6 +56,7 @@ docs: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	$(BIN)/python -m tests.bench $(ARGS)
 	$(BIN)/python -m tests.bench.page
+	$(BIN)/python -m tests.bench.constants runs/bench.json
 
 stress: $(VENV)/installed-test
 	GEFFECT_KILLS=216 $(BIN)/python -m pytest -n auto --dist worksteal tests/store/test_kill.py \

@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import os
+import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +28,10 @@ from .bars import Row
 from .rounds import CLOCKS
 from .workload import FULL, QUICK, Workload
 
-KINDS = (capture, rectification, relearned, effects, public_procedure, storage, products)
+KINDS = {
+    kind.__name__.rpartition(".")[-1]: kind
+    for kind in (capture, rectification, relearned, effects, public_procedure, storage, products)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,24 +51,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tempfile.TemporaryDirectory(dir=options.out.parent) as folder,
         Live(table, console=console, refresh_per_second=1),
     ):
-        for row in _rows(workload, Path(folder), options.size):
+        for row in _rows(workload, Path(folder), options):
             measured.append(row)
             table.add_row(*_cells(row))
     console.print()
-    setting = {"device": _device(workload), "workload": str(workload), "quick": quick}
+    setting = {"workload": str(workload), "quick": quick, **place(workload, options)}
     rows = [row.as_json() | setting for row in measured]
-    if options.size is not None and options.out.exists():  # the other sizes that it has
+    # With these options, beside what else was measured before.
+    known = []
+    if (options.size or options.only) and options.out.exists():
         known = json.loads(options.out.read_text(encoding="utf-8"))
-        rows = [row for row in known if row["workload"] != str(workload)] + rows
-    options.out.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    quantities = {row["quantity"] for row in rows}
+    kept = [
+        row
+        for row in known
+        if row["workload"] != str(workload) or (options.only and row["quantity"] not in quantities)
+    ]
+    options.out.write_text(json.dumps([*kept, *rows], indent=2) + "\n", encoding="utf-8")
 
 
-def _rows(workload: Workload, folder: Path, size: str | None) -> Iterator[Row]:
-    if size is not None:
-        yield from device.Bench(size, workload, folder).rows()
+def place(workload: Workload, options: argparse.Namespace) -> dict[str, str]:
+    """Where and by what a row is measured."""
+    elsewhere = None if workload.device == "cpu" else workload.device
+    asked = {"device": elsewhere, "size": options.size, "only": options.only}
+    given = "".join(f" --{name} {value}" for name, value in asked.items() if value)
+    return {
+        "device": _device(workload),
+        "machine": _machine(),
+        "torch": torch.__version__,
+        "command": f"python -m tests.bench{given}{' --quick' if options.quick else ''}",
+    }
+
+
+def _machine() -> str:
+    """The processor, and how many of its cores there are."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _rows(workload: Workload, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    if options.size is not None:
+        yield from device.Bench(options.size, workload, folder).rows()
         return
-    for kind in KINDS:
-        yield from kind.rows(workload, folder)
+    for name in [options.only] if options.only else KINDS:
+        yield from KINDS[name].rows(workload, folder)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,6 +107,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", choices=device.SIZES, help="a step of such a model, beside what else there is"
     )
+    parser.add_argument("--only", choices=KINDS, help="these rows, beside what else there is")
     parser.add_argument("--out", type=Path, help="the JSON; runs/bench.json or bench-DEVICE.json")
     options = parser.parse_args(arguments)
     if options.out is None:

@@ -1,8 +1,9 @@
 """The constants that `geffect estimate` is shipped with, from the results of the benchmark.
 
-    python -m tests.bench.constants runs/bench-cpu.json runs/bench-cuda.json
+    python -m tests.bench.constants runs/bench.json runs/bench-cuda.json
 
-A row replaces that of the same device, workload and step.
+`make bench` does it. A row replaces that of the same device, workload and step, and tells the
+machine and the version of torch that it was measured with, and the command.
 """
 
 import argparse
@@ -22,7 +23,7 @@ OF_BOTH = {
     "three gradients: recorded step / same passes": "recorder, three gradients",
 }
 """What the benchmark of a CPU calls such steps."""
-KEPT = ("device", "workload", "ratio", "spread", "rounds")
+KEPT = ("device", "workload", "ratio", "spread", "rounds", "machine", "torch", "command")
 
 DEVICES: Mapping[str, Mapping[str, Any]] = {
     "NVIDIA H200": {

@@ -17,6 +17,7 @@ from geffect.gradients import differentiate
 from tests.bench import __main__ as bench
 from tests.bench import (
     capture,
+    constants,
     device,
     others,
     page,
@@ -209,6 +210,28 @@ def test_rows_are_written_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [row["at_least"] for row in rows].count(True) == 1
     assert list(out.parent.iterdir()) == [out]  # what was recorded on the way is gone
     assert set(page.SHORT) <= {row["quantity"] for row in rows}
+    assert {row["command"] for row in rows} == {"python -m tests.bench --quick"}
+    bench.main(["--quick", "--only", "products", "--out", str(out)])
+    some = json.loads(out.read_text())
+    assert {row["quantity"] for row in some} == {row["quantity"] for row in rows}
+    assert 0 < sum("--only products" in row["command"] for row in some) < len(some)
+
+
+def test_constants_tell_where_and_by_what_they_were_measured(tmp_path: Path) -> None:
+    """The shipped ones have no other source: what is too small to mean anything is left out."""
+    workload = Workload.of(SMALLEST, "cpu")
+    place = bench.place(workload, bench._options([]))
+    assert place["torch"] == torch.__version__
+    assert place["machine"].endswith(" cores") and place["command"] == "python -m tests.bench"
+    step = Row("two gradients: recorded step / step", Ratio(1.25, 3, 0.5), Bar(1.03)).as_json()
+    measured, out = tmp_path / "bench.json", tmp_path / "constants.json"
+    of_run = {"workload": str(workload), **place}
+    rows = [step | of_run | {"quick": quick} for quick in (True, False)]
+    measured.write_text(json.dumps(rows))
+    constants.main([str(measured), "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["quantity"], row["ratio"]) == ("recorder, two gradients", 1.25)
+    assert place.items() <= row.items()
 
 
 def test_sizes_are_those_of_models_that_are_unlearned() -> None:

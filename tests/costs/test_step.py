@@ -251,10 +251,12 @@ def test_constants_are_those_of_the_benchmark() -> None:
     """The traffic is counted by a test of its own; rows of a device replace its earlier ones."""
     there = constants()
     row = {"quantity": "recorder, two gradients / plain step", "ratio": 1.5, "spread": 0.1,
-           "rounds": 3, "device": "a", "workload": "w", "quick": False}  # fmt: skip
+           "rounds": 3, "device": "a", "workload": "w", "quick": False, "machine": "m",
+           "torch": "2.11", "command": "python -m tests.bench"}  # fmt: skip
     made = shipped([row, {**row, "quantity": "another"}], there)
     assert made["numbers_read_and_written"] == there["numbers_read_and_written"]
     assert made["devices"] == there["devices"]
+    assert all({"machine", "torch", "command"} <= row.keys() for row in made["rows"])
     assert [r["quantity"] for r in made["rows"] if r["device"] == "a"] == [
         "recorder, two gradients"
     ]
