@@ -91,17 +91,24 @@ def gathered(matrices: Sequence[Tensor], over: "Sequence[tuple[ProcessGroup, ...
     """The matrices `Float64[parameter, k, k]` of `gram` on the CPU, of whole parameters.
 
     `over` are the `distributed.holders` of each parameter. Parameters may lie on different devices;
-    each device is waited for once, and so is each mesh, however many parameters it shards.
+    each device is waited for once. All processes are, once, where any holds a part.
     """
+    table = on_cpu(matrices)
+    if not any(over):
+        return table
+    sums = distributed.PartialSums([table], [over])
+    (whole,) = sums.filled(distributed.exchange(lambda: sums.message))
+    return whole
+
+
+def on_cpu(matrices: Sequence[Tensor]) -> Tensor:
+    """The matrices as one table on the CPU; each device is waited for once."""
     by_device: dict[torch.device, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_device.setdefault(matrix.device, []).append(i)
     table = torch.zeros(len(matrices), *matrices[0].shape, dtype=torch.float64)
     for indices in by_device.values():
         table[indices] = torch.stack([matrices[i] for i in indices]).cpu()
-    for groups in dict.fromkeys(filter(None, over)):
-        indices = [i for i, own in enumerate(over) if own == groups]
-        table[indices] = distributed.summed(table[indices], groups)
     return table
 
 

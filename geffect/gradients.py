@@ -6,7 +6,7 @@ The primitive is to put `.grad` aside, run a real `.backward()`, and take what i
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -46,7 +46,8 @@ class Gradients:
     linear combination of them, so that a declared combination costs no pass and no memory. `others`
     are leaves beside the parameters, such as a soft prompt, whose tensors follow in the vectors.
     `scale` is that of a GradScaler, by which the vectors are too large, and the sources are not.
-    `peaks` are the largest coordinates of sources, where they were read together with the losses.
+    `peaks` are the largest coordinates of sources, of all processes, where they were read together
+    with the losses.
     """
 
     parameters: Sequence[Tensor]
@@ -262,6 +263,69 @@ def separate(
 
     A device that has to be waited for tells the largest coordinates of `peaks_of` with the losses.
     """
+    left = _left_by(passes)
+    return _read(passes, left, peaks_of if passes.values.coming else ())
+
+
+def reduced(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    passes: Passes,
+    *,
+    peaks_of: Collection[str] = (),
+    exchange: distributed.Exchange | None = None,
+) -> Gradients:
+    """The same on several processes: each gradient by itself, of all of their data.
+
+    Under DDP the forwards were made inside of `no_sync()`, and the gradients are averaged here.
+    With an `exchange`, which comes before that, losses and `peaks_of` are those of all processes.
+    """
+    with distributed.gradient_sync(model):
+        left = _left_by(passes)
+    distributed.take_over_step(parameters)
+    averages = distributed.averages(model)
+    if exchange is None:
+        gradients, present = _read(passes, left, ()), None
+    else:
+        # What is averaged has the same largest coordinates everywhere, once it is.
+        looked = () if averages else peaks_of
+        gradients, present = of_all_ranks(lambda: _read(passes, left, looked), exchange)
+    if averages:
+        averaged = distributed.average(parameters, gradients.vectors, present)
+        gradients.vectors.update(averaged)
+    return gradients
+
+
+def of_all_ranks(
+    read: Callable[[], Gradients], exchange: distributed.Exchange
+) -> tuple[Gradients, Tensor]:
+    """The gradients with what all processes know of them, and on how many each tensor is there."""
+    told: list[tuple[Gradients, list[Tensor]]] = []
+
+    def part() -> Tensor:
+        gradients = read()
+        tables = [
+            distributed.presence(gradients.parameters, gradients.vectors),
+            torch.tensor([*gradients.losses.values()], dtype=torch.float64),
+            distributed.in_own_row([*gradients.peaks.values()]),
+        ]
+        told.append((gradients, tables))
+        return distributed.packed(tables)
+
+    total = exchange(part)
+    ((gradients, tables),) = told
+    present, losses, peaks = distributed.unpacked(total, tables)
+    means, largest = losses / distributed.world_size(), peaks.amax(dim=0)
+    everywhere = replace(
+        gradients,
+        losses=dict(zip(gradients.losses, means.tolist(), strict=True)),
+        peaks=dict(zip(gradients.peaks, largest.tolist(), strict=True)),
+    )
+    return everywhere, present
+
+
+def _left_by(passes: Passes) -> dict[str, list[Tensor | None]]:
+    """What each pass leaves in the `.grad` of the leaves."""
     taken: dict[str, list[Tensor | None]] = {}
     kept = _Kept(passes.leaves)
 
@@ -271,39 +335,30 @@ def separate(
     put_back_after(lambda: _in_order(passes, take), kept.put_back)
     # Leaves that a later loss has brought have nothing of the earlier ones.
     width = len(passes.leaves)
-    vectors = {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in passes.names}
-    others = passes.leaves[len(parameters) :]
-    peaks: dict[str, float] = {}
-    if passes.values.coming:
-        # Of what is a vector as it is: no sum is made for it.
-        ends = {
-            name: largest(vectors[name][: len(parameters)])
-            for name in peaks_of
-            if passes.weights[name] == {name: 1.0}
-        }
-        peaks = dict(zip(ends, passes.values.read(*ends.values()), strict=True))
-    return Gradients(
-        parameters, others, vectors, passes.weights, passes.losses, passes.scale, peaks
-    )
+    return {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in passes.names}
 
 
-def reduced(
-    model: nn.Module,
-    parameters: Sequence[Tensor],
-    passes: Passes,
-    *,
-    peaks_of: Collection[str] = (),
+def _read(
+    passes: Passes, vectors: dict[str, list[Tensor | None]], peaks_of: Collection[str]
 ) -> Gradients:
-    """The same on several processes: each gradient by itself, of all of their data.
-
-    Under DDP the forwards were made inside of `no_sync()`, and the gradients are averaged here.
-    """
-    with distributed.gradient_sync(model):
-        gradients = separate(parameters, passes, peaks_of=peaks_of)
-    distributed.take_over_step(parameters)
-    if distributed.averages(model):
-        gradients.vectors.update(distributed.average(parameters, gradients.vectors))
-    return gradients
+    """The gradients with what is read of them, of all at once."""
+    count = len(passes.parameters)
+    # Of what is a vector as it is: no sum is made for it.
+    ends = {
+        name: largest(vectors[name][:count])
+        for name in peaks_of
+        if passes.weights[name] == {name: 1.0}
+    }
+    peaks = dict(zip(ends, passes.values.read(*ends.values()), strict=True))
+    return Gradients(
+        passes.parameters,
+        passes.leaves[count:],
+        vectors,
+        passes.weights,
+        passes.losses,
+        passes.scale,
+        peaks,
+    )
 
 
 Visit = Callable[[int, Mapping[str, Tensor | None]], None]
@@ -316,6 +371,7 @@ def stream(
     visit: Visit,
     *,
     earlier: dict[str, list[Tensor | None]] | None = None,
+    settle: Callable[[], object] | None = None,
 ) -> None:
     """Run the passes, show each parameter's gradients once, and leave the objective's in `.grad`.
 
@@ -328,6 +384,8 @@ def stream(
     With `earlier`, the sums of the vectors over earlier micro-batches, the sums up to this one are
     shown in their place, which are let go here and belong to whom they are shown. What the
     objective does not need is added to them by its pass: it has no other tensors.
+
+    Whether `.grad` may be written is known after `settle`, which reads the losses.
     """
     leaves, last = passes.leaves, passes.last
     terms = {name: weight * passes.scale for name, weight in passes.weights[OBJECTIVE].items()}
@@ -383,7 +441,7 @@ def stream(
                 take(place, fresh)
 
     put_back_after(lambda: _in_order(passes, run), kept.put_back)
-    passes.values.read()  # what is not finite is known before `.grad` is written
+    (settle or passes.values.read)()  # what is not finite is known before `.grad` is written
     _add_to_grads(leaves, left.get)
 
 

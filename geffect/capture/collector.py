@@ -86,26 +86,34 @@ class Collector:
                 tensor = weighted_sum([(local[name], weight) for name, weight in terms.items()])
                 self._layers.take(index, source, tensor)
 
-    def measured(self, losses: Mapping[str, float]) -> Measurement:
-        """What is kept, after every parameter has been taken."""
+    def measured(
+        self,
+        losses: Mapping[str, float],
+        exchange: distributed.Exchange = distributed.exchange,
+    ) -> Measurement:
+        """What is kept, after every parameter has been taken; summed up in one `exchange`."""
         every = range(len(self._table))
+        of_parameters = {index: [self._matrices[index]] for index in every}
         single = {index: self._experts[index] for index in every if index in self._experts}
+        over = [*map(distributed.holders, self._parameters)]
+        tables, owners = [], []
+        for matrices in filter(None, (of_parameters, single)):
+            tables.append(dots.on_cpu([matrix for own in matrices.values() for matrix in own]))
+            owners.append([over[index] for index, own in matrices.items() for _ in own])
+        if self._sketches is not None:
+            tables.append(self._sketches.by_holders(self._weights))
+            owners.append(self._sketches.holders)
+        sums = distributed.PartialSums(tables, owners)
+        found = sums.filled(exchange(lambda: sums.message))
+        grams = [combined(K, self._basis, self._weights) for K in found[: 1 + bool(single)]]
         return Measurement(
             names=tuple(self._weights),
-            gram=self._gram({index: [self._matrices[index]] for index in every}),
-            expert_gram=self._gram(single) if single else None,
+            gram=grams[0],
+            expert_gram=grams[1] if single else None,
             losses=losses,
-            sketches=None if self._sketches is None else self._sketches.of(self._weights),
+            sketches=None if self._sketches is None else found[-1].sum(dim=0).float(),
             gradients=None if self._layers is None else self._layers.encoded,
         )
-
-    def _gram(self, matrices: Mapping[int, Sequence[Tensor]]) -> Tensor:
-        """The Gram matrices of the sources, from those that this process has of a parameter."""
-        over = [
-            distributed.holders(self._parameters[i]) for i, own in matrices.items() for _ in own
-        ]
-        products = dots.gathered([matrix for own in matrices.values() for matrix in own], over)
-        return combined(products, self._basis, self._weights)
 
     def _by_expert(self, index: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """The Gram matrix of every expert of a tensor, of the rows of it that are here."""
@@ -143,16 +151,21 @@ class _Sketches:
                     folds[name, fold.device] = torch.zeros_like(self._nothing, device=fold.device)
                 folds[name, fold.device][layer] += fold
 
-    def of(self, weights: Weights) -> Tensor:
-        total = torch.zeros(len(weights), *self._nothing.shape, dtype=torch.float64)
-        for over, folds in self._folds.items():
-            part = torch.zeros_like(total)
+    @property
+    def holders(self) -> list[Any]:
+        """Over which groups of processes there are sketches of parts."""
+        return list(self._folds)
+
+    def by_holders(self, weights: Weights) -> Tensor:
+        """`Float64[holders, source, layer, width]`, the terms of which the sketches are the sum."""
+        shape = len(self._folds), len(weights), *self._nothing.shape
+        total = torch.zeros(shape, dtype=torch.float64)
+        for part, folds in zip(total, self._folds.values(), strict=True):
             for row, terms in zip(part, weights.values(), strict=True):
                 for (name, _), fold in folds.items():
                     if name in terms:
                         row += terms[name] * fold.cpu()
-            total += distributed.summed(part, over)
-        return total.float()
+        return total
 
 
 class _Layers:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Self
 from weakref import finalize
 
@@ -13,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from geffect import distributed
 from geffect.forwards import check_no_loss_asked
-from geffect.gradients import AtCopy, Gradients, GradientTransform
+from geffect.gradients import AtCopy, Gradients, GradientTransform, of_all_ranks
 from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, Hooks, weakly
 from geffect.layers import trainable
 from geffect.losses import (
@@ -114,6 +115,7 @@ class Recorder:
             on_error=on_error,
         )
         self._watched = Watched(model, self._recording, update, trainable(model))
+        self._agreement = distributed.Agreement(early=self._recording.may_give_up)
         self._next = self._recording.next_step if next_step is None else next_step
         self._window: Window | None = None  # whose last micro-batch has not come yet
         self._pending = PendingRow(self._recording.parameters, updates=update)
@@ -188,8 +190,8 @@ class Recorder:
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
         model, parameters = self._watched.model, self._watched.parameters
-        with distributed.raise_on_all_ranks() as ranks:
-            self._recording.check_open()
+        with self._agreement.step(parameters, early=relearned is not None) as step:
+            step.told_after(self._recording.check_open)
             self._watched.check(losses, rectifier)
             place = relearned.elsewhere(model, losses, scaler) if relearned else None
             if rectifier is None and not self.due:
@@ -205,6 +207,7 @@ class Recorder:
                 model=model,
                 protected=protected(losses, rectifier),
                 elsewhere=place,
+                told_later=step.later,
             )
             check_reached(passes, parameters)
             of_step = header.hold(declared(losses), relearned)
@@ -212,17 +215,15 @@ class Recorder:
                 distributed.check_unsynchronised(model)
             distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
             if due:
-                self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks(
+                sources = self._watched.sources(of_step, rectifier)
+                step.told_after(partial(self._recording.announce, sources))
+            step.check_same_on_ranks(
                 [*of_step.items()], [*passes.tensors], sorted(found), accumulate, due
             )
-        self._recording.agree()
-        given_up = window is not None and window.is_given_up
-        if window is not None:
-            window.check_still(last=given_up or not accumulate)
-        if window is None or given_up:
-            window = Window(self._watched, self._next, self.due, of_step, rectifier)
-        window.add(passes, found, last=not accumulate)
+            self._recording.agree()
+            if window is None or not window.goes_on(last=not accumulate, check=step.told_after):
+                window = Window(self._watched, self._next, self.due, of_step, rectifier)
+            window.add(passes, found, last=not accumulate, settle=step.settle)
         if accumulate:
             self._window = window
         else:
@@ -241,17 +242,17 @@ class Recorder:
         As `backward`, once they are summed over `n_micro` micro-batches and all processes' mean.
         """
         self._meet_gradient()
-        with distributed.raise_on_all_ranks() as ranks:
+        with self._agreement.step(()) as step:
             self._recording.check_open()
             self._watched.check(gradients.declared, rectifier)
             of_step = self._recording.header.hold(gradients.declared, relearned)
-            due = self.due
-            if due:
+            if due := self.due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
-            ranks.check_same_on_ranks([*of_step.items()], due)
-        self._recording.agree()
+            step.check_same_on_ranks([*of_step.items()], due)
+            self._recording.agree()
+            everywhere, _ = of_all_ranks(lambda: gradients, step.settle)
         window = Window(self._watched, self._next, self.due, of_step, rectifier)
-        window.take(gradients, n_micro)
+        window.take(everywhere, n_micro)
         self._finish(window)
 
     def note_objective(

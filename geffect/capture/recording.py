@@ -110,7 +110,7 @@ class Recording:
         self._metadata = as_json(metadata or {})
         self._provenance = as_json({**_planned(steps), **(provenance or {})})
         self._storage = Storage(kept(store), self.table, self.parameters, steps)
-        self._on_error = on_error
+        self.may_give_up = on_error == "warn"
         self._begun = self._closed = False
         self._stop: StopWhen | None = None
         self._continued: Run | None = None
@@ -208,7 +208,7 @@ class Recording:
         try:
             self._tell_size(sources)
         except OSError as error:
-            if self._on_error == "raise":
+            if not self.may_give_up:
                 raise
             self._give_up(error)
 
@@ -262,7 +262,7 @@ class Recording:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        if self._closed or self._on_error == "raise":
+        if self._closed or not self.may_give_up:
             self._writer.check_open()
 
     def close(self, *, complete: bool) -> None:
@@ -277,7 +277,7 @@ class Recording:
 
     def agree(self) -> None:
         """Leave off where another process has: captured steps have passes that others have not."""
-        if self._on_error == "warn":
+        if self.may_give_up:
             self.failed = distributed.any_rank(self.failed)
 
     def _close(self, *, complete: bool) -> None:
@@ -356,7 +356,7 @@ class Recording:
         try:
             action()
         except OSError as error:
-            if self._on_error == "raise" or self._closed:
+            if self._closed or not self.may_give_up:
                 if distributed.world_size() == 1:
                     raise
                 # The others would wait for this process: all of them raise it at the next step.

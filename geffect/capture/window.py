@@ -1,6 +1,6 @@
 """The micro-batches of one step: their gradients, into `.grad` and into what is measured."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,26 +106,37 @@ class Window:
     written: bool = False
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, passes: Passes, weights: Mapping[str, Tensor], *, last: bool) -> None:
-        """Run the passes of a micro-batch, into `.grad` unless a rectifier comes first."""
+    def add(
+        self,
+        passes: Passes,
+        weights: Mapping[str, Tensor],
+        *,
+        last: bool,
+        settle: distributed.Exchange,
+    ) -> None:
+        """Run the passes of a micro-batch, into `.grad` unless a rectifier comes first.
+
+        `settle` comes between, and sums up what the processes have.
+        """
         if self.captured and self.still is None and not last:
             self.still = Standstill(self.of.parameters)
         self.micro += 1
         self.scaled = passes.scale != 1.0
-        self._take(passes, last=last)
+        self._take(passes, last=last, settle=settle)
         # What is asked for with the losses is known now.
         for name, values in weights.items():
             self.weights.setdefault(name, []).append(values.detach().flatten())
 
-    def _take(self, passes: Passes, *, last: bool) -> None:
+    def _take(self, passes: Passes, *, last: bool, settle: distributed.Exchange) -> None:
         if self._streams:
-            self._stream(passes, last=last)
+            self._stream(passes, last=last, settle=settle)
             return
         gradients = reduced(
             self.of.model,
             self.of.parameters,
             passes,
             peaks_of=protected(self.declared, self.rectifier),
+            exchange=settle,
         )
         if self.rectifier is None:
             # A copy where it is looked at again: `.grad` may be added to, or clipped, before then.
@@ -154,18 +165,21 @@ class Window:
         grads = [(self.of.parameters[index].grad, version) for index, version in self.left.items()]
         return bool(grads) and all(grad is None or _zeroed(grad, since=v) for grad, v in grads)
 
+    def goes_on(self, *, last: bool, check: Callable[[Callable[[], object]], object]) -> bool:
+        """Whether a further micro-batch, the `last` or not, belongs to it; `check` refuses one."""
+        given_up = self.is_given_up
+        check(lambda: self.check_still(last=given_up or last))
+        return not given_up
+
     def check_still(self, *, last: bool) -> None:
         """Refuse to go on, or to end, where parameters have moved since the first micro-batch."""
         still = self.still
-        if still is None:
-            return
-        with distributed.raise_on_all_ranks():
-            if still.over if last else still.likely_over:
-                raise RuntimeError(
-                    "The last micro-batch of a step should be passed with accumulate=False, before "
-                    f"the parameters move. Found them moved after {self.micro} micro-batches with "
-                    "accumulate=True. Tell the last one, also of a partial window."
-                )
+        if still is not None and (still.over if last else still.likely_over):
+            raise RuntimeError(
+                "The last micro-batch of a step should be passed with accumulate=False, before "
+                f"the parameters move. Found them moved after {self.micro} micro-batches with "
+                "accumulate=True. Tell the last one, also of a partial window."
+            )
 
     def check_may_end(self) -> None:
         """Refuse a window that ends although its last micro-batch was not said to be the last."""
@@ -175,7 +189,8 @@ class Window:
                 f"gradient to be rectified. Found the end of the step after {self.micro} "
                 "micro-batches with accumulate=True. Tell the last one, also of a partial window."
             )
-        self.check_still(last=True)
+        with distributed.raise_on_all_ranks():
+            self.check_still(last=True)
 
     def take(self, gradients: Gradients, n_micro: int) -> None:
         """Take gradients that are there already, of so many micro-batches."""
@@ -242,7 +257,7 @@ class Window:
             and not distributed.is_in_engine(self.of.parameters[0])
         )
 
-    def _stream(self, passes: Passes, *, last: bool) -> None:
+    def _stream(self, passes: Passes, *, last: bool, settle: distributed.Exchange) -> None:
         """Run the passes; of a window that goes on, the sums of their vectors are kept."""
         parameters, before = self.of.parameters, self.gradients
         if before is not None:
@@ -253,10 +268,31 @@ class Window:
         }
         earlier = {} if before is None else before.vectors
         is_whole = last and before is None  # this micro-batch is all of the window
+        losses: dict[str, float] = {}
 
         def keep(place: int, tensors: Mapping[str, Tensor | None]) -> None:
             for name, tensor in tensors.items():
                 sums[name][place] = tensor
+
+        def settled() -> None:
+            """Tell all there is to tell at once, before `.grad` is written."""
+
+            def of_losses() -> Tensor:
+                losses.update(passes.losses)
+                return torch.tensor([*losses.values()], dtype=torch.float64)
+
+            def exchange(part: distributed.Part) -> Tensor:
+                total = settle(lambda: torch.cat([of_losses(), part()]))
+                means = (total[: len(losses)] / distributed.world_size()).tolist()
+                losses.update(zip(losses, means, strict=True))
+                if before is not None:
+                    losses.update({n: before.losses[n] + v for n, v in losses.items()})
+                return total[len(losses) :]
+
+            if last:
+                self.measured = collector.measured(losses, exchange)
+            else:
+                exchange(lambda: torch.zeros(0, dtype=torch.float64))
 
         with distributed.gradient_sync(self.of.model):
             stream(
@@ -264,13 +300,10 @@ class Window:
                 passes,
                 collector.take if last else keep,
                 earlier=None if is_whole else earlier,
+                settle=settled,
             )
-        losses = passes.losses
-        if before is not None:
-            losses = {name: before.losses[name] + value for name, value in losses.items()}
         if last:
             self.gradients = None
-            self.measured = collector.measured(_over_processes(losses))
         else:
             self.gradients = Gradients(parameters, [], sums, passes.weights, losses, passes.scale)
             self._note_left()
@@ -293,7 +326,7 @@ class Window:
         self.measured = self.of.recording.measure(
             self.number,
             {**vectors, **further},
-            _over_processes(gradients.losses),
+            gradients.losses,
             weights,
         )
         if self.rectifier is None and not self.of.update:
@@ -309,10 +342,6 @@ def protected(names: Iterable[str], rectifier: GradientTransform | None) -> list
     by_average = {average_of(name): name for name in names}
     averages = () if rectifier is None else rectifier.watched
     return [by_average[average] for average in averages if average in by_average]
-
-
-def _over_processes(losses: Mapping[str, float]) -> dict[str, float]:
-    return dict(zip(losses, distributed.mean([*losses.values()]), strict=True))
 
 
 def sources_of(rectifier: GradientTransform | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ DTensors. What a process computes of its own parts adds up over the processes th
 In a program of one process nothing here does anything.
 """
 
-from .agreement import Ranks, raise_on_all_ranks
+from .agreement import Agreement, Exchange, Part, Ranks, exchange, raise_on_all_ranks
 from .engine import (
     backward,
     begin_micro_batch,
@@ -28,11 +28,14 @@ from .engine import (
 from .processes import (
     any_rank,
     broadcast,
+    in_own_row,
     is_main_process,
     max_over_ranks,
     mean,
+    packed,
     rank,
     token_share,
+    unpacked,
     world_size,
 )
 from .reduction import (
@@ -41,9 +44,11 @@ from .reduction import (
     check_layout,
     check_unsynchronised,
     gradient_sync,
+    presence,
     unsynchronised,
 )
 from .shards import (
+    PartialSums,
     at_rest,
     expert_ranges,
     holders,
@@ -57,10 +62,13 @@ from .shards import (
     reshard,
     shape_of,
     shard_ranges,
-    summed,
 )
 
 __all__ = [
+    "Agreement",
+    "Exchange",
+    "Part",
+    "PartialSums",
     "Ranks",
     "any_rank",
     "at_rest",
@@ -72,10 +80,12 @@ __all__ = [
     "broadcast",
     "check_layout",
     "check_unsynchronised",
+    "exchange",
     "expert_ranges",
     "gradient_sync",
     "has_skipped",
     "holders",
+    "in_own_row",
     "is_first_holder",
     "is_in_engine",
     "is_main_process",
@@ -91,8 +101,10 @@ __all__ = [
     "module_in",
     "norm_limit",
     "optimizer_behind",
+    "packed",
     "passes_apart",
     "pieces",
+    "presence",
     "raise_on_all_ranks",
     "rank",
     "reshard",
@@ -101,10 +113,10 @@ __all__ = [
     "share_of",
     "shares_forwards",
     "show_step",
-    "summed",
     "take_over_step",
     "take_step",
     "token_share",
+    "unpacked",
     "unsynchronised",
     "world_size",
 ]

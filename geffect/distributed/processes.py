@@ -62,6 +62,36 @@ def token_share(tokens: int) -> float:
     return world_size() * tokens / everyone
 
 
+def in_own_row(values: Sequence[float]) -> Tensor:
+    """`Float64[process, value]`: summed over the processes, it has what each of them knows.
+
+    What is not a number is infinite there.
+
+    >>> in_own_row([2.0, float("nan")])
+    tensor([[2., inf]], dtype=torch.float64)
+    """
+    table = torch.zeros(world_size(), len(values), dtype=torch.float64)
+    own = torch.tensor(values, dtype=torch.float64)
+    table[rank()] = own.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return table
+
+
+def packed(tables: Sequence[Tensor]) -> Tensor:
+    """The numbers of several tables in one, `Float64[n]`."""
+    return torch.cat([table.double().flatten() for table in tables])
+
+
+def unpacked(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The tables again.
+
+    >>> tables = [torch.ones(1, 2), torch.ones(1)]
+    >>> unpacked(packed(tables) * 2, like=tables)
+    [tensor([[2., 2.]], dtype=torch.float64), tensor([2.], dtype=torch.float64)]
+    """
+    ends = numbers.split([table.numel() for table in like])
+    return [end.view_as(table) for end, table in zip(ends, like, strict=True)]
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is so on any process.
 

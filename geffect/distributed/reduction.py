@@ -14,6 +14,8 @@ from .processes import all_reduce, world_size
 from .shards import at_rest, fsdp_groups, is_sharded
 from .zero import shards_in
 
+Vector = Sequence[Tensor | None]
+
 BUCKET_BYTES = 25 * 2**20
 """How much is sent at a time: what DDP sends, enough to fill the line, little beside a gradient."""
 
@@ -29,15 +31,30 @@ def averages(model: nn.Module) -> bool:
     return world_size() > 1 and not all(map(is_sharded, trained))
 
 
+def presence(parameters: Sequence[Tensor], vectors: Mapping[str, Vector]) -> Tensor:
+    """Which of the gradients that `average` takes are here, `Float64[vector, parameter]`.
+
+    >>> presence([torch.ones(1)], {"forget": [None], "retain": [torch.ones(1)]})
+    tensor([[0.],
+            [1.]], dtype=torch.float64)
+    """
+    own = _unsharded(parameters)
+    flags = [[v[i] is not None for i in own] for v in vectors.values()]
+    return torch.tensor(flags, dtype=torch.float64)
+
+
 def average(
-    parameters: Sequence[Tensor], vectors: Mapping[str, Sequence[Tensor | None]]
+    parameters: Sequence[Tensor],
+    vectors: Mapping[str, Vector],
+    present: Tensor | None = None,
 ) -> dict[str, list[Tensor | None]]:
     """The mean over the processes of gradients that backward passes left on each, in place.
 
     For a model whose gradients nothing has reduced, as under `no_sync()` of DDP. Tensors of sharded
     parameters are left as they are: FSDP2 has reduced them. A gradient that is None on some
-    processes counts as zero there; one that is None on all stays None. What follows in a vector
-    after the parameters' tensors is this process's own, and left alone.
+    processes counts as zero there; one that is None on all stays None: `present` is the sum of
+    `presence` over the processes, where that is known. What follows in a vector after the
+    parameters' tensors is this process's own, and left alone.
 
     >>> x = torch.ones(1)
     >>> average([x], {"forget": [x * 3]})
@@ -46,13 +63,13 @@ def average(
     averaged: dict[str, list[Tensor | None]] = {
         name: list(vector) for name, vector in vectors.items()
     }
-    own = [i for i, parameter in enumerate(parameters) if not is_sharded(parameter)]
+    own = _unsharded(parameters)
     if world_size() == 1 or not own or not vectors:
         return averaged
-    present = torch.tensor([[v[i] is not None for i in own] for v in averaged.values()])
+    if present is None:
+        present = all_reduce(presence(parameters, vectors))
     found = []
-    needed = all_reduce(present.int()).bool().tolist()
-    for vector, places in zip(averaged.values(), needed, strict=True):
+    for vector, places in zip(averaged.values(), present.bool().tolist(), strict=True):
         for i in (i for i, somewhere in zip(own, places, strict=True) if somewhere):
             tensor = vector[i]
             if tensor is None:
@@ -62,6 +79,10 @@ def average(
         for bucket in _buckets(found):
             _average(bucket)
     return averaged
+
+
+def _unsharded(parameters: Sequence[Tensor]) -> list[int]:
+    return [i for i, parameter in enumerate(parameters) if not is_sharded(parameter)]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

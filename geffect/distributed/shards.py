@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .processes import all_gather, device_of, rank, world_size
+from .processes import all_gather, packed, rank, unpacked, world_size
 from .zero import note_piece, piece_of, shards_in
 
 if TYPE_CHECKING:
@@ -206,18 +207,46 @@ def is_first_holder(tensor: Tensor) -> bool:
     )
 
 
-def summed(table: Tensor, over: "tuple[ProcessGroup, ...]") -> Tensor:
-    """What the parts add up to, on every process; the table itself where it is about whole tensors.
+class PartialSums:
+    """Tables whose rows are about tensors that processes hold parts of, as one message.
 
-    >>> summed(torch.ones(2), over=holders(torch.ones(5)))
-    tensor([1., 1.])
+    `over` has the `holders` of each row. A row about a tensor that each process holds whole is left
+    as it is. Copies of a part, as where FSDP2 shards within groups, count as one.
+
+    >>> sums = PartialSums([torch.ones(1, 2)], [[holders(torch.ones(5))]])
+    >>> sums.message, sums.filled(sums.message)
+    (tensor([], dtype=torch.float64), [tensor([[1., 1.]])])
     """
-    if not over:
-        return table
-    total = table.to(device_of(over[0]), copy=True)
-    for group in over:
-        dist.all_reduce(total, group=group)
-    return total.to(table.device)
+
+    def __init__(
+        self, tables: Sequence[Tensor], over: "Sequence[Sequence[tuple[ProcessGroup, ...]]]"
+    ) -> None:
+        self._tables = tables
+        self._rows = [[i for i, groups in enumerate(own) if groups] for own in over]
+        self._copies = [[_copies(groups) for groups in own if groups] for own in over]
+
+    @property
+    def message(self) -> Tensor:
+        """`Float64[n]`, to be summed over all processes."""
+        return packed(self._parts())
+
+    def filled(self, total: Tensor) -> list[Tensor]:
+        """The tables with the sums of the messages in their places."""
+        found = [table.clone() for table in self._tables]
+        for table, rows, end in zip(found, self._rows, unpacked(total, self._parts()), strict=True):
+            table[rows] = end.to(table)
+        return found
+
+    def _parts(self) -> list[Tensor]:
+        return [
+            table[rows] / table.new_tensor(copies).view(-1, *[1] * (table.dim() - 1))
+            for table, rows, copies in zip(self._tables, self._rows, self._copies, strict=True)
+        ]
+
+
+def _copies(groups: "tuple[ProcessGroup, ...]") -> int:
+    """How many processes hold the same part of a tensor that is split over these groups."""
+    return world_size() // prod(dist.get_world_size(group) for group in groups)
 
 
 def fsdp_groups(model: nn.Module) -> list[Any]:

@@ -136,16 +136,18 @@ class Values:
     """The values of losses, which have to be finite.
 
     Those on a CPU are looked at when they come. Where others are there, the device is waited for
-    once, when `read` is called, for all of them and for what else is to be read then.
+    once, when `read` is called, for all of them and for what else is to be read then. With `later`
+    all are looked at then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, later: bool = False) -> None:
+        self._later = later
         self._known: dict[str, float] = {}
         self._coming: dict[str, Tensor] = {}
 
     def add(self, name: str, loss: Tensor) -> None:
         """Take in a loss."""
-        if loss.device.type == "cpu":
+        if loss.device.type == "cpu" and not self._later:
             self._known[name] = _checked(name, loss.item())
         else:
             self._coming[name] = loss.detach()

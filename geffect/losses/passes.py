@@ -47,6 +47,9 @@ class Passes:
     `weights` gives every source as a combination of what the passes leave in `.grad`, so that a
     declared combination costs no pass. `leaves` are what the graphs start from: the parameters, and
     after them anything else, such as a soft prompt, which must not collect every pass either.
+
+    With `told_later` several processes do not ask each other what has gone wrong of each loss: who
+    runs the passes tells it when they are over.
     """
 
     parameters: Sequence[Tensor]
@@ -61,6 +64,7 @@ class Passes:
     elsewhere: Elsewhere | None = None
     moved: Collection[str] = ()
     values: Values = field(default_factory=Values)  # of the scalars that are known
+    told_later: bool = False
     sharing: Sharing = field(default_factory=Sharing)
 
     @property
@@ -102,7 +106,7 @@ class Passes:
         scalar = self.given[name]
         if isinstance(scalar, Tensor):
             return scalar
-        with distributed.raise_on_all_ranks():
+        with nullcontext() if self.told_later else distributed.raise_on_all_ranks():
             loss = distributed.share_of(self.parameters, self._asked(name, scalar))
             self._value(name, loss)
             if not reaches(loss, self.parameters):
@@ -128,7 +132,7 @@ class Passes:
 
     def _value(self, name: str, loss: Tensor) -> None:
         self.values.add(name, loss)
-        if _asks_others(self.parameters):
+        if not self.told_later and _asks_others(self.parameters):
             self.values.read()
 
     def of(self, sources: Collection[str]) -> "Passes":
@@ -213,6 +217,7 @@ def plan(
     model: nn.Module | None = None,
     protected: Collection[str] = (),
     elsewhere: Elsewhere | None = None,
+    told_later: bool = False,
 ) -> Passes:
     """The passes that the gradients of the losses need. Losses may share a forward.
 
@@ -221,6 +226,7 @@ def plan(
     - `model`: where functions run, and what the passes that are `aside` leave as it was.
     - `protected`: losses that training takes beside its objective, before those it only watches.
     - `elsewhere`: where the objective's gradient is taken. All losses are functions then.
+    - `told_later`: on several processes, that the caller tells what goes wrong, after the passes.
     """
     found, terms = resolved(losses)
     moved: Collection[str] = ()
@@ -231,10 +237,11 @@ def plan(
         for name, loss in found.items()
     }
     tensors = tensors_among(given)
-    values = Values()
+    told_later = told_later and distributed.world_size() > 1
+    values = Values(later=told_later)
     for name, loss in tensors.items():
         values.add(name, loss)
-    if _asks_others(parameters):
+    if not told_later and _asks_others(parameters):
         values.read()
     single = seeds_of(terms)
     seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
@@ -256,6 +263,7 @@ def plan(
         elsewhere=elsewhere,
         moved=moved,
         values=values,
+        told_later=told_later,
     )
 
 

@@ -115,12 +115,12 @@ class RetainMemory:
 
         What is zero or not finite on any process is left out on all. With agree=False they do not
         ask each other: left out is only what is not finite here, and only here. `peaks` are the
-        largest coordinates of those that they are known of.
+        largest coordinates, over all processes, of those that they are known of.
         """
         news = {name: gradients[name] for name in self._averages}
         known = peaks or {}
         peaks = {
-            name: _over_all(known[name] if name in known else peak(new), agree=agree)
+            name: known[name] if name in known else _over_all(peak(new), agree=agree)
             for name, new in news.items()
         }
         for name, largest in peaks.items():

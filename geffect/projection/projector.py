@@ -58,6 +58,14 @@ class Projector:
         alone = options.by_coordinate and options.selection is None and not options.measure_update
         return alone and all(map(distributed.is_sharded, self.parameters))
 
+    @property
+    def differs(self) -> bool:
+        """Whether a process sees other numbers than the others, and asks them.
+
+        Gradients that are averaged are the same everywhere.
+        """
+        return not self.alone and any(map(distributed.is_sharded, self.parameters))
+
     def moved(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
         """What the optimizer steps, by the indices of the parameters; all, where there is none."""
         everything = dict(enumerate(self.parameters))

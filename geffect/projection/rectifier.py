@@ -11,7 +11,7 @@ from geffect import distributed
 from geffect.forwards import check_no_loss_asked
 from geffect.gradients import AtCopy, Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
-from geffect.losses import Elsewhere, Passes, check_reached, declared, loss_scale, plan
+from geffect.losses import Passes, check_reached, declared, loss_scale, plan
 from geffect.optimizers import DirectionWatch, check_owned, unwrapped
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 
@@ -131,7 +131,7 @@ class Rectifier:
         self._blocks = Blocks.of([*map(LABELS[scope], describe(model))])
         self.blocks = block_names(self._blocks, sets)  # what a report has a number for
         self._generator = torch.Generator().manual_seed(0)
-        self._notices = Notices()
+        self._notices, self._agreement = Notices(), distributed.Agreement()
         self._projector: Projector | None = None  # sharding may replace parameters until a step
         self._window: Gradients | None = None
         self._step: RectifiedStep | None = None
@@ -193,33 +193,33 @@ class Rectifier:
         # A window that fails is over: what follows begins another one.
         window, self._window = self._window, None
         check_no_loss_asked()
-        with distributed.raise_on_all_ranks() as ranks:
+        parameters = self._begun().parameters
+        with self._agreement.step(parameters, early=relearned is not None) as step:
             checks.check_losses(losses, self._options)
-            parameters = self._begun().parameters
             distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
-            place = relearned.elsewhere(self._model, losses, scaler) if relearned else None
-            passes = _passes(self._model, parameters, losses, self.protect, place, scaler)
-            ranks.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
-        retain, objective = passes.of(self.protect), passes.of([OBJECTIVE])
-        check_reached(passes, parameters)
-        # Functions of the objective are asked before those of the retain losses.
-        apart = list(passes.tensors) == [*retain.given, *objective.given]
-        whole = not accumulate and window is None and passes.scale == 1.0
-        if apart and whole and not self._options.measure_update:
-            # So that the two gradients are never in memory at once: the average takes the first in.
-            self.observe(reduced(self._model, parameters, retain, peaks_of=self.protect))
-            self.rectify(reduced(self._model, parameters, objective))
+            passes = _passes(
+                self._model, parameters, losses, self.protect, relearned, scaler, later=step.later
+            )
+            step.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
+            whole = not (accumulate or window or self._options.measure_update)
+            apart = whole and _is_apart(passes, self.protect)
+            first = passes.of(self.protect) if apart else passes
+            gradients = reduced(
+                self._model, parameters, first, peaks_of=self.protect, exchange=step.settle
+            )
+        if apart:
+            self.observe(gradients)
+            del gradients  # the average has it: the two are never in memory at once
+            self.rectify(reduced(self._model, parameters, passes.of([OBJECTIVE])))
             return
-        gradients = reduced(self._model, parameters, passes, peaks_of=self.protect)
-        if window is None:
-            window = gradients
-        else:
+        if window is not None:
             window.add_(gradients)
+            gradients = window
         if accumulate:
-            self._window = window
+            self._window = gradients
         else:
-            self.observe(window)
-            self.rectify(window)
+            self.observe(gradients)
+            self.rectify(gradients)
 
     def observe(self, gradients: Gradients) -> None:
         """Take the retain gradients of a step into the running averages, before `.grad` is written.
@@ -338,14 +338,32 @@ def _passes(
     parameters: Sequence[Tensor],
     losses: Mapping[str, Loss],
     protect: Sequence[str],
-    place: Elsewhere | None,
+    relearned: AtCopy | None,
     scaler: GradScaler | None,
+    *,
+    later: bool,
 ) -> Passes:
     """The passes that a step needs to be rectified: those of the objective and of what stays."""
     scale = loss_scale(scaler, parameters[0].device)
     passes = plan(
-        parameters, losses, scale=scale, model=model, protected=protect, elsewhere=place
+        parameters,
+        losses,
+        scale=scale,
+        model=model,
+        protected=protect,
+        elsewhere=relearned.elsewhere(model, losses, scaler) if relearned else None,
+        told_later=later,
     ).of([*protect, OBJECTIVE])
+    check_reached(passes, parameters)
     if passes.tensors:
         distributed.check_unsynchronised(model)
     return passes
+
+
+def _is_apart(passes: Passes, protect: Sequence[str]) -> bool:
+    """Whether passes of the retain losses come first, and none of them is of the objective.
+
+    Functions of the objective are asked before those of the retain losses.
+    """
+    retain, objective = passes.of(protect), passes.of([OBJECTIVE])
+    return passes.scale == 1.0 and list(passes.tensors) == [*retain.given, *objective.given]

@@ -59,7 +59,9 @@ class RectifiedStep:
             return  # the GradScaler skips this step, as if it had not been
         projector = self._projector
         retain = {name: gradients.of(name) for name in projector.options.protect}
-        problem = projector.memory.update(retain, agree=not projector.alone, peaks=gradients.peaks)
+        problem = projector.memory.update(
+            retain, agree=not projector.alone, peaks=self._peaks(gradients, retain)
+        )
         self._counts = problem is None
         if problem is not None:
             self._skip(f"the retain gradient is {problem}")
@@ -185,7 +187,14 @@ class RectifiedStep:
     def _peak(self, moved: Mapping[int, Tensor]) -> float:
         """The largest coordinate of the objective's gradient."""
         largest = peak(parameter.grad for parameter in moved.values())
-        return largest if self._projector.alone else distributed.max_over_ranks(largest)
+        return distributed.max_over_ranks(largest) if self._projector.differs else largest
+
+    def _peaks(self, gradients: Gradients, retain: Mapping[str, Vector]) -> Mapping[str, float]:
+        """The largest coordinates of retain gradients that no other process need be asked for."""
+        if self._projector.alone:
+            return {}  # what is not finite is left out where it is
+        own = {} if self._projector.differs else {name: peak(v) for name, v in retain.items()}
+        return {**own, **gradients.peaks}
 
     def _make_room(self, moved: Mapping[int, Tensor]) -> None:
         """A gradient, of zero, where only the retain data have one to be added."""

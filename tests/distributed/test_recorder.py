@@ -216,43 +216,6 @@ def test_losses_that_differ_between_processes_are_told_apart(tmp_path: Path) -> 
     assert "0 * loss" in said[0]
 
 
-def collectives_on_a_rank(layout: str, path: Path, stepped: bool) -> list[int]:
-    """How many reductions each of a few recorded steps makes."""
-    count, reduce = [0], dist.all_reduce
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        count[0] += 1
-        return reduce(*arguments, **options)
-
-    model = LAYOUTS[layout](trained_in(layout))
-    optimizer = optimizer_of(model)
-    steps = []
-    with Recorder(model, path) as recorder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", counted)
-        for _ in range(3):
-            losses = losses_of_a_rank(model)
-            count[0] = 0
-            recorder.backward(objective={"forget": -1.0}, **losses)
-            if stepped:
-                optimizer.step()
-            steps.append(count[0])
-    return steps
-
-
-@pytest.mark.parametrize("stepped", [True, False])
-def test_a_step_of_a_sharded_model_makes_few_small_reductions(
-    stepped: bool, tmp_path: Path
-) -> None:
-    """Whether all go on, the inner products of all parameters at once, and the losses.
-
-    Where no optimizer steps, also what has moved in the part of any rank.
-    """
-    path = tmp_path / "run.h5"
-    first, *others = two_ranks.run(collectives_on_a_rank, "fsdp", path, stepped)[0]
-    assert others == ([3, 3] if stepped else [4, 4])
-    assert first <= 4
-
-
 def full_disk_on_a_rank(path: Path) -> tuple[list[Tensor], list[Tensor]]:
     """The file cannot be written from the second step on, which only its writer notices.
 
