@@ -1,6 +1,6 @@
 """Devices: which there are, and how tensors are walked over where they lie."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -77,6 +77,36 @@ def swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         kept = one.clone()
         one.copy_(other)
         other.copy_(kept)
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; a GPU is not waited for, and fills it until `arrival` has been.
+
+    It fills pinned memory, which torch keeps, once it is let go of, for the next one.
+
+    >>> fetched(torch.ones(2))
+    tensor([1., 1.])
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return room.copy_(tensor, non_blocking=True)
+
+
+def arrival(places: Iterable[torch.device]) -> Callable[[], None]:
+    """What waits until all that has been `fetched` from these devices so far is there.
+
+    >>> arrival([torch.device("cpu")])()
+    """
+    events = [
+        torch.cuda.current_stream(place).record_event() for place in places if place.type == "cuda"
+    ]
+
+    def wait() -> None:
+        for event in events:
+            event.synchronize()
+
+    return wait
 
 
 LARGE = 2**24

@@ -15,7 +15,7 @@ Noise makes a rounded vector longer: cosines of int4 with its own norms are too 
 percent.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,12 +27,20 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, NDArray[Any]]
 """One encoded vector: its arrays by name."""
 
+Fetch = Callable[["Tensor"], "Tensor"]
+"""Brings a tensor to the CPU."""
+
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """The shape and the type of each array of an encoded vector."""
 
 _IN_CACHE = 2**18  # coordinates that a CPU quantises at a time
 _AT_ONCE = 2**24  # coordinates that an accelerator does
 _SMALLEST = 2.0**-149  # positive float32
+
+
+def at_once(tensor: "Tensor") -> "Tensor":
+    """The tensor on the CPU, once it is there."""
+    return tensor.cpu()
 
 
 class Encoding(Protocol):
@@ -45,11 +53,12 @@ class Encoding(Protocol):
     def arrays(self, numel: int) -> Layout:
         """What an encoded vector of `numel` coordinates consists of."""
 
-    def encode(self, flat: "Tensor", seed: int) -> Arrays:
+    def encode(self, flat: "Tensor", seed: int, fetch: Fetch = at_once) -> Arrays:
         """The arrays of a vector of one axis; what is drawn at random follows from `seed`.
 
         Vectors with one seed are rounded alike, and their inner product shows it: give each source,
-        step and layer its own.
+        step and layer its own. All is computed where the vector lies; `fetch` brings what is left
+        to the CPU, and may fill the arrays later.
         """
 
     def decode(self, arrays: Arrays, numel: int) -> NDArray[np.float32]:
@@ -72,11 +81,12 @@ class Full:
         """A number a coordinate."""
         return {"values": ((numel,), np.dtype("<f4"))}
 
-    def encode(self, flat: "Tensor", seed: int) -> Arrays:
+    def encode(self, flat: "Tensor", seed: int, fetch: Fetch = at_once) -> Arrays:
         """A copy of the numbers."""
         import torch
 
-        return {"values": flat.detach().to("cpu", torch.float32, copy=True).numpy()}
+        exact = flat.detach().to(torch.float32, copy=flat.device.type == "cpu")
+        return {"values": fetch(exact).numpy()}
 
     def decode(self, arrays: Arrays, numel: int) -> NDArray[np.float32]:
         """The numbers themselves."""
@@ -101,12 +111,12 @@ class BFloat16:
         """A pattern of bits a coordinate."""
         return {"bits": ((numel,), np.dtype("<u2"))}
 
-    def encode(self, flat: "Tensor", seed: int) -> Arrays:
+    def encode(self, flat: "Tensor", seed: int, fetch: Fetch = at_once) -> Arrays:
         """The bits, taken by torch: NumPy would be many times slower."""
         import torch
 
         rounded = flat.detach().to(torch.bfloat16, copy=True)
-        return {"bits": rounded.view(torch.int16).cpu().numpy().view(np.uint16)}
+        return {"bits": fetch(rounded.view(torch.int16)).numpy().view(np.uint16)}
 
     def decode(self, arrays: Arrays, numel: int) -> NDArray[np.float32]:
         """The numbers that begin with these bits."""
@@ -134,7 +144,7 @@ class Int8:
             "scales": ((-(-numel // 64),), np.dtype("<f4")),
         }
 
-    def encode(self, flat: "Tensor", seed: int) -> Arrays:
+    def encode(self, flat: "Tensor", seed: int, fetch: Fetch = at_once) -> Arrays:
         """Codes and scales; nothing is drawn at random."""
         import torch
 
@@ -142,7 +152,10 @@ class Int8:
         for block in _blocks(flat, 64):
             scales.append(_scale(block, 127))
             codes.append(_divided(block, scales[-1]).round_().clamp_(-127, 127).to(torch.int8))
-        return {"codes": _joined(codes)[: flat.numel()], "scales": _joined(scales)}
+        return {
+            "codes": _joined(codes, fetch)[: flat.numel()],
+            "scales": _joined(scales, fetch),
+        }
 
     def decode(self, arrays: Arrays, numel: int) -> NDArray[np.float32]:
         """Each code times the scale of its block."""
@@ -171,7 +184,7 @@ class Int4:
             "scales": ((-(-numel // 32),), np.dtype("<u2")),
         }
 
-    def encode(self, flat: "Tensor", seed: int) -> Arrays:
+    def encode(self, flat: "Tensor", seed: int, fetch: Fetch = at_once) -> Arrays:
         """Codes and scales."""
         import torch
 
@@ -186,8 +199,8 @@ class Int4:
             codes.append(low.add(high, alpha=16).to(torch.uint8))
             scales.append(bits.to(torch.int16))
         return {
-            "codes": _joined(codes)[: -(-flat.numel() // 2)],
-            "scales": _joined(scales).view(np.uint16),
+            "codes": _joined(codes, fetch)[: -(-flat.numel() // 2)],
+            "scales": _joined(scales, fetch).view(np.uint16),
         }
 
     def decode(self, arrays: Arrays, numel: int) -> NDArray[np.float32]:
@@ -233,10 +246,10 @@ def _uniform(like: "Tensor", generator: "Generator") -> "Tensor":
     return draws.view(torch.int16).view_as(like).add(2**15 + 0.5).mul_(2.0**-16)
 
 
-def _joined(parts: "Sequence[Tensor]") -> NDArray[Any]:
+def _joined(parts: "Sequence[Tensor]", fetch: Fetch) -> NDArray[Any]:
     import torch
 
-    joined: NDArray[Any] = torch.cat([part.view(-1) for part in parts]).cpu().numpy()
+    joined: NDArray[Any] = fetch(torch.cat([part.view(-1) for part in parts])).numpy()
     return joined
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from geffect.encodings import ENCODINGS
+from tests.utils.far_device import Counted, FarTensor
 
 EVERY = sorted(ENCODINGS)
 QUANTISED = {"int8": (64, 127), "int4": (32, 7)}
@@ -180,3 +181,23 @@ def test_a_gradient_longer_than_what_is_done_at_a_time() -> None:
 def test_a_part_of_a_larger_tensor(name: str) -> None:
     x = gradient(4).requires_grad_()
     assert torch.equal(decoded(name, x[100:227]), decoded(name, x[100:227].clone()))
+
+
+@pytest.mark.parametrize("name", ["full", "bf16", "int8"])
+def test_a_vector_is_encoded_where_it_lies_and_fetched_encoded(name: str) -> None:
+    """No more bytes leave the device than are stored, and it is asked once for each array."""
+    x, fetched = gradient(0), []
+
+    def fetch(tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, FarTensor)
+        fetched.append(tensor.held)
+        return tensor.cpu()
+
+    expected = ENCODINGS[name].encode(x, 0)
+    with Counted() as counted:
+        found = ENCODINGS[name].encode(FarTensor(x.clone()), 0, fetch)
+    assert counted.waits.total() == len(fetched) == len(expected)
+    for array, values in expected.items():
+        assert np.array_equal(found[array], values)
+    padded = 64 * 4  # the last block is filled up, and has a scale
+    assert sum(t.nbytes for t in fetched) <= sum(a.nbytes for a in expected.values()) + padded

@@ -1,7 +1,7 @@
 """The collector: takes the gradients of a step one parameter at a time, and keeps what is asked."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geffect import distributed, dots
+from geffect import devices, distributed, dots
 from geffect.encodings import ENCODINGS
 from geffect.gradients import Weights, combined, weighted_sum
 from geffect.layers import Parameter, layers_of
@@ -25,7 +25,7 @@ class Measurement:
 
     `gram` is `Float64[parameter, source, source]` in the order of `names`, `expert_gram` the same
     of single experts, `sketches` are `Float32[source, layer, width]`, and `losses` those of the
-    sources that are losses.
+    sources that are losses. `gradients` are on their way from a device until `arrived` has been.
     """
 
     names: Sequence[str]
@@ -33,6 +33,7 @@ class Measurement:
     losses: Mapping[str, float]
     sketches: Tensor | None = None
     gradients: Encoded | None = None
+    arrived: Callable[[], None] | None = None
     expert_gram: Tensor | None = None
 
 
@@ -113,6 +114,7 @@ class Collector:
             losses=losses,
             sketches=None if self._sketches is None else found[-1].sum(dim=0).float(),
             gradients=None if self._layers is None else self._layers.encoded,
+            arrived=None if self._layers is None else devices.arrival(self._layers.places),
         )
 
     def _by_expert(self, index: int, vectors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -188,6 +190,7 @@ class _Layers:
             self._members.setdefault(table[index].layer, []).append(index)
         self._waiting: dict[tuple[str, str], dict[int, Tensor]] = {}
         self.encoded: Encoded = {}
+        self.places: set[torch.device] = set()  # from which they come
 
     def take(self, index: int, source: str, tensor: Tensor | None) -> None:
         layer = self._table[index].layer
@@ -206,5 +209,7 @@ class _Layers:
         whole = torch.cat([waiting[index] for index in self._members[layer]])
         # Another seed for each vector, so that the errors of rounding are independent.
         digest = hashlib.blake2b(f"{self._seed}/{source}/{layer}".encode(), digest_size=4).digest()
-        arrays = self._encoding.encode(whole, int.from_bytes(digest, "little"))
+        seed = int.from_bytes(digest, "little")
+        arrays = self._encoding.encode(whole, seed, fetch=devices.fetched)
+        self.places.add(whole.device)
         self.encoded.setdefault(source, {})[layer] = arrays

@@ -77,6 +77,7 @@ def row(
         weights=_statistics(known, entry.weights),
         sketches=None if sketches is None else _spread(known, sketches.numpy(), measured.names),
         gradients=measured.gradients,
+        arrived=measured.arrived,
     )
 
 

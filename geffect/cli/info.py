@@ -60,12 +60,12 @@ def _stopped(run: "Run") -> dict[str, Any]:
 
 def _waited(run: "Run") -> dict[str, Any]:
     """For how long training waited for the disk, where gradients are kept."""
-    from geffect.store.schema import WAITED
+    from geffect.store.background import waited_for_disk
 
-    table = run.table(WAITED) if WAITED in run.tables else {}
-    if not {"seconds", "rows"} <= table.keys() or not len(table["seconds"]):
+    told = waited_for_disk(run)
+    if told is None:
         return {}
-    seconds, rows = float(table["seconds"][0]), int(table["rows"][0])
+    seconds, rows = told
     return {"waited_for_disk": {"seconds": round(seconds, 3), "rows": rows}}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from geffect.scores import blocks_of
+from geffect.store.background import waited_for_disk
 
 from .read import Numbers, Read
 from .summary import conflict_rate, last, mean, violation_rate
@@ -34,7 +35,8 @@ _FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, str], ...] = (
 
 def findings(read: Read) -> list[str]:
     """Sentences on what a run did to the risks, where, how often against what should stay."""
-    return [*_risks(read), *_harm(read), *_where(read), *_rates(read), *_rectified(read)]
+    said = (_risks, _harm, _where, _rates, _rectified, _waited)
+    return [sentence for say in said for sentence in say(read)]
 
 
 def compared(several: Sequence[Read]) -> list[str]:
@@ -143,3 +145,14 @@ def _rectified(read: Read) -> Iterator[str]:
 def _of(table: pd.DataFrame, quantity: str) -> Numbers:
     one = table[table["quantity"] == quantity]
     return one.groupby("step")["value"].mean().to_numpy(dtype=float)
+
+
+def _waited(read: Read) -> Iterator[str]:
+    told = waited_for_disk(read.run)
+    if told is None:
+        return
+    seconds, rows = told
+    yield (
+        f"Training waited {seconds:.3g} s for the disk over {rows} rows with gradients that are "
+        f"kept, of {last(read.run.column('wall_seconds')):.3g} s that the run took."
+    )

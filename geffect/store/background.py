@@ -6,13 +6,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from .layout import Columns
 from .processes import Home
 from .schema import WAITED, Contents, Row
+
+if TYPE_CHECKING:
+    from .reader import Run
+
+
+def waited_for_disk(run: "Run") -> tuple[float, int] | None:
+    """For how many seconds training waited over how many rows; None where no gradients are kept."""
+    table = run.table(WAITED) if WAITED in run.tables else {}
+    if not {"seconds", "rows"} <= table.keys() or not len(table["seconds"]):
+        return None
+    return float(table["seconds"][0]), int(table["rows"][0])
 
 
 class Writer(Protocol):

@@ -48,7 +48,7 @@ Format 2, which is read, has no checksums. Its texts have any length, `/committe
 and the attribute `state` alone says whether the recorder was closed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +194,7 @@ class Row:
     `losses` and `gram` are NaN for a source that is absent. `stepped` is Bool[parameter], None
     where it is not known, and so `lengths`, Float64[parameter]. `weights` is an array (weight,
     statistic), `sketches` one (source, layer, width). `gradients`, which few rows have, are given
-    by source and layer.
+    by source and layer; their numbers are there when `arrived` has been called.
     """
 
     step: int
@@ -215,6 +215,7 @@ class Row:
     weights: NDArray[np.float64] | None = None
     sketches: NDArray[np.float32] | None = None
     gradients: Mapping[str, Mapping[str, Encoded]] | None = None
+    arrived: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def key(self) -> tuple[int, int, int]:

@@ -56,6 +56,8 @@ class Shard:
     def write(self, number: int, row: Row) -> None:
         """Write the gradients of a row as row `number`; it counts when all of it is there."""
         assert row.gradients is not None
+        if row.arrived is not None:
+            row.arrived()
         number, inside = self._segments.locate(number)
         try:
             if number != self._number:

@@ -8,6 +8,7 @@ import pytest
 from geffect import open_run
 from geffect.report.findings import compared, findings
 from geffect.report.read import Read, opened
+from geffect.store.writer import RunWriter
 from tests.utils.many_runs import SOURCES, random_run
 
 
@@ -91,3 +92,17 @@ def test_runs_that_are_compared(tmp_path: Path) -> None:
 
 def test_the_same_run_twice_stands_out_in_nothing(read: Read) -> None:
     assert compared(opened([read.run, read.run], "layer")) == []
+
+
+def test_how_long_training_waited_for_the_disk(read: Read, tmp_path: Path) -> None:
+    assert not [sentence for sentence in findings(read) if "for the disk" in sentence]
+    path = random_run(tmp_path / "kept.h5", 3)
+    before = open_run(path)
+    writer = RunWriter(path, before.layers, resume=True)
+    writer.begin(before.contents)
+    writer.keep("waited", {"seconds": np.array([0.25]), "rows": np.array([2])})
+    writer.close(complete=True)
+    (kept,) = opened([open_run(path)], "layer")
+    assert said(kept, "Training waited").startswith(
+        "Training waited 0.25 s for the disk over 2 rows with gradients that are kept, of "
+    )

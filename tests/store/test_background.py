@@ -1,6 +1,8 @@
 """Rows that are written behind the caller."""
 
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from geffect.store import Row, RunFileError, open_run
 from geffect.store.background import BackgroundWriter
 from geffect.store.growing_file import GrowingFile
 from geffect.store.writer import RunWriter
+from tests.utils import stored_gradients as stored
 from tests.utils.runs import PARAMETERS, PLAIN, full, plain_rows, row_of
 
 
@@ -55,6 +58,56 @@ def test_no_more_bytes_wait_than_allowed(
     assert len(run.steps) == room + 1
     assert run.table("waited")["seconds"][0] > 0  # of the late row
     assert run.table("waited")["rows"].tolist() == [room + 1]
+
+
+def late_row(step: int, arrive: Callable[[], object]) -> Row:
+    """A row whose gradients are in memory that a device has not filled yet."""
+    there = stored.encoded(step, "bf16")
+    room = {
+        source: {layer: {"bits": np.zeros_like(a["bits"])} for layer, a in layers.items()}
+        for source, layers in there.items()
+    }
+
+    def fill() -> None:
+        arrive()
+        for source, layers in there.items():
+            for layer, arrays in layers.items():
+                room[source][layer]["bits"][...] = arrays["bits"]
+
+    return replace(stored.row(step, room), arrived=fill)
+
+
+def test_gradients_on_their_way_are_waited_for_behind_the_caller(tmp_path: Path) -> None:
+    path, gate = tmp_path / "a.h5", threading.Event()
+    to = BackgroundWriter(RunWriter(path, stored.PARAMETERS), bound_bytes=10**6)
+    to.begin(stored.contents("bf16"))
+    for step in range(3):
+        to.append(late_row(step, gate.wait))
+    assert len(to._rows) == 3  # the first is being written, as soon as it is there
+    gate.set()
+    to.close(complete=True)
+    run = open_run(path)
+    assert run.steps.tolist() == [0, 1, 2]
+    for step in range(3):
+        for source in stored.SOURCES:
+            found = run.gradient(source, step)
+            stored.assert_same(found, stored.decoded(source, step, "bf16"))
+
+
+def test_gradients_that_never_arrive_are_told_once(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise RuntimeError("the device is gone")
+
+    path = tmp_path / "a.h5"
+    to = BackgroundWriter(RunWriter(path, stored.PARAMETERS), bound_bytes=10**6)
+    to.begin(stored.contents("bf16"))
+    to.append(late_row(0, lambda: None))
+    to.append(late_row(1, lost))
+    with pytest.raises(RunFileError, match=r"at step 1\. Found: .*the device is gone"):
+        to.close(complete=True)
+    to.close(complete=True)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist()) == ("open", [0])
 
 
 @pytest.mark.parametrize("then", ["append", "close", "keep", "amend"])
