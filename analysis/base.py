@@ -48,8 +48,7 @@ def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[s
 
 def _sums(run: Run, by: By) -> tuple[list[str], Floats]:
     of, labels, gram = parts_of(run, by)
-    blocks, belongs = _members(run, of, labels)
-    return blocks, _summed(gram, belongs)
+    return block_sums(run, (of, labels), gram)
 
 
 def _sums_of_stepped(run: Run, by: By) -> tuple[list[str], Floats]:
@@ -62,12 +61,17 @@ def _sums_of_stepped(run: Run, by: By) -> tuple[list[str], Floats]:
     return blocks, summed
 
 
-def block_sums(run: Run, parts: tuple[NDArray[np.int64], list[str]], values: Floats) -> Floats:
-    """The sums over each block of an array (step, part, ...); of `parts_of` the first two.
+def block_sums(
+    run: Run, parts: tuple[NDArray[np.int64], list[str]], values: Floats
+) -> tuple[list[str], Floats]:
+    """The blocks in network order, and the sums over each of an array (step, part, ...).
+
+    - `parts`: of `parts_of` the first two.
 
     What is NaN makes its own block NaN, and no other.
     """
-    return _summed(values, _members(run, *parts)[1])
+    blocks, belongs = _members(run, *parts)
+    return blocks, _summed(values, belongs)
 
 
 def _members(

@@ -30,6 +30,11 @@ def cosine(
     """
     check_run(run)
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
-    score = Score(f"cosine of {named(run, a)} and {named(run, b)}", COSINE)
     values = cosine_of(K, run.index(a), run.index(b))
-    return tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))
+    score = score_of_cosine(run, a, b)
+    return tidy(values, score, steps=run.steps, blocks=blocks, by=column_of(by))
+
+
+def score_of_cosine(run: Run, a: str, b: str) -> Score:
+    """What the cosine of two sources is called."""
+    return in_space(run, Score(f"cosine of {named(run, a)} and {named(run, b)}", COSINE))

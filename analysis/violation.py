@@ -86,4 +86,4 @@ def rounding(run: Run, by: By, against: str) -> Floats:
     of, labels, gram = parts_of(run, by)
     eps = np.array([2.0 ** (-52 if p.dtype == "float64" else -23) for p in run.layers])
     bounds = (eps * run.lengths())[:, of] * norm(gram, run.index(average_of(against)))
-    return block_sums(run, (of, labels), np.nan_to_num(bounds))
+    return block_sums(run, (of, labels), np.nan_to_num(bounds))[1]

@@ -17,7 +17,7 @@ from .style import points
 from .ticks import BlockTicks
 from .words import drawn, heading, longest, note
 
-COSINE, FLOOR = "cosine", "by chance"
+COSINE, FLOOR = "cosine", "noise"
 
 
 @picture(Line2D)
@@ -27,7 +27,7 @@ def noise_floor(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     - `table`: `step`, one column of blocks, `value` and `floor`, as `geffect.analysis.noise_floor`
       gives them.
     - `ax`, `palette`, `hue_order`, `xlim`, `ylim`, `title`, keywords of lines: see
-      `geffect.plots.conventions`. The names of the colours are "cosine" and "by chance".
+      `geffect.plots.conventions`. The names of the colours are "cosine" and "noise".
 
     Returns the axes. Raises ValueError for a table of more than one panel.
 
@@ -39,7 +39,7 @@ def noise_floor(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ...                       "floor": [0.1, 0.2], "score": "cosine", "unit": "cosine"})
     >>> ax = noise_floor(table, ax=Figure().subplots())
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['cosine', 'by chance']
+    ['cosine', 'noise']
     """
     require(table, ["step", "value", "floor"])
     told_apart(table, most=0)

@@ -10,35 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from geffect import Run, open_run
+from geffect import Run
 from geffect.analysis import conflict, cosine, g_effect, intervals, predicted_change
 from geffect.analysis.intervals import ENOUGH_ROWS, share_below
 from geffect.checkpoints import estimators
-from geffect.layers import Parameter
 from geffect.store import committed_rows
-from geffect.store.schema import VERSION, Contents, Row
-from geffect.store.writer import RunWriter
-
-SOURCES = ("objective", "forget", "retain", "update")
-
-
-def write(path: Path, grams: dict[int, np.ndarray]) -> Run:
-    """A run of Gram matrices (row, parameter, source, source) by step."""
-    parameters = [
-        Parameter(
-            name=f"model.layers.{i}.mlp.up_proj.weight", layer=f"layer {i}", group="shallow",
-            index=i, module="mlp.up_proj", shape=(2,), dtype="float32", tied_to=(),
-        )
-        for i in range(next(iter(grams.values())).shape[1])
-    ]  # fmt: skip
-    writer = RunWriter(path, parameters)
-    manifest = {"format_version": VERSION, "rectifier": None, "metadata": {}}
-    writer.begin(Contents(sources=SOURCES, manifest=manifest))
-    for step, rows in grams.items():
-        for batch, gram in enumerate(rows):
-            writer.append(Row(step=step, batch=batch, losses=np.full(4, np.nan), gram=gram))
-    writer.close(complete=True)
-    return open_run(path)
+from tests.utils.batches import write
 
 
 @pytest.fixture(scope="module")
