@@ -16,6 +16,7 @@ from geffect.store import Run
 
 from .base import Floats, check_run, risks_of, summed_gram
 from .intervals import ENOUGH_ROWS, share_below
+from .learned_layers import learned_in
 
 SHARE = 0.5
 """The share of the gain of all layers that is chosen where nothing else is asked for."""
@@ -33,12 +34,15 @@ class Recommendation:
       `trainable_params_regex` of open-unlearning and the like, which match whole names.
     - `warnings`: what speaks against it, in sentences.
     - `table`: a row a layer in network order, with the columns layer, gain, low, high, harm, ratio,
-      parameters, fraction and chosen. `fraction` is what the target needs of a chosen layer.
+      learned, parameters, fraction and chosen. `learned` is `learned_in` of a block, NaN elsewhere;
+      `fraction` is what the target needs of a chosen layer.
+    - `learned`: the blocks, the one first in which the facts were most likely learned.
     """
 
     layers: tuple[str, ...]
     pattern: str
     warnings: tuple[str, ...]
+    learned: tuple[str, ...]
     table: pd.DataFrame = field(repr=False, compare=False)
 
 
@@ -64,9 +68,8 @@ def recommended_layers(
     should forget. Where more than half of the gain is in the head and the last layer, `warnings`
     says so.
 
-    A gain says where this update forgets, not where a fact lies. Of ten models with three blocks,
-    into one of which new facts were trained alone, that block had the largest gain in all four
-    where it was the first, and in none of the other six: gradients are larger in early blocks.
+    A gain says where this update forgets, not where a fact lies: gradients are larger in early
+    blocks. Where the facts were most likely learned is `learned`, by `learned_in`.
 
     Raises a ValueError for a run without update, without `forget`, without another risk, or of
     fewer than 8 steps: the first steps of a model that has memorised its data say nothing.
@@ -102,11 +105,14 @@ def recommended_layers(
     for place in order[:count]:
         fraction[place] = min(1.0, max(0.0, wanted - gain @ fraction) / gain[place])
     chosen = [int(place) for place in order if fraction[place] > 0]
+    likely = learned_in(run)
+    learned = tuple(sorted(likely, key=lambda layer: -likely[layer]))
     table = pd.DataFrame(
         {
             "layer": pd.Categorical(names, categories=names, ordered=True),
             "gain": gain, "low": low, "high": high, "harm": harm, "ratio": ratio,
-            "parameters": size, "fraction": fraction, "chosen": fraction > 0,
+            "learned": [likely.get(name, np.nan) for name in names], "parameters": size,
+            "fraction": fraction, "chosen": fraction > 0,
         }
     )  # fmt: skip
     layers = tuple(names[place] for place in chosen)
@@ -114,7 +120,7 @@ def recommended_layers(
         *_short(gain, fraction, wanted, layers, count),
         *_late(run, names, {"run": gain, "layers that are chosen": gain * fraction}),
     ]
-    return Recommendation(layers, _pattern(run.layers, layers), tuple(warned), table)
+    return Recommendation(layers, _pattern(run.layers, layers), tuple(warned), learned, table)
 
 
 def _check_asked(count: int | None, share: float | None) -> None:

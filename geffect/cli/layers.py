@@ -13,6 +13,9 @@ from .terminal import say, show, terminal, write, write_table
 if TYPE_CHECKING:
     import pandas as pd
 
+LIKELIEST = 2
+"""So many blocks are named in which the facts were learned: the first alone is wrong too often."""
+
 RULES = (Apart("--recommend", "--gain"),)
 
 
@@ -47,7 +50,8 @@ def command(
     chosen = recommended_layers(open_run(run), count=recommend, share=gain)
     if form is Format.JSON:
         rows = json.loads(chosen.table.to_json(orient="records", double_precision=15))
-        facts = {"layers": chosen.layers, "pattern": chosen.pattern, "warnings": chosen.warnings}
+        facts = {"layers": chosen.layers, "pattern": chosen.pattern, "warnings": chosen.warnings,
+                 "learned": chosen.learned}  # fmt: skip
         write(json.dumps({**facts, "table": rows}) + "\n")
         return
     if form is not Format.TABLE:
@@ -59,6 +63,13 @@ def command(
         say(console, f"To train: {', '.join(chosen.layers)}", f"Parameters: {chosen.pattern}")
     else:
         say(console, "No layer is certain to forget.")
+    if chosen.learned:
+        likely = ", ".join(chosen.learned[:LIKELIEST])
+        say(
+            console,
+            f"The facts were most likely learned in {likely}, where their gradient is smallest "
+            "beside that of retain: as measured where one block had learned them alone.",
+        )
     say(console, *chosen.warnings)
 
 
