@@ -211,12 +211,13 @@ class _Pair:
                 remarks.append(f"Only `{one.name}` has {_listed(further)}.")
             more = len(one.steps) - len(self.steps)
             if more:
-                remarks.append(f"`{one.name}` has {more} steps that `{rest.name}` has not.")
+                counted = "a step" if more == 1 else f"{more} steps"
+                remarks.append(f"`{one.name}` has {counted} that `{rest.name}` has not.")
         different = [
             word for key, word in _SAID.items() if _said(self.run, key) != _said(self.other, key)
         ]
         if different:
-            remarks.append(f"Their files say another {_listed(different)}.")
+            remarks.append(f"Their files name another {_listed(different)}.")
         return " ".join([sentence, *remarks])
 
 
@@ -333,14 +334,21 @@ def _of_update(
     if apart[moved].all() and all(total):
         factor = float(np.sqrt(total[1] / total[0]))
         if (pair.distance_at(at, pair.sources, factor) <= max(ALIKE, pair.tolerance)).all():
-            return layers, f"update, all layers, factor {factor:.4g}: the learning rate"
+            return layers, (
+                f"update, in all layers by a factor of {factor:.4g}. Gradients are equal, so the "
+                "learning rate differs"
+            )
     where = "all layers" if apart[moved].all() else _listed(layers)
     still = [
         f"`{run.name}` does not move {_listed(fixed)}"
         for run, square, against in zip((pair.run, pair.other), squares, squares[::-1], strict=True)
         if (fixed := pair.layers_where(apart & (square == 0) & (against > 0)))
     ]
-    return layers, "; ".join([f"update, {where}: the optimizer, or what it may move", *still])
+    may = ["the optimizer", "what it may move"]
+    if _said(pair.run, "rectifier") != _said(pair.other, "rectifier"):
+        may.insert(0, "the rectifier")
+    cause = f"update, in {where}. Gradients are equal, so {_listed(may, 'or')} differs"
+    return layers, ". ".join([cause, *still])
 
 
 def _is_gradient(source: str) -> bool:
@@ -371,9 +379,9 @@ def _places(run: Run, sources: Sequence[str]) -> dict[str, int]:
     return {name: run.index(name) for name in sources}
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], joined: str = "and") -> str:
     *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"{', '.join(first)} {joined} {last}" if first else last
 
 
 def _check_parameters(run: Run, other: Run) -> None:

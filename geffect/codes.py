@@ -21,6 +21,33 @@ def holds_codes(tensor: Tensor) -> bool:
     return hasattr(tensor, "quant_state") or (hasattr(tensor, "__tensor_flatten__") and not shards)
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Let no forward pack codes for inference.
+
+    In eval mode, on a CPU that multiplies in bfloat16 (AVX-512), bitsandbytes 0.50 packs a matrix
+    of 4 bits anew where its input has no graph, and has no derivative of what it multiplies then.
+    Each module says whether it may.
+    """
+    for module in model.modules():
+        if hasattr(module, _MAY_PACK):
+            setattr(module, _MAY_PACK, False)
+
+
+def check_unpacked(model: nn.Module) -> None:
+    """Refuse codes that are packed for inference, through which no gradient passes."""
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise RuntimeError(
+                "Matrices in 4 bits should not be packed for inference, where gradients are taken. "
+                f"Found `{name}`, which a forward without gradients packed: bitsandbytes has no "
+                f"derivative of it. Load the model anew, and set `{_MAY_PACK} = False` on its "
+                "`Linear4bit` modules before they run."
+            )
+
+
+_MAY_PACK = "support_avx512bf16_for_cpu"
+
+
 def coded(model: nn.Module) -> Iterator[str]:
     """The tensors of a model that hold weights as codes, in words.
 

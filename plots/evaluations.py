@@ -9,7 +9,7 @@ from .conventions import Asked, picture
 from .figures import new_axes
 from .fit import all_levels, levels, once_only, require
 from .legends import key
-from .words import axis_label, drawn, heading
+from .words import axis_label, drawn
 
 
 @picture(Line2D)
@@ -49,8 +49,7 @@ def evaluations(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
                          markersize=3, zorder=3),
         )  # fmt: skip
     axis_label(ax.xaxis, "accumulated predicted fall of the risk (nats per token)", longest=60)
-    axis_label(ax.yaxis, metrics[0])
+    axis_label(ax.yaxis, metrics[0].replace("_", " "))
     dress(ax)
-    heading(ax, drawn(metrics[0]))
     key(ax, handles)
     return ax

@@ -208,7 +208,7 @@ def power(value: float) -> str:
 
 
 class PlainLog(Formatter):
-    """Numbers on a logarithmic axis as text of one size: 0.1, 20, 10⁵."""
+    """Numbers on a logarithmic axis as text of one size and one kind: 0.1, 20, or 10⁰, 10⁵."""
 
     def __init__(self, most: float = np.inf) -> None:
         self._most = most  # decades on view up to which they are written
@@ -217,7 +217,8 @@ class PlainLog(Formatter):
         low, high = sorted(self.axis.get_view_interval()) if self.axis else (1.0, 1.0)
         if np.log10(high / low) > self._most:
             return ""
-        return f"{x:g}" if 1e-3 <= x < 1e5 else power(float(f"{x:.3g}"))
+        is_plain = low > 1e-4 and high < 1e5  # all of them, or none
+        return f"{x:g}" if is_plain else power(float(f"{x:.3g}"))
 
 
 def log_scale(ax: Axes) -> None:

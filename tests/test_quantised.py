@@ -23,9 +23,11 @@ from geffect.codes import coded
 from geffect.effects import InstanceEffects, direction, sample_effects, token_effects
 from geffect.layers import describe, trainable
 from geffect.objectives import nll
+from geffect.risk import mean_nll, risk_gradient
 from tests.utils import quantised, tiny
 
 bnb = pytest.importorskip("bitsandbytes")
+Linear4bit = bnb.nn.Linear4bit
 
 ERROR = {"nf4": 1e-6, "nf4, computes in bfloat16": 2e-2, "codes in bfloat16": 1e-6, "int8": 3e-2}
 """In terms of the lengths; found were 0, 7e-3, 0 and 1.1e-2."""
@@ -217,6 +219,51 @@ def _write(model: nn.Module, values: Tensor) -> None:
     own = [*trainable(model).values()]
     for parameter, part in zip(own, values.split([p.numel() for p in own]), strict=True):
         parameter.data.copy_(part.view_as(parameter))
+
+
+def _packs(model: nn.Module) -> None:
+    """As bitsandbytes finds on a CPU that multiplies in bfloat16, whatever this one is."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+
+
+def _are_packed(model: nn.Module) -> list[bool]:
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return [getattr(state, "packing_format_for_cpu", False) for state in states if state]
+
+
+def test_looks_beside_training_pack_no_codes(pairs: Pairs) -> None:
+    """Packed for inference, matrices of 4 bits pass no gradients on, in training either."""
+    model, plain = (copy.deepcopy(pairs["nf4"][0]) for _ in range(2))
+    _packs(model)
+    risk = mean_nll(model, [FORGET])
+    along = risk_gradient(model, [RETAIN]).vector
+    token_effects(model, FORGET, along)
+    sample_effects(model, [FORGET], {"retain": along})
+    assert not any(_are_packed(model))
+    assert all(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit))
+    assert risk == mean_nll(plain, [FORGET])
+    gradients = []
+    for trained in (model.train(), plain.train()):
+        nll(trained, FORGET).backward()
+        gradients.append(torch.cat([_flat(p.grad) for p in trainable(trained).values()]))
+    assert torch.equal(*gradients)
+
+
+def test_gradients_through_packed_codes_are_refused(pairs: Pairs) -> None:
+    model = copy.deepcopy(pairs["nf4"][0])
+    along = risk_gradient(model, [RETAIN]).vector
+    state = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer")
+    state.weight.quant_state.packing_format_for_cpu = True
+    refused = r"not be packed for inference.*Found `base_model\..*layers\.1\.mlp\.up_proj"
+    for take in (
+        lambda: risk_gradient(model, [FORGET]),
+        lambda: token_effects(model, FORGET, along),
+        lambda: sample_effects(model, [FORGET], {"retain": along}),
+    ):
+        with pytest.raises(RuntimeError, match=refused):
+            take()
 
 
 def test_the_metric_of_an_optimizer_that_keeps_codes_is_refused(pairs: Pairs) -> None:

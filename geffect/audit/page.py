@@ -123,7 +123,7 @@ def _pictures(report: Reported) -> Iterator[str]:
         said(panels.measured(table, PRIVACY, aucs), Score("AUC")),
         f"How well the forget set is told from a holdout ({word('AUC')}). The aim is the retrained "
         "model, not .5.",
-        lines={".5": 0.5},
+        lines={"by chance": 0.5},
     )
     yield from _figure(
         "What stays",

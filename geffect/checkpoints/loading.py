@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from geffect.codes import coded, holds_codes
+from geffect.codes import coded, holds_codes, keep_differentiable
 from geffect.gradients import Vector
 from geffect.layers import trainable
 from geffect.objectives.reference import base_changed_by
@@ -91,6 +91,7 @@ class Loader:
             model = self._whole(path) if self._adapter is None else self._adapted(path)
             model.config.use_cache = False
             self._model = model.eval().to(self._device)
+            keep_differentiable(self._model)
         elif path != self._loaded:
             held = self._held()
             with torch.no_grad():

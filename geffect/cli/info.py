@@ -2,7 +2,7 @@
 
 import json
 from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from geffect.layers import in_network_order, layers_of, part_of
 from geffect.places import OTHER
@@ -45,7 +45,8 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
     console, room = terminal(), max(map(len, facts)) + 2
     for name, value in facts.items():
         said = indent(_said(value), " " * room)[room:]
-        say(console, *f"{plain(name).replace('_', ' '):{room}}{said}".split("\n"))
+        lines = f"{plain(name).replace('_', ' '):{room}}{said}".split("\n")
+        say(console, *lines, hang=room + 2)
 
 
 def _stopped(run: "Run") -> dict[str, Any]:
@@ -72,15 +73,20 @@ def _waited(run: "Run") -> dict[str, Any]:
 def _said(value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(_line(name, inner) for name, inner in value.items()) or "none"
+    if _are_tables(value):
+        return "\n".join(map(_said, value))
     if isinstance(value, list):
         return ", ".join(map(plain, value)) or "none"
+    if value is None:
+        return "none"
     return f"{value:,}" if type(value) is int else plain(value)  # True is an int too
 
 
 def _line(name: str, value: object) -> str:
-    inside = isinstance(value, dict) and value
-    return (
-        f"{plain(name)}:\n{indent(_said(value), '  ')}"
-        if inside
-        else f"{plain(name)}: {_said(value)}"
-    )
+    is_below = bool(value) and (isinstance(value, dict) or _are_tables(value))
+    said = f"\n{indent(_said(value), '  ')}" if is_below else f" {_said(value)}"
+    return f"{plain(name)}:{said}"
+
+
+def _are_tables(value: object) -> TypeGuard[list[dict[str, object]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(of, dict) for of in value)

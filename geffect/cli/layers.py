@@ -74,7 +74,7 @@ def command(
 
 
 def _show(table: "pd.DataFrame") -> None:
-    names = ["layer", "chosen"]
+    names = ["layer", "needed"]
     lines = [
         [
             str(row["layer"]),
@@ -87,9 +87,10 @@ def _show(table: "pd.DataFrame") -> None:
     ]
     console = terminal()
     say(console, "Rise of the forget risk and of the others, in nats to first order:")
-    show(console, ["layer", "gain", "harm", "gain/harm", "chosen"], lines, names=names)
+    headings = ["layer", "gain", "harm", "gain/harm", "needed"]
+    show(console, headings, lines, names=names, spare=headings[3:])
 
 
 def _chosen(fraction: float) -> str:
-    """How much of a layer is needed."""
-    return "" if not fraction else "yes" if fraction == 1 else f"{fraction:.0%} of it"
+    """How much is needed of the gain of a layer that is chosen."""
+    return "" if not fraction else "all" if fraction == 1 else f"{fraction:.0%}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,6 @@ from .terminal import say, terminal
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -43,18 +43,60 @@ class Kind(StrEnum):
     NOISE_FLOOR = "noise-floor"
 
 
-OF_ONE: Mapping[Kind, tuple[ScoreName, ...]] = {
-    Kind.RECTIFICATION: (ScoreName.RECTIFICATION,),
-    Kind.TIMELINE: (ScoreName.CONFLICT, ScoreName.VIOLATION),
-    Kind.ACCUMULATED: (ScoreName.ACCUMULATED,),
-    Kind.WALK: (ScoreName.ACCUMULATED,),
-    Kind.ANGLES: (ScoreName.ANGLES,),
-    Kind.NORM_RATIO: (ScoreName.NORM_RATIO,),
-    Kind.NOISE_FLOOR: (ScoreName.NOISE_FLOOR,),
-}
-"""The scores of a picture that is not of all; the first where none is named."""
+def in_panels(name: str, table: "pd.DataFrame") -> "Figure":
+    """A plot of axes, with a panel for each effect or risk where one cannot hold all."""
+    from geffect import plots
 
-WITH_OWN = {score for scores in OF_ONE.values() for score in scores} - {
+    told_apart = next((c for c in ("effect", "risk", "against") if c in table.columns), None)
+    if told_apart is None:
+        return on_axes(name, table)
+    # Of a rectified run both effects of each gradient stand side by side.
+    wide = 3 if table[told_apart].nunique() <= 3 else 2
+    return plots.facets(table, getattr(plots, name), told_apart, columns=wide)
+
+
+def on_axes(name: str, table: "pd.DataFrame") -> "Figure":
+    """A plot of axes by itself."""
+    from geffect import plots
+    from geffect.plots.figures import new_figure
+
+    figure = new_figure(6.4, 4.8)
+    getattr(plots, name)(table, ax=figure.subplots())
+    return figure
+
+
+def whole(name: str, table: "pd.DataFrame") -> "Figure":
+    """A plot that is a figure."""
+    from geffect import plots
+
+    figure: Figure = getattr(plots, name)(table)
+    return figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How a table is put into a picture, and the scores that it is of; without any, of most."""
+
+    put: Callable[[str, "pd.DataFrame"], "Figure"]
+    scores: tuple[ScoreName, ...] = ()
+
+
+PICTURES: Mapping[Kind, Picture] = {
+    Kind.HEATMAP: Picture(in_panels),
+    Kind.PROFILE: Picture(in_panels),
+    Kind.TRAJECTORY: Picture(in_panels),
+    Kind.SHEET: Picture(whole),
+    Kind.RECTIFICATION: Picture(whole, (ScoreName.RECTIFICATION,)),
+    Kind.TIMELINE: Picture(whole, (ScoreName.CONFLICT, ScoreName.VIOLATION)),
+    Kind.ACCUMULATED: Picture(on_axes, (ScoreName.ACCUMULATED,)),
+    Kind.WALK: Picture(on_axes, (ScoreName.ACCUMULATED,)),
+    Kind.ANGLES: Picture(on_axes, (ScoreName.ANGLES,)),
+    Kind.NORM_RATIO: Picture(whole, (ScoreName.NORM_RATIO,)),
+    Kind.NOISE_FLOOR: Picture(on_axes, (ScoreName.NOISE_FLOOR,)),
+}
+"""Every picture; the first of its scores is drawn where none is named."""
+
+WITH_OWN = {score for picture in PICTURES.values() for score in picture.scores} - {
     ScoreName.CONFLICT,
     ScoreName.VIOLATION,
 }
@@ -124,51 +166,20 @@ def command(
 
 def _chosen(kind: Kind | None, score: ScoreName | None) -> tuple[Kind, ScoreName]:
     """The picture and the score, where one of them may say the other."""
-    own = [picture for picture, scores in OF_ONE.items() if score in scores]
+    own = [one for one, picture in PICTURES.items() if score in picture.scores]
     kind = kind or (own[0] if score in WITH_OWN else Kind.HEATMAP)
-    scores = OF_ONE.get(kind, [name for name in ScoreName if name not in WITH_OWN])
+    scores = PICTURES[kind].scores or [name for name in ScoreName if name not in WITH_OWN]
     score = score or scores[0]
     if score not in scores:
         pictures = own if score in WITH_OWN else [kind]
         raise typer.BadParameter(
             f"`--kind {' or '.join(pictures)}` should go with "
-            f"`--score {' or '.join(OF_ONE[pictures[0]])}`. Found `--kind {kind}` with "
+            f"`--score {' or '.join(PICTURES[pictures[0]].scores)}`. Found `--kind {kind}` with "
             f"`--score {score}`. Leave one of the two out."
         )
     return kind, score
 
 
 def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
-    """The picture of a table, with a panel for each effect or risk where one cannot hold all."""
-    from geffect import plots
-
-    told_apart = [c for c in ("effect", "risk", "against") if c in table.columns]
-
-    def panels(plot: Callable[..., "Axes"]) -> "Figure":
-        if told_apart:
-            # Of a rectified run both effects of each gradient stand side by side.
-            wide = 3 if table[told_apart[0]].nunique() <= 3 else 2
-            return plots.facets(table, plot, told_apart[0], columns=wide)
-        return alone(plot)
-
-    def alone(plot: Callable[..., "Axes"]) -> "Figure":
-        from geffect.plots.figures import new_figure
-
-        figure = new_figure(6.4, 4.8)
-        plot(table, ax=figure.subplots())
-        return figure
-
-    pictures: dict[Kind, Callable[[], Figure]] = {
-        Kind.HEATMAP: lambda: panels(plots.heatmap),
-        Kind.PROFILE: lambda: panels(plots.profile),
-        Kind.TRAJECTORY: lambda: panels(plots.trajectory),
-        Kind.SHEET: lambda: plots.sheet(table),
-        Kind.RECTIFICATION: lambda: plots.rectification(table),
-        Kind.TIMELINE: lambda: plots.timeline(table),
-        Kind.ACCUMULATED: lambda: alone(plots.accumulated),
-        Kind.WALK: lambda: alone(plots.walk),
-        Kind.ANGLES: lambda: alone(plots.angles),
-        Kind.NORM_RATIO: lambda: plots.norm_ratio(table),
-        Kind.NOISE_FLOOR: lambda: alone(plots.noise_floor),
-    }
-    return pictures[kind]()
+    """The picture of a table."""
+    return PICTURES[kind].put(kind.replace("-", "_"), table)

@@ -106,7 +106,9 @@ def _summed_up(table: "pd.DataFrame", names: list[str]) -> Lines:
         lines.append([*map(str, key), _certain(first), _middle(own), _certain(last)])
     kinds = {"rate" if score.is_rate else "median" for score in scores_in(table)}
     middle = " or ".join(sorted(kinds))
-    return [*names, "first", middle, "last"], lines, ["first", middle]
+    # What is the same in every row may go first.
+    alike = [name for name in names[:-1] if table[name].nunique() == 1]
+    return [*names, "first", middle, "last"], lines, [*alike, "first", middle]
 
 
 def _told_apart(table: "pd.DataFrame", column: str) -> Iterator[str]:

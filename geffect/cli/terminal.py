@@ -24,6 +24,9 @@ EVERYTHING = 1_000_000
 FOLDED = 8
 """The cells that a name is folded to, at least, where a terminal is narrow."""
 
+WHOLE = 16
+"""The cells up to which words of names stay whole, where spare columns leave room for them."""
+
 
 class _Terminal(Console):
     def on_broken_pipe(self) -> None:
@@ -72,13 +75,16 @@ def tall(drawn: RenderableType, width: int) -> int:
     return len(_Terminal(file=io.StringIO(), width=width).render_lines(drawn))
 
 
-def say(console: Console, *said: object) -> None:
+def say(console: Console, *said: object, hang: int = 0) -> None:
     """Print lines of text, which may hold what others wrote.
 
-    A terminal gets them folded between words; a word is never cut, as a path is copied from there.
+    A terminal gets them folded between words, and from the second on behind `hang` cells; a word is
+    never cut, as a path is copied from there.
     """
     for line in said:
-        console.print(Text("\n".join(_folded(plain(line), console.width))))
+        first, *others = _folded(plain(line), console.width)
+        rest = _folded(" ".join(others), console.width - hang) if others else []
+        console.print(Text("\n".join([first, *(" " * hang + part for part in rest)])))
 
 
 def say_marked(console: Console, mark: str, colour: str, text: object) -> None:
@@ -131,20 +137,29 @@ def show(
     - `names`: the headings of columns that hold names, on the left; others hold numbers.
     - `spare`: the headings of columns that may go, the first one first.
 
-    Where a terminal is narrow, names are folded, then spare columns are left out, which is said.
+    Where a terminal is narrow, names are folded between words, and spare columns are left out,
+    which is said. Where that is not enough, words are folded too.
     """
     cells = {
         heading: [plain(cell) for cell in column]
         for heading, column in zip(headings, zip(*rows, strict=True), strict=True)
     } or {heading: [] for heading in headings}
     widths = {heading: max(map(cell_len, (heading, *column))) for heading, column in cells.items()}
-    least = {h: min(w, max(FOLDED, _word(h))) if h in names else w for h, w in widths.items()}
-    left_out = []
-    for heading in spare:
+    for most in (WHOLE, FOLDED):
+        least = {
+            heading: min(wide, _whole([heading, *cells[heading]], most))
+            if heading in names
+            else wide
+            for heading, wide in widths.items()
+        }
+        left_out = []
+        for heading in spare:
+            if _room(least) <= console.width:
+                break
+            least.pop(heading)
+            left_out.append(heading)
         if _room(least) <= console.width:
             break
-        least.pop(heading)
-        left_out.append(heading)
     shown = _widened(least, widths, console.width)
     table = Table()
     for heading, width in shown.items():
@@ -186,6 +201,13 @@ def _widened(least: Mapping[str, int], wanted: Mapping[str, int], room: int) -> 
         more = min(wanted[heading] - widths[heading], room - _room(widths))
         widths[heading] += max(0, more)
     return widths
+
+
+def _whole(cells: Sequence[str], most: int) -> int:
+    """The cells in which words of the heading, and those up to so many cells, are not folded."""
+    heading, *others = cells
+    words = [cell_len(word) for cell in others for word in cell.split()]
+    return max(FOLDED, _word(heading), *(wide for wide in words if wide <= most))
 
 
 def _word(heading: str) -> int:

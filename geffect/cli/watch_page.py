@@ -123,7 +123,7 @@ def totals(view: View) -> list[Told]:
         ),
         *(
             Told(
-                f"{c.name} rate (last step {percent(c.rates[-1])})",
+                f"{c.name} rate (last {percent(c.rates[-1])})",
                 percent(c.rate),
                 "",
                 path(c.rates, 0.0, 1.0),

@@ -1,7 +1,6 @@
 """What the study shows, said from its numbers: claims, each with whether it holds."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from geffect.analysis import cosine, g_effect
 from geffect.analysis.violation import ROUNDING
 from geffect.sources import UPDATE
 
-from .methods import FEW, HIDES, RATES, SETS
+from . import claims, hiding_claims
+from .claims import INSIDE, OUTSIDE, WORLD, Gold, Runs
+from .methods import FEW, HIDES, RATES, SETS, THIN
 from .tables import AT_LEVEL
-
-Runs = Sequence[Mapping[str, Any]]
 
 GAIN = 1.3
 """How many times lower the retain NLL of GRU has to be than plain, to count as better."""
@@ -27,16 +26,6 @@ APPRECIABLE = 1e-3
 MOST = 0.9
 """The share of appreciable steps that has to have a sign for a run to have it: among the first of
 them are some whose sign is that of the batch."""
-
-MOST_BACK = "audit_most"
-
-SHALLOW = {"hidden", "remembers", "broken"}
-"""Verdicts of an audit on models that did not forget as a retrained one."""
-
-INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
-
-THIN = ("gru-coordinate", "select", "select-coordinate")
-"""The variants that leave most coordinates where they are."""
 
 KEEPING = (
     "gru-update",
@@ -74,12 +63,12 @@ def shares(path: Path) -> dict[str, float]:
     }
 
 
-def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
+def findings(runs: Runs, further: Runs = (), gold: Gold | None = None) -> list[dict[str, Any]]:
     """Claims about the runs at hand, each with whether it holds, where not, and the numbers.
 
-    `runs` are those at equal forgetting, `further` their controls. A claim is made where there is
-    something to compare. A run that did not reach the level is an exception to every claim about
-    the level.
+    `runs` are those at equal forgetting, `further` their controls, `gold` the retrained models by
+    their seeds. A claim is made where there is something to compare. A run that did not reach the
+    level is an exception to every claim about the level.
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     variants = {method: {r["variant"] for r in runs if r["method"] == method} for method in methods}
@@ -95,6 +84,7 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
     ]
     few = [run for run in further if run["part"] == FEW]
     reached = _reached(runs, further)
+    hiding = hiding_claims.seen_through([*runs, *further], gold or {})
     # What only seems to forget is no rival of what does.
     further = [run for run in further if run["part"] != HIDES]
     return [
@@ -118,8 +108,10 @@ def findings(runs: Runs, further: Runs = ()) -> list[dict[str, Any]]:
         *_at_their_best(runs, further),
         *_protects_both(runs, further),
         *_keeps_constraint([*runs, *further]),
-        *_as_deep(runs),
-        *_hides_no_more(runs),
+        *hiding_claims.as_deep(runs),
+        *hiding_claims.no_more(runs),
+        *hiding_claims.less_at_a_copy(runs),
+        *hiding,
     ]
 
 
@@ -136,7 +128,7 @@ def _reached(runs: Runs, further: Runs) -> dict[str, Any]:
         ],
     ]
     planned = len(runs) + len(further)
-    return _finding(
+    return claims.finding(
         "Every run reached the gold level of forgetting",
         short,
         [f"{planned - len(short)} of {planned}"],
@@ -145,44 +137,47 @@ def _reached(runs: Runs, further: Runs) -> dict[str, Any]:
 
 
 def _negative_throughout(runs: Runs) -> dict[str, Any]:
-    shares = _cells(runs, "ga", "plain", "share_appreciable_retaining_negative")
-    return _finding(
+    shares = claims.cells(runs, "ga", "plain", "share_appreciable_retaining_negative")
+    return claims.finding(
         "GA harms what should stay: its retaining G-effect is negative in more than nine of ten "
         "steps, not counting those below a thousandth of its peak (a single step may have the sign "
-        f"of its batch), {_each(shares)}",
+        f"of its batch), {claims.each(shares)}",
         [f"seed {seed}" for seed, share in shares.items() if not share > MOST],
-        [f"{_seed(seed, shares)}{share:.0%} of steps" for seed, share in shares.items()],
+        [f"{claims.of_seed(seed, shares)}{share:.0%} of steps" for seed, share in shares.items()],
         {
             "share_of_appreciable_steps": shares,
-            "share_of_all_steps": _cells(runs, "ga", "plain", "share_retaining_negative"),
+            "share_of_all_steps": claims.cells(runs, "ga", "plain", "share_retaining_negative"),
         },
     )
 
 
 def _milder(runs: Runs) -> dict[str, Any]:
     # Only of WGA, whose loss is a token mean as GA's is: NPO's sums are larger by their length.
-    wga, ga = (_cells(runs, method, "plain", "retaining_lowest") for method in ("wga", "ga"))
-    return _finding(
-        f"WGA is milder than GA: its retaining G-effect never falls as low, {_each(wga)}",
+    wga, ga = (claims.cells(runs, method, "plain", "retaining_lowest") for method in ("wga", "ga"))
+    return claims.finding(
+        f"WGA is milder than GA: its retaining G-effect never falls as low, {claims.each(wga)}",
         [f"seed {seed}" for seed, lowest in wga.items() if not lowest > ga[seed]],
-        [f"{_seed(seed, wga)}{_said(wga[seed])} against GA's {_said(ga[seed])}" for seed in wga],
+        [
+            f"{claims.of_seed(seed, wga)}{claims.said(own)} against GA's {claims.said(ga[seed])}"
+            for seed, own in wga.items()
+        ],
         {"lowest": wga, "of_ga": ga},
     )
 
 
 def _limits_itself(runs: Runs, method: str) -> dict[str, Any]:
     def last_over_peak(name: str) -> dict[int, float]:
-        lowest = _cells(runs, name, "plain", "retaining_lowest")
-        last = _cells(runs, name, "plain", "retaining_last")
+        lowest = claims.cells(runs, name, "plain", "retaining_lowest")
+        last = claims.cells(runs, name, "plain", "retaining_last")
         return {seed: last[seed] / lowest[seed] for seed in lowest}
 
     own, ga = last_over_peak(method), last_over_peak("ga")
-    return _finding(
+    return claims.finding(
         f"{method.upper()} limits itself: its retaining G-effect has fallen back from its peak at "
-        f"the end of the run, and further than GA's, {_each(own)}",
+        f"the end of the run, and further than GA's, {claims.each(own)}",
         [f"seed {seed}" for seed, share in own.items() if not share < min(1.0, ga[seed])],
         [
-            f"{_seed(seed, own)}to {own[seed]:.0%} of its peak, GA's to {ga[seed]:.0%}"
+            f"{claims.of_seed(seed, own)}to {own[seed]:.0%} of its peak, GA's to {ga[seed]:.0%}"
             for seed in own
         ],
         {"last_over_peak": own, "of_ga": ga},
@@ -191,16 +186,16 @@ def _limits_itself(runs: Runs, method: str) -> dict[str, Any]:
 
 def _gru_gains(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
     plain, gru = (
-        {method: _cells(runs, method, variant, "retain_nll") for method in methods}
+        {method: claims.cells(runs, method, variant, "retain_nll") for method in methods}
         for variant in ("plain", "gru")
     )
     ratios = {
         method: {seed: plain[method][seed] / gru[method][seed] for seed in plain[method]}
         for method in methods
     }
-    return _finding(
+    return claims.finding(
         f"At equal forgetting GRU keeps a retain NLL at least {GAIN} times lower than plain, for "
-        f"{', '.join(methods)}, {_each(ratios[methods[0]])}",
+        f"{', '.join(methods)}, {claims.each(ratios[methods[0]])}",
         [
             f"{method} seed {seed}"
             for method, by_seed in ratios.items()
@@ -208,8 +203,8 @@ def _gru_gains(runs: Runs, methods: Sequence[str]) -> dict[str, Any]:
             if not ratio >= GAIN
         ],
         [
-            f"{method} {_seed(seed, by_seed)}{_nats(gru[method][seed])} against "
-            f"{_said(plain[method][seed])}, {_said(ratio)} times lower"
+            f"{method} {claims.of_seed(seed, by_seed)}{claims.nats(gru[method][seed])} against "
+            f"{claims.said(plain[method][seed])}, {claims.said(ratio)} times lower"
             for method, by_seed in ratios.items()
             for seed, ratio in by_seed.items()
         ],
@@ -222,19 +217,21 @@ def _lower(
 ) -> dict[str, Any]:
     """Whether the mean over seeds is lower than that of each of the others, by method."""
     means = {
-        method: {name: _mean(_cells(runs, method, name, key)) for name in (variant, *others)}
+        method: {
+            name: claims.mean(claims.cells(runs, method, name, key)) for name in (variant, *others)
+        }
         for method in methods
     }
-    return _finding(
+    return claims.finding(
         f"At equal forgetting {variant} keeps a lower {AT_LEVEL[key]} than {' and '.join(others)}, "
-        f"{_mean_over(runs)}",
+        f"{claims.mean_over(runs)}",
         [
             method
             for method, mean in means.items()
             if not all(mean[variant] < mean[other] for other in others)
         ],
         [
-            f"{method} {_against(mean[variant], {name: mean[name] for name in others})}"
+            f"{method} {claims.against(mean[variant], {name: mean[name] for name in others})}"
             for method, mean in means.items()
         ],
         {"means": means},
@@ -244,17 +241,19 @@ def _lower(
 def _below_sago(runs: Runs, methods: Sequence[str], at: str) -> dict[str, Any]:
     """Whether a thin variant keeps a lower mean over seeds outside than SAGO, by method."""
     means = {
-        method: {v: _mean(_cells(runs, method, v, OUTSIDE, at)) for v in ("sago", *THIN)}
+        method: {
+            v: claims.mean(claims.cells(runs, method, v, OUTSIDE, at)) for v in ("sago", *THIN)
+        }
         for method in methods
     }
     level = "forgetting" if at == "at_level" else "extraction strength"
-    return _finding(
+    return claims.finding(
         f"At equal {level}, with {runs[0]['retain_feed']} QA feeding the retain gradient, the best "
         f"of coordinate and selective steps keeps a lower {AT_LEVEL[OUTSIDE]} than SAGO, "
-        f"{_mean_over(runs)}",
-        [method for method, mean in means.items() if not _best(mean, THIN) < mean["sago"]],
+        f"{claims.mean_over(runs)}",
+        [method for method, mean in means.items() if not claims.best(mean, THIN) < mean["sago"]],
         [
-            f"{method} {_against(_best(mean, THIN), {'sago': mean['sago']})}"
+            f"{method} {claims.against(claims.best(mean, THIN), {'sago': mean['sago']})}"
             for method, mean in means.items()
         ],
         {"means": means},
@@ -282,9 +281,11 @@ def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
         means: dict[str, dict[float, float]] = {}
         for variant, rate in dict.fromkeys((r["variant"], r["learning_rate"]) for r in of_cell):
             at_rate = [run for run in of_cell if run["learning_rate"] == rate]
-            means.setdefault(variant, {})[rate] = _mean(_cells(at_rate, method, variant, OUTSIDE))
+            means.setdefault(variant, {})[rate] = claims.mean(
+                claims.cells(at_rate, method, variant, OUTSIDE)
+            )
         name = f"{method}, {feed} QA"
-        best[name] = {v: _best(by_rate, by_rate) for v, by_rate in means.items()}
+        best[name] = {v: claims.best(by_rate, by_rate) for v, by_rate in means.items()}
     compared = {
         name: [
             (lower, higher, words)
@@ -297,18 +298,18 @@ def _at_their_best(runs: Runs, further: Runs) -> list[dict[str, Any]]:
     if not falls:
         return []
     return [
-        _finding(
+        claims.finding(
             "At equal forgetting, with each variant at the best of its learning rates, the "
-            f"{AT_LEVEL[OUTSIDE]} falls {', '.join(falls)}, {_mean_over(runs)}",
+            f"{AT_LEVEL[OUTSIDE]} falls {', '.join(falls)}, {claims.mean_over(runs)}",
             [
                 f"{name}: {' or '.join(lower)}"
                 for name, pairs in compared.items()
                 for lower, higher, _ in pairs
-                if not _best(best[name], lower) < best[name][higher]
+                if not claims.best(best[name], lower) < best[name][higher]
             ],
             [
                 f"{name}: {' or '.join(lower)} "
-                f"{_against(_best(best[name], lower), {higher: best[name][higher]})}"
+                f"{claims.against(claims.best(best[name], lower), {higher: best[name][higher]})}"
                 for name, pairs in compared.items()
                 for lower, higher, _ in pairs
             ],
@@ -326,7 +327,7 @@ def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
     cells = {
         f"{method}, {space} space": {
             name: {
-                key: _mean(_cells([*runs, *with_sets], method, variant, key))
+                key: claims.mean(claims.cells([*runs, *with_sets], method, variant, key))
                 for key in (INSIDE, WORLD)
             }
             for name, variant in (
@@ -339,11 +340,11 @@ def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
         for method, (space, suffix) in product(methods, (("gradient", ""), ("update", "-update")))
     }
     return [
-        _finding(
+        claims.finding(
             "At equal forgetting `nearest`, against authors and world facts, keeps both: a lower "
             f"{AT_LEVEL[INSIDE]} than GRU against the world facts alone, a lower {AT_LEVEL[WORLD]} "
             "than GRU against the authors alone, and both lower than plain, "
-            f"{_mean_over([*runs, *with_sets])}",
+            f"{claims.mean_over([*runs, *with_sets])}",
             [
                 f"{cell}: {AT_LEVEL[key]}"
                 for cell, means in cells.items()
@@ -352,7 +353,7 @@ def _protects_both(runs: Runs, further: Runs) -> list[dict[str, Any]]:
             ],
             [
                 f"{cell}, {AT_LEVEL[key]}: "
-                f"{_against(means['both'][key], {x: means[x][key] for x in (other, 'plain')})}"
+                + claims.against(means["both"][key], {x: means[x][key] for x in (other, "plain")})
                 for cell, means in cells.items()
                 for key, other in ((INSIDE, "world"), (WORLD, "authors"))
             ],
@@ -371,167 +372,17 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
     means = {variant: sum(of) / len(of) for variant, of in shares.items()}
     told = [*keeping, *(["gru"] if "gru" in shares else [])]
     return [
-        _finding(
+        claims.finding(
             "In update space no applied update opposes a retain average; AdamW makes some do so "
             "after the gradient alone was projected",
             [
                 *[v for v in keeping if any(share != 0.0 for share in shares[v])],
                 *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
             ],
-            [f"{variant} {_percent(means[variant])} of steps" for variant in told],
+            [f"{variant} {claims.percent(means[variant])} of steps" for variant in told],
             {"mean_share_of_violating_steps": means},
         )
     ]
-
-
-def _as_deep(runs: Runs) -> list[dict[str, Any]]:
-    """Whether no model hides what it should have forgotten, as an audit reads them."""
-    verdicts: dict[str, list[str]] = {}
-    most: dict[str, list[float]] = {}
-    for run in runs:
-        at_level = run["at_level"] or {}
-        if "verdict" in at_level:
-            name = f"{run['method']} {run['variant']}"
-            verdicts.setdefault(name, []).append(at_level["verdict"])
-            most.setdefault(name, []).append(_number(at_level["audit_most"]))
-    if not verdicts:
-        return []
-    means = {name: sum(of) / len(of) for name, of in most.items()}
-    return [
-        _finding(
-            "Forgetting is as deep as retraining: an audit reads no model at the level as one that "
-            f"hides, remembers or is broken, {_in_seeds(runs)}",
-            [name for name, said in verdicts.items() if {*said} & SHALLOW],
-            [
-                f"{name} {' / '.join(dict.fromkeys(said))}, {_share(means[name])} comes back"
-                for name, said in verdicts.items()
-            ],
-            {"verdicts": verdicts, "share_that_comes_back": means},
-        )
-    ]
-
-
-def _hides_no_more(runs: Runs) -> list[dict[str, Any]]:
-    """Whether what keeps more brings back no more than the objective alone, by variant."""
-    found = []
-    for variant in ("gru", "gru-update", *THIN):
-        compared = ("plain", variant)
-        most = {
-            method: {name: _mean(_cells(runs, method, name, MOST_BACK)) for name in compared}
-            for method in dict.fromkeys(run["method"] for run in runs)
-            if _are_audited(runs, method, compared)
-        }
-        if most:
-            found.append(
-                _finding(
-                    f"At equal forgetting the strongest attack brings no more back after {variant} "
-                    f"than after plain, {_mean_over(runs)}",
-                    [method for method, of in most.items() if not of[variant] <= of["plain"]],
-                    [
-                        f"{method} {_share(of[variant])} against {_share(of['plain'])} (plain)"
-                        for method, of in most.items()
-                    ],
-                    {"share_that_comes_back": most},
-                )
-            )
-    return found
-
-
-def _are_audited(runs: Runs, method: str, variants: Sequence[str]) -> bool:
-    """Whether an audit says of all runs of a method in these variants what comes back."""
-    return all(
-        cells and not any(math.isnan(share) for share in cells.values())
-        for cells in (
-            {s: _number(x) for s, x in _cells(runs, method, name, MOST_BACK).items()}
-            for name in variants
-        )
-    )
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _share(value: float) -> str:
-    return "no value" if math.isnan(value) else f"{value:.0%}"
-
-
-def _finding(
-    claim: str, exceptions: list[str], measured: Sequence[str], numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A claim; where it fails; what was compared, in words; and all numbers, by name."""
-    return {
-        "claim": claim,
-        "holds": not exceptions,
-        "except": exceptions,
-        "measured": "; ".join(measured),
-        "numbers": _without_nan(numbers),
-    }
-
-
-def _against(value: float, others: Mapping[str, float]) -> str:
-    """Two losses or more side by side, in nats per token."""
-    compared = ", ".join(f"{_said(other)} ({name})" for name, other in others.items())
-    return f"{_nats(value)} against {compared}"
-
-
-def _nats(value: float) -> str:
-    return _said(value) if math.isnan(value) else f"{_said(value)} nats"
-
-
-def _said(value: float) -> str:
-    return "no value" if math.isnan(value) else f"{value:.3g}"
-
-
-def _percent(share: float) -> str:
-    """In whole percents; what is less than one but not zero keeps a digit."""
-    return f"{share:.0%}" if share == 0.0 or share >= 0.01 else f"{100 * share:.1g}%"
-
-
-def _seed(seed: int, by_seed: Mapping[int, object]) -> str:
-    """What tells one of several seeds apart."""
-    return f"seed {seed}: " if len(by_seed) > 1 else ""
-
-
-def _each(by_seed: Mapping[int, object]) -> str:
-    return "in every seed" if len(by_seed) > 1 else "in the one seed"
-
-
-def _in_seeds(runs: Runs) -> str:
-    return _each({run["seed"]: run for run in runs})
-
-
-def _mean_over(runs: Runs) -> str:
-    several = len({run["seed"] for run in runs}) > 1
-    return "on the mean over seeds" if several else "in the one seed"
-
-
-def _without_nan(numbers: Any) -> Any:
-    """The numbers for JSON, which has no NaN: None in its place."""
-    if isinstance(numbers, Mapping):
-        return {name: _without_nan(value) for name, value in numbers.items()}
-    return None if numbers != numbers else numbers
-
-
-def _cells(
-    runs: Runs, method: str, variant: str, key: str, at: str = "at_level"
-) -> dict[int, float]:
-    """The values of a method in a variant by seed; NaN where the level was not reached."""
-    return {
-        run["seed"]: run[key] if key in run else (run[at] or {}).get(key, math.nan)
-        for run in runs
-        if (run["method"], run["variant"]) == (method, variant)
-    }
-
-
-def _mean(cells: Mapping[int, float]) -> float:
-    return sum(cells.values()) / len(cells) if cells else math.nan
-
-
-def _best(means: Mapping[Any, float], of: Iterable[Any]) -> float:
-    """The lowest of some values, of those that there are; NaN if there are none."""
-    there = [means[name] for name in of if not math.isnan(means.get(name, math.nan))]
-    return min(there, default=math.nan)
 
 
 def _violating(run: Run) -> float:

@@ -279,6 +279,9 @@ RETAIN_SETS: dict[str, Variant] = {
 """Beside the variants above, which protect the authors alone: several retain sets."""
 
 
+THIN = ("gru-coordinate", "select", "select-coordinate")
+"""The variants that leave most coordinates where they are."""
+
 OF_ALL = ("plain", "gru-update", "gru-coordinate", "select")
 """The variants of a study of all objectives that names none."""
 

@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", type=Path, help="the folder of the study")
     out = parser.parse_args(arguments).study
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    said = findings(summary["runs"], summary["further_runs"])
+    said = findings(summary["runs"], summary["further_runs"], summary["gold"])
     write_page({**summary, "findings": said}, out)
 
 

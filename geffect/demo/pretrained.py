@@ -169,6 +169,7 @@ def opened(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from geffect.codes import keep_differentiable
     from geffect.risk import check_differentiable, check_loaded
 
     where, options = place(source)
@@ -181,7 +182,10 @@ def opened(
     kind: Any = AutoModelForCausalLM
     model, found = kind.from_pretrained(where, output_loading_info=True, **options, **further)
     check_loaded(model, found["missing_keys"], source)
-    if not in_4bit:
+    if in_4bit:
+        keep_differentiable(model)
+        _check_rows(model, source)
+    else:
         check_differentiable(model, source)
         if options:
             model = _unmarked(model)
@@ -218,6 +222,24 @@ def _quantising(source: Path, device: str, dtype: str) -> dict[str, Any]:
         "device_map": {"": device},
         "dtype": kept,
     }
+
+
+def _check_rows(model: Any, source: Path) -> None:
+    """Refuses rows that bitsandbytes 0.50 puts back with the scale of another block.
+
+    Its kernel for CPUs with AVX-512 does so where blocks go on from row to row.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu":
+            length = state.shape[-1]
+            if length % state.blocksize:
+                raise ValueError(
+                    f"On a CPU, rows of a matrix in 4 bits should be a multiple of "
+                    f"{state.blocksize} long, or bitsandbytes puts back other numbers. Found rows "
+                    f"of {length} in `{name}` of `{source}`. Leave --load-in-4bit out, or choose a "
+                    "GPU by --device."
+                )
 
 
 def _learned(base: Any, folder: Path, trained: Trained) -> Any:

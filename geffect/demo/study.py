@@ -81,7 +81,9 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
             "runs": compared,
             "further_runs": further,
             "edits": edits,
-            "findings": findings(_complete(compared, seeds), _complete(further, seeds)),
+            "findings": findings(
+                _complete(compared, seeds), _complete(further, seeds), trained["gold"]
+            ),
         }
         with clock.stage("figures"):
             from . import figures

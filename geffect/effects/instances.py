@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from geffect.codes import check_unpacked
 from geffect.dots import dense
 from geffect.gradients import Vector
 from geffect.hooks import Hooks
@@ -53,6 +54,7 @@ class InstanceEffects:
     """
 
     def __init__(self, model: nn.Module, direction: Vector) -> None:
+        check_unpacked(model)
         self._model = model
         self._rows = describe(model)
         self._parameters = list(trainable(model).values())

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from geffect.batch import Batch, check_one_answer
+from geffect.codes import check_unpacked
 from geffect.gradients import Vector
 from geffect.hooks import Hooks
 from geffect.layers import trainable
@@ -64,6 +65,7 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     >>> token_effects(Unigram(), batch, [torch.tensor([1.0, 0.0])]).values
     tensor([[    nan,  0.5000, -0.5000]], dtype=torch.float64)
     """
+    check_unpacked(model)
     tensors = list(trainable(model).values())
     check_direction(tensors, direction)
     check_one_answer(batch, "effects of tokens, which add up to those of samples")

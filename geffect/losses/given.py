@@ -10,6 +10,8 @@ from torch import Tensor
 from geffect.numbers import is_number
 from geffect.sources import OBJECTIVE
 
+from .graph import loses_gradient
+
 Scalar = Tensor | Callable[[], Tensor]
 """A scalar with a graph, or a function without arguments that returns one when it is asked."""
 
@@ -95,6 +97,14 @@ def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
         raise ValueError(
             f"{should} {found} a tensor without a graph. Compute it outside of `torch.no_grad()`, "
             "from parameters that require a gradient, and do not detach it."
+        )
+    if loses_gradient(loss):
+        raise ValueError(
+            f"Loss `{name}` should be of operations that have derivatives. Found one that has none "
+            "in its graph: gradients end there. Register its derivative "
+            "(`torch.library.register_autograd`). Matrices of bitsandbytes in 4 bits lose theirs "
+            "where an evaluation packs them for inference, as CPUs with AVX-512 do: set "
+            "`support_avx512bf16_for_cpu = False` on each `Linear4bit` after loading."
         )
     return loss
 

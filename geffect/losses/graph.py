@@ -27,6 +27,14 @@ def is_compiled(loss: Tensor) -> bool:
     return any(type(node).__name__ == "CompiledFunctionBackward" for node in _nodes(loss))
 
 
+def loses_gradient(loss: Tensor) -> bool:
+    """Whether an operation without a derivative is in the graph, behind which gradients end.
+
+    torch warns of it in the backward pass, and goes on.
+    """
+    return any(node.name() == "torch::autograd::WarnNotImplemented" for node in _nodes(loss))
+
+
 def reaches(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether one of the parameters is in the graph of a loss, as far as that can be told."""
     # FSDP2 has stand-ins for its parameters in the graph, a reentrant checkpoint has none.

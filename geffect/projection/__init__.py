@@ -4,7 +4,7 @@ from .collapse import Collapse
 from .elementwise import SAGO, Elementwise
 from .from_torchjd import from_torchjd
 from .hamu import free_forgetting, hamu
-from .memory import State
+from .kept import State
 from .rectifier import Rectifier
 from .rules import Promise, Rule, a_gem, blur, gru, nearest, off_span, orthogonal, pcgrad
 from .selection import SaliencyMask, Salient, Selection

@@ -1,10 +1,9 @@
 """What a rectifier remembers of the retain gradients that it has seen."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from geffect import distributed
 from geffect.gradients import Vector, peak, without_graph
 from geffect.interrupts import Once, to_the_end
 
+from .kept import Change, Kept, Make, State
 from .selection import Roots
 
 SECOND_MOMENT_DECAY = 0.999
@@ -21,34 +21,6 @@ ROUNDING = 2.0**-23
 """How small a retain gradient may be beside the objective's: the machine epsilon of float32."""
 
 NOISE = "rounding noise beside the objective's"
-
-
-@dataclass(frozen=True)
-class State:
-    """How averages are kept: in float32 or in half of that, with the parameters or on the CPU.
-
-    bfloat16 is rounded up or down at random, with the odds that make it right in the mean: nearest
-    rounding would lose what is too small for its eight bits, however often it comes. A coordinate
-    is off by about a percent, as often upward as downward.
-
-    >>> State(torch.bfloat16, device="cpu")
-    State(dtype=torch.bfloat16, device='cpu')
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: Literal["cpu"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                "`dtype` of State should be torch.float32 or torch.bfloat16. Found "
-                f"`{self.dtype}`. Choose one of those."
-            )
-        if self.device not in (None, "cpu"):
-            raise ValueError(
-                '`device` of State should be "cpu", or None for where the parameters are. Found '
-                f"`{self.device!r}`. Choose one of those."
-            )
 
 
 class RetainMemory:
@@ -87,9 +59,9 @@ class RetainMemory:
         history: int = 0,
     ) -> None:
         self.weight, self.state, self.from_zero = weight, state, from_zero
-        self._earlier = [_Kept(state) for _ in range(history)]  # the newest first
-        self._averages = {name: _Kept(state) for name in sets}
-        self._squares = _Kept(state) if second_moment else None
+        self._earlier = [Kept(state) for _ in range(history)]  # the newest first
+        self._averages = {name: Kept(state) for name in sets}
+        self._squares = Kept(state) if second_moment else None
         self._count = 0
         self._floor = 0.0  # what a gradient has at least, once that is known
         self._smallest = 0.0  # of the sets, by the largest coordinate of the last gradient
@@ -130,7 +102,7 @@ class RetainMemory:
         weight = self.weight if self.ready or self.from_zero else 1.0
         counted, smallest, once = self._count + 1, min(peaks.values()), Once()
         averages, earlier = self._turned()
-        changes: list[tuple[_Kept, Sequence[Sequence[Tensor | None]], Change]] = [
+        changes: list[tuple[Kept, Sequence[Sequence[Tensor | None]], Change]] = [
             (average, [[tensor] for tensor in new], partial(_mix, weight=weight))
             for average, new in zip(averages.values(), news.values(), strict=True)
         ]
@@ -242,7 +214,7 @@ class RetainMemory:
             return "zero"
         return NOISE if 0.0 < largest < self._floor else None
 
-    def _turned(self) -> "tuple[dict[str, _Kept], list[_Kept]]":
+    def _turned(self) -> tuple[dict[str, Kept], list[Kept]]:
         """Where a gradient goes, and where the one before it then is: nothing is copied."""
         if not self._earlier:
             return self._averages, self._earlier
@@ -255,96 +227,11 @@ class RetainMemory:
             kept.clear()
         self._count = 0
 
-    def _vectors(self) -> "dict[str, _Kept]":
+    def _vectors(self) -> dict[str, Kept]:
         averages = {f"average.{name}": kept for name, kept in self._averages.items()}
         squares = {} if self._squares is None else {"second_moment": self._squares}
         earlier = {f"earlier.{age}": kept for age, kept in enumerate(self._earlier, 1)}
         return averages | squares | earlier
-
-
-Make = Callable[[Callable[[], object]], object]
-"""Makes a change in place, unless it was made before an interrupt."""
-
-Change = Callable[[Tensor, Sequence[Tensor | None], Make], None]
-"""Takes the new tensors of a parameter into what is kept of it, in place."""
-
-Room = Mapping[int, Tensor]
-"""For what is kept of parameters that no gradient had reached, by their indices: zeros."""
-
-
-class _Kept(Sequence[Tensor | None]):
-    """A vector of the model's size, kept as a State says; read, it is float32 and in its place."""
-
-    def __init__(self, state: State) -> None:
-        self.tensors: list[Tensor | None] = []
-        self._devices: list[torch.device | None] = []
-        self._state = state
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    @overload
-    def __getitem__(self, i: int) -> Tensor | None: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Tensor | None]: ...
-    def __getitem__(self, i: int | slice) -> Tensor | Sequence[Tensor | None] | None:
-        if isinstance(i, slice):
-            return [self[index] for index in range(*i.indices(len(self)))]
-        kept = self.tensors[i]
-        return None if kept is None else kept.to(self._devices[i], torch.float32)
-
-    def room_for(self, news: Sequence[Sequence[Tensor | None]]) -> Room:
-        """What there has to be for new tensors, beside what there is."""
-        firsts = [next((tensor for tensor in new if tensor is not None), None) for new in news]
-        return {
-            i: self._like(first).zero_()
-            for i, first in enumerate(firsts)
-            if first is not None and (not self.tensors or self.tensors[i] is None)
-        }
-
-    def change(
-        self,
-        news: Sequence[Sequence[Tensor | None]],
-        by: Change,
-        seeds: Iterator[int],
-        room: Room,
-        once: Once,
-    ) -> None:
-        """Change what is kept of each parameter by its new tensors, one parameter at a time."""
-        if not self.tensors:
-            self.tensors, self._devices = [None] * len(news), [None] * len(news)
-        for i, new in enumerate(news):
-            seed = next(seeds)
-            if i in room:
-                device = next(tensor.device for tensor in new if tensor is not None)
-                self.tensors[i], self._devices[i] = room[i], device
-            whole = self.tensors[i]
-            if whole is None:
-                continue
-            kept = distributed.local(whole)
-            exact = kept.float()  # itself where it is kept in float32: then nothing is copied
-            parts = [None if t is None else distributed.local(t).to(exact) for t in new]
-            make = partial(once.make, (id(self), i), kept)
-            if exact is kept:
-                by(exact, parts, make)
-            else:
-                by(exact, parts, lambda change: change())
-                make(partial(kept.copy_, _rounded(exact, seed)))
-
-    def clear(self) -> None:
-        """Keep nothing."""
-        self.tensors, self._devices = [], []
-
-    def load(self, saved: Sequence[tuple[Tensor | None, Tensor]]) -> None:
-        """Keep copies of what was saved, each like the parameter that comes with it."""
-        self._devices = [like.device for _, like in saved]
-        self.tensors = [None if tensor is None else self._like(like) for tensor, like in saved]
-        for kept, (tensor, _) in zip(self.tensors, saved, strict=True):
-            if kept is not None and tensor is not None:
-                distributed.local(kept).copy_(distributed.local(tensor))
-
-    def _like(self, tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor.detach(), dtype=self._state.dtype, device=self._state.device)
 
 
 def _mix(average: Tensor, new: Sequence[Tensor | None], make: Make, weight: float) -> None:
@@ -360,14 +247,6 @@ def _add_squares(mean: Tensor, news: Sequence[Tensor | None], make: Make) -> Non
     for tensor in news:
         if tensor is not None:
             make(partial(mean.addcmul_, tensor, tensor, value=1 - SECOND_MOMENT_DECAY))
-
-
-def _rounded(exact: Tensor, seed: int) -> Tensor:
-    """The float32 tensor with its low 16 bits rounded away, up as often as they are large."""
-    generator = torch.Generator(exact.device).manual_seed(seed)
-    # A bfloat16 is the upper half of a float32: noise below it carries over with the right odds.
-    bits = torch.empty_like(exact, dtype=torch.int32).random_(2**16, generator=generator)
-    return bits.add_(exact.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
 
 
 def _over_all(largest: float, *, agree: bool) -> float:

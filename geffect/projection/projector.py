@@ -12,22 +12,13 @@ from geffect.gradients import Rectification
 from geffect.optimizers import tensors_of
 
 from . import fused
+from .blocks import Blocks, held
+from .constraint import Change, Constraint, Mask, Metric, PendingRectification, Retain, Terms
+from .coordinates import Coordinates
 from .elementwise import Elementwise
 from .memory import RetainMemory
 from .options import Options
 from .portions import PORTION_BYTES, StepInPortions
-from .scopes import (
-    Blocks,
-    Change,
-    Constraint,
-    Coordinates,
-    Mask,
-    Metric,
-    PendingRectification,
-    Retain,
-    Terms,
-    held,
-)
 from .selection import Roots
 from .spaces import Space, UpdateSpace, copied, widened
 

@@ -17,14 +17,15 @@ from geffect.sources import OBJECTIVE, RETAIN, average_of
 
 from . import checks
 from .attachment import Attachment, check_steps_alone, check_unattached
+from .blocks import Blocks, block_names
 from .elementwise import Elementwise
+from .kept import State
 from .listeners import tell
-from .memory import RetainMemory, State
+from .memory import RetainMemory
 from .notices import Notices
 from .options import LABELS, Correction, Options, Part, Scope, SpaceName, Start, as_rule
 from .projector import Projector
 from .rules import Rule, Weights, gru
-from .scopes import Blocks, block_names
 from .selection import Selection
 from .step import RectifiedStep
 

@@ -14,20 +14,12 @@ from geffect.gradients import Gradients, Rectification, Vector, peak, without_gr
 from geffect.interrupts import to_the_end
 from geffect.optimizers import check_owned, moved_by
 
+from .blocks import GramAccumulator, block_names, held, parts
+from .constraint import Change, Mask, PendingRectification
 from .notices import Notices
 from .portions import StepInPortions, steps_tensor_by_tensor
 from .projector import Projector
-from .scopes import (
-    Change,
-    GramAccumulator,
-    Mask,
-    PendingRectification,
-    block_names,
-    held,
-    parts,
-    skipped,
-    without_retain,
-)
+from .reports import skipped, without_retain
 from .spaces import GradientSpace, UpdateSpace
 
 

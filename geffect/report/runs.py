@@ -58,7 +58,10 @@ def _sections(read: Read, scales: charts.Scales, count: int) -> dict[str, Any]:
     return {
         "name": read.name,
         "anchor": read.anchor,
-        "metadata": run.manifest.get("metadata") or {},
+        "metadata": [
+            f"{name}: {in_words(value)}"
+            for name, value in (run.manifest.get("metadata") or {}).items()
+        ],
         "model": _model(run.manifest.get("model") or {}),
         "made": _made(run.manifest),
         "objective": objective_of(run.manifest),
@@ -104,8 +107,32 @@ def _made(manifest: Mapping[str, Any]) -> list[str]:
     return [
         f"recorded {manifest.get('created', 'at an unknown time')}",
         ", ".join(f"{package} {number}" for package, number in versions.items()),
-        *(f"{name} {value}" for name, value in told.items()),
+        *(f"{name}: {in_words(value)}" for name, value in told.items()),
     ]
+
+
+SAID = {None: "none", True: "yes", False: "no"}
+
+
+def in_words(value: Any) -> str:
+    """What a file tells, as a reader would write it: what is inside of it stands in brackets.
+
+    >>> in_words({"lr": 0.1 + 0.2, "betas": [0.9, 0.999], "select": None, "fused": True})
+    'lr 0.3, betas (0.9, 0.999), select none, fused yes'
+    """
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if value is None or isinstance(value, bool):
+        return SAID[value]
+    if not isinstance(value, Mapping | list):
+        return str(value)
+    parts = value.items() if isinstance(value, Mapping) else (("", inner) for inner in value)
+    told = [
+        f"{name} ({in_words(inner)})" if isinstance(inner, Mapping | list) and inner
+        else f"{name} {in_words(inner)}"
+        for name, inner in parts
+    ]  # fmt: skip
+    return ", ".join(part.strip() for part in told) or "none"
 
 
 def _effects(run: Run) -> Mapping[str, Any]:

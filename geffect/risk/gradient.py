@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.batch import on_device
+from geffect.codes import check_unpacked
 from geffect.dots import dense
 from geffect.gradients import Vector
 from geffect.layers import trainable
@@ -61,6 +62,7 @@ def risk_gradient(
     >>> round(risk.loss, 4), risk.tokens, risk.vector[0].tolist(), model.weight.grad
     (0.6931, 1, [[0.5, -0.5], [0.0, 0.0]], None)
     """
+    check_unpacked(model)
     parameters = list(trainable(model).values())
     sums: list[Tensor | None] = [None] * len(parameters)
     loss, tokens = 0.0, 0

@@ -8,6 +8,7 @@ from torch import nn
 
 from geffect import distributed
 from geffect.beside import beside
+from geffect.codes import keep_differentiable
 from geffect.interrupts import to_the_end
 
 
@@ -41,6 +42,7 @@ def undisturbed(model: nn.Module, *, recompute: bool = True) -> Iterator[None]:
         try:
             _turn_dropout_off(model, recompute=recompute)
             _let_be_differentiated(model)
+            keep_differentiable(model)
             for parameter, _ in grads:
                 parameter.grad = None
             # What an enclosing autocast has cast belongs to a graph of training, and what is cast

@@ -134,7 +134,8 @@ def test_gguf_has_the_same_bits(quantiser: Quantiser, scale: float) -> None:
 @pytest.mark.parametrize("scale", [0.02, 40.0])
 def test_bitsandbytes_has_the_same_bits(scale: float) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = awkward(scale=scale)[6:]
+    # Whole blocks a row: with AVX-512, bitsandbytes 0.50 scales others by a wrong block's maximum.
+    weight = awkward(scale=scale)[6:].reshape(-1, 64)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert torch.equal(functional.dequantize_4bit(packed, state), NF4()(weight).values)
 

@@ -97,6 +97,21 @@ def test_known_uniform_and_ignorant_models() -> None:
     assert recognition(Told(9, constant=7.5), items, alternatives) == 1
 
 
+def test_a_constant_on_all_logits_changes_nothing() -> None:
+    model = tiny.llama(0).eval()
+    items, alternatives = facts()
+
+    class Shifted(nn.Module):
+        config = model.config
+
+        def forward(self, **inputs: Tensor) -> Any:
+            return SimpleNamespace(logits=model(**inputs).logits + 3.0)
+
+    found = recognition(model, items, alternatives)
+    np.testing.assert_array_equal(recognition(Shifted(), items, alternatives), found)
+    assert 0 < found.mean() < 1
+
+
 def test_an_item_without_alternatives_has_no_recognition() -> None:
     found = recognition(Told(9), [short(9), short(9)], [[], [short(10)]])
     np.testing.assert_array_equal(found, [np.nan, 1])

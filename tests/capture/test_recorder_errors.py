@@ -41,6 +41,16 @@ def no_graph(model: nn.Module) -> Tensor:
         return loss_of(model)
 
 
+def without_derivative(x: Tensor) -> Tensor:
+    """Of an operation that somebody registered for a device, and not for autograd."""
+    doubled: Tensor = torch.ops.geffect_tests.doubled(x)
+    return doubled
+
+
+LIBRARY = torch.library.Library("geffect_tests", "DEF")
+LIBRARY.define("doubled(Tensor x) -> Tensor")
+LIBRARY.impl("doubled", lambda x: x.detach() * 2, "CPU")
+
 BAD_LOSSES = [
     given(lambda m: {"objective": 1.5}, TypeError, SCALAR, "`float`", "Pass what", name="float"),
     given(lambda m: {"objective": None}, TypeError, SCALAR, "NoneType", "Pass what", name="None"),
@@ -55,6 +65,11 @@ BAD_LOSSES = [
     given(
         lambda m: {"objective": loss_of(m).detach()}, ValueError, SCALAR, "without a graph",
         "do not detach", name="detached",
+    ),
+    given(
+        lambda m: {"objective": loss_of(m), "forget": loss_of(m) + without_derivative(loss_of(m))},
+        ValueError, "Loss `forget` should be of operations that have derivatives",
+        "one that has none", "Register its derivative", name="without derivative",
     ),
     *[
         given(

@@ -93,7 +93,7 @@ def test_info_tells_the_objective_with_its_options(ask: Ask, tmp_path: Path) -> 
     start = next(i for i, line in enumerate(said) if line.startswith("objective "))
     assert [line[12:].rstrip() for line in said[start : start + 7]] == [
         "    name: SimNPO", "    options:", "      beta: 2.5", "      delta: 0.0",
-        "    reduction:", "      forget: sample_mean of forget", "    reference: None",
+        "    reduction:", "      forget: sample_mean of forget", "    reference: none",
     ]  # fmt: skip
 
 

@@ -111,3 +111,21 @@ def test_nobody_reads_on(recorded: Path, words: list[str]) -> None:
         run.stdout.close()
         said = run.stderr.read()
     assert (run.returncode, said) == (141, "")
+
+
+def test_words_of_names_stay_whole_where_a_column_may_go() -> None:
+    rows = [["model", "inner_before", "1.25", "-0.123456"], ["model", "retain_norm", "2.5", "0.5"]]
+    console = narrow(36)
+    show(console, ["of", "quantity", "first", "last"], rows, names=["of", "quantity"], spare=["of"])
+    out = printed(console)
+    assert "inner_before" in out and "retain_norm" in out
+    assert "Left out for want of room: of." in out
+
+
+def test_further_lines_of_what_is_folded_hang() -> None:
+    console = narrow(24)
+    say(console, "sources   objective, forget, retain, update", hang=10)
+    first, *others = printed(console).splitlines()
+    assert first.startswith("sources   objective,") and others
+    assert all(line.startswith(" " * 10) and len(line) <= 24 for line in others)
+    assert " ".join(" ".join([first, *others]).split()).endswith("forget, retain, update")

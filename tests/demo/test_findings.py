@@ -13,6 +13,7 @@ import pytest
 from geffect.demo import figures
 from geffect.demo.config import LEVELS
 from geffect.demo.findings import findings
+from geffect.demo.hiding import HIDING
 from geffect.demo.methods import EQUAL, FEW, HIDES, RATES, SETS, VARIANTS
 from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.demo.tables import (
@@ -543,3 +544,75 @@ def test_tables_have_the_columns_of_an_audit_where_there_was_one() -> None:
     assert plain[-5:] == ["0.10", "", "0.00", "0.30", "hidden (1), never knew (1)"]
     without = as_markdown(compared({**told, "runs": study()}, "at_level", EQUAL))
     assert "comes back" not in without and "verdict" not in without
+
+
+def recognising(taught: dict[str, float], **changed: dict[str, Any]) -> list[dict[str, Any]]:
+    """WGA in two seeds, with what is recognised after others were taught, by variant."""
+    made = []
+    for variant, value in taught.items():
+        for seed in (0, 1):
+            own = run("wga", variant, seed, part=HIDES if variant in HIDING else EQUAL)
+            own["at_level"] |= {"recognition_taught": value, "retain_nll": 0.01, "world_nll": 0.03}
+            own["at_level"] |= {"forget_es": 0.2} | changed.get(f"{variant} {seed}", {})
+            made.append(own)
+    return made
+
+
+TAUGHT = {"select": 0.95, "select-relearned": 0.6, "last-block": 0.96, "name-rows": 0.72}
+NEVER_KNEW = {
+    str(seed): {**GOLD, "world_nll": 0.026, "recognition_taught": 0.51} for seed in (0, 1)
+}
+LESS = "select-relearned recognises at least 0.2 less than select "
+PASSES = "alone the control name-rows forgot and harmed nothing"
+
+
+def claimed(runs: list[dict[str, Any]], gold: Any = NEVER_KNEW) -> list[dict[str, Any]]:
+    made = findings(
+        [r for r in runs if r["part"] == EQUAL], [r for r in runs if r["part"] == HIDES], gold
+    )
+    return [f for f in made if "taught" in f["claim"] or PASSES in f["claim"]]
+
+
+def test_what_hides_is_claimed_where_it_was_asked() -> None:
+    found = claimed(recognising(TAUGHT))
+    less, block, rows, passes = found
+    assert all(claim["holds"] for claim in found)
+    assert LESS in less["claim"] and "retain NLL of at most 0.02, in every seed" in less["claim"]
+    assert less["measured"].startswith("wga seed 0: 0.60 against 0.95, at 0.01 nats; wga seed 1")
+    assert "The control last-block is seen through" in block["claim"]
+    assert rows["measured"].count("0.72 against 0.51") == 2
+    assert PASSES in passes["claim"] and "world facts NLL 0.03 against 0.026" in passes["measured"]
+    assert claimed(recognising({"select": 0.95})) == []
+    assert claimed([run("wga", variant, 0) for variant in TAUGHT]) == []  # of a study of before
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "place", "excepted"),
+    [
+        ({"select-relearned 1": {"recognition_taught": 0.8}}, 0, ["wga seed 1"]),
+        ({"select-relearned 0": {"retain_nll": 0.03}}, 0, ["wga seed 0"]),
+        (
+            {"last-block 0": {"recognition_taught": 0.6}},
+            1,
+            ["wga seed 0: recognition of the values to forget after the others were taught"],
+        ),
+        ({"name-rows 1": {"world_nll": 0.06}}, 3, ["wga seed 1: world facts NLL"]),
+        ({"name-rows 0": {"forget_es": 0.3}}, 3, ["wga seed 0: forget extraction strength"]),
+    ],
+)
+def test_a_claim_of_hiding_that_fails_says_where(
+    changed: dict[str, Any], place: int, excepted: list[str]
+) -> None:
+    found = claimed(recognising(TAUGHT, **changed))
+    assert found[place]["except"] == excepted
+    assert [claim["holds"] for claim in found].count(False) == 1
+
+
+def test_a_control_that_missed_the_level_is_not_seen_through() -> None:
+    runs = recognising(TAUGHT)
+    next(r for r in runs if r["variant"] == "name-rows")["at_level"] = None
+    _, _, rows, passes = claimed(runs)
+    assert not rows["holds"] and not passes["holds"]
+    assert "no value" in rows["measured"]
+    json.dumps([rows, passes], allow_nan=False)

@@ -55,7 +55,7 @@ def folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=64, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
         tie_word_embeddings=True, pad_token_id=lm.PAD, bos_token_id=lm.BOS, eos_token_id=lm.EOS,
     )  # fmt: skip

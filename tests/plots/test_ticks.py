@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from geffect.plots import heatmap, tradeoff
-from geffect.plots.ticks import power, ticked
+from geffect.plots.ticks import log_scale, power, ticked
 from geffect.scores import Score, tidy
 from tests.utils.pictures import losses
 
@@ -72,3 +72,14 @@ def test_numbers_on_a_logarithmic_axis_are_plain() -> None:
 def test_powers_are_of_one_size(value: float, said: str) -> None:
     assert power(value) == said
     assert power(-value)[1:] == (said if value else "")
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1e6), (1e-5, 1.0), (0.02, 300.0), (1e-7, 1e7)])
+def test_numbers_of_a_logarithmic_axis_are_of_one_kind(low: float, high: float) -> None:
+    ax = Figure().subplots()
+    log_scale(ax)
+    ax.set_ylim(low, high)
+    ax.figure.draw_without_rendering()
+    said = [label.get_text() for label in ax.get_yticklabels() if label.get_text()]
+    are_powers = {any(mark in text for mark in "⁰¹²³⁴⁵⁶⁷⁸⁹") for text in said}
+    assert len(said) >= 3 and are_powers == {low < 1e-4 or high > 1e5}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from geffect.costs.live_bytes import LiveBytes
-from geffect.projection.memory import NOISE, RetainMemory, State
+from geffect.projection.kept import State
+from geffect.projection.memory import NOISE, RetainMemory
 
 EXACT, HALF = State(), State(torch.bfloat16)
 Vector = Sequence[Tensor | None]

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from geffect import projection
 from geffect.projection.from_torchjd import from_torchjd
 from geffect.projection.rules import (
     Rule,
@@ -24,8 +25,9 @@ from geffect.projection.rules import (
 from tests.utils import reference, two_ranks
 from tests.utils.vectors import gram, rectified, step, tensors
 
-OF_ONE = [gru, a_gem, orthogonal, pcgrad, blur]
-OF_SEVERAL = [off_span, nearest]
+RULES = [found for found in vars(projection).values() if isinstance(found, Rule)]
+OF_ONE = [rule for rule in RULES if rule.one_retain]
+OF_SEVERAL = [rule for rule in RULES if not rule.one_retain]
 NEVER_IN_CONFLICT = [gru, a_gem, orthogonal, pcgrad, off_span, nearest]
 
 untimed = settings(deadline=None, max_examples=40)
@@ -126,7 +128,7 @@ def test_without_conflict_the_objective_is_left_as_it_is(rule: Rule, matrix: Ten
     assert rule(gram(torch.stack([u, *agreeing]))).tolist() == alone
 
 
-@pytest.mark.parametrize("rule", [*OF_ONE, *OF_SEVERAL])
+@pytest.mark.parametrize("rule", RULES)
 @untimed
 @given(u_=vectors)
 def test_a_zero_retain_gradient_takes_no_part(rule: Rule, u_: list[float]) -> None:
@@ -137,13 +139,13 @@ def test_a_zero_retain_gradient_takes_no_part(rule: Rule, u_: list[float]) -> No
         assert (step(rule, u, nothing, r) - step(rule, u, r)).norm() <= 1e-12 * u.norm()
 
 
-@pytest.mark.parametrize("rule", [*OF_ONE, *OF_SEVERAL])
+@pytest.mark.parametrize("rule", RULES)
 def test_without_an_objective_there_is_no_conflict(rule: Rule) -> None:
     u, r = torch.zeros(3).double(), torch.tensor([-1.0, 2.0, 0.5]).double()
     assert torch.equal(step(rule, u, r), r if rule in (pcgrad, blur) else u)
 
 
-@pytest.mark.parametrize("rule", [*OF_ONE, *OF_SEVERAL])
+@pytest.mark.parametrize("rule", RULES)
 def test_blocks_are_asked_for_each_by_itself(rule: Rule) -> None:
     k = 4 if rule in OF_SEVERAL else 2
     K = torch.stack([gram(torch.randn(k, 5, dtype=torch.float64)) for _ in range(6)])

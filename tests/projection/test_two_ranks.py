@@ -20,7 +20,8 @@ from geffect.gradients import reduced
 from geffect.layers import trainable
 from geffect.losses import plan
 from geffect.projection import SAGO, SaliencyMask, hamu, nearest, selection
-from geffect.projection.memory import RetainMemory, State
+from geffect.projection.kept import State
+from geffect.projection.memory import RetainMemory
 from tests.utils import tiny, two_ranks
 from tests.utils.layouts import LAYOUTS, Small, labelled, nothing_is_gathered, without_reduction
 

@@ -105,7 +105,7 @@ def test_it_says_where_runs_part(runs: list[Run], page: Page) -> None:
     head, gru, deep = page.tables[1]
     assert head == ["run", "found", "first step", "why"]
     assert gru[:2] == ["gru", compare(runs[0], runs[1]).level]
-    assert gru[3] == compare(runs[0], runs[1]).sentence
+    assert gru[3] == compare(runs[0], runs[1]).sentence.replace("`", "")
     assert deep[:2] == ["deep", "not comparable"] and "the same parameters" in deep[3]
 
 

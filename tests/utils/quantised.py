@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from geffect.codes import keep_differentiable
 from geffect.layers import trainable
 from tests.utils import tiny
 
@@ -45,12 +46,13 @@ def saved(folder: Path) -> Path:
 
 
 def loaded(folder: Path, kind: str) -> Any:
-    """The model in that folder, quantised."""
+    """The model in that folder, quantised, on a CPU of any kind multiplied in the same way."""
     config: Any = BitsAndBytesConfig(**KINDS[kind])
     model: Any = LlamaForCausalLM.from_pretrained(
         folder, quantization_config=config, device_map={"": "cpu"}
     )
     model.config.use_cache = False
+    keep_differentiable(model)
     return model
 
 

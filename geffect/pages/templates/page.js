@@ -22,6 +22,7 @@
     body.append(...[...known, ...rows.filter(([value]) => value === "undefined")].map((r) => r[1]));
   };
   for (const table of document.querySelectorAll("table.sortable")) {
+    if (table.tBodies[0].rows.length < 2) continue;
     for (const head of table.tHead.rows[0].cells) {
       const button = document.createElement("button");
       button.type = "button";

@@ -1,29 +1,25 @@
-"""How wide a constraint reaches: one for each block of parameters, or one for each coordinate.
+"""One constraint for each block of parameters, kept by a rule on the block's Gram matrix.
 
-Both change a space in place and tell what they did. What is said of a step is said of the Gram
-matrix of its direction u and of the averages r_1 ... r_m of the retain gradients.
+What is said of a step is said of the Gram matrix of its direction u and of the averages r_1 ... r_m
+of the retain gradients.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial, reduce
-from operator import add
-from typing import Self
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from geffect import distributed, dots
 from geffect.gradients import Rectification
-from geffect.gram import inner, norm
+from geffect.gram import norm
 
 from . import fused
-from .elementwise import Elementwise
+from .blocks import Blocks, GramAccumulator, Vectors, held, parts
+from .reports import reported
 from .rounding import enlarged, harms
 from .rules import Rule
-from .spaces import Space, Where, widened
-
-Vectors = list[Tensor | None]
+from .spaces import Space, widened
 
 Retain = Callable[[int], Vectors]
 """The averages of a parameter's retain gradients, one a retain set."""
@@ -33,67 +29,6 @@ Mask = Callable[[int], Tensor | None]
 
 Metric = Callable[[int], Tensor | None]
 """The scale of the retain gradients' coordinates, where distances are measured in it."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Which parameters share a constraint: the names of the blocks, and the one of each parameter.
-
-    >>> Blocks.of(["head", "layer 0", "head"])
-    Blocks(names=('head', 'layer 0'), index=(0, 1, 0))
-    """
-
-    names: tuple[str, ...]
-    index: tuple[int, ...]
-
-    @classmethod
-    def of(cls, labels: Sequence[str]) -> Self:
-        """Parameters with one label are one block."""
-        names = tuple(dict.fromkeys(labels))
-        return cls(names, tuple(map(names.index, labels)))
-
-
-class GramAccumulator:
-    """Gram matrices that are taken one parameter at a time, and added up when they are asked for.
-
-    Adding up is one reduction where parameters are sharded, on all processes at once.
-    """
-
-    def __init__(
-        self,
-        blocks: Blocks,
-        parameters: Sequence[Tensor],
-        size: int,
-        *,
-        quick: bool = True,
-    ) -> None:
-        self._blocks, self._parameters = blocks, parameters
-        self._gram = dots.quick_gram if quick else dots.gram
-        self._matrices: list[dict[int, Tensor]] = [{} for _ in parameters]
-        self._nothing = torch.zeros(size, size, dtype=torch.float64)
-
-    def knows(self, i: int, part: int) -> bool:
-        """Whether a part of a parameter, by its number, is in it."""
-        return part in self._matrices[i]
-
-    def add(self, i: int, part: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
-        """Add the inner products of a part of a parameter, and a number that is summed up too."""
-        products = self._gram(vectors)
-        if count is not None:
-            products = torch.block_diag(products, count.double().reshape(1, 1))
-        self._matrices[i][part] = products
-
-    def put(self, i: int, products: Tensor) -> None:
-        """Add the inner products of all of a parameter, with the number."""
-        self._matrices[i][0] = products
-
-    def by_block(self) -> Tensor:
-        """The Gram matrices `Float64[block, k, k]`, on the CPU."""
-        over = [distributed.holders(parameter) for parameter in self._parameters]
-        summed_parts = [reduce(add, m.values()) if m else self._nothing for m in self._matrices]
-        table = dots.gathered(summed_parts, over)
-        summed = table.new_zeros(len(self._blocks.names), *table.shape[1:])
-        return summed.index_add(0, torch.tensor(self._blocks.index), table)
 
 
 @dataclass(frozen=True)
@@ -292,65 +227,6 @@ class Constraint:
         return weights
 
 
-class Coordinates:
-    """A rule for every coordinate by itself, one parameter after the other.
-
-    It asks no other process anything; `report` does, on all of them at once.
-    """
-
-    def __init__(
-        self,
-        blocks: Blocks,
-        parameters: Sequence[Tensor],
-        sets: Sequence[str],
-        rule: Elementwise | None,
-        *,
-        count: int,
-    ) -> None:
-        self._blocks, self._sets, self._rule = blocks, sets, rule
-        # u, x and the averages, and how many coordinates were changed.
-        self._tally = GramAccumulator(blocks, parameters, 3 + count)
-
-    def change(self, space: Space, i: int, averages: Vectors, mask: Tensor | None) -> None:
-        """Change the direction of one parameter."""
-        local = held(averages)
-        kernel = fused.elementwise(space, i, local, mask, self._rule)
-        if kernel is not None:
-            if not self._tally.knows(i, 0):
-                found = [0, 1, *(2 + j for j, r in enumerate(local) if r is not None)]
-                count = 2 + len(local)
-                products = dots.placed(kernel.gram(), [*found, count], count + 1)
-                self._tally.put(i, products)
-            space.change(i, kernel.write)
-            return
-        for part, where in enumerate(space.parts(i)):
-            u, retain = space.direction(i, where), parts(local, where)
-            present = [r for r in retain if r is not None]
-            x = u if self._rule is None or not present else self._rule(u, present)
-            if mask is not None:
-                x = x * mask[where]
-            changed = torch.ne(x, u, out=torch.empty_like(u))
-            if not self._tally.knows(i, part):  # from before an interrupt, where u was as it was
-                self._tally.add(i, part, [u, x, *retain], count=changed.sum())
-            space.replace(i, where, x, changed)
-
-    def report(self) -> Rectification:
-        """What was done."""
-        K = self._tally.by_block()
-        u, x, averages, count = 0, 1, slice(2, 2 + len(self._sets)), -1
-        seen = [u, *range(2, 2 + len(self._sets))]
-        return reported(
-            self._blocks,
-            self._sets,
-            K[:, seen][:, :, seen],
-            inner_after=K[:, x, averages],
-            norm_after=norm(K, x),
-            coefficient=torch.full((len(K), len(self._sets)), torch.nan),
-            fired=inner(K, count, count) > 0,
-            unmet=torch.zeros(len(K), dtype=torch.bool),
-        )
-
-
 def _in_metric(
     vectors: Vectors, mask: Tensor | None, scale: Tensor | None
 ) -> tuple[Vectors, Vectors]:
@@ -383,72 +259,6 @@ def _summed(weights: Tensor, vectors: Vectors, mask: Tensor | None, scale: Tenso
         if weight and average is not None:
             x += weight * average
     return x
-
-
-def held(vectors: Vectors) -> Vectors:
-    """What this process holds of the tensors."""
-    return [None if v is None else distributed.local(v) for v in vectors]
-
-
-def parts(vectors: Vectors, where: Where) -> Vectors:
-    """The same part of each tensor."""
-    return [None if v is None else v[where] for v in vectors]
-
-
-def reported(
-    blocks: Blocks,
-    sets: Sequence[str],
-    before: Tensor,
-    *,
-    inner_after: Tensor,
-    norm_after: Tensor,
-    coefficient: Tensor,
-    fired: Tensor,
-    unmet: Tensor,
-) -> Rectification:
-    """The report of a step, with a number for each block and retain set."""
-    count = len(sets)
-
-    def numbers(table: Tensor) -> tuple[float, ...]:
-        return tuple(table.double().expand(len(blocks.names), count).flatten().tolist())
-
-    unknown = numbers(torch.tensor(torch.nan))
-    return Rectification(
-        blocks=block_names(blocks, sets),
-        fired=numbers(fired[:, None]),
-        coefficient=numbers(coefficient),
-        inner_before=numbers(before[:, 0, 1:]),
-        inner_after=numbers(inner_after),
-        norm_before=numbers(norm(before, 0)[:, None]),
-        norm_after=numbers(norm_after[:, None]),
-        retain_norm=numbers(before.diagonal(dim1=1, dim2=2)[:, 1:] ** 0.5),
-        applied_average=unknown,
-        applied_fresh=unknown,
-        unmet=numbers(unmet[:, None]),
-    )
-
-
-def skipped(blocks: tuple[str, ...]) -> Rectification:
-    """The report of a step that was left alone because a gradient was zero or not finite."""
-    nothing, unknown = (0.0,) * len(blocks), (float("nan"),) * len(blocks)
-    return Rectification(blocks, nothing, nothing, *[unknown] * 8)
-
-
-def without_retain(report: Rectification) -> Rectification:
-    """The report of a step that had no retain gradient: what was changed, and nothing beside it."""
-    unknown = (float("nan"),) * len(report.blocks)
-    return replace(report, inner_before=unknown, inner_after=unknown, retain_norm=unknown)
-
-
-def block_names(blocks: Blocks, sets: Sequence[str]) -> tuple[str, ...]:
-    """What a report has a number for: the blocks, or each block and retain set.
-
-    >>> block_names(Blocks.of(["model"]), ["retain", "world"])
-    ('model, retain', 'model, world')
-    """
-    if len(sets) == 1:
-        return blocks.names
-    return tuple(f"{block}, {name}" for block in blocks.names for name in sets)
 
 
 def _alone(like: Tensor) -> Tensor:
