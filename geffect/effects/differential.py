@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -37,7 +38,7 @@ def differential(
     at = {name: tensor.detach() for name, tensor in at.items()}
     try:
         # Of the attention kernels of torch only the plain one has a forward rule.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _StillWithoutGradients():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _AsBackward():
             return _by_forward_mode(function, at, along)
     except NotImplementedError as missing:
         _say(str(missing).partition("\n")[0])
@@ -82,8 +83,8 @@ def _by_backward_passes(
     return value.detach(), slopes
 
 
-class _StillWithoutGradients(TorchFunctionMode):
-    """Where gradients are not enabled nothing has a slope; of itself forward mode goes on there."""
+class _AsBackward(TorchFunctionMode):
+    """Nothing has a slope that has no gradient: forward mode alone would go on there."""
 
     def __torch_function__(
         self,
@@ -93,7 +94,26 @@ class _StillWithoutGradients(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         with forward_ad._set_fwd_grad_enabled(torch.is_grad_enabled()):
-            return func(*args, **(kwargs or {}))
+            return (_embedding if func is F.embedding else func)(*args, **(kwargs or {}))
+
+
+def _embedding(
+    tokens: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """An embedding, of which the row of the padding index takes no part in gradients."""
+    if scale_grad_by_freq:
+        raise NotImplementedError("no forward rule for embeddings with `scale_grad_by_freq`")
+    rows = F.embedding(tokens, weight, padding_idx, max_norm, norm_type)
+    if padding_idx is None:
+        return rows
+    padding = tokens.eq(padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(padding, forward_ad.unpack_dual(rows).primal, rows)
 
 
 @cache

@@ -41,14 +41,14 @@ class Call:
         >>> call.effects("weight", torch.tensor([[1.0, 0.0]]), delta=torch.ones(2, 1))
         tensor([3., 5.], dtype=torch.float64)
         """
-        if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
-            # The gradient leaves the row of the padding index out.
-            padding = self._input.eq(self.module.padding_idx)
-            delta = delta.masked_fill(padding.unsqueeze(-1), 0.0)
         kind = f"{type(self.module).__module__}.{type(self.module).__qualname__}"
         rule = _RULES.get((kind, name))
         if rule is None:
             return self._differential(name, v, delta)
+        if isinstance(self.module, nn.Embedding) and self.module.padding_idx is not None:
+            # The gradient leaves the row of the padding index out.
+            padding = self._input.eq(self.module.padding_idx)
+            delta = delta.masked_fill(padding.unsqueeze(-1), 0.0)
         # Sample by sample: no second output has to be in memory.
         rows = self._input.expand(len(delta), *self._input.shape[1:])
         return torch.stack([_of_sample(rule, x, v, d) for x, d in zip(rows, delta, strict=True)])

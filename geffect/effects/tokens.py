@@ -1,9 +1,6 @@
 """The PG-effect of every token, from one forward-mode pass over a batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +11,6 @@ from torch.nn import functional as F
 from geffect.batch import Batch, check_one_answer
 from geffect.codes import check_unpacked
 from geffect.gradients import Vector
-from geffect.hooks import Hooks
 from geffect.layers import trainable
 from geffect.risk import predicts_next, scored_tokens, token_log_probabilities, undisturbed
 
@@ -70,7 +66,7 @@ def token_effects(model: nn.Module, batch: Batch, direction: Vector) -> TokenEff
     check_direction(tensors, direction)
     check_one_answer(batch, "effects of tokens, which add up to those of samples")
     names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
-    with undisturbed(model, recompute=False), _padding_stands_still(model):
+    with undisturbed(model, recompute=False):
         scored = scored_tokens(model, batch)
 
         def log_probabilities(parameters: Parameters) -> Tensor:
@@ -103,43 +99,3 @@ class _At:
 
     def __call__(self, **inputs: Tensor) -> Any:
         return functional_call(self.module, dict(self.parameters), (), inputs)
-
-
-@contextmanager
-def _padding_stands_still(model: nn.Module) -> Iterator[None]:
-    """Where an embedding has a padding index, its row there takes no part in gradients.
-
-    Autograd leaves it out, so a derivative that should agree with gradients has to as well, also
-    where another use of the same tensor, a tied head, gives the row a gradient.
-    """
-    padded = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None
-    ]
-    hooks = Hooks()
-    try:
-        with torch.no_grad():
-            for module in padded:
-                keep = partial(_keep_row, row=module(_padding_of(module)))
-                hooks.add(module.register_forward_hook, keep, with_kwargs=True)
-        yield
-    finally:
-        hooks.remove()
-
-
-def _padding_of(module: nn.Embedding) -> Tensor:
-    return torch.tensor([module.padding_idx], device=module.weight.device)
-
-
-def _keep_row(
-    module: nn.Embedding,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Tensor],
-    output: Tensor,
-    *,
-    row: Tensor,
-) -> Tensor:
-    (ids,) = (*args, *kwargs.values())
-    assert module.padding_idx is not None
-    return torch.where(ids.eq(module.padding_idx).unsqueeze(-1), row, output)
