@@ -130,10 +130,10 @@ def describe(model: "nn.Module") -> tuple[Parameter, ...]:
     """
     from geffect.distributed import shape_of
 
-    found = places(_whole(model))
+    named, found = _named(model), places(_whole(model))
     depths = _depths(found.values())
     rows = []
-    for tensor, (name, *further) in _named(model).items():
+    for tensor, (name, *further) in named.items():
         # A name that was left whole stands for one that is canonical.
         own = [found[n if n in found else canonical_name(n)] for n in (name, *further)]
         rows.append(
@@ -224,6 +224,11 @@ def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
     rest = at_rest(model)
     whole: dict[Tensor, list[str]] = {}
     for name, found in model.named_parameters(remove_duplicate=False):
+        if hasattr(found, "materialize"):  # as of nn.LazyLinear
+            raise ValueError(
+                f"The parameters of `{type(model).__name__}` should have a shape. Found `{name}` "
+                "without one, which gets it in the first forward. Run the model once before."
+            )
         parameter = rest.get(found, found)
         if parameter.requires_grad:
             whole.setdefault(parameter, []).append(name)

@@ -71,6 +71,17 @@ def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
+def rate_of(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the first group; NaN where the optimizer makes its own, or has none.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> rate_of(torch.optim.Optimizer([weight], {"lr": None}))
+    nan
+    """
+    rate = optimizer.param_groups[0].get("lr")
+    return float("nan") if rate is None else float(rate)
+
+
 ROUNDING = 1e-6
 """Of a learning rate, in terms of the one that its schedule starts from."""
 

@@ -9,7 +9,23 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.fingerprints import bits, differ, fingerprints
-from geffect.optimizers import described, moved_by, tensors_of
+from geffect.optimizers import described, moved_by, rate_of, tensors_of
+
+
+def check_shapes(parameters: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:
+    """Refuse parameters that grew or shrank in place: no difference tells what that moved.
+
+    >>> check_shapes([torch.ones(3)], [torch.Size([2])])
+    Traceback (most recent call last):
+    ValueError: The parameters should keep their shapes. Found one of (2,) that is (3,) now, ...
+    """
+    for parameter, shape in zip(parameters, shapes, strict=True):
+        if parameter.shape != shape:
+            raise ValueError(
+                f"The parameters should keep their shapes. Found one of {tuple(shape)} that is "
+                f"{tuple(parameter.shape)} now, as where a vocabulary was resized. Record what "
+                "follows into another file, with a new Recorder."
+            )
 
 
 class Differences(Sequence[Tensor | None]):
@@ -101,6 +117,7 @@ class StepFollower:
             stepped=within & self._own,
             driven=within & self._own,
             before=[p.detach().clone() for p in parameters] if self._updates else None,
+            shapes=[p.shape for p in parameters],
             versions=[p._version for p in parameters],
             printed=printed,
             prints=fingerprints([parameters[i] for i in printed]),
@@ -170,6 +187,7 @@ class _FollowedStep:
     stepped: set[int]  # held by optimizers that stepped
     driven: set[int]  # of these, what had a gradient then
     before: Sequence[Tensor] | None  # copies, where the update is followed
+    shapes: Sequence[torch.Size]
     versions: Sequence[int]
     printed: Sequence[int]  # indices of those whose bits are looked at, without copies
     prints: Tensor
@@ -181,13 +199,14 @@ class _FollowedStep:
     def take(self, optimizer: torch.optim.Optimizer, driven: Collection[int]) -> None:
         """Count a step of the optimizer, which moves what is `driven`."""
         if self.optimizer is None:
-            self.lr = float(optimizer.param_groups[0]["lr"])
+            self.lr = rate_of(optimizer)
             self.optimizer = described(optimizer)
         self.stepped.update(map(id, tensors_of(optimizer)))
         self.driven.update(driven)
 
     def news(self, *, at_gradient: bool) -> Move | None:
         """What has moved, if that is something else than was told."""
+        check_shapes(self.parameters, self.shapes)
         stepped = self._moved()
         now = fingerprints(self.parameters if self.before is not None else [])
         if self.told is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from geffect.sources import (
     check_spelt,
     is_reserved,
 )
-from geffect.steps import Move
+from geffect.steps import Move, check_shapes
 from geffect.store.labels import is_name
 from geffect.text import plain
 
@@ -44,6 +45,11 @@ class Watched:
     def parameters(self) -> Sequence[Tensor]:
         """Those of the model that are trained."""
         return self.recording.parameters
+
+    @cached_property
+    def shapes(self) -> Sequence[torch.Size]:
+        """Those that the parameters had at the first step."""
+        return [parameter.shape for parameter in self.parameters]
 
     def sources(
         self, losses: Collection[str], rectifier: GradientTransform | None
@@ -81,6 +87,7 @@ class Watched:
                 f"{len(changed)} frozen, added or replaced, the first of them {changed[:3]}. "
                 "Record what follows into another file, with a new Recorder."
             )
+        check_shapes(self.parameters, self.shapes)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
 from geffect.capture.window import sources_of
 from geffect.gradients import Gradients, GradientTransform, Vector
-from geffect.optimizers import check_descends, described, unwrapped
+from geffect.optimizers import check_descends, described, rate_of, unwrapped
 from geffect.risk import RiskGradient
 from geffect.sources import OBJECTIVE, RECTIFIED, UPDATE
 from geffect.steps import Move, StepFollower
@@ -116,7 +116,7 @@ class CapturedStep:
         # Not what accelerate says: it takes a step that a fused optimizer skipped for a step.
         overflowed = distributed.has_skipped(unwrapped(optimizer))
         self.skipped = overflowed or current_scale(scaler) < self._loss_scale
-        self.lr = float(optimizer.param_groups[0]["lr"])
+        self.lr = rate_of(optimizer)
         self.optimizer = described(unwrapped(optimizer))
         if not self.skipped:
             follower.leave(unwrapped(optimizer))

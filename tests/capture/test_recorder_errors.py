@@ -172,6 +172,37 @@ def test_a_new_source_comes_too_late(tmp_path: Path) -> None:
 # The model.
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_parameters_keep_their_shapes(tmp_path: Path, update: bool) -> None:
+    model, optimizer = started()
+    with Recorder(model, tmp_path / "a.h5", update=update) as recorder:
+        take_step(model, optimizer, recorder)
+        table = model[1].weight.data
+        model[1].weight.data = torch.ones(3, 2)  # as a vocabulary that is resized in place
+        with (
+            nothing_lost(model, tmp_path / "a.h5"),
+            one_error(
+                ValueError,
+                "should keep their shapes",
+                "Found one of (1, 2) that is (3, 2) now",
+                "into another file, with a new Recorder",
+            ),
+        ):
+            recorder.backward(objective=lambda: loss_of(model))
+        model[1].weight.data = table
+        take_step(model, optimizer, recorder)
+    assert open_run(tmp_path / "a.h5").steps.tolist() == [0, 1]
+
+
+def test_a_parameter_without_a_shape_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1))
+    for make in (lambda: Recorder(model, tmp_path / "a.h5"), lambda: Rectifier(model)):
+        with one_error(ValueError, "should have a shape", "Found `1.weight`", "Run the model once"):
+            make()
+    model(torch.ones(1, 2))
+    Recorder(model, tmp_path / "a.h5").close()
+
+
 def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
     model, optimizer = started()
     model.requires_grad_(False)

@@ -443,6 +443,27 @@ def test_a_step_that_raises_is_not_taken_for_one_that_goes_on(tmp_path: Path) ->
         assert len(open_run(tmp_path / "run.h5").steps) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"lr": None}])
+def test_the_rate_of_an_optimizer_that_makes_its_own_is_not_known(
+    options: dict[str, None], tmp_path: Path
+) -> None:
+    class Sign(torch.optim.Optimizer):
+        """A step of a thousandth along each sign."""
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.sub_(0.001 * parameter.grad.sign())
+
+    model = network()
+    optimizer = Sign(model.parameters(), options)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=risk(model, batch(0)))
+        optimizer.step()
+    run = open_run(tmp_path / "run.h5")
+    assert np.isnan(run.column("lr")).tolist() == [True]
+    assert run.stepped().all()
+
+
 @pytest.mark.parametrize("update", [True, False])
 def test_what_has_no_gradient_left_is_not_stepped(update: bool, tmp_path: Path) -> None:
     model, rate = network(), 0.05
