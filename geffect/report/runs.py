@@ -111,7 +111,7 @@ def _made(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-SAID = {None: "none", True: "yes", False: "no"}
+SAID = {"None": "none", "True": "yes", "False": "no"}
 
 
 def in_words(value: Any) -> str:
@@ -119,20 +119,26 @@ def in_words(value: Any) -> str:
 
     >>> in_words({"lr": 0.1 + 0.2, "betas": [0.9, 0.999], "select": None, "fused": True})
     'lr 0.3, betas (0.9, 0.999), select none, fused yes'
+    >>> in_words({"protect": ["retain"], "groups": [{"lr": 0.1}]})
+    'protect retain, groups (lr 0.1)'
     """
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if value is None or isinstance(value, bool):
-        return SAID[value]
-    if not isinstance(value, Mapping | list):
-        return str(value)
-    parts = value.items() if isinstance(value, Mapping) else (("", inner) for inner in value)
-    told = [
-        f"{name} ({in_words(inner)})" if isinstance(inner, Mapping | list) and inner
-        else f"{name} {in_words(inner)}"
-        for name, inner in parts
-    ]  # fmt: skip
-    return ", ".join(part.strip() for part in told) or "none"
+    value = _alone(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_inside(of)}" for name, of in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_inside, value)) or "none"
+    said = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return SAID.get(said, said)
+
+
+def _inside(value: Any) -> str:
+    is_several = bool(value) and isinstance(_alone(value), Mapping | list)
+    return f"({in_words(value)})" if is_several else in_words(value)
+
+
+def _alone(value: Any) -> Any:
+    """What is alone in a list, else the value."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _effects(run: Run) -> Mapping[str, Any]:

@@ -74,11 +74,12 @@ def test_a_page_opens_without_error_or_request_and_fits(
     chromium.open(report, width=width, dark=dark)
     wide, drawn, paper = chromium.run("""
       for (const one of document.querySelectorAll("details")) one.open = true;
-      for (let y = 0; y < document.body.scrollHeight; y += 400) {
-        scrollTo(0, y);
-        await new Promise((r) => setTimeout(r, 30));
+      for (const one of document.querySelectorAll(".chart")) {
+        one.scrollIntoView();
+        for (let turn = 0; turn < 200 && !one.classList.contains("drawn"); turn++) {
+          await new Promise((r) => setTimeout(r, 20));
+        }
       }
-      await new Promise((r) => setTimeout(r, 200));
       return [document.documentElement.scrollWidth,
               document.querySelectorAll(".chart:not(.drawn)").length,
               getComputedStyle(document.body).backgroundColor];
