@@ -28,7 +28,7 @@ exclude_patterns = ["docs/site/**", "docs/gallery/**", "gallery/*.ipynb", "**/.i
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!geffect\b).*"),  # libraries, whose pages are elsewhere
-    ("py:.*", r"geffect\..*\.(Of|Tokenizer|_\w+)"),  # known to annotations alone
+    ("py:.*", r"geffect\..*\.(Of|Made|Tokenizer|_\w+)"),  # known to annotations alone
 ]
 
 # Docstrings

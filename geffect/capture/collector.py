@@ -87,11 +87,7 @@ class Collector:
                 tensor = weighted_sum([(local[name], weight) for name, weight in terms.items()])
                 self._layers.take(index, source, tensor)
 
-    def measured(
-        self,
-        losses: Mapping[str, float],
-        exchange: distributed.Exchange = distributed.exchange,
-    ) -> Measurement:
+    def measured(self, losses: Mapping[str, float], exchange: distributed.Exchange) -> Measurement:
         """What is kept, after every parameter has been taken; summed up in one `exchange`."""
         every = range(len(self._table))
         of_parameters = {index: [self._matrices[index]] for index in every}

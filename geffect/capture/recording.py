@@ -165,7 +165,7 @@ class Recording:
         collector = self.collector(step, weights or {name: {name: 1.0} for name in vectors}, batch)
         for index in range(len(self.parameters)):
             collector.take(index, {name: vector[index] for name, vector in vectors.items()})
-        return collector.measured(losses)
+        return collector.measured(losses, distributed.exchange)
 
     def note_objective(self, objective: Objective, reference: str | None = None) -> None:
         """Keep name, options and reduction of the objective with the run, before its first row.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from geffect import dots
+from geffect import distributed, dots
 from geffect.batch import Batch, side_of
 from geffect.capture.collector import Collector, Measurement
 from geffect.gradients import Gradients, Vector, Weights, combined, differentiate
@@ -179,7 +179,7 @@ class Sources:
             return Measurement(tuple(every), combined(known, list(basis), every), losses)
         for index in range(len(self._parameters)):
             collector.take(index, at(index) if at else at_index(basis, index))
-        measured = collector.measured(losses)
+        measured = collector.measured(losses, distributed.exchange)
         if products is None:
             return measured
         # Of single experts nobody has estimated anything.

@@ -185,8 +185,9 @@ class RectifiedStep:
         """The largest coordinates of retain gradients that no other process need be asked for."""
         if self._projector.alone:
             return {}  # what is not finite is left out where it is
-        own = {} if self._projector.differs else {name: peak(v) for name, v in retain.items()}
-        return {**own, **gradients.peaks}
+        known = gradients.peaks
+        asked = () if self._projector.differs else retain.keys() - known.keys()
+        return {**known, **{name: peak(retain[name]) for name in asked}}
 
     def _make_room(self, moved: Mapping[int, Tensor]) -> None:
         """A gradient, of zero, where only the retain data have one to be added."""
