@@ -1,9 +1,9 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest on all cores; ten minutes on two
 # make study  five methods in every variant with its controls, three seeds, into runs/study, and
-#             every method and edit, into runs/comparison; from there docs/study.md and
-#             docs/comparison.md with their pictures; hours on two cores, cut short at will:
-#             make study ARGS=--resume goes on
+#             every method and edit, into runs/comparison, and what hides, into runs/hiding; from
+#             there docs/study.md, docs/comparison.md and docs/hiding.md with their pictures; hours
+#             on two cores, cut short at will: make study ARGS=--resume goes on
 # make edu_relat DATA=DIR
 #             the study of the family whose data are in DIR, into runs/edu_relat, and from there
 #             docs/edu_relat.md; five minutes on two cores
@@ -29,10 +29,13 @@ study: $(VENV)/installed
 	$(BIN)/geffect demo --out runs/study --seeds 0,1,2 --all-variants --controls --audit $(ARGS)
 	cp runs/study/study.md docs/study.md
 	cp runs/study/figures/tradeoff.png docs/images/tradeoff.png
-	cp runs/study/figures/recognition.png docs/images/recognition.png
 	$(BIN)/geffect demo --out runs/comparison --seeds 0,1,2 --methods all --audit $(ARGS)
 	sed 's|(figures/|(images/|' runs/comparison/study.md > docs/comparison.md
 	cp runs/comparison/figures/comparison.png docs/images/comparison.png
+	$(BIN)/geffect demo --out runs/hiding --seeds 0,1,2 --methods wga --audit --variants \
+		plain,gru-update,gru-coordinate,select,select-70,select-relearned,last-block,name-rows $(ARGS)
+	sed 's|(figures/|(images/|' runs/hiding/study.md > docs/hiding.md
+	cp runs/hiding/figures/recognition.png docs/images/recognition.png
 
 edu_relat: $(VENV)/installed
 	$(BIN)/geffect demo --data edu_relat --data-folder $(DATA) --out runs/edu_relat $(ARGS)

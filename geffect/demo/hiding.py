@@ -3,7 +3,7 @@
 A study that cannot tell them from forgetting cannot tell hiding at all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,3 +111,8 @@ def all_trained(parameters: Sequence["nn.Parameter"]) -> Iterator[None]:
     finally:
         for parameter, trained in zip(parameters, before, strict=True):
             parameter.requires_grad_(trained)
+
+
+def compares_with_hiding(summary: Mapping[str, Any]) -> bool:
+    """Whether a study holds its variants against controls that hide."""
+    return any(run["variant"] in HIDING for run in summary["runs"])

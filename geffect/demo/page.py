@@ -12,6 +12,7 @@ from geffect.text import in_markdown
 
 from .edits import DISRUPTION, EDITS
 from .findings import findings
+from .hiding import compares_with_hiding
 from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective, in_one_picture
 from .plan import IN_A_LOOK, QUICK_METHODS
 from .scale_table import agreement, g_effects
@@ -113,6 +114,14 @@ each run by variant, and along rising strengths of each edit. Names stand where 
 that of the retrained model. Lower is better.*
 """
 
+HIDDEN = """\
+![Retain loss outside over recognition, a point a variant](figures/recognition.png)
+
+*The retain loss of authors outside the retain gradient over the recognition of forgotten facts once
+the others of the same authors were taught, where a run reaches the forget loss of the retrained
+model; means over seeds. The retrained model is what to reach: the corner below, on the left.*
+"""
+
 ELSEWHERE = """\
 This study is of one small model that has memorised its data. It also runs on a
 pretrained model, and leaves the same page in its folder:
@@ -152,7 +161,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
     main, *further = tables(summary)
     feeds = list(main.runs.groupby("retain_feed", sort=False))
     sections = [
-        "# The study of all methods" if in_one_picture(summary) else "# The study",
+        _title(summary),
         f"`{command(summary)}` wrote this page. Do not edit it.",
         f"{_counted(len(runs), 'run')}{' and ' + _counted(len(edits), 'edit') if edits else ''} "
         f"with {_seeds(summary)}; "
@@ -177,6 +186,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         best(compared({**summary, "edits": []}, "at_level", EQUAL, FEW)),
         f"## {main.heading}",
         *([PICTURE] if in_one_picture(summary) else []),
+        *([HIDDEN] if compares_with_hiding(summary) else []),
         *[
             f"### {feed} questions feed the retain gradient\n\n{as_markdown(t)}"
             for feed, t in feeds
@@ -333,6 +343,12 @@ def _missing(summary: Mapping[str, Any]) -> list[str]:
         f"**The study is not whole**: {whole['runs']} of {whole['of']} runs and edits are through. "
         "What is missing stands in no table, and no mean over seeds has it in it."
     ]
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    if in_one_picture(summary):
+        return "# The study of all methods"
+    return "# The study of what hides" if compares_with_hiding(summary) else "# The study"
 
 
 def _counted(count: int, thing: str) -> str:

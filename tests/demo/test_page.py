@@ -37,6 +37,23 @@ def test_a_page_is_written_again(quick_study: Any, tmp_path: Any) -> None:
     assert (tmp_path / "study.md").read_text() == (quick_study.out / "study.md").read_text()
 
 
+def test_a_study_beside_controls_that_hide_shows_what_hides(quick_study: Any) -> None:
+    summary = quick_study.summary
+    first = summary["runs"][0]
+    variants = summary["config"]["variants"]
+    beside = {
+        **summary,
+        "runs": [*summary["runs"], {**first, "variant": "name-rows"}],
+        "config": {
+            **summary["config"],
+            "variants": {**variants, "name-rows": variants[first["variant"]]},
+        },
+    }
+    pages = [study_page(of).splitlines() for of in (summary, beside)]
+    assert [page[0] for page in pages] == ["# The study", "# The study of what hides"]
+    assert ["(figures/recognition.png)" in "\n".join(page) for page in pages] == [False, True]
+
+
 def test_further_tables_and_single_seeds(quick_study: Any, tmp_path: Any) -> None:
     summary = quick_study.summary
     again = [{**run, "seed": 1} for run in summary["runs"]]
