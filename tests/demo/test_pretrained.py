@@ -27,6 +27,7 @@ from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, ope
 from geffect.demo.study import run_study
 from geffect.demo.workers import Job
 from geffect.report import study_report
+from tests.utils import gguf_files
 from tests.utils.command_line import Ask
 
 SIZE = Size(authors=3, forget=1, heldout=1, world=4)
@@ -92,11 +93,10 @@ def test_a_folder_is_opened_in_float32(folder: Path) -> None:
     assert torch.equal(logits(model, ids), logits(expected, ids))
 
 
-def test_a_gguf_file_is_opened_and_saved_again(
-    folder: Path, tmp_path: Path, write_gguf: Callable[[Path, nn.Module, Any], None]
-) -> None:
+def test_a_gguf_file_is_opened_and_saved_again(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     model, tokenizer = opened(folder)
-    write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    gguf_files.written(model, tmp_path / "tiny.gguf", "F32", tokenizer)
     ids = torch.tensor([[4, 9, 5]])
     for source in (tmp_path / "tiny.gguf", tmp_path):
         found, its_tokenizer = opened(source)
@@ -105,64 +105,6 @@ def test_a_gguf_file_is_opened_and_saved_again(
         found.save_pretrained(tmp_path / "saved")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
         assert torch.equal(logits(again, ids), logits(found, ids))
-
-
-@pytest.fixture
-def write_gguf() -> Callable[[Path, nn.Module, Any], None]:
-    """Write a Llama as a GGUF file, in float32, under the names of llama.cpp."""
-    gguf = pytest.importorskip("gguf")
-
-    def write(path: Path, model: Any, tokenizer: Any) -> None:
-        config = model.config
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-        writer.add_token_merges(["Ġ t"])
-        writer.add_bos_token_id(lm.BOS)
-        writer.add_eos_token_id(lm.EOS)
-        writer.add_pad_token_id(lm.PAD)
-        for name, tensor in model.state_dict().items():
-            if name != "lm_head.weight":
-                writer.add_tensor(named(name), interleaved(name, tensor, config).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return write
-
-
-def named(name: str) -> str:
-    """What llama.cpp calls a tensor of a Llama."""
-    words = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "model.layers": "blk",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for ours, theirs in words.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def interleaved(name: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
-    """Queries and keys in the order of llama.cpp, which rotates neighbours, not halves."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for projection, count in heads.items():
-        if projection in name:
-            halves = tensor.view(count, 2, -1, tensor.shape[1])
-            return halves.transpose(1, 2).reshape(tensor.shape).contiguous()
-    return tensor
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

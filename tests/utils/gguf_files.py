@@ -24,8 +24,11 @@ NAMES = {
 }
 
 
-def written(model: nn.Module, path: Path, kind: str) -> Path:
-    """The model in a file: its matrices as `kind`, such as "Q8_0", its vectors as F32."""
+def written(model: nn.Module, path: Path, kind: str, tokenizer: Any = None) -> Path:
+    """The model in a file: its matrices as `kind`, such as "Q8_0", its vectors as F32.
+
+    With a tokenizer, one of byte pairs, its tokens and their roles.
+    """
     import gguf  # an optional package
 
     config: Any = model.config
@@ -39,8 +42,17 @@ def written(model: nn.Module, path: Path, kind: str) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    if tokenizer is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        writer.add_token_merges(["Ġ t"])
+        writer.add_bos_token_id(config.bos_token_id)
+        writer.add_eos_token_id(config.eos_token_id)
+        writer.add_pad_token_id(config.pad_token_id)
     format = gguf.GGMLQuantizationType[kind]
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         values = tensor.float().numpy()
         if "q_proj" in name:
             values = _turned(values, config.num_attention_heads)
