@@ -256,15 +256,9 @@ def differentiate(
     return separate(parameters, plan(parameters, losses, elsewhere=elsewhere))
 
 
-def separate(
-    parameters: Sequence[Tensor], passes: Passes, *, peaks_of: Collection[str] = ()
-) -> Gradients:
-    """The gradients that the passes leave, each by itself, and `.grad` as it was.
-
-    A device that has to be waited for tells the largest coordinates of `peaks_of` with the losses.
-    """
-    left = _left_by(passes)
-    return _read(passes, left, peaks_of if passes.values.coming else ())
+def separate(parameters: Sequence[Tensor], passes: Passes) -> Gradients:
+    """The gradients that the passes leave, each by itself, and `.grad` as it was."""
+    return _read(passes, _left_by(passes), ())
 
 
 def reduced(

@@ -82,7 +82,7 @@ def shuffled(original: nn.Module, seed: int = 0) -> nn.Module:
 def ascended(original: nn.Module, batches: Batches, rate: float, steps: int = ASCENT) -> nn.Module:
     """Gradient ascent on the forget set that nobody stopped."""
     model = _copied(original)
-    stepping = _stepping(model, [*model.parameters()], batches, rate, retained=0.0)
+    stepping = _stepping(model, [*model.parameters()], batches, rate, retains=False)
     for _ in zip(range(steps), stepping, strict=False):
         pass
     return model
@@ -152,7 +152,7 @@ def _stepping(
     batches: Batches,
     rate: float,
     *,
-    retained: float = 1.0,
+    retains: bool = True,
     after: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Steps of AdamW, without weight decay, on some weights of a model."""
@@ -162,8 +162,8 @@ def _stepping(
     for batch in batches:
         with undisturbed(model):
             loss = -nll(model, batch["forget"])
-            if retained:
-                loss = loss + retained * nll(model, batch["retain"])
+            if retains:
+                loss = loss + nll(model, batch["retain"])
             loss.backward()
             optimizer.step()
             with torch.no_grad():

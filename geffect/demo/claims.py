@@ -11,6 +11,8 @@ Gold = Mapping[str, Mapping[str, Any]]
 """What was measured of the retrained model of each seed."""
 
 INSIDE, OUTSIDE, WORLD = "retain_nll", "retain_heldout_authors_nll", "world_nll"
+MOST_BACK, TAUGHT = "audit_most", "recognition_taught"
+"""What of a run claims are about, as summary.json calls it."""
 
 
 def finding(

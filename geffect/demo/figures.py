@@ -14,12 +14,11 @@ from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, 
 from geffect.plots.figures import new_figure
 from geffect.scores import stack
 
+from .claims import OUTSIDE, TAUGHT
 from .methods import EQUAL, in_one_picture
 from .tables import compared
 
 FORMATS = ("png", "pdf")
-
-TAUGHT = "recognition_taught"
 
 DRAWN = ("plain", "gru", "gru-update", "gru-coordinate", "select", "select-relearned", "sago")
 """The variants in the figures; the tables have all."""
@@ -77,11 +76,10 @@ def _heatmaps(run: Run) -> Figure:
 
 def _comparison(summary: Mapping[str, Any], seed: int, level: float) -> Figure:
     """Every run and edit of a seed, by variant: the retain loss outside over the forget loss."""
-    kept = "retain_heldout_authors_nll"
     made = [run for run in (*summary["runs"], *summary.get("edits", ())) if run["seed"] == seed]
-    table = _curves([run for run in made if run["curve"]], level, kept)
+    table = _curves([run for run in made if run["curve"]], level, OUTSIDE)
     return crossings(
-        table, "variant", kept, level=level, label="retain NLL outside the retain gradient"
+        table, "variant", OUTSIDE, level=level, label="retain NLL outside the retain gradient"
     )
 
 
@@ -96,16 +94,15 @@ def _recognition(summary: Mapping[str, Any]) -> Figure:
 
     Means over the seeds that reached the level.
     """
-    kept = "retain_heldout_authors_nll"
     found = compared(summary, "at_level", EQUAL).dropna(subset=[TAUGHT])
     of = ["method", "variant"]
-    table = found.groupby(of, sort=False)[[TAUGHT, kept]].mean().reset_index()
+    table = found.groupby(of, sort=False)[[TAUGHT, OUTSIDE]].mean().reset_index()
     table = table.assign(step=0, at_level=True).astype(
         {name: _in_order(table[name]) for name in of}
     )
     figure = new_figure(6.4, 4.2)
     level = table.loc[table["method"] == "gold", TAUGHT].iloc[0]
-    tradeoff(table, level=level, x=TAUGHT, y=kept, ax=figure.subplots())
+    tradeoff(table, level=level, x=TAUGHT, y=OUTSIDE, ax=figure.subplots())
     return figure
 
 

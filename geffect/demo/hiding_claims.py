@@ -6,12 +6,10 @@ from itertools import product
 from typing import Any
 
 from . import claims
-from .claims import INSIDE, WORLD, Gold, Runs
+from .claims import INSIDE, MOST_BACK, TAUGHT, WORLD, Gold, Runs
 from .hiding import HIDING
 from .methods import EQUAL, HIDES, THIN
 from .tables import AT_LEVEL
-
-MOST_BACK, TAUGHT = "audit_most", "recognition_taught"
 
 PASSES = "name-rows"
 """The control that is perfect by what a study asked before."""
@@ -41,7 +39,7 @@ def as_deep(runs: Runs) -> list[dict[str, Any]]:
         if "verdict" in at_level:
             name = f"{run['method']} {run['variant']}"
             verdicts.setdefault(name, []).append(at_level["verdict"])
-            most.setdefault(name, []).append(claims.number(at_level["audit_most"]))
+            most.setdefault(name, []).append(claims.number(at_level[MOST_BACK]))
     if not verdicts:
         return []
     means = {name: sum(of) / len(of) for name, of in most.items()}

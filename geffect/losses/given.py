@@ -162,11 +162,6 @@ class Values:
         else:
             self._coming[name] = loss.detach()
 
-    @property
-    def coming(self) -> bool:
-        """Whether a device has to be waited for."""
-        return bool(self._coming)
-
     def read(self, *further: Tensor) -> list[float]:
         """Wait for the losses that are coming; the values of further tensors of one number each.
 
