@@ -250,6 +250,8 @@ def test_a_batch_without_a_target_is_refused() -> None:
 def test_constants_are_those_of_the_benchmark() -> None:
     """The traffic is counted by a test of its own; rows of a device replace its earlier ones."""
     there = constants()
+    assert there["rows"]
+    assert all(row["command"] and row["machine"] and row["torch"] for row in there["rows"])
     row = {"quantity": "recorder, two gradients / plain step", "ratio": 1.5, "spread": 0.1,
            "rounds": 3, "device": "a", "workload": "w", "quick": False, "machine": "m",
            "torch": "2.11", "command": "python -m tests.bench"}  # fmt: skip
