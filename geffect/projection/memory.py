@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.gradients import Vector, peak, without_graph
+from geffect.gradients import Vector, peak
 from geffect.interrupts import Once, to_the_end
 
+from .graphless import without_graph
 from .kept import Change, Kept, Make, State
 from .selection import Roots
 

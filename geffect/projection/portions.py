@@ -10,9 +10,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as post_hooks
 from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from geffect import distributed
-from geffect.gradients import without_graph
 from geffect.interrupts import put_back_after, to_the_end
 from geffect.optimizers import moved_by
+
+from .graphless import without_graph
 
 PORTION_BYTES = 2**24
 """How much of the parameters is stepped at a time, where that can be chosen."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.gradients import Gradients, Rectification, Vector, peak, without_graph
+from geffect.gradients import Gradients, Rectification, Vector, peak
 from geffect.interrupts import to_the_end
 from geffect.optimizers import check_owned, moved_by
 
 from .blocks import GramAccumulator, block_names, held, parts
 from .constraint import Change, Mask, PendingRectification
+from .graphless import without_graph
 from .notices import Notices
 from .portions import StepInPortions, steps_tensor_by_tensor
 from .projector import Projector

@@ -1,0 +1,38 @@
+"""The largest coordinate of a gradient, which tells whether there is one, and all are finite."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from geffect import distributed, dots
+
+
+def peak(vector: Iterable[Tensor | None]) -> float:
+    """The largest coordinate, without its sign, of what this process holds; NaN if one is.
+
+    It tells zero and infinity, and unlike a sum of squares it neither under- nor overflows.
+    """
+    return float(largest(vector))
+
+
+def largest(vector: Iterable[Tensor | None]) -> Tensor:
+    """The same as a tensor, which no device has been waited for."""
+    parts = [dots.dense(distributed.local(t)).detach() for t in vector if t is not None]
+    ends = _ends([part for part in parts if part.numel()])
+    if not ends:
+        return torch.zeros(())
+    return torch.cat([end.to(ends[0].device) for end in ends]).abs().max()
+
+
+def _ends(parts: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of few numbers, the largest of which, without signs, is that of the parts."""
+    ends, together = [], dict[tuple[torch.device, torch.dtype], list[Tensor]]()
+    for part in parts:
+        if part.device.type == "cpu":  # where a norm takes ten times as long
+            ends.append(torch.stack(part.aminmax()).float())
+        else:
+            together.setdefault((part.device, part.dtype), []).append(part)
+    return ends + [
+        torch.stack(torch._foreach_norm(alike, torch.inf)).float() for alike in together.values()
+    ]

@@ -1,0 +1,74 @@
+"""The backward passes of a step, one after the other, and nothing else changed.
+
+The primitive is to put `.grad` aside, run a real `.backward()`, and take what it leaves:
+`torch.autograd.grad` would bypass the hooks that data-parallel and sharded training live on.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+from torch import Tensor
+
+from geffect.beside import beside
+from geffect.interrupts import put_back_after
+from geffect.losses import Passes
+
+
+class Running:
+    """The passes of a step while they run, and what lay in `.grad` before."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._before: list[tuple[Tensor, Tensor | None]] = []  # of leaves, once they are known
+
+    def each(self, take: Callable[[str], None]) -> None:
+        """Call with the name of each pass in order, those aside without a trace in the model.
+
+        What stood in `.grad` stands there again afterwards.
+        """
+        put_back_after(lambda: self._in_order(take), self._put_back)
+
+    def left_by(
+        self,
+        name: str,
+        *,
+        into: Sequence[Tensor | None] = (),
+        before: Callable[[Tensor], None] = lambda loss: None,
+    ) -> list[Tensor | None]:
+        """What a pass leaves, added to the tensors of `into`; `before` is called with its loss."""
+        passes = self._passes
+        self._clear()
+        loss = passes.ask(name)
+        self._clear()
+        for parameter, tensor in zip(passes.parameters, into, strict=False):
+            parameter.grad = tensor
+        before(loss)
+        passes.run(name, loss)
+        return [leaf.grad for leaf in passes.leaves]
+
+    def _in_order(self, take: Callable[[str], None]) -> None:
+        passes = self._passes
+        if passes.moved:
+            assert passes.elsewhere is not None
+            with passes.elsewhere.block():
+                for name in passes.moved:
+                    take(name)
+        for name in passes.given:
+            if name not in passes.aside and name not in passes.moved:
+                take(name)
+        if passes.aside:
+            with nullcontext() if passes.model is None else beside(passes.model):
+                for name in passes.aside:
+                    take(name)
+
+    def _clear(self) -> None:
+        """Nothing lies in the `.grad` of any leaf that is known."""
+        leaves = self._passes.leaves
+        for leaf in leaves[len(self._before) :]:
+            self._before.append((leaf, leaf.grad))
+        for leaf in leaves:
+            leaf.grad = None
+
+    def _put_back(self) -> None:
+        for leaf, grad in self._before:
+            leaf.grad = grad
