@@ -2,13 +2,13 @@
 
 `Recorder` writes the gradients of a training loop into a run file, `replay` those of checkpoints
 that exist, and `geffect.trainers` those of a Trainer; `open_run` reads one. `edit` makes an edit of
-`geffect.edits` and records what it does, `Requests` what requests to forget do one after
-the other. `Rectifier` keeps
-unlearning steps from harming what should stay; with `relearned` their gradient is taken where the
-facts are known again. Scores are in `geffect.analysis`, pictures in
+`geffect.edits` and records what it does, `Requests` what requests to forget do one after the other.
+`Rectifier` keeps unlearning steps from harming what should stay; with `relearned` their gradient is
+taken where the facts are known again. Scores are in `geffect.analysis`, pictures in
 `geffect.plots`, objectives in `geffect.objectives`, rules in `geffect.projection`, effects of
 samples and tokens in `geffect.effects`, and which steps are captured in `geffect.capture`.
-`geffect.audit(unlearned, original, ...)` says whether a model forgot, or only hides it.
+`geffect.evaluation` measures what a model knows, and `geffect.audit(unlearned, original, ...)` says
+whether it forgot, or only hides it.
 
 All of that is there after `import geffect`, and is loaded when it is first asked for.
 
@@ -21,7 +21,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import analysis, capture, edits, effects, objectives, plots, projection, trainers
+    from . import (
+        analysis,
+        capture,
+        edits,
+        effects,
+        evaluation,
+        objectives,
+        plots,
+        projection,
+        trainers,
+    )
     from .capture import Recorder, StopWhen
     from .checkpoints.edited import edit, record_edit
     from .checkpoints.plan import Probe, plan
@@ -52,6 +62,7 @@ __all__ = [
     "edits",
     "effects",
     "estimate",
+    "evaluation",
     "objectives",
     "open_run",
     "plan",
@@ -88,6 +99,7 @@ _ROOMS = (
     "capture",
     "edits",
     "effects",
+    "evaluation",
     "objectives",
     "plots",
     "projection",

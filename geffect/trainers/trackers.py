@@ -127,9 +127,9 @@ class Reports:
 
     def _drawn(self) -> "NDArray[np.uint8] | None":
         """The sheet of the run so far; None where it cannot be drawn, which is warned of once."""
-        from geffect import open_run
         from geffect.analysis import g_effect
         from geffect.plots import pixels, sheet
+        from geffect.store import open_run
 
         try:
             return pixels(sheet(g_effect(open_run(self._path), by=self._asked.by)))
