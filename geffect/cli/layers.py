@@ -64,11 +64,11 @@ def command(
     else:
         say(console, "No layer is certain to forget.")
     if chosen.learned:
-        likely = ", ".join(chosen.learned[:LIKELIEST])
+        likely = " or ".join(chosen.learned[:LIKELIEST])
         say(
             console,
-            f"The facts were most likely learned in {likely}, where their gradient is smallest "
-            "beside that of retain: as measured where one block had learned them alone.",
+            f"If one block alone has learned the facts, it is most likely {likely}: there "
+            "the forget gradient of the first step is smallest beside that of retain.",
         )
     say(console, *chosen.warnings)
 
