@@ -100,7 +100,7 @@ def test_gradients_of_any_layout_go_through_kernels(
     take: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    monkeypatch.setattr(kernels.launching, "_launch", _counted(kernels.launching._launch, calls))
     plain, turned = torch.randn(30, 70), torch.randn(70, 30).t()
     every_second = torch.randn(30, 140, dtype=torch.float64)[:, ::2].to(torch.bfloat16)
     sparse = torch.sparse_coo_tensor([[3], [5]], [2.0], (30, 70))
@@ -117,7 +117,7 @@ def test_a_number_without_dimensions_has_a_gram_matrix() -> None:
 
 
 def test_types_without_a_kernel_take_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_launch", pytest.fail)
+    monkeypatch.setattr(kernels.launching, "_launch", pytest.fail)
     a = torch.arange(5)
     assert dots.gram([a.to(torch.float8_e4m3fn)]).item() == 30
 
@@ -178,7 +178,7 @@ def test_kernels_change_coordinates_as_torch_does(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    monkeypatch.setattr(kernels.launching, "_launch", _counted(kernels.launching._launch, calls))
     by_kernels, told = trained(CHOICES[name], dtype)
     assert {call[0].__name__ for call in calls} >= {"_elementwise_gram", "_elementwise_write"}
     with monkeypatch.context() as without:
@@ -200,7 +200,7 @@ def test_kernels_keep_constraints_as_torch_does(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(kernels, "_launch", _counted(kernels._launch, calls))
+    monkeypatch.setattr(kernels.launching, "_launch", _counted(kernels.launching._launch, calls))
     training = partial(trained, CONSTRAINTS[name], dtype, tensors=1, kind=torch.optim.SGD)
     by_kernels, told = training()
     called = {call[0].__name__ for call in calls}

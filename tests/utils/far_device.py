@@ -166,7 +166,8 @@ class Counted(TorchDispatchMode):
 @contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     """A block in which far tensors have kernels, and what happens to them is counted."""
-    from geffect import devices, kernels
+    from geffect import devices
+    from geffect.kernels import launching
 
     counted = Counted()
 
@@ -181,7 +182,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
 
     with monkeypatch.context() as patched, counted:
         patched.setattr(devices, "has_kernels", _has_kernels)
-        patched.setattr(kernels, "_launch", launch)
+        patched.setattr(launching, "_launch", launch)
         yield counted
 
 
