@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from geffect import Recorder, open_run
 from geffect.gradients import differentiate, stream
-from geffect.losses import Loss, plan
+from geffect.losses import Graph, Loss, plan
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
 from tests.utils import tiny
 
@@ -221,11 +221,10 @@ def test_a_loss_that_fails_in_its_backward_leaves_grads_and_hooks_as_they_were()
 def test_a_reentrant_checkpoint_is_told_from_others() -> None:
     layer = nn.Linear(3, 3)
     x = torch.ones(1, 3, requires_grad=True)
-    parameters = list(layer.parameters())
     for reentrant in (False, True):
         loss = checkpoint(layer, checkpoint(layer, x, use_reentrant=reentrant),
                           use_reentrant=reentrant).sum()  # fmt: skip
-        assert plan(parameters, {"objective": loss}).accumulates_once is not reentrant
+        assert Graph.of(loss).accumulates_once is not reentrant
 
 
 class RunsBackward(torch.autograd.Function):
@@ -245,6 +244,26 @@ class RunsBackward(torch.autograd.Function):
         return None, x.grad
 
 
+class NamesItsInput(torch.autograd.Function):
+    """It notes a tensor under the name that the nodes of leaves have for theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = torch.ones(2, requires_grad=True)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_leaves_are_told_by_the_kind_of_their_nodes() -> None:
+    x = torch.ones(2, requires_grad=True)
+    graph = Graph.of(NamesItsInput.apply(x).sum())
+    assert [*graph.leaves.values()] == [x]
+    assert len(graph.operations) == 2
+
+
 def test_a_backward_inside_of_a_backward_keeps_the_objective(tmp_path: Path) -> None:
     layer = nn.Linear(3, 3)
 
@@ -256,7 +275,7 @@ def test_a_backward_inside_of_a_backward_keeps_the_objective(tmp_path: Path) -> 
     expected = [p.grad.clone() for p in layer.parameters()]
     layer.zero_grad()
     parameters = list(layer.parameters())
-    assert not plan(parameters, {"objective": loss()}).accumulates_once
+    assert not Graph.of(loss()).accumulates_once
     with Recorder(layer, tmp_path / "run.h5") as recorder:
         recorder.backward(objective=loss())
     for parameter, grad in zip(parameters, expected, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geffect.beside import beside
 from geffect.interrupts import put_back_after
-from geffect.losses import Passes
+from geffect.losses import Graph, Passes
 
 
 class Running:
@@ -33,17 +33,17 @@ class Running:
         name: str,
         *,
         into: Sequence[Tensor | None] = (),
-        before: Callable[[Tensor], None] = lambda loss: None,
+        before: Callable[[Graph], None] = lambda graph: None,
     ) -> list[Tensor | None]:
-        """What a pass leaves, added to the tensors of `into`; `before` is called with its loss."""
+        """What a pass leaves, added to the tensors of `into`; `before` gets its loss's graph."""
         passes = self._passes
         self._clear()
-        loss = passes.ask(name)
+        graph = passes.ask(name)
         self._clear()
         for parameter, tensor in zip(passes.parameters, into, strict=False):
             parameter.grad = tensor
-        before(loss)
-        passes.run(name, loss)
+        before(graph)
+        passes.run(name, graph)
         return [leaf.grad for leaf in passes.leaves]
 
     def _in_order(self, take: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after
-from geffect.losses import Passes, accumulates_once
+from geffect.losses import Graph, Passes
 from geffect.sources import OBJECTIVE
 
 from .running import Running
@@ -74,8 +74,8 @@ class _Streamed:
             return
         hooks = Hooks()
 
-        def watch(loss: Tensor) -> None:
-            if accumulates_once(loss):
+        def watch(graph: Graph) -> None:
+            if graph.accumulates_once:
                 for place, leaf in enumerate(self._parameters):
                     hook = partial(self._take, place=place)
                     hooks.add(leaf.register_post_accumulate_grad_hook, hook)

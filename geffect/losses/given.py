@@ -10,7 +10,7 @@ from torch import Tensor
 from geffect.numbers import is_number
 from geffect.sources import OBJECTIVE
 
-from .graph import loses_gradient
+from .graph import Graph
 
 Scalar = Tensor | Callable[[], Tensor]
 """A scalar with a graph, or a function without arguments that returns one when it is asked."""
@@ -98,7 +98,12 @@ def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
             f"{should} {found} a tensor without a graph. Compute it outside of `torch.no_grad()`, "
             "from parameters that require a gradient, and do not detach it."
         )
-    if loses_gradient(loss):
+    return loss
+
+
+def check_derivatives(name: str, graph: Graph) -> None:
+    """Refuse a loss behind a part of which gradients end."""
+    if graph.loses_gradient:
         raise ValueError(
             f"Loss `{name}` should be of operations that have derivatives. Found one that has none "
             "in its graph: gradients end there. Register its derivative "
@@ -106,7 +111,6 @@ def check_loss(name: str, loss: object, *, asked: bool = False) -> Tensor:
             "where an evaluation packs them for inference, as CPUs with AVX-512 do: set "
             "`support_avx512bf16_for_cpu = False` on each `Linear4bit` after loading."
         )
-    return loss
 
 
 def check_function(what: str, function: Callable[..., object]) -> None:

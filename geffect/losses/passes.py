@@ -17,8 +17,17 @@ from geffect.hooks import BEFORE_STEPS, Hooks
 from geffect.interrupts import put_back_after
 from geffect.sources import OBJECTIVE
 
-from .given import Loss, Scalar, Values, check_loss, resolved, seeds_of, tensors_among
-from .graph import accumulates_once, is_compiled, needed_later_of, other_leaves, reaches
+from .given import (
+    Loss,
+    Scalar,
+    Values,
+    check_derivatives,
+    check_loss,
+    resolved,
+    seeds_of,
+    tensors_among,
+)
+from .graph import Graph, other_leaves
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Passes:
     terms: Mapping[str, Mapping[str, float]]  # of the sources, in the scalars
     seeds: Mapping[str, float]
     aside: Collection[str]
+    graphs: Mapping[str, Graph]  # of the tensors that are there already
     needed_later: Mapping[str, bool]  # by the graph of a tensor behind it, of tensors
     leaves: list[Tensor]
     scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
@@ -101,23 +111,25 @@ class Passes:
             for source, terms in self.terms.items()
         }
 
-    def ask(self, name: str) -> Tensor:
+    def ask(self, name: str) -> Graph:
         """The scalar of a pass, from its function where it is one. Nothing lies in `.grad` then."""
         scalar = self.given[name]
         if isinstance(scalar, Tensor):
-            return scalar
+            return self.graphs[name]
         with nullcontext() if self.told_later else distributed.raise_on_all_ranks():
-            loss = distributed.share_of(self.parameters, self._asked(name, scalar))
-            self._value(name, loss)
-            if not reaches(loss, self.parameters):
+            graph = Graph.of(distributed.share_of(self.parameters, self._asked(name, scalar)))
+            check_derivatives(name, graph)
+            self._value(name, graph.loss)
+            if not graph.reaches(self.parameters):
                 raise _of_another_model(name, self.parameters)
-        self.leaves.extend(other_leaves([loss], self.leaves))
-        return loss
+        self.leaves.extend(other_leaves([graph], self.leaves))
+        return graph
 
-    def run(self, name: str, loss: Tensor) -> None:
+    def run(self, name: str, graph: Graph) -> None:
         """Add the gradient of one pass to `.grad`."""
+        loss = graph.loss
         seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
-        keeps = self._keeps_graph(name, loss)
+        keeps = self._keeps_graph(name, graph)
         try:
             distributed.backward(self.parameters, loss, seed=seed, retain_graph=keeps, name=name)
         except RuntimeError as error:
@@ -146,12 +158,7 @@ class Passes:
 
     def not_reaching(self, parameters: Sequence[Tensor]) -> list[str]:
         """The tensors among the losses in whose graph none of the parameters is."""
-        return [name for name, loss in self.tensors.items() if not reaches(loss, parameters)]
-
-    @property
-    def accumulates_once(self) -> bool:
-        """Whether a pass is sure to add to each `.grad` once, of the losses that are tensors."""
-        return all(map(accumulates_once, self.tensors.values()))
+        return [name for name in self.tensors if not self.graphs[name].reaches(parameters)]
 
     def _asked(self, name: str, function: Callable[[], Any]) -> Tensor:
         """What the function returns, if that is a loss and it has left all else alone."""
@@ -194,7 +201,7 @@ class Passes:
         behind = islice(self.given.items(), place + 1, None)
         return {n: s for n, s in behind if (n in self.moved) == (name in self.moved)}
 
-    def _keeps_graph(self, name: str, loss: Tensor) -> bool:
+    def _keeps_graph(self, name: str, graph: Graph) -> bool:
         """Whether a loss that is still to come may need the graph of this one."""
         behind = self._behind(name)
         tensors = tensors_among(behind)
@@ -202,10 +209,10 @@ class Passes:
         if isinstance(self.given[name], Tensor):
             exact, perhaps = self.needed_later[name], functions
         else:
-            exact = bool(tensors) and needed_later_of([loss, *tensors.values()])[0]
+            exact = graph.shares_with(self.graphs[later] for later in tensors)
             perhaps = functions and self.sharing.holds
         # A compiled pass frees its graph in any case, and what shares it is run anew.
-        shares = perhaps and not is_compiled(loss)
+        shares = perhaps and not graph.is_compiled
         return exact or (shares and distributed.shares_forwards(self.parameters))
 
 
@@ -237,6 +244,9 @@ def plan(
         for name, loss in found.items()
     }
     tensors = tensors_among(given)
+    graphs = {name: Graph.of(loss) for name, loss in tensors.items()}
+    for name, graph in graphs.items():
+        check_derivatives(name, graph)
     told_later = told_later and distributed.world_size() > 1
     values = Values(later=told_later)
     for name, loss in tensors.items():
@@ -247,17 +257,19 @@ def plan(
     seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
     turns = _turns(given, terms, protected, moved)
     order = sorted(given, key=turns.__getitem__)
-    among = [tensors[name] for name in order if name in tensors]
+    among = {name: graphs[name] for name in order if name in graphs}
     return Passes(
         parameters=parameters,
         given={name: given[name] for name in order},
         terms=terms,
         seeds=seeds,
         aside=[name for name in order if turns[name][0] == 2],
-        needed_later=dict(
-            zip([n for n in order if n in tensors], needed_later_of(among), strict=True)
-        ),
-        leaves=[*parameters, *other_leaves(among, parameters)],
+        graphs=among,
+        needed_later={
+            name: graph.shares_with(islice(among.values(), place, None))
+            for place, (name, graph) in enumerate(among.items(), 1)
+        },
+        leaves=[*parameters, *other_leaves(among.values(), parameters)],
         scale=scale,
         model=model,
         elsewhere=elsewhere,
