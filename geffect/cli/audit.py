@@ -11,9 +11,9 @@ from geffect.near import meant
 
 from .command import Needs, check_together
 from .options import (
-    DATA_FORMS,
     BaseOption,
     DeviceOption,
+    ForgetOption,
     OverwriteOption,
     RetainOption,
     TemplateOption,
@@ -21,9 +21,9 @@ from .options import (
     check_output,
     choice,
     number,
+    written_to,
 )
 from .progress import News, Told, shown
-from .selection import written_as
 from .terminal import say, show, terminal, write
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def command(
         Path,
         typer.Option(metavar="DIR", help="The model before unlearning.", show_default=False),
     ],
-    forget: Annotated[Path, typer.Option(metavar="DATA", help=DATA_FORMS, show_default=False)],
+    forget: ForgetOption,
     retain: RetainOption,
     retrained: Annotated[
         list[Path] | None,
@@ -154,13 +154,7 @@ def command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".html"),
-            help="The page to write (.html).",
-        ),
+        written_to("The page to write", ".html"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, for a script.")

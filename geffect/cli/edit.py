@@ -9,21 +9,22 @@ import typer
 
 from .fields import CATALOGUED, CommandOfFields, values_given
 from .options import (
-    DATA_FORMS,
     BaseOption,
     BatchSizeOption,
     DeviceOption,
+    ForgetOption,
     Format,
     FormatOption,
     MaxLengthOption,
+    ModelArgument,
     RetainOption,
     RiskOption,
     TemplateOption,
     TokenizerOption,
     paths_by_name,
     risks_of,
+    written_as,
 )
-from .selection import written_as
 from .terminal import say, show, showing_rows, terminal, write, write_table
 
 if TYPE_CHECKING:
@@ -60,26 +61,12 @@ COMMAND = CommandOfEdits
 
 def command(
     ctx: typer.Context,
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="The folder of a model with safetensors, or of a LoRA adapter.",
-            show_default=False,
-        ),
-    ],
+    model: ModelArgument,
     method: Annotated[
         str,
         typer.Option(metavar="NAME", help=f"The edit: one of {CATALOGUED}.", show_default=False),
     ],
-    forget: Annotated[
-        Path,
-        typer.Option(
-            metavar="DATA",
-            help=DATA_FORMS,
-            show_default=False,
-        ),
-    ],
+    forget: ForgetOption,
     retain: RetainOption,
     output: Annotated[
         Path,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command import Needs, check_together
-from .options import Format, FormatOption, OverwriteOption, check_output
-from .selection import RunArgument, written_as
+from .options import Format, FormatOption, OverwriteOption, check_output, written_to
+from .selection import RunArgument
 from .terminal import say, show, terminal, write_table
 
 if TYPE_CHECKING:
@@ -34,13 +34,7 @@ def command(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".png", ".pdf", ".svg"),
-            help="Also draw each metric over the predicted change: .png, .pdf or .svg.",
-        ),
+        written_to("Also draw each metric over the predicted change", ".png", ".pdf", ".svg"),
     ] = None,
     overwrite: OverwriteOption = False,
     form: FormatOption = Format.TABLE,

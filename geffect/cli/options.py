@@ -64,6 +64,42 @@ def number(kind: str, fits: Callable[[float], bool], example: str) -> Callable[[
     return parsed
 
 
+def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:
+    """A check of a path that is to be written: an existing folder, and a kind that can be."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if path.suffix not in suffixes:
+            raise typer.BadParameter(
+                f"should end in {', '.join(suffixes)}. Found `{path}`. Choose one of those."
+            )
+        if path.is_dir():
+            raise typer.BadParameter(
+                f"should be a file. Found the folder `{path}`. Choose another name."
+            )
+        if not path.parent.is_dir():
+            raise typer.BadParameter(
+                f"should be in a folder that exists. Found no folder `{path.parent}`. Create it."
+            )
+        return path
+
+    return check
+
+
+def written_to(says: str, *suffixes: str) -> OptionInfo:
+    """The option of the file that a subcommand writes; its help lists the kinds."""
+    info: OptionInfo = typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        callback=written_as(*suffixes),
+        help=f"{says}: {', '.join(suffixes)}.",
+        show_default=False,
+    )
+    return info
+
+
 class Format(StrEnum):
     """How a table is printed."""
 
@@ -101,11 +137,26 @@ OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the file if it exists.")
 ]
 
+DATA_FORMS = (
+    "JSONL with question and answer or messages (through the chat template), prompt and completion "
+    "or text (plain); or a folder that `datasets` saved."
+)
+"""The data files that are read, for help texts."""
 
 RiskOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=DATA", help="A further risk; may be repeated.", show_default=False),
 ]
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="The folder of a model with safetensors, or of a LoRA adapter.",
+        show_default=False,
+    ),
+]
+ForgetOption = Annotated[Path, typer.Option(metavar="DATA", help=DATA_FORMS, show_default=False)]
 RetainOption = Annotated[
     Path, typer.Option(metavar="DATA", help="As --forget: what should stay.", show_default=False)
 ]
@@ -130,12 +181,6 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; cuda if left out and there."),
 ]
-
-DATA_FORMS = (
-    "JSONL with question and answer or messages (through the chat template), prompt and completion "
-    "or text (plain); or a folder that `datasets` saved."
-)
-"""The data files that are read, for help texts."""
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -10,13 +10,14 @@ import typer
 from .command import Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
 from .options import (
-    DATA_FORMS,
     BaseOption,
     BatchSizeOption,
     DeviceOption,
+    ForgetOption,
     Format,
     FormatOption,
     MaxLengthOption,
+    ModelArgument,
     OverwriteOption,
     TemplateOption,
     TokenizerOption,
@@ -24,8 +25,8 @@ from .options import (
     number,
     paths_by_name,
     whole,
+    written_to,
 )
-from .selection import written_as
 from .terminal import say, show, showing_rows, terminal, write, write_table
 
 if TYPE_CHECKING:
@@ -45,15 +46,8 @@ _rate = number(
 
 def command(
     ctx: typer.Context,
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL",
-            help="The folder of a model with safetensors, or of a LoRA adapter.",
-            show_default=False,
-        ),
-    ],
-    forget: Annotated[Path, typer.Option(metavar="DATA", help=DATA_FORMS, show_default=False)],
+    model: ModelArgument,
+    forget: ForgetOption,
     objective: Annotated[
         str,
         typer.Option(
@@ -89,13 +83,7 @@ def command(
     ] = 3,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".json"),
-            help="Also write the plan, layer by layer: .json.",
-        ),
+        written_to("Also write the plan, layer by layer", ".json"),
     ] = None,
     batch_size: BatchSizeOption = 8,
     template: TemplateOption = True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Medium, OverwriteOption, check_output, choice
+from .options import Medium, OverwriteOption, check_output, choice, written_to
 from .parts import LayersOption, StepsOption, chosen
 from .selection import (
     BetweenOption,
@@ -18,7 +18,6 @@ from .selection import (
     ScoreName,
     check_taken,
     table_of,
-    written_as,
 )
 from .terminal import say, terminal
 
@@ -108,13 +107,7 @@ def command(
     run: RunArgument,
     output: Annotated[
         Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".png", ".pdf", ".svg"),
-            help="Where to: .png, .pdf or .svg.",
-        ),
+        written_to("Where to", ".png", ".pdf", ".svg"),
     ],
     kind: Annotated[
         Kind | None,

@@ -29,8 +29,8 @@ from .options import (
     number,
     risks_of,
     whole,
+    written_to,
 )
-from .selection import written_as
 from .terminal import say, show, showing_rows, terminal, write, write_table
 
 if TYPE_CHECKING:
@@ -107,14 +107,7 @@ def command(
     retain: RetainOption,
     output: Annotated[
         Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".h5"),
-            help="The run file: .h5.",
-            show_default=False,
-        ),
+        written_to("The run file", ".h5"),
     ],
     risk: RiskOption = None,
     reference: Annotated[

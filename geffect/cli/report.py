@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .options import OverwriteOption, check_output, choice
-from .selection import By, written_as
+from .options import OverwriteOption, check_output, choice, written_to
+from .selection import By
 from .terminal import say, terminal
 
 
@@ -14,13 +14,7 @@ def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run files (.h5).")],
     output: Annotated[
         Path,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            callback=written_as(".html"),
-            help="The page to write (.html).",
-        ),
+        written_to("The page to write", ".html"),
     ],
     by: Annotated[
         By,

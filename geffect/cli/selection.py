@@ -146,29 +146,6 @@ def table_of(
     return analysis.intervals(function, run, **how) if intervals else function(run, **how)
 
 
-def written_as(*suffixes: str) -> Callable[[Path | None], Path | None]:
-    """A check of a path that is to be written: an existing folder, and a kind that can be."""
-
-    def check(path: Path | None) -> Path | None:
-        if path is None:
-            return None
-        if path.suffix not in suffixes:
-            raise typer.BadParameter(
-                f"should end in {', '.join(suffixes)}. Found `{path}`. Choose one of those."
-            )
-        if path.is_dir():
-            raise typer.BadParameter(
-                f"should be a file. Found the folder `{path}`. Choose another name."
-            )
-        if not path.parent.is_dir():
-            raise typer.BadParameter(
-                f"should be in a folder that exists. Found no folder `{path.parent}`. Create it."
-            )
-        return path
-
-    return check
-
-
 def _pair(between: str) -> tuple[str, str]:
     names = between.split(",")
     if len(names) != 2:
