@@ -21,6 +21,24 @@ def to_the_end(action: Callable[[], None]) -> None:
         raise
 
 
+def interrupt_behind(error: BaseException, handled: BaseException | None) -> BaseException | None:
+    """The interrupt that C code made an error of, as HDF5 does; None where none came.
+
+    `handled` is what was on its way before, which has nothing to do with it.
+
+    >>> error = SystemError("returned a result with an exception set")
+    >>> error.__cause__ = KeyboardInterrupt()
+    >>> interrupt_behind(error, None)
+    KeyboardInterrupt()
+    """
+    found: BaseException | None = error
+    while found is not None and found is not handled:
+        if not isinstance(found, Exception):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
+
+
 def put_back_after(body: Callable[[], Found], put_back: Callable[[], None]) -> Found:
     """What the body returns; whatever it raises, what it changed is put back.
 

@@ -401,7 +401,9 @@ def _stopped(run: "Run") -> Iterator[str]:
 
 
 def _passes(error: OSError) -> bool:
-    """Whether it may come of a row that is being written at this moment."""
-    from geffect.store.schema import ChecksumError
+    """Whether it may come of a row, or a file, that is being written at this moment."""
+    from geffect.store.schema import ChecksumError, ReplacedError
 
-    return isinstance(error, ChecksumError) and not error.closed
+    return isinstance(error, ReplacedError) or (
+        isinstance(error, ChecksumError) and not error.closed
+    )

@@ -5,7 +5,9 @@ refused before anything is allocated, followed or converted. Texts of any length
 has, are never read by HDF5: a zeroed heap of theirs hangs it; see `heap`.
 """
 
+import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +19,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.interrupts import interrupt_behind
+
 from . import heap
 from .outside import check_self_contained, open_plain
-from .schema import Array
+from .schema import Array, UnreadableError
 
 PACKED = 1100
 """No filter of HDF5 makes what it stores shorter than this part: deflate reaches 1032."""
+
+
+OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+"""What the system says of a file that may be whole."""
 
 
 class BoundedDataset:
@@ -210,6 +218,21 @@ def _inside(group: Any, name: bytes) -> Any:
 
 @contextmanager
 def read_hdf5(path: Path) -> Iterator[BoundedFile]:
-    """A file, through a stream of our own, which HDF5 does not lock: it may be being written."""
-    with open_plain(path) as stream, h5py.File(stream, "r") as file:
-        yield BoundedFile(file, stream, os.fstat(stream.fileno()).st_size)
+    """A file, through a stream of our own, which HDF5 does not lock: it may be being written.
+
+    An interrupt is raised as what it is, and what the system lacks as an error that says so: none
+    of it tells of damage.
+    """
+    before = sys.exception()
+    try:
+        with open_plain(path) as stream, h5py.File(stream, "r") as file:
+            yield BoundedFile(file, stream, os.fstat(stream.fileno()).st_size)
+    except Exception as error:
+        if (interrupt := interrupt_behind(error, before)) is not None:
+            raise interrupt from None
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in OF_THE_SYSTEM:
+            raise UnreadableError(
+                f"`{path}` should be readable here and now. Found: {error}. That says nothing of "
+                "what is in it: mend the cause, and read it again."
+            ) from error
+        raise

@@ -1,7 +1,7 @@
 """The rows of a run file that counted when it was opened. Needs neither torch nor the model."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +16,12 @@ from geffect.sources import AVERAGE, RECTIFIED, UPDATE
 from .layout import entry_shapes
 from .opening import opened, settled
 from .rows import Rows
-from .schema import KEY, Contents, RunFileError
+from .schema import KEY_COLUMNS, Contents, RunFileError
+from .seen import Seen
 from .segments import Segments
 from .tables import read_table, tables_in
 
 Made = TypeVar("Made")
-
-KEY_COLUMNS = tuple(f"steps/{name}" for name in KEY)
-"""The datasets that tell the rows apart."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +32,7 @@ class CommittedRows:
     contents: Contents
     layers: tuple[Parameter, ...]
     drawn: NDArray[np.int64]  # which rows of the file those are
+    seen: Seen = field(compare=False)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -99,11 +98,13 @@ class CommittedRows:
     def tables(self) -> tuple[str, ...]:
         """The names of the tables that were kept with the run."""
         with opened(self.path) as file:
+            self.seen.check(file)
             return tuple(tables_in(file))
 
     def table(self, name: str) -> dict[str, NDArray[Any]]:
         """The columns of a table that was kept with the run: numbers or texts."""
         with opened(self.path) as file:
+            self.seen.check(file)
             if name in (kept := tables_in(file)):
                 return read_table(file, name, kept[name])
         raise ValueError(
@@ -122,7 +123,8 @@ class CommittedRows:
         """
         first, count = self._ends
         with opened(self.path) as file:
-            return Rows(file, count, first).sums[self.drawn - first]
+            self.seen.check_rows(file, rows := Rows(file, count, first))
+            return rows.sums[self.drawn - first]
 
     @property
     def _ends(self) -> tuple[int, int]:
@@ -133,7 +135,7 @@ class CommittedRows:
         (first, count), shapes = self._ends, self.shapes
         unlisted = (len(self.layers),)  # of what this run may lack
         with opened(self.path) as file:
-            rows = Rows(file, count, first)
+            self.seen.check_rows(file, rows := Rows(file, count, first))
             read = [rows.read(name, shapes.get(name, unlisted), entry) for name in names]
         if np.array_equal(self.drawn, np.arange(first, count)):
             return read

@@ -168,6 +168,13 @@ def read_labels(file: BoundedFile) -> Labels:
     return Labels(file.version, held)
 
 
+def labels_checksum(file: BoundedFile) -> int | None:
+    """The checksum that the labels of a file should have. Format 2 has none."""
+    if file.version < 3:
+        return None
+    return int(file.dataset("committed", np.dtype("<i8"), (4,)).all()[2])
+
+
 def read_committed(file: BoundedFile, labels: Labels) -> tuple[int, bool]:
     """How many rows count, never more than there are, and whether the recorder was closed."""
     room = len(file.rows("steps/step", np.dtype("<i8"), 0, ()))

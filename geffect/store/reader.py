@@ -10,19 +10,21 @@ from numpy.typing import NDArray
 
 from geffect.sketch import Sketch
 
-from .committed_rows import KEY_COLUMNS, CommittedRows
-from .labels import read_committed, read_labels
+from .committed_rows import CommittedRows
+from .labels import labels_checksum, read_committed, read_labels
 from .layout import checksummed
 from .opening import opened, settled
 from .paths import place_of
 from .rows import Rows
 from .schema import (
+    KEY_COLUMNS,
     RECTIFICATION_COLUMNS,
     STATES,
     STEP_COLUMNS,
     WEIGHT_STATISTICS,
     OtherSketch,
 )
+from .seen import Seen
 from .summary import as_html, as_line, size_of
 
 Floats = NDArray[np.float64]
@@ -260,12 +262,14 @@ def _open(path: Path, name: str) -> Run:
         keys = np.stack([rows.read(name, ()) for name in KEY_COLUMNS[:2]])
         first = np.ones(count, dtype=bool)
         first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
+        contents, layers = labels.contents(), labels.parameters()
         return Run(
             path=path,
             name=name,
             state=STATES[complete],
-            contents=labels.contents(),
-            layers=labels.parameters(),
+            contents=contents,
+            layers=layers,
+            seen=Seen(str(path), contents, layers, labels_checksum(file), rows.marks()),
             steps=keys[1, first],
             rows=np.diff(np.flatnonzero(first), append=count),
             drawn=np.arange(count),

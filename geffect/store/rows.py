@@ -11,7 +11,7 @@ from . import checksums
 from .bounds import BoundedFile
 from .labels import as_texts
 from .layout import blank, slabs
-from .schema import LATER, ROWS
+from .schema import KEY_COLUMNS, LATER, ROWS, Array
 
 
 class Rows:
@@ -19,18 +19,19 @@ class Rows:
     checksum."""
 
     def __init__(self, file: BoundedFile, count: int, first: int = 0) -> None:
-        self._file, self._count, self._first = file, count, first
+        self.count, self.first = count, first
+        self._file = file
 
     def read(self, name: str, shape: tuple[int, ...], entry: tuple[int, ...] = ()) -> NDArray[Any]:
         """Those of a dataset, each of this shape, or one entry of each."""
-        dtype, written, first = ROWS[name], self._checksums(name), self._first
+        dtype, written, first = ROWS[name], self._checksums(name), self.first
         if written is None and name in LATER and name not in self._file:
-            return np.full((self._count - first, *shape), blank(dtype), dtype)
+            return np.full((self.count - first, *shape), blank(dtype), dtype)
         # Of what a rectifier did, earlier and later versions of geffect have fewer or more numbers.
         wanted = (*shape[:-1], None) if name == "rectification" else shape
-        dataset = self._file.rows(name, dtype, self._count, wanted)
+        dataset = self._file.rows(name, dtype, self.count, wanted)
         _, *held = dataset.shape or ()
-        found = np.empty((self._count - first, *held[len(entry) :]), dtype)
+        found = np.empty((self.count - first, *held[len(entry) :]), dtype)
         chosen: tuple[slice | int, ...] = (slice(None), *entry)
         for begin, stop in slabs(len(found), prod(held) * dtype.itemsize):
             into = None if entry else found[begin:stop]
@@ -42,6 +43,12 @@ class Rows:
         if name == "stored":
             _check_numbers(found, first)
         return found
+
+    def marks(self) -> Array:
+        """What tells the key of each row from another: its checksums; of format 2 the key."""
+        if self._file.version < 3:
+            return np.stack([self.read(name, ()) for name in KEY_COLUMNS], axis=1)
+        return self.sums[:, [self._checksummed.index(name) for name in KEY_COLUMNS]]
 
     def _checksums(self, name: str) -> NDArray[np.uint32] | None:
         """Those of the rows of a dataset; None where it was written without."""
@@ -57,8 +64,8 @@ class Rows:
     def sums(self) -> NDArray[np.uint32]:
         """UInt32[row, dataset], as they were written."""
         width = len(self._checksummed)
-        dataset = self._file.rows("checksums", ROWS["checksums"], self._count, (width,))
-        return dataset.rows(self._first, self._count)
+        dataset = self._file.rows("checksums", ROWS["checksums"], self.count, (width,))
+        return dataset.rows(self.first, self.count)
 
 
 def _compare(name: str, rows: NDArray[Any], written: NDArray[np.uint32], first: int) -> None:

@@ -70,6 +70,9 @@ ESTIMATES = "estimates"
 KEY = ("request", "step", "batch")
 """The columns that tell the rows apart."""
 
+KEY_COLUMNS = tuple(f"steps/{name}" for name in KEY)
+"""The datasets with them."""
+
 STEP_COLUMNS = {
     "request": np.dtype("<i8"),  # of sequential unlearning; 0 where there is one
     "step": np.dtype("<i8"),
@@ -245,6 +248,18 @@ class Row:
 
 class RunFileError(OSError):
     """A run file that cannot be read or written as asked."""
+
+
+class UnreadableError(RunFileError):
+    """A file that the system does not let read now, whatever is in it."""
+
+
+class ReplacedError(RunFileError):
+    """A file that is no longer the run that was opened there."""
+
+
+NO_DAMAGE = (UnreadableError, ReplacedError)
+"""What says nothing of what was written."""
 
 
 class ChecksumError(RunFileError):

@@ -25,7 +25,7 @@ from .bounds import BoundedFile, read_hdf5
 from .contiguous import Image, declare, written
 from .origin import is_empty, is_segment
 from .outside import check_folder, is_plain
-from .schema import FORMAT, KEY, VERSION, Contents, RunFileError
+from .schema import FORMAT, KEY, VERSION, Contents, RunFileError, UnreadableError
 
 FIRST_ROWS, SEGMENT_BYTES = 8, 1 << 28
 """The first segment has so many rows and each further one twice as many, up to so many bytes a rank
@@ -160,6 +160,8 @@ class Segments:
                 try:
                     with _read(folder_of(path) / file_name(number, rank)) as file:
                         found = self._keys(file, number)[inside[own]]
+                except (UnreadableError, PermissionError):  # what is there, nobody knows
+                    raise
                 except Exception:
                     found = np.zeros(1 + len(KEY), dtype=_KEYS)
                 whole[own] &= (found[..., 0] == self.stored.mark) & (
@@ -286,6 +288,8 @@ class Segments:
                 if mark != self.stored.mark or tuple(found) != key:
                     raise ValueError("a row that is half written, or of another step or run")
                 yield file
+        except (UnreadableError, PermissionError):
+            raise
         except checksums.Changed as error:
             raise RunFileError(
                 f"{should} Found {error} with another checksum. Take an earlier copy of file and "

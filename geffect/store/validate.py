@@ -15,7 +15,7 @@ from .layout import checksummed
 from .opening import opened
 from .reader import Floats, Run, open_run
 from .rows import is_written
-from .schema import ESTIMATES, ChecksumError, RunFileError
+from .schema import ESTIMATES, NO_DAMAGE, ChecksumError, RunFileError
 
 ROUNDING = 1e-9
 
@@ -69,6 +69,8 @@ def _changed(run: Run) -> Iterator[str]:
     ]
     try:
         reads += [partial(run.table, name) for name in run.tables]
+    except NO_DAMAGE:
+        raise
     except RunFileError as error:
         yield str(error)
     for read in reads:
@@ -76,6 +78,8 @@ def _changed(run: Run) -> Iterator[str]:
             read()
         except ChecksumError as error:
             yield f"{error.what} is not what was written: its checksum differs"
+        except NO_DAMAGE:
+            raise
         except RunFileError as error:
             yield str(error)
 
@@ -135,6 +139,8 @@ def _gradients(run: Run, K: Floats, keys: list[tuple[int, ...]]) -> Iterator[str
         name, key = run.sources[source], keys[row]
         try:
             layers = segments.read(run.path, name, int(numbers[row, source]), key)
+        except NO_DAMAGE:
+            raise
         except RunFileError as error:
             yield str(error)
             continue

@@ -213,13 +213,17 @@ def _check_alone(path: Path) -> None:
 
 def _check_parameters(parameters: Sequence[Parameter], run: Run) -> None:
     """Refuse to continue the run of another model."""
-    here = [(p.name, p.shape) for p in parameters]
-    there = [(p.name, p.shape) for p in run.layers]
-    if here != there:
-        differing = sorted({name for name, _ in set(here) ^ set(there)})
-        found = f"{len(differing)} that differ, the first of them {differing[:3]}"
-        if not differing:
-            found = f"them in another order, {[name for name, _ in here][:3]} first"
+    here = {p.name: f"{p.shape} of {p.dtype}" for p in parameters}
+    there = {p.name: f"{p.shape} of {p.dtype}" for p in run.layers}
+    if [*here.items()] != [*there.items()]:
+        differing = sorted({name for name, _ in here.items() ^ there.items()})
+        found = f"them in another order, {[*here][:3]} first"
+        if differing:
+            first = differing[0]
+            found = (
+                f"{len(differing)} that differ, the first of them `{first}`: "
+                f"{here.get(first, 'none')} instead of {there.get(first, 'none')}"
+            )
         raise ValueError(
             f"The model should have the parameters of the run in `{run.path}`. Found {found}. "
             "Record into another file, or load the model of that run."

@@ -76,7 +76,7 @@ def test_steps_that_stay_are_not_read_again(
     writer, read, begins = RunWriter(path, PARAMETERS), rows.Rows.read, []
 
     def noting(self: rows.Rows, name: str, *how: Any) -> Any:
-        begins.append((name, self._first))
+        begins.append((name, self.first))
         return read(self, name, *how)
 
     seen = Followed(path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -153,8 +154,15 @@ def test_resume_can_close_what_was_left_open(tmp_path: Path) -> None:
 def test_resume_refuses_other_parameters_and_can_be_tried_again(tmp_path: Path) -> None:
     path = recorded(tmp_path / "a.h5", plain_rows(3))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"Found 1 that differ.*lm_head\.weight.*another file"):
-        RunWriter(path, PARAMETERS[:1], resume=True)
+    first, head = PARAMETERS
+    for others, found in (
+        ([first], r"Found 1 that differ.*`lm_head\.weight`: none instead of .*another file"),
+        ([replace(first, dtype="float64"), head], r"\(2, 3\) of float64 instead of .* of float32"),
+        ([replace(first, shape=(3, 2)), head], r"\(3, 2\) of float32 instead of \(2, 3\)"),
+        ([head, first], r"in another order, \['lm_head\.weight', 'layers\.0\.weight'\] first"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            RunWriter(path, others, resume=True)
     assert path.read_bytes() == before
     RunWriter(path, PARAMETERS, resume=True).close(complete=True)
 
