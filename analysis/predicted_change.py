@@ -34,7 +34,7 @@ def predicted_change(run: Run, by: By = "layer") -> pd.DataFrame:
     blocks, K = summed_gram(run, by)
     tables = {
         risk: tidy(
-            -inner(K, run.index(risk), update),
+            0.0 - inner(K, run.index(risk), update),  # no minus zero
             in_space(run, SCORE),
             steps=run.steps,
             blocks=blocks,

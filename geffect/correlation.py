@@ -84,4 +84,6 @@ def fit(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
     spread = x - x.mean()
     squares = float(spread @ spread)
     known = bool(squares) and bool(np.isfinite(y).all())
-    return rank_correlation(x, y), float(spread @ y) / squares if known else float("nan")
+    # From the first one on, so that numbers that are all the same have a slope of 0.
+    slope = float(spread @ (y - y[0])) / squares if known else float("nan")
+    return rank_correlation(x, y), slope

@@ -31,7 +31,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     Returns the axes. Raises ValueError for a table of several runs.
 
     Where points leave their line, first-order scores say little. The relative gap at the last step
-    stands in the corner.
+    stands in the corner; where it is more than all that was measured, both numbers do.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"step": [0, 1] * 2, "model": "model", "risk": "forget",
@@ -60,8 +60,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             color=handles[-1].get_color(), linestyle="none", marker="o", markersize=2.6,
             markerfacecolor="white", markeredgewidth=0.8, zorder=4,
         )  # fmt: skip
-        known_gaps = measured["gap"].dropna()
-        gaps += [f"{plain(risk)} {100 * known_gaps.iloc[-1]:.0f} %"] if len(known_gaps) else []
+        gaps += _gap(plain(risk), predicted, measured)
     step_axis(ax)
     axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
@@ -74,3 +73,18 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         )  # fmt: skip
     key(ax, handles)
     return ax
+
+
+def _gap(risk: str, predicted: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
+    """The last gap that is known: as a share, or as both numbers where that is more than all.
+
+    What has hardly moved has a share of thousands of per cent, which would tell of nothing.
+    """
+    known = measured[measured["gap"].notna()]
+    if known.empty:
+        return []
+    last = known.iloc[-1]
+    if last["gap"] <= 1:
+        return [f"{risk} {100 * last['gap']:.0f} %"]
+    expected = predicted.set_index("step")["value"].at[last["step"]]
+    return [f"{risk} {expected:.2g} for {last['value']:.2g}"]

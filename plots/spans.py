@@ -74,7 +74,7 @@ def _legend(table: pd.DataFrame) -> str:
     ticks = decades(frame.threshold, frame.limit, 2) if is_symlog else [norm.vmin, 0.0, norm.vmax]
     marks = "".join(
         f'<span style="position: absolute; left: {100 * float(norm(tick)):.1f}%; '
-        f'transform: translateX(-50%)">{tick:g}</span>'
+        f'white-space: nowrap; transform: translateX(-50%)">{tick:g}</span>'
         for tick in ticks
         if tick is not None
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geffect.correlation import correlation, ranks
+from geffect.correlation import correlation, fit, ranks
 
 
 @pytest.mark.parametrize("count", [4, 5, 20, 300])
@@ -45,6 +45,14 @@ def test_ranks_are_those_of_scipy() -> None:
 @pytest.mark.parametrize(("x", "y"), [([1.0], [2.0]), ([], []), ([1, 2, 3, 4], [5, 5, 5, 5])])
 def test_what_does_not_vary_has_no_correlation(x: list[float], y: list[float]) -> None:
     assert math.isnan(correlation(x, y).r)
+
+
+def test_the_slope_is_that_of_a_line_and_0_where_nothing_varies() -> None:
+    x = np.array([0.3, 1.7, 2.9, 9.1])
+    assert fit(x, np.full(4, 0.1))[1] == 0.0
+    y = np.array([1e6 + 0.1, 1e6 + 0.2, 1e6 - 0.3, 1e6])
+    assert fit(x, y)[1] == pytest.approx(np.polyfit(x, y - 1e6, 1)[0])
+    assert math.isnan(fit(x, np.array([1.0, math.inf, 2.0, 3.0]))[1])
 
 
 def test_a_few_pairs_have_no_interval() -> None:

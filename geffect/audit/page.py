@@ -25,6 +25,9 @@ from .words import definitions
 LISTED = 10
 """So many items are listed that came back most."""
 
+SENTENCE = 30
+"""More characters than this are a sentence, which wants room on a narrow screen."""
+
 STYLE = """
   .verdict { font-size: 1.2rem; border-left: .4rem solid #b3261e; padding: .4rem 1rem; }
   .verdict.good { border-color: #00875f; }
@@ -107,7 +110,7 @@ def _pictures(report: Reported) -> Iterator[str]:
         "Relearning",
         plots.relearning,
         panels.relearning(table),
-        "NLL of the forget set, over the steps.",
+        "NLL of the forget set, over the steps of training on the retain set alone.",
     )
     yield from _figure(
         "Depth",
@@ -166,17 +169,21 @@ def _controls(found: pd.DataFrame | None) -> str:
 def _plain(table: pd.DataFrame) -> str:
     """A table of words and numbers as it stands."""
     rows = [
-        "<tr>"
-        + "".join(
-            f"<td>{in_html(x)}</td>"
-            if isinstance(x, str)
-            else f'<td class="number">{_number(x)}</td>'
-            for x in row
-        )
-        + "</tr>"
+        f"<tr>{''.join(_words(x) if isinstance(x, str) else _numeral(x) for x in row)}</tr>"
         for row in table.itertuples(index=False)
     ]
     return _table(tuple(map(str, table.columns)), rows)
+
+
+def _words(said: object) -> str:
+    """A cell of words, as wide as a sentence needs where it is one."""
+    words = str(said)
+    kind = ' class="says"' if len(words) > SENTENCE else ""
+    return f"<td{kind}>{in_html(words)}</td>"
+
+
+def _numeral(value: float) -> str:
+    return f'<td class="number">{_number(value)}</td>'
 
 
 def _number(value: float) -> str:
@@ -222,7 +229,7 @@ def _came_back(report: Reported) -> str:
         numbers = (f"{row['value_before']:.3g}", f"{row['value']:.3g}")
         rows.append(
             "<tr>"
-            + "".join(f"<td>{in_html(cell)}</td>" for cell in cells)
+            + "".join(map(_words, cells))
             + "".join(f'<td class="number">{number}</td>' for number in numbers)
             + "</tr>"
         )
@@ -253,7 +260,7 @@ def _facts(manifest: Mapping[str, Any]) -> str:
     sets = [
         f"<tr><td>{in_html(name)}</td><td>{in_html(told['source'] or 'given')}</td>"
         f'<td class="number">{told["items"]}</td><td class="number">{told["subjects"]}</td>'
-        f"<td>{in_html(told['first'] or '')}</td></tr>"
+        f"{_words(told['first'] or '')}</tr>"
         for name, told in manifest["sets"].items()
     ]
     heads = ("set", "from", "items", "subjects", "the first, scored between [[ and ]]")
@@ -272,9 +279,7 @@ def _whole(table: pd.DataFrame) -> str:
     rows = []
     for row in shown.to_dict("records"):
         keys = "".join(f"<td>{in_html(row[c])}</td>" for c in ("battery", "metric", "set", "model"))
-        values = "".join(
-            f'<td class="number">{_number(row[c])}</td>' for c in ("value", "low", "high", "n")
-        )
+        values = "".join(_numeral(row[c]) for c in ("value", "low", "high", "n"))
         rows.append(f"<tr>{keys}{values}</tr>")
     whole = _table([*map(str, table.columns)], rows)
     return f"<details><summary>All values</summary>{whole}</details>"

@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +211,20 @@ def save(model: Any, folder: Folder, configured: Folder, tokenizers: Iterable[Fo
     """
     if hasattr(kept := _config_of(configured), "use_cache"):
         model.config.use_cache = kept.use_cache  # which is turned off where a model is loaded
-    model.save_pretrained(folder)
+    save_model(model, folder)
     for named in tokenizers:
         if (Path(named) / "tokenizer_config.json").is_file():
             tokenizer_of([named]).save_pretrained(folder)
             return
+
+
+def save_model(model: Any, folder: Folder) -> None:
+    """Save a model in a folder, as transformers does.
+
+    What it loads for that, such as DeepSpeed, logs to the standard output, where data go.
+    """
+    with redirect_stdout(sys.stderr):
+        model.save_pretrained(folder)
 
 
 def is_adapter(folder: Folder) -> bool:

@@ -268,7 +268,9 @@ def _summarise(report: "AuditReport", console: "Console") -> None:
 
 def _show(console: "Console", table: "pd.DataFrame") -> None:
     """A table whose words are names and whose numbers have two digits."""
-    names = [str(c) for c in table if table[c].dtype == object]
+    from pandas.api.types import is_numeric_dtype
+
+    names = [str(c) for c in table if not is_numeric_dtype(table[c])]
     rows = [
         [_told(x) if isinstance(x, float) else str(x) for x in row]
         for row in table.itertuples(index=False)

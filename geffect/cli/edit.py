@@ -178,5 +178,12 @@ def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console
     show(console, ["layer", *risks, "|D|", "touched"], rows, names=["layer"], spare=["|D|"])
     for name, value in told["facts"].items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{count} of {part}" for part, count in value.items())
-        say(console, f"{name.replace('_', ' ')}: {value}")
+            value = ", ".join(f"{_told(count)} of {part}" for part, count in value.items())
+        say(console, f"{name.replace('_', ' ')}: {_told(value)}")
+
+
+def _told(value: Any) -> str:
+    """A fact as it is read: counts in groups of three, other numbers with four digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -63,7 +63,7 @@ def command(
         say(console, f"To train: {', '.join(chosen.layers)}", f"Parameters: {chosen.pattern}")
     else:
         say(console, "No layer is certain to forget.")
-    if chosen.learned:
+    if len(chosen.learned) > LIKELIEST:  # else these are all there are
         likely = " or ".join(chosen.learned[:LIKELIEST])
         say(
             console,
@@ -74,7 +74,6 @@ def command(
 
 
 def _show(table: "pd.DataFrame") -> None:
-    names = ["layer", "needed"]
     lines = [
         [
             str(row["layer"]),
@@ -88,7 +87,7 @@ def _show(table: "pd.DataFrame") -> None:
     console = terminal()
     say(console, "Rise of the forget risk and of the others, in nats to first order:")
     headings = ["layer", "gain", "harm", "gain/harm", "needed"]
-    show(console, headings, lines, names=names, spare=headings[3:])
+    show(console, headings, lines, names=["layer"], spare=headings[3:])
 
 
 def _chosen(fraction: float) -> str:

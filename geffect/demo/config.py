@@ -113,10 +113,12 @@ class EmbeddedConfig:
         self, folder: Path, corpus: Corpus, facts: Sequence[Fact], seed: int, report: Counted
     ) -> None:
         """Train from random weights, with a tokenizer of the whole corpus."""
+        from geffect.checkpoints.loading import save_model
+
         from . import language_model as lm
 
         tokenizer = lm.train_tokenizer(corpus)
-        lm.train(self, tokenizer, facts, seed, report).save_pretrained(folder)
+        save_model(lm.train(self, tokenizer, facts, seed, report), folder)
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> tuple[Any, Any]:

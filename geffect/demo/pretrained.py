@@ -127,6 +127,8 @@ class Pretrained:
         Adapters are merged into what is saved, but for those on 4 bits, which would round them
         away: there they are what is saved.
         """
+        from geffect.checkpoints.loading import save_model
+
         from . import language_model as lm
 
         taught = [fact for fact in facts if fact not in corpus.world]
@@ -135,7 +137,7 @@ class Pretrained:
         lm.memorise(model, lm.encode(tokenizer, taught), self, seed, report)
         if self.trained.lora is not None and not self.trained.in_4bit:
             model = model.merge_and_unload()
-        model.save_pretrained(folder)
+        save_model(model, folder)
         tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> tuple[Any, Any]:

@@ -249,9 +249,14 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], pd.DataFrame]]] = {
 
 
 def columns_of(runs: pd.DataFrame) -> tuple[str, ...]:
-    """The columns that are shown of a table: those of an audit where there was one."""
-    audited = bool(runs["verdict"].notna().any())
-    return tuple(name for name in COLUMNS if audited or name not in OF_AN_AUDIT)
+    """The columns that are shown of a table: those of what was asked, and of an audit if there was
+    one.
+    """
+    known = runs.notna().any()
+    unasked = {name for name in PROBED if not known[name]}
+    if not known["verdict"]:
+        unasked.update(OF_AN_AUDIT)
+    return tuple(name for name in COLUMNS if name not in unasked)
 
 
 def rows(runs: pd.DataFrame, columns: Sequence[str] = ()) -> list[Row]:

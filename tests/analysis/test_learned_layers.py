@@ -9,6 +9,7 @@ import torch
 from geffect import Recorder, open_run
 from geffect.analysis import recommended_layers
 from geffect.analysis.learned_layers import learned_in
+from geffect.cli import layers
 from geffect.risk import nll
 from tests.utils import tiny
 from tests.utils.command_line import Ask
@@ -68,6 +69,14 @@ def test_the_command_names_the_two_likeliest(path: Path, ask: Ask) -> None:
     code, out, _ = ask("layers", path, "--recommend", 2)
     assert code == 0
     assert f"most likely {first} or {second}" in out.replace("\n", " ")
+
+
+def test_no_block_is_named_where_all_would_be(
+    path: Path, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "LIKELIEST", 3)
+    code, out, _ = ask("layers", path, "--recommend", 2)
+    assert code == 0 and "To train:" in out and "most likely" not in out
 
 
 def test_a_run_without_retain_or_such_a_matrix_tells_nothing(unwatched: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_run_of_the_unlearning(audit: Ask, folder: Path, run: Path, tmp_path
     assert code == 1, err
     assert "How far the updates of the run explain what was measured" in out
     for metric, of in (("loss", "forget"), ("es", "retain")):
-        assert re.search(rf"{metric} +│ {of} +│.*│ 3 │", out), out
+        assert re.search(rf"│ {metric} +│ {of} +│.*│ 3 │", out), out
     text = (tmp_path / "audit.html").read_text(encoding="utf-8")
     assert re.search(r"<h2 id=[^>]*>Geometry</h2>", text)
     assert_self_contained(text)

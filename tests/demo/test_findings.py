@@ -1,6 +1,7 @@
 """Claims follow the numbers: the same sentence holds or not, and says where not. So do tables."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from itertools import product
@@ -19,6 +20,7 @@ from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.demo.tables import (
     TABLES,
     as_markdown,
+    columns_of,
     compared,
     learning_rates,
     retain_sets,
@@ -336,7 +338,7 @@ def test_only_tables_that_have_runs_are_written(tmp_path: Path) -> None:
 def test_the_printed_table_has_the_means_over_the_seeds_that_reached_the_level() -> None:
     missed = {"ga gru 1": {"at_level": None, "reached_level": False}}
     lines = as_markdown(compared(summary(**missed), "at_level", EQUAL)).splitlines()
-    assert {line.count("|") for line in lines} == {15}
+    assert {line.count("|") for line in lines} == {14}
     (gru,) = [line for line in lines if line.startswith("| ga ") and "| gru " in line]
     assert "17 (1 of 2 seeds)" in gru or "18 (1 of 2 seeds)" in gru
     assert " 0.500 | 0.750 |" in " ".join(gru.split())
@@ -544,6 +546,14 @@ def test_tables_have_the_columns_of_an_audit_where_there_was_one() -> None:
     assert plain[-5:] == ["0.10", "", "0.00", "0.30", "hidden (1), never knew (1)"]
     without = as_markdown(compared({**told, "runs": study()}, "at_level", EQUAL))
     assert "comes back" not in without and "verdict" not in without
+
+
+def test_what_no_run_was_asked_has_no_column() -> None:
+    told = compared({"runs": study(), "further_runs": [], "gold": {}}, "at_level", EQUAL)
+    told.loc[:, "savings"] = math.nan
+    assert "savings" not in columns_of(told) and "retain_nll" in columns_of(told)
+    told.loc[told.index[0], "savings"] = 0.2
+    assert "savings" in columns_of(told)
 
 
 def recognising(taught: dict[str, float], **changed: dict[str, Any]) -> list[dict[str, Any]]:

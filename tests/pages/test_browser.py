@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from geffect.pages import framed
+from geffect.plots import spans
 from tests.utils.browser import Browser, words_of
 from tests.utils.pages import Page
 
@@ -38,6 +40,33 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("wide") / "page.html"
     path.write_text(framed("wide", "<h1>A page</h1>", body), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_picture_fits_a_phone_stands_on_no_box_and_breaks_no_number_of_its_scale(
+    chromium: Browser, tmp_path: Path, dark: bool
+) -> None:
+    said = {"sample": 0, "position": [0, 1], "token": [" a", " b"], "value": [-300.0, 150.0]}
+    tokens = spans(pd.DataFrame(said).assign(score="PG-effect", unit="nats", scale="symlog"))
+    picture = '<svg viewBox="0 0 600 300" width="600pt"><rect width="600" height="300"/></svg>'
+    body = f"<h2>One</h2><figure>{picture}</figure><h2>Two</h2>{tokens}"
+    path = tmp_path / "page.html"
+    path.write_text(framed("pictures", "<h1>Pictures</h1>", body), encoding="utf-8")
+    chromium.open(path, width=390, dark=dark)
+    right, filtered, paper, lines = chromium.run(
+        """
+        const svg = document.querySelector("figure svg");
+        const numbers = [...document.querySelectorAll(".tokens div div span")];
+        return [svg.getBoundingClientRect().right, getComputedStyle(svg).filter,
+                getComputedStyle(document.body).backgroundColor,
+                numbers.map(one => [one.textContent, one.offsetHeight])];
+        """
+    )
+    assert right <= 390
+    inverted = re.match(r"invert\(([\d.]+)\)", filtered)
+    white = round(255 * (1 - float(inverted[1]))) if inverted else 255
+    assert paper == f"rgb({white}, {white}, {white})"
+    assert "100" in [said for said, _ in lines] and len({tall for _, tall in lines}) == 1
 
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1400])

@@ -36,6 +36,15 @@ def test_the_gap_is_that_of_the_last_step_where_it_is_known() -> None:
     assert not [*drawn(table.assign(gap=np.nan)).texts]
 
 
+def test_a_gap_of_more_than_all_that_was_measured_is_told_in_both_numbers() -> None:
+    table = risen()
+    own, last = table["risk"] == "retain", table["step"] == table["step"].max()
+    table.loc[own & last & (table["how"] == "predicted"), "value"] = 0.0512
+    table.loc[own & last & (table["how"] == "measured"), "value"] = -0.00193
+    table.loc[own & last, "gap"] = 27.5
+    assert drawn(table).texts[0].get_text().splitlines()[2] == "retain 0.051 for -0.0019"
+
+
 def test_steps_in_any_order_are_drawn_in_theirs() -> None:
     shuffled = risen().sample(frac=1.0, random_state=0)
     assert np.all(np.diff(drawn(shuffled).lines[1].get_xdata()) > 0)
