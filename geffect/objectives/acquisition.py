@@ -118,7 +118,7 @@ class SKU(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        known = self.compared(reference)
+        known = self.compared(reference, model)
 
         def away() -> Tensor:
             values, scored = kl.of_answers(model, batch[RETAIN], known)

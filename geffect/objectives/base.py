@@ -18,7 +18,7 @@ from geffect.risk import scored_tokens, token_log_probabilities
 from geffect.sources import FORGET, OBJECTIVE
 
 from .of_run import OfRun
-from .reference import Need, Reference
+from .reference import Need, Reference, moves_with
 from .weights import inverse_confidence
 
 
@@ -220,10 +220,13 @@ class Objective(ABC):
             **self.of_step(),
         }
 
-    def compared(self, reference: Reference | None) -> Reference:
-        """The reference; a ValueError where there is none."""
-        if not isinstance(reference, Reference):
+    def compared(self, reference: Reference | None, model: Any = None) -> Reference:
+        """The reference; a ValueError where there is none, or where it is the model itself."""
+        is_one = isinstance(reference, Reference)
+        if not is_one or moves_with(reference, model):
             found = "None" if reference is None else f"`{type(reference).__name__}`"
+            if is_one:
+                found = "the model itself, which moves with every step"
             raise ValueError(
                 f"`reference` of {type(self).__name__} should be the model as it was before "
                 f"unlearning. Found {found}. Pass FrozenModel.copied(model), of "

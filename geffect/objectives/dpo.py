@@ -51,7 +51,7 @@ class DPO(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        self.compared(reference)
+        self.compared(reference, model)
         _check_rows(batch)
 
         def loss() -> Tensor:
@@ -78,7 +78,7 @@ class DPO(Objective):
 
     def _margin(self, model: Any, batch: Pair, reference: Reference | None) -> Tensor:
         """(l_s - l_{o,s}) - (a_s - a_{o,s}), `Float[sample]`."""
-        known = self.compared(reference)
+        known = self.compared(reference, model)
         lost, preferred = (
             _lost(model, side_of(batch, side), known) for side in (FORGET, ALTERNATE)
         )

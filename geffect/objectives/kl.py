@@ -52,7 +52,7 @@ class KL(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        known = self.compared(reference)
+        known = self.compared(reference, model)
         of_batch = self._over_all if self.legacy_kl else self._over_answers
         return {PART: Component(lambda: of_batch(model, side_of(batch, RETAIN), known))}
 

@@ -50,7 +50,7 @@ class NPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "NPO")
-        self.compared(reference)
+        self.compared(reference, model)
 
         def loss() -> Tensor:
             summed = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
@@ -108,7 +108,7 @@ class TNPO(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        known = self.compared(reference)
+        known = self.compared(reference, model)
 
         def loss() -> Tensor:
             log_p, scored = token_log_probabilities(model, batch[FORGET])

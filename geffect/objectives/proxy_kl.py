@@ -46,7 +46,7 @@ class ProxyKL(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        proxy = self.compared(reference)
+        proxy = self.compared(reference, model)
 
         def flat(of_proxy: Tensor, logits: Tensor) -> Tensor:
             return divergence(logits / self.proxy_temperature, of_proxy / self.proxy_temperature)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geffect.batch import Batch
 from geffect.risk import for_labels, inputs_of, token_log_probabilities
+from geffect.risk.alignment import unwrapped
 
 Need = Literal["none", "likelihoods", "logits", "hidden states"]
 """What an objective asks of its reference: nothing, the likelihoods of the scored forget tokens, or
@@ -90,6 +91,21 @@ class FrozenModel:
         """Those of the embedding and of every layer, each `Float[sample, position, hidden]`."""
         states = self.model(**inputs_of(self.model, batch), output_hidden_states=True).hidden_states
         return tuple(states)
+
+
+def moves_with(reference: Reference, model: Any) -> bool:
+    """Whether a reference is the model that is trained itself, which forgets nothing beside itself.
+
+    >>> model = nn.Identity().eval()
+    >>> moves_with(FrozenModel(model), model), moves_with(FrozenModel.copied(model), model)
+    (True, False)
+    """
+    trained = unwrapped(model)
+    return (
+        isinstance(reference, FrozenModel)
+        and isinstance(trained, nn.Module)
+        and unwrapped(reference.model) is trained
+    )
 
 
 class AdapterBase:

@@ -46,7 +46,7 @@ class RR(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        known = self.compared(reference)
+        known = self.compared(reference, model)
 
         def loss() -> Tensor:
             retain = side_of(batch, RETAIN)

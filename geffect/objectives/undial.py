@@ -52,7 +52,7 @@ class UNDIAL(Objective):
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
-        known = self.compared(reference)
+        known = self.compared(reference, model)
 
         def loss() -> Tensor:
             logits, labels = label_logits(model, batch[FORGET])

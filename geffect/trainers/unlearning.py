@@ -154,7 +154,7 @@ class UnlearningTrainer(Trainer):
         self._reference_is = "given"
         self._copied: nn.Module | None = None
         if reference is not None and minimised.reference != "none":
-            minimised.compared(reference)
+            minimised.compared(reference, model)
         elif minimised.reference != "none":
             copied = FrozenModel.copied(model)
             self.reference, self._copied = copied, copied.model

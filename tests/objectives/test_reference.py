@@ -7,12 +7,29 @@ import pytest
 import torch
 from torch import nn
 
-from geffect.objectives import NPO, AdapterBase, FrozenModel, Reference
+from geffect.objectives import (
+    CATALOGUE,
+    NPO,
+    REGULARISERS,
+    AdapterBase,
+    FrozenModel,
+    Objective,
+    Reference,
+    SharedForward,
+)
 from geffect.objectives.reference import base_changed_by
 from tests.utils import reference
 from tests.utils import shallow as tiny
+from tests.utils.sides import pair_of
 
 BATCH = tiny.batch(3)
+
+COMPARING: dict[str, Objective] = {
+    name: objective
+    for name, objective in {**CATALOGUE, **REGULARISERS}.items()
+    if objective.reference != "none"
+}
+"""The objectives that ask for a reference."""
 
 
 def adapted(**options: Any) -> tuple[nn.Module, nn.Module]:
@@ -91,6 +108,22 @@ def test_what_is_not_known_of_an_adapter_is_not_assumed() -> None:
 def test_what_is_no_reference_is_one_clear_error(given: Any) -> None:
     with pytest.raises(ValueError, match=r"`reference` of NPO should be .* Found .* Pass Frozen"):
         NPO()(tiny.gpt2(), {"forget": BATCH}, given)
+
+
+@pytest.mark.parametrize("objective", COMPARING.values(), ids=COMPARING)
+def test_the_model_that_is_trained_is_no_reference(objective: Objective) -> None:
+    """It would move along: the weights of NPO would stay 1, and KL would keep nothing."""
+    model = tiny.gpt2().eval()
+    for trained in (model, SharedForward(model)):
+        with pytest.raises(ValueError, match=r"Found the model itself, which moves with every"):
+            objective(trained, pair_of(objective), FrozenModel(model))
+
+
+def test_the_base_that_an_adapter_is_put_into_is_no_reference_either() -> None:
+    model, _ = adapted()
+    with pytest.raises(ValueError, match="Found the model itself"):
+        NPO()(model, {"forget": BATCH}, FrozenModel(model.eval().get_base_model()))
+    assert NPO()(model, {"forget": BATCH}, AdapterBase(model)).isfinite()
 
 
 def test_a_model_with_dropout_is_no_reference() -> None:
