@@ -27,6 +27,9 @@ Against = Literal["retain", "all"]
 ALPHA = 10.0
 """The paper's, of a ResNet18."""
 
+ALIKE = 1e-12
+"""How far ratios that are equal may differ, by the rounding of their sums."""
+
 
 @dataclass(frozen=True)
 class _Importances:
@@ -47,7 +50,7 @@ class SSD(Edit):
     - `alpha`: how many times more important for the forget data a number has to be, 10 where
       `fraction` is not given either. It does not carry over between models.
     - `fraction`: in its place, which part of the numbers is selected, those with the largest
-      I_f / I_r, and among infinite ones those with the largest I_f.
+      I_f / I_r, and among equal ones, such as infinite ones, those with the largest I_f.
     - `dampening`: lambda, 1 by default.
     - `against`: whose importance I_r is: "retain", or "all" for the rows of both sets, as in the
       paper. With "all" the ratio is at most the number of all rows over that of forget rows.
@@ -157,11 +160,13 @@ class SSD(Edit):
                 "Choose a smaller fraction."
             )
         threshold = whole.kthvalue(len(whole) - count + 1).values.item()
-        masks = {name: ratio >= threshold for name, ratio in ratios.items()}
-        if (
-            threshold == inf
-        ):  # more than were asked for: those that matter most for what is forgotten
-            strengths = {name: torch.where(mask, forget[name], 0.0) for name, mask in masks.items()}
+        least_alike, most_alike = threshold * (1 - ALIKE), threshold * (1 + ALIKE)
+        masks = {name: ratio >= least_alike for name, ratio in ratios.items()}
+        if int((whole >= least_alike).sum()) > count:  # more than were asked for have that ratio
+            strengths = {
+                name: torch.where(ratio > most_alike, inf, forget[name]).where(masks[name], 0.0)
+                for name, ratio in ratios.items()
+            }
             every = torch.cat([strength.flatten().cpu() for strength in strengths.values()])
             least = every.kthvalue(len(every) - count + 1).values.item()
             masks = {name: strength >= least for name, strength in strengths.items()}

@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_a_fraction_selects_just_so_many() -> None:
     ])  # fmt: skip
     for count in (1, 10, 60):
         change = SSD(fraction=count / total, against="all").change(model, DATA)
-        # Where several numbers have one ratio, all of these may be selected.
+        # Numbers may have one ratio and one importance.
         threshold = ratios.sort(descending=True).values[count - 1]
         assert change.facts["selected"] >= count
         assert change.facts["selected"] <= (ratios >= threshold * (1 - 1e-9)).sum()
@@ -242,3 +242,24 @@ def test_a_fraction_holds_where_retain_knows_nothing_of_more(kind: type[SSD]) ->
     for count in (1, 5):
         change = kind(fraction=count / total).change(model, data)
         assert (change.facts["selected"], change.facts["alpha"]) == (count, "infinity")
+
+
+@pytest.mark.parametrize("kind", [SSD, LFSSD])
+@pytest.mark.parametrize("against", ["retain", "all"])
+def test_a_fraction_holds_where_all_numbers_have_one_ratio(
+    kind: type[SSD], against: Literal["retain", "all"]
+) -> None:
+    """Of equal sets all of them have; those that matter most are taken, and no others."""
+    model, data = tiny.llama(), {"forget": DATA["forget"], "retain": DATA["forget"]}
+    total = sum(p.numel() for p in model.parameters())
+    every = kind(alpha=0.5, dampening=0.5, against=against).change(model, data)
+    assert every.facts["selected"] > total / 2
+    for count in (1, 100):
+        some = kind(fraction=count / total, dampening=0.5, against=against).change(model, data)
+        assert some.facts["selected"] == count
+    twice = kind(fraction=100 / total, dampening=0.5, against=against).change(model, data)
+    naive = naive_importance(model, rows(DATA["forget"]), kind is LFSSD)
+    least = torch.cat([x.flatten() for x in naive]).sort(descending=True).values[99] * (1 - 1e-6)
+    for moved, own in zip(twice.vector, naive, strict=True):
+        if moved is not None:
+            assert bool((own[moved != 0] >= least).all())
