@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
       `read_evaluations` makes it.
 
     Columns: step, suite, metric, risk, change, measured, value. Raises a ValueError for a run
-    without update, and for checkpoints outside of it.
+    without update, for checkpoints outside of it, for values that are no numbers, and for two of
+    one metric at one checkpoint. NaN is a metric that could not be computed.
 
     >>> metrics = pd.DataFrame({"step": [0, 1], "metric": "ES", "value": [1.0, 0.8]})
     >>> join(example_run(update=True), metrics)[["step", "metric", "risk", "change", "value"]]
@@ -90,7 +92,11 @@ def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
     risks = risks_of(run)
     changes = predicted_change(run, by="model")
     held = evaluations.to_dict("records")
+    suites = [row.get("suite", "") for row in held]
+    suites = ["" if pd.isna(suite) else suite for suite in suites]
     steps = [_whole(row["step"]) for row in held]
+    values = [_number(row["value"], row["metric"]) for row in held]
+    _check_once([*zip(steps, suites, (row["metric"] for row in held), strict=True)])
     before = before_steps(run, steps)
     of_risk = {
         risk: summed_before(
@@ -100,16 +106,14 @@ def join(run: Run, evaluations: pd.DataFrame) -> pd.DataFrame:
     }
     losses = run.losses()
     rows = []
-    for place, (step, row) in enumerate(zip(steps, held, strict=True)):
+    for place, (step, suite, row) in enumerate(zip(steps, suites, held, strict=True)):
         there = np.flatnonzero(run.steps == step)
         for risk in risks:
             change = float(of_risk[risk][place])
             loss = losses.get(risk)
             known = loss is not None and len(there)
             measured = float(loss[0] - loss[there[0]]) if loss is not None and known else np.nan
-            rows.append(
-                (step, row.get("suite", ""), row["metric"], risk, change, measured, row["value"])
-            )
+            rows.append((step, suite, row["metric"], risk, change, measured, values[place]))
     columns = ["step", "suite", "metric", "risk", "change", "measured", "value"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -141,13 +145,36 @@ def agreement(joined: pd.DataFrame) -> pd.DataFrame:
 
 
 def _whole(step: Any) -> int:
-    told = isinstance(step, int | float | np.integer | np.floating)
+    told = isinstance(step, int | float | np.integer | np.floating) and not isinstance(step, bool)
     if not (told and float(step).is_integer()):
         raise ValueError(
             "`step` of an evaluation should be the whole number of updates before it. Found "
-            f"{step}. Pass that of its checkpoint."
+            f"{step!r}. Pass that of its checkpoint."
         )
     return int(step)
+
+
+def _number(value: Any, metric: Any) -> float:
+    if value is None or value is pd.NA or value != value:
+        return np.nan
+    own = value.item() if isinstance(value, np.generic) else value
+    if not is_number(own):
+        raise ValueError(
+            f"`value` of an evaluation should be a number, or NaN. Found {own!r:.40} of "
+            f"`{plain(str(metric))}`. Turn it into one, or leave the row out."
+        )
+    return float(own)
+
+
+def _check_once(keys: Sequence[tuple[int, str, Any]]) -> None:
+    """Refuse a metric that is there twice at one checkpoint: nothing tells which one holds."""
+    (step, suite, metric), count = Counter(keys).most_common(1)[0]
+    if count > 1:
+        named = " ".join(filter(None, [plain(str(suite)), plain(str(metric))]))
+        raise ValueError(
+            f"`evaluations` should have a metric once at each step. Found {count} rows of "
+            f"`{named}` at step {step}. Leave the others out, or name a `suite` of each."
+        )
 
 
 def _gap(known: pd.DataFrame) -> float:

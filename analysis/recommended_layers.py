@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from geffect.gram import inner
 from geffect.layers import Parameter
+from geffect.numbers import is_number
 from geffect.places import HEAD
 from geffect.sources import FORGET, UPDATE
 from geffect.store import Run
@@ -133,7 +134,7 @@ def _check_asked(count: int | None, share: float | None) -> None:
             f"`count` should be a whole number of at least 1. Found `count = {count!r}`. Pass the "
             "number of layers to train."
         )
-    if share is not None and not 0 < share <= 1:
+    if share is not None and not (is_number(share) and 0 < share <= 1):
         raise ValueError(
             f"`share` should be above 0 and at most 1. Found `share = {share!r}`. Pass 0.5 for "
             "half of the gain."

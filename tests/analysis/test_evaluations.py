@@ -1,6 +1,7 @@
 """Evaluations of others beside a run: read as they are written, over what the updates predict."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,36 @@ def test_files_without_a_step_or_that_contradict_are_refused(tmp_path: Path) -> 
         read_evaluations([f"5={path}", other])
     with pytest.raises(ValueError, match="Found 6 before it, and checkpoint-5 in its path"):
         read_evaluations([f"6={other}"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"value": ["1.0", "0.5"]}, "`value` of an evaluation should be a number.* Found '1.0' of"),
+        ({"value": [1.0, math.inf]}, "Found inf of `ES`"),
+        ({"value": [1.0, 1j]}, "Found .*j.* of `ES`"),
+        ({"value": [True, False]}, "Found True of `ES`"),
+        ({"step": [2, 2]}, "a metric once at each step. Found 2 rows of `ES` at step 2"),
+        ({"step": [2, 2], "suite": "TOFU"}, "Found 2 rows of `TOFU ES` at step 2"),
+        ({"step": ["2", "3"]}, "`step` of an evaluation should be the whole number.* Found '2'"),
+        ({"step": [2, math.nan]}, "Found nan"),
+        ({"step": [True, False]}, "Found True"),
+    ],
+    ids=["text", "infinite", "complex", "true", "twice", "suite", "digits", "nan", "a true step"],
+)
+def test_tables_that_say_nothing_certain_are_refused(
+    columns: dict[str, Any], said: str, run: Run
+) -> None:
+    plain = {"step": [0, 1], "metric": "ES", "value": [1.0, 0.5]}
+    with pytest.raises(ValueError, match=said):
+        join(run, pd.DataFrame({**plain, **columns}))
+
+
+def test_what_was_not_computed_is_no_number_and_a_suite_may_be_missing(run: Run) -> None:
+    metrics = pd.DataFrame({"step": [0, 1, 2], "metric": "ES", "value": [1.0, None, np.nan]})
+    joined = join(run, metrics.assign(suite=[None, np.nan, None]))
+    assert joined["value"].isna().tolist() == [False, False, True, True, True, True]
+    assert agreement(joined)["checkpoints"].tolist() == [1, 1]
 
 
 def test_a_checkpoint_of_another_run_is_refused(run: Run, example_run: Any) -> None:
