@@ -93,7 +93,8 @@ def audit(
     >>> models = [GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=8, n_embd=32, n_layer=1,
     ...           n_head=1)) for _ in range(3)]
     >>> items = [{"input_ids": [1, x, y], "labels": [-100, x, y]} for x in (2, 3) for y in (4, 5)]
-    >>> report = audit(*models, sets={"forget": items, "retain": items}, batteries=["memorised"])
+    >>> sets = {"forget": items[:2], "retain": items[2:]}
+    >>> report = audit(*models, sets=sets, batteries=["memorised"])
     >>> report.verdict
     'undecided'
     """
@@ -109,7 +110,7 @@ def audit(
             "Pass one of them."
         )
     _check_fits(read, models)
-    _check_holdout(read)
+    _check_apart(read)
     tell: Report = chosen["report"] or (lambda what, done: None)
     started = time.monotonic()
     ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
@@ -305,19 +306,24 @@ def _check_fits(sets: AuditSets, models: AuditModels) -> None:
                 check_tokens(item["input_ids"], vocabulary, where)
 
 
-def _check_holdout(sets: AuditSets) -> None:
-    """Refuse a holdout of which something is in another set."""
-    if HOLDOUT not in sets:
-        return
-    unseen = {_tokens_of(item): index for index, item in enumerate(sets[HOLDOUT].items)}
-    for name in sets:
-        for index, item in enumerate(sets[name].items if name != HOLDOUT else ()):
-            if (same := unseen.get(_tokens_of(item))) is not None:
-                raise ValueError(
-                    f"`{HOLDOUT}` should be data that no model has seen. Found item {same} of it, "
-                    f"counted from 0, also as item {index} of `{name}`. Leave it out of one of "
-                    "them."
-                )
+def _check_apart(sets: AuditSets) -> None:
+    """Refuse sets that share an item where each is asked for the opposite of the other.
+
+    What should be forgotten is none of what stays, and a holdout is in nothing else.
+    """
+    apart = {FORGET: (sets.kept, "none of what should stay")}
+    if HOLDOUT in sets:
+        others = tuple(name for name in sets if name != HOLDOUT)
+        apart[HOLDOUT] = (others, "data that no model has seen")
+    for own, (others, should) in apart.items():
+        places = {_tokens_of(item): index for index, item in enumerate(sets[own].items)}
+        for name in others:
+            for index, item in enumerate(sets[name].items):
+                if (same := places.get(_tokens_of(item))) is not None:
+                    raise ValueError(
+                        f"`{own}` should be {should}. Found item {same} of it, counted from 0, "
+                        f"also as item {index} of `{name}`. Leave it out of one of them."
+                    )
 
 
 def _tokens_of(item: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:

@@ -231,6 +231,15 @@ def test_items_that_a_model_cannot_read(
             audit(*given, sets=sets, budget=BUDGET)
 
 
+@pytest.mark.parametrize("name", ["retain", "neighbours", "world"])
+def test_what_should_be_forgotten_and_stay_as_well(models: list[nn.Module], name: str) -> None:
+    """A model that forgot it would be broken, and one that kept it would remember."""
+    sets = {"forget": items(0), "retain": items(1), name: [*items(2), items(0)[3]]}
+    said = f"`forget` should be none of what should stay. Found item 3 .* as item 6 of `{name}`"
+    with pytest.raises(ValueError, match=said):
+        audit(*models, sets=sets, budget=BUDGET)
+
+
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_a_holdout_that_was_seen(models: list[nn.Module], name: str) -> None:
     sets = {"forget": items(0), "retain": items(1)}

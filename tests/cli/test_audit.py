@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from geffect import Recorder
 from geffect.audit import budget as budgets
 from geffect.audit.budget import Budget
+from geffect.audit.controls import CONTROLS
 from geffect.audit.relearning import RelearningBudget
 from geffect.objectives import nll
 from tests.utils import tiny
@@ -108,6 +109,27 @@ def test_several_retrained_models(audit: Ask, folder: Path) -> None:
     assert "retrained 2: " in err and code in (1, 4)
     code, out, err = audit(*retrained[:2], *retrained[:2])
     assert (code, out) == (1, "") and "Found the same one twice" in err
+
+
+def test_controls_are_told_beside_the_model(audit: Ask, folder: Path, tmp_path: Path) -> None:
+    """A row for each, with what it should read; how the model itself is read stays the exit code.
+
+    That memorised models are read right is tested where they are: tests/audit/test_controlled.py.
+    """
+    page = tmp_path / "audit.html"
+    given = ["--retrained", folder / "retrained", "--batteries", "memorised,utility", "-o", page]
+    code, out, err = audit(*given, "--learning-rate", "0.01", "--controls")
+    assert code == 1 and out.startswith("undecided: "), (out, err)
+    _, told, rest = out.partition("How it reads models of which it is known whether they forgot:")
+    assert told and "controls: " in err
+    assert re.search(r"│ this model +│ +│ undecided ", rest), rest
+    for control in CONTROLS:
+        assert re.search(rf"│ {control.name} +│ {control.should} +│ \w+", rest), rest
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"<h2 id=[^>]*>Controls</h2>", text)
+    for control in CONTROLS:
+        assert control.says in text
+    assert_self_contained(text)
 
 
 @pytest.fixture(scope="module")
