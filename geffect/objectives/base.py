@@ -222,17 +222,16 @@ class Objective(ABC):
 
     def compared(self, reference: Reference | None, model: Any = None) -> Reference:
         """The reference; a ValueError where there is none, or where it is the model itself."""
-        is_one = isinstance(reference, Reference)
-        if not is_one or moves_with(reference, model):
-            found = "None" if reference is None else f"`{type(reference).__name__}`"
-            if is_one:
-                found = "the model itself, which moves with every step"
-            raise ValueError(
-                f"`reference` of {type(self).__name__} should be the model as it was before "
-                f"unlearning. Found {found}. Pass FrozenModel.copied(model), of "
-                "geffect.objectives, made before the first step."
-            )
-        return reference
+        if isinstance(reference, Reference) and not moves_with(reference, model):
+            return reference
+        found = "None" if reference is None else f"`{type(reference).__name__}`"
+        if isinstance(reference, Reference):
+            found = "the model itself, which moves with every step"
+        raise ValueError(
+            f"`reference` of {type(self).__name__} should be the model as it was before "
+            f"unlearning. Found {found}. Pass FrozenModel.copied(model), of geffect.objectives, "
+            "made before the first step."
+        )
 
     def _weights_of(
         self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
