@@ -9,9 +9,9 @@ measured so; a rectifier, whose result is rounded to float32 anyhow, takes a qui
 CPU. On a GPU one kernel does the same, and where there is none for it, blocks are larger.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from geffect import devices, distributed
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch.distributed import ProcessGroup
 
 BLOCK = 65536
@@ -29,8 +30,8 @@ BLOCK = 65536
 ROW = 1024
 """Coordinates whose products `quick_gram` adds up in float32."""
 
-TABLE = 1024 * ROW
-"""Coordinates that it looks at at a time: few enough for the cache."""
+TABLE = 64 * ROW
+"""Coordinates that it looks at at a time: what several vectors have there lies in the cache."""
 
 SMALLEST, LARGEST = 1e-24, 1e30
 """Squared lengths between which no product overflows, and what underflows is too small to count."""
@@ -65,13 +66,10 @@ def quick_gram(vectors: Sequence[Tensor | None]) -> Tensor:
     """
     flat = _flat(vectors)
     if all(v.dtype == torch.float32 and v.device.type == "cpu" for v in flat.values()):
-        products = _products_in_rows([*flat.values()])
+        products = _products_in_rows(flat, len(vectors))
         # So compared, what is not a number is out of range too.
-        if all(
-            SMALLEST < products[i][i] < LARGEST or not vector.any()
-            for i, vector in enumerate(flat.values())
-        ):
-            return placed(torch.tensor(products, dtype=torch.float64), flat, len(vectors))
+        if all(SMALLEST < products[i, i] < LARGEST or not v.any() for i, v in flat.items()):
+            return torch.from_numpy(products)
     return placed(_products([*flat.values()]), flat, len(vectors))
 
 
@@ -186,19 +184,21 @@ def _products(flat: Sequence[Tensor]) -> Tensor:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # such a result is not used
-def _products_in_rows(flat: Sequence[Tensor]) -> list[list[float]]:
-    products = [[0.0] * len(flat) for _ in flat]
-    for tables in zip(*map(_rows, flat), strict=True):
-        for i, j in combinations_with_replacement(range(len(flat)), 2):
-            products[i][j] += float(np.vecdot(tables[i], tables[j]).sum(dtype=np.float64))
-    return [[products[min(i, j)][max(i, j)] for j in range(len(flat))] for i in range(len(flat))]
-
-
-def _rows(vector: Tensor) -> "list[np.ndarray[Any, np.dtype[np.float32]]]":
-    """The coordinates in rows, some at a time, and those that are left in a shorter one."""
-    values, whole = vector.numpy(), vector.numel() // ROW * ROW
-    tables = [
-        values[start : min(start + TABLE, whole)].reshape(-1, ROW)
-        for start in range(0, whole, TABLE)
-    ]
-    return [*tables, values[whole:].reshape(1, -1)]
+def _products_in_rows(flat: Mapping[int, Tensor], count: int) -> "NDArray[np.float64]":
+    values = {i: vector.numpy() for i, vector in flat.items()}
+    size = len(next(iter(values.values()), ()))
+    # A vector comes from memory faster beside another one, and is in the cache for its square then.
+    pairs = [*combinations(values, 2), *zip(values, values, strict=True)]
+    sums = np.empty((len(pairs), -(-size // ROW)), dtype=np.float32)
+    # What is left over after the last whole row is a shorter one.
+    whole = size - size % ROW
+    ends = [*range(0, whole, TABLE), whole, *([size] if whole < size else [])]
+    for start, end in pairwise(ends):
+        tables = {i: v[start:end].reshape(-1, min(ROW, end - start)) for i, v in values.items()}
+        of_rows = sums[:, start // ROW : start // ROW + TABLE // ROW]
+        for (i, j), out in zip(pairs, of_rows, strict=True):
+            np.vecdot(tables[i], tables[j], out=out[: len(tables[i])])
+    products = np.zeros((count, count))
+    for (i, j), total in zip(pairs, sums.sum(axis=1, dtype=np.float64), strict=True):
+        products[i, j] = products[j, i] = total
+    return products

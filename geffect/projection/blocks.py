@@ -59,9 +59,9 @@ class GramAccumulator:
 
     def add(self, i: int, part: int, vectors: Vectors, *, count: Tensor | None = None) -> None:
         """Add the inner products of a part of a parameter, and a number that is summed up too."""
-        products = self._gram(vectors)
+        products = self._gram(vectors if count is None else [*vectors, None])
         if count is not None:
-            products = torch.block_diag(products, count.double().reshape(1, 1))
+            products[-1, -1] = count
         self._matrices[i][part] = products
 
     def put(self, i: int, products: Tensor) -> None:
