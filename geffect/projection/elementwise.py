@@ -62,7 +62,7 @@ class Halt(Elementwise):
             # Not a Bool mask, which takes ten times as long on a CPU. And not by the sign of the
             # product: that of two tiny numbers would underflow to no conflict.
             along = r.sign().to(u.dtype).mul_(u)
-            x = x * torch.ge(along, 0, out=along)
+            x = torch.ge(along, 0, out=along).mul_(x)
         return x
 
 

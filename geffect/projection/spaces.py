@@ -16,9 +16,9 @@ from geffect import distributed
 from geffect.interrupts import Once
 from geffect.optimizers import moved_by
 
-PART = 2**18
+PART = 2**16
 """Coordinates to look at at a time: few enough for one operation to find them in the cache of a CPU
-where another one has left them."""
+where another one has left them, with all that is made of them."""
 
 Source = tuple[Tensor, Tensor | None]
 """The direction is what lies in the first tensor, or what the second one has that it has not."""
