@@ -20,10 +20,11 @@ from geffect.projection import SaliencyMask
 
 from . import language_model as lm
 from .config import UnlearningConfig
+from .data import Data
 from .edits import DISRUPTION, Lesson, StudiedEdit
+from .measures import Metrics, measure, relearn
 from .recognised import recognised
 from .scales import on_common_scales
-from .unlearning import Data, Metrics, measure, relearn
 
 LEARNING_RATE = 3e-4
 

@@ -58,7 +58,8 @@ class Training:
         return f"{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from .unlearning import Data, measure, probe, relearn
+        from .data import Data
+        from .measures import measure, probe, relearn
 
         subject, folder = self.subject, self.out / "models" / self.name
         corpus = generate(self.seed, subject.corpus)
@@ -95,7 +96,8 @@ class Probing:
         return f"probe-{self.kind}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from .unlearning import Data, probe
+        from .data import Data
+        from .measures import probe
 
         model, tokenizer = model_of(self, self.kind)
         corpus = generate(self.seed, self.subject.corpus)
@@ -183,9 +185,10 @@ class Unlearning:
         return f"{self.spec.name}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        from .data import Data
         from .findings import shares
         from .scales import on_common_scales
-        from .unlearning import Data, unlearn
+        from .unlearning import unlearn
 
         spec, subject, level = self.spec, self.subject, self.levels["forget_nll"]
         model, tokenizer = model_of(self, "original")
@@ -235,8 +238,8 @@ class Editing:
         return f"edit-{self.edit}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
+        from .data import Data
         from .editing import Subject, edited
-        from .unlearning import Data
 
         model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, self.subject.corpus)

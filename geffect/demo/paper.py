@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from geffect.objectives import Objective, Reference
 
-    from .unlearning import Data
+    from .data import Data
 
 FOLDER = "paper"
 """Where a study keeps these runs and their figures."""
@@ -66,7 +66,7 @@ class PaperRun:
         return f"{FOLDER}/{self.name}.h5"
 
     def run(self, say: Say) -> str:
-        from .unlearning import Data
+        from .data import Data
 
         model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, self.subject.corpus)

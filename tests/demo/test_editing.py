@@ -16,9 +16,10 @@ from geffect import open_run
 from geffect.analysis import edited as effects
 from geffect.demo import editing
 from geffect.demo import language_model as lm
+from geffect.demo.data import Data
 from geffect.demo.editing import Subject, edited, learned
 from geffect.demo.edits import DISRUPTION, EDITS, Lesson
-from geffect.demo.unlearning import Data, measure
+from geffect.demo.measures import measure
 from geffect.edits import TaskVectorNegation
 from geffect.layers import trainable
 from tests.utils.subject import TINY

@@ -18,10 +18,12 @@ from geffect.data.collate import collate, pad_token_of
 from geffect.demo import language_model as lm
 from geffect.demo.config import QUICK
 from geffect.demo.corpus import generate
+from geffect.demo.data import Data
 from geffect.demo.hiding import HIDING
 from geffect.demo.hiding_claims import ASKED_BEFORE, CLOSE, LESS, SEEN, TAUGHT
+from geffect.demo.measures import measure, probe
 from geffect.demo.methods import EQUAL, RIVALS, VARIANTS, RunSpec
-from geffect.demo.unlearning import Data, measure, probe, unlearn
+from geffect.demo.unlearning import unlearn
 from tests.utils.fixtures import Study
 
 FAST = {"name-rows": 4e-2, "last-block": 1e-3, "select": 8e-3, "select-relearned": 8e-3}

@@ -16,10 +16,13 @@ from geffect import StopWhen, open_run
 from geffect.demo import language_model as lm
 from geffect.demo.config import QUICK
 from geffect.demo.corpus import UNKNOWN, Size, generate
+from geffect.demo.data import Data
 from geffect.demo.edits import EDITS
 from geffect.demo.findings import KEEPING, shares
 from geffect.demo.hiding import HIDING
 from geffect.demo.jobs import KINDS, Editing, Kept, Probing, Training, Unlearning
+from geffect.demo.levels import Rising
+from geffect.demo.measures import measure
 from geffect.demo.methods import (
     EQUAL,
     FEW,
@@ -34,7 +37,7 @@ from geffect.demo.methods import (
 )
 from geffect.demo.plan import Plan
 from geffect.demo.study import claim, run_study, whole
-from geffect.demo.unlearning import Data, Rising, measure, unlearn
+from geffect.demo.unlearning import unlearn
 from geffect.demo.workers import Job, Say
 from geffect.edits import CATALOGUE, named, options_of
 from tests.utils.subject import TINY

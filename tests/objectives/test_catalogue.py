@@ -16,9 +16,10 @@ from geffect import Recorder, Rectifier, open_run
 from geffect.checkpoints.replay import replay
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
+from geffect.demo.data import Data
 from geffect.demo.methods import FEW, METHODS, VARIANTS, RunSpec
 from geffect.demo.plan import Plan
-from geffect.demo.unlearning import Data, unlearn
+from geffect.demo.unlearning import unlearn
 from geffect.objectives import (
     CATALOGUE,
     KL,

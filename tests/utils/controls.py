@@ -22,7 +22,7 @@ from geffect.audit.verdict import Verdict
 from geffect.demo import language_model as lm
 from geffect.demo.config import FULL, EmbeddedConfig
 from geffect.demo.corpus import Corpus, generate
-from geffect.demo.unlearning import Data
+from geffect.demo.data import Data
 from geffect.objectives import FrozenModel, SharedForward, named
 
 RATE = 3e-4

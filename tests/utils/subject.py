@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from geffect.demo.config import EmbeddedConfig, UnlearningConfig
 from geffect.demo.corpus import Size, generate
-from geffect.demo.unlearning import Data
+from geffect.demo.data import Data
 
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=8),
