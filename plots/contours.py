@@ -18,7 +18,7 @@ from geffect.sources import FORGET, RETAIN
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import constants, once_only, require, require_names
+from .fit import constants, once_only, require, require_names, seed_in
 from .frames import LINEAR_SHARE, Frame
 from .inks import QUIET
 from .legends import key
@@ -39,7 +39,8 @@ def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     """Effect on the retain risk over effect on the forget risk: points, and lines of equal density.
 
     - `table`: `sample`, `risk` ("forget" and "retain") and `value`, as
-      `geffect.analysis.instances` gives them. Optional: `weight`, one for each sample, and `step`.
+      `geffect.analysis.instances` gives them. Optional: `weight`, one for each sample, `step`
+      and `seed`.
     - `ax`, `cmap`, `xlim`, `ylim`, `title`, keywords of a scatter: see
       `geffect.plots.conventions`.
 
@@ -48,7 +49,8 @@ def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
 
     Each range of weights has a colour, a darker one for larger weights; without the column
     `weight` there is one colour. A range of few samples has points alone. Samples that an objective
-    should weigh most lie on the left (forgetting) and not below zero (damage). Steps are pooled.
+    should weigh most lie on the left (forgetting) and not below zero (damage). Steps and seeds are
+    pooled.
 
     >>> import numpy as np
     >>> from matplotlib.figure import Figure
@@ -90,7 +92,7 @@ def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each sample and step, with both effects as columns."""
-    place = [column for column in ("step", "sample") if column in table]
+    place = [column for column in (*seed_in(table), "step", "sample") if column in table]
     once_only(table, [*place, "risk"])
     given = [*place, *(["weight"] if "weight" in table else [])]
     advice = "Pass directions of both to geffect.analysis.instances."

@@ -78,13 +78,24 @@ DEPTH: Colormap = mpl.colormaps["viridis"]
 def inks(names: Sequence[str]) -> dict[str, Ink]:
     """An ink a name: its own where it has one, else the spare ones in turn.
 
-    Where these run out, their colours come again with other dashes.
+    Where these run out, names that begin alike, such as "NPO, beta 0.1" and "NPO, beta 0.5", share
+    a colour and have dashes of their own. Else colours come again with other dashes.
 
     >>> inks(["unlearning", "alpha 1"])["alpha 1"] == SPARE[0]
     True
     """
+    others = [name for name in names if name not in NAMED]
+    families: dict[str, list[str]] = {}
+    for name in others:
+        family = name.partition(", ")[0] if len(others) > len(SPARE) else name
+        families.setdefault(family, []).append(name)
     turns = ((ink, turn) for turn in count() for ink in SPARE)
-    return {name: NAMED[name] if name in NAMED else _turned(*next(turns)) for name in names}
+    found = {
+        name: _turned(ink, turn + place)
+        for own, (ink, turn) in zip(families.values(), turns, strict=False)
+        for place, name in enumerate(own)
+    }
+    return {name: NAMED[name] if name in NAMED else found[name] for name in names}
 
 
 def _turned(ink: Ink, turns: int) -> Ink:

@@ -31,7 +31,7 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     >>> table = pd.DataFrame({"setting": ["GA", "NPO"], "metric": "forget quality",
     ...                       "value": [0.01, 0.72]})
     >>> [text.get_text() for text in metrics(table).axes[0].texts]
-    ['forget\\nquality', 'GA', '0.01', 'NPO', '0.72']
+    ['forget\\nquality', 'GA', '0.0100', 'NPO', '0.720']
     """
     require(table, ["setting", "metric", "value"])
     once_only(table, ["setting", "metric", *seed_in(table)])
@@ -82,7 +82,8 @@ def _said(values: pd.Series) -> str:
     if known.empty:
         return NOTHING
     ends = f"\n{known.min():.2g}\N{EN DASH}{known.max():.2g}" if len(known) > 1 else ""
-    return f"{known.mean():.3g}{ends}"
+    # With zeros at the end: numbers below one another are as long.
+    return f"{known.mean():#.3g}".rstrip(".") + ends
 
 
 def _lines(text: str) -> int:

@@ -4,6 +4,8 @@ Effects are score tables of `geffect.analysis.g_effect`, of one block, below one
 `setting`, such as "beta 0.1" (`geffect.scores.stack`). `geffect figures --paper` makes them all.
 """
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -55,7 +57,7 @@ def figure_4(table: pd.DataFrame) -> Figure:
 
 def figure_5a(table: pd.DataFrame) -> Figure:
     """A figure of the mean weight that NPO gives its samples, a line for each beta."""
-    return _alone(trajectory, table)
+    return _alone(trajectory, table, title="NPO")
 
 
 def figure_5b(table: pd.DataFrame) -> Figure:
@@ -85,7 +87,7 @@ def regularisers(table: pd.DataFrame) -> Figure:
 
 def inverse_confidence(table: pd.DataFrame) -> Figure:
     """A figure of the mean of 1/p over the steps, a line for each setting."""
-    figure = _alone(trajectory, table)
+    figure = _alone(trajectory, table, title="")
     (ax,) = figure.axes
     log_scale(ax)
     ax.set_ylim(bottom=0.8)  # no 1/p is below 1
@@ -102,5 +104,5 @@ def _by_setting(table: pd.DataFrame, title: str) -> Figure:
     return facets(table, trajectory, "setting", title="" if alone else title)
 
 
-def _alone(plot: Draws, table: pd.DataFrame) -> Figure:
-    return figure_of(plot(table))
+def _alone(plot: Draws, table: pd.DataFrame, **how: Any) -> Figure:
+    return figure_of(plot(table, **how))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,8 +54,9 @@ class PaperFigure:
     - `needs`: the runs in words.
     - `table`: what is drawn of one run. Raises ValueError for a run that lacks it.
     - `told`: the options that name a setting, whether or not its runs differ in them.
-    - `several`: whether it shows all such runs, else the first.
+    - `beside`: whether a run may stand beside the first one that has a table.
     - `mixed`: whether runs with a regulariser stand beside those without.
+    - `over_seeds`: what it shows of several seeds, in words.
     """
 
     name: str
@@ -64,8 +65,9 @@ class PaperFigure:
     needs: str
     table: Callable[["Run"], "pd.DataFrame"]
     told: Sequence[str] = ()
-    several: bool = True
+    beside: Callable[["Setting", "Setting"], bool] = lambda first, other: True
     mixed: bool = False
+    over_seeds: str = "mean and range of the seeds of a setting"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Made:
             return f"{self.figure.name}: not made: {self.why}"
         less = "".join(f"; not of {file}: {why}" for file, why in self.left_out.items())
         files = ", ".join(given.file for given in self.runs)
-        pooled = "" if SEED not in self.table else ", mean and range of the seeds of a setting"
+        pooled = f", {self.figure.over_seeds}" if SEED in self.table else ""
         return f"{self.figure.name}: {self.figure.shows}{pooled}, from {files}{less}"
 
 
@@ -175,12 +177,12 @@ def figures() -> list[PaperFigure]:
     return [
         PaperFigure(
             "figure-1", "the half-spaces of both effects", lambda own: True,
-            "a run", _angles, several=False,
+            "a run", _angles, beside=_never,
         ),
         PaperFigure("figure-3a", "effects of GA", _is("GA"), "a run of GA", _effects),
         PaperFigure(
             "figure-3b", "effects of GA by group of layers", _is("GA"), "a run of GA",
-            _groups, several=False,
+            _groups, beside=_another_seed,
         ),
         PaperFigure(
             "figure-3c", "effects of WGA by alpha", _is("WGA"), "a run of WGA", _effects, ("alpha",)
@@ -194,7 +196,8 @@ def figures() -> list[PaperFigure]:
         ),
         PaperFigure(
             "figure-5b", "effects of each sample by its weight under NPO", _is("NPO"),
-            "a run of NPO", _samples, several=False,
+            "a run of NPO", _samples, ("beta",), beside=_another_seed,
+            over_seeds="seeds pooled",
         ),
         PaperFigure(
             "figure-5c", "effects of TNPO by beta", _is("TNPO"), "a run of TNPO", _effects,
@@ -223,6 +226,16 @@ def _is(objective: str) -> Callable[["Setting"], bool]:
     return lambda own: own.objective == objective
 
 
+def _never(first: "Setting", other: "Setting") -> bool:
+    return False
+
+
+def _another_seed(first: "Setting", other: "Setting") -> bool:
+    """Whether two runs differ in their seeds, and in nothing else that their files tell."""
+    seeds = (first.seed, other.seed)
+    return None not in seeds and replace(first, seed=None) == replace(other, seed=None)
+
+
 def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
     """The figure from those of the runs that are of its kind."""
     of_kind = [one for one in given if figure.wants(one.setting)]
@@ -234,20 +247,17 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
     tables: list[tuple[Given, pd.DataFrame]] = []
     lacking = {}
     for one in wanted:
+        if tables and not figure.beside(tables[0][0].setting, one.setting):
+            continue
         try:
             tables.append((one, figure.table(one.run)))
         except ValueError as error:
             lacking[one.file] = str(error)
-            continue
-        if not figure.several:
-            break
     if not tables:
         (file, why), *others = lacking.items()
         and_more = f" So do {len(others)} more." if others else ""
         return Made(figure, why=f"{file}: {why}{and_more}")
     runs = [one for one, _ in tables]
-    if not figure.several:
-        return Made(figure, runs, tables[0][1], left_out=lacking)
     return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
 
 

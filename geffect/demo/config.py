@@ -73,6 +73,10 @@ class SubjectConfig(Protocol):
         """How it is made to forget."""
 
     @property
+    def layers(self) -> int | None:
+        """How many it has; None where that is known only when it is loaded."""
+
+    @property
     def described(self) -> str:
         """What it is and how it learns, for a report."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
 FOLDER = "paper"
 """Where a study keeps these runs and their figures."""
 
+LAYER = "layer"
+
 RUNS: tuple[tuple[str, Mapping[str, float]], ...] = (
     ("ga", {}),
     *(("wga", {"alpha": alpha}) for alpha in (0.5, 1.0, 2.0)),
     *(("npo", {"beta": beta}) for beta in (0.05, 0.1, 0.5)),
     *(("tnpo", {"beta": beta}) for beta in (1.0, 4.0)),
     ("po", {}),
-    *(("rmu", {"layer": layer, "coefficient": 2.0}) for layer in (1 / 3, 2 / 3)),
-    ("rmu", {"layer": 1 / 3, "coefficient": 20.0}),
+    *(("rmu", {LAYER: layer, "coefficient": 2.0}) for layer in (1 / 3, 2 / 3)),
+    ("rmu", {LAYER: 1 / 3, "coefficient": 20.0}),
     *((f"ga+{regulariser}", {}) for regulariser in ("gd", "kl", "rr")),
 )
 """The objectives and the options that are set apart from their defaults."""
@@ -144,10 +147,23 @@ def metrics(model: "PreTrainedModel", data: "Data") -> dict[str, Any]:
 
 def jobs(out: Path, plan: Plan) -> Iterator[PaperRun]:
     """The runs, of the first seed of a study."""
+    variant, studied = plan.variants["plain"], plan.studied
     for method, options in RUNS:
-        yield PaperRun(
-            out, plan.seeds[0], method, tuple(options.items()), plan.variants["plain"], plan.studied
-        )
+        own = tuple(placed(options, studied.layers).items())
+        yield PaperRun(out, plan.seeds[0], method, own, variant, studied)
+
+
+def placed(options: Mapping[str, float], layers: int | None) -> Mapping[str, float]:
+    """Options with the index of a layer for a share of them, where it is known how many there are.
+
+    It is rounded up, so that two shares are two layers in a model of two.
+
+    >>> [placed({"layer": share}, 2) for share in (1 / 3, 2 / 3)], placed({"layer": 0.5}, None)
+    ([{'layer': 1.0}, {'layer': 2.0}], {'layer': 0.5})
+    """
+    if layers is None or LAYER not in options:
+        return options
+    return {**options, LAYER: float(ceil(options[LAYER] * layers))}
 
 
 def weight(plan: Plan) -> float:

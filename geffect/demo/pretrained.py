@@ -111,6 +111,10 @@ class Pretrained:
     dtype: str = "float32"
 
     @property
+    def layers(self) -> None:
+        """Its folder may hold any model."""
+
+    @property
     def described(self) -> str:
         """What it is and how it learns, for a report."""
         return (

@@ -194,8 +194,32 @@ def test_seeds_of_one_setting_are_a_line_with_a_band(tmp_path: Path) -> None:
     reached = band.get_paths()[0].vertices
     assert {*low, *high} <= {*reached[:, 1]}
     written = [text.get_text() for text in paper.table_1(numbers.table).axes[0].texts]
-    assert "0.5\n0.25\N{EN DASH}0.75" in written
+    assert "0.500\n0.25\N{EN DASH}0.75" in written
     assert "mean and range of 2 seeds" in {text.replace("\n", " ") for text in written}
+
+
+def test_a_figure_of_one_setting_has_all_its_seeds(tmp_path: Path) -> None:
+    def runs(objective: str, **how: Any) -> list[Run]:
+        return [
+            run(tmp_path / f"{objective}{number}-{seed}.h5", objective, metadata={"seed": seed},
+                options=options, **how)
+            for number, (seed, options) in enumerate(
+                [(0, {}), (1, {}), (0, {"beta": 0.5} if objective == "npo" else {})]
+            )
+        ]  # fmt: skip
+
+    npo = runs("npo", tables={"samples": SAMPLES})
+    samples = made(*npo)["figure-5b"]
+    assert [given.file for given in samples.runs] == ["npo0-0.h5", "npo1-1.h5"]
+    assert "weight under NPO, seeds pooled, from npo0-0.h5, npo1-1.h5" in samples.said
+    (ax,) = paper.figure_5b(samples.table).axes
+    assert ax.get_title(loc="left") == "beta 0.1"
+    assert sum(len(dots.get_offsets()) for dots in ax.collections if dots.get_offsets().size) == 8
+    ga = runs("ga")[:2]
+    groups, sketch = (made(*ga)[name] for name in ("figure-3b", "figure-1"))
+    assert [given.file for given in groups.runs] == ["ga0-0.h5", "ga1-1.h5"]
+    assert all(ax.collections for ax in paper.figure_3b(groups.table).axes)
+    assert [given.file for given in sketch.runs] == ["ga0-0.h5"] and "seeds" not in sketch.said
 
 
 def test_what_is_there_is_not_replaced_unasked(folder: Path, ask: Ask, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ def test_every_figure_has_its_runs() -> None:
     assert {method for method, _ in RUNS} <= {*names()}
     found = list(jobs(Path(), Plan(quick=True)))
     assert len({job.name for job in found}) == len(found) == len(RUNS)
+    layers = {dict(job.options)["layer"] for job in found if job.method == "rmu"}
+    assert layers == {1.0, 2.0}  # of a model of two
     several = [method for method, _ in RUNS]
     assert min(several.count(method) for method in ("wga", "npo", "tnpo", "rmu")) > 1
 

@@ -79,15 +79,33 @@ def test_the_axis_of_the_inverse_confidence_is_in_plain_text() -> None:
     assert {"1", "2", "10", "20"} <= {*said}
 
 
+def test_settings_of_one_objective_share_a_colour_and_no_dashes() -> None:
+    one = tidy(
+        np.array([[3.0], [40.0]]), Score("mean of 1/p", WEIGHT), steps=np.array([0, 5]),
+        blocks=["model"], by="model",
+    )  # fmt: skip
+    options = {"WGA": "alpha", "NPO": "beta", "TNPO": "beta", "RMU": "c"}
+    names = ["GA", *(f"{of}, {option} {n}" for of, option in options.items() for n in (1, 2, 3))]
+    (ax,) = inverse_confidence(stack(dict.fromkeys(names, one), "setting")).axes
+    drawn = {line.get_label(): line for line in ax.lines if line.get_label() in names}
+    of_objective: dict[str, set[str]] = {}
+    for name, line in drawn.items():
+        of_objective.setdefault(name.partition(", ")[0], set()).add(line.get_color())
+    assert {len(colours) for colours in of_objective.values()} == {1}
+    assert len(set.union(*of_objective.values())) == len(of_objective) == 5
+    looks = {(line.get_color(), str(line._dash_pattern)) for line in drawn.values()}
+    assert len(looks) == len(names) == 13 and ax.get_title(loc="left") == ""
+
+
 def test_a_table_has_each_number_in_its_place() -> None:
     ax = metrics(measured()).axes[0]
     at = {text.get_text(): text.get_position() for text in ax.texts}
     assert {*at} == {
-        "forget\nquality", "ES", "NPO + KL, beta 0.1", "RMU, layer 2, c 2", "0.012", "-", "0.7",
+        "forget\nquality", "ES", "NPO + KL, beta 0.1", "RMU, layer 2, c 2", "0.0120", "-", "0.700",
         "0.333",
     }  # fmt: skip
-    assert at["0.012"][0] == at["0.7"][0] == at["forget\nquality"][0] < at["ES"][0] == at["-"][0]
-    assert at["0.012"][1] == at["-"][1] == at["NPO + KL, beta 0.1"][1] < at["0.333"][1]
+    assert at["0.0120"][0] == at["0.700"][0] == at["forget\nquality"][0] < at["ES"][0] == at["-"][0]
+    assert at["0.0120"][1] == at["-"][1] == at["NPO + KL, beta 0.1"][1] < at["0.333"][1]
 
 
 def test_a_pair_that_is_there_twice_is_refused() -> None:
