@@ -33,6 +33,20 @@ def check_run(run: object) -> None:
         )
 
 
+def check_steps(run: Run) -> None:
+    """Refuse a run of which there is nothing to show yet, or nothing any more.
+
+    >>> check_steps(example_run().until(-1))
+    Traceback (most recent call last):
+    ValueError: The run `example` should have a step. Found none. Record one, with resume=True.
+    """
+    check_run(run)
+    if not len(run.steps):
+        raise ValueError(
+            f"The run `{run.name}` should have a step. Found none. Record one, with resume=True."
+        )
+
+
 def summed_gram(run: Run, by: By, *, stepped_only: bool = False) -> tuple[list[str], Floats]:
     """The blocks in network order, and their Gram matrices (step, block, source, source).
 

@@ -1,6 +1,9 @@
-"""What counts as a number where an option or a weight is one."""
+"""What counts as a number where an option or a weight is one, and numbers in JSON."""
 
+import json
 import sys
+from collections.abc import Mapping
+from math import isfinite
 
 
 def is_number(value: object) -> bool:
@@ -12,3 +15,25 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
+
+
+def as_json(facts: object, indent: int | None = None) -> str:
+    """Facts as JSON, which knows neither NaN nor infinity: null stands for them.
+
+    >>> as_json({"low": float("nan"), "value": 0.1})
+    '{"low": null, "value": 0.1}'
+    """
+    return json.dumps(finite(facts), indent=indent, allow_nan=False)
+
+
+def finite(facts: object) -> object:
+    """Facts with None in the place of each NaN and infinity.
+
+    >>> finite({"low": float("nan"), "values": (0.1, float("inf"))})
+    {'low': None, 'values': [0.1, None]}
+    """
+    if isinstance(facts, Mapping):
+        return {name: finite(value) for name, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [*map(finite, facts)]
+    return None if isinstance(facts, float) and not isfinite(facts) else facts

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from geffect.numbers import finite
+
 from .geometry import Geometry
 from .verdict import Verdict
 
@@ -80,12 +82,11 @@ class AuditReport:
             "controls": None if self.controls is None else _plain(self.controls),
             "manifest": self.manifest,
         }
-        text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(finite(told), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
 
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
-    kept = table.astype(object).where(table.notna(), None)
-    return [{str(key): value for key, value in row.items()} for row in kept.to_dict("records")]
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]

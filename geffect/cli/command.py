@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from geffect.interrupts import interrupt_behind
 from geffect.near import meant
 
 from .terminal import say, terminal
@@ -148,7 +149,9 @@ class Group(TyperGroup):
         try:
             with _quiet_where_nobody_reads_on():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemError) as error:
+            if not isinstance(interrupt_behind(error, None), KeyboardInterrupt):
+                raise
             say(terminal(stderr=True), "geffect: Interrupted.")
             raise typer.Exit(130) from None
 

@@ -1,6 +1,5 @@
 """`geffect compare`: whether two runs are the same, and where they part."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from .options import Format, FormatOption
 from .selection import RunArgument
-from .terminal import say, show, terminal, write, write_table
+from .terminal import say, show, terminal, write_json, write_table
 
 SHOWN = 12
 """So many parameters are listed, those that are farthest apart."""
@@ -35,7 +34,7 @@ def command(run: RunArgument, other: OtherArgument, form: FormatOption = Format.
             show(console, ["parameter", "difference"], rows, names=["parameter"])
     elif form is Format.JSON:
         facts = {"level": found.level, "step": found.step, "layers": found.layers}
-        write(json.dumps({**facts, "sentence": found.sentence}) + "\n")
+        write_json({**facts, "sentence": found.sentence})
     else:
         write_table(found.table, form)
     raise typer.Exit(code=1 if found.level == "diverged" else 0)

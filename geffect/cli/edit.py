@@ -1,6 +1,5 @@
 """`geffect edit`: an edited copy of a checkpoint, and what the edit does to each risk."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +24,7 @@ from .options import (
     risks_of,
     written_as,
 )
-from .terminal import say, show, showing_rows, terminal, write, write_table
+from .terminal import say, show, showing_rows, terminal, write_json, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,9 +139,8 @@ def command(
         _summarise(table, told, console)
         say(console, f"The edited model in {output}, its run in {made.path}")
     elif form is Format.JSON:
-        plain = table.astype(object).where(table.notna(), None)
         facts = {"output": str(output), "run": str(made.path), "edit": told}
-        write(json.dumps({**facts, "effects": plain.to_dict("records")}) + "\n")
+        write_json({**facts, "effects": table.to_dict("records")})
     else:
         write_table(table, form)
 

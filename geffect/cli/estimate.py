@@ -1,6 +1,5 @@
 """`geffect estimate`: what recording and rectifying will take, from a configuration alone."""
 
-import json
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import FactsFormat, FactsFormatOption, choice, whole
-from .terminal import say, terminal, write
+from .terminal import say, terminal, write_json
 
 if TYPE_CHECKING:
     from geffect.costs import Estimate
@@ -128,7 +127,7 @@ def command(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if form is FactsFormat.JSON:
-        write(json.dumps(found.as_json(), indent=1) + "\n")
+        write_json(found.as_json(), indent=1)
         return
     say(terminal(), *lines(found))
 

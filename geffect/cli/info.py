@@ -1,6 +1,5 @@
 """`geffect info`: what a run file holds and where it comes from."""
 
-import json
 from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -10,7 +9,7 @@ from geffect.text import plain
 
 from .options import FactsFormat, FactsFormatOption
 from .selection import RunArgument
-from .terminal import say, terminal, write
+from .terminal import say, terminal, write_json
 
 if TYPE_CHECKING:
     from geffect.store import Run
@@ -40,7 +39,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         **_waited(opened),
     }
     if form is FactsFormat.JSON:
-        write(json.dumps(facts, indent=1) + "\n")
+        write_json(facts, indent=1)
         return
     console, room = terminal(), max(map(len, facts)) + 2
     for name, value in facts.items():

@@ -1,6 +1,5 @@
 """`geffect layers`: what each layer gains and costs, and which to train."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 from .command import Apart, check_together
 from .options import Format, FormatOption, number, whole
 from .selection import RunArgument
-from .terminal import say, show, terminal, write, write_table
+from .terminal import say, show, terminal, write_json, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,10 +48,9 @@ def command(
     check_together(ctx, RULES)
     chosen = recommended_layers(open_run(run), count=recommend, share=gain)
     if form is Format.JSON:
-        rows = json.loads(chosen.table.to_json(orient="records", double_precision=15))
         facts = {"layers": chosen.layers, "pattern": chosen.pattern, "warnings": chosen.warnings,
                  "learned": chosen.learned}  # fmt: skip
-        write(json.dumps({**facts, "table": rows}) + "\n")
+        write_json({**facts, "table": chosen.table.to_dict("records")})
         return
     if form is not Format.TABLE:
         write_table(chosen.table, form)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def main() -> None:
     Exit code 0: done; 1: it could not be done; 2: it was asked wrongly; 130: it was interrupted;
     141: nobody read on.
     """
+    _open_what_is_closed()
     _write_what_the_terminal_lacks_as_codes()
     with _warnings_on_one_line():
         code = _run()
@@ -141,6 +143,17 @@ def _warnings_on_one_line() -> Iterator[None]:
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"geffect: {plain(record.getMessage())}"
+
+
+def _open_what_is_closed() -> None:
+    """Give a stream that was closed before, as by `>&-`, a place where nothing is read or kept.
+
+    A run file that took its number would be written into by whatever prints.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            lowest = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(lowest, mode, encoding="utf-8"))
 
 
 def _write_what_the_terminal_lacks_as_codes() -> None:

@@ -1,11 +1,12 @@
 """`geffect plan`: which sets an unlearning will damage, before it is done."""
 
-import json
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from geffect.numbers import as_json
 
 from .command import Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
@@ -27,7 +28,7 @@ from .options import (
     whole,
     written_to,
 )
-from .terminal import say, show, showing_rows, terminal, write, write_table
+from .terminal import say, show, showing_rows, terminal, write_json, write_table
 
 if TYPE_CHECKING:
     from geffect.checkpoints.plan import Prediction
@@ -123,12 +124,12 @@ def command(
         show=showing_rows(console),
     )
     if output is not None:
-        output.write_text(json.dumps(_facts(found, layers=True), indent=1) + "\n", encoding="utf-8")
+        output.write_text(as_json(_facts(found, layers=True), indent=1) + "\n", encoding="utf-8")
     if form is Format.TABLE:
         _show(found, probe, console)
         say(console, MEASURED)
     elif form is Format.JSON:
-        write(json.dumps({"sets": _facts(found, layers=True), "measured": MEASURED}) + "\n")
+        write_json({"sets": _facts(found, layers=True), "measured": MEASURED})
     else:
         write_table(pd.DataFrame(_facts(found, layers=False)), form)
 

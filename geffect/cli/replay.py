@@ -1,6 +1,5 @@
 """`geffect replay`: the G-effects of checkpoints that already exist."""
 
-import json
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from math import inf
@@ -31,7 +30,7 @@ from .options import (
     whole,
     written_to,
 )
-from .terminal import say, show, showing_rows, terminal, write, write_table
+from .terminal import say, show, showing_rows, terminal, write_json, write_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -231,7 +230,7 @@ def command(
     if form is Format.TABLE:
         _summarise(facts, console)
     elif form is Format.JSON:
-        write(json.dumps(facts) + "\n")
+        write_json(facts)
     else:
         write_table(pd.DataFrame(facts["effects"]), form)
 

@@ -135,7 +135,9 @@ def table_of(
 ) -> "pd.DataFrame":
     """The table of a score of a run, with the columns `low` and `high` where `intervals` is set."""
     from geffect import analysis
+    from geffect.analysis.base import check_steps
 
+    check_steps(run)
     scored = SCORES[score]
     how: dict[str, Any] = {"by": by or scored.by}
     if BETWEEN in scored.takes:

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from geffect.numbers import as_json
 from geffect.text import lines, plain
 
 from .options import Format
@@ -106,14 +107,16 @@ def write(data: str) -> None:
     sys.stdout.write(lines(data) if sys.stdout.isatty() else data)
 
 
+def write_json(facts: object, indent: int | None = None) -> None:
+    """Write facts as data."""
+    write(as_json(facts, indent) + "\n")
+
+
 def write_table(table: "pd.DataFrame", form: Format) -> None:
     """Write a table as data: every row, and every digit of its numbers."""
     if form is Format.JSON:
         # Not pandas' own JSON, which rounds to ten decimals: early scores are smaller than that.
-        import json
-
-        rows = table.astype(object).where(table.notna(), None).to_dict("records")
-        write(f"{json.dumps(rows)}\n")
+        write_json(table.astype(object).where(table.notna(), None).to_dict("records"))
     elif form is Format.CSV:
         write(table.to_csv(index=False))
     else:

@@ -1,13 +1,12 @@
 """`geffect validate`: whether a run file is whole, and what is lost."""
 
-import json
 from dataclasses import asdict
 
 import typer
 
 from .options import FactsFormat, FactsFormatOption
 from .selection import RunArgument
-from .terminal import say, terminal, write
+from .terminal import say, terminal, write_json
 
 
 def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> None:
@@ -16,7 +15,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
 
     health = validate(run)
     if form is FactsFormat.JSON:
-        write(json.dumps({**asdict(health), "whole": health.whole}) + "\n")
+        write_json({**asdict(health), "whole": health.whole})
     else:
         console, verdict = terminal(), "whole" if health.whole else "damaged"
         say(console, f"{run}: {verdict}, {health.steps} steps")

@@ -19,7 +19,7 @@ from geffect.analysis import (
     rectification,
     violation,
 )
-from geffect.analysis.base import check_run
+from geffect.analysis.base import check_steps
 from geffect.analysis.rectified import acts, constrained
 from geffect.groups import By
 from geffect.scores import BLOCKS, blocks_of
@@ -193,7 +193,7 @@ def grid(table: pd.DataFrame) -> tuple[list[int], list[str], Numbers]:
 def opened(runs: Sequence[Run], by: By) -> list[Read]:
     """The runs of a report, each with a name that no other has."""
     for run in runs:
-        check_run(run)
+        check_steps(run)
     first, *others = map(held, runs)
     several = [
         Read(run, name, f"run-{number}", by, None if run is first else first)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -30,6 +31,8 @@ from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objecti
 from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.objectives import CATALOGUE, SimNPO
 from geffect.store import validate
+from geffect.store.writer import RunWriter
+from tests.utils import runs
 from tests.utils import shallow as tiny
 from tests.utils.command_line import Ask
 from tests.utils.pages import assert_self_contained
@@ -83,6 +86,21 @@ def test_info_as_json(ask: Ask, recorded: Path) -> None:
     assert facts["losses"] == {"objective": {"forget": -1.0}, "forget": "loss", "retain": "loss"}
     assert facts["rectifier"]["rule"] == "gru"
     assert facts["optimizer"]["class"] == "AdamW"
+
+
+def test_json_is_json_whatever_the_numbers_are(ask: Ask, tmp_path: Path) -> None:
+    rows = runs.plain_rows(4)
+    rows[1].gram[:] = np.nan
+    rows[2].gram[0] = np.inf
+    rows[3].losses[:] = -np.inf
+    path = runs.recorded(tmp_path / "odd.h5", rows)
+    read = strict(ask("scores", path, "--format", "json").out)
+    table = g_effect(open_run(path))
+    finite = np.isfinite(table["value"])
+    assert 0 < finite.sum() < len(finite)
+    assert [row["value"] for row in read] == [*table["value"].astype(object).where(finite, None)]
+    for words in (["info"], ["validate"], ["compare", path]):
+        assert strict(ask(*words[:1], path, *words[1:], "--format", "json").out)
 
 
 def test_info_tells_the_objective_with_its_options(ask: Ask, tmp_path: Path) -> None:
@@ -264,6 +282,19 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
             "noise-floor. Found it with violation",
         ),
         (["scores", "{recorded}", "--score", "magic"], 2, "magic"),
+        *[
+            (
+                [command, "{dropped}", *further],
+                1,
+                "The run `dropped` should have a step. Found none.",
+            )
+            for command, *further in (
+                ["scores"],
+                ["scores", "--format", "json"],
+                ["plot", "-o", "{picture}"],
+                ["report", "-o", "{page}"],
+            )
+        ],
         (["demo", "--seeds", "one", "--out", "{page}"], 2, "whole numbers"),
         (["plot", "{recorded}"], 2, "--output"),
         (["info"], 2, "`RUN` should be given. Found none."),
@@ -293,10 +324,13 @@ def test_refusals(
     text = tmp_path / "text.h5"
     text.write_text("no run")
     (tmp_path / "folder.html").mkdir()
+    dropped = runs.recorded(tmp_path / "dropped.h5", runs.plain_rows(2))
+    RunWriter(dropped, runs.PARAMETERS, resume=True, drop_after=-1).close(complete=True)
     places = {
         "recorded": recorded, "unwatched": unwatched, "text": text,
         "nothing": tmp_path / "nothing.h5", "page": tmp_path / "page.html",
-        "folder": tmp_path / "folder.html",
+        "folder": tmp_path / "folder.html", "dropped": dropped,
+        "picture": tmp_path / "picture.png",
     }  # fmt: skip
     said = ask(*(argument.format(**places) for argument in arguments))
     assert (said.code, said.out) == (code, "")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from geffect.cli.main import app
+from geffect.cli.main import app, main
 from geffect.cli.objectives import CommandOfObjectives
 from tests.utils.command_line import answering
 
@@ -51,6 +51,54 @@ def test_help_has_a_short_name(subcommand: str) -> None:
     assert (short.exit_code, short.output) == (0, long.output)
     assert f"Usage: geffect {subcommand}" in short.output
     assert "COMMAND" not in short.output.partition("\n")[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has another shell")
+@pytest.mark.parametrize(
+    ("words", "closed", "code", "says"),
+    [
+        ("info {run}", ">&-", 0, ""),
+        ("scores {run} --format tsv", ">&- 2>&- <&-", 0, ""),
+        ("--version", ">&-", 0, ""),
+        ("info nothing.h5", "2>&-", 1, ""),
+        ("info {run}", "<&-", 0, "sources"),
+        ("info {run}", ">/dev/full", 1, "should be there for reading or writing. Found: No space"),
+    ],
+)
+def test_a_stream_that_is_closed_or_full(
+    recorded: Path, words: str, closed: str, code: int, says: str
+) -> None:
+    asked = f"{sys.executable} -m geffect {words.format(run=recorded)} {closed}"
+    ended = subprocess.run(["sh", "-c", asked], capture_output=True, text=True, check=False)
+    said = ended.stdout + ended.stderr
+    assert (ended.returncode, "Traceback" in said, says in said) == (code, False, True)
+    assert said == "" or says
+
+
+def test_no_file_takes_the_number_of_a_closed_stream() -> None:
+    script = """
+import os, sys
+from geffect.cli.main import _open_what_is_closed
+_open_what_is_closed()
+number = os.open(sys.executable, os.O_RDONLY)
+sys.exit(number if number > 2 else 0)
+"""
+    asked = [sys.executable, "-c", script]
+    ended = subprocess.run(["sh", "-c", '"$0" "$@" >&- 2>&- <&-', *asked], check=False)
+    assert ended.returncode > 2
+
+
+def test_an_interrupt_of_which_c_code_made_an_error_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: str) -> None:
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr("geffect.open_run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["geffect", "info", "a.h5"])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "geffect: Interrupted.\n"
 
 
 def test_an_interrupt_while_options_are_read_is_told(
