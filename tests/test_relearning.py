@@ -238,7 +238,7 @@ def test_half_precision_moves_in_float32() -> None:
 def test_the_copy_may_lie_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the device is waited for once for each tensor that leaves it."""
     # The device of these tests has the name of one that parameters cannot move on.
-    monkeypatch.setattr("geffect.relearning.check_can_relearn", lambda m: [*m.parameters()])
+    monkeypatch.setattr("geffect.relearning.at_copy.check_can_relearn", lambda m: [*m.parameters()])
     models = [Spread(3) for _ in range(3)]
     ends, counts = [], []
     for model, device in zip(models, (None, None, "cpu"), strict=True):
