@@ -1,10 +1,12 @@
 """Hooks that are registered and removed in one way: none stays where it was registered."""
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakMethod
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -79,6 +81,37 @@ class Hooks:
                 for key in ours:
                     hooks.pop(key, None)
             del self._noted[0]
+
+
+@contextmanager
+def without_forward_hooks(model: nn.Module) -> Iterator[None]:
+    """A block in which forwards call no hooks, neither those of the modules nor those of all.
+
+    >>> model = nn.Linear(2, 1)
+    >>> _ = model.register_forward_hook(lambda *_: print("called"))
+    >>> with without_forward_hooks(model):
+    ...     _ = model(torch.ones(2))
+    >>> _ = model(torch.ones(2))
+    called
+    """
+    owners = [*map(vars, model.modules()), vars(nn.modules.module)]
+    hidden = [
+        (owner, name, hooks)
+        for owner in owners
+        for name, hooks in owner.items()
+        if name.endswith(("forward_hooks", "forward_pre_hooks")) and hooks
+    ]
+
+    def put_back() -> None:
+        for owner, name, hooks in hidden:
+            owner[name] = hooks
+
+    try:
+        for owner, name, _ in hidden:
+            owner[name] = OrderedDict()  # hooks that are removed meanwhile are found in the others
+        yield
+    finally:
+        to_the_end(put_back)
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of
 
 from .alignment import predicts_next, unwrapped
 from .packing import check_apart
+from .unseen import check_unseen
 
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,7 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels = _predicted(model, batch, predicts_next(model))
     inputs = inputs_of(model, batch)
+    check_unseen(unwrapped(model), labels, inputs)
     if is_packed(batch):
         check_apart(unwrapped(model), batch, inputs)
     logits = getattr(model(**inputs), "logits", None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from geffect.batch import TOLD_BY, Batch, texts_in
 
-from .undisturbed import undisturbed
+from .dependence import change, kind_of
 
 _APART: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
 """Models that were seen to keep texts apart, with the kinds of inputs that they had."""
@@ -24,32 +24,22 @@ def check_apart(model: Any, batch: Batch, inputs: Mapping[str, Any]) -> None:
     """
     if not isinstance(model, nn.Module) or "input_ids" not in inputs:
         return
-    known, kind = _APART.setdefault(model, set()), _kind(model, inputs)
+    known = _APART.setdefault(model, set())
+    # Kernels for rows without padding go by positions where there is one row alone.
+    kind = kind_of(model, inputs), len(inputs["input_ids"]) == 1
     if kind in known:
         return
     ids, texts = inputs["input_ids"], texts_in(batch).to(inputs["input_ids"].device)
     last = texts == texts.amax(dim=1, keepdim=True)
     other = torch.where(ids == ids.max(), ids.min(), ids.max())
-    with undisturbed(model), torch.no_grad():
-        before = model(**inputs).logits
-        after = model(**{**inputs, "input_ids": ids.where(last, other)}).logits
-    change = (after - before)[last].abs().max()
-    if change > torch.finfo(before.dtype).eps ** 0.5 * before.abs().max():
+    found = change(model, inputs, "input_ids", ids.where(last, other), last)
+    if found:
         raise ValueError(
             f"`{type(model).__name__}` should keep the texts of a packed row apart. Found that "
-            f"logits change by {change:.2g} with the tokens of another of its "
+            f"logits change by {found:.2g} with the tokens of another of its "
             f"{int(texts.max()) + 1} texts, told apart by {TOLD_BY}. "
             "Pass a text a row, padded as `geffect.data.collate.collate` does it; or pass "
             "`position_ids` that begin anew, without an `attention_mask` that joins the texts."
         )
-    if "attention_mask" not in inputs:
+    if found is not None and "attention_mask" not in inputs:
         known.add(kind)
-
-
-def _kind(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[object, ...]:
-    """What decides whether texts are kept apart: the inputs, the kernel, and if rows are several.
-
-    Kernels for rows without padding go by positions where there is one row alone.
-    """
-    kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return frozenset(inputs), kernel, len(inputs["input_ids"]) == 1

@@ -140,7 +140,7 @@ class _Numbers(nn.Module):
         self.whole, self.gain = whole, nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        weighed = (x * self.gain).mean()
+        weighed = (x[:, 0] * self.gain).mean()  # no token after the first is told
         return weighed.gt(0).long() if self.whole else weighed
 
 

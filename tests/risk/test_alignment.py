@@ -1,6 +1,7 @@
 """Which label a position predicts, and the models that are refused."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import (
     BertForMaskedLM,
     BertForTokenClassification,
     BertLMHeadModel,
+    CpmAntConfig,
+    CpmAntForCausalLM,
     ElectraConfig,
     ElectraForCausalLM,
     FlaubertConfig,
@@ -23,6 +26,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     XLMConfig,
     XLMWithLMHeadModel,
     XLNetConfig,
@@ -30,7 +35,7 @@ from transformers import (
 )
 
 from geffect.objectives import SharedForward
-from geffect.risk import nll, predicts_next
+from geffect.risk import nll, predicts_next, token_log_probabilities
 from tests.utils import shallow as tiny
 
 SMALL: dict[str, Any] = {
@@ -119,3 +124,274 @@ def test_the_model_inside_of_a_wrapper_is_what_counts(wrapper: str) -> None:
     assert not predicts_next(wrapped(tiny.t5()))
     with pytest.raises(ValueError, match="Found `BertForMaskedLM`"):
         predicts_next(wrapped(REFUSED["masked"]()))
+
+
+class Encoder(nn.Module):
+    """A transformer of torch's own, whose mask may have been forgotten."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+        self.embed, self.head = (
+            nn.Embedding(tiny.VOCABULARY, 16), nn.Linear(16, tiny.VOCABULARY),
+        )  # fmt: skip
+        self.body = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        mask = nn.Transformer.generate_square_subsequent_mask(input_ids.shape[1])
+        x = self.body(self.embed(input_ids), src_mask=mask if self.masked else None)
+        return SimpleNamespace(logits=self.head(x))
+
+
+class Translator(nn.Module):
+    """An encoder-decoder of torch's own, whose mask may have been forgotten."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.config, self.masked = SimpleNamespace(is_encoder_decoder=True), masked
+        self.embed = nn.Embedding(tiny.VOCABULARY, 16)
+        self.body = nn.Transformer(16, 2, 1, 1, 24, batch_first=True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+    ) -> SimpleNamespace:
+        if decoder_input_ids is None:
+            decoder_input_ids = begun(labels)
+        mask = nn.Transformer.generate_square_subsequent_mask(decoder_input_ids.shape[1])
+        asked = self.embed(decoder_input_ids)
+        x = self.body(self.embed(input_ids), asked, tgt_mask=mask if self.masked else None)
+        return SimpleNamespace(logits=x @ self.embed.weight.T)
+
+
+class Drops(nn.Module):
+    """Experts of limited capacity, for which the tokens of all rows come one after the other."""
+
+    def __init__(self, *, by_position: bool) -> None:
+        super().__init__()
+        self.by_position = by_position
+        self.embed, self.router = nn.Embedding(tiny.VOCABULARY, 16), nn.Linear(16, 2)
+        self.experts = nn.ModuleList(nn.Linear(16, tiny.VOCABULARY) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        flat = (x.transpose(0, 1) if self.by_position else x).flatten(0, 1)
+        whose, logits = self.router(flat).argmax(dim=-1), []
+        for i, expert in enumerate(self.experts):
+            mine = whose == i
+            fits = mine & (mine.cumsum(dim=0) <= 6)
+            logits.append(expert(flat) * fits[:, None])
+        rows, length = input_ids.shape
+        shape = (length, rows, -1) if self.by_position else (rows, length, -1)
+        found = torch.stack(logits).sum(dim=0).view(shape)
+        return SimpleNamespace(logits=found.transpose(0, 1) if self.by_position else found)
+
+
+def begun(labels: torch.Tensor) -> torch.Tensor:
+    """What a decoder is told: the labels, each one place later."""
+    return nn.functional.pad(labels[:, :-1].clamp(min=0), (1, 0), value=1)
+
+
+SEEING = {
+    "a mask that was forgotten": (lambda: Encoder(masked=False), tiny.batch),
+    "questions that go both ways, of which none was told": (
+        lambda: CpmAntForCausalLM(
+            CpmAntConfig(
+                vocab_size=tiny.VOCABULARY, hidden_size=16, num_attention_heads=2, dim_head=8,
+                dim_ff=24, num_hidden_layers=1, prompt_length=2, prompt_types=4, segment_types=4,
+            )
+        ),
+        lambda seed: {k: x for k, x in tiny.batch(seed).items() if k != "attention_mask"},
+    ),
+    "a mask of a decoder that was forgotten": (lambda: Translator(masked=False), tiny.translation),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_model_that_sees_the_token_it_is_asked_for_is_refused(name: str) -> None:
+    make, batch = SEEING[name]
+    torch.manual_seed(0)
+    model = make()
+    says = rf"`{type(model).__name__}` should predict each token unseen.* Found that its logits"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=says):
+            nll(model, batch(0))
+
+
+def counted(model: nn.Module) -> list[bool]:
+    """Whether gradients are enabled, in each forward of the model."""
+    calls: list[bool] = []
+    forward = model.forward
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return forward(*args, **kwargs)
+
+    model.forward = called
+    return calls
+
+
+def test_a_model_that_does_not_see_it_is_run_twice_more_and_once_afterwards() -> None:
+    model = Encoder(masked=True)
+    calls = counted(model)
+    nothing = tiny.batch(0)
+    nothing["labels"] = torch.full_like(nothing["labels"], -100)
+    token_log_probabilities(model, nothing)  # which proves nothing, and is not run twice
+    assert calls == [True]
+    nll(model, tiny.batch(0))
+    nll(model, tiny.batch(0))
+    assert calls == [True, False, False, True, True]
+
+
+def test_hooks_see_the_forwards_that_were_asked_for() -> None:
+    model, seen = Encoder(masked=True), []
+
+    def note(*_: Any) -> None:
+        seen.append(torch.is_grad_enabled())
+
+    handles = [
+        register(note)
+        for register in (
+            model.embed.register_forward_hook,
+            model.body.register_forward_pre_hook,
+            nn.modules.module.register_module_forward_hook,
+        )
+    ]
+    calls = counted(model)
+    nll(model, tiny.batch(0))
+    for handle in handles:
+        handle.remove()
+    assert calls == [False, False, True]
+    assert len(seen) > 3 and all(seen)
+    assert not (model.embed._forward_hooks or nn.modules.module._global_forward_hooks)
+
+
+def test_a_model_that_hooks_make_causal_is_looked_at_with_them() -> None:
+    def mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        causal = nn.Transformer.generate_square_subsequent_mask(args[0].shape[1])
+        return args, {**kwargs, "src_mask": causal}
+
+    torch.manual_seed(0)
+    model, expected = Encoder(masked=False).eval(), Encoder(masked=True).eval()
+    model.body.register_forward_pre_hook(mask, with_kwargs=True)
+    own = nll(model, tiny.batch(0))
+    expected.load_state_dict(model.state_dict())
+    assert torch.equal(own, nll(expected, tiny.batch(0)))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_model_that_runs_by_its_hooks_alone_is_looked_at_with_them(masked: bool) -> None:
+    torch.manual_seed(0)
+    model = Encoder(masked=masked)
+    model.embed.register_forward_hook(lambda _, args, states: states.view(*args[0].shape, 16))
+    embed = model.embed.forward
+    model.embed.forward = lambda ids: embed(ids).flatten()
+    if masked:
+        assert nll(model, tiny.batch(0)).isfinite()
+    else:
+        with pytest.raises(ValueError, match="should predict each token unseen"):
+            nll(model, tiny.batch(0))
+
+
+def test_a_decoder_is_looked_at_by_its_inputs_too() -> None:
+    batch = tiny.translation(0)
+    for inputs in (batch, {**batch, "decoder_input_ids": begun(batch["labels"])}):
+        nll(Translator(masked=True), inputs)
+        with pytest.raises(ValueError, match="should predict each token unseen"):
+            nll(Translator(masked=False), inputs)
+
+
+def prefixed(seed: int) -> dict[str, torch.Tensor]:
+    """Questions whose tokens see each other, before answers that do not."""
+    batch = tiny.batch(seed)
+    return {**batch, "token_type_ids": (batch["labels"] != -100).long()}
+
+
+def paligemma() -> nn.Module:
+    parts = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    text = {**parts, "model_type": "gemma", "vocab_size": tiny.VOCABULARY, "head_dim": 8}
+    sight = {**parts, "model_type": "siglip_vision_model", "image_size": 8, "patch_size": 4}
+    config = PaliGemmaConfig(
+        text_config={**text, "num_key_value_heads": 1}, vision_config=sight, projection_dim=16,
+        image_token_index=tiny.VOCABULARY - 1,
+    )  # fmt: skip
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def test_a_prefix_language_model_is_told_what_is_a_question() -> None:
+    torch.manual_seed(0)
+    model, batch = paligemma(), prefixed(0)
+    expected = model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+    own = nn.functional.cross_entropy(
+        expected[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
+    torch.testing.assert_close(nll(model, batch), own)
+    del batch["token_type_ids"]
+    with pytest.raises(ValueError, match="such as `token_type_ids`"):
+        nll(model, batch)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("by_position", [False, True])
+def test_rows_that_meet_in_experts_are_no_tokens_that_are_seen(
+    by_position: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    assert nll(Drops(by_position=by_position), tiny.batch(seed, rows=4)).isfinite()
+
+
+class Padded(nn.Module):
+    """Padding sees all tokens, as kernels let it where a mask leaves it nothing else to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(tiny.VOCABULARY, 16), nn.Linear(16, tiny.VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        seen = x.where(attention_mask[..., None] > 0, x.mean(dim=1, keepdim=True))
+        return SimpleNamespace(logits=self.head(seen))
+
+
+def test_what_padding_sees_is_nothing_that_is_asked() -> None:
+    torch.manual_seed(0)
+    batch = tiny.batch(0)
+    batch["attention_mask"][:, :3] = 0
+    for first in (3, 4):  # asked of padding, and of the first token
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :first] = -100
+        assert nll(Padded(), batch).isfinite()
+
+
+@pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_that_are_never_said_hide_nothing(never: float) -> None:
+    torch.manual_seed(0)
+
+    class Masked(Encoder):
+        def forward(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+            logits = super().forward(*args, **kwargs).logits
+            return SimpleNamespace(logits=logits + torch.tensor([0.0] * 21 + [never] * 2))
+
+    batch = tiny.batch(0)
+    batch["labels"] = batch["labels"].where(batch["labels"] < 21, -100)
+    assert nll(Masked(masked=True), batch).isfinite()
+    with pytest.raises(ValueError, match="should predict each token unseen"):
+        nll(Masked(masked=False), batch)
+
+
+def test_the_look_leaves_no_trace() -> None:
+    model = Encoder(masked=True).train()  # with dropout
+    state = torch.get_rng_state()
+    nll(model, tiny.batch(0)).backward()
+    ends = torch.get_rng_state(), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.set_rng_state(state)
+    nll(model, tiny.batch(0)).backward()  # which is not looked at again
+    assert torch.equal(torch.get_rng_state(), ends[0])
+    assert all(map(torch.equal, (p.grad for p in model.parameters()), ends[1]))

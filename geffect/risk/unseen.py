@@ -1,0 +1,74 @@
+"""Whether a model is told a token before it is asked for it."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geffect.batch import IGNORED
+
+from .dependence import change, is_in_parts, kind_of
+
+_UNSEEN: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
+"""Models that were seen to predict tokens unseen, with the kinds of inputs that they had."""
+
+
+def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Refuse a model whose logits for a token change with that token, or with those behind.
+
+    Found out by running it twice, once for each model and kind of inputs, with another end of one
+    answer. No name and no configuration tells it of all models: a mask may be forgotten, or be made
+    of inputs that are not there. Only one changes, since rows meet in experts of limited capacity.
+
+    - `labels`: those that the model predicts.
+    """
+    name = next((n for n in ("labels", "decoder_input_ids", "input_ids") if n in inputs), None)
+    if not isinstance(model, nn.Module) or name is None:
+        return
+    known, kind = _UNSEEN.setdefault(model, set()), kind_of(model, inputs)
+    if kind in known:
+        return
+    tokens = inputs[name]
+    mask = inputs.get("attention_mask" if name == "input_ids" else "decoder_attention_mask")
+    before, asked = _halves(labels.to(tokens.device), mask)
+    if not (asked.any() or is_in_parts(model)):
+        return  # which proves nothing; the next batch is looked at
+    # What is no label as such is told one place later than it is asked for.
+    told = F.pad(asked, (int(name != "labels"), 0))[:, : tokens.shape[-1]]
+    if told.shape != tokens.shape:
+        return  # which is refused where the logits are looked at
+    # One token for all, since a model without positions may not tell two that have changed places.
+    other, last = tokens.clone(), tokens[told][-1:]
+    other[told] = last.where((tokens[told] != last).any(), (last - 1).abs())
+    found = change(model, inputs, name, other, before)
+    if found:
+        raise ValueError(
+            f"`{type(model).__name__}` should predict each token unseen, as a causal model does. "
+            f"Found that its logits change by {found:.2g} with the tokens that they are to predict "
+            "and those behind. Load a causal model, or make this one causal: by a mask, by "
+            "`is_decoder=True` in its config, or by the inputs that tell it what is a question, "
+            "such as `token_type_ids`."
+        )
+    if found is not None:
+        known.add(kind)
+
+
+def _halves(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of the longest answer the places up to its second half, and those that ask for the latter.
+
+    Nothing is asked of padding, which kernels let see all tokens where it has nothing else to see.
+
+    >>> _halves(torch.tensor([[-100, 5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1, 1]]))
+    (tensor([[False,  True,  True,  True, False]]), tensor([[False, False, False,  True,  True]]))
+    """
+    read = torch.ones_like(labels, dtype=torch.bool)
+    if mask is not None and mask[:, : labels.shape[1]].shape == labels.shape:
+        read = mask[:, : labels.shape[1]].to(labels.device, torch.bool)
+    asked = read & (labels != IGNORED)
+    row = torch.arange(len(asked), device=asked.device) == asked.sum(dim=1).argmax()
+    read, asked = read & row[:, None], asked & row[:, None]
+    so_far, half = asked.cumsum(dim=1), asked.sum() // 2
+    return read & (so_far - asked.long() <= half), asked & (so_far > half)
