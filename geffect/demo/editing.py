@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def edited(subject: Subject, studied: StudiedEdit, level: float, path: Path) -> 
     """
     model, data = subject.model, subject.data
     edit = named(studied.edit, studied.options)
-    varied, before = _varied(subject, studied, edit)
+    varied, of_other = _varied(subject, studied, edit)
     known = FrozenModel.copied(model)
     forgetting = varied.reaching(_forget_nll(data), level=level, between=studied.between)
     disruption = varied.reaching(
@@ -73,59 +74,68 @@ def edited(subject: Subject, studied: StudiedEdit, level: float, path: Path) -> 
         "at_level": at_level,
         "at_es": None,
         "at_disruption": at_disruption,
-        "before": before,
+        **of_other,
         "options": {**options_of(edit), studied.strength: None},
         "curve": _curve(varied, subject, forgetting),
         "g_effects": None if chosen.value is None else on_common_scales(path),
     }
 
 
-def learned(subject: Subject, lesson: Lesson) -> PreTrainedModel:
-    """A copy of the model after some steps of AdamW on an objective."""
+def learned(subject: Subject, lesson: Lesson) -> tuple[PreTrainedModel, float | None]:
+    """A copy of the model after some steps of AdamW on an objective.
+
+    And which part of the coordinates a step is on, their mean, where a mask chooses them.
+    """
     student = copy.deepcopy(subject.model)
     objective = as_objective(lesson.objective).begin(student)
     reference = None if objective.reference == "none" else FrozenModel.copied(subject.model)
     parameters = list(trainable(student).values())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = subject.data.draws(subject.config.sizes(("retain",)), objective.sides)
+    stepped = []
     for _ in range(lesson.steps):
         optimizer.zero_grad()
         objective(SharedForward(student), next(batches), reference).backward()
         if lesson.masked:
-            _mask(parameters)
+            stepped.append(_mask(parameters))
         optimizer.step()
         objective.advance()
     optimizer.zero_grad()
-    return student
+    return student, fmean(stepped) if stepped else None
 
 
-def _mask(parameters: Sequence[torch.Tensor]) -> None:
-    """SSU's mask of the gradients."""
+def _mask(parameters: Sequence[torch.Tensor]) -> float:
+    """SSU's mask of the gradients; which part of all coordinates it leaves."""
     select, gradients = SaliencyMask(c=1.0), [parameter.grad for parameter in parameters]
     threshold = select.threshold(gradients, lambda index: None, torch.Generator())
+    left = 0
     for gradient in gradients:
         if gradient is not None:
-            gradient.mul_(select.mask(gradient, None, threshold))
+            mask = select.mask(gradient, None, threshold)
+            gradient.mul_(mask)
+            left += int(mask.sum())
+    return left / sum(parameter.numel() for parameter in parameters)
 
 
-def _varied(subject: Subject, studied: StudiedEdit, edit: Edit) -> tuple[Varied, Metrics | None]:
-    """The model edited at any strength, and what is measured of another that it is made from."""
+def _varied(subject: Subject, studied: StudiedEdit, edit: Edit) -> tuple[Varied, dict[str, Any]]:
+    """The model edited at any strength, and what is told of another that it is made from."""
     model, data = subject.model, subject.data
     given: dict[str, Any] = {name: data.batches[name] for name in edit.sets}
     if studied.lesson is None:
-        return Varied.of(edit, studied.strength, model, given), None
-    other = learned(subject, studied.lesson)
-    before = measure(other, data)
+        told = {"before": None, "stepped": None}
+        return Varied.of(edit, studied.strength, model, given), told
+    other, stepped = learned(subject, studied.lesson)
+    told = {"before": measure(other, data), "stepped": stepped}
     if not studied.swapped:
         given[studied.state] = other
-        return Varied.of(edit, studied.strength, model, given), before
+        return Varied.of(edit, studied.strength, model, given), told
     back = Varied.of(edit, studied.strength, other, {**given, studied.state: model})
 
     def change(strength: float) -> Change:
         with back.change(strength):
             return Change(model, {n: p.detach().clone() for n, p in trainable(other).items()})
 
-    return Varied(model, change), before
+    return Varied(model, change), told
 
 
 def _forget_nll(data: Data) -> Callable[[nn.Module], float]:

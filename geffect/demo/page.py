@@ -284,18 +284,24 @@ def _variants(variants: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _edits(edits: Mapping[str, Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> str:
-    """Each edit, its options, and the strength that each seed took."""
+    """Each edit, its options and what its mask leaves, and the strength that each seed took."""
     lines = []
     for name, edit in edits.items():
+        own = [run for run in made if run["method"] == name]
         found = [
             "not reached" if run["at_level"] is None else f"{run['at_level']['strength']:.3g}"
-            for run in made
-            if run["method"] == name
+            for run in own
         ]
-        options = ", ".join(f"`{option}={value!r}`" for option, value in edit["options"].items())
+        masked = [run["stepped"] for run in own if run.get("stepped") is not None]
+        stepped = [f"{100 * share:.3g} %" for share in masked]
+        options = [f"`{option}={value!r}`" for option, value in edit["options"].items()]
+        options += [f"{' / '.join(stepped)} of coordinates a step"] if stepped else []
         lines.append(
-            [in_markdown(name), edit["summary"], options, edit["strength"], " / ".join(found)]
-        )
+            [
+                in_markdown(name), edit["summary"], ", ".join(options), edit["strength"],
+                " / ".join(found),
+            ]
+        )  # fmt: skip
     return markdown(["edit", "what is done", "options", "strength", "at the level"], lines)
 
 
