@@ -106,7 +106,15 @@ BATTERIES: Mapping[str, Callable[[Look], Iterator[pd.DataFrame]]] = {
 
 
 def _told(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
-    found = memorised_of(look.record(of))
+    record = look.record(of)
+    if record.skipped:
+        look.skipped.setdefault(
+            f"items of {of.name} without an answer",
+            f"{len(record.skipped)} of {len(of)} have no token that is scored before the one that "
+            f"ends a text. The first of them is item {of.numbers[record.skipped[0]]}, counted "
+            "from 0.",
+        )
+    found = memorised_of(record)
     for metric, part in found.groupby("metric", sort=False):
         yield look.rows(battery, str(metric), of, part.sort_values("item")["value"])
 

@@ -231,6 +231,21 @@ def test_items_that_a_model_cannot_read(
             audit(*given, sets=sets, budget=BUDGET)
 
 
+def test_items_without_an_answer_are_listed_and_count_nowhere(models: list[nn.Module]) -> None:
+    empty = {"input_ids": items(2)[0]["input_ids"], "labels": [-100] * 8}
+    sets = {"forget": [*items(0), empty], "retain": items(1)}
+    asked = ["memorised", "utility"]
+    found = audit(*models, sets=sets, budget=BUDGET, batteries=asked)
+    told = found.manifest["skipped"]["items of forget without an answer"]
+    assert told.startswith("1 of 7 have no token that is scored") and "is item 6, " in told
+    without = audit(*models, sets={**sets, "forget": items(0)}, budget=BUDGET, batteries=asked)
+    assert not any("without an answer" in what for what in without.manifest["skipped"])
+    key = ["battery", "metric", "set", "model"]  # bounds are of other draws
+    own, other = (r.table.set_index(key).sort_index() for r in (found, without))
+    pd.testing.assert_series_equal(own["value"], other["value"])
+    assert (own.loc["memorised", "n"] == 6).all()
+
+
 @pytest.mark.parametrize("name", ["retain", "neighbours", "world"])
 def test_what_should_be_forgotten_and_stay_as_well(models: list[nn.Module], name: str) -> None:
     """A model that forgot it would be broken, and one that kept it would remember."""
