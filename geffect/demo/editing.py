@@ -121,8 +121,8 @@ def _varied(subject: Subject, studied: StudiedEdit, edit: Edit) -> tuple[Varied,
     """The model edited at any strength, and what is told of another that it is made from."""
     model, data = subject.model, subject.data
     given: dict[str, Any] = {name: data.batches[name] for name in edit.sets}
+    told: dict[str, Any] = {"before": None, "stepped": None}
     if studied.lesson is None:
-        told = {"before": None, "stepped": None}
         return Varied.of(edit, studied.strength, model, given), told
     other, stepped = learned(subject, studied.lesson)
     told = {"before": measure(other, data), "stepped": stepped}
