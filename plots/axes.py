@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -84,7 +83,8 @@ def step_axis(ax: Axes) -> None:
 
 def dress(ax: Axes, *, frame: bool = True) -> None:
     """Takes away the spines that carry no ticks, or all of them, and thins what stays."""
-    seaborn.despine(ax=ax, left=not frame, bottom=not frame)
+    for side in ("top", "right") if frame else ("top", "right", "left", "bottom"):
+        ax.spines[side].set_visible(False)
     ax.spines[["left", "bottom"]].set_linewidth(0.6)
     ax.tick_params(width=0.6, length=2.5, labelsize=points("small"))
     ax.tick_params(which="minor", width=0.4, length=1.5, labelsize=points("small"))

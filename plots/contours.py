@@ -5,7 +5,6 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.contour import ContourSet
@@ -126,6 +125,8 @@ def _lines_of_density(
     y = up.transform(points[RETAIN].to_numpy(dtype=float))
     if len(points) < FEWEST or _on_a_line(x, y):
         return []
+    import seaborn  # takes long to load
+
     seaborn.kdeplot(
         x=points[FORGET], y=points[RETAIN], ax=ax, levels=[1 - share for share in SHARES],
         gridsize=GRID, color=colour, linewidths=1.0, zorder=2,

@@ -8,7 +8,7 @@ for a number:
 - `palette`: the colours of the names: a palette that seaborn knows, a colour for each name in turn,
   or a dictionary from names to colours.
 - `hue_order`: the names in the order in which they are drawn and listed; others are left out.
-- `cmap`: a colour map of matplotlib, or its name.
+- `cmap`: a colour map, or its name in matplotlib or seaborn.
 - `xlim`, `ylim`: the two ends of an axis; None for one that follows the data.
 - `title`: stands above the picture, in the place of what the table is of.
 - `keywords`: go to the artist, such as `linewidth` to lines, and win over what is ours.
@@ -26,7 +26,6 @@ from numbers import Real
 from typing import Any, Literal, Protocol
 
 import pandas as pd
-import seaborn
 from matplotlib import colormaps
 from matplotlib.artist import Artist, ArtistInspector
 from matplotlib.axes import Axes
@@ -213,6 +212,8 @@ def coloured(names: Sequence[str], palette: Palette) -> dict[str, str]:
     if not isinstance(palette, str):
         colours = list(map(to_hex, palette))[: len(names)]
     else:
+        import seaborn  # takes long to load
+
         colours = list(seaborn.color_palette(palette, len(names)).as_hex())
     if len(set(colours)) < len(names):
         raise ValueError(
@@ -248,8 +249,10 @@ def colour_map(cmap: str | Colormap) -> Colormap:
     """A colour map by its name; grey where a value is undefined."""
     if isinstance(cmap, str):
         if cmap not in colormaps:
+            import seaborn  # noqa: F401  # adds its own, such as "vlag"
+        if cmap not in colormaps:
             raise ValueError(
-                "`cmap` should be a colour map of matplotlib or its name. Found "
+                "`cmap` should be a colour map, or its name in matplotlib or seaborn. Found "
                 f"{cmap!r}.{meant(cmap, list(colormaps))} Pass, say, cmap='PuOr'."
             )
         cmap = colormaps[cmap]

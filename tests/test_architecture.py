@@ -236,7 +236,10 @@ def test_links(name: str) -> None:
                 "pandas", "matplotlib", "transformers"
             ]
         },
-        {"import geffect.plots": ["torch", "h5py", "geffect.analysis"]},
+        {
+            "import geffect.plots": ["torch", "h5py", "geffect.analysis"],
+            "import geffect.report": ["torch", "seaborn", "scipy"],
+        },
     ],
     ids=["reading", "recording", "plots"],
 )  # fmt: skip
