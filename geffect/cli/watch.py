@@ -18,7 +18,8 @@ from .terminal import canvas, draw, say, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .followed import Followed, View
+    from .followed import Followed
+    from .watch_view import View
 
 PAUSE = 1.0
 """Seconds between two looks at the file."""
@@ -123,8 +124,8 @@ def _live(followed: "Followed", ended: threading.Event) -> None:
     """A frame in its place, until the run is complete."""
     from rich.live import Live
 
-    from .followed import State
     from .watch_frame import frame, marks_of
+    from .watch_view import State
 
     console = canvas(WIDE)
     marks, view = marks_of(console), followed.look()  # no run: said before anything is drawn
@@ -138,8 +139,8 @@ def _live(followed: "Followed", ended: threading.Event) -> None:
 
 def _tell(followed: "Followed", console: "Console", ended: threading.Event) -> None:
     """A line for each new step, and for how the run stands where that is new."""
-    from .followed import State
     from .watch_frame import lines_of
+    from .watch_view import State
 
     told: list[str] = []
     stands: object = None

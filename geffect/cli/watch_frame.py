@@ -12,8 +12,9 @@ from rich.text import Text
 
 from geffect.text import plain
 
-from .followed import Course, State, View, bucketed
 from .terminal import tall
+from .watch_courses import Course, bucketed
+from .watch_view import State, View
 
 Floats = NDArray[np.float64]
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .followed import Course, Followed, View, bucketed
+from .followed import Followed
+from .watch_courses import Course, bucketed
 from .watch_frame import number, percent
+from .watch_view import View
 
 Floats = NDArray[np.float64]
 

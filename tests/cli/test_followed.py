@@ -11,8 +11,10 @@ import pytest
 
 from geffect import open_run
 from geffect.analysis import conflict, cosine, g_effect, violation
-from geffect.cli import followed
-from geffect.cli.followed import Course, Followed, Planned, State, bucketed
+from geffect.cli.followed import Followed
+from geffect.cli.watch_courses import Course, bucketed
+from geffect.cli.watch_planned import Planned
+from geffect.cli.watch_view import State, View
 from geffect.store import Contents, Row, RunFileError, rows
 from geffect.store.writer import RunWriter
 from tests.utils.runs import MANIFEST, PARAMETERS, SOURCES, append, plain_rows, recorded
@@ -314,7 +316,7 @@ def test_a_second_request_does_not_follow_the_plan_of_the_first(tmp_path: Path) 
     assert_says_what_the_file_says_of_requests(view, path)
 
 
-def assert_says_what_the_file_says_of_requests(view: followed.View, path: Path) -> None:
+def assert_says_what_the_file_says_of_requests(view: View, path: Path) -> None:
     values = g_effect(open_run(path), by="model")
     own = values[values["effect"] == "retaining"]["value"].to_numpy()
     np.testing.assert_array_equal(view.totals[1].values[:, 0], own)

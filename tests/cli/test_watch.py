@@ -23,7 +23,8 @@ from torch import nn
 
 from geffect import Recorder, open_run
 from geffect.cli import watch
-from geffect.cli.followed import Followed, State
+from geffect.cli.followed import Followed
+from geffect.cli.watch_view import State
 from geffect.store.writer import RunWriter
 from tests.utils.command_line import Ask
 from tests.utils.runs import PARAMETERS, append, plain_rows, recorded, row_of

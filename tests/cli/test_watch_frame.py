@@ -9,8 +9,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from geffect.cli import watch_picture
-from geffect.cli.followed import Course, State, View
+from geffect.cli.watch_courses import Course
 from geffect.cli.watch_frame import BLOCKS, LETTERS, bar, curve, frame, lines_of, marks_of, number
+from geffect.cli.watch_view import State, View
 
 LONG = "model.layers.10.self_attn.q_proj.weight"
 
