@@ -10,8 +10,9 @@ from typing import Any
 
 from .auditing import audit
 from .models import AuditModels
+from .reading import sets_of
 from .report import AuditReport
-from .sets import AuditSet, AuditSets, sets_of
+from .sets import AuditSet, AuditSets
 from .thresholds import Thresholds
 
 __all__ = [

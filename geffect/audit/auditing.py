@@ -36,8 +36,9 @@ from .models import (
     named,
 )
 from .options import AuditOptions, Report, chosen_of, names_of
+from .reading import check_fits, sets_of
 from .report import AuditReport
-from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, check_fits, sets_of
+from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets
 from .summary import table_of
 from .table import DRAWS, FEWEST, with_mean
 from .thresholds import Thresholds

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from geffect.audit import AuditSet
+from geffect.audit.reading import set_of
 from geffect.audit.recognition import (
     Halves,
     every_other,
@@ -17,7 +18,6 @@ from geffect.audit.recognition import (
     value_items,
     value_nll,
 )
-from geffect.audit.sets import set_of
 from geffect.data.collate import Item, collate, pad_token_of
 
 from . import language_model as lm

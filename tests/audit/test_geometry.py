@@ -21,7 +21,7 @@ from geffect.audit.geometry import (
     depths_in,
     geometry,
 )
-from geffect.audit.sets import set_of
+from geffect.audit.reading import set_of
 from geffect.audit.table import per_item
 from geffect.evaluation.memorised import memorised
 from geffect.evaluation.tokens import evaluate_tokens

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geffect.audit.prompts import LEAKY, ROUGE, SHOTS, over_prompts, prompted, prompts
-from geffect.audit.sets import AuditSet, sets_of
+from geffect.audit.reading import sets_of
+from geffect.audit.sets import AuditSet
 from geffect.data.examples import spelled
 from geffect.evaluation.answers import sampled
 from geffect.risk import log_likelihood

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from geffect.audit.sets import AuditSet, AuditSets, asking, sets_of
+from geffect.audit.reading import asking, sets_of
+from geffect.audit.sets import AuditSet, AuditSets
 from geffect.data.examples import example, spelled
 from tests.utils.chat import TURNS, make_tokenizer, written
 
