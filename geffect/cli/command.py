@@ -134,6 +134,18 @@ def _quiet_where_nobody_reads_on() -> Iterator[None]:
         raise typer.Exit(PIPE_CLOSED) from None
 
 
+@contextmanager
+def telling_of_interrupts() -> Iterator[None]:
+    """Ends with a line where there was a Ctrl-C."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemError) as error:
+        if not isinstance(interrupt_behind(error, None), KeyboardInterrupt):
+            raise
+        say(terminal(stderr=True), "geffect: Interrupted.")
+        raise typer.Exit(130) from None
+
+
 class Group(TyperGroup):
     """The command with its subcommands, whose page of help is like theirs."""
 
@@ -146,18 +158,12 @@ class Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand, and tell of an interrupt that it does not tell of itself."""
-        try:
-            with _quiet_where_nobody_reads_on():
-                return super().invoke(ctx)
-        except (KeyboardInterrupt, SystemError) as error:
-            if not isinstance(interrupt_behind(error, None), KeyboardInterrupt):
-                raise
-            say(terminal(stderr=True), "geffect: Interrupted.")
-            raise typer.Exit(130) from None
+        with telling_of_interrupts(), _quiet_where_nobody_reads_on():
+            return super().invoke(ctx)
 
     def make_context(self, *given: Any, **how: Any) -> Any:
         """Read the words before the subcommand, which may ask for help."""
-        with _quiet_where_nobody_reads_on():
+        with telling_of_interrupts(), _quiet_where_nobody_reads_on():
             return super().make_context(*given, **how)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -31,7 +31,7 @@ from . import (
     validate,
     watch,
 )
-from .command import Command, Group
+from .command import Command, Group, telling_of_interrupts
 from .terminal import say, terminal
 from .usage import UsageError, told
 
@@ -100,9 +100,12 @@ def main() -> None:
 def _run() -> int:
     """Run the command line, and say what went wrong on one line of stderr."""
     try:
-        # Also where it is `python -m geffect`.
-        code = app(prog_name="geffect", standalone_mode=False)
+        with telling_of_interrupts():
+            # Also where it is `python -m geffect`.
+            code = app(prog_name="geffect", standalone_mode=False)
         return int(code or 0)
+    except typer.Exit as end:
+        return end.exit_code
     except UsageError as error:
         return _refused(told(error), 2)
     except OSError as error:

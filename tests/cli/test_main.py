@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from geffect.cli.command import Group
 from geffect.cli.main import app, main
 from geffect.cli.objectives import CommandOfObjectives
 from tests.utils.command_line import answering
@@ -101,13 +102,25 @@ def test_an_interrupt_of_which_c_code_made_an_error_is_told(
     assert capsys.readouterr().err == "geffect: Interrupted.\n"
 
 
-def test_an_interrupt_while_options_are_read_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [
+        # The options of the command itself are read, the commands are built.
+        (CommandOfObjectives, "get_params"),
+        (Group, "parse_args"),
+        (Group, "__init__"),
+    ],
+)
+def test_an_interrupt_before_a_command_runs_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: type[object],
+    method: str,
 ) -> None:
-    def interrupted(self: object, ctx: object) -> list[object]:
+    def interrupted(*_: object, **__: object) -> list[object]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CommandOfObjectives, "get_params", interrupted)
+    monkeypatch.setattr(place, method, interrupted)
     answer = answering(monkeypatch, capsys)("demo", "--quick")
     assert answer == (130, "", "geffect: Interrupted.\n")
 
