@@ -118,7 +118,7 @@ def recommended_layers(
     )  # fmt: skip
     layers = tuple(names[place] for place in chosen)
     warned = [
-        *_short(gain, fraction, wanted, layers, count),
+        *_short(gain, fraction, wanted, layers, count, int(_blocks(run, names).sum())),
         *_late(run, names, {"run": gain, "layers that are chosen": gain * fraction}),
     ]
     return Recommendation(layers, _pattern(run.layers, layers), tuple(warned), learned, table)
@@ -161,14 +161,21 @@ def _blocks(run: Run, names: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def _short(
-    gain: Floats, fraction: Floats, wanted: float, layers: Sequence[str], count: int | None
+    gain: Floats,
+    fraction: Floats,
+    wanted: float,
+    layers: Sequence[str],
+    count: int | None,
+    blocks: int,
 ) -> list[str]:
-    """That there is less to choose from than was asked for."""
+    """That there is less to choose from than was asked for; `blocks` is how many layers can be."""
     if count is not None and len(layers) < count:
-        return [
-            f"{len(layers)} layers are chosen and not {count}: of the others it is not certain "
-            "that training them forgets."
-        ]
+        found = (
+            "of the others it is not certain that training them forgets"
+            if len(layers) < blocks
+            else "there are no others beside embedding, norm and head"
+        )
+        return [f"Layers that are chosen: {len(layers)}, and not {count}: {found}."]
     had = float(gain @ fraction)
     if count is None and wanted <= 0:
         return [

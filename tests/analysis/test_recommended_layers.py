@@ -135,6 +135,16 @@ def test_a_share_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     assert "have 2 of the 2.7 nats that were asked for" in chosen.warnings[0]
 
 
+def test_more_layers_than_there_are_cannot_be_chosen(tmp_path: Path) -> None:
+    gains = steady([1, 1])
+    run = recorded(tmp_path / "run.h5", gains, [gains, gains * 0], [parameter(p) for p in (-1, 0)])
+    chosen = recommended_layers(run, count=4)
+    assert chosen.layers == ("layer 0",)
+    assert "1, and not 4: there are no others beside embedding, norm" in chosen.warnings[0]
+    with pytest.raises(ValueError, match=r"`share` should be above 0 .* Found `share = 'half'`"):
+        recommended_layers(run, share="half")  # type: ignore[arg-type]
+
+
 def test_a_run_that_learns_again_is_told(tmp_path: Path) -> None:
     gains = steady([1, -3])
     chosen = recommended_layers(recorded(tmp_path / "run.h5", gains, [gains, gains * 0]))
@@ -169,7 +179,7 @@ def test_a_layer_that_may_gain_nothing_is_not_chosen(tmp_path: Path) -> None:
     assert chosen.layers == ("layer 0",)
     assert table["low"][0] == pytest.approx(1)
     assert table["low"][1] < 0 < table["high"][1]
-    assert "1 layers are chosen and not 4" in chosen.warnings[0]
+    assert chosen.warnings[0].startswith("Layers that are chosen: 1, and not 4: of the others")
 
 
 def test_the_interval_holds_the_gain_of_new_steps(tmp_path: Path) -> None:
