@@ -31,6 +31,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"geffect\..*\.(Of|Made|Tokenizer|_\w+)"),  # known to annotations alone
 ]
 
+# What an error message and a command quote is searched for and copied as it is.
+smartquotes = False
+
 # Docstrings
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}

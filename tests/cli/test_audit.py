@@ -77,6 +77,7 @@ def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
         assert re.search(rf"<h2 id=[^>]*>{title}</h2>", text)
     assert "<svg" in text
     assert_self_contained(text)
+    assert re.search(r'<td class="says">[^<]*\[\[', text)  # a row of the data is a sentence
     for mark, role in (("●", "unlearned"), ("○", "original")):  # as in the pictures
         assert re.search(rf"{mark}</span> {role}</td>", text)
     assert "Thresholds: kept 0.25" in text

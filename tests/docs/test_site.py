@@ -32,6 +32,19 @@ def test_it_is_built_without_a_warning(site: Any) -> None:
     assert len(pages(site.pages)) > 60
 
 
+def test_the_reference_says_what_each_package_is_for(site: Any) -> None:
+    text = pages(site.pages)[site.pages / "api" / "index.html"].text
+    for name in (*REFERENCE.ROOMS, *REFERENCE.MODULES):
+        said = str(importlib.import_module(name).__doc__).split("\n\n")[0].split("`")[0]
+        assert " ".join(said.split()) in " ".join(text.split()), name
+
+
+def test_quotes_are_those_of_the_message(site: Any) -> None:
+    for name in ("docs/faq.html", "docs/recording.html"):
+        text = pages(site.pages)[site.pages / name].text
+        assert not re.search("[\u201c\u201d\u2018\u2019]", text), name
+
+
 def test_no_page_asks_a_network(site: Any) -> None:
     for page in pages(site.pages).values():
         assert not [place for place in page.fetched if ELSEWHERE.match(place)], page.path

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,6 +57,8 @@ MODULES = (
 
 TYPES = "types"
 """The page of what signatures name and no `__all__` lists."""
+
+TYPED = "What functions take and return."
 
 
 def names_in(module: ModuleType) -> list[str]:
@@ -155,7 +158,7 @@ def page(name: str, here: list[str], known: dict[str, str]) -> str:
     if name == TYPES:
         rows, lines = (
             here,
-            ["Types in signatures", "=" * 19, "", "What functions take and return.", ""],
+            ["Types in signatures", "=" * 19, "", TYPED, ""],
         )
     else:
         module = importlib.import_module(name)
@@ -171,13 +174,23 @@ def page(name: str, here: list[str], known: dict[str, str]) -> str:
 
 
 def contents() -> str:
-    """The page that leads to the others."""
-    lines = ["API reference", "=" * 13, "", "What a room is for, and every public name of it.", ""]
-    captions = {"Rooms": ROOMS, "Modules inside of them": MODULES, "Beside them": (TYPES,)}
+    """The page that leads to the others, and says what each is of."""
+    lines = ["API reference", "=" * 13, "", "Every public name, by the package that has it.", ""]
+    captions = {"Packages": ROOMS, "Modules inside of them": MODULES, "Beside them": (TYPES,)}
     for caption, pages in captions.items():
-        lines += [".. toctree::", "   :maxdepth: 1", f"   :caption: {caption}", ""]
+        lines += [caption, "-" * len(caption), ""]
+        lines += [".. toctree::", "   :hidden:", f"   :caption: {caption}", ""]
         lines += [*(f"   {name}" for name in pages), ""]
+        lines += [f":doc:`{name}`\n   {purpose(name)}\n" for name in pages]
     return "\n".join(lines)
+
+
+def purpose(name: str) -> str:
+    """What a module says of itself in its first paragraph, as reStructuredText."""
+    if name == TYPES:
+        return TYPED
+    told = str(importlib.import_module(name).__doc__).split("\n\n")[0]
+    return re.sub(r"`+([^`]+)`+", r"``\1``", " ".join(told.split()))
 
 
 def kind(thing: object) -> str:
