@@ -13,10 +13,8 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from geffect import distributed
-from geffect.batch import ORIGINAL, batches_in
 from geffect.capture import Recorder
 from geffect.data.collate import collate
-from geffect.data.others import WithOthers, among_others
 from geffect.data.pairs import Items, Pairing, Pairs
 from geffect.gradients import AtCopy
 from geffect.losses import Loss, Scalar
@@ -25,7 +23,6 @@ from geffect.objectives import (
     Objective,
     Reference,
     SharedForward,
-    answers_of,
     as_objective,
     check_sides,
     step_losses,
@@ -44,6 +41,7 @@ from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
 from . import at_copy, objective_state, rectifier_state
 from .loop import begun_recorder, check_gradients_can_be_had, model_of, stop_if_due
 from .rectification_log import RectificationLog
+from .training_sets import check_items, training_sets, with_answers
 
 Batches = dict[str, Any]
 """A batch of each set, by its name: {"forget": {"input_ids": ..., ...}, "retain": ...}."""
@@ -117,13 +115,13 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         minimised = as_objective(objective)
         check_relearned(relearned)
-        sets = _training_sets(forget, retain, given=train_dataset is not None)
+        sets = training_sets(forget, retain, given=train_dataset is not None)
         args = args or TrainingArguments("tmp_trainer")  # as a Trainer has it
         seed = args.seed if args.data_seed is None else args.data_seed
         trained = sets
         if train_dataset is None:
-            trained = _answered(minimised, sets, seed)
-            _check_sides(minimised, trained)
+            trained = with_answers(minimised, sets, seed)
+            check_items(minimised, trained)
         if not isinstance(eval_dataset, Mapping | None):
             raise TypeError(
                 "`eval_dataset` should be sets of items by their names. Found "
@@ -370,47 +368,6 @@ class _Events(TrainerCallback):
             self._trainer._running.advance()
         if self._trainer._recorder is not None:
             stop_if_due(self._trainer._recorder.stop, control)
-
-
-def _training_sets(
-    forget: Items | None, retain: Items | Mapping[str, Items] | None, *, given: bool
-) -> dict[str, Items]:
-    """The sets that training draws from, or that belong to the pairs which are given."""
-    several = retain if isinstance(retain, Mapping) else {RETAIN: retain}
-    sets = {FORGET: forget, **several}
-    found = {name: items for name, items in sets.items() if items is not None}
-    if not given and not {FORGET, RETAIN} <= found.keys():
-        raise ValueError(
-            "`forget` and `retain` should both be sets of items, or `train_dataset` pairs of them. "
-            f"Found {', '.join(found) or 'none'}. Pass forget=..., retain=...: the risk on retain "
-            "data is evaluated and protected, also where the objective does not use it."
-        )
-    return found
-
-
-def _answered(objective: Objective, sets: Mapping[str, Items], seed: int) -> dict[str, Items]:
-    """The sets with those answers of other items that the objective takes and they lack."""
-
-    def answered(name: str, items: Items) -> Items:
-        drawn = among_others(answers_of(objective, name))
-        lacking = [answer for answer in drawn if len(items) and answer not in items[0]]
-        return WithOthers(items, lacking, seed=seed) if lacking else items
-
-    return {name: answered(name, items) for name, items in sets.items()}
-
-
-def _check_sides(objective: Objective, sets: Mapping[str, Items]) -> None:
-    first = {name: items[0] for name, items in sets.items() if len(items)}
-    inside = {side for side, _ in batches_in(first)}
-    for name in sets:
-        answers = [side for side in inside if side.startswith(f"{name}.")]
-        if answers and f"{name}.{ORIGINAL}" not in answers:
-            raise ValueError(
-                f"Items of `{name}` with several answers should have the `{ORIGINAL}` among them, "
-                f"whose risk is recorded, protected and evaluated. Found {', '.join(answers)}. "
-                f'Name that answer "{ORIGINAL}".'
-            )
-    check_sides(objective, first, add=f"Pass retain={{{{'{RETAIN}': ..., '{{side}}': ...}}}}.")
 
 
 def _value(objective: Loss, values: Mapping[str, Tensor]) -> Tensor:
