@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import deque
 from functools import cache
 from typing import Any
 
@@ -207,6 +208,39 @@ def test_what_a_model_notes_of_its_hooks_stays_true() -> None:
         found = model(**batch, output_hidden_states=True).hidden_states
         assert len(found) == len(expected)
         assert all(map(torch.equal, found, expected))
+
+
+class Remembering(nn.Module):
+    """Keeps what it has seen in containers, inside of each other and shared with another module."""
+
+    def __init__(self, shared: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.past, self.shared = {"states": deque(maxlen=2), "seen": set()}, shared
+        self.past["itself"] = self.past
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shared[0] *= 0.5
+        self.shared.append(x.detach().mean())
+        self.past["states"].append(x.detach())
+        self.past["seen"].add(len(self.shared))
+        self.past["last"] = x.detach()
+        return x * sum(self.shared) + len(self.past["states"])
+
+
+def test_what_modules_remember_in_containers_is_what_they_would_have_seen_alone() -> None:
+    ends = []
+    for watched in (False, True):
+        shared = [torch.ones(())]
+        model = nn.Sequential(Remembering(shared), Remembering(shared))
+        for step in range(3):
+            if watched:
+                with beside(model):
+                    model(torch.full((2,), 7.0))
+            out = model(torch.full((2,), float(step)))
+        past = model[0].past
+        ends.append([*shared, *past["states"], past["last"], out, torch.tensor([*past["seen"]])])
+        assert model[1].shared is shared
+    assert all(map(torch.equal, *ends)) and len(ends[0]) == len(ends[1])
 
 
 def test_a_hook_from_before_is_called_and_may_go_inside() -> None:
