@@ -39,6 +39,15 @@ def test_the_reference_says_what_each_package_is_for(site: Any) -> None:
         assert " ".join(said.split()) in " ".join(text.split()), name
 
 
+def test_signatures_have_the_short_names_of_types(site: Any) -> None:
+    for place, page in pages(site.pages).items():
+        if place.parent.name == "api":
+            said = re.sub(r"<[^>]+>", "", page.text)
+            assert not re.search(r"~(?:geffect|collections|typing|torch)\b|&lt;factory", said), (
+                place
+            )
+
+
 def test_quotes_are_those_of_the_message(site: Any) -> None:
     for name in ("docs/faq.html", "docs/recording.html"):
         text = pages(site.pages)[site.pages / name].text

@@ -113,8 +113,18 @@ def of_constant(name: str, value: object) -> list[str]:
     return []
 
 
+def spelt(signature: str) -> str:
+    """A signature whose defaults can be read, by Sphinx too, which shortens types only then.
+
+    >>> spelt("(a: dict = <factory>, b: object = <class 'contextlib.nullcontext'>)")
+    '(a: dict = ..., b: object = nullcontext)'
+    """
+    named = r"<(?:class|function) '?(?:\w+\.)*(\w+)'?(?: at 0x\w+)?>"
+    return re.sub(named, r"\1", signature.replace("<factory>", "..."))
+
+
 def setup(app: Any) -> dict[str, Any]:
-    """Rewrite the docstrings that autodoc reads."""
+    """Rewrite the docstrings and the signatures that autodoc reads."""
 
     def rewrite(app: Any, what: str, name: str, found: object, _: object, lines: list[str]) -> None:
         links = app.env.geffect_names
@@ -123,5 +133,11 @@ def setup(app: Any) -> dict[str, Any]:
         room = name if what == "module" else name.rpartition(".")[0]
         lines[:] = as_rest(lines, lambda said: linked(said, room, name, links))
 
+    def respell(
+        app: Any, what: str, name: str, found: object, _: object, said: str | None, back: str | None
+    ) -> tuple[str | None, str | None]:
+        return said and spelt(said), back
+
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-process-signature", respell)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
