@@ -34,12 +34,12 @@ def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
     tokens = inputs[name]
     mask = inputs.get("attention_mask" if name == "input_ids" else "decoder_attention_mask")
     before, asked = _halves(labels.to(tokens.device), mask)
-    if not (asked.any() or is_in_parts(model)):
-        return  # which proves nothing; the next batch is looked at
-    # What is no label as such is told one place later than it is asked for.
+    # What is no label as such is told one place later than it is asked for, and no last label is.
     told = F.pad(asked, (int(name != "labels"), 0))[:, : tokens.shape[-1]]
     if told.shape != tokens.shape:
         return  # which is refused where the logits are looked at
+    if not ((told[:, :-1] if name == "labels" else told).any() or is_in_parts(model)):
+        return  # which proves nothing; the next batch is looked at
     # One token for all, since a model without positions may not tell two that have changed places.
     other, last = tokens.clone(), tokens[told][-1:]
     other[told] = last.where((tokens[told] != last).any(), (last - 1).abs())

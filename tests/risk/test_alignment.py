@@ -304,6 +304,19 @@ def test_a_decoder_is_looked_at_by_its_inputs_too() -> None:
             nll(Translator(masked=False), inputs)
 
 
+def test_a_decoder_that_is_told_nothing_is_looked_at_by_the_next_batch() -> None:
+    torch.manual_seed(0)
+    batch = tiny.translation(0)
+    short = {**batch, "labels": batch["labels"][:, :1]}
+    for further in ({}, {"decoder_input_ids": begun(short["labels"])}):
+        model = Translator(masked=False)
+        nll(model, {**short, **further})  # is told the place to begin alone
+        for name in further:
+            further[name] = begun(batch["labels"])
+        with pytest.raises(ValueError, match="should predict each token unseen"):
+            nll(model, {**batch, **further})
+
+
 def prefixed(seed: int) -> dict[str, torch.Tensor]:
     """Questions whose tokens see each other, before answers that do not."""
     batch = tiny.batch(seed)
