@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect.gradients import differentiate
+from geffect.gradients import differentiate, peak
 from geffect.objectives import SharedForward, WeightedGradientAscent, nll
 from tests.utils import reference, tiny
 
@@ -186,3 +186,19 @@ def test_weights_of_one_tensor_under_two_names_may_not_cancel_out(model: nn.Modu
             list(model.parameters()),
             {"objective": {"forget": -1.0, "retain": 1.0}, "forget": loss, "retain": loss},
         )
+
+
+KINDS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_the_largest_coordinate_is_that_of_tensors_of_any_types(
+    first: torch.dtype, second: torch.dtype
+) -> None:
+    parts = [torch.linspace(-3, 2, 70_000).to(first), None, torch.tensor(2.5, dtype=second)]
+    assert peak(parts) == 3.0
+    assert peak([parts[2], *parts]) == 3.0
+    for odd in (torch.inf, torch.nan):
+        found = torch.tensor(peak([*parts, torch.tensor([odd, 0.0], dtype=second)]))
+        torch.testing.assert_close(found, torch.tensor(odd), equal_nan=True)

@@ -27,7 +27,7 @@ def largest(vector: Iterable[Tensor | None]) -> Tensor:
 
 
 def _ends(parts: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors of few numbers, the largest of which, without signs, is that of the parts."""
+    """Vectors of few numbers, the largest of which, without signs, is that of the parts."""
     ends, together = [], dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for part in parts:
         if part.device.type == "cpu":
@@ -44,8 +44,6 @@ def _ends_on_cpu(part: Tensor) -> Tensor:
     if part.dtype not in (torch.float32, torch.float64):
         return torch.stack(part.aminmax()).float()
     # The second look at a block finds it in the cache.
-    found = [
-        (block.min(), block.max())
-        for block in map(Tensor.numpy, part.reshape(-1).split(dots.BLOCK))
-    ]
+    blocks = map(Tensor.numpy, part.reshape(-1).split(dots.BLOCK))
+    found = [end for block in blocks for end in (block.min(), block.max())]
     return torch.from_numpy(np.array(found)).float()
