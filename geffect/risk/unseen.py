@@ -59,16 +59,16 @@ def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
 def _halves(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of the longest answer the places up to its second half, and those that ask for the latter.
 
-    Nothing is asked of padding, which kernels let see all tokens where it has nothing else to see.
+    Nothing is asked of padding, which kernels let see all tokens where it has nothing else to see;
+    nor of a question, whose tokens may see all: no place of an answer may see it through them.
 
     >>> _halves(torch.tensor([[-100, 5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1, 1]]))
     (tensor([[False,  True,  True,  True, False]]), tensor([[False, False, False,  True,  True]]))
     """
-    read = torch.ones_like(labels, dtype=torch.bool)
+    asked = labels != IGNORED
     if mask is not None and mask[:, : labels.shape[1]].shape == labels.shape:
-        read = mask[:, : labels.shape[1]].to(labels.device, torch.bool)
-    asked = read & (labels != IGNORED)
+        asked = asked & mask[:, : labels.shape[1]].to(labels.device, torch.bool)
     row = torch.arange(len(asked), device=asked.device) == asked.sum(dim=1).argmax()
-    read, asked = read & row[:, None], asked & row[:, None]
+    asked = asked & row[:, None]
     so_far, half = asked.cumsum(dim=1), asked.sum() // 2
-    return read & (so_far - asked.long() <= half), asked & (so_far > half)
+    return asked & (so_far <= half + 1), asked & (so_far > half)

@@ -382,6 +382,23 @@ def test_what_padding_sees_is_nothing_that_is_asked() -> None:
         assert nll(Padded(), batch).isfinite()
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_what_padding_sees_under_a_mask_of_pairs_is_nothing_that_is_asked(
+    kind: torch.dtype,
+) -> None:
+    """A query that may see nothing sees everything alike under a mask that is added."""
+    torch.manual_seed(0)
+    model, batch = LlamaForCausalLM(LlamaConfig(**SMALL)), tiny.batch(0)
+    batch["labels"][:, :-3] = -100
+    batch["attention_mask"][:, :3] = 0  # the longest answer has padding before its question
+    expected = nll(model, batch)
+    before = torch.ones(batch["labels"].shape[1:] * 2, dtype=torch.bool).tril()
+    pairs = before & batch["attention_mask"].bool()[:, None, None, :]
+    lowest = torch.finfo(torch.float32).min
+    mask = pairs if kind == torch.bool else torch.zeros(pairs.shape).masked_fill(~pairs, lowest)
+    torch.testing.assert_close(nll(model, {**batch, "attention_mask": mask}), expected)
+
+
 @pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
 def test_tokens_that_are_never_said_hide_nothing(never: float) -> None:
     torch.manual_seed(0)
