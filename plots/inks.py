@@ -1,8 +1,9 @@
 """Colours, dashes and markers, and what each stands for."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import cycle
 from typing import Literal
 
 import matplotlib as mpl
@@ -79,7 +80,7 @@ def inks(names: Sequence[str]) -> dict[str, Ink]:
     """An ink a name: its own where it has one, else the spare ones in turn.
 
     Where these run out, names that begin alike, such as "NPO, beta 0.1" and "NPO, beta 0.5", share
-    a colour and have dashes of their own. Else colours come again with other dashes.
+    a colour while it has dashes left. Else colours come again with other dashes.
 
     >>> inks(["unlearning", "alpha 1"])["alpha 1"] == SPARE[0]
     True
@@ -89,12 +90,14 @@ def inks(names: Sequence[str]) -> dict[str, Ink]:
     for name in others:
         family = name.partition(", ")[0] if len(others) > len(SPARE) else name
         families.setdefault(family, []).append(name)
-    turns = ((ink, turn) for turn in count() for ink in SPARE)
-    found = {
-        name: _turned(ink, turn + place)
-        for own, (ink, turn) in zip(families.values(), turns, strict=False)
-        for place, name in enumerate(own)
-    }
+    found: dict[str, Ink] = {}
+    taken = Counter[Ink]()
+    for own, ink in zip(families.values(), cycle(SPARE), strict=False):
+        for name in own:
+            if taken[ink] >= len(DASHES):
+                ink = min(SPARE, key=taken.__getitem__)
+            found[name] = _turned(ink, taken[ink])
+            taken[ink] += 1
     return {name: NAMED[name] if name in NAMED else found[name] for name in names}
 
 

@@ -203,6 +203,9 @@ def test_no_colour_stands_for_two_things() -> None:
     assert len({ink.colour for ink in SPARE}) == len(SPARE)
     many = inks([f"run {index}" for index in range(30)])
     assert len(set(many.values())) == 30
+    for families, members in [(8, 2), (2, 12), (1, 7), (30, 1)]:
+        names = [f"method {i}, beta {j}" for i in range(families) for j in range(members)]
+        assert len(set(inks(names).values())) == len(names)
     assert RETAINING.colour != NAMED["select"].colour
 
 
