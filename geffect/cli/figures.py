@@ -54,7 +54,7 @@ class PaperFigure:
     - `needs`: the runs in words.
     - `table`: what is drawn of one run. Raises ValueError for a run that lacks it.
     - `told`: the options that name a setting, whether or not its runs differ in them.
-    - `beside`: whether a run may stand beside the first one that has a table.
+    - `beside`: whether a run may stand beside another one that has a table.
     - `mixed`: whether runs with a regulariser stand beside those without.
     - `over_seeds`: what it shows of several seeds, in words.
     """
@@ -232,8 +232,8 @@ def _never(first: "Setting", other: "Setting") -> bool:
 
 def _another_seed(first: "Setting", other: "Setting") -> bool:
     """Whether two runs differ in their seeds, and in nothing else that their files tell."""
-    seeds = (first.seed, other.seed)
-    return None not in seeds and replace(first, seed=None) == replace(other, seed=None)
+    told = None not in (first.seed, other.seed) and first.seed != other.seed
+    return told and replace(first, seed=None) == replace(other, seed=None)
 
 
 def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
@@ -247,7 +247,7 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
     tables: list[tuple[Given, pd.DataFrame]] = []
     lacking = {}
     for one in wanted:
-        if tables and not figure.beside(tables[0][0].setting, one.setting):
+        if not all(figure.beside(there.setting, one.setting) for there, _ in tables):
             continue
         try:
             tables.append((one, figure.table(one.run)))

@@ -209,6 +209,8 @@ def test_a_figure_of_one_setting_has_all_its_seeds(tmp_path: Path) -> None:
         ]  # fmt: skip
 
     npo = runs("npo", tables={"samples": SAMPLES})
+    again = run(tmp_path / "again.h5", "npo", metadata={"seed": 1}, tables={"samples": SAMPLES})
+    npo.append(again)  # a second run of a seed is no further seed
     samples = made(*npo)["figure-5b"]
     assert [given.file for given in samples.runs] == ["npo0-0.h5", "npo1-1.h5"]
     assert "weight under NPO, seeds pooled, from npo0-0.h5, npo1-1.h5" in samples.said
