@@ -59,16 +59,18 @@ def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
 def _halves(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of the longest answer the places up to its second half, and those that ask for the latter.
 
-    Nothing is asked of padding, which kernels let see all tokens where it has nothing else to see;
-    nor of a question, whose tokens may see all: no place of an answer may see it through them.
+    Nothing is asked of padding, which kernels let see all tokens where it has nothing else to see.
 
     >>> _halves(torch.tensor([[-100, 5, 6, 7, 8]]), torch.tensor([[0, 1, 1, 1, 1]]))
     (tensor([[False,  True,  True,  True, False]]), tensor([[False, False, False,  True,  True]]))
     """
-    asked = labels != IGNORED
-    if mask is not None and mask[:, : labels.shape[1]].shape == labels.shape:
-        asked = asked & mask[:, : labels.shape[1]].to(labels.device, torch.bool)
+    asked, read = labels != IGNORED, torch.ones_like(labels, dtype=torch.bool)
+    if mask is not None:
+        told = mask[:, : labels.shape[1]]
+        # A mask of pairs does not tell of padding, which no answer is.
+        read = told.to(labels.device, torch.bool) if told.shape == labels.shape else asked
+    asked = asked & read
     row = torch.arange(len(asked), device=asked.device) == asked.sum(dim=1).argmax()
-    asked = asked & row[:, None]
+    read, asked = read & row[:, None], asked & row[:, None]
     so_far, half = asked.cumsum(dim=1), asked.sum() // 2
-    return asked & (so_far <= half + 1), asked & (so_far > half)
+    return read & (so_far - asked.long() <= half), asked & (so_far > half)
