@@ -32,9 +32,10 @@ def change(
 ) -> float | None:
     """By how much logits change with other tokens under a name, 0 if that is rounding.
 
-    None if a model has no logits there. It is left as it was, and hooks on forwards are told
-    nothing, whose state is not known: they count and record for others. Where logits change without
-    hooks, or no forward is possible, hooks may be what makes the model right: these are then run.
+    None if a model has no logits there, or zeros alone. It is left as it was, and hooks on forwards
+    are told nothing, whose state is not known: they count and record for others. Where logits
+    change without hooks, or no forward is possible, hooks may be what makes the model right: these
+    are then run.
 
     - `at`: `Bool[sample, position]`, where logits are looked at.
     """
@@ -54,8 +55,8 @@ def _change(
     before, after = (
         _logits(model, {**inputs, name: tokens}, at) for tokens in (inputs[name], other)
     )
-    if before is None or after is None or not before.numel():
-        return None
+    if before is None or after is None or not before.any():
+        return None  # a head of zeros, which has learned nothing yet, shows nothing
     # -inf less itself, of tokens that are never said, is not a number.
     found = float((before - after).abs().nan_to_num(nan=0.0, posinf=torch.inf).max())
     return found if found > _allowed(model, before) else 0.0

@@ -1,5 +1,7 @@
 """Which label a position predicts, and the models that are refused."""
 
+import copy
+import math
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -244,6 +246,18 @@ def test_a_model_that_does_not_see_it_is_run_twice_more_and_once_afterwards() ->
     nll(model, tiny.batch(0))
     nll(model, tiny.batch(0))
     assert calls == [True, False, False, True, True]
+
+
+def test_a_head_of_zeros_hides_nothing_for_later() -> None:
+    torch.manual_seed(0)
+    model = Encoder(masked=False)
+    learned = copy.deepcopy(model.head)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    assert nll(model, tiny.batch(0)).item() == pytest.approx(math.log(tiny.VOCABULARY))
+    model.head = learned
+    with pytest.raises(ValueError, match="should predict each token unseen"):
+        nll(model, tiny.batch(0))
 
 
 def test_hooks_see_the_forwards_that_were_asked_for() -> None:
