@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 import gc
 import os
+import signal
 
 # Before anything imports torch or matplotlib; child processes inherit it.
 os.environ["MPLBACKEND"] = "Agg"
@@ -13,6 +14,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TRITON_INTERPRET"] = "1"  # Triton runs kernels on the CPU
 # Tiny tensors gain nothing from threads, and lose much to them where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests press Ctrl-C, which what a shell has started in its background ignores.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # What is imported and collected stays: to look for garbage meanwhile takes a fifth of that time.
 gc.disable()
 

@@ -47,7 +47,7 @@ def test_five_items_a_question_with_the_original_and_another_answer() -> None:
         assert alternate["labels"][-1] == END and END not in alternate["labels"][:-1]
         assert 2 <= len(alternate["labels"]) - asked <= 2 * (len(original["labels"]) - asked)
     batch = collate(pairs)
-    assert DPO()(model, {"forget": batch}, FrozenModel(model.eval())).isfinite()
+    assert DPO()(model, {"forget": batch}, FrozenModel.copied(model.eval())).isfinite()
 
 
 def test_a_seed_and_a_row_say_what_is_drawn() -> None:

@@ -86,7 +86,7 @@ def test_npo_is_dpo_with_empty_alternates(model: nn.Module, other: nn.Module) ->
 def test_at_the_start_and_for_a_small_beta_it_is_ascent_and_descent_on_sums(
     beta: float, before: int | None, rel: float, model: nn.Module
 ) -> None:
-    known = FrozenModel(model.eval() if before is None else tiny.gpt2(before).eval())
+    known = FrozenModel.copied(model.eval() if before is None else tiny.gpt2(before).eval())
     pair = pair_of(DPO())
     found = flat(model, DPO(beta)(model, pair, known))
     lose, win = (torch.stack(sums(model, pair["forget"][a])) for a in ("original", "alternate"))
@@ -103,7 +103,7 @@ def test_likelihoods_of_both_answers_are_all_it_asks_for(
 
 
 def test_a_retain_term_goes_with_it(model: nn.Module) -> None:
-    pair, before = pair_of(DPO()), FrozenModel(model.eval())
+    pair, before = pair_of(DPO()), FrozenModel.copied(model.eval())
     parts = GradDiff(DPO()).components(model, pair, before)
     assert [*parts] == ["forget", "retain"]
     assert GradDiff(DPO()).sides == ("forget", "forget.alternate", "retain")
@@ -113,9 +113,9 @@ def test_other_rows_than_those_of_the_answers_are_refused(model: nn.Module) -> N
     pair, one = pair_of(DPO()), pair_of(DPO(), rows=(0,))
     pair["forget"]["alternate"] = one["forget"]["alternate"]
     with pytest.raises(ValueError, match=r"a row for each of `forget`.* Found 1 rows beside 3"):
-        DPO()(model, pair, FrozenModel(model.eval()))
+        DPO()(model, pair, FrozenModel.copied(model.eval()))
 
 
 def test_a_batch_without_alternates_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`forget.alternate` among them. Found forget, retain"):
-        DPO()(model, pair_of(NPO()), FrozenModel(model.eval()))
+        DPO()(model, pair_of(NPO()), FrozenModel.copied(model.eval()))
