@@ -1,7 +1,7 @@
 """Forwards beside those of a training step, which does not notice them."""
 
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from geffect.interrupts import to_the_end
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
-_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+_CONTAINERS = (list, dict, set, deque, Counter, OrderedDict, defaultdict)
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections import deque
+from collections import Counter, deque
 from functools import cache
 from typing import Any
 
@@ -215,16 +215,18 @@ class Remembering(nn.Module):
 
     def __init__(self, shared: list[torch.Tensor]) -> None:
         super().__init__()
-        self.past, self.shared = {"states": deque(maxlen=2), "seen": set()}, shared
+        self.past: dict[str, Any] = {"states": deque(maxlen=2), "seen": set(), "calls": Counter()}
+        self.shared = shared
         self.past["itself"] = self.past
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.shared[0] *= 0.5
         self.shared.append(x.detach().mean())
         self.past["states"].append(x.detach())
+        self.past["calls"]["all"] += 1
         self.past["seen"].add(len(self.shared))
         self.past["last"] = x.detach()
-        return x * sum(self.shared) + len(self.past["states"])
+        return x * sum(self.shared) + len(self.past["states"]) * self.past["calls"]["all"]
 
 
 def test_what_modules_remember_in_containers_is_what_they_would_have_seen_alone() -> None:
