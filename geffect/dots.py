@@ -159,7 +159,7 @@ def placed(products: Tensor, indices: Iterable[int], count: int) -> Tensor:
     if len(products) == count:
         return products
     matrix = products.new_zeros(count, count)
-    index = torch.tensor([*indices], dtype=torch.long, device=products.device)
+    index = devices.sent(torch.tensor([*indices], dtype=torch.long), products.device)
     matrix[index.unsqueeze(1), index] = products
     return matrix
 

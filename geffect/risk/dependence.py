@@ -32,21 +32,22 @@ def change(
 ) -> float | None:
     """By how much logits change with other tokens under a name, 0 if that is rounding.
 
-    None if a model has no logits there, or zeros alone. It is left as it was, and hooks on forwards
-    are told nothing, whose state is not known: they count and record for others. Where logits
-    change without hooks, or no forward is possible, hooks may be what makes the model right: these
-    are then run.
+    None if a model has no logits there, zeros alone, or takes no such tokens. It is left as it was,
+    and hooks on forwards are told nothing, whose state is not known: they count and record for
+    others. Where logits change without hooks, or no forward is possible, hooks may be what makes
+    the model right: these are then run.
 
     - `at`: `Bool[sample, position]`, where logits are looked at.
     """
-    in_parts, found = is_in_parts(model), None
-    if not in_parts:
-        with suppress(Exception), without_forward_hooks(model):
-            found = _change(model, inputs, name, other, at)
-        if found == 0:
-            return found
-    found = _change(model, inputs, name, other, at)
-    return distributed.max_over_ranks(found or 0.0) if in_parts else found
+    if is_in_parts(model):
+        return distributed.max_over_ranks(_change(model, inputs, name, other, at) or 0.0)
+    # What a model says of its own tokens, it says in the forward that was asked for.
+    with suppress(Exception), without_forward_hooks(model):
+        if _change(model, inputs, name, other, at) == 0:
+            return 0.0
+    with suppress(Exception):
+        return _change(model, inputs, name, other, at)
+    return None
 
 
 def _change(

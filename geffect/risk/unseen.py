@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from geffect import distributed
 from geffect.batch import IGNORED
 
 from .dependence import change, is_in_parts, kind_of
@@ -38,11 +39,11 @@ def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
     told = F.pad(asked, (int(name != "labels"), 0))[:, : tokens.shape[-1]]
     if told.shape != tokens.shape:
         return  # which is refused where the logits are looked at
-    if not ((told[:, :-1] if name == "labels" else told).any() or is_in_parts(model)):
-        return  # which proves nothing; the next batch is looked at
-    # One token for all, since a model without positions may not tell two that have changed places.
-    other, last = tokens.clone(), tokens[told][-1:]
-    other[told] = last.where((tokens[told] != last).any(), (last - 1).abs())
+    proves = bool((told[:, :-1] if name == "labels" else told).any())
+    if not (distributed.any_rank(proves) if is_in_parts(model) else proves):
+        return  # the next batch is looked at
+    other = tokens.clone()
+    other[told] = _another(tokens[told], labels[labels != IGNORED].to(tokens.device))
     found = change(model, inputs, name, other, before)
     if found:
         raise ValueError(
@@ -54,6 +55,21 @@ def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
         )
     if found is not None:
         known.add(kind)
+
+
+def _another(told: Tensor, scored: Tensor) -> Tensor:
+    """A token for all that are told, another one for one at least; of those that are scored.
+
+    It is one, since a model without positions may not tell two that have changed places.
+
+    >>> _another(torch.tensor([7, 7]), torch.tensor([5, 7, 7])), _another(*torch.tensor([[4], [4]]))
+    (tensor([5]), tensor([3]))
+    """
+    last = told[-1:]
+    if (told != last).any():
+        return last
+    others = scored[scored != last] if len(last) else scored
+    return others[-1:] if len(others) else (last - 1).abs()
 
 
 def _halves(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

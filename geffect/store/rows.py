@@ -45,10 +45,14 @@ class Rows:
         return found
 
     def marks(self) -> Array:
-        """What tells the key of each row from another: its checksums; of format 2 the key."""
+        """What tells each row from another in its place, its key in the first columns.
+
+        Those are its checksums; of format 2, which has none, it is the key alone.
+        """
         if self._file.version < 3:
             return np.stack([self.read(name, ()) for name in KEY_COLUMNS], axis=1)
-        return self.sums[:, [self._checksummed.index(name) for name in KEY_COLUMNS]]
+        further = [name for name in self._checksummed if name not in KEY_COLUMNS]
+        return self.sums[:, [*map(self._checksummed.index, [*KEY_COLUMNS, *further])]]
 
     def _checksums(self, name: str) -> NDArray[np.uint32] | None:
         """Those of the rows of a dataset; None where it was written without."""

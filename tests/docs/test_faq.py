@@ -93,6 +93,11 @@ def no_causal() -> None:
     nll(BertForMaskedLM(config), BATCH["forget"])
 
 
+def looks_ahead() -> None:
+    everywhere = torch.zeros(len(IDS), 1, IDS.shape[1], IDS.shape[1])
+    nll(tiny.llama(), {**BATCH["forget"], "attention_mask": everywhere})
+
+
 def rectified(model: torch.nn.Module, rectifier: Rectifier, *names: str) -> None:
     rectifier.backward(objective={"forget": -1.0}, **losses(model, *names))
 
@@ -154,6 +159,7 @@ ASKED: dict[str, Callable[[], object]] = {
     ),
     "My labels are shifted": shifted,
     "My model is no causal one": no_causal,
+    "My model sees the token that it predicts": looks_ahead,
     "There is no retain loss": lambda: rectified(model := tiny.llama(), Rectifier(model), "forget"),
     "My Trainer has no retain term": no_term,
     "Gradients are left from before": left,

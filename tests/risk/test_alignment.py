@@ -260,6 +260,25 @@ def test_a_head_of_zeros_hides_nothing_for_later() -> None:
         nll(model, tiny.batch(0))
 
 
+def test_a_model_that_takes_not_every_token_is_asked_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As models of images do, which count their placeholders: these may be next to an answer."""
+    model, expected = Encoder(masked=True).eval(), Encoder(masked=True).eval()
+    expected.load_state_dict(model.state_dict())
+    own, forward = torch.tensor([[1, 2, 9]]), model.forward
+
+    def counting(input_ids: torch.Tensor, **others: Any) -> Any:
+        if not torch.isin(input_ids, own).all():
+            raise ValueError("a placeholder without its image")
+        return forward(input_ids, **others)
+
+    monkeypatch.setattr(model, "forward", counting)
+    labels = torch.tensor([[-100, -100, 9]])
+    batch = {"input_ids": own, "labels": labels, "attention_mask": torch.ones_like(own)}
+    assert torch.equal(nll(model, batch), nll(expected, batch))
+
+
 def test_hooks_see_the_forwards_that_were_asked_for() -> None:
     model, seen = Encoder(masked=True), []
 

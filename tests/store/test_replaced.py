@@ -73,6 +73,21 @@ def test_other_steps_in_rows_of_a_run_are_not_read_as_those_that_were_there(
     assert_same_bits(early.gram(), [row.gram for row in plain_rows(3)])
 
 
+def test_steps_that_were_recorded_again_are_not_read_as_those_that_were_there(
+    tmp_path: Path,
+) -> None:
+    path = recorded(tmp_path / "a.h5", plain_rows(6))
+    run, early = open_run(path), open_run(path).until(2)
+    resumed = RunWriter(path, PARAMETERS, resume=True, drop_after=2)
+    for step in (3, 4, 5):
+        append(resumed, row_of(step, value=7.0))
+    resumed.close(complete=True)
+    for read in (run.gram, run.losses, lambda: run.latest(2).gram(), lambda: run.until(3).gram()):
+        with pytest.raises(RunFileError, match="resumed from an earlier step"):
+            read()
+    assert_same_bits(early.gram(), [row.gram for row in plain_rows(3)])
+
+
 def test_what_comes_to_a_run_makes_no_other_of_it(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     writer = RunWriter(path, PARAMETERS)
