@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from geffect import Recorder, Relearned
 from geffect.batch import Pair
+from geffect.layers import trainable
 from geffect.objectives import (
     FrozenModel,
     Objective,
@@ -25,12 +27,13 @@ from .methods import Variant
 
 @dataclass(frozen=True)
 class Descent:
-    """The objective as it has begun on the model, what it refers to, and the optimizer."""
+    """The objective as it has begun on the model, what it refers to, and who steps what."""
 
     model: PreTrainedModel
     objective: Objective
     original: FrozenModel | None
     variant: Variant
+    trained: list[Tensor]
     optimizer: torch.optim.Optimizer
 
     @classmethod
@@ -45,8 +48,9 @@ class Descent:
         """An objective by its name, with the optimizer of a variant for what is then trained."""
         objective = named(method, dict(options)).begin(model)
         original = None if objective.reference == "none" else FrozenModel.copied(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return cls(model, objective, original, variant, variant.stepping(trained, learning_rate))
+        trained = list(trainable(model).values())
+        optimizer = variant.stepping(trained, learning_rate)
+        return cls(model, objective, original, variant, trained, optimizer)
 
     def note(self, recorder: Recorder) -> None:
         """Tell a file what is minimised."""

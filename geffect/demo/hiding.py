@@ -12,6 +12,7 @@ from .corpus import Corpus
 from .methods import Variant, _no_rule
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -101,7 +102,7 @@ HIDING: dict[str, Variant] = {
 
 
 @contextmanager
-def all_trained(parameters: Sequence["nn.Parameter"]) -> Iterator[None]:
+def all_trained(parameters: Sequence["torch.Tensor"]) -> Iterator[None]:
     """A block in which these parameters are trained, as an attack on a model trains them."""
     before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:

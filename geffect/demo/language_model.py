@@ -30,6 +30,7 @@ from geffect.data.examples import example
 from geffect.evaluation.extraction import strengths
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after
+from geffect.layers import trainable
 from geffect.risk import log_likelihood, mean_nll
 
 from .corpus import Corpus, Fact
@@ -202,7 +203,7 @@ def memorise(
 
     In eval mode: dropout would only be in the way of learning by heart.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(trainable(model).values())
     data = on_device(data, parameters[0].device)
     optimizer = torch.optim.AdamW(
         parameters,

@@ -109,7 +109,7 @@ class Variant:
         return tuple(self.options.get("protect", ("retain",)))
 
     def stepping(
-        self, parameters: "Sequence[torch.nn.Parameter]", learning_rate: float
+        self, parameters: "Sequence[torch.Tensor]", learning_rate: float
     ) -> "torch.optim.Optimizer":
         """The optimizer of a run."""
         import torch

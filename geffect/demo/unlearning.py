@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from geffect import Recorder
+from geffect.layers import trainable
 from geffect.objectives import options_of
 
 from .config import LEVELS, UnlearningConfig
@@ -63,14 +64,14 @@ class _Run:
         levels: Mapping[str, float],
     ) -> None:
         self._model, self._data, self._spec, self._config = model, data, spec, config
-        self._whole = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._whole = list(trainable(model).values())
         variant = variant.begun(model, data.corpus, data.tokenizer)
         self.descent = Descent.begun(model, spec.method, spec.options, variant, spec.learning_rate)
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._trained = self.descent.trained
         self.rectifier = variant.rectifier(model, self.descent.optimizer, config.ema)
         self._batches = data.draws(_sizes(data, variant, config), self.descent.objective.sides)
         self._place = variant.place(model, data.sets["forget"])
-        self._names = levels
+        self._wanted = levels
         self._forgotten = forgotten(model, data, levels)
         self._levels = Levels(levels, self._forgotten, config.patience)
         self._step = 0
@@ -86,7 +87,7 @@ class _Run:
         batch = next(self._batches)
         self.descent.step(recorder, batch, rectifier=self.rectifier, place=self._place)
         before = self._forgotten
-        after = self._forgotten = forgotten(self._model, self._data, self._names)
+        after = self._forgotten = forgotten(self._model, self._data, self._wanted)
         if not math.isfinite(after["forget_nll"]):
             return False
         report(self._step, after["forget_nll"])
@@ -116,7 +117,7 @@ class _Run:
         """Measure all at a level, which was reached after this share of the step."""
         model, data, config = self._model, self._data, self._config
         is_loss = name == "forget_nll"
-        attacked = "value_nll" in self._names and is_loss
+        attacked = "value_nll" in self._wanted and is_loss
         with all_trained(self._whole):
             self._crossings[LEVELS[name]] = {
                 "step": self._step - 1 + share,
