@@ -116,7 +116,7 @@ def write_table(table: "pd.DataFrame", form: Format) -> None:
     """Write a table as data: every row, and every digit of its numbers."""
     if form is Format.JSON:
         # Not pandas' own JSON, which rounds to ten decimals: early scores are smaller than that.
-        write_json(table.astype(object).where(table.notna(), None).to_dict("records"))
+        write_json(table.to_dict("records"))
     elif form is Format.CSV:
         write(table.to_csv(index=False))
     else:

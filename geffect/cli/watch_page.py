@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.numbers import finite
+
 from .followed import Followed
 from .watch_courses import Course, bucketed
 from .watch_frame import number, percent
@@ -66,10 +68,6 @@ def serving(followed: Followed, port: int) -> Iterator[str]:
 
 def numbers(view: View) -> dict[str, Any]:
     """The view as JSON holds it: what is not a finite number is null."""
-
-    def listed(values: Floats) -> list[Any]:
-        return [[v if np.isfinite(v) else None for v in row] for row in values.tolist()]
-
     kinds = ("effects", "totals", "rates", "losses")
     return {
         "state": str(view.state),
@@ -83,7 +81,7 @@ def numbers(view: View) -> dict[str, Any]:
                     "name": course.name,
                     "unit": course.unit,
                     "blocks": list(course.blocks),
-                    "values": listed(course.values),
+                    "values": finite(course.values.tolist()),
                 }
                 for course in getattr(view, kind)
             ]
@@ -160,8 +158,8 @@ def path(values: Floats, *bounds: float) -> str:
 
 
 def _told(says: str, effect: str, values: Floats) -> Told:
-    finite = values[np.isfinite(values)]
-    ends = f"{number(finite.min())} to {number(finite.max())}" if finite.size else "unknown"
+    known = values[np.isfinite(values)]
+    ends = f"{number(known.min())} to {number(known.max())}" if known.size else "unknown"
     return Told(says, number(values[-1]), _colour(effect), path(values), ends)
 
 
