@@ -99,7 +99,8 @@ def recommended_layers(
     size = _sizes(run, names)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.where(gain > 0, gain / harm, 0.0)
-    certain = _blocks(run, names) & (low > 0)
+    blocks = _blocks(run, names)
+    certain = blocks & (low > 0)
     order = sorted(np.flatnonzero(certain), key=lambda i: (-ratio[i], size[i], i))
     fraction = np.zeros(len(names))
     wanted = np.inf if count is not None else (SHARE if share is None else share) * gain.sum()
@@ -118,8 +119,8 @@ def recommended_layers(
     )  # fmt: skip
     layers = tuple(names[place] for place in chosen)
     warned = [
-        *_short(gain, fraction, wanted, layers, count, int(_blocks(run, names).sum())),
-        *_late(run, names, {"run": gain, "layers that are chosen": gain * fraction}),
+        *_short(gain, fraction, wanted, layers, count, int(blocks.sum())),
+        *_late(run, names, blocks, {"run": gain, "layers that are chosen": gain * fraction}),
     ]
     return Recommendation(layers, _pattern(run.layers, layers), tuple(warned), learned, table)
 
@@ -190,10 +191,12 @@ def _short(
     return []
 
 
-def _late(run: Run, names: Sequence[str], gains: Mapping[str, Floats]) -> list[str]:
+def _late(
+    run: Run, names: Sequence[str], blocks: NDArray[np.bool_], gains: Mapping[str, Floats]
+) -> list[str]:
     """That most of a gain is where forgetting hides."""
     heads = {p.layer for p in run.layers if HEAD in re.split(r"[+ ]", p.layer)}
-    last = [name for name, block in zip(names, _blocks(run, names), strict=True) if block][-1:]
+    last = [name for name, block in zip(names, blocks, strict=True) if block][-1:]
     late = np.array([name in heads or name in last for name in names])
     where = " and ".join(name for name, is_late in zip(names, late, strict=True) if is_late)
     for whose, gain in gains.items():

@@ -172,7 +172,7 @@ def labels_checksum(file: BoundedFile) -> int | None:
     """The checksum that the labels of a file should have. Format 2 has none."""
     if file.version < 3:
         return None
-    return int(file.dataset("committed", np.dtype("<i8"), (4,)).all()[2])
+    return int(_record(file)[2])
 
 
 def read_committed(file: BoundedFile, labels: Labels) -> tuple[int, bool]:
@@ -184,13 +184,18 @@ def read_committed(file: BoundedFile, labels: Labels) -> tuple[int, bool]:
             raise ValueError(f"the state {state!r}")
         count = int(file.dataset("committed", np.dtype("<i8"), ()).all())
         return min(max(count, 0), room), state == "complete"
-    record = file.dataset("committed", np.dtype("<i8"), (4,)).all()
+    record = _record(file)
     rows, complete, written, _ = record.tolist()
     if (checksums.record_of(rows, written, complete=complete) != record).any() or rows > room:
         raise checksums.Changed("a count of its rows")
     if checksums.of_labels(labels.arrays) != written:
         raise checksums.Changed("labels or a manifest")
     return rows, bool(complete)
+
+
+def _record(file: BoundedFile) -> Array:
+    """Rows that count, whether the recorder was closed, and checksums of the labels and of this."""
+    return file.dataset("committed", np.dtype("<i8"), (4,)).all()
 
 
 def _sketch(described: Mapping[str, Any]) -> Sketch | OtherSketch:
