@@ -59,6 +59,26 @@ def outline(model: nn.Module) -> dict[str, object]:
     }
 
 
+def check_tokenizers(source: Any, original: Any) -> None:
+    """Refuse a source whose tokenizer numbers its tokens otherwise than that of the original.
+
+    >>> class Words:
+    ...     def __init__(self, *words): self.words = words
+    ...     def get_vocab(self): return {word: i for i, word in enumerate(self.words)}
+    >>> check_tokenizers(Words("a", "b"), Words("a", "c"))
+    Traceback (most recent call last):
+    ValueError: `source` should have the tokenizer of the original. ... Found 2 tokens ...
+    """
+    known, other = original.get_vocab(), source.get_vocab()
+    if known != other:
+        apart = {word for word in known.keys() | other.keys() if known.get(word) != other.get(word)}
+        raise ValueError(
+            "`source` should have the tokenizer of the original. Their states can be exchanged "
+            f"where both read the same numbers. Found {len(apart)} tokens that only one has, or "
+            "with another number. Leave depth out for this model."
+        )
+
+
 _TOLD = ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 
 
