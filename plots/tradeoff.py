@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from .axes import dress
 from .conventions import Asked, picture
@@ -36,6 +37,8 @@ def tradeoff(
     y: str = "retain_nll",
 ) -> Axes:
     """A point a step, a line a variant, a marker a method; lower at equal forgetting is better.
+
+    Of runs of a single step there are no lines, and none in the legend.
 
     - `table`: the losses of each run over its steps; rows with a true `at_level` stand out.
     - `level`: the forget loss of a model that was retrained without the forget data, in nats per
@@ -90,8 +93,12 @@ def tradeoff(
     axis_label(ax.yaxis, NAMES.get(y, drawn(y)))
     dress(ax)
     heading(ax, constants(table[["method", "variant"]]))
-    of_variants = variant_samples(colours, variants, solid=not is_one)
-    key(ax, [*of_variants, *method_samples(marks, methods)])
+    is_course = bool((lines.size() > 1).any())
+    if is_course:
+        of_variants = variant_samples(colours, variants, solid=not is_one)
+    else:
+        of_variants = variant_swatches(colours, variants)
+    key(ax, [*of_variants, *method_samples(marks, methods, dashed=is_course)])
     return ax
 
 
@@ -107,7 +114,7 @@ def mark_level(ax: Axes, level: float) -> None:
     note(ax, "retrained without the forget data")
 
 
-def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: bool) -> list[Line2D]:
+def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: bool) -> list[Artist]:
     """A stretch of each line for the legend."""
     return [
         Line2D([], [], color=colours[name].colour, label=name,
@@ -116,11 +123,16 @@ def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: boo
     ]  # fmt: skip
 
 
-def method_samples(marks: dict[str, Ink], names: Sequence[str]) -> list[Line2D]:
-    """Marker and dashes of each method for the legend, where there is more than one."""
+def variant_swatches(colours: dict[str, Ink], names: Sequence[str]) -> list[Artist]:
+    """The colour of each variant for the legend, where runs are points and no lines."""
+    return [Patch(color=colours[name].colour, linewidth=0, label=name) for name in names]
+
+
+def method_samples(marks: dict[str, Ink], names: Sequence[str], *, dashed: bool) -> list[Line2D]:
+    """Marker of each method for the legend, and its dashes, where there is more than one."""
     return [
-        Line2D([], [], color=QUIET, linestyle=marks[name].dashes, marker=marks[name].marker,
-               markersize=4, label=name)
+        Line2D([], [], color=QUIET, linestyle=marks[name].dashes if dashed else "none",
+               marker=marks[name].marker, markersize=4, label=name)
         for name in names
         if len(names) > 1
     ]  # fmt: skip

@@ -279,6 +279,17 @@ def test_tradeoff_of_other_columns() -> None:
     assert {tuple(line.get_xdata()) for line in ax.lines} == {(0.5,) * 5, (0.5,), (0.6, 0.6)}
 
 
+def test_tradeoff_of_single_steps_is_points_and_so_is_its_legend() -> None:
+    last = runs().groupby(["method", "variant"]).tail(1).assign(step=0, at_level=True)
+    ax = tradeoff(last, ax=blank())
+    assert legend_of(ax) == ["plain", "gru", "gru-update", "ga", "npo"]
+    legend = ax.get_legend()
+    assert all(line.get_linestyle() == "None" for line in legend.get_lines())
+    assert [line.get_marker() for line in legend.get_lines()] == ["o", "s"]
+    swatches = [to_hex(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert swatches == [NAMED[name].colour for name in ("plain", "gru", "gru-update")]
+
+
 def test_tradeoff_of_one_method_names_it_above() -> None:
     ax = tradeoff(runs().query("method == 'npo'"), ax=blank())
     assert legend_of(ax) == ["plain", "gru", "gru-update"]
