@@ -90,7 +90,7 @@ def _is_recognised(summary: Mapping[str, Any]) -> bool:
 
 
 def _recognition(summary: Mapping[str, Any]) -> Figure:
-    """Retain loss outside over recognition after the attack, at equal forgetting, a point a variant.
+    """Retain loss outside over recognition after the attack, at equal forgetting: points.
 
     Means over the seeds that reached the level; the gold model, in a corner, is what to reach.
     """
