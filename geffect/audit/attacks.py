@@ -19,9 +19,10 @@ from .look import Look
 from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
 from .quantisers import Quantiser
 from .recognition import every_other, recognition, recognition_after
-from .relearning import as_attacks, relearning, taught
+from .relearning import as_attacks, relearning
 from .rounding import quantisers_for, rounded
 from .sets import FORGET, RETAIN, AuditSet
+from .teaching import taught
 from .verdict import MEMORISED, NLL
 
 HIDDEN = "hidden"

@@ -15,10 +15,10 @@ from .batteries import BATTERIES
 from .controls import CONTROLS, Batches, Control
 from .look import Look
 from .models import ORIGINAL, UNLEARNED
-from .relearning import batches_of
 from .sets import FORGET, RETAIN
 from .summary import Values, table_of
 from .table import value_of
+from .teaching import batches_of
 from .thresholds import Thresholds
 from .verdict import (
     BROKEN,

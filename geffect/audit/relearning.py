@@ -6,7 +6,6 @@ on what it asks for, and is an upper bound. Where all models learn the names and
 set again, `half` and `full` tell little: they are reported, and never merged with `benign`.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,20 +14,30 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from geffect.batch import on_device
 from geffect.data.collate import Item, collate
-from geffect.dots import dense
 from geffect.evaluation.memorised import nll as item_nll
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.numbers import is_number
-from geffect.risk import mean_nll, nll, scored_tokens, undisturbed
+from geffect.risk import mean_nll, scored_tokens
 
 from .adapters import deployed
 from .kept import check_weights, kept
+from .teaching import taught, teach
+
+__all__ = [
+    "QUICK",
+    "RelearningBudget",
+    "as_attacks",
+    "curve",
+    "nll_of_items",
+    "relearning",
+    "summary",
+    "taught",
+    "teach",
+]
 
 Floats = NDArray[np.float64]
 
@@ -38,9 +47,6 @@ Metric = Callable[[nn.Module, Sequence[Item]], Floats]
 BENIGN, HALF, FULL = "benign", "half", "full"
 SOURCES = (BENIGN, HALF, FULL)
 """What is trained on: the retain set; every other forget item, then the others; all of them."""
-
-_HALF_SCALE = 1024.0
-"""What the loss is multiplied by in half precision, so that small gradients are not 0."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,7 @@ def relearning(
 ) -> pd.DataFrame:
     """What a metric says of each forget item while the model is trained further.
 
-    AdamW from a fresh state, without weight decay, on all weights, in eval mode, at a constant
-    learning rate; the loss is the mean NLL of the scored tokens of a batch. Weights in half
-    precision are moved in float32, and rounded at each step, so that small steps are not lost. An
-    adapter is merged before.
+    All weights are trained as `teach` does it, in eval mode. An adapter is merged before.
 
     - `forget`: what is asked for; `retain`: what `benign` trains on. Items as
       `geffect.data.examples.example` makes them.
@@ -123,6 +126,7 @@ def relearning(
     random numbers. Meanwhile it takes the memory of its training: gradients, the state of AdamW,
     and one copy of the weights on the host.
 
+    >>> import torch
     >>> from types import SimpleNamespace
     >>> class Table(nn.Embedding):
     ...     def forward(self, input_ids, attention_mask=None):
@@ -155,7 +159,7 @@ def relearning(
         for run in runs:
             found = {step: np.full(len(forget), np.nan) for step in (0, *sorted(budget.steps))}
             found[0][:] = before
-            for taught, asked in run.parts:
+            for learned, asked in run.parts:
 
                 def look(step: int, asked: Any = asked, found: Any = found) -> None:
                     if step in found:
@@ -165,7 +169,7 @@ def relearning(
 
                 taken = teach(
                     whole,
-                    taught,
+                    learned,
                     steps=last,
                     learning_rate=learning_rate * run.rate,
                     batch=budget.batch,
@@ -176,70 +180,6 @@ def relearning(
                 counted.more(last - taken)
             tables.append(run.table(found))
     return pd.concat(tables, ignore_index=True)
-
-
-def teach(
-    model: nn.Module,
-    items: Sequence[Item],
-    *,
-    steps: int,
-    learning_rate: float,
-    batch: int = 16,
-    seed: int = 0,
-    after: Callable[[int], None] | None = None,
-) -> int:
-    """Train all weights of a model on some items, in place, as `relearning` does.
-
-    - `after`: called with the number of each step that was taken, from 1, in eval mode.
-
-    Returns how many steps were taken: fewer where the loss or a weight ceases to be finite. Mode,
-    gradients, buffers and random numbers are left as they were.
-
-    >>> from types import SimpleNamespace
-    >>> class Table(nn.Embedding):
-    ...     def forward(self, input_ids, attention_mask=None):
-    ...         return SimpleNamespace(logits=super().forward(input_ids))
-    >>> model = Table(4, 4)
-    >>> item = {"input_ids": [0, 1], "labels": [-100, 1]}
-    >>> teach(model, [item], steps=50, learning_rate=0.1)
-    50
-    >>> nll_of_items(model, [item]).item() < 0.1
-    True
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    required = [parameter.requires_grad for parameter in trained]
-    batches = batches_of(items, batch, seed)
-    try:
-        with torch.inference_mode(False), undisturbed(model):
-            stepping = _Stepping(trained, learning_rate)
-            for step in range(1, steps + 1):
-                loss = nll(model, on_device(next(batches), trained[0].device))
-                if not (isfinite(loss.item()) and stepping.step(loss)):
-                    return step - 1
-                if after is not None:
-                    after(step)
-    finally:
-        for parameter, before in zip(trained, required, strict=True):
-            parameter.requires_grad_(before)
-    return steps
-
-
-def taught(
-    model: nn.Module, items: Sequence[Item], *, steps: int, learning_rate: float
-) -> nn.Module:
-    """A copy of a model that was trained on some items, as `relearning` trains.
-
-    That of an adapter is merged into its weights before, of which all are trained.
-
-    >>> model = nn.Linear(1, 1)
-    >>> taught(model, [], steps=0, learning_rate=0.1) is model
-    False
-    """
-    check_weights(model, "Teaching")
-    whole = deployed(model)
-    student = copy.deepcopy(model) if whole is model else whole  # merged, it is a copy already
-    teach(student, items, steps=steps, learning_rate=learning_rate)
-    return student
 
 
 def curve(table: pd.DataFrame) -> pd.DataFrame:
@@ -358,49 +298,6 @@ def _measured(metric: Metric, model: nn.Module, items: Sequence[Item]) -> Floats
 
 def _is_scored(model: nn.Module, item: Item) -> bool:
     return bool(scored_tokens(model, collate([item])).any())
-
-
-def batches_of(items: Sequence[Item], size: int, seed: int) -> Iterator[Mapping[str, Any]]:
-    """Batches without end: of each pass in another order as many as are whole."""
-    draw = torch.Generator().manual_seed(seed)
-    size = min(size, len(items))
-    while True:
-        order = torch.randperm(len(items), generator=draw).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            yield collate([items[i] for i in sorted(order[start : start + size])])
-
-
-class _Stepping:
-    """Steps of AdamW on parameters, in float32 or finer; they follow in their own type."""
-
-    def __init__(self, trained: Sequence[Tensor], learning_rate: float) -> None:
-        self._trained = trained
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        self._moved = [
-            p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_()
-            for p in self._trained
-        ]
-        self._scale = _HALF_SCALE if any(p.dtype == torch.float16 for p in self._trained) else 1.0
-        self._optimizer = torch.optim.AdamW(self._moved, lr=learning_rate, weight_decay=0.0)
-
-    def step(self, loss: Tensor) -> bool:
-        """Whether all weights are finite after a step down the gradient of a loss."""
-        (loss * self._scale).backward()
-        for moved, parameter in zip(self._moved, self._trained, strict=True):
-            if parameter.grad is not None:
-                moved.grad = dense(parameter.grad).to(moved.dtype)
-                if self._scale != 1:
-                    moved.grad /= self._scale
-            if moved is not parameter:
-                parameter.grad = None
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        with torch.no_grad():
-            for moved, parameter in zip(self._moved, self._trained, strict=True):
-                if moved is not parameter:
-                    parameter.copy_(moved)
-        return all(bool(p.isfinite().all()) for p in self._trained)
 
 
 class _Counted:

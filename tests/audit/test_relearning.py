@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from geffect.audit import relearning as of_relearning
 from geffect.audit.relearning import (
     QUICK,
     SOURCES,
@@ -23,6 +22,7 @@ from geffect.audit.relearning import (
     nll_of_items,
     relearning,
     summary,
+    taught,
     teach,
 )
 from geffect.audit.shares import recoverable_share
@@ -86,8 +86,8 @@ def test_a_loop_on_a_copy_finds_the_same() -> None:
     for source, seed in (("benign", 0), ("benign", 1), ("half", 0), ("full", 1)):
         chosen = table[(table["source"] == source) & (table["seed"] == seed)]
         run = chosen.set_index(["step", "item"])["value"]
-        for taught, asked in parts[source]:
-            right = naive(model, taught, [FORGET[i] for i in asked], RATE / 2, seed)
+        for given, asked in parts[source]:
+            right = naive(model, given, [FORGET[i] for i in asked], RATE / 2, seed)
             for step in (1, 3):
                 got = [run[step, item] for item in asked]
                 assert got == pytest.approx(right[step], rel=2e-5), source
@@ -117,12 +117,12 @@ def test_of_an_adapter_the_merged_weights_are_taught() -> None:
     adapted = peft.get_peft_model(tiny.llama(), config)
     before = bits(adapted)
     merged = copy.deepcopy(adapted).merge_and_unload()
-    student = of_relearning.taught(adapted, RETAIN, steps=3, learning_rate=RATE)
+    student = taught(adapted, RETAIN, steps=3, learning_rate=RATE)
     teach(merged, RETAIN, steps=3, learning_rate=RATE)
     assert bits(student) == bits(merged)
     assert bits(adapted) == before
     plain = tiny.llama()
-    copied = of_relearning.taught(plain, RETAIN, steps=3, learning_rate=RATE)
+    copied = taught(plain, RETAIN, steps=3, learning_rate=RATE)
     assert bits(plain) == bits(tiny.llama()) and bits(copied) != bits(plain)
     found = relearning(adapted, FORGET, RETAIN, learning_rate=RATE, budget=ONE)
     again = relearning(copy.deepcopy(adapted).merge_and_unload(), FORGET, RETAIN,
