@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from geffect.gram import inner
 from geffect.layers import Parameter
-from geffect.numbers import is_number
+from geffect.numbers import is_number, percent
 from geffect.places import HEAD
 from geffect.sources import FORGET, UPDATE
 from geffect.store import Run
@@ -203,9 +203,9 @@ def _late(
         there, total = (np.maximum(0.0, own).sum() for own in (gain[late], gain))
         if there > 0.5 * total:
             return [
-                f"{there / total:.0%} of the gain of the {whose} is in {where}. What is changed "
-                "there alone is often hidden and not forgotten: see in an audit whether it comes "
-                "back."
+                f"{percent(there / total)} of the gain of the {whose} is in {where}. What is "
+                "changed there alone is often hidden and not forgotten: see in an audit whether it "
+                "comes back."
             ]
     return []
 

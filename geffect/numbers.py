@@ -1,4 +1,4 @@
-"""What counts as a number where an option or a weight is one, and numbers in JSON."""
+"""What counts as a number where an option or a weight is one; numbers in JSON and in words."""
 
 import json
 import sys
@@ -15,6 +15,15 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
+
+
+def percent(share: float, form: str = ".0f") -> str:
+    """A share in per cent, as it is written everywhere.
+
+    >>> percent(0.927), percent(0.927, ".1f"), percent(0.00064, ".1g")
+    ('93 %', '92.7 %', '0.06 %')
+    """
+    return f"{100 * share:{form}} %"
 
 
 def as_json(facts: object, indent: int | None = None) -> str:

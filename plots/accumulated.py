@@ -4,6 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from geffect.numbers import percent
 from geffect.scores import score_of
 from geffect.text import plain
 
@@ -85,6 +86,6 @@ def _gap(risk: str, predicted: pd.DataFrame, measured: pd.DataFrame) -> list[str
         return []
     last = known.iloc[-1]
     if last["gap"] <= 1:
-        return [f"{risk} {100 * last['gap']:.0f} %"]
+        return [f"{risk} {percent(last['gap'])}"]
     expected = predicted.set_index("step")["value"].at[last["step"]]
     return [f"{risk} {expected:.2g} for {last['value']:.2g}"]

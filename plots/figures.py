@@ -1,11 +1,15 @@
 """Figures: their size in the medium, whom they belong to, and the room that axes have on them."""
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from geffect.drafts import write_whole
 
 from .style import EMBEDDED, is_narrow, medium
 
@@ -47,6 +51,13 @@ def new_figure(width: float, height: float) -> Figure:
     # made without pyplot, the first one of a notebook would not be shown at all.
     pyplot.close(figure)
     return figure
+
+
+def save(figure: Figure, path: Path, *, dpi: float) -> None:
+    """Write a figure, as the kind that its name ends in; the file is there whole or not at all."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=dpi)
+    write_whole(path, drawn.getvalue())
 
 
 def figure_of(ax: Axes) -> Figure:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from geffect.numbers import percent
 from geffect.scores import COSINE as UNIT
 from geffect.scores import Score, blocks_of, said
 
@@ -161,4 +162,4 @@ def _mark(ax: Axes, marks: pd.DataFrame, rows: Sequence[float] | np.ndarray, ink
 
 def _share(marks: pd.DataFrame) -> str:
     share = marks["value"].mean()
-    return "undefined" if np.isnan(share) else f"{share:.0%}"
+    return "undefined" if np.isnan(share) else percent(share)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 
+from geffect.numbers import percent
 from geffect.text import plain
 
 from .figures import height_of, width_of
@@ -108,7 +109,7 @@ def rate(table: pd.DataFrame) -> str:
     'rate 33 % of 3'
     """
     known = table["value"].dropna()
-    return f"rate {100 * known.mean():.0f} % of {len(known)}" if len(known) else "undefined"
+    return f"rate {percent(known.mean())} of {len(known)}" if len(known) else "undefined"
 
 
 def wrapped(label: str, most: int = 34) -> str:

@@ -4,11 +4,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from geffect.drafts import write_whole
 from geffect.numbers import finite
 
 from .geometry import Geometry
@@ -62,7 +62,7 @@ class AuditReport:
 
         text = page(self)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -84,7 +84,7 @@ class AuditReport:
         }
         text = json.dumps(finite(told), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
 

@@ -6,6 +6,8 @@ from math import isnan
 
 import pandas as pd
 
+from geffect.numbers import percent
+
 from .models import ORIGINAL, RETRAINED, UNLEARNED
 from .sets import FORGET
 from .table import SUMMED
@@ -80,10 +82,10 @@ class _Row:
     @property
     def told(self) -> str:
         """The value as a percentage, with its interval where there is one."""
-        percent = f"{100 * self.value:.0f} %"
+        value = percent(self.value)
         if isnan(self.low):
-            return percent
-        return f"{percent} ({100 * self.low:.0f} to {100 * self.high:.0f})"
+            return value
+        return f"{value} ({100 * self.low:.0f} to {100 * self.high:.0f})"
 
     def as_retrained(self, limits: Thresholds) -> bool:
         """Whether a model that never knew would have such a share."""
@@ -186,7 +188,7 @@ class _Told:
     def _broken(self) -> Iterator[str]:
         for row in self.kept:
             if row.value < self.limits.kept:
-                yield f"Of {row.of} {row.told} is kept, less than {100 * self.limits.kept:.0f} %."
+                yield f"Of {row.of} {row.told} is kept, less than {percent(self.limits.kept)}."
         unsound = {(row.metric, row.of) for row in self._unsound()}
         for row in self.rows(UTILITY, DEGENERATE):
             if row.value > self.limits.degenerate and (DEGENERATE, row.of) not in unsound:

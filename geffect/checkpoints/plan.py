@@ -19,7 +19,7 @@ from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
 from geffect.devices import there
 from geffect.layers import describe, trainable
-from geffect.numbers import is_number
+from geffect.numbers import is_number, percent
 from geffect.objectives import (
     FrozenModel,
     Objective,
@@ -112,7 +112,7 @@ class Prediction:
         if not rises:
             return "no layer raises it"
         most = max(rises, key=rises.__getitem__)
-        return f"{rises[most] / sum(rises.values()):.0%} of the rise in {most}"
+        return f"{percent(rises[most] / sum(rises.values()))} of the rise in {most}"
 
 
 def plan(

@@ -208,14 +208,16 @@ def command(
             controls=controls,
             report=_telling(tell, roles, lambda time: say(console, f"The audit takes {time}")),
         )
-    if output is not None:
-        report.to_html(output)
-    if as_json:
-        write(report.to_json())
-    else:
-        _summarise(report, terminal())
+    try:
         if output is not None:
-            say(terminal(), f"The page is in {output}")
+            report.to_html(output)
+    finally:  # what took so long is told, whatever became of the page
+        if as_json:
+            write(report.to_json())
+        else:
+            _summarise(report, terminal())
+    if output is not None and not as_json:
+        say(terminal(), f"The page is in {output}")
     raise typer.Exit(code=report.judgement.exit_code)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geffect.drafts import write_whole
+
 from .command import Apart, Needs, Rule, check_together
 from .fields import texts_given
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
@@ -279,7 +281,7 @@ def _study(out: Path, plan: "Plan", console: "Console") -> None:
 
     with shown(plan.weight, console) as report:
         summary = run_study(out, plan, report)
-    (out / "report.html").write_text(study_report(summary, out), encoding="utf-8")
+    write_whole(out / "report.html", study_report(summary, out))
     write_page(summary, out)
     say(console, *(out / "equal_forgetting.md").read_text(encoding="utf-8").split("\n"))
     held = [finding["holds"] for finding in summary["findings"]]

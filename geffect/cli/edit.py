@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geffect.numbers import percent
+
 from .fields import CATALOGUED, CommandOfFields, values_given
 from .options import (
     BaseOption,
@@ -168,7 +170,7 @@ def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console
                 str(block),
                 *(f"{falls[risk]:.4g}" for risk in risks),
                 f"{first['length']:.4g}",
-                f"{100 * first['touched']:.3g} %",
+                percent(first["touched"], ".3g"),
             ]
         )
     measured = table[table["measured"].notna()].set_index("risk")["measured"]

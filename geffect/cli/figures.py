@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geffect.drafts import write_whole
+
 from .options import Medium, check_output, choice
 from .terminal import say, terminal
 
@@ -132,6 +134,7 @@ def command(
             f"`--output` should be a folder. Found the file `{output}`. Choose another name."
         )
     made = made_of([open_run(path) for path in runs])
+    output.mkdir(parents=True, exist_ok=True)
     for one in made:
         if one.table is not None:
             for kind in KINDS:
@@ -158,17 +161,17 @@ def write(made: Sequence[Made], folder: Path, place: Medium) -> int:
     """Write the figures that were made into a folder, and say how many those are."""
     from geffect import plots
     from geffect.plots import paper
+    from geffect.plots.figures import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     there = [one for one in made if one.table is not None]
     for one in there:
         draw = getattr(paper, one.figure.name.replace("-", "_"))
         with plots.style(place.value):
             figure = draw(one.table)
             for kind in (".pdf", ".png"):
-                figure.savefig(folder / f"{one.figure.name}{kind}", dpi=300)
+                save(figure, folder / f"{one.figure.name}{kind}", dpi=300)
         assert one.table is not None
-        one.table.to_csv(folder / f"{one.figure.name}.csv", index=False)
+        write_whole(folder / f"{one.figure.name}.csv", one.table.to_csv(index=False))
     return len(there)
 
 

@@ -46,6 +46,7 @@ def command(
     """
     from geffect import open_run
     from geffect.analysis import agreement, join, read_evaluations
+    from geffect.plots.figures import save
 
     check_together(ctx, RULES)
     if output is not None:
@@ -53,7 +54,7 @@ def command(
     opened = open_run(run)
     joined = join(opened, read_evaluations(evaluations))
     if output is not None:
-        draw(joined).savefig(output, dpi=150)
+        save(draw(joined), output, dpi=150)
     if form is not Format.TABLE:
         write_table(joined, form)
         return

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geffect.numbers import percent
+
 from .command import Apart, check_together
 from .options import Format, FormatOption, number, whole
 from .selection import RunArgument
@@ -90,4 +92,4 @@ def _show(table: "pd.DataFrame") -> None:
 
 def _chosen(fraction: float) -> str:
     """How much is needed of the gain of a layer that is chosen."""
-    return "" if not fraction else "all" if fraction == 1 else f"{fraction:.0%}"
+    return "" if not fraction else "all" if fraction == 1 else percent(fraction)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer.models import OptionInfo
 
+from geffect.drafts import check_writable, is_stream
 from geffect.near import meant
 from geffect.sources import FORGET, RETAIN, check_risks
 
@@ -184,12 +185,13 @@ DeviceOption = Annotated[
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse to write where a file is that nobody said is to be replaced."""
-    if output.exists() and not overwrite:
+    """Refuse to write where a file is that nobody said is to be replaced, or where none can be."""
+    if output.exists() and not (overwrite or is_stream(output)):
         raise FileExistsError(
             f"The output should not exist yet. Found `{output}`. Choose another name, or replace "
             "it with --overwrite."
         )
+    check_writable(output)
 
 
 def risks_of(given: Iterable[str]) -> dict[str, Path]:

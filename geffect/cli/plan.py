@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geffect.drafts import write_whole
 from geffect.numbers import as_json
 
 from .command import Needs, check_together
@@ -123,15 +124,17 @@ def command(
         max_length=max_length,
         show=showing_rows(console),
     )
-    if output is not None:
-        output.write_text(as_json(_facts(found, layers=True), indent=1) + "\n", encoding="utf-8")
-    if form is Format.TABLE:
-        _show(found, probe, console)
-        say(console, MEASURED)
-    elif form is Format.JSON:
-        write_json({"sets": _facts(found, layers=True), "measured": MEASURED})
-    else:
-        write_table(pd.DataFrame(_facts(found, layers=False)), form)
+    try:
+        if output is not None:
+            write_whole(output, as_json(_facts(found, layers=True), indent=1) + "\n")
+    finally:  # what took so long is told, whatever became of the file
+        if form is Format.TABLE:
+            _show(found, probe, console)
+            say(console, MEASURED)
+        elif form is Format.JSON:
+            write_json({"sets": _facts(found, layers=True), "measured": MEASURED})
+        else:
+            write_table(pd.DataFrame(_facts(found, layers=False)), form)
 
 
 def _facts(found: "list[Prediction]", *, layers: bool) -> list[dict[str, Any]]:

@@ -143,6 +143,7 @@ def command(
     What a rectifier did is a score and a picture of its own.
     """
     from geffect import open_run, plots
+    from geffect.plots.figures import save
     from geffect.plots.words import drawn
 
     kind, score = _chosen(kind, score)
@@ -153,7 +154,7 @@ def command(
         figure = draw(table, kind)
         if not style:
             figure.suptitle(f"{drawn(run.stem, 60)}  {figure.get_suptitle()}".strip())
-        figure.savefig(output, dpi=300 if style else 150)
+        save(figure, output, dpi=300 if style else 150)
     say(terminal(), f"{' of '.join(dict.fromkeys([kind.value, score.value]))} in {output}")
 
 

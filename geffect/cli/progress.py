@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from geffect.numbers import percent
 from geffect.text import plain
 
 from .terminal import say
@@ -130,5 +131,6 @@ class _Lines:
         told = f"{news.job}: {self._said.get(news.job, 'done')}"
         say(
             self._console,
-            f"{seconds:6.1f} s  {share:4.0%}  {news.stage:8}  {told}; about {left:.0f} s left",
+            f"{seconds:6.1f} s  {percent(share):>5}  {news.stage:8}  {told}; about {left:.0f} s "
+            "left",
         )

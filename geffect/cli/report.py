@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from geffect.drafts import write_whole
+
 from .options import OverwriteOption, check_output, choice, written_to
 from .selection import By
 from .terminal import say, terminal
@@ -28,5 +30,5 @@ def command(
 
     check_output(output, overwrite=overwrite)
     page = runs_report([open_run(path) for path in runs], by.value)
-    output.write_text(page, encoding="utf-8")
+    write_whole(output, page)
     say(terminal(), f"{len(runs)} run{'s' * (len(runs) > 1)} in {output}")

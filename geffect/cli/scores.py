@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from geffect.numbers import percent
+
 from .options import Format, FormatOption
 from .selection import (
     AllParametersOption,
@@ -128,7 +130,7 @@ def _middle(table: "pd.DataFrame") -> str:
     known = table["value"].dropna()
     if not score_of(table).is_rate:
         return f"{known.median():.4g}"
-    return f"{100 * known.mean():.0f} % of {len(known)}" if len(known) else "undefined"
+    return f"{percent(known.mean())} of {len(known)}" if len(known) else "undefined"
 
 
 def _tolerance(table: "pd.DataFrame") -> str:

@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from geffect.numbers import percent
 from geffect.text import plain
 
 from .terminal import tall
@@ -84,7 +85,7 @@ def lines_of(view: View) -> Iterator[str]:
     for i in range(len(view.steps)):
         told = [f"step {view.steps[i]}"]
         told += [f"{c.name} {number(c.values[i, 0])}" for c in view.totals]
-        told += [f"{c.name} {percent(c.rates[i])}" for c in view.rates]
+        told += [f"{c.name} {known_rate(c.rates[i])}" for c in view.rates]
         told += [f"loss {c.name} {number(c.values[i, 0])}" for c in view.losses]
         yield "  ".join(told)
 
@@ -98,9 +99,9 @@ def number(value: float) -> str:
     return f"{value:.4g}" if value == value else "unknown"
 
 
-def percent(rate: float) -> str:
-    """A rate in per cent."""
-    return f"{100 * rate:.0f} %" if rate == rate else "unknown"
+def known_rate(rate: float) -> str:
+    """A rate in per cent, where it is known."""
+    return percent(rate) if rate == rate else "unknown"
 
 
 def curve(values: Floats, width: int, marks: Marks, bounds: tuple[float, ...] = ()) -> str:
@@ -162,7 +163,7 @@ def _done(view: View, marks: Marks, width: int) -> list[Text]:
         room = min(width - 8, 60)
         share = min(1.0, len(view.steps) / view.planned)
         drawn = (marks.full * round(share * room)).ljust(room, marks.rest)
-        lines.insert(0, Text(f"{drawn} {100 * share:.0f} %"))
+        lines.insert(0, Text(f"{drawn} {percent(share)}"))
     return lines
 
 
@@ -232,8 +233,8 @@ def _numbers(view: View, marks: Marks, width: int) -> Table:
         unit = "" if course.unit == own else f" ({course.unit})"
         rows.append((f"{course.name}{unit}", number(values[-1]), drawn(values), colour))
     for course in view.rates:
-        told = f"{course.name} rate (last {percent(course.rates[-1])})"
-        rows.append((told, percent(course.rate), drawn(course.rates, 0.0, 1.0), ""))
+        told = f"{course.name} rate (last {known_rate(course.rates[-1])})"
+        rows.append((told, known_rate(course.rate), drawn(course.rates, 0.0, 1.0), ""))
     for course in view.losses:
         values = course.values[:, 0]
         rows.append((f"loss {course.name}", number(values[-1]), drawn(values), ""))

@@ -18,7 +18,7 @@ from geffect.numbers import finite
 
 from .followed import Followed
 from .watch_courses import Course, bucketed
-from .watch_frame import number, percent
+from .watch_frame import known_rate, number
 from .watch_view import View
 
 Floats = NDArray[np.float64]
@@ -123,8 +123,8 @@ def totals(view: View) -> list[Told]:
         ),
         *(
             Told(
-                f"{c.name} rate (last {percent(c.rates[-1])})",
-                percent(c.rate),
+                f"{c.name} rate (last {known_rate(c.rates[-1])})",
+                known_rate(c.rate),
                 "",
                 path(c.rates, 0.0, 1.0),
                 "0 % to 100 %",

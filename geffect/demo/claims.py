@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from geffect.numbers import percent
+
 Runs = Sequence[Mapping[str, Any]]
 """Runs of a study, as summary.json holds them."""
 
@@ -42,9 +44,9 @@ def said(value: float) -> str:
     return "no value" if math.isnan(value) else f"{value:.3g}"
 
 
-def percent(share: float) -> str:
+def finely(share: float) -> str:
     """In whole percents; what is less than one but not zero keeps a digit."""
-    return f"{share:.0%}" if share == 0.0 or share >= 0.01 else f"{100 * share:.1g}%"
+    return percent(share, ".0f" if share == 0.0 or share >= 0.01 else ".1g")
 
 
 def of_seed(seed: int, by_seed: Mapping[int, object]) -> str:
@@ -98,4 +100,4 @@ def number(value: float | None) -> float:
 
 
 def share(value: float) -> str:
-    return "no value" if math.isnan(value) else f"{value:.0%}"
+    return "no value" if math.isnan(value) else percent(value)

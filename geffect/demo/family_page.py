@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from geffect.correlation import Correlation, correlation
+from geffect.drafts import write_whole
+from geffect.numbers import percent
 from geffect.scores import PER_TOKEN
 from geffect.text import in_markdown
 
@@ -36,8 +38,10 @@ biographies, rules that deduce relationships from others, and targets with their
 
 LEARNED = """\
 A Llama of {layers} layers and width {hidden} learns all facts by heart. It then answers
-{relationships:.1%} of the relationships and {biographies:.1%} of the biographies right.
+{relationships} of the relationships and {biographies} of the biographies right.
 """
+
+LEARNT = "relationships", "biographies"
 
 HOW = """\
 A fact that follows from others is not gone while they are left. A **minimal set** of a target is a
@@ -87,7 +91,10 @@ def family_page(summary: Mapping[str, Any]) -> str:
                 f"it. Seed {summary['seed']}; {packages}.",
                 DATA,
                 "## What is done",
-                LEARNED.format(**config["subject"], **learned),
+                LEARNED.format(
+                    **config["subject"],
+                    **{what: percent(learned[what], ".1f") for what in LEARNT},
+                ),
                 HOW.format(unit=PER_TOKEN, sampled=config["sampled"]),
                 "## Do effects predict what goes",
                 _claims(summary["targets"]),
@@ -116,7 +123,7 @@ def family_page(summary: Mapping[str, Any]) -> str:
 def write_page(summary: Mapping[str, Any], out: Path) -> Path:
     """Write the page of a study into its folder."""
     path = out / NAME
-    path.write_text(family_page(summary), encoding="utf-8")
+    write_whole(path, family_page(summary))
     return path
 
 
@@ -266,7 +273,7 @@ def _restored(restored: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         [
             in_markdown(name),
-            *(f"{state[f'answers_{answer}']:.1%}" for answer in ("true", "false", "others")),
+            *(percent(state[f"answers_{answer}"], ".1f") for answer in ("true", "false", "others")),
             *(f"{state[f'log_p_{answer}']:.2f}" for answer in ("true", "false", "third")),
         ]
         for name, state in states.items()

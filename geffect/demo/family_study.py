@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from geffect.drafts import write_whole
 from geffect.evaluation.edu_relat import read
 
 from .family import FamilyConfig, spread
@@ -74,7 +75,7 @@ def run_family(out: Path, plan: FamilyPlan, report: OnProgress) -> dict[str, Any
     }
     summary = _strict(summary)
     text = json.dumps(summary, indent=1, allow_nan=False)
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "summary.json", text + "\n")
     return summary
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from geffect import Run, open_run
 from geffect.analysis import conflict, cosine, g_effect
 from geffect.plots import crossings, facets, heatmap, profile, sheet, tradeoff, trajectory
-from geffect.plots.figures import new_figure
+from geffect.plots.figures import new_figure, save
 from geffect.scores import stack
 
 from .claims import OUTSIDE, TAUGHT
@@ -30,7 +30,7 @@ def draw(name: str, summary: Mapping[str, Any], out: Path) -> None:
     """Write one figure into out/figures, as PNG and PDF."""
     figure = _figures(summary, out)[name]()
     for kind in FORMATS:
-        figure.savefig(out / "figures" / f"{name}.{kind}", dpi=150)
+        save(figure, out / "figures" / f"{name}.{kind}", dpi=150)
 
 
 def names(summary: Mapping[str, Any], out: Path) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from geffect import Run, open_run
 from geffect.analysis import cosine, g_effect
 from geffect.analysis.violation import ROUNDING
+from geffect.numbers import percent
 from geffect.sources import UPDATE
 
 from . import claims, hiding_claims
@@ -143,7 +144,10 @@ def _negative_throughout(runs: Runs) -> dict[str, Any]:
         "steps, not counting those below a thousandth of its peak (a single step may have the sign "
         f"of its batch), {claims.each(shares)}",
         [f"seed {seed}" for seed, share in shares.items() if not share > MOST],
-        [f"{claims.of_seed(seed, shares)}{share:.0%} of steps" for seed, share in shares.items()],
+        [
+            f"{claims.of_seed(seed, shares)}{percent(share)} of steps"
+            for seed, share in shares.items()
+        ],
         {
             "share_of_appreciable_steps": shares,
             "share_of_all_steps": claims.cells(runs, "ga", "plain", "share_retaining_negative"),
@@ -177,7 +181,8 @@ def _limits_itself(runs: Runs, method: str) -> dict[str, Any]:
         f"the end of the run, and further than GA's, {claims.each(own)}",
         [f"seed {seed}" for seed, share in own.items() if not share < min(1.0, ga[seed])],
         [
-            f"{claims.of_seed(seed, own)}to {own[seed]:.0%} of its peak, GA's to {ga[seed]:.0%}"
+            f"{claims.of_seed(seed, own)}to {percent(own[seed])} of its peak, "
+            f"GA's to {percent(ga[seed])}"
             for seed in own
         ],
         {"last_over_peak": own, "of_ga": ga},
@@ -379,7 +384,7 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
                 *[v for v in keeping if any(share != 0.0 for share in shares[v])],
                 *(["gru"] if max(shares.get("gru", [1.0])) == 0.0 else []),
             ],
-            [f"{variant} {claims.percent(means[variant])} of steps" for variant in told],
+            [f"{variant} {claims.finely(means[variant])} of steps" for variant in told],
             {"mean_share_of_violating_steps": means},
         )
     ]

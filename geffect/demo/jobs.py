@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from geffect.drafts import write_whole
+
 from .config import SubjectConfig
 from .corpus import Corpus, Fact, generate
 from .edits import EDIT, StudiedEdit
@@ -313,10 +315,7 @@ class Kept:
         if found is not None:
             return found
         result = self.job.run(say)
-        # It is there whole or not at all, whenever the study is interrupted.
-        written = self.path.with_suffix(".part")
-        written.write_text(json.dumps({"job": repr(self.job), "result": result}), encoding="utf-8")
-        written.replace(self.path)
+        write_whole(self.path, json.dumps({"job": repr(self.job), "result": result}))
         return result
 
 

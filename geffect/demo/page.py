@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from geffect.drafts import write_whole
+from geffect.numbers import percent
 from geffect.text import in_markdown
 
 from .edits import DISRUPTION, EDITS
@@ -140,7 +142,7 @@ takes is said first. For averages and batch sizes other than those of the study,
 
 def write_page(summary: Mapping[str, Any], out: Path) -> None:
     """Write the page of a study into its folder."""
-    (out / NAME).write_text(study_page(summary), encoding="utf-8")
+    write_whole(out / NAME, study_page(summary))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -293,7 +295,7 @@ def _edits(edits: Mapping[str, Mapping[str, Any]], made: Sequence[Mapping[str, A
             for run in own
         ]
         masked = [run["stepped"] for run in own if run.get("stepped") is not None]
-        stepped = [f"{100 * share:.3g} %" for share in masked]
+        stepped = [percent(share, ".3g") for share in masked]
         options = [f"`{option}={value!r}`" for option, value in edit["options"].items()]
         options += [f"{' / '.join(stepped)} of coordinates a step"] if stepped else []
         lines.append(

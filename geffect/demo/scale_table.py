@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from geffect.correlation import Correlation, correlation, ranks
+from geffect.drafts import write_whole
 from geffect.sources import FORGET, RETAIN
 from geffect.text import in_markdown
 
@@ -75,5 +76,5 @@ def write(summary: Mapping[str, Any], out: Path) -> None:
     """The table of a study as out/g_effects.csv and, in means, as out/g_effects.md."""
     table = g_effects(summary)
     if len(table):
-        table.to_csv(out / f"{NAME}.csv", index=False)
-        (out / f"{NAME}.md").write_text(as_markdown(table), encoding="utf-8")
+        write_whole(out / f"{NAME}.csv", table.to_csv(index=False))
+        write_whole(out / f"{NAME}.md", as_markdown(table))

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from geffect.drafts import write_whole
+
 from . import scale_table
 from .edits import EDIT, EDITS
 from .findings import findings
@@ -92,7 +94,7 @@ def run_study(out: Path, plan: Plan, report: OnProgress) -> dict[str, Any]:
     write_tables(summary, out)
     scale_table.write(summary, out)
     summary["wall_seconds"] = {"total": clock.total(), "stages": clock.stages}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from geffect.drafts import write_whole
 from geffect.text import in_markdown
 
 from .methods import EQUAL, FEW, HIDES, RATES, SETS
@@ -317,10 +318,8 @@ def as_markdown(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> str:
 def write_tables(summary: Mapping[str, Any], out: Path) -> None:
     """Every table of a study, as out/<name>.csv and, in means, as out/<name>.md."""
     for table in tables(summary):
-        table.runs.to_csv(out / f"{table.name}.csv", index=False)
-        (out / f"{table.name}.md").write_text(
-            as_markdown(table.runs, table.shown), encoding="utf-8"
-        )
+        write_whole(out / f"{table.name}.csv", table.runs.to_csv(index=False))
+        write_whole(out / f"{table.name}.md", as_markdown(table.runs, table.shown))
 
 
 def _runs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:

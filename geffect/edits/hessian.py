@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from geffect.batch import Batch, on_device
 from geffect.dots import dense
 from geffect.layers import trainable
+from geffect.numbers import percent
 from geffect.risk import RiskSet, nll, risk_gradient, scored_tokens
 
 from .change import Change
@@ -123,8 +124,8 @@ class Hessian:
             off = min(off, apart / (norm(slope) or norm(own)))
         raise ValueError(
             "Second derivatives of the model should be the slopes of its gradient. Found that they "
-            f"differ by {100 * off:.2g} %, as where a backward pass leaves them out, or the model "
-            f"is not smooth. {WORKS}"
+            f"differ by {percent(off, '.2g')}, as where a backward pass leaves them out, or the "
+            f"model is not smooth. {WORKS}"
         )
 
     def _slope(

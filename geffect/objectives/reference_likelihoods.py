@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from geffect.batch import IGNORED, Batch, batches_in, labels_of, original_of
+from geffect.drafts import draft_of
 
 from .reference import Reference
 
@@ -104,8 +105,6 @@ class Likelihoods:
         no likelihoods.
         """
         from safetensors.torch import save_file
-
-        from geffect.store.drafts import draft_of
 
         place = Path(path).resolve()  # of a link what it points to
         if place.exists() and not overwrite:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
 
+from geffect.numbers import percent
 from geffect.pages import Lines, Map, Scale, Series
 from geffect.pages.charts import Chart, Palette
 from geffect.plots.inks import DIVERGING, Ink, inks
@@ -209,7 +210,7 @@ def _values(table: pd.DataFrame, quantity: str) -> Numbers:
 
 def _share(values: Numbers) -> str:
     known = values[~np.isnan(values)]
-    return f"{known.mean():.0%}" if len(known) else "undefined"
+    return percent(known.mean()) if len(known) else "undefined"
 
 
 def most_of_maps(read: Read, runs: int) -> int:

@@ -5,30 +5,31 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from geffect.numbers import percent
 from geffect.scores import blocks_of
 from geffect.store.background import waited_for_disk
 
 from .read import Numbers, Read
-from .summary import conflict_rate, last, mean, violation_rate
+from .summary import conflict_rate, in_percent, last, mean, violation_rate
 
 ALIKE = 0.05
 """Forget risks up to this share apart count as equal."""
 
-_FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, str], ...] = (
+_FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, Callable[[float], str]], ...] = (
     (
         "The forget risk at the last step is highest in",
         lambda read: last(read.loss("forget")),
         True,
-        "{:.4g} nats",
+        "{:.4g} nats".format,
     ),
     (
         "The retain risk at the last step is lowest in",
         lambda read: last(read.loss("retain")),
         False,
-        "{:.4g} nats",
+        "{:.4g} nats".format,
     ),
-    ("Conflicts are rarest in", conflict_rate, False, "{:.1%}"),
-    ("Updates violate the constraint least often in", violation_rate, False, "{:.1%}"),
+    ("Conflicts are rarest in", conflict_rate, False, in_percent),
+    ("Updates violate the constraint least often in", violation_rate, False, in_percent),
 )
 """What runs are ordered by: the words, the value, whether high is first, how it is written."""
 
@@ -65,8 +66,8 @@ def _firsts(several: Sequence[Read]) -> Iterator[str]:
             first, end = order[0], order[-1]
             if known[first] != known[end]:
                 yield (
-                    f"{words} {first}, with {form.format(known[first])}; the other end is {end}, "
-                    f"with {form.format(known[end])}."
+                    f"{words} {first}, with {form(known[first])}; the other end is {end}, "
+                    f"with {form(known[end])}."
                 )
 
 
@@ -104,8 +105,8 @@ def _where(read: Read) -> Iterator[str]:
         total = float(sizes.sum())
         if len(sizes) > 1 and np.isfinite(total) and total > 0:
             yield (
-                f"The {effect} G-effect is largest in {sizes.idxmax()}: {sizes.max() / total:.0%} "
-                f"of its size, summed over blocks and steps."
+                f"The {effect} G-effect is largest in {sizes.idxmax()}: "
+                f"{percent(sizes.max() / total)} of its size, summed over blocks and steps."
             )
 
 
@@ -113,10 +114,11 @@ def _rates(read: Read) -> Iterator[str]:
     rate = conflict_rate(read)
     if np.isnan(rate):
         return
-    yield f"Objective and retain gradient are in conflict in {rate:.1%} of {_counted(read)}."
+    told = f"{in_percent(rate)} of {_counted(read)}"
+    yield f"Objective and retain gradient are in conflict in {told}."
     if read.violations is not None:
         broken = violation_rate(read)
-        told = "cannot be told" if np.isnan(broken) else f"{broken:.1%}"
+        told = "cannot be told" if np.isnan(broken) else in_percent(broken)
         yield f"Share of updates that violate the constraint: {told}."
 
 
@@ -132,8 +134,10 @@ def _rectified(read: Read) -> Iterator[str]:
     fired, removed = mean(_of(table, "fired")), mean(_of(table, "removed"))
     applied = last(np.nancumsum(_of(table, "applied_fresh")))
     if read.rectified and not np.isnan(fired):
-        gone = "" if np.isnan(removed) else f" and removed {removed:.1%} of the squared length"
-        yield f"The rectifier fired in {fired:.1%} of the steps{gone} on average."
+        gone = (
+            "" if np.isnan(removed) else f" and removed {in_percent(removed)} of the squared length"
+        )
+        yield f"The rectifier fired in {in_percent(fired)} of the steps{gone} on average."
     if np.isfinite(_of(table, "applied_fresh")).any():
         word = "lowered" if applied >= 0 else "raised"
         yield (

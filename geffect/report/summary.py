@@ -6,6 +6,8 @@ from math import isnan
 
 import numpy as np
 
+from geffect.numbers import percent
+
 from .read import Numbers, Read, objective_of, rectifier_of
 
 UNDEFINED = "undefined"
@@ -18,7 +20,7 @@ class Column:
     heading: str
     word: str
     of: Callable[[Read], float]
-    written: str = "{:.4g}"
+    written: Callable[[float], str] = "{:.4g}".format
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,13 @@ def _effect(name: str, summed: Callable[[Numbers], float]) -> Callable[[Read], f
     return lambda read: summed(read.effect(name))
 
 
-RATE = "{:.1%}"
+def in_percent(rate: float) -> str:
+    """A rate in per cent, with a decimal."""
+    return percent(rate, ".1f")
+
 
 COLUMNS = (
-    Column("steps", "step", lambda read: len(read.steps), "{:.0f}"),
+    Column("steps", "step", lambda read: len(read.steps), "{:.0f}".format),
     Column("forget loss, last", "risk", _loss("forget")),
     Column("retain loss, last", "risk", _loss("retain")),
     Column("unlearning, last", "unlearning G-effect", _effect("unlearning", last)),
@@ -80,8 +85,8 @@ COLUMNS = (
     Column("retaining, last", "retaining G-effect", _effect("retaining", last)),
     Column("retaining, mean", "retaining G-effect", _effect("retaining", mean)),
     Column("cosine, mean", "cosine", lambda read: mean(read.cosine["value"].to_numpy(dtype=float))),
-    Column("conflict rate", "conflict", conflict_rate, RATE),
-    Column("violation rate", "constraint violation", violation_rate, RATE),
+    Column("conflict rate", "conflict", conflict_rate, in_percent),
+    Column("violation rate", "constraint violation", violation_rate, in_percent),
 )
 
 
@@ -102,4 +107,4 @@ def rows(several: Sequence[Read]) -> list[Row]:
 def _cell(column: Column, value: float) -> Cell:
     if isnan(value):
         return Cell(UNDEFINED, UNDEFINED)
-    return Cell(column.written.format(value).replace("%", " %"), repr(float(value)))
+    return Cell(column.written(value), repr(float(value)))

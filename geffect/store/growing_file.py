@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.drafts import draft_of
 from geffect.layers import Parameter
 
 from .contiguous import Image, Room, written
-from .drafts import draft_of, remove_drafts
+from .drafts import remove_drafts
 from .layout import (
     Columns,
     Held,

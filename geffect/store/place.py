@@ -6,8 +6,9 @@ from pathlib import Path
 
 import h5py
 
+from geffect.drafts import LONGER, draft_of
+
 from .contiguous import OPTIONS
-from .drafts import LONGER, draft_of
 from .origin import described, is_empty, is_run
 from .outside import check_folder
 from .reader import open_run

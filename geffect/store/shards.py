@@ -13,11 +13,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from geffect.drafts import draft_of
 from geffect.layers import Parameter
 
 from . import checksums
 from .contiguous import OPTIONS, Identity, Room, check_identity, identity
-from .drafts import draft_of
 from .future import Future
 from .layout import Columns
 from .outside import check_folder, check_plain, is_folder, is_plain

@@ -195,9 +195,9 @@ def test_the_interval_holds_the_gain_of_new_steps(tmp_path: Path) -> None:
     ("gains", "count", "said"),
     [
         ([1, 1, 1, 1, 1], 2, None),
-        ([1, 1, 1, 1, 6], 2, "70% of the gain of the run is in layer 2 and head"),
-        ([1, 1, 1, 6, 1], 1, "70% of the gain of the run is in layer 2 and head"),
-        ([1, 0.5, 0.5, 1, 0.1], 1, "100% of the gain of the layers that are chosen is in layer 2"),
+        ([1, 1, 1, 1, 6], 2, "70 % of the gain of the run is in layer 2 and head"),
+        ([1, 1, 1, 6, 1], 1, "70 % of the gain of the run is in layer 2 and head"),
+        ([1, 0.5, 0.5, 1, 0.1], 1, "100 % of the gain of the layers that are chosen is in layer 2"),
     ],
     ids=["even", "head", "last", "chosen"],
 )  # fmt: skip
@@ -205,7 +205,7 @@ def test_a_gain_near_the_output_is_warned_of(
     gains: list[float], count: int, said: str | None, tmp_path: Path
 ) -> None:
     parameters = [parameter(place) for place in (-1, 0, 1, 2, -2)]
-    costs = steady([9, 1, 1.1, 0.2 if "100%" in str(said) else 4, 0.001])
+    costs = steady([9, 1, 1.1, 0.2 if "100 %" in str(said) else 4, 0.001])
     run = recorded(tmp_path / "run.h5", steady(gains), [costs, costs * 0], parameters)
     chosen = recommended_layers(run, count=count)
     assert not {"embedding", "head"} & {*chosen.layers}

@@ -93,7 +93,7 @@ def test_sets_alike_share_their_rank() -> None:
 
 def test_the_reason_is_the_layer_that_rises_most() -> None:
     layers = {"embedding": -3.0, "layer 0": 1.0, "layer 1": 3.0}
-    assert Prediction("a", 1.0, 1.0, 1.0, 1, layers).reason == "75% of the rise in layer 1"
+    assert Prediction("a", 1.0, 1.0, 1.0, 1, layers).reason == "75 % of the rise in layer 1"
     assert Prediction("a", -1.0, -1.0, -1.0, 1, {"l": -1.0}).reason == "no layer raises it"
 
 

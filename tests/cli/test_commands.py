@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import nn
 
@@ -34,7 +33,7 @@ from geffect.store import validate
 from geffect.store.writer import RunWriter
 from tests.utils import runs
 from tests.utils import shallow as tiny
-from tests.utils.command_line import Ask
+from tests.utils.command_line import Ask, alone
 from tests.utils.pages import assert_self_contained
 from tests.utils.seals import seal
 
@@ -370,6 +369,32 @@ def test_a_file_of_the_user_is_not_replaced_unasked(
     assert output.stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "options"),
+    [
+        ("plot", "a.png", ["--by", "model"]),
+        ("plot", "a.pdf", ["--by", "model"]),
+        ("plot", "a.svg", ["--by", "model"]),
+        ("report", "a.html", []),
+        ("figures", "out/table-1.csv", ["--paper"]),
+    ],
+)
+def test_a_full_disk_keeps_the_file_that_was_there(
+    unwatched: Path, tmp_path: Path, command: str, name: str, options: list[str]
+) -> None:
+    output = tmp_path / name
+    output.parent.mkdir(exist_ok=True)
+    output.write_text("mine")
+    asked = output.parent if command == "figures" else output
+    said = alone(command, unwatched, "-o", asked, *options, "--overwrite", most=500)
+    assert said.code == 1 and re.fullmatch(
+        r"geffect: `.*` should be there for reading or writing. Found: File too large. Mend that, "
+        r"or choose another place.\n", said.err
+    )  # fmt: skip
+    assert output.read_text() == "mine"
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
 HELP = {
     "demo": [
         "--out",
@@ -475,7 +500,7 @@ def test_demo_draws(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures.names(quick_study.summary, quick_study.out) == [
         "tradeoff", "recognition", "g_effect_ga", "sheet_ga", "cosine", "conflict"
     ]  # fmt: skip
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(figures, "save", lambda *_, **__: None)
     for name in names:
         figures.draw(name, quick_study.summary, quick_study.out)
     assert pyplot.get_fignums() == []

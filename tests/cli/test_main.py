@@ -89,6 +89,22 @@ sys.exit(number if number > 2 else 0)
     assert ended.returncode > 2
 
 
+def test_an_interrupt_of_the_imports_is_told(tmp_path: Path) -> None:
+    """Whatever is imported then: here Ctrl-C is hit as the command line asks for typer."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8"
+    )
+    search = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    ended = subprocess.run(
+        [*MODULE, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": search},
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "geffect: Interrupted.\n")
+
+
 def test_an_interrupt_of_which_c_code_made_an_error_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

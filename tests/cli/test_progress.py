@@ -34,10 +34,10 @@ def test_a_terminal_has_a_bar_for_the_study_and_for_each_job_that_runs() -> None
 
 def test_elsewhere_a_line_says_what_a_job_came_to_and_what_is_left() -> None:
     (line,) = shown_of(NEWS, terminal=False).splitlines()
-    assert "80%" in line and "original-seed0: step 200 of 400" in line and "left" in line
+    assert "80 %" in line and "original-seed0: step 200 of 400" in line and "left" in line
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_job_that_falls_back_takes_nothing_from_the_study(terminal: bool) -> None:
     back = [NEWS[0], Progress("original-seed0", "train", 4.0, 0.1, "again"), NEWS[1]]
-    assert ("80 %" if terminal else "80%") in shown_of(back, terminal=terminal)
+    assert "80 %" in shown_of(back, terminal=terminal)

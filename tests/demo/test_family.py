@@ -245,7 +245,7 @@ def test_the_page_says_what_the_summary_holds(studied: Studied) -> None:
         assert (
             f"| {target['relation']} | {len(target['minimal_set'])} | end | {end['step']} |" in text
         )
-    assert "It then answers\n100.0% of the relationships" in text
+    assert "It then answers\n100.0 % of the relationships" in text
     assert all(f"unlearned by {method}" in text for method in METHODS)
     assert text == page.family_page(json.loads(json.dumps(studied.summary)))
     nothing = {**studied.summary, "cosines": {"rows": [], "r": None, "low": None, "high": None}}

@@ -448,9 +448,9 @@ def test_a_finding_shows_the_numbers_that_it_compares() -> None:
     assert measured("reached the gold level") == "80 of 80"
     assert measured(
         "GA harms", **{"ga plain 1": {"share_appreciable_retaining_negative": 0.93}}
-    ) == ("seed 0: 100% of steps; seed 1: 93% of steps")
+    ) == ("seed 0: 100 % of steps; seed 1: 93 % of steps")
     assert measured("WGA is milder").startswith("seed 0: -9 against GA's -300; seed 1: ")
-    assert measured("NPO limits itself").startswith("seed 0: to 11% of its peak, GA's to 100%; ")
+    assert measured("NPO limits itself").startswith("seed 0: to 11 % of its peak, GA's to 100 %; ")
     assert measured("at least 1.3 times").startswith(
         "ga seed 0: 0.5 nats against 1, 2 times lower; ga seed 1: "
     )
@@ -468,7 +468,7 @@ def test_a_finding_shows_the_numbers_that_it_compares() -> None:
     assert measured("`nearest`").startswith(
         "ga, gradient space, retain NLL: 0.4 nats against 0.9 (world), 1 (plain); "
     )
-    assert "gru-update 0% of steps; " in measured("no applied update")
+    assert "gru-update 0 % of steps; " in measured("no applied update")
 
 
 def test_what_has_no_value_is_said_to_have_none() -> None:
@@ -518,13 +518,13 @@ def test_forgetting_is_held_against_retraining_where_there_was_an_audit() -> Non
     assert {*first["except"]} == {
         f"{m} {v}" for m in ("ga", "wga", "npo") for v in ("plain", "select")
     }
-    assert "ga plain hidden, 30% comes back" in first["measured"]
+    assert "ga plain hidden, 30 % comes back" in first["measured"]
     by_variant = {f["claim"].split("after ")[1].split(" than")[0]: f for f in others}
     assert {name: f["holds"] for name, f in by_variant.items()} == {
         "gru": True, "gru-update": True, "gru-coordinate": False, "select": False,
     }  # fmt: skip
     assert by_variant["select"]["except"] == ["ga", "wga", "npo"]
-    assert "ga 60% against 30% (plain)" in by_variant["select"]["measured"]
+    assert "ga 60 % against 30 % (plain)" in by_variant["select"]["measured"]
     assert deep(audited({}))[first["claim"]]["holds"]
 
 

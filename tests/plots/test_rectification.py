@@ -109,7 +109,10 @@ def test_shares_are_of_the_steps_at_which_it_is_known() -> None:
     made = values(0, 1)
     _, below = rectification(table()).axes
     said = [text.get_text() for text in below.texts]
-    assert said == [f"{made['fired'].mean():.0%}", f"{np.nanmean(made['violated']):.0%}"]
+    assert said == [
+        f"{100 * made['fired'].mean():.0f} %",
+        f"{100 * np.nanmean(made['violated']):.0f} %",
+    ]
 
 
 def test_what_nobody_looked_at_is_undefined_and_not_in_the_key() -> None:
@@ -166,7 +169,7 @@ def test_several_blocks_have_a_map_each(sets: tuple[str, ...]) -> None:
         assert (before.vmin, before.vmax) == (after.vmin, after.vmax)
         assert -1 <= before.vmin == -before.vmax, "the scale is that of the cosines"
         fired = axes[2].get_title(loc="right")
-        assert fired == f"{made['fired'].mean():.0%}"
+        assert fired == f"{100 * made['fired'].mean():.0f} %"
     zero = table(sets, LAYERS)
     zero.loc[(zero["quantity"] == "cosine_after") & (zero["step"] == 0), "value"] = np.nan
     assert len(rectification(zero).axes) == len(figure.axes), "one colour bar for both maps"

@@ -44,21 +44,25 @@ def test_harm(read: Read) -> None:
 def test_where(read: Read) -> None:
     sizes = [sum(abs(row[layer][0, 1]) for row in read.run.gram()) for layer in range(3)]
     found = said(read, "The unlearning G-effect is largest")
-    assert f"in layer {int(np.argmax(sizes))}: {max(sizes) / sum(sizes):.0%} of its" in found
+    assert (
+        f"in layer {int(np.argmax(sizes))}: {100 * max(sizes) / sum(sizes):.0f} % of its" in found
+    )
 
 
 def test_rates(read: Read) -> None:
     whole = [sum(row) for row in read.run.gram()]
-    assert f"in {np.mean([K[0, 2] < 0 for K in whole]):.1%} of steps" in said(read, "Objective and")
+    assert f"in {100 * np.mean([K[0, 2] < 0 for K in whole]):.1f} % of steps" in said(
+        read, "Objective and"
+    )
     update, average = SOURCES.index("update"), SOURCES.index("retain_ema")
     harm = np.mean([K[update, average] > 0 for K in whole])
     assert said(read, "Share of updates") == (
-        f"Share of updates that violate the constraint: {harm:.1%}."
+        f"Share of updates that violate the constraint: {100 * harm:.1f} %."
     )
 
 
 def test_rectified(read: Read) -> None:
-    assert said(read, "The rectifier fired in 50.0% of the steps")
+    assert said(read, "The rectifier fired in 50.0 % of the steps")
     total = -sum(sum(K[SOURCES.index("update"), 2] for K in row) for row in read.run.gram())
     word = "lowered" if total >= 0 else "raised"
     assert f"{word} the retain risk by {abs(total):.4g} nats" in said(read, "To first order")
@@ -86,7 +90,9 @@ def test_runs_that_are_compared(tmp_path: Path) -> None:
         f"The retain risk at the last step is lowest in 3, with {retain[1]:.4g}"
     )
     fewer = int(np.argmin(rates))
-    assert third.startswith(f"Conflicts are rarest in {(60, 3)[fewer]}, with {min(rates):.1%};")
+    assert third.startswith(
+        f"Conflicts are rarest in {(60, 3)[fewer]}, with {100 * min(rates):.1f} %;"
+    )
     assert f"between {forget[1]:.4g} (3) and {forget[0]:.4g} nats (60)" in last
 
 

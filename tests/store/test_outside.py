@@ -9,8 +9,8 @@ from pathlib import Path
 import h5py
 import pytest
 
+from geffect.drafts import draft_of
 from geffect.store import RunFileError, open_run, validate
-from geffect.store.drafts import draft_of
 from geffect.store.place import check_place
 from geffect.store.writer import RunWriter
 from tests.utils.runs import PARAMETERS, plain_rows, recorded

@@ -29,12 +29,19 @@ Ask = Callable[..., Answer]
 """Called with the words after `geffect`."""
 
 
-def alone(*arguments: object) -> Answer:
-    """What the command line answers in a process of its own, whose workers are forks of it."""
-    return Answer(*forks.call(_alone, [*map(str, arguments)]))
+def alone(*arguments: object, most: int | None = None) -> Answer:
+    """What the command line answers in a process of its own, whose workers are forks of it.
+
+    `most` is how many bytes of a file the disk takes, where it does not take all.
+    """
+    return Answer(*forks.call(_alone, [*map(str, arguments)], most))
 
 
-def _alone(words: list[str]) -> tuple[int, str, str]:
+def _alone(words: list[str], most: int | None) -> tuple[int, str, str]:
+    if most is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     started = multiprocessing.get_context
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         for own, kept in ((1, out), (2, err)):

@@ -1,0 +1,101 @@
+"""Drafts: files that are made whole beside the place that they are to take."""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TOKEN = 16
+"""How many letters nobody can foresee the name of a draft has."""
+
+LONGER = len(f"..{'x' * TOKEN}.draft")
+"""By how many bytes the name of a draft is longer than that of the file."""
+
+_NAMED = 16
+"""So many characters of the name of an output stand in that of its draft, which fits anywhere."""
+
+
+@contextmanager
+def draft_of(place: Path) -> Iterator[Path]:
+    """An empty file beside the place, under a name that nobody else has; it is gone afterwards.
+
+    Move it into the place to keep it.
+    """
+    draft = place.with_name(f".{place.name}.{secrets.token_hex(TOKEN // 2)}.draft")
+    os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file that is there whole or not at all: until then, what was there stays.
+
+    - `path`: where it is to be; of a link what it points to. A pipe or a terminal is written into.
+    - `data`: text is written as UTF-8, halves of characters as their codes.
+
+    Raises an OSError that names the path, after a full disk for instance.
+
+    >>> import tempfile
+    >>> place = Path(tempfile.mkdtemp()) / "page.html"
+    >>> write_whole(place, "<p>first</p>")
+    >>> write_whole(place, "<p>second</p>")
+    >>> place.read_text(), len(list(place.parent.iterdir()))
+    ('<p>second</p>', 1)
+    """
+    written = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    with _naming(path):
+        if is_stream(path):
+            with open(path, "wb") as stream:
+                stream.write(written)
+            return
+        with _draft_of_output(path) as (draft, place):
+            with draft.open("wb") as stream:
+                stream.write(written)
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(place)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError of `write_whole` now, where a file cannot be made at its place."""
+    with _naming(path):
+        if not is_stream(path):
+            with _draft_of_output(path):
+                pass
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is that of a pipe or a terminal, which hold nothing that could be lost.
+
+    >>> is_stream(os.devnull), is_stream("README.md"), is_stream("nothing.html")
+    (True, False, False)
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+@contextmanager
+def _draft_of_output(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """A draft, and the place that it is to take."""
+    place = Path(path).resolve()
+    if place.exists() and not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with draft_of(place.with_name(place.name[:_NAMED])) as draft:
+        yield draft, place
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors name the path that was given, not that of a draft, nor none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error

@@ -1,0 +1,147 @@
+"""Files that are there whole or not at all."""
+
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from geffect.drafts import check_writable, write_whole
+from tests.utils import forks
+
+on_unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.html", "a b\n🙂.html", "-o.html", f"{'x' * 250}.html"])
+def test_what_was_there_gives_way_to_all_of_it(tmp_path: Path, name: str) -> None:
+    for data, found in (("first ü\udcff", b"first \xc3\xbc\\udcff"), (b"\x00\r\n", b"\x00\r\n")):
+        write_whole(tmp_path / name, data)
+        assert (tmp_path / name).read_bytes() == found
+    assert names(tmp_path) == [name]
+
+
+def on_a_full_disk(place: Path, more: int) -> str:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        write_whole(place, "x" * more)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return "written"
+
+
+@on_unix
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    place = tmp_path / "page.html"
+    assert forks.call(on_a_full_disk, place, 100_000) == f"{place}: {os.strerror(27)}"
+    assert names(tmp_path) == []
+    place.write_text("mine")
+    assert forks.call(on_a_full_disk, place, 100_000) == f"{place}: {os.strerror(27)}"
+    assert (place.read_text(), names(tmp_path)) == ("mine", ["page.html"])
+    assert forks.call(on_a_full_disk, place, 1000) == "written"
+    assert place.read_text() == "x" * 1000
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace", "open"])
+def test_an_interrupt_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "page.html").write_text("mine")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / "page.html", "x" * 100_000)
+    assert (tmp_path / "page.html").read_text() == "mine"
+    assert names(tmp_path) == ["page.html"]
+
+
+@on_unix
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    for link, aim in (("page.html", "far/page.html"), ("other.html", "far/gone.html")):
+        (tmp_path / link).symlink_to(aim)
+        write_whole(tmp_path / link, "whole")
+        assert (tmp_path / link).is_symlink() and (tmp_path / aim).read_text() == "whole"
+    (tmp_path / "round.html").symlink_to("round.html")
+    for attempt in (check_writable, lambda path: write_whole(path, "")):
+        with pytest.raises(OSError, match=r"symbolic links: '.*round.html'"):
+            attempt(tmp_path / "round.html")
+
+
+@on_unix
+def test_what_the_umask_takes_is_taken(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "page.html", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "page.html").stat().st_mode) == 0o640
+
+
+@on_unix
+@pytest.mark.parametrize("kind", ["named", "descriptor", "link"])
+def test_a_pipe_gets_it_and_stays(tmp_path: Path, kind: str) -> None:
+    found: list[bytes] = []
+    if kind == "named":
+        place = tmp_path / "page.html"
+        os.mkfifo(place)
+        reader = threading.Thread(target=lambda: found.append(place.read_bytes()))
+        reader.start()
+        check_writable(place)  # without waiting for a reader
+        write_whole(place, "x" * 100_000)
+        reader.join()
+        assert place.is_fifo()
+    else:
+        ours, theirs = os.pipe()
+        place = Path(f"/dev/fd/{theirs}")
+        if kind == "link":
+            (tmp_path / "page.html").symlink_to(place)
+            place = tmp_path / "page.html"
+        write_whole(place, "x")
+        os.close(theirs)
+        with os.fdopen(ours, "rb") as stream:
+            found.append(stream.read())
+    assert {*found[0]} == {ord("x")} and len(found[0]) == (100_000 if kind == "named" else 1)
+
+
+@on_unix
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gone/page.html", "No such file"),
+        ("file/page.html", "Not a directory"),
+        ("folder", "Is a directory"),
+        (f"{'x' * 300}.html", "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    attempts: list[Callable[[Path], None]] = [lambda path: write_whole(path, "x")]
+    attempts += [check_writable] * (name != "folder")
+    for attempt in attempts:
+        with pytest.raises(OSError) as caught:
+            attempt(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name) and says in str(caught.value)
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not os.getuid(), reason="may write everything")
+def test_a_file_that_is_kept_from_writing_stays(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("mine")
+    (tmp_path / "page.html").chmod(0o444)
+    with pytest.raises(PermissionError, match=r"page\.html"):
+        write_whole(tmp_path / "page.html", "x")
+    assert (tmp_path / "page.html").read_text() == "mine"
