@@ -1,6 +1,7 @@
 """The page of an audit: the verdict, a picture of each battery, and what came back most."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import pandas as pd
@@ -14,13 +15,14 @@ from geffect.scores import Score, said
 from geffect.text import in_html
 
 from . import panels
-from .attacks import HIDDEN, baseline
+from .attacks import baseline
+from .came_back import BACK, shares_of_facts
 from .geometry import ERASED, Geometry
 from .models import ORIGINAL, UNLEARNED
 from .sets import FORGET, HOLDOUT
 from .summary import DIRECTLY
 from .verdict import MEMORISED, PRIVACY, UTILITY, Verdict
-from .words import definitions
+from .words import TURNS, definitions
 
 LISTED = 10
 """So many items are listed that came back most."""
@@ -80,6 +82,7 @@ def page(report: Reported) -> str:
         _came_back(report),
         _skipped(report.manifest["skipped"]),
         _facts(report.manifest),
+        _thresholds(report.manifest["thresholds"]),
         _whole(report.table),
         definitions(),
     ]
@@ -187,6 +190,8 @@ def _numeral(value: float) -> str:
 
 
 def _number(value: float) -> str:
+    if isinstance(value, Integral):
+        return str(value)
     return "" if pd.isna(value) else format(value, ".4g")
 
 
@@ -211,30 +216,31 @@ def key(role: str) -> str:
 
 
 def _came_back(report: Reported) -> str:
-    """The items whose answer the strongest attack brought nearest to what the original says."""
+    """The facts that the strongest attack brought back, or that it brought back none."""
     attack = report.judgement.attack
     beside = None if attack is None else baseline(attack)
-    if beside is None:
+    if attack is None or beside is None:
         return ""
-    own = report.items[(report.items["set"] == FORGET) & (report.items["model"] == UNLEARNED)]
-    after = own[(own["battery"] == HIDDEN) & (own["metric"] == attack)]
-    before = own[(own["battery"] == beside.battery) & (own["metric"] == beside.metric)]
-    both = after.merge(before, on="item", suffixes=("", "_before"))
-    both["back"] = (both["value"] - both["value_before"]) * (1 if beside.rises else -1)
-    texts = report.texts
+    facts = shares_of_facts(report.items, attack)
+    back = facts[facts["share"] > BACK]
+    most = f" The {LISTED} with the largest share:" if len(back) > LISTED else ""
+    says = (
+        f"<p>{len(back) or 'None'} of {len(facts)} facts came back by {in_html(attack)}: after it "
+        "they are nearer to the original than to a model that never knew "
+        f"({word('share')} above {BACK:g}). Values are of {in_html(beside.metric)}, before and "
+        f"after.{most}</p>"
+    )
     rows = []
-    for row in both.dropna(subset=["back"]).nlargest(LISTED, "back").to_dict("records"):
-        question, answer = texts.get(int(row["item"]), ("", ""))
-        cells = (row["item"], row["subject"], question, answer)
-        numbers = (f"{row['value_before']:.3g}", f"{row['value']:.3g}")
-        rows.append(
-            "<tr>"
-            + "".join(map(_words, cells))
-            + "".join(f'<td class="number">{number}</td>' for number in numbers)
-            + "</tr>"
-        )
-    heads = ("item", "subject", "question", "answer", f"{beside.metric} before", "after")
-    return f"<h2>What came back most, by {in_html(attack)}</h2>\n{_table(heads, rows)}"
+    for fact in back.head(LISTED).to_dict("records"):
+        question, answer = report.texts.get(int(fact["item"]), ("", ""))
+        cells = (fact["item"], fact["subject"], question, answer)
+        numbers = (fact[name] for name in ("share", "before", "after", "floor", "original"))
+        rows.append(f"<tr>{''.join(map(_words, cells))}{''.join(map(_numeral, numbers))}</tr>")
+    heads = (
+        "item", "subject", "question", "answer", "share", "before", "after", "never knew",
+        "original",
+    )  # fmt: skip
+    return f"<h2>What came back most</h2>\n{says}{_table(heads, rows) if rows else ''}"
 
 
 def _models(manifest: Mapping[str, Any]) -> str:
@@ -264,14 +270,24 @@ def _facts(manifest: Mapping[str, Any]) -> str:
         for name, told in manifest["sets"].items()
     ]
     heads = ("set", "from", "items", "subjects", "the first, scored between [[ and ]]")
-    limits = ", ".join(f"{name} {value}" for name, value in manifest["thresholds"].items())
     rate = manifest["learning_rate"]
     how = "given" if rate["given"] else "taken from the size of the weights"
     return (
-        f"<h2>How it was made</h2>{_table(heads, sets)}<p>Thresholds: {in_html(limits)}.</p>"
+        f"<h2>How it was made</h2>{_table(heads, sets)}"
         f"<p>Budget {in_html(manifest['budget']['name'])}; learning rate of relearning "
         f"{rate['value']:g}, {how}; {manifest['seconds']} s.</p>"
     )
+
+
+def _thresholds(limits: Mapping[str, float]) -> str:
+    """Where the verdict turns, in words; the names are those of Python."""
+    rows = [
+        f'<tr><td class="says">{in_html(TURNS[name])}</td><td class="number">{value:g}</td>'
+        f"<td><small><code>{in_html(name)}</code></small></td></tr>"
+        for name, value in limits.items()
+    ]
+    heads = ("what it decides", "threshold", "of geffect.audit.Thresholds")
+    return f"<h2>Where the verdict turns</h2>{_table(heads, rows)}"
 
 
 def _whole(table: pd.DataFrame) -> str:

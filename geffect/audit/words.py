@@ -24,6 +24,25 @@ WORDS = {
         "1: the question alone brings the whole answer out.",
     ),
     "em": ("Exact match (em)", "The share of the tokens of an answer that the model says first."),
+    "prob": (
+        "Probability (prob)",
+        "That of the answer after the question, to the power of 1 over the number of its tokens.",
+    ),
+    "rouge": (
+        "ROUGE-L recall (rougeL_recall)",
+        "The share of the words of the answer that the model says in their order, when it answers "
+        "freely.",
+    ),
+    "recognition": (
+        "Recognition",
+        "How many wrong answers of the same kind the right one beats: .5 is by chance, 1 is known, "
+        "whether or not the model says it.",
+    ),
+    "swap": (
+        "Decoder swap",
+        "The last norm and the head of the original on the last block of the model: what a head "
+        "hides comes back.",
+    ),
     "auc": (
         "AUC",
         "How often a score ranks an item of the forget set before one of the holdout: .5 is by "
@@ -41,6 +60,23 @@ WORDS = {
     ),
 }
 """By the anchor of each: the word, and what it means."""
+
+TURNS = {
+    "kept": "broken: of a set that should stay a smaller share is kept",
+    "damaged": "flagged as damaged: of a set that should stay a smaller share is kept",
+    "degenerate": "broken: of the answers to a set that should stay a larger share is degenerate",
+    "remembers": "remembers: asked directly, this share or more is there",
+    "hidden": "hidden: an attack brings back this share or more",
+    "hidden_low": "hidden: and the lower limit of that share is above this",
+    "close": "never knew: all shares and differences of AUC, with their intervals, lie within this",
+    "vague": "never knew: or the interval of a share reaches no further above it than this",
+    "retraining": "intervals hold this standard deviation of a share between retrained models",
+    "retraining_auc": "intervals hold this standard deviation of an AUC between retrained models",
+    "over_forgotten": "flagged as over-forgotten: a PrivLeak is above this",
+    "fewest_items": "flagged as too few: fewer items to forget than this",
+    "fewest_auc": "membership is not judged: fewer items on a side than this",
+}
+"""Where a verdict turns, in words, by the names of `Thresholds`."""
 
 
 def definitions() -> str:

@@ -1,69 +1,17 @@
 """What the pictures of an audit are drawn of, and the page that they stand on."""
 
 import re
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from geffect.audit import panels
 from geffect.audit.page import page
-from geffect.audit.table import SUMMED
+from geffect.audit.thresholds import Thresholds
+from geffect.audit.words import TURNS
 from geffect.plots.inks import inks
-
-Row = tuple[str, str, str, str, float]
-
-ROWS: list[Row] = [
-    ("direct share", "es", "forget", "unlearned", 0.2),
-    ("recoverable share", "int4 <b>", "forget", "unlearned", 0.5),
-    ("recoverable share", "int4 <b>", "forget", "retrained", 0.1),
-    ("memorised", "es", "forget", "original", 0.9),
-    ("memorised", "es", "retain", "original", 0.8),
-    ("memorised", "nll", "forget", "unlearned", 4.0),
-    ("memorised", "nll", "forget", "retrained", 3.0),
-    ("memorised", "nll", "forget", "original", 0.1),
-    ("hidden", "relearning benign, 8 steps, rate x 1", "forget", "unlearned", 1.0),
-    ("hidden", "relearning benign, 1 step, rate x 1", "forget", "unlearned", 2.5),
-    ("hidden", "relearning benign, 8 steps, rate x 2", "forget", "unlearned", 0.5),
-    ("hidden", "relearning benign, 8 steps, rate x 1", "forget", "retrained", 2.9),
-    ("depth", "patched 1", "forget", "unlearned", 0.7),
-    ("depth", "patched 0", "forget", "unlearned", 0.2),
-    ("depth", "lens 0", "forget", "unlearned", 9.0),
-    ("depth", "patched 0", "forget", "original", float("nan")),
-    ("privacy", "AUC loss", "forget", "unlearned", 0.6),
-    ("utility", "es", "retain", "unlearned", 0.4),
-    ("utility", "es", "world", "unlearned", 0.3),
-]
-
-
-def table(rows: list[Row] = ROWS) -> pd.DataFrame:
-    return pd.DataFrame(
-        [(*row, row[-1] - 0.05, row[-1] + 0.05, 20) for row in rows], columns=[*SUMMED]
-    )
-
-
-def report(rows: list[Row] = ROWS, roles: tuple[str, ...] = ("original", "unlearned")) -> Any:
-    model = {"name": "m", "kind": "k", "class": "c", "dtype": ["float32"]}
-    judgement = SimpleNamespace(
-        verdict="hidden", reasons=("why",), flags=(), attack=None, exit_code=3
-    )
-    manifest = {
-        "roles": {role: role for role in roles}, "models": dict.fromkeys(roles, model),
-        "skipped": {}, "sets": {}, "thresholds": {"hidden": 0.25, "remembers": 0.5}, "seconds": 1,
-        "budget": {"name": "quick"}, "learning_rate": {"value": 1e-3, "given": True},
-    }  # fmt: skip
-    items = pd.DataFrame()
-    return SimpleNamespace(
-        judgement=judgement,
-        table=table(rows),
-        items=items,
-        manifest=manifest,
-        texts={},
-        geometry=None,
-        controls=None,
-    )
+from tests.utils.audit_reports import ROWS, report, table
 
 
 def test_shares_are_those_of_the_model_audited_and_the_noise_of_others() -> None:
@@ -115,6 +63,15 @@ def test_a_page_has_a_picture_of_each_battery_with_its_marks() -> None:
         assert f"<title>{said}</title>" in text
     for word in ("hidden", "remembers", "block, from input to output", "step of further training"):
         assert re.search(rf"<text[^>]*>\s*{word}", text), word
+
+
+def test_a_page_says_in_words_where_the_verdict_turns() -> None:
+    told = report()
+    told.manifest["thresholds"] = asdict(Thresholds())
+    rows = re.findall(r'<td class="says">([^<]*)</td><td class="number">([^<]*)</td>', page(told))
+    assert [row[1] for row in rows] == [f"{x:g}" for x in asdict(Thresholds()).values()]
+    assert ("hidden: an attack brings back this share or more", "0.15") in rows
+    assert TURNS.keys() == asdict(Thresholds()).keys()
 
 
 def test_a_battery_that_was_not_measured_has_no_picture() -> None:
