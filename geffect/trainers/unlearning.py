@@ -15,11 +15,10 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from geffect import distributed
 from geffect.capture import Recorder
 from geffect.data.collate import collate
-from geffect.data.pairs import Items, Pairing, Pairs
+from geffect.data.pairs import Items, Pairs
 from geffect.gradients import AtCopy
 from geffect.losses import Loss, Scalar
 from geffect.objectives import (
-    FrozenModel,
     Objective,
     Reference,
     SharedForward,
@@ -36,12 +35,13 @@ from geffect.risk import (
     sequence_sum,
     token_log_probabilities,
 )
-from geffect.sources import FORGET, OBJECTIVE, RETAIN, is_risk
+from geffect.sources import FORGET, OBJECTIVE, is_risk
 
 from . import at_copy, objective_state, rectifier_state
+from .compared import Compared
 from .loop import begun_recorder, check_gradients_can_be_had, model_of, stop_if_due
 from .rectification_log import RectificationLog
-from .training_sets import check_items, training_sets, with_answers
+from .training_sets import TrainingSets
 
 Batches = dict[str, Any]
 """A batch of each set, by its name: {"forget": {"input_ids": ..., ...}, "retain": ...}."""
@@ -115,31 +115,19 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         minimised = as_objective(objective)
         check_relearned(relearned)
-        sets = training_sets(forget, retain, given=train_dataset is not None)
         args = args or TrainingArguments("tmp_trainer")  # as a Trainer has it
         seed = args.seed if args.data_seed is None else args.data_seed
-        trained = sets
-        if train_dataset is None:
-            trained = with_answers(minimised, sets, seed)
-            check_items(minimised, trained)
-        if not isinstance(eval_dataset, Mapping | None):
-            raise TypeError(
-                "`eval_dataset` should be sets of items by their names. Found "
-                f'`{type(eval_dataset).__name__}`. Pass eval_dataset={{"world": items}}.'
-            )
-        unknown = [] if rectifier is None else sorted({*rectifier.protect} - {*sets})
-        if unknown and train_dataset is None:
-            raise ValueError(
-                "`protect` of the rectifier should name sets of retain data. Found "
-                f"{', '.join(unknown)}, and the sets {', '.join(sets)}. Pass "
-                f"retain={{'{RETAIN}': ..., '{unknown[0]}': ...}}."
-            )
+        sets = TrainingSets.of(forget, retain, train_dataset)
+        pairs = sets.for_training(minimised, seed)
+        evaluated = sets.evaluated(eval_dataset)
+        if rectifier is not None:
+            sets.check_protected(rectifier.protect)
         super().__init__(
             model,
             args,
             data_collator=data_collator or collate,
-            train_dataset=Pairs(trained) if train_dataset is None else train_dataset,
-            eval_dataset={**sets, **(eval_dataset or {})},
+            train_dataset=pairs,
+            eval_dataset=evaluated,
             compute_metrics=_mean_nll,
             **options,
         )
@@ -148,16 +136,9 @@ class UnlearningTrainer(Trainer):
         self.rectifier, self.recorder, self.relearned = rectifier, recorder, relearned
         self.objective: Objective = minimised
         self._running: Objective = minimised
-        self.reference = reference
-        self._reference_is = "given"
-        self._copied: nn.Module | None = None
-        if reference is not None and minimised.reference != "none":
-            minimised.compared(reference, model)
-        elif minimised.reference != "none":
-            copied = FrozenModel.copied(model)
-            self.reference, self._copied = copied, copied.model
-            self._reference_is = "a frozen copy of the model"
-        self._pairing = Pairing(tuple(map(len, sets.values())), seed)
+        self._compared = Compared(minimised, model, reference)
+        self.reference = self._compared.reference
+        self._pairing = sets.pairing(seed)
         self._recorder: Recorder | None = None
         self._until_trained = ExitStack()
         self._risks: dict[str, list[Tensor]] = {}  # of the micro-batches since the last log
@@ -299,12 +280,7 @@ class UnlearningTrainer(Trainer):
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Once model and optimizer are as they will be: bring what works on them to them."""
-        if self._copied is not None:
-            # For the precision that the model is trained in.
-            self.accelerator.prepare_model(
-                self._copied, device_placement=True, evaluation_mode=True
-            )
-            self._copied = None
+        self._compared.prepare(self.accelerator)
         if not (self.rectifier is None and self.recorder is None and self.relearned is None):
             check_gradients_can_be_had(self, optimizer)
         at_copy.check_trained(self.relearned, model_of(self))
@@ -314,7 +290,7 @@ class UnlearningTrainer(Trainer):
         self._recorder = None
         if self.recorder is not None:
             self._recorder = begun_recorder(self.recorder, self, self._until_trained)
-            self._recorder.note_objective(self._running, reference=self._reference_is)
+            self._recorder.note_objective(self._running, reference=self._compared.origin)
 
     def _get_train_sampler(self, *args: Any) -> Any:
         if isinstance(self.train_dataset, Pairs):

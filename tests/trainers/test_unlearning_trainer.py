@@ -24,7 +24,6 @@ from geffect.objectives import (
     WeightedGradientAscent,
 )
 from geffect.projection import nearest
-from geffect.trainers import unlearning
 from geffect.trainers.unlearning import UnlearningTrainer
 from tests.utils import reference
 from tests.utils import shallow as tiny
@@ -248,7 +247,7 @@ def test_checkpointed_activations(tmp_path: Path) -> None:
 def test_no_reference_is_made_where_none_is_used(
     objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unlearning, "FrozenModel", None)
+    monkeypatch.setattr(FrozenModel, "copied", None)
     trainer = UnlearningTrainer(
         tiny.llama(), arguments(tmp_path), objective=objective, forget=FORGET, retain=RETAIN
     )
