@@ -37,8 +37,9 @@ from .collector import Collector, Measurement
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
+from .rows_seen import rows_seen
 from .schedule import as_ranges
-from .stopping import StopWhen, as_table, rows_seen
+from .stopping import StopWhen, as_table
 from .storage import Storage
 from .store_options import StoreOptions, kept
 

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from geffect.gram import inner, norm
+from geffect.gram import norm
 from geffect.numbers import is_number
 from geffect.risk.limits import vocabulary_of
 from geffect.sources import FORGET, RETAIN, UPDATE
 from geffect.store.reader import Run
 
 from .rows import Entry
+from .rows_seen import Seen, entry_seen, rows_seen
 
 STEPS = 5
 """Over so many steps risks and rates are averaged: those of single batches are noise."""
@@ -26,11 +27,6 @@ LOOKED_BACK = 4 * STEPS
 
 LEAST_GAIN = 0.01
 """The share of the level by which one of five steps has to forget, for a run that goes on."""
-
-WATCHED = (FORGET, RETAIN, UPDATE)
-"""The sources that the Gram matrix of a row is of, as a rule sees it."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,30 +42,6 @@ class Stop:
     value: float
     limit: float
     message: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A row, as far as a rule looks at it.
-
-    `K` is the Gram matrix of forget gradient, retain gradient and update, summed over what the step
-    moves; NaN for what the row has not.
-    """
-
-    step: int
-    risk: float
-    K: Floats
-    lr: float
-
-    @property
-    def gain(self) -> float:
-        """By how much the update raises the forget risk, to first order."""
-        return float(inner(self.K, 0, 2))
-
-    @property
-    def harm(self) -> float:
-        """By how much the update raises the retain risk, to first order."""
-        return float(inner(self.K, 1, 2))
 
 
 class StopWhen:
@@ -267,7 +239,7 @@ class StopWhen:
                 "radius=...), the length of a step."
             )
         length = now.lr * float(norm(now.K, 1)) if self.radius is None else self.radius
-        free = length * _apart(now.K)
+        free = length * now.across
         if not free < wanted:
             return None
         return Stop(
@@ -313,36 +285,6 @@ def as_table(stop: Stop | None) -> Mapping[str, NDArray[Any] | list[str]]:
     }
 
 
-def entry_seen(entry: Entry) -> Seen:
-    """A row that is about to be written, as a rule sees it."""
-    measured = entry.measured
-    risk, gram = measured.losses.get(FORGET, math.nan), measured.gram.numpy()
-    K = _watched(measured.names, gram if entry.stepped is None else gram[[*entry.stepped]])
-    return Seen(entry.step, risk, K, entry.lr)
-
-
-def rows_seen(run: Run | None) -> Iterator[Seen]:
-    """The steps of a run that a rule looks at: those that were not skipped."""
-    if run is None:
-        return
-    gram, stepped, lr, skipped = run.gram(), run.stepped(), run.column("lr"), run.column("skipped")
-    risks = run.losses().get(FORGET, np.full(len(run.steps), np.nan))
-    for row, step in enumerate(run.steps):
-        if not skipped[row]:
-            K = _watched(run.sources, gram[row, stepped[row]])
-            yield Seen(int(step), float(risks[row]), K, float(lr[row]))
-
-
-def _watched(names: Sequence[str], gram: Floats) -> Floats:
-    """Float64[3, 3], of what a rule looks at, from the Gram matrices of what the step moves."""
-    summed = gram.sum(axis=0) if len(gram) else np.full(gram.shape[1:], np.nan)
-    K = np.full((len(WATCHED), len(WATCHED)), np.nan)
-    there = [i for i, name in enumerate(WATCHED) if name in names]
-    of = [list(names).index(WATCHED[i]) for i in there]
-    K[np.ix_(there, there)] = summed[np.ix_(of, of)]
-    return K
-
-
 def _risk_at_last(rows: Sequence[Seen]) -> tuple[int, float]:
     """After how many updates, and the forget risk there, as the last steps in a row tell it.
 
@@ -359,13 +301,6 @@ def _risk_at_last(rows: Sequence[Seen]) -> tuple[int, float]:
         carries.append(row.risk + carried)
         since = row.step
     return now.step + 1, float(np.mean(carries)) if carries else math.nan
-
-
-def _apart(K: Floats) -> float:
-    """The length of the forget gradient across the retain gradient."""
-    along = float(inner(K, 0, 1)) / float(norm(K, 1)) if norm(K, 1) else 0.0
-    across = float(inner(K, 0, 0)) - along**2
-    return math.nan if math.isnan(across) else math.sqrt(max(0.0, across))
 
 
 def _vocabulary_of(model: nn.Module) -> int | None:

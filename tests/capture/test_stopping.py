@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect import Recorder, StopWhen, open_run
-from geffect.capture.stopping import Seen
+from geffect.capture.rows_seen import Seen
 from geffect.projection import free_forgetting
 from geffect.risk import nll
 from tests.utils import shallow as tiny
