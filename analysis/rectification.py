@@ -39,6 +39,8 @@ SCORES = {
     "cosine_applied": Score(f"cosine of the applied step {_ALONG}", COSINE),
     "violated": VIOLATION,
     "unmet": Score("steps that are not what the rule promises", YES_OR_NO),
+    "selected": Score("share of coordinates that the mask keeps"),
+    "overlap": Score("Jaccard overlap of the mask with that of the step before"),
 }
 """What each quantity is. Inner products of a step, in update space, are nats per token."""
 
@@ -64,6 +66,9 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
     - violated: 1 where the applied update opposes r beyond rounding, else 0, as in `violation`.
     - unmet: 1 where the rule could not keep what it promises, as a gain of `hamu` that takes too
       long a step, else 0.
+    - selected: the share of the coordinates that a mask keeps. This one and the next stand in the
+      table where the selection tells of its masks, as `SaliencyMask` does.
+    - overlap: |m & m'| / |m | m'| of the mask and m', that of the step before.
 
     Columns: step, `by`, against (the retain set), quantity, value, score, unit. Blocks are those of
     the rectifier or larger ones; products and squares are summed over them. Values are NaN where a
@@ -94,6 +99,7 @@ def rectification(run: Run, by: By = "model") -> pd.DataFrame:
             **_reported(numbers, indices),
             **_applied(run, K, against, _rounded(run, by, against), numbers, indices),
             "unmet": _anywhere(numbers["unmet"], indices),
+            **_masks(numbers, indices),
         }
     tables = {
         quantity: stack(
@@ -198,6 +204,22 @@ def _gram(numbers: Numbers, when: str, indices: Indices) -> Floats:
 def _anywhere(marks: Floats, indices: Indices) -> Floats:
     """1 where one of the blocks is marked."""
     return np.stack([marks[:, own].max(axis=1) for own in indices], axis=1)
+
+
+def _masks(numbers: Numbers, indices: Indices) -> dict[str, Floats]:
+    """What masks keep, and what they have in common; nothing in a run that is not told of them."""
+    if not np.isfinite(numbers["among"]).any():
+        return {}
+    return {
+        "selected": _share(numbers, "selected", "among", indices),
+        "overlap": _share(numbers, "selected_again", "selected_either", indices),
+    }
+
+
+def _share(numbers: Numbers, part: str, whole: str, indices: Indices) -> Floats:
+    """One count over another, each added up over blocks; NaN over none."""
+    over = _summed(numbers[whole], indices)
+    return _summed(numbers[part], indices) / np.where(over > 0, over, np.nan)
 
 
 def _summed(values: Floats, indices: Indices) -> Floats:

@@ -35,6 +35,7 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         "layers": layers_of(opened.layers),
         "other": [row.name for row in opened.layers if part_of(row) == OTHER],
         **opened.manifest,
+        **_masks(opened),
         **_stopped(opened),
         **_waited(opened),
     }
@@ -46,6 +47,24 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         said = indent(_said(value), " " * room)[room:]
         lines = f"{plain(name).replace('_', ' '):{room}}{said}".split("\n")
         say(console, *lines, hang=room + 2)
+
+
+def _masks(run: "Run") -> dict[str, Any]:
+    """What masks keep of all coordinates, and their overlap from step to step: means over steps."""
+    if not run.contents.blocks:
+        return {}
+    _, numbers = run.rectification()
+
+    def mean(part: str, whole: str) -> float | None:
+        """Of the steps that have it; None where none has."""
+        pairs = zip(numbers[part].sum(axis=1), numbers[whole].sum(axis=1), strict=True)
+        shares = [float(some / all_of) for some, all_of in pairs if all_of > 0]
+        return sum(shares) / len(shares) if shares else None
+
+    kept = mean("selected", "among")
+    if kept is None:
+        return {}
+    return {"masks": {"kept": kept, "overlap": mean("selected_again", "selected_either")}}
 
 
 def _stopped(run: "Run") -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from geffect.layers import trainable
 from geffect.objectives import FrozenModel, SharedForward, as_objective
 from geffect.objectives.kl import of_answers
 from geffect.projection import SaliencyMask
+from geffect.projection.blocks import Blocks
+from geffect.projection.masks import Masks
 
 from . import language_model as lm
 from .config import UnlearningConfig
@@ -47,7 +49,7 @@ def edited(subject: Subject, studied: StudiedEdit, level: float, path: Path) -> 
     """
     model, data = subject.model, subject.data
     edit = named(studied.edit, studied.options)
-    varied, of_other = _varied(subject, studied, edit)
+    varied, of_other, masked = _varied(subject, studied, edit)
     known = FrozenModel.copied(model)
     forgetting = varied.reaching(_forget_nll(data), level=level, between=studied.between)
     disruption = varied.reaching(
@@ -66,7 +68,10 @@ def edited(subject: Subject, studied: StudiedEdit, level: float, path: Path) -> 
             path,
             risks={name: data.batches[name] for name in ("forget", "retain")},
             edit=edit,
-            metadata={"strength": {studied.strength: chosen.value}},
+            metadata={
+                "strength": {studied.strength: chosen.value},
+                **({} if masked is None else {"masks": asdict(masked)}),
+            },
         )
     return {
         "reached_level": at_level is not None,
@@ -81,61 +86,91 @@ def edited(subject: Subject, studied: StudiedEdit, level: float, path: Path) -> 
     }
 
 
-def learned(subject: Subject, lesson: Lesson) -> tuple[PreTrainedModel, float | None]:
-    """A copy of the model after some steps of AdamW on an objective.
+@dataclass(frozen=True)
+class Masked:
+    """What a mask chose at each step of a lesson.
 
-    And which part of the coordinates a step is on, their mean, where a mask chooses them.
+    - `kept`: which part of the coordinates.
+    - `overlap`: the Jaccard overlap with the mask of the step before, from the second step on.
     """
+
+    kept: tuple[float, ...]
+    overlap: tuple[float, ...]
+
+    @classmethod
+    def of(cls, counts: Sequence[Mapping[str, Sequence[float]]]) -> Self:
+        """From the counts of `Masks` of the whole model, step by step."""
+        return cls(
+            tuple(step["selected"][0] / step["among"][0] for step in counts),
+            tuple(step["again"][0] / step["either"][0] for step in counts[1:]),
+        )
+
+
+def learned(subject: Subject, lesson: Lesson) -> tuple[PreTrainedModel, Masked | None]:
+    """A copy of the model after some steps of AdamW on an objective, and what a mask chose."""
     student = copy.deepcopy(subject.model)
     objective = as_objective(lesson.objective).begin(student)
     reference = None if objective.reference == "none" else FrozenModel.copied(subject.model)
     parameters = list(trainable(student).values())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batches = subject.data.draws(subject.config.sizes(("retain",)), objective.sides)
-    stepped = []
+    counts: list[Mapping[str, Sequence[float]]] = []
+    before: Mapping[int, torch.Tensor] = {}
     for _ in range(lesson.steps):
         optimizer.zero_grad()
         objective(SharedForward(student), next(batches), reference).backward()
         if lesson.masked:
-            stepped.append(_mask(parameters))
+            masks = _mask(parameters, before)
+            counts.append(masks.counts())
+            before = masks.kept
         optimizer.step()
         objective.advance()
     optimizer.zero_grad()
-    return student, fmean(stepped) if stepped else None
+    return student, Masked.of(counts) if counts else None
 
 
-def _mask(parameters: Sequence[torch.Tensor]) -> float:
-    """SSU's mask of the gradients; which part of all coordinates it leaves."""
+def _mask(parameters: Sequence[torch.Tensor], before: Mapping[int, torch.Tensor]) -> Masks:
+    """Leave of the gradients what SSU's mask keeps; the mask, beside the one before."""
     select, gradients = SaliencyMask(c=1.0), [parameter.grad for parameter in parameters]
     threshold = select.threshold(gradients, lambda index: None, torch.Generator())
-    left = 0
-    for gradient in gradients:
-        if gradient is not None:
-            mask = select.mask(gradient, None, threshold)
-            gradient.mul_(mask)
-            left += int(mask.sum())
-    return left / sum(parameter.numel() for parameter in parameters)
+    masks = Masks(Blocks.of(["model"] * len(parameters)), parameters, before)
+
+    def chosen(i: int) -> torch.Tensor | None:
+        gradient = gradients[i]
+        return None if gradient is None else select.mask(gradient, None, threshold)
+
+    mask = masks.of(chosen)
+    for i, gradient in enumerate(gradients):
+        kept = mask(i)
+        if gradient is not None and kept is not None:
+            gradient.mul_(kept)
+    return masks
 
 
-def _varied(subject: Subject, studied: StudiedEdit, edit: Edit) -> tuple[Varied, dict[str, Any]]:
+def _varied(
+    subject: Subject, studied: StudiedEdit, edit: Edit
+) -> tuple[Varied, dict[str, Any], Masked | None]:
     """The model edited at any strength, and what is told of another that it is made from."""
     model, data = subject.model, subject.data
     given: dict[str, Any] = {name: data.batches[name] for name in edit.sets}
-    told: dict[str, Any] = {"before": None, "stepped": None}
+    told: dict[str, Any] = {"before": None, "stepped": None, "overlap": None}
     if studied.lesson is None:
-        return Varied.of(edit, studied.strength, model, given), told
-    other, stepped = learned(subject, studied.lesson)
-    told = {"before": measure(other, data), "stepped": stepped}
+        return Varied.of(edit, studied.strength, model, given), told, None
+    other, masked = learned(subject, studied.lesson)
+    told["before"] = measure(other, data)
+    if masked is not None:
+        told["stepped"] = fmean(masked.kept)
+        told["overlap"] = fmean(masked.overlap) if masked.overlap else None
     if not studied.swapped:
         given[studied.state] = other
-        return Varied.of(edit, studied.strength, model, given), told
+        return Varied.of(edit, studied.strength, model, given), told, masked
     back = Varied.of(edit, studied.strength, other, {**given, studied.state: model})
 
     def change(strength: float) -> Change:
         with back.change(strength):
             return Change(model, {n: p.detach().clone() for n, p in trainable(other).items()})
 
-    return Varied(model, change), told
+    return Varied(model, change), told, masked
 
 
 def _forget_nll(data: Data) -> Callable[[nn.Module], float]:

@@ -45,6 +45,9 @@ SINGLE = (
 )
 """The columns whose single seeds are shown."""
 
+MASKED = {"stepped": "of coordinates a step", "overlap": "overlap from step to step"}
+"""What is said of the masks of a lesson."""
+
 HOW = """\
 Methods and variants forget at different speeds, so they are compared **at equal forgetting**:
 where the forget loss of a run first reaches that of the *gold* model, which was trained the
@@ -294,10 +297,12 @@ def _edits(edits: Mapping[str, Mapping[str, Any]], made: Sequence[Mapping[str, A
             "not reached" if run["at_level"] is None else f"{run['at_level']['strength']:.3g}"
             for run in own
         ]
-        masked = [run["stepped"] for run in own if run.get("stepped") is not None]
-        stepped = [percent(share, ".3g") for share in masked]
         options = [f"`{option}={value!r}`" for option, value in edit["options"].items()]
-        options += [f"{' / '.join(stepped)} of coordinates a step"] if stepped else []
+        options += [
+            f"{' / '.join(percent(run[key], '.3g') for run in having)} {said}"
+            for key, said in MASKED.items()
+            if (having := [run for run in own if run.get(key) is not None])
+        ]
         lines.append(
             [
                 in_markdown(name), edit["summary"], ", ".join(options), edit["strength"],

@@ -72,6 +72,10 @@ class Rectification:
     average and against the retain gradient of this step: NaN where it was not followed. A negative
     inner product harms what should stay. `unmet` is 1 where the rule could not keep what it
     promises. Against several retain sets there is a number for each block and set.
+
+    Of a selection that tells what it keeps, such as SSU's mask: how many coordinates it is `among`,
+    how many are `selected`, how many of these the mask of the step before had, `selected_again`,
+    and how many are in either mask; else NaN.
     """
 
     blocks: tuple[str, ...]
@@ -85,3 +89,7 @@ class Rectification:
     applied_average: tuple[float, ...]
     applied_fresh: tuple[float, ...]
     unmet: tuple[float, ...]
+    among: tuple[float, ...]
+    selected: tuple[float, ...]
+    selected_again: tuple[float, ...]
+    selected_either: tuple[float, ...]

@@ -16,6 +16,7 @@ from geffect.gram import norm
 
 from . import fused
 from .blocks import Blocks, GramAccumulator, Vectors, held, parts
+from .masks import Mask
 from .reports import reported
 from .rounding import enlarged, harms
 from .rules import Rule
@@ -23,9 +24,6 @@ from .spaces import Space, widened
 
 Retain = Callable[[int], Vectors]
 """The averages of a parameter's retain gradients, one a retain set."""
-
-Mask = Callable[[int], Tensor | None]
-"""The coordinates of a parameter that may move; None where all may."""
 
 Metric = Callable[[int], Tensor | None]
 """The scale of the retain gradients' coordinates, where distances are measured in it."""

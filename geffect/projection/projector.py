@@ -13,9 +13,10 @@ from geffect.optimizers import tensors_of
 
 from . import fused
 from .blocks import Blocks, held
-from .constraint import Change, Constraint, Mask, Metric, PendingRectification, Retain, Terms
+from .constraint import Change, Constraint, Metric, PendingRectification, Retain, Terms
 from .coordinates import Coordinates
 from .elementwise import Elementwise
+from .masks import Mask, Masks
 from .memory import RetainMemory
 from .options import Options
 from .portions import PORTION_BYTES, StepInPortions
@@ -41,6 +42,9 @@ class Projector:
 
     room: dict[int, Tensor] = field(default_factory=dict)
     """Of the copies of the parameters."""
+
+    earlier: dict[int, Tensor] = field(default_factory=dict)
+    """The masks of the step before, of a selection that tells what it keeps."""
 
     @property
     def alone(self) -> bool:
@@ -90,6 +94,13 @@ class Projector:
             return selection.mask(grad, roots.root(square), threshold)
 
         return mask
+
+    def masks(self) -> Masks | None:
+        """What counts the masks of a step; None where the selection does not tell of them."""
+        selection = self.options.selection
+        if selection is None or not selection.is_told:
+            return None
+        return Masks(self.blocks, self.parameters, dict(self.earlier))
 
     def change(
         self,

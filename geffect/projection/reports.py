@@ -10,6 +10,7 @@ from geffect.gradients import Rectification
 from geffect.gram import norm
 
 from .blocks import Blocks, block_names
+from .masks import Masks
 
 
 def reported(
@@ -42,13 +43,28 @@ def reported(
         applied_average=unknown,
         applied_fresh=unknown,
         unmet=numbers(unmet[:, None]),
+        among=unknown,
+        selected=unknown,
+        selected_again=unknown,
+        selected_either=unknown,
     )
 
 
 def skipped(blocks: tuple[str, ...]) -> Rectification:
     """The report of a step that was left alone because a gradient was zero or not finite."""
     nothing, unknown = (0.0,) * len(blocks), (float("nan"),) * len(blocks)
-    return Rectification(blocks, nothing, nothing, *[unknown] * 8)
+    return Rectification(blocks, nothing, nothing, *[unknown] * 12)
+
+
+def with_masks(report: Rectification, masks: Masks, sets: int) -> Rectification:
+    """The report with what masks keep of each block, the same for each retain set."""
+    among, selected, again, either = (
+        tuple(number for number in numbers for _ in range(sets))
+        for numbers in masks.counts().values()
+    )
+    return replace(
+        report, among=among, selected=selected, selected_again=again, selected_either=either
+    )
 
 
 def without_retain(report: Rectification) -> Rectification:

@@ -56,6 +56,10 @@ class Selection(ABC):
 
     needs_second_moment: ClassVar[bool]
     """Whether it asks for the scale of the retain gradient, which costs a buffer."""
+    is_told: ClassVar[bool] = False
+    """Whether a report says how much it keeps, and how much of that the step before kept.
+
+    That costs a byte a coordinate."""
 
     @property
     def epsilon(self) -> float | None:
@@ -145,7 +149,9 @@ class SaliencyMask(Selection):
     """The coordinates with a large objective gradient: SSU's mask (arXiv 2406.10952).
 
     Those with |u_i| >= mean |u| + c std |u|, mean and (population) standard deviation over all
-    coordinates together, not by tensor. It does not look at the retain data.
+    coordinates together, not by tensor. It does not look at the retain data. How many they are is
+    told of every step, and how many of them those of the step before were:
+    `geffect.analysis.rectification` has the share and the overlap. That costs a byte a coordinate.
 
     >>> u = [torch.tensor([1.0, -1.0]), torch.tensor([-4.0])]
     >>> select = SaliencyMask(c=1.0)
@@ -156,6 +162,7 @@ class SaliencyMask(Selection):
 
     c: float = 1.0
     needs_second_moment: ClassVar[bool] = False
+    is_told: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isfinite(self.c):

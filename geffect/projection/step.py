@@ -1,7 +1,7 @@
 """One step: from the retain gradients that it takes in to the update that was applied."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,13 @@ from geffect.interrupts import to_the_end
 from geffect.optimizers import check_owned, moved_by
 
 from .blocks import GramAccumulator, block_names, held, parts
-from .constraint import Change, Mask, PendingRectification
+from .constraint import Change, PendingRectification
 from .graphless import without_graph
+from .masks import Mask, Masks
 from .notices import Notices
 from .portions import StepInPortions, steps_tensor_by_tensor
 from .projector import Projector
-from .reports import skipped, without_retain
+from .reports import skipped, with_masks, without_retain
 from .spaces import GradientSpace, UpdateSpace
 
 
@@ -43,6 +44,7 @@ class RectifiedStep:
         self._taken: StepInPortions | None = None  # where it is taken here
         self._report: PendingRectification | None = None
         self._applied: GramAccumulator | None = None
+        self._masks: Masks | None = None
 
     def take_in(self, gradients: Gradients) -> None:
         """Take the retain gradients into the averages, where they count."""
@@ -78,6 +80,8 @@ class RectifiedStep:
             self._rectify(moved)
             if behind and not options.adds_retain:
                 gradients.deposit(among=behind, copy=copy)
+            if not self.armed:
+                self._remember()
         except BaseException:
             to_the_end(put_back)
             raise
@@ -92,10 +96,11 @@ class RectifiedStep:
         self._taken = self._ahead = None
         drawn = projector.drawn()
         try:
-            mask = projector.mask(moved_by(optimizer)) if changes else None
+            mask = self._mask(moved_by(optimizer)) if changes else None
             if changes and steps_tensor_by_tensor(optimizer):
                 self._taken = self._in_portions(optimizer, mask)
                 self._taken.take()
+                self._remember()
             else:
                 self._ahead = self._whole(optimizer, mask)
         except BaseException:
@@ -118,6 +123,7 @@ class RectifiedStep:
                 if not ahead.over:
                     without_graph(lambda: to_the_end(ahead.undo))
                 raise
+            self._remember()
         self.abandon()
 
     def abandon(self) -> None:
@@ -164,12 +170,23 @@ class RectifiedStep:
     def _change_gradient(self, moved: Mapping[int, Tensor]) -> None:
         if self._projector.options.adds_retain and self._counts:
             self._make_room(moved)
-        mask = self._projector.mask([*moved.values()])
+        mask = self._mask([*moved.values()])
         space = GradientSpace(moved, self._scale)
         change = self._projector.change(space, mask, counts=self._counts)
         if change is not None:
             change.make()
         self._done(change)
+
+    def _mask(self, moved: Sequence[Tensor]) -> Mask | None:
+        """The coordinates to step on, counted where the selection tells of them."""
+        mask, self._masks = self._projector.mask(moved), self._projector.masks()
+        return mask if mask is None or self._masks is None else self._masks.of(mask)
+
+    def _remember(self) -> None:
+        """The step is made: its masks are what those of the next one are held against."""
+        if self._masks is not None:
+            self._projector.earlier.clear()
+            self._projector.earlier.update(self._masks.kept)
 
     def _compare(self, moved: Mapping[int, Tensor]) -> None:
         problem = self._projector.memory.compare(self._peak(moved) / self._scale)
@@ -269,13 +286,20 @@ class RectifiedStep:
     def _done(self, change: Change | None) -> None:
         if change is None:
             self._skip("the gradient or the step is not finite")
+            self._masks = None
             return
         self._report = self._told(change.report)
         if change.unmet is not None:
             self._notices.unmet(change.unmet)
 
     def _told(self, report: PendingRectification) -> PendingRectification:
-        return report if self._counts else lambda: without_retain(report())
+        masks, sets = self._masks, len(self._projector.options.protect)
+
+        def told() -> Rectification:
+            found = report() if self._counts else without_retain(report())
+            return found if masks is None else with_masks(found, masks, sets)
+
+        return told
 
     def _skip(self, reason: str) -> None:
         if self._is_skipped:

@@ -96,6 +96,10 @@ RECTIFICATION_COLUMNS = (
     "applied_average",
     "applied_fresh",
     "unmet",
+    "among",
+    "selected",
+    "selected_again",
+    "selected_either",
 )
 """Those of `geffect.gradients.Rectification`. A file may hold fewer: the last came later."""
 

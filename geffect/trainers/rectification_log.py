@@ -14,15 +14,17 @@ class RectificationLog:
 
     Of the whole model: inner products and squared norms are summed over the blocks of a report,
     `fired` and `unmet` are shares of the blocks and `coefficient` is their mean. `removed` is
-    1 - |x|^2 / |u|^2, the share of the energy of u that was taken away. Against several retain
-    sets, each has its own numbers, under its name: `rectify/cosine_before_world`. What no step had
-    a number for, such as the applied update where it is not followed, is left out.
+    1 - |x|^2 / |u|^2, the share of the energy of u that was taken away; `selected` is the share of
+    coordinates that a mask keeps, and `overlap` its Jaccard overlap with the one before. Against
+    several retain sets, each has its own numbers, under its name: `rectify/cosine_before_world`.
+    What no step had a number for, such as the applied update where it is not followed, is left out.
 
     >>> unknown = (math.nan,)
     >>> log = RectificationLog()
     >>> log.take(Rectification(("model",), fired=(1.0,), coefficient=(0.5,), inner_before=(-3.0,),
     ...     inner_after=(0.0,), norm_before=(5.0,), norm_after=(4.0,), retain_norm=(1.0,),
-    ...     applied_average=unknown, applied_fresh=unknown, unmet=(0.0,)))
+    ...     applied_average=unknown, applied_fresh=unknown, unmet=(0.0,), among=unknown,
+    ...     selected=unknown, selected_again=unknown, selected_either=unknown))
     >>> {name: round(value, 2) for name, value in log.means().items() if name != "rectify/fired"}
     {'rectify/coefficient': 0.5, 'rectify/cosine_before': -0.6, 'rectify/cosine_after': 0.0, ...}
     >>> log.means()
@@ -76,6 +78,11 @@ def _numbers(blocks: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float
     yield "applied_average", math.fsum(blocks["applied_average"])
     yield "applied_fresh", math.fsum(blocks["applied_fresh"])
     yield "unmet", _mean(blocks["unmet"])
+    yield "selected", _ratio(math.fsum(blocks["selected"]), math.fsum(blocks["among"]))
+    yield (
+        "overlap",
+        _ratio(math.fsum(blocks["selected_again"]), math.fsum(blocks["selected_either"])),
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

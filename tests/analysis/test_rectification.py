@@ -52,6 +52,8 @@ class Made:
         self.fired = rng.integers(2, size=(STEPS, len(PARAMETERS))).astype(float)
         self.coefficient = rng.random((STEPS, len(PARAMETERS), len(sets)))
         self.unmet = rng.integers(2, size=(STEPS, len(PARAMETERS))).astype(float)
+        # Numbers of coordinates: of all, of a mask, of what it has in common, of both together.
+        self.counts = np.sort(rng.integers(1, 9, size=(STEPS, len(PARAMETERS), 4)), axis=-1)
 
     def write(
         self, path: Path, scope: str, *, update: bool, rows: Sequence[int] = range(STEPS)
@@ -112,6 +114,7 @@ class Made:
             dot(r, r, members) ** 0.5,
             *applied,
             self.unmet[step, members[0]],
+            *(self.counts[step, members[0], place] for place in (3, 1, 0, 2)),
         )
 
 
@@ -155,7 +158,14 @@ def expected(
         "cosine_applied": along,
         "violated": float(along < -1e-6),
         "unmet": max(made.unmet[step, part[0]] for part in parts),
+        "selected": _over(made.counts[step], parts, 1, 3),
+        "overlap": _over(made.counts[step], parts, 0, 2),
     }
+
+
+def _over(counts: np.ndarray, parts: list[list[int]], part: int, whole: int) -> float:
+    sums = [sum(float(counts[own[0], place]) for own in parts) for place in (part, whole)]
+    return sums[0] / sums[1]
 
 
 def values(table: pd.DataFrame, **where: object) -> np.ndarray:
@@ -192,7 +202,7 @@ def test_every_quantity(
     table = rectification(made.write(tmp_path / "run.h5", scope, update=update), by)
     assert list(table.columns) == ["step", by, "against", "quantity", "value", "score", "unit"]
     own = _members(by)
-    assert len(table) == STEPS * len(own) * len(sets) * 13
+    assert len(table) == STEPS * len(own) * len(sets) * 15
     for block, members in own.items():
         for name in sets:
             part = table[(table[by] == block) & (table["against"] == name)]

@@ -20,7 +20,7 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 from torch import nn
 
-from geffect import Recorder, open_run
+from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
 from geffect.demo import figures
 from geffect.demo.config import QUICK
@@ -29,6 +29,7 @@ from geffect.demo.jobs import Kept, Unlearning
 from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objective
 from geffect.demo.plan import IN_A_LOOK, Plan
 from geffect.objectives import CATALOGUE, SimNPO
+from geffect.projection import SaliencyMask
 from geffect.store import validate
 from geffect.store.writer import RunWriter
 from tests.utils import runs
@@ -55,6 +56,22 @@ def test_info(ask: Ask, recorded: Path) -> None:
     assert (said.code, said.err) == (0, "")
     for word in ("AdamW", "retain_ema", "complete", "layer 1", "embedding+head"):
         assert word in said.out
+
+
+def test_info_says_what_masks_keep(ask: Ask, tmp_path: Path, recorded: Path) -> None:
+    model = nn.Linear(4, 1, bias=False)
+    rectifier = Rectifier(model, None, select=SaliencyMask(c=0.0))
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        for x in ([1.0, 2.0, 9.0, 9.0], [1.0, 9.0, 9.0, 9.0]):
+            recorder.backward(
+                objective=model(torch.tensor(x)).sum(), retain=model(torch.ones(4)).sum(),
+                rectifier=rectifier,
+            )  # fmt: skip
+            model.zero_grad()
+    told = strict(ask("info", tmp_path / "a.h5", "--format", "json").out)["masks"]
+    assert told == {"kept": (0.5 + 0.75) / 2, "overlap": 2 / 3}
+    assert "overlap: 0.66" in ask("info", tmp_path / "a.h5").out
+    assert "masks" not in strict(ask("info", recorded, "--format", "json").out)
 
 
 def test_info_says_for_how_long_training_waited_for_the_disk(ask: Ask, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from geffect.demo.edits import DISRUPTION, EDITS, Lesson
 from geffect.demo.measures import measure
 from geffect.edits import TaskVectorNegation
 from geffect.layers import trainable
+from geffect.objectives import SSUAcquire
 from tests.utils.subject import TINY
 
 LEVEL = 1.0
@@ -110,9 +112,10 @@ def test_a_lesson_is_a_loop_of_adamw(asked: Subject) -> None:
 
 
 def test_a_masked_lesson_moves_what_has_a_large_gradient(asked: Subject) -> None:
-    (whole, _), (masked, stepped) = (
+    (whole, _), (masked, found) = (
         learned(asked, Lesson("ssu-acquire", 1, masked=masked)) for masked in (False, True)
     )
+    assert found is not None and found.overlap == ()
     original = [*asked.model.parameters()]
     moved = [
         [(p != o) for p, o in zip(model.parameters(), original, strict=True)]
@@ -122,8 +125,78 @@ def test_a_masked_lesson_moves_what_has_a_large_gradient(asked: Subject) -> None
     assert 0 < counts[1] < 0.3 * counts[0]
     # A step of AdamW moves what has a gradient, but for what is less than a number's rounding.
     total = sum(p.numel() for p in original)
-    assert stepped == pytest.approx(counts[1] / total, rel=0.02)
+    assert found.kept[0] == pytest.approx(counts[1] / total, rel=0.02)
     assert all((few <= many).all() for many, few in zip(*moved, strict=True))
+
+
+def test_the_masks_of_ssu_are_told_step_by_step(asked: Subject, tmp_path: Path) -> None:
+    studied = replace(EDITS["negation-ssu"], lesson=Lesson("ssu-acquire", 3, masked=True))
+    result = edited(asked, studied, 1e-3, tmp_path / "run.h5")
+    # The naive twin: the same lesson, with each mask by hand.
+    twin, masks = copy.deepcopy(asked.model), []
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=3e-4, weight_decay=0.0)
+    objective = SSUAcquire()
+    batches = asked.data.draws(asked.config.sizes(("retain",)), objective.sides)
+    for _ in range(3):
+        optimizer.zero_grad()
+        objective(twin, next(batches)).backward()
+        u = torch.cat([p.grad.flatten() for p in twin.parameters()]).double().abs()
+        bound = u.mean() + u.std(correction=0)
+        masks.append(u >= bound)
+        for p in twin.parameters():
+            p.grad *= p.grad.abs() >= bound
+        optimizer.step()
+    kept = [float(mask.double().mean()) for mask in masks]
+    overlap = [float((a & b).sum() / (a | b).sum()) for a, b in pairwise(masks)]
+    told = open_run(tmp_path / "run.h5").metadata["masks"]
+    assert told["kept"] == pytest.approx(kept, rel=0.02)
+    assert told["overlap"] == pytest.approx(overlap, rel=0.05)
+    assert result["stepped"] == pytest.approx(sum(told["kept"]) / 3)
+    assert result["overlap"] == pytest.approx(sum(told["overlap"]) / 2)
+
+
+@pytest.mark.parametrize("basis", ["forget", "retain"])
+def test_repselect_at_equal_disruption(basis: str, asked: Subject, tmp_path: Path) -> None:
+    """As its paper compares: as long a step along its direction as the KL budget takes."""
+    name = "repselect" if basis == "forget" else "repselect-retain"
+    strength = "soft" if basis == "forget" else "hard"
+    studied = replace(EDITS[name], options={"k": 2, "basis": basis, "strength": strength})
+    result = edited(asked, studied, LEVEL, tmp_path / "run.h5")
+    at = result["at_disruption"]
+    # The naive twin: every MLP matrix of the gradient of all batches, by its SVD.
+    mlp = {n: p for n, p in asked.model.named_parameters() if "mlp" in n and p.ndim == 2}
+    mean = {}
+    for side in ("forget", "retain"):
+        own = [naive_gradient(asked.model, [*mlp.values()], b) for b in asked.data.batches[side]]
+        mean[side] = [torch.stack(of).mean(dim=0) for of in zip(*own, strict=True)]
+    moved = {}
+    for n, g, b in zip(mlp, mean["forget"], mean[basis], strict=True):
+        U, S, Vh = torch.linalg.svd(b, full_matrices=False)
+        gone = torch.ones(2) if strength == "hard" else 1 - S[1] / S[:2]
+        x = g - g @ Vh[:2].T @ torch.diag(gone.double()) @ Vh[:2]
+        moved[n] = x - U[:, :2] @ torch.diag(gone.double()) @ U[:, :2].T @ x
+    length = torch.stack([x.square().sum() for x in moved.values()]).sum().sqrt()
+    model = copy.deepcopy(asked.model)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n in moved:
+                p += at["strength"] * moved[n] / length
+    assert divergence(model, asked.model, asked.data) == pytest.approx(DISRUPTION, rel=1e-2)
+    for key, value in measure(model, asked.data).items():
+        assert at[key] == pytest.approx(value, rel=1e-2, abs=1e-4)
+    # The least such step: a shorter one disrupts less.
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n in moved:
+                p -= 0.1 * at["strength"] * moved[n] / length
+    assert divergence(model, asked.model, asked.data) < DISRUPTION
+
+
+def naive_gradient(model: nn.Module, parameters: list[Any], batch: Any) -> list[torch.Tensor]:
+    """Of the mean NLL of the scored tokens, in float64."""
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+    return [g.double() for g in torch.autograd.grad(loss, parameters)]
 
 
 def test_negation_of_what_was_learned_is_that_of_the_catalogue(asked: Subject) -> None:

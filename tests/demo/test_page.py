@@ -93,6 +93,7 @@ def edit(run: dict[str, Any], name: str, *, reached: bool) -> dict[str, Any]:
         "at_disruption": {**at, "retain_nll": 0.555},
         "before": {"forget_nll": 0.125, "retain_nll": 0.625},
         "stepped": None if reached else 0.0312,
+        "overlap": None if reached else 0.25,
     }
 
 
@@ -117,7 +118,8 @@ def test_edits_stand_beside_the_runs(quick_study: Any) -> None:
     assert disruption.count("| 0.555 |") == 2
     assert "| mix | edit |" in scales and "Rank correlation" in scales
     assert "| alpha | 0.25 |" in page
-    assert "| 3.12 % of coordinates a step | alpha | not reached |" in page
+    masks = "3.12 % of coordinates a step, 25 % overlap from step to step"
+    assert f"| {masks} | alpha | not reached |" in page
     best_of = page.split("## Which variant is best")[1].split("## The price")[0]
     assert "| ga |" in best_of and "| mix |" not in best_of
     assert "An edit trains nothing" not in study_page(summary)

@@ -218,6 +218,7 @@ def test_several_retain_sets_are_logged_by_their_names() -> None:
     report = Rectification(
         ("model, retain", "model, world"), (1.0, 1.0), (0.0, 0.5), (1.0, -2.0), (1.0, 0.0),
         (2.0, 2.0), (1.0, 1.0), (1.0, 4.0), nan, nan, (0.0, 1.0),
+        (8.0, 8.0), (4.0, 4.0), (3.0, 3.0), (6.0, 6.0),
     )  # fmt: skip
     log.take(report)
     log.take(report)
@@ -227,6 +228,7 @@ def test_several_retain_sets_are_logged_by_their_names() -> None:
     assert means["rectify/cosine_before_world"] == -0.25
     assert means["rectify/removed_world"] == 0.75
     assert (means["rectify/unmet_retain"], means["rectify/unmet_world"]) == (0.0, 1.0)
+    assert (means["rectify/selected_world"], means["rectify/overlap_world"]) == (0.5, 0.5)
     assert not any("applied" in name for name in means)
 
 

@@ -188,6 +188,7 @@ def _write_example(
         sources=tuple(vectors), manifest=manifest, sketch=sketch, weights=weights,
         blocks=("model",) if rectified else (),
     )  # fmt: skip
+    untold = [np.nan] * 4  # of masks
     writer.begin(contents)
     folds = [sketch.fold(torch.tensor(v), parameter.name) for v in stacked] if sketch else []
     for step in range(steps):
@@ -200,7 +201,9 @@ def _write_example(
                 sketches=torch.stack(folds)[:, None].numpy() if sketch else None,
                 weights=np.array([[1.0, 1.5, 1.9, 2.0]]) if weights else None,
                 rectification=(
-                    np.array([[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0]])
+                    np.array(
+                        [[1.0, 1.0, -1.0, 0.0, 2.0, 3.0**0.5, 1.0, np.nan, np.nan, 0.0, *untold]]
+                    )
                     if rectified
                     else None
                 ),
