@@ -39,7 +39,8 @@ def batches_in(side: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, B
     >>> dict(batches_in(pair))
     {'forget.original': {'labels': 1}, 'forget.alternate': {'labels': 2}}
     """
-    if not any(isinstance(inside, Mapping) for inside in side.values()):
+    # What is by names inside of a batch is a mask for each kind of layer.
+    if "labels" in side or not any(isinstance(inside, Mapping) for inside in side.values()):
         yield name, side
         return
     for inner, inside in side.items():
@@ -88,6 +89,25 @@ def labels_of(batch: Batch) -> Tensor:
     return batch["labels"]
 
 
+def masks_in(batch: Mapping[str, Any], name: str = "attention_mask") -> Iterator[Tensor]:
+    """The masks of a batch: one, or one for each kind of layer by its name, or none.
+
+    >>> full, sliding = torch.ones(2)
+    >>> [*masks_in({"attention_mask": {"full_attention": full, "sliding_attention": sliding}})]
+    [tensor(1.), tensor(1.)]
+    """
+    found = batch.get(name)
+    for mask in found.values() if isinstance(found, Mapping) else [found]:
+        if isinstance(mask, Tensor):
+            yield mask
+        elif mask is not None:
+            raise TypeError(
+                f"`{name}` should be a tensor, or a tensor for each kind of layer. Found "
+                f"`{type(mask).__name__}`, which does not tell where texts begin. Leave it out, "
+                "and pass `position_ids` that begin anew where texts are packed."
+            )
+
+
 def begins_anew(positions: Tensor) -> Tensor:
     """Where positions that count the tokens of a text fall back, `Bool[..., position]`.
 
@@ -115,13 +135,16 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     if positions is not None and positions.shape[-1] == labels.shape[-1]:
         # Of several counts, as for images, the first is that of the text or of time.
         begins |= begins_anew(positions[0] if positions.ndim > 2 else positions).to(labels.device)
-    for numbers in (batch.get("seq_idx"), batch.get("attention_mask")):
+    masks = [*masks_in(batch)]
+    for numbers in (batch.get("seq_idx"), *masks):
         if numbers is not None and numbers.shape == labels.shape:
             changes = (numbers[:, 1:] != numbers[:, :-1]) & (numbers[:, 1:] > 0)
             begins[:, 1:] |= (changes & (numbers[:, :-1] > 0)).to(labels.device)
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.ndim > 2 and mask.shape[-2:] == labels.shape[-1:] * 2:
-        begins[:, 1:] |= _sees_none_before(mask)[:, 1:].to(labels.device)
+    of_pairs = [x for x in masks if x.ndim > 2 and x.shape[-2:] == labels.shape[-1:] * 2]
+    if of_pairs:
+        # Layers that see a window or a chunk of the text have masks of their own.
+        alone = [_sees_none_before(mask)[:, 1:].to(labels.device) for mask in of_pairs]
+        begins[:, 1:] |= torch.stack(torch.broadcast_tensors(*alone)).all(dim=0)
     for ends in (batch[name] for name in _ENDS if batch.get(name) is not None):
         inner = ends.flatten().long().to(labels.device)
         begins.view(-1)[inner[(inner > 0) & (inner < labels.numel())]] = True

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DataCollatorWithFlattening, Gemma2Config, Gemma2ForCausalLM
 
 from geffect.batch import is_packed, side_of
 from geffect.data.collate import collate
@@ -15,6 +16,7 @@ from geffect.effects import direction, sample_effects, token_effects
 from geffect.objectives import (
     NPO,
     TNPO,
+    UNDIAL,
     FrozenModel,
     GradDiff,
     Objective,
@@ -22,6 +24,7 @@ from geffect.objectives import (
     WeightedGradientAscent,
     nll,
 )
+from geffect.risk import check_answers
 from tests.utils import tiny
 from tests.utils.architectures import made
 
@@ -90,6 +93,72 @@ def test_a_model_whose_texts_see_each_other_is_refused(name: str) -> None:
         with pytest.raises(ValueError, match=says):
             look(model, batch)
     nll(model, PADDED)
+
+
+def by_kind_of_layer(sees: Tensor, window: int) -> dict[str, Tensor]:
+    """The masks that Gemma takes by the kinds of its layers, of those of which tokens see which."""
+    near = sees & ~torch.ones_like(sees).tril(-window)
+    return {
+        name: torch.zeros(1, 1, *kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min)
+        for name, kept in {"full_attention": sees, "sliding_attention": near}.items()
+    }
+
+
+def gemma() -> nn.Module:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=4,
+        )
+    )  # fmt: skip
+
+
+def test_a_mask_for_each_kind_of_layer_is_that_of_a_model_which_makes_it() -> None:
+    model = gemma()
+    masks = by_kind_of_layer(torch.ones(6, 6, dtype=torch.bool).tril(), window=4)
+    batch: Any = {**PADDED, "attention_mask": {n: x.expand(3, 1, 6, 6) for n, x in masks.items()}}
+    assert not is_packed(batch)
+    pairs: list[Any] = [{"forget": b, "retain": b} for b in (batch, PADDED)]
+    for objective in (GradDiff(), NPO(), SimNPO(), UNDIAL()):
+        check_answers(model, pairs[0])
+        before = FrozenModel.copied(model)
+        found, expected = (objective(model, pair, before) for pair in pairs)
+        torch.testing.assert_close(found, expected)
+    along = direction(model, [PADDED])
+    found, expected = (sample_effects(model, [b], {"a": along})["a"] for b in (batch, PADDED))
+    torch.testing.assert_close(found, expected)
+
+
+def test_masks_for_each_kind_of_layer_tell_texts_apart_or_join_them() -> None:
+    model, batch = gemma(), packed()
+    text = torch.arange(18) // 6
+    earlier = torch.ones(18, 18, dtype=torch.bool).tril()
+    apart, joined = (
+        {**batch, "attention_mask": by_kind_of_layer(sees, window=4)}
+        for sees in (earlier & (text[:, None] == text), earlier)
+    )
+    del apart["position_ids"]
+    assert is_packed(apart) and not is_packed({**joined, "position_ids": None})
+    apart["position_ids"] = batch["position_ids"]
+    torch.testing.assert_close(nll(model, apart), nll(model, PADDED))
+    with pytest.raises(ValueError, match="should keep the texts of a packed row apart"):
+        nll(model, joined)
+
+
+def test_chunks_of_a_text_are_no_texts() -> None:
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    chunks = torch.arange(6) // 3
+    masks = {"full_attention": seen, "chunked_attention": seen & (chunks[:, None] == chunks)}
+    batch: Any = {**PADDED, "attention_mask": {n: x[None, None] for n, x in masks.items()}}
+    assert not is_packed(batch)
+
+
+def test_a_mask_that_is_no_tensor_is_refused() -> None:
+    blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, 6, 6, device="cpu")
+    for mask in (blocks, {"full_attention": blocks}):
+        with pytest.raises(TypeError, match="should be a tensor, or a tensor for each kind of la"):
+            nll(gemma(), {**PADDED, "attention_mask": mask})
 
 
 def test_a_mask_that_joins_texts_is_refused_after_one_that_keeps_them_apart() -> None:

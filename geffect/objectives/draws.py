@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.batch import IGNORED, Batch, labels_of, original_of, texts_in
+from geffect.batch import IGNORED, Batch, labels_of, masks_in, original_of, texts_in
 from geffect.risk import predicts_next
 
 STEP = 0x1E3779B97F4A7C15
@@ -41,9 +41,9 @@ def drawn(model: Any, batch: Batch, vocabulary: int, seed: int) -> Tensor:
     count, total = _so_far(scored.long(), text)
     tokens = batch.get("input_ids", labels)
     attended = torch.ones_like(tokens, dtype=torch.bool)
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == tokens.shape:
-        attended = mask.to(tokens.device) != 0
+    for mask in masks_in(batch):
+        if mask.shape == tokens.shape:
+            attended = mask.to(tokens.device) != 0
     if is_next and tokens.shape == labels.shape:
         attended &= count - scored.long() < total  # up to the last that is scored
         place, _ = _so_far(attended.long(), text)

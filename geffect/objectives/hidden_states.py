@@ -1,16 +1,18 @@
 """The hidden states of answer tokens, and which of them an objective means by its layer."""
 
+from functools import partial
 from math import floor
 from typing import Any
 
 from torch import Tensor
 
-from geffect.batch import Batch, is_packed, labels_of
+from geffect.batch import Batch, labels_of
 from geffect.numbers import is_number
 from geffect.risk import inputs_of, predicts_next, scored_tokens
 from geffect.risk.alignment import unwrapped
+from geffect.risk.dependence import look_at
 from geffect.risk.likelihood import at_least_float32
-from geffect.risk.packing import check_apart
+from geffect.risk.packing import look_apart
 
 THIRD = 1 / 3
 """The share of the layers below the hidden states that are taken by default."""
@@ -84,8 +86,7 @@ def hidden_states(model: Any, batch: Batch) -> tuple[Tensor, ...]:
             "logits, such as NPO or KL."
         )
     inputs = inputs_of(model, batch)
-    if is_packed(batch):
-        check_apart(unwrapped(model), batch, inputs)
+    look_at(unwrapped(model), inputs, partial(look_apart, batch=batch))
     states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
     if states is None:
         raise ValueError(

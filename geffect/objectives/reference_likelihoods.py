@@ -223,7 +223,7 @@ def _digest(values: Mapping[str, Any]) -> bytes:
             plain = value.double() if value.is_floating_point() else value.long()
             digest.update(plain.cpu().contiguous().numpy().tobytes())
         else:
-            digest.update(repr(value).encode())
+            digest.update(_digest(value) if isinstance(value, Mapping) else repr(value).encode())
     return digest.digest()
 
 

@@ -1,88 +1,210 @@
 """Whether logits depend on other tokens, found out by running a model twice."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import compress, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geffect import distributed
+from geffect.batch import masks_in
 from geffect.codes import FLOATS, coded
 from geffect.hooks import without_forward_hooks
 
 from .undisturbed import undisturbed
 
+FINE = 64 * torch.finfo(torch.float32).eps
+"""What the places of a row may do to each other by rounding, as a share of the largest logit.
+
+Where a place has no part in the sums of another, their logits are the same bit for bit, in any
+type. A part that is taken back again, as by a convolution in frequencies, is rounded in float32.
+"""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model is looked at with: other tokens, which some of its logits should not tell.
+
+    - `at`: `Bool[sample, position]`, where logits are looked at.
+    - `refusal`: what is said of a model whose logits change, by so much.
+    - `other`: the tokens under their name; nothing where this process has no need of a look.
+    - `passed`: called where the model was seen not to tell.
+    """
+
+    at: Tensor
+    refusal: Callable[[str], str]
+    other: Mapping[str, Tensor] = field(default_factory=dict)
+    passed: Callable[[], object] = lambda: None
+
 
 def kind_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[object, ...]:
     """What decides what a model sees: its inputs, whether a mask is one of pairs, the kernel."""
     kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return frozenset((n, getattr(x, "ndim", None)) for n, x in inputs.items()), kernel
+    masks = tuple(mask.ndim for mask in masks_in(inputs))
+    return frozenset((n, getattr(x, "ndim", None)) for n, x in inputs.items()), masks, kernel
 
 
 def is_in_parts(model: nn.Module) -> bool:
     """Whether all processes run a forward together, which hooks gather the parameters for."""
+    if distributed.world_size() == 1:
+        return False
     is_dtensor = any(hasattr(p, "placements") for p in model.parameters())
     return is_dtensor or not distributed.shares_forwards(model.parameters())
 
 
-def change(
-    model: nn.Module, inputs: Mapping[str, Any], name: str, other: Tensor, at: Tensor
-) -> float | None:
-    """By how much logits change with other tokens under a name, 0 if that is rounding.
+def without_cache(model: Any) -> dict[str, bool]:
+    """What tells a model to keep nothing for tokens to come, where it would and takes that.
 
-    None if a model has no logits there, zeros alone, or takes no such tokens. It is left as it was,
-    and hooks on forwards are told nothing, whose state is not known: they count and record for
-    others. Where logits change without hooks, or no forward is possible, hooks may be what makes
-    the model right: these are then run.
-
-    - `at`: `Bool[sample, position]`, where logits are looked at.
+    >>> without_cache(nn.Identity())
+    {}
     """
-    if is_in_parts(model):
-        return distributed.max_over_ranks(_change(model, inputs, name, other, at) or 0.0)
+    if not getattr(getattr(model, "config", None), "use_cache", False):
+        return {}
+    takes = inspect.signature(model.forward).parameters
+    is_taken = "use_cache" in takes or any(x.kind is x.VAR_KEYWORD for x in takes.values())
+    return {"use_cache": False} if is_taken else {}
+
+
+def look_at(model: Any, inputs: Mapping[str, Any], *looks: Callable[..., Look]) -> None:
+    """Take the looks at a model that there is need of; a ValueError if its logits change.
+
+    It is left as it was, and hooks on forwards are told nothing, whose state is not known: they
+    count and record for others. Where logits change without hooks, or no forward is possible,
+    hooks may be what makes the model right: these are then run.
+
+    Processes that run their forwards together take a look where one of them needs it.
+
+    - `looks`: each gives a look, for the model and inputs.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    made = [look(model, inputs) for look in looks]
+    needed, together = [bool(look.other) for look in made], is_in_parts(model)
+    if together:
+        votes = torch.tensor(needed, dtype=torch.float64)
+        needed = distributed.exchange(lambda: votes).bool().tolist()
+    for look in compress(made, needed):
+        if together:
+            found = _change(model, inputs, look, distributed.max_over_ranks)
+        else:
+            found = _change_alone(model, inputs, look)
+        if found:
+            raise ValueError(look.refusal(f"{found:.2g} of the largest"))
+        if found is not None:
+            look.passed()
+
+
+def _change_alone(model: nn.Module, inputs: Mapping[str, Any], look: Look) -> float | None:
     # What a model says of its own tokens, it says in the forward that was asked for.
     with suppress(Exception), without_forward_hooks(model):
-        if _change(model, inputs, name, other, at) == 0:
+        if _change(model, inputs, look) == 0:
             return 0.0
     with suppress(Exception):
-        return _change(model, inputs, name, other, at)
+        return _change(model, inputs, look)
     return None
 
 
 def _change(
-    model: nn.Module, inputs: Mapping[str, Any], name: str, other: Tensor, at: Tensor
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    look: Look,
+    largest: Callable[[float], float] = float,
 ) -> float | None:
-    before, after = (
-        _logits(model, {**inputs, name: tokens}, at) for tokens in (inputs[name], other)
-    )
-    if before is None or after is None or not before.any():
-        return None  # a head of zeros, which has learned nothing yet, shows nothing
-    # -inf less itself, of tokens that are never said, is not a number.
-    found = float((before - after).abs().nan_to_num(nan=0.0, posinf=torch.inf).max())
-    return found if found > _allowed(model, before) else 0.0
+    """By what share of the largest logits change, 0 if that is rounding; None if none tell.
+
+    - `largest`: of a number of each process that looks.
+    """
+    before = _logits(model, inputs, look.at)
+    after = _logits(model, {**inputs, **look.other}, look.at)
+    own = _compared(model, before, after)
+    found, coarse = map(largest, own or (0.0, 0.0))
+    if found <= min(FINE, coarse):
+        return None if own is None else 0.0
+    is_rounding = found <= coarse and _rounds_by_rows(model, inputs, look, largest)
+    return 0.0 if is_rounding else found
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], at: Tensor) -> Tensor | None:
     """The logits at some places, from the same random numbers each time; None if there are none."""
     with undisturbed(model, recompute=False), torch.no_grad():
-        logits = getattr(model(**inputs), "logits", None)
+        logits = getattr(model(**{**without_cache(model), **inputs}), "logits", None)
     if logits is None or logits[:, : at.shape[1]].shape[:-1] != at.shape:
         return None
     own: Tensor = logits[:, : at.shape[1]][at.to(logits.device)]
     return own
 
 
-def _allowed(model: nn.Module, logits: Tensor) -> float:
-    """What rounding may change, in the coarsest numbers that a model computes with.
+def _compared(
+    model: nn.Module, before: Tensor | None, after: Tensor | None
+) -> tuple[float, float] | None:
+    """By what share of the largest logits change, and what rounding in a row's sums may change."""
+    if before is None or after is None or not before.any():
+        return None  # a head of zeros, which has learned nothing yet, shows nothing
+    # -inf less itself, of tokens that are never said, is not a number.
+    found = (before - after).abs().nan_to_num(nan=0.0, posinf=torch.inf).max().double()
+    # Tokens that are never said have -inf, or what stands for it.
+    sizes = torch.stack([before.max(), before.median()]).double().nan_to_num(0.0, 0.0, 0.0)
+    share = (found / sizes.abs().max()).nan_to_num(nan=0.0, posinf=torch.inf)
+    return float(share), math.sqrt(_coarsest(model, before))
 
-    Experts and codes round by what else is in the batch. Logits tell of an autocast inside.
+
+def _coarsest(model: nn.Module, logits: Tensor) -> float:
+    """The precision of the coarsest numbers that a model computes with.
+
+    Logits tell of an autocast inside.
     """
     kinds = {kind for kind in FLOATS if torch.equal(logits.to(kind).to(logits.dtype), logits)}
     kinds.update({logits.dtype}, (p.dtype for p in model.parameters() if p.dtype in FLOATS))
     if next(coded(model), None) is not None:
         kinds.add(torch.bfloat16)  # whose eight bits are as fine as codes
-    # Tokens that are never said have -inf, or what stands for it.
-    sizes = torch.stack([logits.max(), logits.median()]).float().nan_to_num(0.0, 0.0, 0.0)
-    coarsest: float = max(torch.finfo(kind).eps for kind in kinds)
-    return math.sqrt(coarsest) * float(sizes.abs().max())
+    return max(torch.finfo(kind).eps for kind in kinds)
+
+
+def _rounds_by_rows(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    look: Look,
+    largest: Callable[[float], float],
+) -> bool:
+    """Whether rows change the rounding of each other, as in experts and codes, or nothing is sure.
+
+    Each row stands before and behind a twin. Both have their own tokens or the others: what a row
+    says should not depend on which of them its twin has.
+    """
+    tokens = inputs, {**inputs, **look.other}
+    pairs = [_stacked(row, twin, len(look.at)) for row, twin in product(tokens, tokens)]
+    if largest(None in pairs):
+        return True
+    twice = torch.cat([look.at, look.at])
+    found = [_logits(model, pair, twice) for pair in pairs if pair is not None]
+    if largest(any(logits is None for logits in found)):
+        return True
+    rows, twins = zip(*(logits.chunk(2) for logits in found if logits is not None), strict=True)
+    # Pairs that differ in the twin of a row alone, and in the row of a twin alone.
+    same = [torch.equal(rows[i], rows[i + 1]) and torch.equal(twins[j], twins[j + 2])
+            for i, j in ((0, 0), (2, 1))]  # fmt: skip
+    return bool(largest(not all(same)))
+
+
+def _stacked(
+    one: Mapping[str, Any], another: Mapping[str, Any], rows: int
+) -> dict[str, Any] | None:
+    """Inputs of both, one below the other; None where it cannot be told what belongs to a row."""
+    stacked = dict(one)
+    for name, x in one.items():
+        if isinstance(x, Mapping):
+            return None
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            continue
+        dim = int(name == "position_ids" and x.ndim > 2)  # of several counts, as for images
+        if rows > 1 and x.shape[dim] == 1:
+            continue  # is the same for all rows
+        if x.ndim < 2 or x.shape[dim] % rows:
+            return None
+        stacked[name] = torch.cat([x, another[name]], dim=dim)
+    return stacked

@@ -1,5 +1,6 @@
 """The likelihood of the tokens that are scored, and the risk that is a mean of it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch.nn import functional as F
 from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of, original_of
 
 from .alignment import predicts_next, unwrapped
-from .packing import check_apart
-from .unseen import check_unseen
+from .dependence import look_at, without_cache
+from .packing import look_apart
+from .unseen import look_unseen
 
 
 def token_log_probabilities(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,8 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels = _predicted(model, batch, predicts_next(model))
     inputs = inputs_of(model, batch)
-    check_unseen(unwrapped(model), labels, inputs)
-    if is_packed(batch):
-        check_apart(unwrapped(model), batch, inputs)
+    unseen, apart = partial(look_unseen, labels=labels), partial(look_apart, batch=batch)
+    look_at(unwrapped(model), inputs, unseen, apart)
     logits = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise ValueError(
@@ -86,8 +87,7 @@ def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     """
     batch = original_of(batch)
     keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
-    caches = getattr(getattr(unwrapped(model), "config", None), "use_cache", False)
-    further = {"use_cache": False} if caches and is_packed(batch) else {}
+    further = without_cache(unwrapped(model)) if is_packed(batch) else {}
     inputs = {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
     return {**further, **inputs}
 

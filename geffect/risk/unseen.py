@@ -1,6 +1,7 @@
 """Whether a model is told a token before it is asked for it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -8,53 +9,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geffect import distributed
-from geffect.batch import IGNORED
+from geffect.batch import IGNORED, masks_in
 
-from .dependence import change, is_in_parts, kind_of
+from .dependence import Look, kind_of
 
 _UNSEEN: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
 """Models that were seen to predict tokens unseen, with the kinds of inputs that they had."""
 
 
-def check_unseen(model: Any, labels: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Refuse a model whose logits for a token change with that token, or with those behind.
+def look_unseen(model: nn.Module, inputs: Mapping[str, Any], *, labels: Tensor) -> Look:
+    """A look at whether logits for a token change with that token, or with those behind.
 
-    Found out by running it twice, once for each model and kind of inputs, with another end of one
-    answer. No name and no configuration tells it of all models: a mask may be forgotten, or be made
-    of inputs that are not there. Only one changes, since rows meet in experts of limited capacity.
+    There is need of it once for each model and kind of inputs, with another end of one answer. No
+    name and no configuration tells it of all models: a mask may be forgotten, or be made of inputs
+    that are not there. Only one changes, since rows meet in experts of limited capacity.
 
     - `labels`: those that the model predicts.
     """
-    name = next((n for n in ("labels", "decoder_input_ids", "input_ids") if n in inputs), None)
-    if not isinstance(model, nn.Module) or name is None:
-        return
-    known, kind = _UNSEEN.setdefault(model, set()), kind_of(model, inputs)
-    if kind in known:
-        return
-    tokens = inputs[name]
-    mask = inputs.get("attention_mask" if name == "input_ids" else "decoder_attention_mask")
-    before, asked = _halves(labels.to(tokens.device), mask)
-    # What is no label as such is told one place later than it is asked for, and no last label is.
-    told = F.pad(asked, (int(name != "labels"), 0))[:, : tokens.shape[-1]]
-    if told.shape != tokens.shape:
-        return  # which is refused where the logits are looked at
-    proves = bool((told[:, :-1] if name == "labels" else told).any())
-    if not (distributed.any_rank(proves) if is_in_parts(model) else proves):
-        return  # the next batch is looked at
-    other = tokens.clone()
-    other[told] = _another(tokens[told], labels[labels != IGNORED].to(tokens.device))
-    found = change(model, inputs, name, other, before)
-    if found:
-        raise ValueError(
+
+    def refusal(found: str) -> str:
+        return (
             f"`{type(model).__name__}` should predict each token unseen, as a causal model does. "
-            f"Found that its logits change by {found:.2g} with the tokens that they are to predict "
+            f"Found that its logits change by {found} with the tokens that they are to predict "
             "and those behind. Load a causal model, or make this one causal: by a mask, by "
             "`is_decoder=True` in its config, or by the inputs that tell it what is a question, "
             "such as `token_type_ids`."
         )
-    if found is not None:
-        known.add(kind)
+
+    no_need = Look(torch.zeros_like(labels, dtype=torch.bool), refusal)
+    name = next((n for n in ("labels", "decoder_input_ids", "input_ids") if n in inputs), None)
+    known, kind = _UNSEEN.setdefault(model, set()), kind_of(model, inputs)
+    if name is None or kind in known:
+        return no_need
+    tokens = inputs[name]
+    masks = masks_in(inputs, "attention_mask" if name == "input_ids" else "decoder_attention_mask")
+    before, asked = _halves(labels.to(tokens.device), next(masks, None))
+    # What is no label as such is told one place later than it is asked for, and no last label is.
+    told = F.pad(asked, (int(name != "labels"), 0))[:, : tokens.shape[-1]]
+    if told.shape != tokens.shape:
+        return no_need  # it is refused where the logits are looked at
+    if not (told[:, :-1] if name == "labels" else told).any():
+        return no_need  # the next batch is looked at
+    other = tokens.clone()
+    other[told] = _another(tokens[told], labels[labels != IGNORED].to(tokens.device))
+    return Look(before, refusal, {name: other}, partial(known.add, kind))
 
 
 def _another(told: Tensor, scored: Tensor) -> Tensor:

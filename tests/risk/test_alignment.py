@@ -458,3 +458,63 @@ def test_the_look_leaves_no_trace() -> None:
     nll(model, tiny.batch(0)).backward()  # which is not looked at again
     assert torch.equal(torch.get_rng_state(), ends[0])
     assert all(map(torch.equal, (p.grad for p in model.parameters()), ends[1]))
+
+
+def everywhere(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same under a mask that hides nothing."""
+    rows, length = batch["input_ids"].shape
+    return {**batch, "attention_mask": torch.zeros(rows, 1, length, length)}
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_that_is_seen_among_many_is_found_whatever_the_precision(kind: torch.dtype) -> None:
+    """One token of a hundred changes logits by less than half precision may round."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).to(kind)
+    batch = tiny.batch(0, rows=1, length=100)
+    batch["labels"][:, :-1] = -100
+    with torch.no_grad():
+        logits = [
+            model(**{**everywhere(batch), "input_ids": ids, "labels": None}).logits[:, 98]
+            for ids in (batch["input_ids"], batch["input_ids"].index_fill(1, torch.tensor(99), 3))
+        ]
+    change = (logits[0] - logits[1]).abs().max() / logits[0].max()
+    assert 0 < change < math.sqrt(torch.finfo(torch.bfloat16).eps)
+    with pytest.raises(ValueError, match="should predict each token unseen"):
+        nll(model, {**everywhere(batch)})
+    assert nll(model, batch).isfinite()
+
+
+class Rounds(Encoder):
+    """Logits are rounded in steps that the largest of the batch decides."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        logits = super().forward(*args, **kwargs).logits
+        step = logits.abs().max() / 60
+        return SimpleNamespace(logits=(logits / step).round() * step)
+
+
+def test_what_rows_round_of_each_other_is_no_token_that_is_seen() -> None:
+    again = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = Rounds(masked=True).bfloat16()
+        calls = counted(model)
+        assert nll(model, tiny.batch(seed, rows=1)).isfinite()
+        again.append(len(calls) > 3)  # where logits have changed, rows are looked at beside twins
+    assert any(again) and not all(again)
+
+
+def test_a_look_keeps_no_keys_and_values() -> None:
+    model = tiny.llama().train()
+    model.gradient_checkpointing_enable()
+    kept, forward = [], model.forward
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        kept.append((torch.is_grad_enabled(), output.past_key_values is not None))
+        return output
+
+    model.forward = noting
+    nll(model, tiny.batch(0))
+    assert kept == [(False, False), (False, False), (True, False)]
