@@ -102,7 +102,7 @@ def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 
 def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
-    probe = look.original.probe(of)
+    probe = look.original.probe(of, look.ends)
     _check_states(look)
     yield look.rows(HIDDEN, DECODER_SWAP, of, probe.decoder_swap(look.model))
     if look.budget.layers:
@@ -113,7 +113,7 @@ def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 def _check_states(look: Look) -> None:
     """Refuse a model whose states the original cannot read, as one of other first weights."""
-    probe = look.original.probe(look.budget.some_of(look.sets[RETAIN], READ))
+    probe = look.original.probe(look.budget.some_of(look.sets[RETAIN], READ), look.ends)
     found, own = (
         float(np.nanmean(probe.decoder_swap(model))) for model in (look.model, look.original.model)
     )
@@ -145,15 +145,20 @@ def recognised(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     """Whether a model that is not attacked tells the right answer among others."""
     if not any(of.alternatives):
         raise ValueError(f"`{of.name}` has no wrong answers, among which the right one is told.")
-    yield look.rows(
-        HIDDEN, RECOGNITION, of, recognition(look.model, [*of.items], [*of.alternatives])
-    )
+    found = recognition(look.model, of.items, of.alternatives, ends=look.ends)
+    yield look.rows(HIDDEN, RECOGNITION, of, found)
 
 
 def _recognition(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
     yield from recognised(look, of)
-    items, others = [*of.items], [*of.alternatives]
-    found = recognition_after(look.model, items, others, _shown(look), every_other(of.subjects))
+    found = recognition_after(
+        look.model,
+        of.items,
+        of.alternatives,
+        _shown(look),
+        every_other(of.subjects),
+        ends=look.ends,
+    )
     for name, part in found.groupby("attack", sort=False):
         yield look.rows(HIDDEN, str(name), of, part.sort_values("item")["value"])
 
@@ -165,6 +170,7 @@ def _relearned(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
         look.sets[RETAIN].items,
         learning_rate=look.learning_rate,
         budget=look.budget.relearning,
+        metric=lambda model, items: nll(look.read(items, model)),
         report=lambda done, count: look.tell(RELEARNING, 0.5 + 0.5 * done / count),
     )
     for name, part in as_attacks(table).groupby("attack", sort=False):

@@ -159,7 +159,7 @@ def _said(look: Look, battery: str, of: AuditSet) -> Iterator[pd.DataFrame]:
     if look.sets.tokenizer is None or not all(of.questions) or not all(of.answers):
         look.skipped.setdefault(f"texts of {of.name}", "It has no questions and answers as text.")
         return
-    texts = generated(look.model, look.sets.tokenizer, of.items)
+    texts = generated(look.model, look.sets.tokenizer, of.items, ends=look.ends)
     for metric, part in rouge(of.answers, texts).groupby("metric", sort=False):
         if str(metric).startswith("rougeL"):
             yield look.rows(battery, str(metric), of, part.sort_values("item")["value"])

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import nn
 
 from geffect.evaluation.memorised import nll
-from geffect.evaluation.tokens import evaluate_tokens
+from geffect.evaluation.tokens import unpadded
 
 from .attacks import FASTER, HIDDEN
 from .batteries import BATTERIES
@@ -90,7 +90,7 @@ class Controlled:
         target = float(np.nanmean(np.asarray(level.values, np.float64)))
 
         def reached(model: nn.Module) -> bool:
-            return float(np.nanmean(nll(evaluate_tokens(model, asked)))) >= target
+            return float(np.nanmean(nll(self.look.read(asked, model)))) >= target
 
         rate = FASTER * self.look.learning_rate
         model = control.make(self.look.model, self._batches(), rate, reached)
@@ -107,7 +107,7 @@ class Controlled:
 
     def _batches(self) -> Batches:
         drawn = {
-            name: batches_of([*self.look.sets[name].items], BATCH, seed=0)
+            name: batches_of(unpadded(self.look.model, self.look.sets[name].items), BATCH, seed=0)
             for name in (FORGET, RETAIN)
         }
         while True:

@@ -1,6 +1,6 @@
 """One model as the batteries of an audit see it: who it is, what is asked, and how far they go."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -28,10 +28,10 @@ class Original:
     model: nn.Module
     probes: dict[str, DepthProbe] = field(default_factory=dict)
 
-    def probe(self, of: AuditSet) -> DepthProbe:
+    def probe(self, of: AuditSet, ends: Collection[int]) -> DepthProbe:
         """What asks the original about another model's states."""
         if of.name not in self.probes:
-            self.probes[of.name] = DepthProbe(self.model, of.items)
+            self.probes[of.name] = DepthProbe(self.model, of.items, ends=ends)
         return self.probes[of.name]
 
 
@@ -65,8 +65,12 @@ class Look:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end an answer, those of the chat template among them."""
-        return ends_of(self.model, self.sets.tokenizer)
+        """The tokens that end an answer, those of the chat template among them.
+
+        They are the original's for all models, whose configurations may differ: values are held
+        against each other, and are of the same tokens.
+        """
+        return ends_of(self.original.model, self.sets.tokenizer)
 
     def at(self, role: str, model: nn.Module) -> "Look":
         """Another model, looked at in the same way; what cannot be measured of it is not told."""

@@ -67,6 +67,8 @@ class Quantiser(ABC):
                 f"inputs. Found {weight.dtype} of shape {tuple(weight.shape)}. Pass the weight of "
                 "a linear layer."
             )
+        if not weight.numel():
+            return Codes(weight.to(torch.int16), weight.float(), weight.float())
         if weight.shape[-1] % self.multiple:
             raise ValueError(
                 f"Weights for {self.name} should have a multiple of {self.multiple} inputs. Found "

@@ -4,7 +4,7 @@ The mean NLL of an answer is mostly that of names and templates, which a model l
 few steps whether it knew the fact or not. What tells is the value, and its alternatives.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.data.spans import narrowed
-from geffect.evaluation.tokens import evaluate_tokens
+from geffect.evaluation.tokens import TIE, evaluate_tokens
 
 Floats = NDArray[np.float64]
 
@@ -26,9 +26,6 @@ Attack = Callable[[nn.Module, list[Item]], nn.Module]
 Halves = tuple[Sequence[int], Sequence[int]]
 """The items of each half, by their numbers."""
 
-TIE = 1e-5
-"""Answers whose log p is closer, in nats, are tied: padding may decide which is larger."""
-
 
 def recognition(
     model: nn.Module,
@@ -36,6 +33,7 @@ def recognition(
     alternatives: Sequence[Sequence[Item]],
     *,
     batch_size: int = 64,
+    ends: Collection[int] | None = None,
 ) -> Floats:
     """The share of the alternatives that the right answer beats in log p, `Float64[item]`.
 
@@ -47,6 +45,7 @@ def recognition(
     - `alternatives`: for each item the same question with other answers, otherwise equal to the
       right one, such as other values of the same attribute.
     - `batch_size`: the rows of a forward.
+    - `ends`: tokens that end an answer, as for `geffect.evaluation.evaluate_tokens`.
 
     >>> from types import SimpleNamespace
     >>> import torch
@@ -60,7 +59,7 @@ def recognition(
     _check(items, alternatives)
     together = [(own, *others) for own, others in zip(items, alternatives, strict=True)]
     rows = [item for answers in together for item in answers]
-    record = evaluate_tokens(model, rows, batch=batch_size)
+    record = evaluate_tokens(model, rows, batch=batch_size, ends=ends)
     log_p = np.where(record.lengths > 0, record.mean("logprob") * record.lengths, np.nan)
     ends = np.cumsum([len(answers) for answers in together])
     return np.array([_share(own, others) for own, *others in np.split(log_p, ends[:-1])])
@@ -111,6 +110,8 @@ def recognition_after(
     alternatives: Sequence[Sequence[Item]],
     attacks: Mapping[str, Attack],
     halves: Halves,
+    *,
+    ends: Collection[int] | None = None,
 ) -> pd.DataFrame:
     """Recognition of each half after attacks that have taught the other one: attack, item, value.
 
@@ -120,6 +121,7 @@ def recognition_after(
     - `attacks`: by name, such as one for every learning rate and budget. Each gets the model and
       the items of a half, and returns a copy that has seen them.
     - `halves`: `every_other` or `by_subject` of the subjects of the items.
+    - `ends`: as for `recognition`.
     """
     _check(items, alternatives)
     if sorted([*halves[0], *halves[1]]) != [*range(len(items))]:
@@ -132,7 +134,7 @@ def recognition_after(
         for taught, asked in (halves, halves[::-1]):
             student = _taught(model, attack, [items[i] for i in taught])
             values = recognition(
-                student, [items[i] for i in asked], [alternatives[i] for i in asked]
+                student, [items[i] for i in asked], [alternatives[i] for i in asked], ends=ends
             )
             rows += [(name, i, value) for i, value in zip(asked, values, strict=True)]
     table = pd.DataFrame(rows, columns=["attack", "item", "value"])

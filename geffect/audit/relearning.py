@@ -19,7 +19,7 @@ from torch import nn
 
 from geffect.data.collate import Item, collate
 from geffect.evaluation.memorised import nll as item_nll
-from geffect.evaluation.tokens import evaluate_tokens
+from geffect.evaluation.tokens import evaluate_tokens, unpadded
 from geffect.numbers import is_number
 from geffect.risk import mean_nll, scored_tokens
 
@@ -297,7 +297,7 @@ def _measured(metric: Metric, model: nn.Module, items: Sequence[Item]) -> Floats
 
 
 def _is_scored(model: nn.Module, item: Item) -> bool:
-    return bool(scored_tokens(model, collate([item])).any())
+    return bool(scored_tokens(model, collate(unpadded(model, [item]))).any())
 
 
 class _Counted:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from geffect.batch import on_device
 from geffect.data.collate import Item, collate
 from geffect.dots import dense
+from geffect.evaluation.tokens import unpadded
 from geffect.risk import nll, undisturbed
 
 from .adapters import deployed
@@ -53,7 +54,7 @@ def teach(
     """
     trained = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     required = [parameter.requires_grad for parameter in trained]
-    batches = batches_of(items, batch, seed)
+    batches = batches_of(unpadded(model, items), batch, seed)
     try:
         with torch.inference_mode(False), undisturbed(model):
             stepping = _Stepping(trained, learning_rate)

@@ -17,7 +17,7 @@ from geffect.risk import risk_gradient
 
 from .ends import chosen_ends
 from .memorised import nll
-from .tokens import Floats, TokenTable, check_items, counted_labels
+from .tokens import Floats, TokenTable, check_items, counted_labels, unpadded
 
 
 def loss(table: TokenTable) -> Floats:
@@ -91,9 +91,10 @@ def grad_norm(
         )
     check_items(items)
     ended = chosen_ends(model, ends)
-    labels = [counted_labels(model, item, set() if include_end else ended) for item in items]
+    rows = unpadded(model, items)
+    labels = [counted_labels(model, row, set() if include_end else ended) for row in rows]
     found = []
-    for item, counted in zip(items, labels, strict=True):
+    for item, counted in zip(rows, labels, strict=True):
         if counted is None:
             found.append(float("nan"))
             continue

@@ -5,6 +5,7 @@ Metrics of answers, and of membership, are sums over the rows of this table.
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ Floats = NDArray[np.float64]
 
 NEAR = 1e-4
 """Two logits that are closer are nearly tied: padding or a kernel may decide which is larger."""
+
+TIE = 1e-5
+"""Answers whose log p is closer, in nats, are as likely: rounding may decide which is larger."""
 
 _AT_ONCE = 2**24
 """How many logits are looked at in float64 at a time."""
@@ -184,7 +188,7 @@ def alike(
     if size < 1:
         raise ValueError(f"`batch` should be at least 1. Found {size}. Pass, say, 32.")
     is_next, positions = predicts_next(model), positions_of(model)
-    rows = [bare(item, index) if is_next else item for index, item in enumerate(items)]
+    rows = unpadded(model, items)
     scored = [index for index, row in enumerate(rows) if _is_scored(row, is_next)]
     if not scored:
         raise ValueError(
@@ -300,6 +304,14 @@ def check_items(items: Sequence[Item]) -> None:
             f"`{type(items).__name__}`{' of something else' * is_list}. Make them of texts by "
             "`geffect.data.examples`, or take a batch apart."
         )
+
+
+def unpadded(model: nn.Module, items: Sequence[Item]) -> list[Item]:
+    """The items of a causal model without padding at their ends; those of any other as they are.
+
+    So the first token of an item is scored in no pass, wherever its padding stands.
+    """
+    return [*map(bare, items, count())] if predicts_next(model) else [*items]
 
 
 def bare(item: Item, index: int) -> Item:

@@ -24,14 +24,15 @@ def truth_ratio(
           geometric = (prod_j w_j)^(1/k) / c  (its code for forget quality; open-unlearning)
           share = c / (c + w)                 with w the geometric mean; from 0 to 1
 
-    NaN for an item without a wrong answer, or where a nll is NaN. A high `share`, or a low ratio,
+    NaN for an item without a wrong answer, where a nll is NaN, or where right and wrong answers are
+    impossible. A high `share`, or a low ratio,
     says that the right answer is memorised.
 
     >>> truth_ratio([0.5, 2.0], [[1.0, 3.0], [1.0, 1.5]]).round(4)
     array([0.8176, 0.3208])
     """
     c, answers = _checked(right, wrong)
-    with np.errstate(over="ignore"):  # infinitely likelier
+    with np.errstate(over="ignore", invalid="ignore"):  # infinitely likelier, or 0 / 0
         if definition == "tofu":
             return np.array([_mean(np.exp(c[i] - w)) for i, w in enumerate(answers)])
         geometric: Floats = np.exp(np.array([c[i] - _mean(w) for i, w in enumerate(answers)]))
@@ -55,7 +56,7 @@ def prob_options(right: ArrayLike, wrong: Sequence[ArrayLike]) -> Floats:
     array([0.5922, 0.1863])
     """
     c, answers = _checked(right, wrong)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         sums = np.array([len(w) * _mean(np.exp(c[i] - w)) for i, w in enumerate(answers)])
     return 1.0 / (1.0 + sums)
 

@@ -15,6 +15,7 @@ from geffect.risk import label_logits, undisturbed
 
 from .ends import chosen_ends
 from .tokens import (
+    TIE,
     Floats,
     TokenTable,
     alike,
@@ -173,7 +174,8 @@ def _point(likelihoods: Floats, right: int) -> float:
     """1 where the right one is the most likely; of several that are as likely its share."""
     if np.isnan(likelihoods).any():
         return float("nan")
-    best = likelihoods == likelihoods.max()
+    most = likelihoods.max()
+    best = (likelihoods == most) | (likelihoods > most - TIE)
     return float(best[right] / best.sum())
 
 

@@ -1,5 +1,6 @@
 """A whole audit on random models: what it refuses, what it tells, and that it changes nothing."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,14 +12,37 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import geffect
 from geffect.audit import AuditSet, Thresholds
 from geffect.audit.auditing import audit
 from geffect.audit.verdict import judged
+from geffect.data.examples import example
 from tests.utils import tiny
 from tests.utils.audits import BUDGET, items
+from tests.utils.chat import TURNS, make_tokenizer
 from tests.utils.models import bits
+
+
+def chatting(seed: int, vocabulary: int) -> Any:
+    """A random Llama with a token for each of a tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=256, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def nll_of(model: Any, item: dict[str, list[int]]) -> float:
+    """The NLL of a whole answer, without its last token."""
+    ids = torch.tensor([item["input_ids"][:-1]])
+    places = [i for i, label in enumerate(item["labels"][:-1]) if label != -100]
+    with torch.no_grad():
+        log_p = model.eval()(input_ids=ids).logits[0].double().log_softmax(-1)
+    return -sum(float(log_p[i - 1, item["labels"][i]]) for i in places)
+
 
 TOLD_BY = ("memorised", "utility")
 TOLD = ["nll", "prob", "em", "es", "entropy"]
@@ -244,6 +268,44 @@ def test_items_without_an_answer_are_listed_and_count_nowhere(models: list[nn.Mo
     own, other = (r.table.set_index(key).sort_index() for r in (found, without))
     pd.testing.assert_series_equal(own["value"], other["value"])
     assert (own.loc["memorised", "n"] == 6).all()
+
+
+def test_every_attack_is_of_the_tokens_that_it_is_held_against() -> None:
+    """What ends a turn is known to the tokenizer, or to the configuration of one model alone."""
+    tokenizer = make_tokenizer(TURNS)
+    models = [chatting(seed, len(tokenizer)) for seed in range(2)]
+    models.append(copy.deepcopy(models[0]))
+    models[1].config.eos_token_id = models[1].generation_config.eos_token_id = 200
+    rows = [
+        {"question": f"Who is {name}?", "answer": f"Ada {name}.", "wrong": [f"Bo {name}, Cy."]}
+        for name in "abcdefgh"
+    ]
+    sets = {"forget": rows[:4], "retain": rows[4:]}
+    # Steps so short that nothing is learned: an attack reads what a plain question does.
+    options: Any = {"budget": BUDGET, "tokenizer": tokenizer, "learning_rate": 1e-12}
+    unlearned, original = models[2], models[0]
+    found = audit(unlearned, original, models[1], sets=sets, **options)
+    values = {
+        (metric, model): part["value"].to_numpy()
+        for (metric, model), part in found.items[found.items["set"] == "forget"].groupby(
+            ["metric", "model"]
+        )
+    }
+    for model in ("retrained", "unlearned"):
+        plain = values["nll", model]
+        assert values["relearning benign, 2 steps, rate x 1", model] == pytest.approx(plain)
+    assert values["decoder swap", "unlearned"] == pytest.approx(values["nll", "original"], rel=1e-5)
+    log_p = [  # of whole answers, without what ends the turn
+        [
+            -nll_of(original, example({**row, "answer": text}, tokenizer))
+            for text in (row["answer"], *row["wrong"])
+        ]
+        for row in rows[:4]
+    ]
+    order = found.items[
+        (found.items["metric"] == "recognition") & (found.items["model"] == "original")
+    ].set_index("item")["value"]
+    assert [order[i] for i in range(4)] == [float(own > other) for own, other in log_p]
 
 
 @pytest.mark.parametrize("name", ["retain", "neighbours", "world"])

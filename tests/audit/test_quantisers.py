@@ -168,6 +168,14 @@ def test_a_row_that_is_no_multiple_of_the_group_ends_with_a_shorter_one() -> Non
     assert torch.equal(Int4(32)(row).values, torch.cat(parts, dim=1))
 
 
+@pytest.mark.parametrize("quantiser", ALL, ids=str)
+@pytest.mark.parametrize("shape", [(0, 32), (4, 0)])
+def test_a_layer_without_numbers_has_no_codes(quantiser: Quantiser, shape: tuple[int, int]) -> None:
+    found = quantiser(torch.zeros(shape, dtype=torch.bfloat16))
+    assert found.codes.shape == found.scale.shape == found.values.shape == shape
+    assert (found.codes.dtype, found.values.dtype) == (torch.int16, torch.float32)
+
+
 def test_weights_that_are_none_are_refused() -> None:
     for weight in (torch.ones(4, 32, dtype=torch.uint8), torch.ones(32), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"Weights should be numbers in floating point"):

@@ -95,6 +95,24 @@ def test_a_loop_on_a_copy_finds_the_same() -> None:
     assert [x.item() for x in before] == pytest.approx(list(nll_of_items(model, FORGET)))
 
 
+def test_padding_of_items_changes_nothing() -> None:
+    """Of a model that counts positions; nothing predicts the first token of a row."""
+    rows = [*RETAIN[:5], {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    padded = [
+        {
+            "input_ids": [0] * left + row["input_ids"] + [0],
+            "labels": [-100] * left + row["labels"] + [-100],
+            "attention_mask": [0] * left + [1] * len(row["labels"]) + [0],
+        }
+        for left, row in enumerate(rows)
+    ]
+    found, expected = (
+        relearning(tiny.gpt2(), FORGET, given, learning_rate=RATE, budget=ONE)
+        for given in (padded, rows)
+    )
+    assert found["value"].tolist() == pytest.approx(expected["value"].tolist())
+
+
 def test_a_copy_of_a_copy_ends_at_the_same_bits() -> None:
     one = tiny.llama()
     other = copy.deepcopy(one)

@@ -146,6 +146,9 @@ def test_ratios_of_what_is_far_apart() -> None:
     assert truth_ratio([900.0], [[0.0]], "geometric").tolist() == [math.inf]
     assert truth_ratio([900.0], [[0.0]]).tolist() == [0.0] == prob_options([900], [[0]]).tolist()
     assert truth_ratio([0.0], [[900.0, math.inf]]).tolist() == [1.0]
+    for definition in ("geometric", "tofu", "share"):  # 0 / 0
+        assert np.isnan(truth_ratio([math.inf], [[math.inf]], definition)).all()
+    assert np.isnan(prob_options([math.inf], [[math.inf]])).all()
     assert closer_to_one(np.array([0.0, math.inf])).tolist() == [0.0, 0.0]
 
 

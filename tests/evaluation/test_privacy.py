@@ -117,6 +117,21 @@ def test_lengths_of_gradients_are_those_of_autograd(include_end: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.llama])
+def test_padding_changes_no_length_of_a_gradient(build: Any) -> None:
+    """Also of a row that is scored from its first token on, which nothing predicts."""
+    model, rows = build(), [*items(3), {"input_ids": [4, 5, 6], "labels": [4, 5, 6]}]
+    padded = [
+        {
+            "input_ids": [0] * 3 + row["input_ids"] + [0],
+            "labels": [-100] * 3 + row["labels"] + [-100],
+            "attention_mask": [0] * 3 + [1] * len(row["labels"]) + [0],
+        }
+        for row in rows
+    ]
+    assert grad_norm(model, padded, ends=[2]) == pytest.approx(grad_norm(model, rows, ends=[2]))
+
+
 def test_what_has_no_score_is_refused() -> None:
     table = pinned()
     for share in (0.0, -0.4, 40, math.nan):

@@ -29,6 +29,9 @@ def test_inverting_ratios_turns_the_sign_alone() -> None:
     )
     assert inverted == swapped and inverted.sign == 1
     assert (inverted.distance, inverted.p) == (found.distance, found.p)
+    both = [0.1, 0.9], [0.4, 0.5]  # as far below as above
+    assert forget_quality(*both) == forget_quality(*both[::-1])
+    assert forget_quality(*both).sign == 0 and forget_quality(*both).distance == 0.5
     same = forget_quality(X, X)
     assert (same.distance, same.sign, same.p) == (0.0, 0, 1.0)
 

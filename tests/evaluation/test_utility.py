@@ -159,6 +159,10 @@ def test_a_model_that_knows_nothing_is_at_chance_wherever_the_right_answer_stand
     found = multiple_choice(model, even, [0, 3], ends=[])
     assert found["value"].tolist() == pytest.approx([0.25] * 8)
     assert found["item"].tolist() == [0, 1] * 4
+    lengths = (2, 3, 4, 6, 8, 12)  # the means of as many equal numbers differ by rounding
+    uneven = [[{"input_ids": [3] * n, "labels": [-100] + [3] * (n - 1)} for n in lengths]]
+    found = multiple_choice(Fixed(torch.zeros(12, 5)), uneven, [3], ends=[]).set_index("metric")
+    assert found["value"]["accuracy_mean"] == 1 / 6 and found["value"]["accuracy_sum"] == 0.0
     empty = [[*even[0][:2], {"input_ids": [3, 2], "labels": [-100, 2]}], even[1]]
     found = multiple_choice(model, empty, [0, 3], ends=[2]).set_index(["metric", "item"])["value"]
     assert np.isnan(found["accuracy_sum", 0]) and np.isnan(found["probability", 0])
