@@ -18,13 +18,14 @@ NOTHING = "-"
 LINE, GAP = 1.3, 0.6  # of the size of the text
 
 
-def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
+def metrics(table: pd.DataFrame, *, title: str | None = None, below: str = "") -> Figure:
     """A figure of a table: a row for each setting, a column for each metric.
 
     - `table`: `setting`, `metric` and `value`, one row for each pair; a pair that is not there, or
       undefined, is a dash. Of several values in a column `seed` the mean is shown, and the range
       below it.
     - `title`: above the table.
+    - `below`: what is said below it.
 
     Returns the figure.
 
@@ -43,34 +44,41 @@ def metrics(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     size = points("small")
     letter, line, gap = (share * size / 72 for share in (0.58, LINE, GAP))  # inches
     heads = ["\n".join(wrap(drawn(name, 3 * WIDE).replace("_", " "), WIDE)) for name in names]
-    written = [*heads, *values.values(), "0.00123"]
-    wide = 1.5 + max(len(line) for text in written for line in text.split("\n"))
-    figure = new_figure(letter * (longest(settings) + 4 + wide * len(names)), 2.0)
+    wide = [
+        1.5
+        + max(map(_letters, [head, "0.00123", *(x for (_, of), x in values.items() if of == name)]))
+        for name, head in zip(names, heads, strict=True)
+    ]
+    figure = new_figure(letter * (longest(settings) + 4 + sum(wide)), 2.0)
     across = figure.get_figwidth() / letter - 2
-    first = int(max(FEWEST, across - wide * len(names) - 1))
+    first = int(max(FEWEST, across - sum(wide) - 1))
     rows = [wrap(drawn(name), first) for name in settings]
     head = line * max(map(_lines, heads))
     row = line * max([*map(len, rows), *map(_lines, values.values())])
     tall = head + row * len(rows) + 3 * gap
-    figure.set_figheight(tall + (0.3 if title else 0.1))
+    said = wrap(below, max(3 * FEWEST, int(across)))
+    foot = line * len(said) + gap * bool(said)
+    figure.set_figheight(tall + foot + (0.3 if title else 0.1))
     ax = figure.subplots()
     ax.set_axis_off()
     ax.set_xlim(0, across)
-    ax.set_ylim(tall, 0)
-    centres = [across - wide * (len(names) - index - 0.5) for index in range(len(names))]
+    ax.set_ylim(tall + foot, 0)
+    centres = [across - sum(wide[index:]) + wide[index] / 2 for index in range(len(names))]
     for x, text in zip(centres, heads, strict=True):
         ax.text(x, gap / 2 + head, text, ha="center", va="bottom", fontsize=size)
     for index, (setting, called) in enumerate(zip(settings, rows, strict=True)):
         y = head + 2 * gap + row * (index + 0.5)
         ax.text(0, y, "\n".join(called), ha="left", va="center", fontsize=size)
         for x, name in zip(centres, names, strict=True):
-            said = values.get((setting, name), NOTHING)
-            ax.text(x, y, said, ha="center", va="center", fontsize=size)
+            value = values.get((setting, name), NOTHING)
+            ax.text(x, y, value, ha="center", va="center", fontsize=size)
     for y, width in ((0.0, 0.9), (head + gap, 0.5), (tall, 0.9)):
         ax.axhline(y, color=QUIET, linewidth=width, clip_on=False)
     if seed_in(table):
         several = f"mean and range of {table[SEED].nunique()} seeds"
         ax.text(0, gap / 2 + head, "\n".join(wrap(several, first)), va="bottom", fontsize=size)
+    if below:
+        ax.text(0, tall + gap, "\n".join(said), va="top", fontsize=size)
     if title is not None:
         put_title(figure, title)
     return figure
@@ -88,3 +96,8 @@ def _said(values: pd.Series) -> str:
 
 def _lines(text: str) -> int:
     return text.count("\n") + 1
+
+
+def _letters(text: str) -> int:
+    """Those of its longest line."""
+    return max(map(len, text.split("\n")))

@@ -19,6 +19,11 @@ from .metrics import metrics
 from .sheet import facets
 from .ticks import log_scale
 
+IN_TABLE_1 = ("forget quality", "model utility", "ES exact", "ES perturbed")
+"""The metrics of the paper's table 1, in its order."""
+
+KEEP_METRICS = 'What was measured is kept by recorder.keep_table("metrics", ...).'
+
 
 def figure_1(table: pd.DataFrame) -> Figure:
     """A figure of the half-spaces of both effects, from the angles of one step."""
@@ -95,8 +100,20 @@ def inverse_confidence(table: pd.DataFrame) -> Figure:
 
 
 def table_1(table: pd.DataFrame) -> Figure:
-    """A figure of metrics as a table: a row for each setting, a column for each metric."""
-    return metrics(table)
+    """A figure of metrics as a table: a row for each setting, a column for each metric.
+
+    Those of the paper come first, also where no run has them: what to keep is said below.
+    """
+    found = levels(table["metric"])
+    missing = [name for name in IN_TABLE_1 if name not in found]
+    # A row without a value is a column of dashes.
+    lacking = table.iloc[[0] * len(missing)].assign(metric=missing, value=float("nan"))
+    order = [*IN_TABLE_1, *(name for name in found if name not in IN_TABLE_1)]
+    whole = pd.concat([table, lacking], ignore_index=True).astype(
+        {"metric": pd.CategoricalDtype(order, ordered=True)}
+    )
+    below = f"Not in the runs: {', '.join(missing)}. {KEEP_METRICS}" if missing else ""
+    return metrics(whole, below=below)
 
 
 def _by_setting(table: pd.DataFrame, title: str) -> Figure:

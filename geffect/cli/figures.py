@@ -1,8 +1,8 @@
 """`geffect figures`: the figures of the G-effect paper, from run files."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 from geffect.drafts import write_whole
 
 from .options import Medium, check_output, choice
+from .paper_figures import Kind, PaperFigure, figures
 from .terminal import say, terminal
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 
 KINDS = (".pdf", ".png", ".csv")
 """What is written of each figure: twice the picture, and its numbers."""
-
-MEAN = "mean"
-INVERSE, WEIGHTS = "inverse confidence", "weight"
-MEANS = {INVERSE: "mean of 1/p", WEIGHTS: "mean weight of a sample"}
-"""The implicit weights that are drawn, and what their means are."""
 
 SEED = "seed"
 """The column that tells the runs of a setting apart; pictures make lines with bands of it."""
@@ -45,31 +41,6 @@ class Given:
     def file(self) -> str:
         """What it is called where figures are listed."""
         return self.run.path.name
-
-
-@dataclass(frozen=True)
-class PaperFigure:
-    """A figure of the paper: of which runs it is, and what it shows of them.
-
-    - `name`: that of its files; the function in `geffect.plots.paper` has it with `_`.
-    - `wants`: whether a run is of the kind that it shows.
-    - `needs`: the runs in words.
-    - `table`: what is drawn of one run. Raises ValueError for a run that lacks it.
-    - `told`: the options that name a setting, whether or not its runs differ in them.
-    - `beside`: whether a run may stand beside another one that has a table.
-    - `mixed`: whether runs with a regulariser stand beside those without.
-    - `over_seeds`: what it shows of several seeds, in words.
-    """
-
-    name: str
-    shows: str
-    wants: Callable[["Setting"], bool]
-    needs: str
-    table: Callable[["Run"], "pd.DataFrame"]
-    told: Sequence[str] = ()
-    beside: Callable[["Setting", "Setting"], bool] = lambda first, other: True
-    mixed: bool = False
-    over_seeds: str = "mean and range of the seeds of a setting"
 
 
 @dataclass(frozen=True)
@@ -175,78 +146,15 @@ def write(made: Sequence[Made], folder: Path, place: Medium) -> int:
     return len(there)
 
 
-def figures() -> list[PaperFigure]:
-    """The figures of the paper, in its order."""
-    return [
-        PaperFigure(
-            "figure-1", "the half-spaces of both effects", lambda own: True,
-            "a run", _angles, beside=_never,
-        ),
-        PaperFigure("figure-3a", "effects of GA", _is("GA"), "a run of GA", _effects),
-        PaperFigure(
-            "figure-3b", "effects of GA by group of layers", _is("GA"), "a run of GA",
-            _groups, beside=_another_seed,
-        ),
-        PaperFigure(
-            "figure-3c", "effects of WGA by alpha", _is("WGA"), "a run of WGA", _effects, ("alpha",)
-        ),
-        PaperFigure(
-            "figure-4", "effects of NPO by beta", _is("NPO"), "a run of NPO", _effects, ("beta",)
-        ),
-        PaperFigure(
-            "figure-5a", "mean weight of NPO by beta", _is("NPO"), "a run of NPO",
-            _weight(WEIGHTS), ("beta",),
-        ),
-        PaperFigure(
-            "figure-5b", "effects of each sample by its weight under NPO", _is("NPO"),
-            "a run of NPO", _samples, ("beta",), beside=_another_seed,
-            over_seeds="seeds pooled",
-        ),
-        PaperFigure(
-            "figure-5c", "effects of TNPO by beta", _is("TNPO"), "a run of TNPO", _effects,
-            ("beta",),
-        ),
-        PaperFigure("figure-6", "effects of PO", _is("PO"), "a run of PO", _effects),
-        PaperFigure(
-            "figure-7", "effects of RMU by layer and c", _is("RMU"), "a run of RMU", _effects,
-            ("layer", "coefficient"),
-        ),
-        PaperFigure(
-            "regularisers", "effects with GD, KL and RR",
-            lambda own: own.regulariser in ("GD", "KL", "RR"), "a run with GD, KL or RR", _effects,
-            mixed=True,
-        ),
-        PaperFigure(
-            "inverse-confidence", "mean of 1/p", lambda own: True, "a run", _weight(INVERSE)
-        ),
-        PaperFigure(
-            "table-1", "metrics by setting", lambda own: True, "a run", _metrics, mixed=True
-        ),
-    ]  # fmt: skip
-
-
-def _is(objective: str) -> Callable[["Setting"], bool]:
-    return lambda own: own.objective == objective
-
-
-def _never(first: "Setting", other: "Setting") -> bool:
-    return False
-
-
-def _another_seed(first: "Setting", other: "Setting") -> bool:
-    """Whether two runs differ in their seeds, and in nothing else that their files tell."""
-    told = None not in (first.seed, other.seed) and first.seed != other.seed
-    return told and replace(first, seed=None) == replace(other, seed=None)
-
-
 def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
     """The figure from those of the runs that are of its kind."""
-    of_kind = [one for one in given if figure.wants(one.setting)]
+    of_kind = [one for one in given if figure.kind.holds(one.setting)]
     plain = [one for one in of_kind if not one.setting.rectified]
+    if figure.rectified:
+        plain = plain or of_kind
     wanted = plain if figure.mixed else _alike(plain)
     if not wanted:
-        found = "a rectifier changed its steps" if of_kind else f"none is {figure.needs}"
-        return Made(figure, why=f"of {_count(given)} {found}.")
+        return Made(figure, why=_why(figure.kind, given, of_kind))
     tables: list[tuple[Given, pd.DataFrame]] = []
     lacking = {}
     for one in wanted:
@@ -262,6 +170,13 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
         return Made(figure, why=f"{file}: {why}{and_more}")
     runs = [one for one, _ in tables]
     return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
+
+
+def _why(kind: Kind, given: Sequence[Given], of_kind: Sequence[Given]) -> str:
+    """Why no run will do, and what to record."""
+    if of_kind:
+        return f"a rectifier changed the steps of {kind.words}. Record one without a rectifier."
+    return f"of {_count(given)} none is {kind.words}. Record one with {kind.record}."
 
 
 def _alike(given: Sequence[Given]) -> list[Given]:
@@ -328,82 +243,3 @@ def _value(value: Any) -> str:
 
 def _count(given: Sequence[Given]) -> str:
     return f"{len(given)} run{'s' * (len(given) != 1)}"
-
-
-def _effects(run: "Run") -> "pd.DataFrame":
-    from geffect.analysis import g_effect
-
-    return g_effect(run, by="model")
-
-
-def _groups(run: "Run") -> "pd.DataFrame":
-    from geffect.analysis import g_effect
-
-    return g_effect(run, by="paper")
-
-
-def _weight(name: str) -> Callable[["Run"], "pd.DataFrame"]:
-    def of(run: "Run") -> "pd.DataFrame":
-        from geffect.analysis import implicit_weights
-        from geffect.scores import WEIGHT, Score, said
-
-        table = implicit_weights(run)
-        own = table[(table["weight"] == name) & (table["statistic"] == MEAN)]
-        if own.empty:
-            raise ValueError(
-                f"`{run.path}` should hold the weight `{name}`. Found "
-                f"{', '.join(run.contents.weights)}."
-            )
-        # The weights of NPO lie between 0 and 2; 1/p has no bound.
-        score = Score(MEANS[name], WEIGHT if name == INVERSE else "")
-        return said(own.drop(columns=["weight", "statistic"]).reset_index(drop=True), score)
-
-    return of
-
-
-def _samples(run: "Run") -> "pd.DataFrame":
-    from geffect.analysis import SAMPLES, kept
-
-    table = kept(run, SAMPLES)
-    if "weight" not in table:
-        raise ValueError(
-            f"The table `{SAMPLES}` of `{run.path}` should have the weight of each sample. Found "
-            f"the columns {', '.join(map(str, table.columns))}. Keep it with a column `weight`."
-        )
-    return table
-
-
-def _angles(run: "Run") -> "pd.DataFrame":
-    """Those of the step in the middle of those that have a direction for each gradient."""
-    from geffect.analysis import angles
-    from geffect.sources import FORGET, OBJECTIVE, RETAIN
-
-    wanted = (OBJECTIVE, FORGET, RETAIN)
-    for name in wanted:
-        run.index(name)
-    table = angles(run)
-    own = table[table["source"].isin(wanted) & table["other"].isin(wanted)]
-    undefined = own.loc[own["value"].isna(), "step"]
-    steps = own.loc[~own["step"].isin(undefined), "step"].unique()
-    if not len(steps):
-        raise ValueError(
-            f"`{run.path}` should have a step with a direction for each of {', '.join(wanted)}. "
-            "Found none."
-        )
-    chosen: pd.DataFrame = own[own["step"] == steps[len(steps) // 2]].reset_index(drop=True)
-    return chosen
-
-
-def _metrics(run: "Run") -> "pd.DataFrame":
-    import pandas as pd
-
-    from geffect.analysis import METRICS
-
-    table = pd.DataFrame(run.table(METRICS))
-    missing = {"metric", "value"} - {*table.columns}
-    if missing or table["metric"].duplicated().any() or not len(table):
-        raise ValueError(
-            f"The table `{METRICS}` of `{run.path}` should have the columns metric and value, and "
-            f"each metric once. Found {', '.join(map(str, table.columns))}, {len(table)} rows."
-        )
-    return table[["metric", "value"]]

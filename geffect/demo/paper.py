@@ -72,18 +72,21 @@ class PaperRun:
         from .data import Data
 
         model, tokenizer = model_of(self, "original")
+        retrained, _ = model_of(self, "gold")
         corpus = generate(self.seed, self.subject.corpus)
-        self._unlearn(model, Data.of(corpus, tokenizer, self.seed, model.device), say)
+        data = Data.of(corpus, tokenizer, self.seed, model.device)
+        self._unlearn(model, data, retrained, say)
         return self.file
 
-    def _unlearn(self, model: "PreTrainedModel", data: "Data", say: Say) -> None:
+    def _unlearn(
+        self, model: "PreTrainedModel", data: "Data", retrained: "PreTrainedModel", say: Say
+    ) -> None:
         """Record every step, keep the effects of single samples, and metrics at the end."""
-        import torch
-
         from geffect import Recorder
         from geffect.analysis import METRICS, SAMPLES, as_columns
 
         from .descent import Descent
+        from .paper_metrics import metrics
 
         config, rate = self.subject.unlearning, self.variant.learning_rates[0]
         descent = Descent.begun(model, self.method, self.options, self.variant, rate)
@@ -104,8 +107,7 @@ class PaperRun:
                 import pandas as pd
 
                 recorder.keep_table(SAMPLES, as_columns(pd.concat(samples, ignore_index=True)))
-            with torch.no_grad():
-                recorder.keep_table(METRICS, metrics(model, data))
+            recorder.keep_table(METRICS, metrics(model, data, retrained))
 
 
 def weighed(
@@ -128,21 +130,6 @@ def weighed(
         ]
     )
     return table.assign(weight=weights[table["sample"].to_numpy()])
-
-
-def metrics(model: "PreTrainedModel", data: "Data") -> dict[str, Any]:
-    """The columns of table 1, as far as they need no retrained model."""
-    import numpy as np
-
-    from . import language_model as lm
-
-    sets = {
-        "ES exact, forget": "forget",
-        "ES perturbed, forget": "forget_paraphrase",
-        "ES exact, retain": "retain",
-    }
-    strengths = [lm.evaluate(model, data.batches[of]).extraction_strength for of in sets.values()]
-    return {"metric": [*sets], "value": np.array(strengths)}
 
 
 def jobs(out: Path, plan: Plan) -> Iterator[PaperRun]:

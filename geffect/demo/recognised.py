@@ -22,22 +22,29 @@ from geffect.data.collate import Item, collate, pad_token_of
 
 from . import language_model as lm
 from .config import UnlearningConfig
-from .corpus import Corpus, alternatives, value_of
+from .corpus import Corpus, Fact, alternatives, value_of
 
 
 def forget_set(corpus: Corpus, tokenizer: Any) -> AuditSet:
     """The facts to forget, each with its value and with the same answer of other values."""
+    return among_alternatives("forget", corpus.forget, tokenizer)
+
+
+def among_alternatives(
+    name: str, facts: Iterable[Fact], tokenizer: Any, most: int = 15
+) -> AuditSet:
+    """Facts, each with its value and with the same answer of `most` other values or fewer."""
     rows = [
         {
             "question": fact.question,
             "answer": fact.answer,
             "subject": fact.subject,
             "entity": (value_of(fact) or ("", ""))[1],
-            "wrong": [other.answer for other in alternatives(fact)],
+            "wrong": [other.answer for other in alternatives(fact, most)],
         }
-        for fact in corpus.forget
+        for fact in facts
     ]
-    return set_of("forget", rows, tokenizer)
+    return set_of(name, rows, tokenizer)
 
 
 def recognised(

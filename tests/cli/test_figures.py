@@ -11,7 +11,8 @@ import pytest
 
 from geffect import Run, open_run
 from geffect.analysis import METRICS, g_effect, implicit_weights, setting
-from geffect.cli.figures import KINDS, Given, figures, labels, made_of
+from geffect.cli.figures import KINDS, Given, labels, made_of
+from geffect.cli.paper_figures import figures
 from geffect.plots import paper
 from tests.utils.command_line import Ask
 from tests.utils.settings import recorded
@@ -114,9 +115,13 @@ def test_a_run_with_a_regulariser_stands_in_where_there_is_none_without(tmp_path
 @pytest.mark.parametrize(
     ("how", "name", "says"),
     [
-        ({"objective": "ga", "rectified": True}, "figure-3a", "a rectifier changed its steps"),
+        (
+            {"objective": "ga", "rectified": True}, "figure-3a",
+            "a rectifier changed the steps of a run of GA. Record one without a rectifier",
+        ),
         ({"objective": "ga", "retain": False}, "figure-3a", "should be one of objective, forget"),
-        ({"objective": "wga"}, "figure-3a", "of 1 run none is a run of GA"),
+        ({"objective": "wga"}, "figure-3a", "run of GA. Record one with objective=.ga"),
+        ({"objective": "wga"}, "regularisers", "GD, KL or RR. Record one with objective=.ga.kl"),
         ({"objective": "npo"}, "figure-5a", "should hold implicit weights"),
         ({"objective": "npo", "weights": {"other": 1.0}}, "figure-5a", "hold the weight `weight`"),
         ({"objective": "npo"}, "figure-5b", "should hold a table `samples`"),
@@ -139,6 +144,31 @@ def test_why_a_figure_was_not_made(
     one = made(run(tmp_path / "run.h5", **how))[name]
     assert one.table is None and re.search(says, one.said), one.said
     assert one.said.startswith(f"{name}: not made: ") and "\n" not in one.said
+
+
+def test_the_half_spaces_are_of_any_run_and_rather_of_one_without_a_rectifier(
+    tmp_path: Path,
+) -> None:
+    rectified = run(tmp_path / "a.h5", "ga", rectified=True)
+    found = made(rectified)
+    assert [given.file for given in found["figure-1"].runs] == ["a.h5"]
+    assert [name for name, one in found.items() if one.table is not None] == ["figure-1"]
+    plain = run(tmp_path / "b.h5", "ga")
+    assert [given.file for given in made(rectified, plain)["figure-1"].runs] == ["b.h5"]
+
+
+def test_table_1_has_the_columns_of_the_paper_and_says_what_no_run_has(tmp_path: Path) -> None:
+    metrics = {"metric": ["own", "model utility"], "value": np.array([0.25, 0.5])}
+    table = made(run(tmp_path / "a.h5", "ga", tables={METRICS: metrics}))["table-1"].table
+    texts = {text.get_text(): text.get_position()[0] for text in paper.table_1(table).axes[0].texts}
+    heads = ["forget\nquality", "model\nutility", "ES exact", "ES\nperturbed", "own"]
+    assert [texts[head] for head in heads] == sorted(texts[head] for head in heads)
+    assert texts["0.500"] == texts["model\nutility"] and texts["0.250"] == texts["own"]
+    (below,) = (" ".join(text.split()) for text in texts if text.startswith("Not in the runs"))
+    assert below.startswith("Not in the runs: forget quality, ES exact, ES perturbed. ")
+    whole = table.assign(metric=["ES exact", "ES perturbed"])
+    both = pd.concat([whole, whole.assign(metric=["forget quality", "model utility"])])
+    assert not any("Not in" in text.get_text() for text in paper.table_1(both).axes[0].texts)
 
 
 def test_a_run_that_lacks_something_is_named_beside_the_others(tmp_path: Path) -> None:

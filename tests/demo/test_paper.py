@@ -12,11 +12,19 @@ import torch
 from geffect import open_run
 from geffect.analysis import METRICS, SAMPLES, kept, setting
 from geffect.cli.figures import made_of
+from geffect.demo import language_model as lm
 from geffect.demo.config import QUICK
+from geffect.demo.corpus import Fact, alternatives, generate
+from geffect.demo.data import Data
 from geffect.demo.jobs import learn
 from geffect.demo.paper import CHECKPOINTS, RUNS, PaperRun, jobs, weighed
+from geffect.demo.paper_metrics import metrics
 from geffect.demo.plan import Plan
+from geffect.demo.recognised import among_alternatives
+from geffect.evaluation import forget_quality, generated
+from geffect.evaluation.rouge import rouge_l
 from geffect.objectives import NPO, FrozenModel, names
+from geffect.plots.paper import IN_TABLE_1
 from tests.utils import reference, tiny
 
 SHORT = replace(
@@ -55,13 +63,13 @@ def test_weights_of_samples_are_those_of_the_formula() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study whose original model has hardly learned anything."""
-    from geffect.demo.corpus import generate
-
+    """A study whose models have hardly learned anything."""
     out = tmp_path_factory.mktemp("paper")
     (out / "paper").mkdir()
     corpus = generate(0, SHORT.corpus)
-    learn(SHORT, out / "models" / "original-seed0", corpus, corpus.memorised, 0, lambda *_: None)
+    kept = (*corpus.retain, *corpus.retain_heldout_authors, *corpus.world)
+    for name, facts in (("original", corpus.memorised), ("gold", kept)):
+        learn(SHORT, out / "models" / f"{name}-seed0", corpus, facts, 0, lambda *_: None)
     return out
 
 
@@ -77,9 +85,42 @@ def test_a_run_has_what_its_figure_needs(folder: Path, method: str, figure: str)
     assert setting(run).seed == 0 and not setting(run).rectified
     made = {one.figure.name: one for one in made_of([run])}
     assert made[figure].table is not None, made[figure].said
-    assert len(run.table(METRICS)["metric"]) == 3
+    assert [*run.table(METRICS)["metric"]] == [*IN_TABLE_1]
     if method == "npo":
         assert set(kept(run, SAMPLES)["step"]) == {CHECKPOINTS[0]}
+
+
+def test_metrics_are_those_of_loops_over_facts(folder: Path) -> None:
+    model, tokenizer = SHORT.load(folder / "models" / "original-seed0")
+    retrained, _ = SHORT.load(folder / "models" / "gold-seed0")
+    corpus = generate(0, SHORT.corpus)
+    found = metrics(model, Data.of(corpus, tokenizer, 0), retrained)
+
+    def nll(of: Any, fact: Fact) -> float:
+        (log_p,) = reference.token_log_p(of, lm.encode(tokenizer, [fact]))
+        return -float(torch.stack(log_p)[:-1].detach().mean())  # without the token that ends it
+
+    def ratio(of: Any, fact: Fact, most: int = 15) -> float:
+        wrong = [nll(of, other) for other in alternatives(fact, most)]
+        return float(np.exp(nll(of, fact) - np.mean(wrong)))
+
+    parts = []
+    for name, facts in (("retain", corpus.retain), ("neighbours", corpus.retain_heldout_authors)):
+        items = among_alternatives(name, facts, tokenizer, 5).items
+        said = generated(model, tokenizer, items)  # tested where it is; many tokens tie here
+        parts += [
+            np.mean([np.exp(-nll(model, fact)) for fact in facts]),
+            np.mean([rouge_l(x.answer, y).recall for x, y in zip(facts, said, strict=True)]),
+            np.mean([max(0.0, 1 - ratio(model, fact, 5)) for fact in facts]),
+        ]
+    quality = forget_quality(
+        *([ratio(of, fact) for fact in corpus.forget] for of in (model, retrained))
+    )
+    values = dict(zip(found["metric"], found["value"], strict=True))
+    assert values["forget quality"] == pytest.approx(quality.p)
+    assert values["model utility"] == pytest.approx(
+        len(parts) / sum(1 / x for x in parts), rel=1e-3
+    )
 
 
 def test_names_tell_the_options() -> None:
