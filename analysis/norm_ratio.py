@@ -30,7 +30,8 @@ def norm_ratio(
     check_run(run)
     blocks, K = summed_gram(run, by, stepped_only=stepped_only)
     above, below = norm(K, run.index(a)), norm(K, run.index(b))
-    values = np.where(above > 0, above, np.nan) / np.where(below > 0, below, np.nan)
+    with np.errstate(invalid="ignore"):  # of two infinite lengths
+        values = np.where(above > 0, above, np.nan) / np.where(below > 0, below, np.nan)
     score = Score(f"length of {named(run, a)} over that of {b}")
     table = tidy(values, in_space(run, score), steps=run.steps, blocks=blocks, by=column_of(by))
     return beside(table, "clip_scale", np.repeat(run.column("clip_scale"), len(blocks)))

@@ -5,7 +5,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TOKEN = 16
@@ -35,7 +35,8 @@ def draft_of(place: Path) -> Iterator[Path]:
 def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write a file that is there whole or not at all: until then, what was there stays.
 
-    - `path`: where it is to be; of a link what it points to. A pipe or a terminal is written into.
+    - `path`: where it is to be; of a link what it points to. A pipe, a terminal and what this
+      process prints to, as /dev/stdout, are written into.
     - `data`: text is written as UTF-8, halves of characters as their codes.
 
     Raises an OSError that names the path, after a full disk for instance.
@@ -50,7 +51,8 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
     written = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     with _naming(path):
         if is_stream(path):
-            with open(path, "wb") as stream:
+            printing = _printing_to(os.stat(path))
+            with open(path if printing is None else os.dup(printing), "wb") as stream:
                 stream.write(written)
             return
         with _draft_of_output(path) as (draft, place):
@@ -70,16 +72,28 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is that of a pipe or a terminal, which hold nothing that could be lost.
+    """Whether a path is that of a pipe, a terminal or what this process prints to.
+
+    They hold nothing that could be lost.
 
     >>> is_stream(os.devnull), is_stream("README.md"), is_stream("nothing.html")
     (True, False, False)
     """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except FileNotFoundError:
         return False
-    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+    kinds = stat.S_ISFIFO(found.st_mode), stat.S_ISCHR(found.st_mode)
+    return any(kinds) or _printing_to(found) is not None
+
+
+def _printing_to(found: os.stat_result) -> int | None:
+    """The descriptor through which this process prints into a file; None where it does not."""
+    for number in (1, 2):
+        with suppress(OSError):  # it is closed
+            if os.path.samestat(found, os.fstat(number)):
+                return number
+    return None
 
 
 @contextmanager

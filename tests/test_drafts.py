@@ -116,6 +116,24 @@ def test_a_pipe_gets_it_and_stays(tmp_path: Path, kind: str) -> None:
     assert {*found[0]} == {ord("x")} and len(found[0]) == (100_000 if kind == "named" else 1)
 
 
+def printed(place: Path, out: Path) -> None:
+    with out.open("wb") as stream:
+        os.dup2(stream.fileno(), 1)
+    os.write(1, b"first ")
+    check_writable(place)
+    write_whole(place, "then ")
+    os.write(1, b"last")
+
+
+@on_unix
+@pytest.mark.parametrize("place", ["/dev/stdout", "out.txt"])
+def test_what_is_printed_to_gets_it_in_order(tmp_path: Path, place: str) -> None:
+    """Also where the standard output is a file, which others go on writing."""
+    forks.call(printed, tmp_path / place, tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "first then last"
+    assert names(tmp_path) == ["out.txt"]
+
+
 @on_unix
 @pytest.mark.parametrize(
     ("name", "says"),

@@ -70,7 +70,7 @@ def models_in(folder: Path) -> list[Path]:
     return found
 
 
-_rate = number("a learning rate between 0 and 1", lambda rate: 0 < rate < 1, "say, 1e-5")
+_rate = number("a learning rate between 0 and 1", lambda rate: 0 < rate < 1, "1e-5, say")
 
 
 def command(

@@ -32,15 +32,11 @@ CALLED = {"coefficient": "c"}
 
 @dataclass(frozen=True)
 class Given:
-    """A run, with the setting that its file tells."""
+    """A run, with the setting that its file tells, and what that is called where it is listed."""
 
     run: "Run"
     setting: "Setting"
-
-    @property
-    def file(self) -> str:
-        """What it is called where figures are listed."""
-        return self.run.path.name
+    file: str
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,7 @@ def command(
 def made_of(runs: Sequence["Run"]) -> list[Made]:
     """Each figure of the paper, as far as the runs have what it needs."""
     from geffect.analysis import setting
+    from geffect.report.read import names
 
     places = Counter(run.path.resolve() for run in runs)
     twice = [path for path, count in places.items() if count > 1]
@@ -124,7 +121,8 @@ def made_of(runs: Sequence["Run"]) -> list[Made]:
         raise ValueError(
             f"Run files should be given once each. Found `{twice[0]}` twice. Leave one out."
         )
-    given = [Given(run, setting(run)) for run in runs]
+    files = [f"{name}{run.path.suffix}" for name, run in zip(names(runs), runs, strict=True)]
+    given = [Given(run, setting(run), file) for run, file in zip(runs, files, strict=True)]
     return [_made(figure, given) for figure in figures()]
 
 

@@ -60,7 +60,10 @@ def command(
         return
     console = terminal()
     steps = sorted(joined["step"].unique())
-    say(console, f"{len(steps)} checkpoints, after {steps[0]} to {steps[-1]} updates")
+    say(
+        console,
+        f"{len(steps)} checkpoint{'s' * (len(steps) > 1)}, after {steps[0]} to {steps[-1]} updates",
+    )
     names = ["metric", "risk"]
     lines = [
         [

@@ -20,7 +20,7 @@ LIKELIEST = 2
 RULES = (Apart("--recommend", "--gain"),)
 
 
-_share = number("a share above 0 and at most 1", lambda share: 0 < share <= 1, "say, 0.5")
+_share = number("a share above 0 and at most 1", lambda share: 0 < share <= 1, "0.5, say")
 
 
 def command(

@@ -2,9 +2,10 @@
 
 import io
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -29,7 +30,16 @@ WHOLE = 16
 """The cells up to which words of names stay whole, where spare columns leave room for them."""
 
 
+NARROWEST = 22
+"""The columns of what is drawn in columns, at least: fewer would cut numbers."""
+
+
 class _Terminal(Console):
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        if not self.width:  # as by COLUMNS=0, where nothing at all would be printed
+            self.width = shutil.get_terminal_size().columns
+
     def on_broken_pipe(self) -> None:
         """Leave it to the caller of the command, also where nothing of rich has printed."""
         raise BrokenPipeError
@@ -50,12 +60,14 @@ def terminal(*, stderr: bool = False) -> Console:
 
 def canvas(width: int) -> Console:
     """The terminal, or in its place a file of so many columns, for what is drawn in columns."""
-    return _Terminal(
+    console = _Terminal(
         markup=False,
         emoji=False,
         highlight=False,
         width=None if sys.stdout.isatty() else width,
     )
+    console.width = max(NARROWEST, console.width)
+    return console
 
 
 def draw(console: Console, drawn: RenderableType) -> None:

@@ -27,6 +27,11 @@ def _bad(error: Any) -> str:
     name, says = _name(error), str(error.message)
     if "should" in says and "Found" in says:  # one of our own
         return f"`{name}` {says}" if name and says.startswith("should") else says
+    if unreadable := re.fullmatch(r"\w+ '(.*)' is not readable\.?", says, re.DOTALL):
+        return (
+            f"`{name}` should be readable. Found `{unreadable[1]}`, which is not. Mend that, or "
+            "choose another file."
+        )
     return f"`{name}` should have a value of its kind. Found: {_end(says)}{_see(error)}"
 
 

@@ -241,7 +241,7 @@ def _numbers(view: View, marks: Marks, width: int) -> Table:
     table = Table(
         box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, show_header=False
     )
-    table.add_column("")
+    table.add_column("", overflow="fold")
     table.add_column("", justify="right", min_width=min(NUMBER, width // 3), no_wrap=True)
     if room >= LEAST_CURVE:
         table.add_column("", min_width=min(room, len(view.steps)), no_wrap=True)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from .bounds import BoundedFile, read_hdf5
 from .checksums import Changed
+from .origin import SEGMENT
 from .schema import FORMAT, READABLE, STATES, VERSION, ChecksumError, RunFileError
 
 TRIES, PAUSE = 4, 0.02
@@ -76,6 +77,11 @@ def _check_format(file: BoundedFile, should: str) -> None:
         raise RunFileError(
             f"{should} Found an HDF5 file of another kind, with {file.names()[:5]}. "
             "Pass a file that a Recorder wrote."
+        )
+    if file.has_attribute(SEGMENT):
+        raise RunFileError(
+            f"{should} Found a segment with the gradients of one. Pass the run file, as `a.h5` "
+            "beside the folder `a.gradients`."
         )
     if version not in READABLE:
         advice = (

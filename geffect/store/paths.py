@@ -16,6 +16,8 @@ def place_of(path: str | os.PathLike[str]) -> Path:
         given.encode()
         found = Path(given).resolve()
         found.exists()  # which a name that is too long has no answer to
+    except PermissionError:  # the name is good, and a folder is closed
+        raise
     except (UnicodeEncodeError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{should} Found {given!a}: {error}. Choose another name.") from error
     if given.endswith(_SEPARATORS) and not found.is_dir():

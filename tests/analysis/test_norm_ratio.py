@@ -37,15 +37,19 @@ def test_what_clipping_did_stands_beside_each_block(example_run: Callable[..., R
     assert norm_ratio(Clipped(**vars(run)))["clip_scale"].tolist() == [1.0, 0.25]
 
 
-def test_a_gradient_of_zero_has_no_ratio(example_run: Callable[..., Run]) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("every", "one"), [(1.0, 0.0), (np.inf, np.inf), (1.0, np.nan)])
+def test_a_gradient_of_zero_has_no_ratio_nor_have_two_infinite_ones(
+    example_run: Callable[..., Run], every: float, one: float
+) -> None:
     run = example_run()
 
-    class Silent(Run):
+    class Odd(Run):
         def gram(self) -> np.ndarray:
-            K = super().gram()
-            K[..., self.index("retain"), :] = K[..., :, self.index("retain")] = 0.0
+            K = super().gram() * every
+            K[..., self.index("retain"), :] = K[..., :, self.index("retain")] = one
             return K
 
-    silent = Silent(**vars(run))
-    assert np.isnan(norm_ratio(silent)["value"]).all()
-    assert np.isnan(norm_ratio(silent, "retain", "forget")["value"]).all()
+    odd = Odd(**vars(run))
+    assert np.isnan(norm_ratio(odd)["value"]).all()
+    assert np.isnan(norm_ratio(odd, "retain", "forget")["value"]).all()

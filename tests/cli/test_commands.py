@@ -386,6 +386,29 @@ def test_a_file_of_the_user_is_not_replaced_unasked(
     assert output.stat().st_size > 1000
 
 
+def test_a_file_that_may_not_be_read(
+    ask: Ask, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed" / "run.h5"
+    exists = Path.exists
+
+    def permitted(path: Path) -> bool:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", permitted)
+    said = ask("info", closed)
+    assert (said.code, said.out) == (1, "") and "Found: Permission denied" in said.err
+    monkeypatch.setattr("os.access", lambda *_: False)
+    said = ask("info", recorded)
+    assert (said.code, said.out) == (2, "")
+    assert said.err == (
+        f"geffect: `RUN` should be readable. Found `{recorded}`, which is not. Mend that, or "
+        "choose another file.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "name", "options"),
     [

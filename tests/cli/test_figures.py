@@ -183,7 +183,7 @@ def test_runs_that_differ_in_nothing_told_have_names_of_their_own(
     tmp_path: Path, example_run: Callable[..., Run]
 ) -> None:
     def named(*runs: Run) -> list[str]:
-        return labels([Given(one, setting(one)) for one in runs], ("beta",))
+        return labels([Given(one, setting(one), one.name) for one in runs], ("beta",))
 
     seeds = [run(tmp_path / f"{n}.h5", "npo", metadata={"seed": n}) for n in (0, 1)]
     assert named(*seeds) == ["beta 0.1"] * 2
@@ -252,6 +252,14 @@ def test_a_figure_of_one_setting_has_all_its_seeds(tmp_path: Path) -> None:
     assert [given.file for given in groups.runs] == ["ga0-0.h5", "ga1-1.h5"]
     assert all(ax.collections for ax in paper.figure_3b(groups.table).axes)
     assert [given.file for given in sketch.runs] == ["ga0-0.h5"] and "seeds" not in sketch.said
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for seed in "01":
+        (tmp_path / seed).mkdir()
+    runs = [run(tmp_path / seed / "a.h5", "ga", metadata={"seed": int(seed)}) for seed in "01"]
+    found = made(*runs)["figure-3a"]
+    assert found.said.endswith("from 0/a.h5, 1/a.h5")
 
 
 def test_what_is_there_is_not_replaced_unasked(folder: Path, ask: Ask, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from geffect.cli.options import Format
-from geffect.cli.terminal import say, show, terminal, write_table
+from geffect.cli.terminal import canvas, say, show, terminal, write_table
 
 NAMES = [
     "model.layers.10.mlp.up_proj.weight", "[/foo]", "[red]x", "語言模型的名字很長很長", ":warning:",
@@ -89,6 +89,19 @@ def test_a_narrow_terminal_gets_lines_that_are_folded_between_words(width: int) 
     assert [word for line in lines for word in line.split()] == [w for w in words if w]
     assert all(cell_len(line) <= width or line.strip() == path for line in lines) and len(lines) > 1
     assert lines[0].startswith("  G-effect")
+
+
+@pytest.mark.parametrize(("columns", "wide"), [("0", 80), ("1", 22), ("120", 120)])
+def test_a_terminal_of_no_or_few_columns_gets_all(
+    monkeypatch: pytest.MonkeyPatch, columns: str, wide: int
+) -> None:
+    """What is drawn in columns is not cut, and a width of 0 is one that nobody knows."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", at := io.StringIO())
+    monkeypatch.setattr(at, "isatty", lambda: True)
+    assert canvas(80).width == wide
+    say(terminal(), "all of it")
+    assert at.getvalue().split() == ["all", "of", "it"]
 
 
 def test_what_is_no_terminal_has_room_for_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,10 @@ def view_of(blocks: int = 6, steps: int = 40, **further: object) -> View:
         "layer",
         tuple(range(0, 3 * steps, 3)),
         (course("unlearning", names), course("retaining", names)),
-        (course("unlearning", ("model",)), course("retaining, update", ("model",), "tokens")),
+        (
+            course("unlearning, rectified", ("model",)),
+            course("retaining, update", ("model",), "tokens"),
+        ),
         (Course("conflict", names, conflicts, "conflict of a and b"),),
         (course("forget", ("loss",)),),
         np.arange(steps) / 2.0,

@@ -9,6 +9,7 @@ import pytest
 from geffect.store import RunFileError, open_run
 from geffect.store.growing_file import FIRST_CAPACITY
 from geffect.store.schema import (
+    FORMAT,
     READABLE,
     RECTIFICATION_COLUMNS,
     STEP_COLUMNS,
@@ -172,7 +173,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["read", "resume"])
-@pytest.mark.parametrize("kind", ["empty", "text", "other", "half", "older", "newer"])
+@pytest.mark.parametrize("kind", ["empty", "text", "other", "half", "segment", "older", "newer"])
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, kind: str, how: str) -> None:
     path = tmp_path / "a.h5"
     found, advice = {
@@ -180,6 +181,7 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path, kind: str, ho
         "text": ("not HDF5, or that is cut off", "record again"),
         "other": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
         "half": (r"HDF5 file of another kind, with \['weights'\]", "that a Recorder wrote"),
+        "segment": ("Found a segment with the gradients of one", "as `a.h5` beside"),
         "older": (f"Found format {READABLE[0] - 1}", "with the geffect that wrote it"),
         "newer": (f"Found format {VERSION + 1}", "Update geffect"),
     }[kind]
@@ -222,3 +224,7 @@ def make_file_of_kind(path: Path, kind: str) -> None:
             file["weights"] = [1.0]
             if kind == "half":
                 file.attrs["format"] = "gradients"
+            if kind == "segment":
+                file.attrs.update(
+                    {"format": np.bytes_(FORMAT), "format_version": VERSION, "encoding": 0}
+                )
