@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from geffect.gram import inner
 from geffect.layers import Parameter
-from geffect.numbers import is_number, percent
+from geffect.numbers import is_number, is_whole, percent
 from geffect.places import HEAD
 from geffect.sources import FORGET, UPDATE
 from geffect.store import Run
@@ -130,7 +130,7 @@ def _check_asked(count: int | None, share: float | None) -> None:
         raise ValueError(
             "`count` or `share` should say how many layers to choose. Found both. Leave one out."
         )
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+    if not (count is None or is_whole(count, 1)):
         raise ValueError(
             f"`count` should be a whole number of at least 1. Found `count = {count!r}`. Pass the "
             "number of layers to train."

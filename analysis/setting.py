@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from geffect.numbers import is_whole
 from geffect.sources import FORGET, OBJECTIVE, RETAIN
 from geffect.store import Run
 
@@ -65,7 +66,7 @@ def setting(run: Run) -> Setting:
         regulariser,
         options,
         rectified=acts(run),
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+        seed=seed if is_whole(seed) else None,
     )
 
 

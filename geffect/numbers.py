@@ -3,10 +3,11 @@
 import json
 import sys
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
+from typing import TypeGuard
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is an int or a float, finite, and not one of True and False.
 
     >>> [is_number(value) for value in (2, 0.5, True, "2", float("nan"), 10**400)]
@@ -15,6 +16,15 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
+
+
+def is_whole(value: object, least: float = -inf) -> TypeGuard[int]:
+    """Whether a value is a whole number of at least `least`, and not one of True and False.
+
+    >>> [is_whole(value, 1) for value in (2, 0, 2.0, True, "2")]
+    [True, False, False, False, False]
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def percent(share: float, form: str = ".0f") -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geffect.codes import FLOATS
+from geffect.numbers import is_whole
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -126,7 +127,7 @@ class Int4(Quantiser):
     group: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group, int) or self.group < 1:
+        if not is_whole(self.group, 1):
             raise ValueError(
                 f"`group` of Int4 should be a number of inputs, 1 or more. Found {self.group!r}. "
                 "Pass 128, or 32 for a small model."

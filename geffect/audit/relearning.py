@@ -20,7 +20,7 @@ from torch import nn
 from geffect.data.collate import Item, collate
 from geffect.evaluation.memorised import nll as item_nll
 from geffect.evaluation.tokens import evaluate_tokens, unpadded
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 from geffect.risk import mean_nll, scored_tokens
 
 from .adapters import deployed
@@ -71,9 +71,9 @@ class RelearningBudget:
 
     def __post_init__(self) -> None:
         for name, right, told in (
-            ("steps", lambda x: type(x) is int and x > 0, "whole numbers above 0"),
+            ("steps", lambda x: is_whole(x, 1), "whole numbers above 0"),
             ("rates", lambda x: is_number(x) and x > 0, "numbers above 0"),
-            ("seeds", lambda x: type(x) is int and x >= 0, "whole numbers"),
+            ("seeds", lambda x: is_whole(x, 0), "whole numbers"),
             ("sources", SOURCES.__contains__, f"some of {', '.join(SOURCES)}"),
         ):
             values = getattr(self, name)
@@ -83,7 +83,7 @@ class RelearningBudget:
                     f"`{name}` of RelearningBudget should be a tuple of {told}, each once. Found "
                     f"{values!r}. Pass such as {getattr(RelearningBudget, name)!r}."
                 )
-        if type(self.batch) is not int or self.batch < 1:
+        if not is_whole(self.batch, 1):
             raise ValueError(
                 "`batch` of RelearningBudget should be a whole number above 0. Found "
                 f"{self.batch!r}. Pass, say, 16."

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from geffect.gram import norm
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 from geffect.risk.limits import vocabulary_of
 from geffect.sources import FORGET, RETAIN, UPDATE
 from geffect.store.reader import Run
@@ -121,7 +121,7 @@ class StopWhen:
                     f"`{name}` of StopWhen should be a number above 0. Found `{name} = "
                     f"{value!r}`. Pass a positive one, or leave it out."
                 )
-        if vocabulary is not None and (type(vocabulary) is not int or vocabulary < 2):
+        if not (vocabulary is None or is_whole(vocabulary, 2)):
             raise ValueError(
                 "`vocabulary` of StopWhen should be a whole number of tokens, 2 or more. Found "
                 f"`vocabulary = {vocabulary!r}`. Pass model.config.vocab_size, or leave it out."

@@ -19,7 +19,7 @@ from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
 from geffect.devices import there
 from geffect.layers import describe, trainable
-from geffect.numbers import is_number, percent
+from geffect.numbers import is_number, is_whole, percent
 from geffect.objectives import (
     FrozenModel,
     Objective,
@@ -65,7 +65,7 @@ class Probe:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < LEAST_STEPS:
+        if not is_whole(self.steps, LEAST_STEPS):
             raise ValueError(
                 f"`steps` of a probe should be at least {LEAST_STEPS}: the gradients of a model "
                 "that has memorised its data predict nothing before it has begun to forget. Found "
@@ -76,13 +76,13 @@ class Probe:
                 "`learning_rate` of a probe should be a number above 0. Found "
                 f"{self.learning_rate!r}. Pass that of the unlearning, such as 1e-5."
             )
-        whole = [type(seed) is int for seed in self.seeds]
-        if not whole or not all(whole) or len({*self.seeds}) < len(whole):
+        seeds = self.seeds
+        if not (seeds and all(map(is_whole, seeds)) and len({*seeds}) == len(seeds)):
             raise ValueError(
                 "`seeds` of a probe should be whole numbers, each once. Found "
                 f"{self.seeds!r}. Pass, say, (0, 1, 2)."
             )
-        if type(self.batch_size) is not int or self.batch_size < 1:
+        if not is_whole(self.batch_size, 1):
             raise ValueError(
                 "`batch_size` of a probe should be a whole number above 0. Found "
                 f"{self.batch_size!r}. Pass, say, 8."

@@ -11,6 +11,7 @@ from geffect.capture.recording import WAITING_BYTES
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.distributed.reduction import BUCKET_BYTES
 from geffect.layers import Parameter, describe, layers_of
+from geffect.numbers import is_whole
 from geffect.projection.portions import PORTION_BYTES
 from geffect.risk import predicts_next
 from geffect.risk.limits import POSITIONS, limit_in
@@ -305,7 +306,7 @@ def _check(
                 f"`{name}` should be one of {', '.join(map(str, known))}. Found `{value}`. Choose "
                 "one of those."
             )
-    if not isinstance(gpus, int) or gpus < 1:
+    if not is_whole(gpus, 1):
         raise ValueError(
             f"`gpus` should be a whole number of at least 1. Found `{gpus}`. Pass, say, gpus=8."
         )

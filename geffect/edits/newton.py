@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from geffect.layers import trainable
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 from geffect.risk import as_batches, undisturbed
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .hessian import Hessian, Vector, dot, gradient_of, norm
-from .options import check_option, chosen, is_count
+from .options import check_option, chosen
 
 FAR = 0.1
 """The residual, to the length of the retain gradient, from which on it is warned of."""
@@ -74,9 +74,8 @@ class Newton(Edit):
         finite = is_number(self.length) and self.length > 0
         check_option(self, "length", finite, "a positive number")
         for name in ("steps", "repeats"):
-            check_option(self, name, is_count(getattr(self, name)), "a whole number from 1 on")
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        check_option(self, "seed", whole, "a whole number")
+            check_option(self, name, is_whole(getattr(self, name), 1), "a whole number from 1 on")
+        check_option(self, "seed", is_whole(self.seed), "a whole number")
 
     @property
     def sets(self) -> tuple[str, ...]:

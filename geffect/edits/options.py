@@ -4,11 +4,6 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 
-def is_count(value: object) -> bool:
-    """Whether it is a whole number from 1 on."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def check_option(owner: object, name: str, holds: bool, should: str) -> None:
     """Refuse an option that is not what it should be.
 

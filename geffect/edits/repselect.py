@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geffect.batch import Batch
 from geffect.layers import trainable
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 from geffect.projection import Collapse
 from geffect.projection.collapse import Basis, Side, Strength
 from geffect.risk import RiskSet, as_batches, nll
@@ -19,7 +19,7 @@ from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .importance import mean_importance
-from .options import check_option, is_count, matching
+from .options import check_option, matching
 from .task_vector import check_weights
 
 
@@ -56,7 +56,7 @@ class RepSelect(Edit):
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            check_option(self, "k", is_count(self.k), "a whole number from 1 on")
+            check_option(self, "k", is_whole(self.k, 1), "a whole number from 1 on")
         finite = is_number(self.length) and self.length > 0
         check_option(self, "length", finite, "a positive number")
         self._collapse(self.k or 1)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from geffect.batch import Batch
 from geffect.layers import trainable
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 from geffect.risk import nll
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
 from .importance import Loss, mean_importance, of_size, output_energy
-from .options import check_option, chosen, is_count
+from .options import check_option, chosen
 
 Against = Literal["retain", "all"]
 
@@ -83,7 +83,9 @@ class SSD(Edit):
         finite = is_number(self.dampening) and self.dampening >= 0
         check_option(self, "dampening", finite, "0 or a positive number")
         check_option(self, "against", self.against in get_args(Against), '"retain" or "all"')
-        check_option(self, "fisher_batch", is_count(self.fisher_batch), "a whole number from 1 on")
+        check_option(
+            self, "fisher_batch", is_whole(self.fisher_batch, 1), "a whole number from 1 on"
+        )
 
     @property
     def sets(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geffect.batch import Pair, check_one_answer, side_of
 from geffect.data.others import others
+from geffect.numbers import is_whole
 from geffect.risk import (
     nll,
     sequence_sum,
@@ -167,7 +168,7 @@ def _by_samples(model: Any, batch: Any) -> Tensor:
 
 
 def _check_count(owner: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_whole(count, 1):
         raise ValueError(
             f"`answers` of {owner} should be how many random answers a question is paired with, at "
             f"least 1. Found `answers = {count!r}`. Pass a number such as {owner}(answers=3)."

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from geffect.batch import IGNORED, Pair, behind_first
+from geffect.numbers import is_whole
 from geffect.risk import at_least_float32, label_logits
 from geffect.sources import FORGET
 
@@ -38,7 +39,7 @@ class CEU(Objective):
     skip: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.skip, int) and not isinstance(self.skip, bool) and self.skip >= 0):
+        if not is_whole(self.skip, 0):
             raise ValueError(
                 "`skip` of CEU should be how many tokens at the start of an answer take no part, 0 "
                 f"or more. Found `skip = {self.skip!r}`. Pass, say, CEU(skip=1)."

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from geffect.numbers import is_whole
+
 Side = Literal["input", "output", "both"]
 Strength = Literal["hard", "soft", "quadratic"]
 Basis = Literal["forget", "retain"]
@@ -49,7 +51,7 @@ class Collapse:
     strength: Strength = "soft"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 0:
+        if not is_whole(self.k, 0):
             raise ValueError(
                 "`k` of Collapse should be a whole number of directions, 0 or more. Found "
                 f"`k = {self.k!r}`. Pass one such as 8."

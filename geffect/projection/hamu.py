@@ -1,13 +1,13 @@
 """HAMU: a fixed gain of forgetting a step, at the least cost to the retain data."""
 
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geffect.gram import inner, norm
+from geffect.numbers import is_number
 
 from .rules import PARALLEL, Promise, Rule
 
@@ -150,8 +150,7 @@ def _sine(cosine: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
+    if not (is_number(value) and value > 0):
         raise ValueError(
             f"`{name}` of hamu should be a number above 0. Found `{name} = {value!r}`. Pass one "
             f"such as {name}=0.1."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from geffect.layers import Parameter
+from geffect.numbers import is_number, is_whole
 from geffect.sources import RETAIN, is_risk
 
 from .elementwise import Elementwise, Halt
@@ -168,7 +169,7 @@ class Options:
 
     def _check_history(self) -> None:
         count = self.history
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_HISTORY:
+        if not (is_whole(count, 0) and count <= MOST_HISTORY):
             raise ValueError(
                 "`history` of Rectifier should be how many earlier retain gradients constrain a "
                 f"step, a whole number from 0 to {MOST_HISTORY}. Found `history = {count!r}`. Pass "
@@ -235,7 +236,7 @@ def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
 
 
 def _fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value <= 1):
+    if not (is_number(value) and 0 < value <= 1):
         raise ValueError(
             f"`{name}` of Rectifier should be above 0 and at most 1. Found `{name} = {value!r}`. "
             f"Pass a fraction such as {name}=0.5."

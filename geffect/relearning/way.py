@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from geffect.devices import there
-from geffect.numbers import is_number
+from geffect.numbers import is_number, is_whole
 
 Unit = Literal["theta", "length", "loss"]
 """What a radius is measured in."""
@@ -23,7 +23,7 @@ class Way:
     device: str | torch.device | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 0:
+        if not is_whole(self.steps, 0):
             raise ValueError(
                 f"`steps` should be a whole number from 0. Found {self.steps!r}. Pass, say, 5."
             )

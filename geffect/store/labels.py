@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 
 from geffect.layers import Parameter, placed
+from geffect.numbers import is_whole
 from geffect.sketch import Sketch
 
 from . import checksums
@@ -199,7 +200,7 @@ def _record(file: BoundedFile) -> Array:
 
 
 def _sketch(described: Mapping[str, Any]) -> Sketch | OtherSketch:
-    if not all(type(value) is int for value in described.values()):
+    if not all(map(is_whole, described.values())):
         raise ValueError(f"the sketch {described}")
     try:
         return Sketch(**described)
@@ -209,4 +210,4 @@ def _sketch(described: Mapping[str, Any]) -> Sketch | OtherSketch:
 
 def _counts(*values: object) -> bool:
     """Whether these are whole numbers, none of them negative."""
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(is_whole(value, 0) for value in values)

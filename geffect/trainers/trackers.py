@@ -22,6 +22,7 @@ from geffect.capture.collector import Measurement
 from geffect.groups import LABELS, label_of
 from geffect.layers import Parameter, is_adapter
 from geffect.near import meant
+from geffect.numbers import is_whole
 from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, is_risk
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Trackers:
                 f"{meant(self.by, BLOCKS)} Choose one of those."
             )
         every = self.sheet_every
-        if every is not None and (type(every) is not int or every < 1):
+        if not (every is None or is_whole(every, 1)):
             raise ValueError(
                 "`sheet_every` should be a whole number of at least 1, or None. Found "
                 f"`{every!r}`. Pass 50, or None for no image."

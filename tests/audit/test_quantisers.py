@@ -186,7 +186,7 @@ def test_weights_that_are_none_are_refused() -> None:
         Q4_0()(SMALL)
     with pytest.raises(ValueError, match=r"can hold their scale\. Found one as large as 1e"):
         Q4_0()(torch.full((1, 32), 1e6))
-    for group in (0, 2.5, "32"):
+    for group in (0, 2.5, True, "32"):
         with pytest.raises(ValueError, match="`group` of Int4"):
             Int4(group)  # type: ignore[arg-type]
 

@@ -191,6 +191,7 @@ def test_a_mixture_of_layers_is_traced(tmp_path: Path) -> None:
         ({"sharding": "fsdp"}, r'"none" on one process.* Found `gpus = 1` and `sharding = "fsdp"`'),
         ({"gpus": 8}, r"say how the model is on several"),
         ({"gpus": 0}, r"at least 1. Found `0`"),
+        ({"gpus": True}, r"at least 1. Found `True`"),
         ({"gpus": 2, "sharding": "tp"}, r"`sharding` should be one of .* Found `tp`"),
         ({"rectifier": "pcgrad"}, r"`rectifier` should be one of None, gradient"),
         ({"dtype": "float16"}, r"`dtype` should be one of float32, bfloat16"),
