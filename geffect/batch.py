@@ -78,7 +78,11 @@ def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def labels_of(batch: Batch) -> Tensor:
-    """The labels `Int[sample, position]`; an error if there are none."""
+    """The labels `Int64[sample, position]`; an error if there are none.
+
+    >>> labels_of({"labels": torch.tensor([[-100, 5]], dtype=torch.int32)}).dtype
+    torch.int64
+    """
     batch = original_of(batch)
     if "labels" not in batch:
         raise ValueError(
@@ -86,7 +90,14 @@ def labels_of(batch: Batch) -> Tensor:
             f"several answers, one of them the `{ORIGINAL}`. Found the keys {', '.join(batch)}. "
             "Add labels that mark the answer tokens."
         )
-    return batch["labels"]
+    labels = batch["labels"]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        kind = labels.dtype if isinstance(labels, Tensor) else f"`{type(labels).__name__}`"
+        raise TypeError(
+            "`labels` should be a tensor of whole numbers, a token for each position. Found "
+            f"{kind}. Pass `input_ids` with -100 where a token is not scored, padded to one length."
+        )
+    return labels.long()
 
 
 def masks_in(batch: Mapping[str, Any], name: str = "attention_mask") -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The backward passes that the losses of a step need, and what each loss is in terms of these."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -236,6 +237,7 @@ def plan(
     - `told_later`: on several processes, that the caller tells what goes wrong, after the passes.
     """
     found, terms = resolved(losses)
+    _warn_of_hooks(parameters, terms)
     moved: Collection[str] = ()
     if elsewhere is not None:
         found, terms, moved = _moved(found, terms, [*elsewhere.stays, *protected])
@@ -290,6 +292,19 @@ def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
     others = passes.not_reaching(parameters)
     if others:
         raise _of_another_model(others[0], parameters)
+
+
+def _warn_of_hooks(parameters: Sequence[Tensor], terms: Mapping[str, Mapping[str, float]]) -> None:
+    """Say that a hook may make another gradient of a sum than the sum of gradients."""
+    hooked = [p for p in parameters if getattr(p, "_backward_hooks", None)]
+    if hooked and len(terms.get(OBJECTIVE, ())) > 1:
+        warnings.warn(
+            "No hook on the gradients of parameters should do other than multiply them where an "
+            "objective is a sum of losses: each has a backward pass of its own, and hooks see "
+            f"these. Found hooks on {len(hooked)} parameters. If they clip, round or add noise, "
+            "pass the sum as one loss, `objective=lambda: ...`.",
+            stacklevel=5,
+        )
 
 
 def check_no_step_inside(parameters: Iterable[Tensor]) -> None:

@@ -61,6 +61,13 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             "Pass labels as long as the inputs, and a language model that puts no tokens of its "
             "own before them, as prompt tuning does; prefix tuning and other adapters do not."
         )
+    unknown = labels[labels >= logits.shape[-1]]
+    if len(unknown):
+        raise ValueError(
+            f"`labels` should be tokens that the model knows, below {logits.shape[-1]}. Found "
+            f"{int(unknown[0])}. Put {IGNORED} where a token is not scored; read the data with the "
+            "tokenizer of the model."
+        )
     return logits, labels
 
 
@@ -88,8 +95,8 @@ def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     batch = original_of(batch)
     keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
     further = without_cache(unwrapped(model)) if is_packed(batch) else {}
-    inputs = {name: value for name, value in batch.items() if keeps_labels or name != "labels"}
-    return {**further, **inputs}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return {**further, **inputs, **({"labels": labels_of(batch)} if keeps_labels else {})}
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -164,6 +171,12 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             "`labels` should be tokens of shape (sample, position). Found shape "
             f"{tuple(labels.shape)} for `{type(unwrapped(model)).__name__}`. The risk of other "
             "models than language models is yours to compute: pass it as a loss."
+        )
+    others = labels[(labels < 0) & (labels != IGNORED)]
+    if len(others):
+        raise ValueError(
+            f"`labels` should be tokens, and {IGNORED} where a token is not scored. Found "
+            f"{int(others[0])}, as in code that passes it as `ignore_index`. Put {IGNORED} there."
         )
     if not is_next:
         return labels

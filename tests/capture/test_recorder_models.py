@@ -249,3 +249,37 @@ def test_integer_weights_under_an_adapter_are_no_obstacle(tmp_path: Path) -> Non
         [float(g.double().square().sum()) for g in expected],
         rtol=1e-6,
     )
+
+
+# Hooks on gradients.
+
+
+def test_a_sum_of_losses_under_hooks_on_gradients_is_warned_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def gradient(hook: Callable[[Tensor], Tensor], *, one: bool, watched: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        model.weight.register_hook(hook)
+        losses = {name: lambda i=i: squared(model, i) for i, name in enumerate(("one", "other"))}
+        if not watched:
+            (losses["one"]() - losses["other"]()).backward()
+        else:
+            weights = {"one": 1.0, "other": -1.0}
+            whole = lambda: losses["one"]() - losses["other"]()  # noqa: E731
+            with Recorder(model, tmp_path / "a.h5", overwrite=True) as recorder:
+                recorder.backward(objective=whole if one else weights, **losses)
+        assert model.weight.grad is not None
+        return model.weight.grad
+
+    hooks = {"clip": lambda g: g.clamp(-0.01, 0.01), "mask": lambda g: g * torch.eye(2, 4)}
+    for hook in hooks.values():
+        assert torch.equal(
+            gradient(hook, one=True, watched=True), gradient(hook, one=False, watched=False)
+        )
+    assert not recwarn
+    for name, hook in hooks.items():
+        with pytest.warns(UserWarning, match="hooks see these. Found hooks on 1 parameters"):
+            found = gradient(hook, one=False, watched=True)
+        expected = gradient(hook, one=False, watched=False)
+        assert torch.allclose(found, expected, atol=1e-7) == (name == "mask")

@@ -258,3 +258,25 @@ def test_a_model_without_logits_is_refused_by_its_name(returned: str) -> None:
 
     with pytest.raises(ValueError, match=r"should return `.logits` .* Found none from `Bare`"):
         nll(Bare(1, 4), {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3).long()})
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.int8])
+def test_labels_may_be_whole_numbers_of_any_size(kind: torch.dtype) -> None:
+    for model, batch in ((tiny.llama(), tiny.batch(0)), (tiny.t5(), tiny.translation(0))):
+        narrow = {**batch, "labels": batch["labels"].to(kind)}
+        assert torch.equal(nll(model.eval(), narrow), nll(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (lambda x: x.where(x != -100, -1), "-100 where a token is not scored. Found -1, as in"),
+        (lambda x: x.where(x != -100, tiny.VOCABULARY), "tokens that the model knows, below 23"),
+        (lambda x: x.float(), "whole numbers, a token for each position. Found torch.float32"),
+        (lambda x: x.tolist(), "whole numbers, a token for each position. Found `list`"),
+    ],
+)
+def test_labels_that_are_no_tokens_are_refused(labels: Any, says: str) -> None:
+    batch = tiny.batch(0)
+    with pytest.raises((ValueError, TypeError), match=says):
+        nll(tiny.llama(), {**batch, "labels": labels(batch["labels"])})
