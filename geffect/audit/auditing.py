@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -13,13 +14,13 @@ import pandas as pd
 from torch import nn
 
 from geffect.checkpoints.loading import tokenizer_of
-from geffect.data.collate import check_tokens
 from geffect.data.examples import spelled
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.store import Run
 
 from .batteries import BATTERIES
 from .budget import Budget
+from .checks import check_answered, check_apart, check_readable, tokens_of
 from .controlled import Controlled
 from .controls import CONTROLS
 from .geometry import Geometry, check_run_of, checkpoint_metrics, depths_in, sets_in
@@ -36,7 +37,7 @@ from .models import (
     named,
 )
 from .options import AuditOptions, Report, chosen_of, names_of
-from .reading import check_fits, sets_of
+from .reading import sets_of
 from .report import AuditReport
 from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets
 from .summary import table_of
@@ -110,8 +111,9 @@ def audit(
             "seen: without them nothing says what a model shows that never knew. Found neither. "
             "Pass one of them."
         )
-    _check_fits(read, models)
-    _check_apart(read)
+    check_answered(read)
+    check_readable(read, models)
+    check_apart(read)
     tell: Report = chosen["report"] or (lambda what, done: None)
     started = time.monotonic()
     ordered = replace(read, sets={name: read[name].in_one_order() for name in read})
@@ -154,7 +156,8 @@ def measured(
     described: dict[str, Any] = {}
     has_retrained = models.retrained is not None
     looks = len(models) + (len(CONTROLS) if chosen["controls"] else 0)
-    seconds = expected_seconds(original.model, sets, budget) * looks
+    with _naming(ORIGINAL):
+        seconds = expected_seconds(original.model, sets, budget) * looks
     report(f"{ORIGINAL}: {_spelt(seconds)}", 0.0)
     for place, role in enumerate(models):
         model = original.model if role == ORIGINAL else models.loaded(role)
@@ -163,7 +166,8 @@ def measured(
         look = Look(role, model, sets, budget, rate, original, has_retrained, looked.tell, skipped)
         for name in names:
             looked.begin(name)
-            found += BATTERIES[name](look)
+            with _naming(role):
+                found += BATTERIES[name](look)
     if not found:
         raise ValueError(
             f"An audit should measure something. Found nothing that {', '.join(names)} could: "
@@ -179,6 +183,15 @@ def measured(
     items = pd.concat(found, ignore_index=True)
     several = [role for role in models if role not in ROLES]
     return (with_mean(items, several, RETRAINED) if several else items), told
+
+
+@contextmanager
+def _naming(role: str) -> Iterator[None]:
+    """A block whose errors say which model they are of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} It was found with the {role} model.") from error
 
 
 def _geometry(
@@ -296,41 +309,6 @@ def _sets(given: Mapping[str, Any], models: AuditModels, chosen: Mapping[str, An
     return sets_of(given, tokenizer, template=chosen["template"], positions=positions)
 
 
-def _check_fits(sets: AuditSets, models: AuditModels) -> None:
-    """Refuse items that a model cannot read, before the first one is loaded."""
-    for role in models:
-        positions, vocabulary = limits_of(models[role])
-        for name in sets:
-            for index, item in enumerate(sets[name].items):
-                where = f"Item {index} of `{name}`, for the {role} model,"
-                check_fits(len(item["input_ids"]), positions, where)
-                check_tokens(item["input_ids"], vocabulary, where)
-
-
-def _check_apart(sets: AuditSets) -> None:
-    """Refuse sets that share an item where each is asked for the opposite of the other.
-
-    What should be forgotten is none of what stays, and a holdout is in nothing else.
-    """
-    apart = {FORGET: (sets.kept, "none of what should stay")}
-    if HOLDOUT in sets:
-        others = tuple(name for name in sets if name != HOLDOUT)
-        apart[HOLDOUT] = (others, "data that no model has seen")
-    for own, (others, should) in apart.items():
-        places = {_tokens_of(item): index for index, item in enumerate(sets[own].items)}
-        for name in others:
-            for index, item in enumerate(sets[name].items):
-                if (same := places.get(_tokens_of(item))) is not None:
-                    raise ValueError(
-                        f"`{own}` should be {should}. Found item {same} of it, counted from 0, "
-                        f"also as item {index} of `{name}`. Leave it out of one of them."
-                    )
-
-
-def _tokens_of(item: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, item[column])) for column in ("input_ids", "labels"))
-
-
 def _rate_of(model: nn.Module) -> float:
     """A learning rate that moves a weight by a share of their size a step of AdamW."""
     squares = [
@@ -371,7 +349,7 @@ def _provenance(models: AuditModels, sets: AuditSets) -> dict[str, Any]:
 
 
 def _of_set(of: AuditSet, sets: AuditSets) -> dict[str, Any]:
-    data = [[[*column] for column in _tokens_of(item)] for item in of.items]
+    data = [[[*column] for column in tokens_of(item)] for item in of.items]
     first = spelled(of.items[0], sets.tokenizer) if sets.tokenizer is not None else None
     return {
         "source": sets.sources.get(of.name),

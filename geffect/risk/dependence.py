@@ -102,8 +102,9 @@ def look_at(model: Any, inputs: Mapping[str, Any], *looks: Callable[..., Look]) 
 def _change_alone(model: nn.Module, inputs: Mapping[str, Any], look: Look) -> float | None:
     # What a model says of its own tokens, it says in the forward that was asked for.
     with suppress(Exception), without_forward_hooks(model):
-        if _change(model, inputs, look) == 0:
-            return 0.0
+        found = _change(model, inputs, look)
+        if not found:  # a head of zeros shows nothing with hooks either
+            return found
     with suppress(Exception):
         return _change(model, inputs, look)
     return None

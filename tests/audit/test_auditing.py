@@ -44,6 +44,8 @@ def nll_of(model: Any, item: dict[str, list[int]]) -> float:
     return -sum(float(log_p[i - 1, item["labels"][i]]) for i in places)
 
 
+UNANSWERED = [{"input_ids": [3, 4], "labels": [-100, -100]}] * 2
+
 TOLD_BY = ("memorised", "utility")
 TOLD = ["nll", "prob", "em", "es", "entropy"]
 
@@ -203,6 +205,7 @@ def changed(**options: Any) -> Callable[[list[nn.Module]], Any]:
         ({"budget": "fast"}, "`budget` should be one of quick, full"),
         ({"learning_rate": 0}, "`learning_rate` should be a number above 0"),
         ({"sets": {"forget": items(0)}}, "Found no `retain`"),
+        ({"sets": {"forget": items(0), "retain": UNANSWERED}}, "`retain` .* Found none in 2"),
         ({"sets": {"forget": [{"text": "Ada"}], "retain": items(1)}}, "`tokenizer` should be"),
     ],
 )
@@ -216,6 +219,15 @@ def test_what_is_asked_wrongly_is_refused(
 def test_a_model_without_weights_tells_no_learning_rate(models: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match="`learning_rate` should be given"):
         changed()([models[0], nn.Identity(), models[2]])
+
+
+@pytest.mark.parametrize("role", ["unlearned", "original", "retrained"])
+def test_a_model_that_diverged_is_named(models: list[nn.Module], role: str) -> None:
+    given = dict(zip(("unlearned", "original", "retrained"), models, strict=True))
+    given[role] = copy.deepcopy(given[role])
+    nn.init.constant_(given[role].get_parameter("model.norm.weight"), float("nan"))
+    with pytest.raises(ValueError, match=f"Found some that are NaN.* with the {role} model"):
+        audit(**given, sets={"forget": items(0), "retain": items(1)}, budget=BUDGET)
 
 
 def test_without_anything_that_never_knew_there_is_no_audit(models: list[nn.Module]) -> None:

@@ -302,6 +302,16 @@ def test_hooks_see_the_forwards_that_were_asked_for() -> None:
     assert not (model.embed._forward_hooks or nn.modules.module._global_forward_hooks)
 
 
+def test_hooks_of_a_model_whose_head_is_zero_see_the_same() -> None:
+    """It is looked at again each time, since zeros do not tell what it sees."""
+    model, seen = tiny.llama(), []
+    nn.init.zeros_(model.lm_head.weight)
+    model.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for _ in range(2):
+        nll(model, tiny.batch(0))
+    assert seen == [True, True]
+
+
 def test_a_model_that_hooks_make_causal_is_looked_at_with_them() -> None:
     def mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         causal = nn.Transformer.generate_square_subsequent_mask(args[0].shape[1])
