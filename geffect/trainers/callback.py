@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -26,22 +27,21 @@ from geffect.capture.stopping import StopWhen
 from geffect.capture.store_options import StoreOptions
 from geffect.gradients import Gradients, GradientTransform
 from geffect.hooks import Hooks, weakly
-from geffect.optimizers import check_descends, unwrapped
+from geffect.optimizers import unwrapped
 from geffect.projection.listeners import listeners
-from geffect.risk import RiskSet, as_batches, check_data, noting_risk, risk_gradient
+from geffect.risk import RiskSet, noting_risk, risk_gradient
 from geffect.sources import (
     AVERAGE,
     OBJECTIVE,
     RECTIFIED,
     UPDATE,
-    check_risks,
 )
 from geffect.steps import StepFollower
 from geffect.store.paths import place_of
 
 from .at_copy import told
+from .checks import check_begins, check_probes, check_sources, check_training
 from .loop import (
-    check_gradients_can_be_had,
     firing_loop,
     is_running,
     model_of,
@@ -125,7 +125,7 @@ class GEffectCallback(TrainerCallback):
         on_error: OnError = "raise",
         stop: StopWhen | None = None,
     ) -> None:
-        _check_probes(probes)
+        check_probes(probes)
         self._path = place_of(path)
         self._probes = dict(probes)
         self._due = every_kth(every) if when is None else when
@@ -150,64 +150,19 @@ class GEffectCallback(TrainerCallback):
         """Refuse what cannot be recorded, and open the file."""
         self._let_go()
         _take_over(self._path)
-        model, trainer = kwargs["model"], firing_loop().trainer
-        check_gradients_can_be_had(trainer, kwargs["optimizer"])
-        if kwargs["optimizer"] is not None:
-            check_descends(unwrapped(kwargs["optimizer"]))
-        with distributed.raise_on_all_ranks():
-            for name, batches in self._probes.items():
-                with noting_risk(name):
-                    check_data(batches)
+        trainer, optimizer = firing_loop().trainer, kwargs["optimizer"]
+        check_training(trainer, optimizer, self._probes)
         if self._trackers is not None:
             self._reports = Reports(self._trackers, trainer, self._path, self._probes)
-        resumed = state.global_step > 0
         steps = range(state.global_step, state.max_steps)
         due = list(filter(self._due, steps))
-        self._recording = Recording(
-            model,
-            self._path,
-            metadata=self._metadata,
-            store=self._store,
-            steps=due,
-            existing=IfExists(
-                overwrite=(self._overwrite or self._ours) and not resumed,
-                resume=resumed,
-                drop_after=state.global_step - 1 if resumed else None,
-            ),
-            on_error=self._on_error,
-            provenance={"trainer": _provenance(trainer, args), **told(trainer)},
-        )
-        self._follower = StepFollower(self._recording.parameters, updates=self._update)
-        self._in_engine = distributed.is_in_engine(self._recording.parameters[0])
-        _open_callbacks.add(self)
-        listeners.add(self)
-        if self._in_engine:
-            behind = unwrapped(kwargs["optimizer"])
-            self._inside.add(behind.register_step_pre_hook, weakly(self._before_step))
-            self._inside.add(behind.register_step_post_hook, weakly(self._after_step))
+        self._recording = self._begun(kwargs["model"], trainer, due, resumed_at=state.global_step)
+        self._follow(self._recording, optimizer)
         self._trainer = weakref.ref(trainer)
-        ours = [OBJECTIVE, *self._probes, *([UPDATE] if self._update else [])]
         with self._let_go_if_it_fails():
-            if self._stop is not None:
-                self._stop.check_sources(ours)
-            self._recording.watch(self._stop)
-            if continued := self._recording.header.sources:
-                # What a rectifier adds is known when it acts.
-                own = [s for s in continued if s != RECTIFIED and not s.endswith(AVERAGE)]
-                _check_sources(self._path, own, ours)
-            elif steps and not due:
-                raise ValueError(
-                    "A step of this training should be one that `every` or `when` captures. Found "
-                    f"none from step {steps.start} to {steps[-1]}. Pass a schedule that has some "
-                    "of these, such as every=1."
-                )
-            elif resumed and distributed.is_main_process():
-                log.warning(
-                    "`%s` has no row of an earlier step to continue: a run begins there at step "
-                    "%d, where training is resumed.",
-                    self._path,
-                    state.global_step,
-                )
+            continued = self._check_run(self._recording)
+            if not continued:
+                check_begins(self._path, steps, due)
         self._ours = self._ours or not continued
 
     def on_step_begin(
@@ -279,7 +234,7 @@ class GEffectCallback(TrainerCallback):
                 step.measure(recording)
             with distributed.raise_on_all_ranks():
                 entry = step.entry(update=self._update)
-                _check_sources(self._path, recording.header.sources, entry.sources or ())
+                check_sources(self._path, recording.header.sources, entry.sources or ())
                 if step.rectifier is not None:
                     recording.header.check_rectifier(step.rectifier)
                 recording.write(entry)
@@ -327,6 +282,48 @@ class GEffectCallback(TrainerCallback):
             with self._let_go_if_it_fails():
                 self._step.move(self._follower, optimizer, None)
 
+    def _begun(
+        self, model: nn.Module, trainer: Trainer, due: Sequence[int], *, resumed_at: int
+    ) -> Recording:
+        """The recording of a training that begins, or goes on at a step."""
+        return Recording(
+            model,
+            self._path,
+            metadata=self._metadata,
+            store=self._store,
+            steps=due,
+            existing=IfExists(
+                overwrite=(self._overwrite or self._ours) and not resumed_at,
+                resume=resumed_at > 0,
+                drop_after=resumed_at - 1 if resumed_at else None,
+            ),
+            on_error=self._on_error,
+            provenance={"trainer": _provenance(trainer), **told(trainer)},
+        )
+
+    def _follow(self, recording: Recording, optimizer: Any) -> None:
+        """Hear of every step from now on."""
+        self._follower = StepFollower(recording.parameters, updates=self._update)
+        self._in_engine = distributed.is_in_engine(recording.parameters[0])
+        _open_callbacks.add(self)
+        listeners.add(self)
+        if self._in_engine:
+            behind = unwrapped(optimizer)
+            self._inside.add(behind.register_step_pre_hook, weakly(self._before_step))
+            self._inside.add(behind.register_step_post_hook, weakly(self._after_step))
+
+    def _check_run(self, recording: Recording) -> bool:
+        """Whether the run goes on with what a file has; refuses one with other sources."""
+        ours = [OBJECTIVE, *self._probes, *([UPDATE] if self._update else [])]
+        if self._stop is not None:
+            self._stop.check_sources(ours)
+        recording.watch(self._stop)
+        # What a rectifier adds is known when it acts.
+        continued = recording.header.sources
+        own = [s for s in continued if s != RECTIFIED and not s.endswith(AVERAGE)]
+        check_sources(self._path, own, ours)
+        return bool(continued)
+
     def _opened(self) -> Recording:
         if self._recording is None:
             raise RuntimeError(
@@ -362,29 +359,8 @@ def _take_over(path: Path) -> None:
             other._let_go()
 
 
-def _check_probes(probes: Mapping[str, RiskSet]) -> None:
-    check_risks("probes", probes)
-    if not probes:
-        raise ValueError(
-            "`probes` should have at least one set of batches. Found none. Pass "
-            'probes={"forget": ..., "retain": ...}.'
-        )
-    for name, batches in probes.items():
-        with noting_risk(name):
-            as_batches(batches)
-
-
-def _check_sources(path: Path, recorded: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse a step with other sources than the run that it continues, if there is one."""
-    if recorded and set(recorded) != set(found):
-        raise ValueError(
-            "`probes`, `update` and the rectifier should stay those of the run in "
-            f"`{path}`, which has the sources {', '.join(recorded)}. Found {', '.join(found)}. "
-            "Pass the same, or record into another file."
-        )
-
-
-def _provenance(trainer: Trainer, args: TrainingArguments) -> dict[str, Any]:
+def _provenance(trainer: Trainer) -> dict[str, Any]:
+    args = trainer.args
     return {
         "class": type(trainer).__name__,
         "max_grad_norm": args.max_grad_norm,
