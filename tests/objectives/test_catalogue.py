@@ -255,23 +255,41 @@ def test_what_stands_for_an_objective() -> None:
     assert declared.sides == GradDiff().sides == ("forget", "retain")
 
 
+APART = ("graddiff+gd", "graddiff+kl", "graddiff+rr", "graddiff+proxy-kl", "pdu+gd")
+"""Objectives with a part of their own for what the regulariser adds."""
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_objective_goes_with_every_regulariser(name: str) -> None:
     alone, _, added = name.partition("+")
     regulariser = REGULARISERS[added].regulariser if added else None
-    if name in ("graddiff+gd", "graddiff+kl", "graddiff+rr", "graddiff+proxy-kl", "pdu+gd"):
+    if name in APART:
         with pytest.raises(ValueError, match=rf"without a part of its own .* Found `{alone}`"):
             named(name)
         return
     assert set(options_of(named(name))) == {
         *options_of(CATALOGUE[alone]), *(["weight", *options_of(regulariser)] if added else [])
     }  # fmt: skip
+
+
+def in_turn() -> list[str]:
+    """Each objective with one of the regularisers that it goes with, and all of these in turn."""
+    beside = {
+        name: [f"{name}+{added}" for added in REGULARISERS if f"{name}+{added}" not in APART]
+        for name in CATALOGUE
+    }
+    pairs = [both[place % len(both)] for place, both in enumerate(beside.values()) if both]
+    assert {name.partition("+")[2] for name in pairs} == {*REGULARISERS}
+    return pairs
+
+
+@pytest.mark.parametrize("name", in_turn())
+def test_a_regulariser_is_added(name: str) -> None:
+    alone, _, added = name.partition("+")
     pair, before = pair_of(named(name)), FrozenModel(tiny.gpt2(1).eval())
-    found = named(name)(tiny.gpt2(), pair, before)
     expected = CATALOGUE[alone](tiny.gpt2(), pair, before)
-    if regulariser is not None:
-        expected = expected + regulariser(tiny.gpt2(), pair, before)
-    assert torch.equal(found, expected)
+    expected = expected + REGULARISERS[added].regulariser(tiny.gpt2(), pair, before)
+    assert torch.equal(named(name)(tiny.gpt2(), pair, before), expected)
 
 
 def test_options_go_to_the_part_that_has_them() -> None:
