@@ -11,7 +11,7 @@ from geffect.batch import IGNORED, Batch, check_one_answer, labels_of, on_device
 from geffect.data.collate import collate
 from geffect.dots import dense
 from geffect.layers import trainable
-from geffect.risk import RiskSet, as_batches, label_logits, undisturbed
+from geffect.risk import RiskSet, as_batches, check_answers, label_logits, undisturbed
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -59,17 +59,24 @@ def mean_importance(
     return {name: total / len(batches) for name, total in sums.items()}
 
 
+def check_answered(model: nn.Module, sets: Mapping[str, Sequence[Batch]]) -> None:
+    """Refuse a batch in which nothing is scored, by the name of its set: it has no gradient.
+
+    >>> ids = torch.tensor([[5, 6]])
+    >>> check_answered(nn.Identity(), {"forget": [{"labels": torch.full_like(ids, -100)}]})
+    Traceback (most recent call last):
+    ValueError: `forget` should have an answer token: a label that is not -100, beyond the first ...
+    """
+    for name, batches in sets.items():
+        for batch in batches:
+            check_answers(model, {name: batch})
+
+
 def output_energy(model: Any, batch: Batch) -> Tensor:
     """The mean over the scored positions of |logits|^2: which token is right is not asked."""
     logits, labels = label_logits(model, batch)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scored = labels != IGNORED
-    if not scored.any():
-        raise ValueError(
-            "A batch should have an answer token: a label that is not -100. Found none. Mark the "
-            "answers in the labels."
-        )
-    return exact.square().sum(dim=-1)[scored].mean()
+    return exact.square().sum(dim=-1)[labels != IGNORED].mean()
 
 
 def of_size(name: str, batches: RiskSet, size: int) -> list[Batch]:

@@ -6,6 +6,7 @@ The public code is filyp/RepSelect, whose single-shot version this is.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -14,11 +15,11 @@ from geffect.layers import trainable
 from geffect.numbers import is_number, is_whole
 from geffect.projection import Collapse
 from geffect.projection.collapse import Basis, Side, Strength
-from geffect.risk import RiskSet, as_batches, nll
+from geffect.risk import as_batches, nll
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
-from .importance import mean_importance
+from .importance import check_answered, mean_importance
 from .options import check_option, matching
 from .task_vector import check_weights
 
@@ -59,6 +60,7 @@ class RepSelect(Edit):
             check_option(self, "k", is_whole(self.k, 1), "a whole number from 1 on")
         finite = is_number(self.length) and self.length > 0
         check_option(self, "length", finite, "a positive number")
+        check_option(self, "basis", self.basis in get_args(Basis), '"forget" or "retain"')
         self._collapse(self.k or 1)
 
     @property
@@ -93,7 +95,9 @@ class RepSelect(Edit):
         parameters = trainable(model)
         check_weights(parameters, type(self).__name__)
         names = self._matrices(parameters)
-        forget, *others = [_gradient(model, data[name], names) for name in self.sets]
+        batches = {name: [*as_batches(data[name])] for name in self.sets}
+        check_answered(model, batches)
+        forget, *others = [_gradient(model, own, names) for own in batches.values()]
         (basis,) = others or (forget,)
         turned = _input_first(model)
         collapsed = {
@@ -135,10 +139,11 @@ class RepSelect(Edit):
         return found
 
 
-def _gradient(model: nn.Module, batches: RiskSet, names: Sequence[str]) -> dict[str, Tensor]:
+def _gradient(
+    model: nn.Module, batches: Sequence[Batch], names: Sequence[str]
+) -> dict[str, Tensor]:
     """The mean gradient of the NLL, in float64."""
-    every: Sequence[Batch] = [*as_batches(batches)]
-    return mean_importance(model, every, nll, lambda gradient: gradient, names)
+    return mean_importance(model, batches, nll, lambda gradient: gradient, names)
 
 
 def _input_first(model: nn.Module) -> set[int]:

@@ -19,7 +19,7 @@ from geffect.risk import nll
 from geffect.sources import FORGET, RETAIN
 
 from .base import Data, Edit, Outcome
-from .importance import Loss, mean_importance, of_size, output_energy
+from .importance import Loss, check_answered, mean_importance, of_size, output_energy
 from .options import check_option, chosen
 
 Against = Literal["retain", "all"]
@@ -108,6 +108,7 @@ class SSD(Edit):
     def _importances(self, model: nn.Module, data: Data) -> "_Importances":
         names = chosen(self, trainable(model))
         sets = {name: of_size(name, data[name], self.fisher_batch) for name in self.sets}
+        check_answered(model, sets)
         compared = sets[RETAIN] if self.against == "retain" else [*sets[RETAIN], *sets[FORGET]]
         return _Importances(
             self._importance(model, sets[FORGET], names),

@@ -53,7 +53,8 @@ class Requests:
     `geffect.analysis.task_vectors` tells how alike requests are, `revivals` what each does to those
     before it. All other analyzers read the file as that of an edit: `predicted_change` is e_R(D) =
     -<grad R, D>, by how much a risk falls to first order. Of a block that raises nothing is
-    recorded, and the model stays where it was left.
+    recorded, and the model stays where it was left. A loop that is left in the midst of a request
+    is refused: leave it as soon as the next one is named.
 
     >>> import tempfile
     >>> from types import SimpleNamespace
@@ -99,6 +100,7 @@ class Requests:
         self._risks: list[tuple[str, str, float, float]] = []
         self._pairs: list[tuple[str, str, str, Likeness]] = []
         self._complete = False
+        self._begun: tuple[str, list[Tensor]] | None = None  # a request, and theta before it
         self._recording = Recording(
             model,
             path,
@@ -117,6 +119,8 @@ class Requests:
         trace: TracebackType | None,
     ) -> None:
         self._recording.close(complete=self._complete and error is None)
+        if error is None:
+            self._check_ended()
 
     def __iter__(self) -> Iterator[tuple[str, RiskSet]]:
         """The name and the data of each request, to be unlearned before the next is asked for."""
@@ -131,7 +135,9 @@ class Requests:
             for risk, batches in self._sets.items():
                 with noting_risk(risk):
                     found[risk] = risk_gradient(self._model, batches)
+            self._begun = name, before
             yield name, self._sets[name]
+            self._begun = None
             self._check_same(name)
             self._set_back(before)
             displacement = [
@@ -160,6 +166,21 @@ class Requests:
                 f"`{moved[0]}`. Load weights by `load_state_dict`, and put adapters and frozen "
                 "parts in place before Requests is made."
             )
+
+    def _check_ended(self) -> None:
+        """Refuse a loop that was left in the midst of a request: its change is in no row."""
+        if self._begun is None:
+            return
+        name, before = self._begun
+        pairs = zip(self._parameters.values(), before, strict=True)
+        if all(torch.equal(parameter, old) for parameter, old in pairs):
+            return
+        learned = "" if self._negate is None else ", and what was learned is not taken away"
+        raise ValueError(
+            "Requests should be left before a request has changed the model, or after the last. "
+            f"Found that the loop was left in the midst of `{name}`: its change is in the model "
+            f"and in no row{learned}. To stop early, leave as soon as the next one is named."
+        )
 
     @torch.no_grad()
     def _set_back(self, before: list[Tensor]) -> None:

@@ -3,14 +3,20 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from geffect import open_run
 from geffect.analysis import edited
+from geffect.cli.edit import edit_of
+from geffect.cli.fields import GIVEN
+from geffect.edits import CATALOGUE, options_of
 from geffect.store import validate
 from tests.utils import shallow as tiny
 from tests.utils.chat import TURNS, make_tokenizer, written
@@ -90,6 +96,45 @@ def test_the_table_for_a_script(edit: Ask, tmp_path: Path, monkeypatch: pytest.M
     last = said["effects"][-1]
     assert (last["risk"], last["layer"]) == ("retain", "model") and last["measured"]
     assert said["effects"][0]["measured"] is None
+
+
+OPTIONS = {
+    "alpha": "0.7", "fraction": "0.05", "dampening": "0.5", "against": "all", "fisher_batch": "2",
+    "include": "*up_proj*", "exclude": "*norm*", "level": "0.9", "tolerance": "0.01", "k": "2",
+    "side": "input", "basis": "retain", "strength": "hard", "length": "2", "damping": "50",
+    "scale": "300", "steps": "15", "repeats": "2", "seed": "3",
+}  # fmt: skip
+"""A text for each option of the catalogue that is not its default."""
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [(name, option) for name, e in CATALOGUE.items() for option in options_of(e)],
+)
+def test_every_option_is_one_of_the_command_line(method: str, option: str) -> None:
+    """Made alone, as what the text says; and no default is told."""
+    context: Any = SimpleNamespace(meta={GIVEN: {option: OPTIONS[option]}})
+    found, default = edit_of(context, method), CATALOGUE[method]
+    assert str(getattr(found, option)) in (OPTIONS[option], f"{OPTIONS[option]}.0")
+    assert getattr(found, option) != getattr(default, option)
+    assert found == replace(default, **{option: getattr(found, option)})
+
+
+@pytest.mark.parametrize("options", [[], ["--side", "input", "--basis", "retain"]], ids=str)
+def test_repselect_with_so_many_directions(
+    edit: Ask, folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    code, _, err = edit("--k", "2", *options, method="repselect")
+    assert (code, err) == (0, "")
+    run = open_run(tmp_path / "out" / "edit.h5")
+    assert run.manifest["edit"]["options"]["k"] == 2
+    before, after = (
+        LlamaForCausalLM.from_pretrained(path) for path in (folder / "model", tmp_path / "out")
+    )
+    moved = torch.cat(
+        [(p - q).flatten() for p, q in zip(after.parameters(), before.parameters(), strict=True)]
+    )
+    assert moved.norm().item() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_negation_and_tsv(edit: Ask, folder: Path) -> None:

@@ -78,6 +78,14 @@ def test_what_is_included_is_what_changes() -> None:
         RepSelect(k=17).displacement(model, DATA)
 
 
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_batch_without_answers_is_refused_by_the_name_of_its_set(name: str) -> None:
+    unscored = {**tiny.batch(1), "labels": torch.full_like(tiny.batch(1)["labels"], -100)}
+    data = {**DATA, name: [*DATA[name], unscored]}
+    with pytest.raises(ValueError, match=f"`{name}` should have an answer token"):
+        RepSelect(basis="retain").change(tiny.llama(), data)
+
+
 def test_a_gradient_of_which_nothing_is_left_is_refused() -> None:
     model = copy.deepcopy(tiny.llama())
     with pytest.raises(ValueError, match=r"should leave something .* Found a length of 0\.0"):
@@ -94,7 +102,7 @@ def test_a_gradient_of_which_nothing_is_left_is_refused() -> None:
         ({"length": 0.0}, r"`length` of RepSelect should be a positive number"),
         ({"length": float("inf")}, r"`length` of RepSelect should be a positive number"),
         ({"side": "in"}, r"`side` of Collapse should be one of"),
-        ({"basis": "world"}, r"`source` of Collapse should be one of"),
+        ({"basis": "world"}, r'`basis` of RepSelect should be "forget" or "retain"'),
         ({"strength": "ridge"}, r"`strength` of Collapse should be one of"),
     ],
 )

@@ -218,8 +218,9 @@ def test_data_that_are_refused() -> None:
         SSD().change(model, {**DATA, "forget": packed})
     unscored = {**FORGET[0], "labels": torch.full((2, 9), -100)}
     for kind in (SSD(), LFSSD()):
-        with pytest.raises(ValueError, match="an answer token"):
-            kind.change(model, {**DATA, "forget": unscored})
+        for name in ("forget", "retain"):
+            with pytest.raises(ValueError, match=f"`{name}` should have an answer token"):
+                kind.change(model, {**DATA, name: unscored})
 
 
 @pytest.mark.parametrize("kind", [SSD(alpha=1.1), LFSSD(alpha=1.1), SSD(fraction=0.1)])

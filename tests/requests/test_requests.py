@@ -174,6 +174,36 @@ def test_a_request_that_fails_is_not_recorded(tmp_path: Path) -> None:
         task_vectors(run)
 
 
+@pytest.mark.parametrize("negate", [None, 1.0])
+def test_a_loop_that_is_left_in_the_midst_of_a_request_is_refused(
+    negate: float | None, tmp_path: Path
+) -> None:
+    """What it changed would stand in no row, and what it learned would stay in the model."""
+    model, path = tiny.gpt2(), tmp_path / "run.h5"
+    requests = Requests(model, path, forget=FORGET, retain=RETAIN, negate=negate)
+    said = "midst of `b`: its change is in the model and in no row"
+    said += ", and what was learned is not taken away" if negate else r"\."
+    with pytest.raises(ValueError, match=said), requests:
+        for name, batches in requests:
+            descended(model, batches)
+            if name == "b":
+                break
+    run = open_run(path)
+    assert (run.state, run.steps.tolist()) == ("open", [0])
+
+
+def test_a_loop_may_be_left_as_soon_as_a_request_is_named(tmp_path: Path) -> None:
+    model, path = tiny.gpt2(), tmp_path / "run.h5"
+    with Requests(model, path, forget=FORGET, retain=RETAIN) as requests:
+        for name, batches in requests:
+            if name == "c":
+                break
+            descended(model, batches)
+    run = open_run(path)
+    assert (run.state, run.steps.tolist()) == ("open", [0, 1])
+    assert revivals(run)["request"].unique().tolist() == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
