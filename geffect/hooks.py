@@ -62,6 +62,16 @@ class Hooks:
     def __init__(self) -> None:
         self._noted: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
 
+    def __reduce__(self) -> tuple[type["Hooks"], tuple[()]]:
+        """A copy, which has no hooks anywhere: where there are some, what needs them has none."""
+        if self._noted:
+            raise TypeError(
+                "What follows the steps of an optimizer should not be copied or pickled: its hooks "
+                "stay with the original. Found a recorder, a callback or an attached rectifier in "
+                "what is copied. Copy the model alone, and make a new one for the copy."
+            )
+        return Hooks, ()
+
     def add(self, register: Callable[..., Any], hook: Callable[..., Any], **options: bool) -> None:
         """Register a hook by a method of what it is for."""
         self._noted.append((register, hook))

@@ -109,6 +109,11 @@ def _check_numbers(name: str, tensor: "Tensor", model: str) -> None:
             f"{should} Found `{name}` of {tensor.dtype}. Keep its real and imaginary parts in one "
             "real parameter, and take torch.view_as_complex of it in the forward."
         )
+    if tensor.is_inference():
+        raise ValueError(
+            f"{should} Found `{name}`, which was made inside of `torch.inference_mode()` and never "
+            "has a gradient. Make or load the model outside of it."
+        )
     if holds_codes(tensor):
         raise ValueError(
             f"{should} Found `{name}` of `{type(tensor).__name__}`, which holds them in another "

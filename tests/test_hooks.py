@@ -1,14 +1,17 @@
 """No hook outlives the block that it is registered in, wherever an interrupt comes."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from geffect import Recorder, Rectifier
+from geffect import Recorder, Rectifier, open_run
 from geffect.effects import InstanceEffects, sample_effects, token_effects
 from geffect.hooks import Hooks
 from geffect.interrupts import put_back_after, to_the_end
@@ -162,3 +165,28 @@ def test_recorders_come_and_go_while_other_optimizers_step(tmp_path: Path) -> No
     optimizer.step()
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not hooks_left(other)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps])
+def test_what_follows_steps_is_not_copied(way: Callable[[Any], Any], tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        model.watched_by = recorder
+        attached = Rectifier(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        for own in (recorder, model, attached, {"rectifier": attached}):
+            with pytest.raises(TypeError, match="should not be copied or pickled: its hooks"):
+                way(own)
+        del model.watched_by
+        recorder.backward(objective=lambda: model(torch.ones(2)).sum())
+    assert len(open_run(tmp_path / "a.h5").gram()) == 1
+
+
+def test_a_rectifier_that_follows_no_optimizer_is_copied_with_its_model() -> None:
+    model = nn.Linear(2, 1)
+    copied, rectifier = copy.deepcopy((model, Rectifier(model)))
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([2.0, -0.5])
+    losses = {"forget": copied(x).sum(), "retain": copied(y).sum() - copied(x).sum()}
+    rectifier.backward(objective={"forget": 1.0}, **losses)
+    rectified = torch.cat([copied.weight.grad.flatten(), copied.bias.grad])
+    retain = torch.tensor([1.0, -2.5, 0.0])
+    assert abs(torch.dot(rectified, retain)) < 1e-6 and rectified.any()

@@ -235,3 +235,14 @@ def test_two_adapters_keep_their_names() -> None:
     model = nn.ModuleDict({"layer": TwoAdapters()})
     names = ["layer.lora_A.one.weight", "layer.lora_A.two.weight"]
     assert list(trainable(model)) == names == [p.name for p in describe(model)]
+
+
+def test_parameters_that_never_have_a_gradient_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 1)
+    with pytest.raises(
+        ValueError, match=r"Found `weight`, which was made inside of `torch.inferen"
+    ):
+        trainable(model)
+    model.weight, model.bias = (nn.Parameter(p.clone()) for p in model.parameters())
+    assert [*trainable(model)] == ["weight", "bias"]

@@ -102,6 +102,7 @@ class Recorder:
     ) -> None:
         if resume and next_step is None:
             _check_captures_all(when)
+        self._hooks = Hooks()  # what is copied is told of these before it comes to the file
         self._when, self.stop = when, stop
         self._recording = Recording(
             model,
@@ -127,7 +128,6 @@ class Recorder:
             if objective is not None:
                 self.note_objective(objective)
             # Hooks that all optimizers share: the user's one is neither wrapped nor asked for.
-            self._hooks = Hooks()
             finalize(self, self._hooks.remove)
             undone.callback(self._hooks.remove)
             self._hooks.add(BEFORE_STEPS.register, weakly(self._before_step))
