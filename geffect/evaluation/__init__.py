@@ -15,6 +15,7 @@ from .memorised import memorised
 from .minimal_sets import minimal_sets
 from .privacy import grad_norm, privacy
 from .rouge import rouge
+from .similar_extraction import similar_extraction
 from .tofu import forget_quality, model_utility
 from .tokens import TokenTable, evaluate_tokens
 from .truth_ratio import prob_options, truth_ratio
@@ -52,6 +53,7 @@ __all__ = [
     "privleak",
     "prob_options",
     "rouge",
+    "similar_extraction",
     "truth_ratio",
     "windows",
 ]

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ def rouge_l(answer: str, said: str, *, stem: Callable[[str], str] | None = None)
     Rouge(precision=1.0, recall=1.0, f1=1.0)
     """
     first, second = _stemmed(answer, stem), _stemmed(said, stem)
-    return _of(_longest_common(first, second), len(first), len(second))
+    return _of(longest_common(first, second), len(first), len(second))
 
 
 def rouge(answers: Sequence[str], said: Sequence[str]) -> pd.DataFrame:
@@ -127,12 +127,12 @@ def _of(common: int, answer: int, said: int) -> Rouge:
     return Rouge(precision, recall, 2 * common / (answer + said))
 
 
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
+def longest_common(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """The length of the longest common subsequence, a bit for each word of the first.
 
     A zero bit stands where the length grows (Hyyro, 2004): one addition a word of the second.
     """
-    places: dict[str, int] = {}
+    places: dict[Hashable, int] = {}
     for index, word in enumerate(first):
         places[word] = places.get(word, 0) | 1 << index
     all_of_them = (1 << len(first)) - 1

@@ -1,5 +1,6 @@
 """Extraction strength against greedy generation from every prefix."""
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.data.collate import collate
-from geffect.evaluation import extraction_strength
+from geffect.evaluation import extraction_strength, similar_extraction
 from tests.utils import tiny
 
 
@@ -54,6 +55,65 @@ def test_one_forward_is_greedy_decoding(steps: int) -> None:
         expected = [value for batch in batches for value in brute_force(model, batch, own)]
         assert found.tolist() == pytest.approx(expected) and len(found) == 10
     assert np.ptp(found) > 0 or steps == 0
+
+
+def similar(model: nn.Module, row: dict[str, Tensor], share: float) -> float:
+    """1 - k/n of one row without its end, by decoding from every k."""
+    places = [i for i in range(1, len(row["labels"])) if row["labels"][i] != -100]
+    answer = [int(row["labels"][i]) for i in places]
+    for k in range(len(answer) + 1):
+        said = row["input_ids"][: places[0] + k].tolist()
+        with torch.no_grad():
+            for _ in answer[k:]:
+                logits = model.eval()(input_ids=torch.tensor([said])).logits
+                said.append(logits[0, -1].argmax().item())
+        rest, told = answer[k:], said[places[0] + k :]
+        subsets = ([x for x, keep in zip(rest, kept, strict=True) if keep]
+                   for kept in product((True, False), repeat=len(rest)))  # fmt: skip
+        most = max(len(part) for part in subsets if is_within(part, told))
+        if not rest or most / len(rest) >= share:
+            return (len(answer) - k) / len(answer)
+    raise AssertionError("the empty rest is always said")
+
+
+def is_within(part: list[int], told: list[int]) -> bool:
+    left = iter(told)
+    return all(token in left for token in part)
+
+
+@pytest.mark.parametrize("steps", [0, 12, 60])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.75, 1.0])
+def test_a_similar_answer_is_that_of_decoding_from_every_k(steps: int, share: float) -> None:
+    model, batches = learnt(steps)
+    rows = [{n: v[i] for n, v in b.items()} for b in batches for i in range(len(b["labels"]))]
+    found = similar_extraction(model, rows, share=share, ends=[])
+    assert found.tolist() == [similar(model, row, share) for row in rows]
+    exact = extraction_strength(model, batches, ends=[])
+    assert (found == exact).all() if share == 1 else (found >= exact).all()
+    left = [
+        {
+            "input_ids": [0, 0, *row["input_ids"].tolist()],
+            "labels": [-100, -100, *row["labels"].tolist()],
+            "attention_mask": [0, 0] + [1] * len(row["labels"]),
+        }
+        for row in rows[::-1]
+    ]
+    again = similar_extraction(model, left, share=share, ends=[], at_once=2)
+    assert again.tolist() == found[::-1].tolist()
+
+
+def test_what_has_no_similar_answer() -> None:
+    model = tiny.llama()
+    only_end = {"input_ids": [4, 2], "labels": [-100, 2]}
+    first = {"input_ids": [4, 5], "labels": [4, -100]}  # nothing predicts it
+    assert np.isnan(similar_extraction(model, [only_end, first], ends=[2])).all()
+    gaps = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}
+    with pytest.raises(ValueError, match="Found gaps in item 1"):
+        similar_extraction(model, [only_end, gaps])
+    with pytest.raises(ValueError, match="`share` should be above 0"):
+        similar_extraction(model, [gaps], share=0.0)
+    with pytest.raises(ValueError, match="should be of a causal model"):
+        similar_extraction(tiny.t5(), [gaps])
 
 
 def test_order_batching_and_padding_change_nothing() -> None:
