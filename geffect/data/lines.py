@@ -1,6 +1,7 @@
 """The rows of a data file, each with where it stands."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def forms() -> str:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:  # some editors of Windows begin a file with the mark
+                line = line.removeprefix(BOM_UTF8)
             if not line.strip():
                 continue
             where = f"`{path}`, line {number},"
@@ -78,12 +81,25 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                     f"{where} should be text in UTF-8. Found {error.object[error.start]:#04x} at "
                     f"byte {error.start + 1} of the line. Save the file as UTF-8."
                 ) from error
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{where} should be a JSON object with {forms()}. Found text that is no JSON: "
                     f"{error}. Write one JSON object a line."
                 ) from error
+            if rb"\ud" in line.lower():
+                _check_whole(row, where)
             yield where, row
+
+
+def _check_whole(row: object, where: str) -> None:
+    """Refuse halves of characters, which JSON may hold and no tokenizer reads."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} should hold whole characters. Found {error.object[error.start]!a}, which is "
+            "half of one, as of an emoji that was cut. Mend the row, or leave it out."
+        ) from error
 
 
 def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:

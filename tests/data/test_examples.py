@@ -237,6 +237,34 @@ def test_a_bad_line_is_named(
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": "Ada \\ud83d"}', r"whole characters\. Found '\\ud83d'"),
+        (b'{"text": "Ada", "of": ["\\UDC00"]}', "no JSON"),
+        (b"[" * 100_000, "no JSON: maximum recursion"),
+        (b'{"text": "Ada", "n": ' + b"1" * 5000 + b"}", "no JSON: Exceeds the limit"),
+        (b"\xef\xbb\xbf{}", "no JSON: Unexpected UTF-8 BOM"),
+    ],
+)
+def test_a_line_that_python_reads_and_nobody_else_is_named(
+    plain: PreTrainedTokenizerFast, tmp_path: Path, line: bytes, says: str
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(b'{"text": "Ada \\ud83d\\ude42"}\n' + line)
+    with pytest.raises(ValueError, match=rf"odd\.jsonl`, line 2, .*{says}.*\. (Mend|Write)"):
+        read(path, plain)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(
+    plain: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    path.write_text('{"text": "Ada"}\n', encoding="utf-8")
+    marked.write_text('{"text": "Ada"}\n', encoding="utf-8-sig")
+    assert read(marked, plain) == read(path, plain)
+
+
 def test_a_file_that_is_not_in_utf_8(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"text": "Ada"}\n{"text": "Zo\u00eb"}\n'.encode("latin-1"))
