@@ -106,7 +106,7 @@ def edit(
     check_known(sets, own)
     change = what.change(own, {**sets, **{name: loaded(path) for name, path in others.items()}})
     _check_changes(what, change)
-    draft = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    draft = Path(tempfile.mkdtemp(prefix=f".{place.name[:16]}.", dir=place.parent))
     try:
         with change:
             save(own, draft, configured, [model, configured])

@@ -237,7 +237,13 @@ def base_of(folder: Folder) -> str | None:
     path = Path(folder) / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    said: str | None = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        said: str | None = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{path}` should say as `base_model_name_or_path` which model the adapter is for. "
+            f"Found: {error!r}. Copy it anew, or save the adapter again."
+        ) from error
     return said
 
 
@@ -285,7 +291,8 @@ def tokenizer_of(folders: Iterable[Folder]) -> Any:
     folders = list(folders)
     for folder in folders:
         if (Path(folder) / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder)
+            with _legible(folder, "a whole tokenizer"):
+                return AutoTokenizer.from_pretrained(folder)
     # A model that an adapter names by its name in a hub has no folder here, and maybe a tokenizer.
     for source in filter(lambda folder: not Path(folder).is_dir(), folders):
         try:
@@ -373,8 +380,10 @@ def _read(path: Path, files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]
 
 
 @contextmanager
-def _legible(source: Folder) -> Iterator[None]:
-    """Names the checkpoint where its weights are missing, cut off, or not those of its index.
+def _legible(
+    source: Folder, what: str = "all of its weights, and the index, if any, of just these"
+) -> Iterator[None]:
+    """Names the checkpoint where something of it is missing or cut off.
 
     The name of a model in a hub has other errors, as of a network.
     """
@@ -384,6 +393,6 @@ def _legible(source: Folder) -> Iterator[None]:
         if not Path(source).is_dir():
             raise
         raise ValueError(
-            f"`{source}` should hold all of its weights, and the index, if any, of just these. "
-            f"Found: {error}. Copy it anew, or save it again with save_pretrained."
+            f"`{source}` should hold {what}. Found: {error}. Copy it anew, or save it again with "
+            "save_pretrained."
         ) from error

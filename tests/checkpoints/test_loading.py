@@ -18,7 +18,7 @@ from geffect import open_run
 from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading as folders
 from geffect.checkpoints.estimators import full, same_batch
-from geffect.checkpoints.loading import Loader
+from geffect.checkpoints.loading import Loader, base_of, tokenizer_of
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO
 from tests.utils import reference
@@ -108,6 +108,25 @@ def test_a_base_that_has_moved(adapters: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({**said, "base_model_name_or_path": "gone/away"}))
     model = Loader(base=tmp_path / "elsewhere").load(tmp_path / "checkpoint-8")
     assert sum(parameter.requires_grad for parameter in model.parameters()) == 8
+
+
+@pytest.mark.parametrize("said", ["{", "[]", "{}", "7"])
+def test_an_adapter_that_names_no_base_is_named(tmp_path: Path, said: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(said)
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json` should say as .* Found: .*\. Copy"
+    ):
+        base_of(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["{", ""])
+def test_a_tokenizer_that_is_cut_off_is_named(tmp_path: Path, said: str) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer.json").write_text(said)
+    (tmp_path / "tokenizer_config.json").write_text(said)
+    with pytest.raises(ValueError, match=r"should hold a whole tokenizer\. Found: .*\. Copy"):
+        tokenizer_of([tmp_path])
 
 
 def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
