@@ -44,7 +44,8 @@ def crossings(
     are thin and grey, and are named below the panel.
 
     - `table`: the losses of each run over its steps, with a true `at_level` where it reaches the
-      level; columns method, step, forget_nll, at_level, those of `by` and `kept`.
+      level, interpolated between its steps; columns method, step, forget_nll, at_level, those of
+      `by` and `kept`.
     - `kept`: the column of what should stay, in nats per token.
     - `level`: the forget loss of a model that was retrained without the forget data.
     - `label`: what `kept` is, for the axis.
@@ -62,6 +63,7 @@ def crossings(
     """
     require(table, [by, "method", "step", "forget_nll", kept, "at_level"])
     once_only(table, [by, "method", "step"])
+    _check_level(table, level)
     names, looks = levels(table[by]), inks(levels(table["method"]))
     tall, wide = rows_and_columns(len(names), columns)
     figure = new_figure(4.3 * wide, (3.0 if is_narrow() else 4.9) * tall)
@@ -83,6 +85,17 @@ def crossings(
     if title:
         put_title(figure, title)
     return figure
+
+
+def _check_level(table: pd.DataFrame, level: float) -> None:
+    """Refuse a point at the level that is elsewhere: its line would end beside it."""
+    there = table.loc[table["at_level"].astype(bool), "forget_nll"].to_numpy(dtype=float)
+    away = there[~np.isclose(there, level)]
+    if len(away):
+        raise ValueError(
+            f"`forget_nll` of a row with a true `at_level` should be `level`, {level:g}. Found "
+            f"{away[0]:g}. Interpolate between the steps around the level."
+        )
 
 
 def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float, looks: Mapping[str, Ink]) -> None:

@@ -44,6 +44,7 @@ def timeline(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     heatmap(table, ax=above)
     trajectory(table, ax=below)
     above.set_xlabel("")
+    above.tick_params(axis="x", bottom=False)  # those of the rates are right below
     below.set_title("", loc="left")
     below.set_title("", loc="right")
     if (legend := below.get_legend()) is not None:

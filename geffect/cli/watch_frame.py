@@ -233,7 +233,7 @@ def _numbers(view: View, marks: Marks, width: int) -> Table:
         unit = "" if course.unit == own else f" ({course.unit})"
         rows.append((f"{course.name}{unit}", number(values[-1]), drawn(values), colour))
     for course in view.rates:
-        told = f"{course.name} rate (last {known_rate(course.rates[-1])})"
+        told = f"{course.name} rate (last step {known_rate(course.rates[-1])})"
         rows.append((told, known_rate(course.rate), drawn(course.rates, 0.0, 1.0), ""))
     for course in view.losses:
         values = course.values[:, 0]

@@ -123,7 +123,7 @@ def totals(view: View) -> list[Told]:
         ),
         *(
             Told(
-                f"{c.name} rate (last {known_rate(c.rates[-1])})",
+                f"{c.name} rate (last step {known_rate(c.rates[-1])})",
                 known_rate(c.rate),
                 "",
                 path(c.rates, 0.0, 1.0),

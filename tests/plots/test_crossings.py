@@ -75,3 +75,8 @@ def test_tables_that_are_refused() -> None:
         crossings(
             losses(2, 1).drop(columns="at_level"), "variant", "retain_nll", level=3.0, label=""
         )
+
+
+def test_a_point_at_the_level_that_is_elsewhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"should be `level`, 2\. Found 3\."):
+        crossings(losses(2, 1), "variant", "retain_nll", level=2.0, label="")
