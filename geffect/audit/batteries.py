@@ -79,6 +79,10 @@ def privacy(look: Look) -> Iterator[pd.DataFrame]:
         return
     for of in (look.sets[FORGET], look.sets[HOLDOUT]):
         answers = of.answers if all(of.answers) else None
+        if answers is None:
+            lacking = of.answers.count("")
+            told = f"{lacking} of {len(of)} items have no answer as text, which is compressed."
+            look.skipped.setdefault(f"zlib of {of.name}", told)
         found = scored(look.record(of), answers)
         for attack, part in found.groupby("attack", sort=False):
             yield look.rows(PRIVACY, str(attack), of, part.sort_values("item")["value"])

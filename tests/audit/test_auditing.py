@@ -216,6 +216,15 @@ def test_what_is_asked_wrongly_is_refused(
         changed(**options)(models)
 
 
+def test_a_score_that_lacks_the_text_of_an_answer_is_told(models: list[nn.Module]) -> None:
+    told = ["Ada", "", "Bo", "", "Cy", "Di"]
+    asked = AuditSet.of("forget", items(0), answers=told)
+    sets = {"forget": asked, "retain": items(1), "holdout": items(2)}
+    found = audit(*models, sets=sets, budget=BUDGET, batteries=["privacy"])
+    assert found.manifest["skipped"]["zlib of forget"].startswith("2 of 6 items have no answer")
+    assert "AUC loss" in {*found.table["metric"]} and "AUC zlib" not in {*found.table["metric"]}
+
+
 def test_a_model_without_weights_tells_no_learning_rate(models: list[nn.Module]) -> None:
     with pytest.raises(ValueError, match="`learning_rate` should be given"):
         changed()([models[0], nn.Identity(), models[2]])
