@@ -137,14 +137,10 @@ def _kept(values: Values) -> Iterator[Row]:
                 continue
             weights = resamples(units_of(values.subjects[UTILITY, of]))
             drawn = _ratio(resampled_means(after, weights), resampled_means(before, weights))
-            low, high = interval(drawn) if len(after) > 1 else (nan, nan)
-            yield _row(
-                UTILITY,
-                KEPT_SHARE,
-                model,
-                Share(kept_share(after, before), low, high, len(after)),
-                of,
-            )
+            n = _count(after + before)
+            low, high = interval(drawn) if n > 1 else (nan, nan)
+            share = Share(kept_share(after, before), low, high, n)
+            yield _row(UTILITY, KEPT_SHARE, model, share, of)
 
 
 def _perplexity(means: pd.DataFrame) -> Iterator[Row]:

@@ -304,9 +304,8 @@ class _Told:
                 yield f"{TIED}: two tokens are nearly as likely in {row.told} of the places."
         counted = [row.n for row in (*forget, *self.direct, *self.attacked)]
         if counted and min(counted) < self.limits.fewest_items:
-            yield (
-                f"{FEW_ITEMS}: {min(counted)} forget items, fewer than {self.limits.fewest_items}."
-            )
+            told = f"{min(counted)} forget item{'s' * (min(counted) != 1)}"
+            yield f"{FEW_ITEMS}: {told}, fewer than {self.limits.fewest_items}."
         if len(self.rows(DIFFERENCE)) > len(self.differences):
             yield (
                 f"{NO_AUC}: fewer than {self.limits.fewest_auc} items on a side: membership is "

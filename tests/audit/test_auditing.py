@@ -283,6 +283,9 @@ def test_items_without_an_answer_are_listed_and_count_nowhere(models: list[nn.Mo
     found = audit(*models, sets=sets, budget=BUDGET, batteries=asked)
     told = found.manifest["skipped"]["items of forget without an answer"]
     assert told.startswith("1 of 7 have no token that is scored") and "is item 6, " in told
+    some = {**sets, "retain": [*items(1)[:2], {**empty, "input_ids": items(1)[2]["input_ids"]}]}
+    kept = audit(*models, sets=some, budget=BUDGET, batteries=["utility"]).table
+    assert kept[kept["metric"] == "kept share"]["n"].tolist() == [2, 2]
     without = audit(*models, sets={**sets, "forget": items(0)}, budget=BUDGET, batteries=asked)
     assert not any("without an answer" in what for what in without.manifest["skipped"])
     key = ["battery", "metric", "set", "model"]  # bounds are of other draws
