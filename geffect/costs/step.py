@@ -24,7 +24,6 @@ from .sizes import config_of
 from .traced import Shape, Traced, on_meta, traced
 
 SHARDINGS = ("none", "ddp", "fsdp", "zero3")
-RECTIFIERS = ("gradient", "update", "coordinate", "select", "sago")
 DTYPES = ("float32", "bfloat16")
 GRADIENTS = (2, 3)
 SOURCES = ("objective", "forget", "retain")
@@ -35,6 +34,35 @@ LIVE_OF_ZERO = 10**9
 """Parameters that DeepSpeed keeps whole at once, at most, where its config says nothing else."""
 BUCKET_OF_ZERO = 5 * 10**8
 """Numbers in its bucket of gradients."""
+
+
+@dataclass(frozen=True)
+class Rectifying:
+    """What a rectifier needs in a step, beside an average in float32 and a gradient.
+
+    - `changes_gradient`: it writes to `.grad`, so that a recorder keeps a copy of what was there.
+    - `keeps_before`: the parameters as they were before the step.
+    - `selects`: a mean square and, while coordinates are chosen, two further vectors in float32.
+    - `portion`: bytes of the few tensors that are changed at a time.
+    - `new`, `rounded`: new tensors in float32 as large as the largest, in any case, and where
+      parameters in half precision are rounded.
+    """
+
+    changes_gradient: bool = False
+    keeps_before: bool = False
+    selects: bool = False
+    portion: int = 0
+    new: int = 0
+    rounded: int = 0
+
+
+RECTIFIERS: Mapping[str, Rectifying] = {
+    "gradient": Rectifying(changes_gradient=True, rounded=3),
+    "update": Rectifying(keeps_before=True),
+    "coordinate": Rectifying(portion=PORTION_BYTES),
+    "select": Rectifying(changes_gradient=True, selects=True, rounded=3),
+    "sago": Rectifying(changes_gradient=True, new=2),
+}
 
 
 @dataclass(frozen=True)
@@ -124,15 +152,16 @@ def estimate(
         "positions": batch.positions,
         "checkpointing": batch.checkpointing,
     }
-    sources = SOURCES if rectifier is None else (*SOURCES, average_of(RETAIN))
-    if rectifier in ("gradient", "select", "sago"):
+    rectifying = None if rectifier is None else RECTIFIERS[rectifier]
+    sources = SOURCES if rectifying is None else (*SOURCES, average_of(RETAIN))
+    if rectifying is not None and rectifying.changes_gradient:
         sources = (*sources, RECTIFIED)
     disk = 0 if keep is None else _disk(table, keep, sources, rectified=rectifier is not None)
     row = int(disk * held.share)
     keeps = keep is not None and keep.gradients is not None
     return Estimate(
         setting,
-        held.at_peak(passes, rectifier, records=keep is not None),
+        held.at_peak(passes, rectifying, records=keep is not None),
         held.plain(passes),
         host=max(row, WAITING_BYTES) if keeps else 0,
         disk=disk,
@@ -199,35 +228,38 @@ class _Held:
         step = self.vector + self.largest
         return sum(self.fixed.values()) + max(first, further, step)
 
-    def at_peak(self, passes: int, rectifier: str | None, *, records: bool) -> dict[str, int]:
+    def at_peak(
+        self, passes: int, rectifying: Rectifying | None, *, records: bool
+    ) -> dict[str, int]:
         """The peak with geffect, by what it is for."""
-        if rectifier is None and not records:
+        if rectifying is None and not records:
             held = dict(self.fixed)
             held["gradients and activations"] = self.plain(passes) - sum(held.values())
             return held
-        averages = 0 if rectifier is None else self.average
-        before = self.vector if rectifier == "update" else 0
-        squares = self.average if rectifier == "select" else 0
         # A gradient that is compared with the others in a backward pass is let go in it.
-        streams = rectifier is None and self.sharding in ("none", "fsdp")
+        streams = rectifying is None and self.sharding in ("none", "fsdp")
         arriving = (lambda g: 0.0) if streams else (lambda g: g * self.share)
         last = (passes - 1) * self.vector + self.pass_.peak(arriving)
+        averages = before = 0
         change = self.vector + self.largest  # the optimizer's step
-        if rectifier is not None:
-            copies = self.vector if records and rectifier in ("gradient", "select", "sago") else 0
-            masks = 2 * self.average if rectifier == "select" else 0
-            portion = PORTION_BYTES if rectifier == "coordinate" else 0
-            in_float32 = self.largest * FLOAT // self.width
-            # A tensor is rounded, or combined by coordinates, in new ones as large.
-            halves = 3 if self.width < FLOAT and rectifier in ("gradient", "select") else 0
-            new = max(halves, 2 if rectifier == "sago" else 0) * in_float32
-            change = 2 * self.vector + copies + masks + portion + new
+        if rectifying is not None:
+            averages = self.average * (1 + rectifying.selects)
+            before = self.vector * rectifying.keeps_before
+            change = self._change(rectifying, records=records)
         return {
             **self.fixed,
-            "averages of the rectifier": averages + squares,
+            "averages of the rectifier": averages,
             "parameters before the step": before,
             "gradients and activations": max(last, change),
         }
+
+    def _change(self, rectifying: Rectifying, *, records: bool) -> int:
+        """What is there while a gradient or a step is rectified."""
+        copies = self.vector * (records and rectifying.changes_gradient)
+        masks = 2 * self.average * rectifying.selects
+        rounded = rectifying.rounded if self.width < FLOAT else 0
+        new = max(rounded, rectifying.new) * (self.largest * FLOAT // self.width)
+        return 2 * self.vector + copies + masks + rectifying.portion + new
 
     def sent(self, passes: int, *, averages: bool) -> int:
         """Bytes of weights and gradients that a process sends in a step, by rings."""
