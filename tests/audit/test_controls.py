@@ -19,8 +19,8 @@ from tests.utils.fixtures import Study
 PLAIN = ("remembers", "broken")
 """What is told without attacks, which come after it."""
 
-IN_THE_SUITE = [name for name in CONTROLS if name not in ("shuffled", "npo+gd")]
-"""Two are like others, and take time."""
+IN_THE_SUITE = [name for name in CONTROLS if name != "npo+gd"]
+"""One is like another, and takes time."""
 
 
 @pytest.fixture(scope="module")
