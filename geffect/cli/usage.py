@@ -49,9 +49,12 @@ def _no_such_option(error: Any) -> str:
     names = [
         name for parameter in error.ctx.command.get_params(error.ctx) for name in parameter.opts
     ]
+    near = meant(error.option_name, names)
+    if not error.option_name.startswith("--"):  # `-a.h5` is read as the letter that it begins with
+        near = " Put -- before a name that begins with a dash."
     return (
         f"An option should be one of {', '.join(n for n in names if n.startswith('-'))}. Found "
-        f"`{error.option_name}`.{meant(error.option_name, names)}{_see(error)}"
+        f"`{error.option_name}`.{near}{_see(error)}"
     )
 
 

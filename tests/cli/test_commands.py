@@ -386,6 +386,17 @@ def test_a_file_of_the_user_is_not_replaced_unasked(
     assert output.stat().st_size > 1000
 
 
+def test_a_name_that_begins_with_a_dash(
+    ask: Ask, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(recorded, tmp_path / "-dash.h5")
+    monkeypatch.chdir(tmp_path)
+    said = ask("info", "-dash.h5")
+    assert said.code == 2
+    assert "Found `-d`. Put -- before a name that begins with a dash. See" in said.err
+    assert ask("info", "--", "-dash.h5").code == 0
+
+
 def test_a_file_that_may_not_be_read(
     ask: Ask, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
