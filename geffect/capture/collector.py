@@ -1,6 +1,8 @@
 """The collector: takes the gradients of a step one parameter at a time, and keeps what is asked."""
 
 import hashlib
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,9 @@ from geffect.encodings import ENCODINGS
 from geffect.gradients import Weights, combined, weighted_sum
 from geffect.layers import Parameter, layers_of
 from geffect.sketch import Sketch
+from geffect.sources import OBJECTIVE, UPDATE
+
+log = logging.getLogger(__name__)
 
 Encoded = dict[str, dict[str, Mapping[str, np.ndarray]]]
 """Stored gradients: the arrays of the encoding, by source and layer."""
@@ -209,3 +214,17 @@ class _Layers:
         arrays = self._encoding.encode(whole, seed, fetch=devices.fetched)
         self.places.add(whole.device)
         self.encoded.setdefault(source, {})[layer] = arrays
+
+
+def tell_of_climb(measured: Measurement) -> None:
+    """Warn where an update goes up the gradient of the objective, but for a small angle."""
+    if OBJECTIVE not in measured.names or UPDATE not in measured.names:
+        return
+    of_both = [measured.names.index(OBJECTIVE), measured.names.index(UPDATE)]
+    (u, across), (_, v) = measured.gram.sum(dim=0)[of_both][:, of_both].tolist()
+    if across > 0.9 * math.sqrt(u * v):
+        log.warning(
+            "The first step has gone up the gradient of the objective. G-effects take it to go "
+            "down: every sign of them is wrong for a step that climbs. Pass the negated loss as "
+            "`objective`, and let the step descend."
+        )

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from geffect import distributed, dots
-from geffect.gradients import GradientTransform, Vector, Weights
+from geffect.gradients import Vector, Weights
 from geffect.interrupts import to_the_end
 from geffect.layers import Parameter, describe, trainable
 from geffect.objectives import Objective, provenance
@@ -33,7 +33,7 @@ from geffect.store.shards import ShardWriter
 from geffect.store.writer import RunWriter
 from geffect.text import plain
 
-from .collector import Collector, Measurement
+from .collector import Collector, Measurement, tell_of_climb
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
@@ -230,7 +230,7 @@ class Recording:
 
         def append() -> None:
             if not self._begun:
-                self._begin(entry.rectifier, entry.optimizer)
+                self._begin(entry)
             self._writer.append(written)
 
         self._guarded(append)
@@ -338,14 +338,13 @@ class Recording:
         """What writes behind the training where there is much to write."""
         return BackgroundWriter(writer, WAITING_BYTES) if self._storage.keeps_gradients else writer
 
-    def _begin(
-        self, rectifier: GradientTransform | None, optimizer: Mapping[str, Any] | None
-    ) -> None:
+    def _begin(self, entry: Entry) -> None:
+        tell_of_climb(entry.measured)
         of_run = manifest(
             self._model,
             losses=self.header.declared,
-            rectifier=None if rectifier is None else rectifier.options,
-            optimizer=optimizer,
+            rectifier=None if entry.rectifier is None else entry.rectifier.options,
+            optimizer=entry.optimizer,
             metadata=self._metadata,
             **{**self.header.further, **self._provenance},
         )

@@ -489,3 +489,19 @@ def test_what_has_no_gradient_left_is_not_stepped(update: bool, tmp_path: Path) 
     table = g_effect(run, by="model")
     effects = table[table["effect"] == "retaining"]["value"]
     np.testing.assert_allclose(rate * effects, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_loop_that_climbs_is_warned_of_once(
+    sign: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No optimizer tells that by an option: code of one's own adds what it should subtract."""
+    model = network()
+    with Recorder(model, tmp_path / "a.h5", update=True) as recorder:
+        for step in range(3):
+            recorder.backward(objective=lambda step=step: risk(model, batch(step)))
+            for parameter in model.parameters():
+                parameter.data.add_(parameter.grad, alpha=sign * 0.05)
+            model.zero_grad()
+    told = [record for record in caplog.records if "has gone up the gradient" in record.message]
+    assert len(told) == (sign > 0)
