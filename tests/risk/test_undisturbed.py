@@ -3,6 +3,8 @@
 import copy
 import random
 from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -243,6 +245,76 @@ def test_what_modules_remember_in_containers_is_what_they_would_have_seen_alone(
         ends.append([*shared, *past["states"], past["last"], out, torch.tensor([*past["seen"]])])
         assert model[1].shared is shared
     assert all(map(torch.equal, *ends)) and len(ends[0]) == len(ends[1])
+
+
+class Warming:
+    """An object that counts its calls, and averages what it has seen in a tensor of its own."""
+
+    def __init__(self) -> None:
+        self.calls, self.mean, self.draws = 0, None, {"at": random.Random(3)}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.mean is None:
+            self.mean = x.detach().mean()
+            self.since = self.calls
+        self.mean.lerp_(x.detach().mean(), 0.5)
+        return x * self.mean / self.calls + self.draws["at"].random() + self.since
+
+
+class Stateful(nn.Module):
+    """Has a state that no buffer holds, made by a function."""
+
+    def __init__(self, made: Callable[[], Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        super().__init__()
+        self.state = made()
+        self.inside = [made()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return drawn(self.state, x) + drawn(self.inside[0], x)
+
+
+def drawn(state: Any, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(state, torch.Generator):
+        return x + torch.randn(x.shape, generator=state)
+    return state(x) if callable(state) else x + state.random()
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "an object": Warming,
+    "a generator of torch": lambda: torch.Generator().manual_seed(1),
+    "a generator of numpy": lambda: np.random.default_rng(1),
+    "an older one of numpy": lambda: np.random.RandomState(1),
+    "one of Python": lambda: random.Random(1),
+}
+
+
+@pytest.mark.parametrize("look", [None, "beside", "plain"])
+@pytest.mark.parametrize("kind", STATES)
+def test_what_objects_of_a_module_remember_is_what_they_would_have_seen_alone(
+    kind: str, look: str | None
+) -> None:
+    """The last look is one that would have been noticed."""
+    model, twin = Stateful(STATES[kind]), Stateful(STATES[kind])
+    kept = model.state
+    for step in range(3):
+        if look:
+            with beside(model) if look == "beside" else nullcontext():
+                model(torch.full((2,), 7.0))
+        out, expected = (m(torch.full((2,), float(step))) for m in (model, twin))
+    assert model.state is kept
+    assert torch.equal(out, expected) == (look != "plain")
+
+
+def test_sets_that_nothing_changes_keep_their_order() -> None:
+    model = nn.Linear(2, 2)
+    model.names = set(range(64))
+    model.names.difference_update({*range(64)} - {1, 33, 40})
+    order = [*model.names]
+    assert order != [*set(order)]  # that of a set which is filled anew
+    with beside(model):
+        model(torch.ones(2))
+    assert [*model.names] == order
 
 
 def test_a_hook_from_before_is_called_and_may_go_inside() -> None:
