@@ -136,7 +136,8 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     by a mask of (.., position, position) in which a token sees none before it, or by their ends in
     `cu_seq_lens_q`; a row without any of these is one text.
 
-    >>> texts_in({"labels": torch.ones(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])})
+    >>> two_texts = {"position_ids": torch.tensor([[0, 1, 0, 1]])}
+    >>> texts_in({"labels": torch.tensor([[5, 6, 7, 8]]), **two_texts})
     tensor([[0, 0, 1, 1]])
     """
     batch = original_of(batch)

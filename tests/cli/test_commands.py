@@ -567,7 +567,7 @@ def test_demo_reports(quick_study: Any) -> None:
 
 def test_demo_tells_how_far_it_is_in_plain_lines(quick_study: Any) -> None:
     lines = quick_study.said.splitlines()
-    assert any(re.match(r" *\d+\.\d s +\d+%  unlearn +ga-gru-seed0: ", line) for line in lines)
+    assert any(re.match(r" *\d+\.\d s +\d+ %  unlearn +ga-gru-seed0: ", line) for line in lines)
     assert any("findings hold" in line for line in lines)
     assert not re.search(r"[\x1b\r]", quick_study.said)
     assert quick_study.complained == ""

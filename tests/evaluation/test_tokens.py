@@ -222,7 +222,7 @@ def test_numbers_that_are_none_are_refused() -> None:
             evaluate_tokens(Fixed(logits), [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
     with pytest.raises(TypeError, match=r"`ends` should be a list of tokens\. Found 7"):
         evaluate_tokens(tiny.llama(), items(1), ends=7)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Found 9 to 9"):
+    with pytest.raises(ValueError, match=r"below 4\. Found 9\."):
         evaluate_tokens(Fixed(torch.zeros(3, 4)), [{"input_ids": [1, 2], "labels": [-100, 9]}])
 
 

@@ -165,8 +165,9 @@ def test_a_file_that_fails_is_told_to_all_processes(
 
 # For each of two risks how many tokens it is a mean of, and under DDP who has a gradient and the
 # sum of it; then the inner products of what is sharded, and whether the row could be written. Of
-# what is sharded also, before the next gradient, whether any part has moved since.
-EXCHANGES = {"ddp": 2 * 3 + 1, "fsdp2": 2 * 1 + 1 + 1 + 1}
+# what is sharded also, before each risk, whether a process has to look at its model, and before the
+# next gradient, whether any part has moved since.
+EXCHANGES = {"ddp": 2 * 3 + 1, "fsdp2": 2 * (1 + 1) + 1 + 1 + 1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
