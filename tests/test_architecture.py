@@ -26,7 +26,7 @@ LAYERS = {
     "distributed": 1, "batch": 1,
     "text": 0, "near": 0, "numbers": 0, "drafts": 0, "places": 1, "devices": 1, "kernels": 1,
     "beside": 1, "forwards": 1,
-    "interrupts": 0, "hooks": 1, "codes": 1,
+    "interrupts": 0, "hooks": 1, "codes": 0,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "optimizers": 2, "fingerprints": 2, "plots": 2,
     "pages": 2,
     "gradients": 3, "steps": 3, "sketch": 3, "groups": 3,
