@@ -1,5 +1,6 @@
 """Metrics as a table that is printed: settings below one another, metrics side by side."""
 
+import re
 from textwrap import wrap
 
 import pandas as pd
@@ -52,10 +53,14 @@ def metrics(table: pd.DataFrame, *, title: str | None = None, below: str = "") -
     figure = new_figure(letter * (longest(settings) + 4 + sum(wide)), 2.0)
     across = figure.get_figwidth() / letter - 2
     first = int(max(FEWEST, across - sum(wide) - 1))
-    rows = [wrap(drawn(name), first) for name in settings]
+    rows = [_wrapped(drawn(name), first) for name in settings]
     head = line * max(map(_lines, heads))
-    row = line * max([*map(len, rows), *map(_lines, values.values())])
-    tall = head + row * len(rows) + 3 * gap
+    tallest = [
+        max([len(called), *(_lines(x) for (of, _), x in values.items() if of == setting)])
+        for setting, called in zip(settings, rows, strict=True)
+    ]
+    under = [line * lines + gap * (lines > 1) for lines in tallest]
+    tall = head + sum(under) + 3 * gap
     said = wrap(below, max(3 * FEWEST, int(across)))
     foot = line * len(said) + gap * bool(said)
     figure.set_figheight(tall + foot + (0.3 if title else 0.1))
@@ -65,9 +70,9 @@ def metrics(table: pd.DataFrame, *, title: str | None = None, below: str = "") -
     ax.set_ylim(tall + foot, 0)
     centres = [across - sum(wide[index:]) + wide[index] / 2 for index in range(len(names))]
     for x, text in zip(centres, heads, strict=True):
-        ax.text(x, gap / 2 + head, text, ha="center", va="bottom", fontsize=size)
+        ax.text(x, head, text, ha="center", va="baseline", fontsize=size)
     for index, (setting, called) in enumerate(zip(settings, rows, strict=True)):
-        y = head + 2 * gap + row * (index + 0.5)
+        y = head + 2 * gap + sum(under[:index]) + under[index] / 2
         ax.text(0, y, "\n".join(called), ha="left", va="center", fontsize=size)
         for x, name in zip(centres, names, strict=True):
             value = values.get((setting, name), NOTHING)
@@ -76,7 +81,7 @@ def metrics(table: pd.DataFrame, *, title: str | None = None, below: str = "") -
         ax.axhline(y, color=QUIET, linewidth=width, clip_on=False)
     if seed_in(table):
         several = f"mean and range of {table[SEED].nunique()} seeds"
-        ax.text(0, gap / 2 + head, "\n".join(wrap(several, first)), va="bottom", fontsize=size)
+        ax.text(0, head, "\n".join(wrap(several, first)), va="baseline", fontsize=size)
     if below:
         ax.text(0, tall + gap, "\n".join(said), va="top", fontsize=size)
     if title is not None:
@@ -92,6 +97,12 @@ def _said(values: pd.Series) -> str:
     ends = f"\n{known.min():.2g}\N{EN DASH}{known.max():.2g}" if len(known) > 1 else ""
     # With zeros at the end: numbers below one another are as long.
     return f"{known.mean():#.3g}".rstrip(".") + ends
+
+
+def _wrapped(name: str, width: int) -> list[str]:
+    """Its lines; a number stays with the word before it, as in `beta 0.1`."""
+    kept = "\N{NO-BREAK SPACE}"
+    return [line.replace(kept, " ") for line in wrap(re.sub(r" (?=\d)", kept, name), width)]
 
 
 def _lines(text: str) -> int:

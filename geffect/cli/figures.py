@@ -164,7 +164,7 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
             lacking[one.file] = str(error)
     if not tables:
         (file, why), *others = lacking.items()
-        and_more = f" So do {len(others)} more." if others else ""
+        and_more = f" The same goes for {_count(others)} more." if others else ""
         return Made(figure, why=f"{file}: {why}{and_more}")
     runs = [one for one, _ in tables]
     return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
@@ -239,5 +239,5 @@ def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _count(given: Sequence[Given]) -> str:
-    return f"{len(given)} run{'s' * (len(given) != 1)}"
+def _count(runs: Sequence[object]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"

@@ -128,7 +128,7 @@ def _weight(name: str) -> Callable[["Run"], "pd.DataFrame"]:
         if own.empty:
             raise ValueError(
                 f"`{run.path}` should hold the weight `{name}`. Found "
-                f"{', '.join(run.contents.weights)}."
+                f"{', '.join(run.contents.weights)}. Record an objective that has it, such as NPO."
             )
         # The weights of NPO lie between 0 and 2; 1/p has no bound.
         score = Score(MEANS[name], WEIGHT if name == INVERSE else "")
@@ -164,7 +164,8 @@ def _angles(run: "Run") -> "pd.DataFrame":
     if not len(steps):
         raise ValueError(
             f"`{run.path}` should have a step with a direction for each of {', '.join(wanted)}. "
-            "Found none."
+            "Found none: at each step one of them is zero or not known. Record a model that has "
+            "something to learn of both sets."
         )
     chosen: pd.DataFrame = own[own["step"] == steps[len(steps) // 2]].reset_index(drop=True)
     return chosen
@@ -180,6 +181,7 @@ def _metrics(run: "Run") -> "pd.DataFrame":
     if missing or table["metric"].duplicated().any() or not len(table):
         raise ValueError(
             f"The table `{METRICS}` of `{run.path}` should have the columns metric and value, and "
-            f"each metric once. Found {', '.join(map(str, table.columns))}, {len(table)} rows."
+            f"each metric once. Found {', '.join(map(str, table.columns))}, {len(table)} rows. "
+            "Keep a row for each metric."
         )
     return table[["metric", "value"]]

@@ -3,11 +3,13 @@
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from geffect.correlation import Correlation
 from geffect.drafts import write_whole
 from geffect.numbers import percent
 from geffect.text import in_markdown
@@ -318,13 +320,18 @@ def _scales(summary: Mapping[str, Any]) -> list[str]:
     if table.empty:
         return []
     said = "; ".join(
-        f"{SCALES[scale]} {found.r:.2f} ({found.low:.2f} to {found.high:.2f}, {found.count} runs)"
+        f"{SCALES[scale]} {found.r:.2f} ({_interval(found)}{found.count} runs)"
         for scale, found in agreement(table).items()
         if found.r == found.r
     )
     told = f"Rank correlation of the retaining effect with the retain loss outside: {said}."
     heading = "## G-effects on common scales"
     return [heading, SCALED, *([told] if said else []), scales_as_markdown(table)]
+
+
+def _interval(found: Correlation) -> str:
+    """That of a correlation, where there is one: as of few runs, or ranks alike, there is none."""
+    return "" if isnan(found.low) else f"{found.low:.2f} to {found.high:.2f}, "
 
 
 def _finding(finding: Mapping[str, Any]) -> str:

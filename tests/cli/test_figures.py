@@ -146,6 +146,14 @@ def test_why_a_figure_was_not_made(
     assert one.said.startswith(f"{name}: not made: ") and "\n" not in one.said
 
 
+def test_what_several_runs_lack_is_said_of_the_first_with_their_count(tmp_path: Path) -> None:
+    runs = [run(tmp_path / f"{name}.h5", "ga") for name in ("a", "b", "c")]
+    for some, more in ((runs[:2], "1 run"), (runs, "2 runs")):
+        says = made(*some)["table-1"].said
+        assert says.startswith("table-1: not made: a.h5: ")
+        assert says.endswith(f" The same goes for {more} more.")
+
+
 def test_the_half_spaces_are_of_any_run_and_rather_of_one_without_a_rectifier(
     tmp_path: Path,
 ) -> None:

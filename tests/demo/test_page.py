@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +12,7 @@ from geffect.demo.edits import EDITS
 from geffect.demo.methods import ADAMW, OF_ALL, VARIANTS, every_objective
 from geffect.demo.page import best, command, main, study_page, write_page
 from geffect.demo.plan import IN_A_LOOK
+from geffect.demo.scale_table import agreement, g_effects
 from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
 
 SEEN = ("retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "relearn_nll")
@@ -95,6 +97,18 @@ def edit(run: dict[str, Any], name: str, *, reached: bool) -> dict[str, Any]:
         "stepped": None if reached else 0.0312,
         "overlap": None if reached else 0.25,
     }
+
+
+def test_a_rank_correlation_without_an_interval_says_none(quick_study: Any) -> None:
+    page = study_page(quick_study.summary)
+    told = next(line for line in page.splitlines() if line.startswith("Rank correlation"))
+    found = agreement(g_effects(quick_study.summary)).values()
+    assert re.findall(r"[^ ]+ \(.*?5 runs\)", told) == [
+        f"{one.r:.2f} ({'' if np.isnan(one.low) else f'{one.low:.2f} to {one.high:.2f}, '}5 runs)"
+        for one in found
+        if not np.isnan(one.r)
+    ]
+    assert "nan" not in told
 
 
 def test_edits_stand_beside_the_runs(quick_study: Any) -> None:

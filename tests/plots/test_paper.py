@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
-from geffect.plots import half_spaces, metrics
+from geffect.plots import half_spaces, metrics, style
 from geffect.plots.paper import inverse_confidence
 from geffect.scores import WEIGHT, Score, stack, tidy
 from tests.utils.pictures import angles_of_a_step, measured
@@ -111,3 +111,18 @@ def test_a_table_has_each_number_in_its_place() -> None:
 def test_a_pair_that_is_there_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="one row for each setting, metric"):
         metrics(pd.concat([measured(), measured()]))
+
+
+def test_a_name_of_two_lines_breaks_before_an_option_and_heightens_its_own_row_alone() -> None:
+    names = ["GA", "WGA, alpha 1", "RMU, layer 11, c 200", "GA + GD"]
+    of = ["forget quality", "model utility", "ES exact", "ES perturbed"]
+    table = pd.DataFrame(
+        [{"setting": name, "metric": metric, "value": 0.5} for name in names for metric in of]
+    )
+    with style("column"):
+        ax = metrics(table).axes[0]
+    ga, wga, rmu, gd = (
+        next(text.get_position()[1] for text in ax.texts if text.get_text() == name)
+        for name in ("GA", "WGA, alpha 1", "RMU, layer 11,\nc 200", "GA + GD")
+    )
+    assert gd - rmu == pytest.approx(rmu - wga) and rmu - wga > 1.4 * (wga - ga)
