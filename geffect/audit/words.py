@@ -24,9 +24,14 @@ WORDS = {
         "1: the question alone brings the whole answer out.",
     ),
     "em": ("Exact match (em)", "The share of the tokens of an answer that the model says first."),
+    "nll": (
+        "Negative log-likelihood (nll)",
+        "-log p of the answer after the question, in nats per token: 0 is known by heart.",
+    ),
     "prob": (
         "Probability (prob)",
-        "That of the answer after the question, to the power of 1 over the number of its tokens.",
+        "exp(-nll): that of the answer after the question, to the power of 1 over the number of "
+        "its tokens.",
     ),
     "rouge": (
         "ROUGE-L recall (rougeL_recall)",

@@ -283,5 +283,9 @@ def _show(console: "Console", table: "pd.DataFrame") -> None:
 
 
 def _told(share: float) -> str:
-    """A share; nothing where too few items bound it."""
-    return "" if share != share else f"{share + 0.0:.2f}"
+    """A share; nothing where too few items bound it.
+
+    >>> _told(0.625), _told(-0.004), _told(float("nan"))
+    ('0.62', '0.00', '')
+    """
+    return "" if share != share else f"{round(share, 2) + 0.0:.2f}"

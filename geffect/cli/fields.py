@@ -17,6 +17,9 @@ GIVEN = "geffect.cli.fields"
 CATALOGUED = "{catalogue}"
 """What stands in a help text for the names of the catalogue."""
 
+SWITCH = "true|false"
+"""What an option takes that is one of True and False."""
+
 
 class CommandOfFields(Command):
     """A subcommand that is told options of one of a catalogue: `--beta 0.1`, and by their names.
@@ -129,13 +132,25 @@ def _keep_once(ctx: typer.Context, option: str, text: str) -> None:
         )
 
 
+def _told(default: Any) -> str:
+    """A default as it is written where it is given, with three digits.
+
+    >>> [_told(default) for default in (1.0, 1 / 3, False, "")]
+    ['1.0', '0.333', 'false', 'nothing']
+    """
+    if isinstance(default, bool):
+        return str(default).lower()
+    short = float(f"{default:.3g}") if isinstance(default, float) else default
+    return str(short) or "nothing"
+
+
 @cache
 def _options(kind: type[CommandOfFields]) -> list[Any]:
     """An option for each field, with those of the catalogue that have it and their defaults."""
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, Any]] = {}
     for name, fields in kind.having().items():
         for option, default in fields.items():
-            owners.setdefault(option, []).append(f"{name} ({default})")
+            owners.setdefault(option, {})[name] = default
     named = typer.Option(
         metavar="NAME=VALUE",
         help=f"An option of the {kind.kind} by its name, such as {kind.example}; may be repeated.",
@@ -145,8 +160,8 @@ def _options(kind: type[CommandOfFields]) -> list[Any]:
     made: dict[str, Any] = {f"{kind.kind}_option": Annotated[list[str] | None, named]}
     for name, those in owners.items():
         own = typer.Option(
-            metavar=kind.metavar,
-            help=f"Of {', '.join(those)}.",
+            metavar=SWITCH if all(isinstance(x, bool) for x in those.values()) else kind.metavar,
+            help=f"Of {', '.join(f'{name} ({_told(x)})' for name, x in those.items())}.",
             callback=_keep,
             expose_value=False,
         )

@@ -97,6 +97,8 @@ def _said(value: object) -> str:
         return ", ".join(map(plain, value)) or "none"
     if value is None:
         return "none"
+    if isinstance(value, float):
+        value = float(f"{value:.6g}")  # all digits are in the JSON
     return f"{value:,}" if type(value) is int else plain(value)  # True is an int too
 
 

@@ -70,7 +70,7 @@ def test_info_says_what_masks_keep(ask: Ask, tmp_path: Path, recorded: Path) -> 
             model.zero_grad()
     told = strict(ask("info", tmp_path / "a.h5", "--format", "json").out)["masks"]
     assert told == {"kept": (0.5 + 0.75) / 2, "overlap": 2 / 3}
-    assert "overlap: 0.66" in ask("info", tmp_path / "a.h5").out
+    assert "overlap: 0.666667\n" in ask("info", tmp_path / "a.h5").out
     assert "masks" not in strict(ask("info", recorded, "--format", "json").out)
 
 
