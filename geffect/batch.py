@@ -91,7 +91,10 @@ def labels_of(batch: Batch) -> Tensor:
             "Add labels that mark the answer tokens."
         )
     labels = batch["labels"]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    is_whole = isinstance(labels, Tensor) and not (
+        labels.is_floating_point() or labels.is_complex()
+    )
+    if not is_whole or labels.dtype == torch.bool:
         kind = labels.dtype if isinstance(labels, Tensor) else f"`{type(labels).__name__}`"
         raise TypeError(
             "`labels` should be a tensor of whole numbers, a token for each position. Found "

@@ -273,6 +273,7 @@ def test_labels_may_be_whole_numbers_of_any_size(kind: torch.dtype) -> None:
         (lambda x: x.where(x != -100, -1), "-100 where a token is not scored. Found -1, as in"),
         (lambda x: x.where(x != -100, tiny.VOCABULARY), "tokens that the model knows, below 23"),
         (lambda x: x.float(), "whole numbers, a token for each position. Found torch.float32"),
+        (lambda x: x + 0j, "whole numbers, a token for each position. Found torch.complex64"),
         (lambda x: x.tolist(), "whole numbers, a token for each position. Found `list`"),
     ],
 )
