@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geffect.batch import IGNORED
 from geffect.data.collate import Item
+from geffect.numbers import is_whole
 from geffect.risk import predicts_next, undisturbed
 from geffect.risk.alignment import unwrapped
 from geffect.risk.limits import positions_of
@@ -282,6 +283,11 @@ def _question(item: Item, index: int) -> list[int]:
 
 def _of_one_length(questions: Sequence[Sequence[int]], at_once: int) -> Iterator[list[int]]:
     """The rows in groups of one length, at most `at_once` each."""
+    if not is_whole(at_once, 1):
+        raise ValueError(
+            "The rows of a forward, `at_once`, should be a whole number from 1 on. Found "
+            f"`at_once = {at_once!r}`. Pass, say, 64."
+        )
     groups: dict[int, list[int]] = {}
     for row, question in enumerate(questions):
         groups.setdefault(len(question), []).append(row)

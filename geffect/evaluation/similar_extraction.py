@@ -8,6 +8,7 @@ from torch import nn
 from geffect.batch import IGNORED
 from geffect.data.collate import Item
 from geffect.data.spans import without_end
+from geffect.numbers import is_number
 from geffect.risk import predicts_next
 
 from .answers import greedy
@@ -49,8 +50,11 @@ def similar_extraction(
     (array([1.]), array([0.]))
     """
     check_items(items)
-    if not 0 < share <= 1:
-        raise ValueError(f"`share` should be above 0 and at most 1. Found {share}. Pass, say, 0.5.")
+    if not (is_number(share) and 0 < share <= 1):
+        raise ValueError(
+            "`share` should be a number above 0 and at most 1. Found "
+            f"`share = {share!r}`. Pass, say, 0.5."
+        )
     if not predicts_next(model):
         raise ValueError(
             "A similar extraction should be of a causal model, whose question can be followed by a "

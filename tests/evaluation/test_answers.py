@@ -44,6 +44,9 @@ def test_every_answer_is_that_of_its_question_alone() -> None:
         alone = [naive(model, item, end, 4) for item in asked]
         for at_once in (1, 2, 64):
             assert greedy(model, asked, end=end, longest=4, at_once=at_once) == alone
+    for at_once in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="`at_once`, should be a whole number"):
+            greedy(model, asked, end=None, longest=4, at_once=at_once)
     assert greedy(model, asked, end=first[0], longest=4)[3] == []
     assert greedy(model, asked[::-1], end=None, longest=4)[-4] == first
 

@@ -110,8 +110,9 @@ def test_what_has_no_similar_answer() -> None:
     gaps = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}
     with pytest.raises(ValueError, match="Found gaps in item 1"):
         similar_extraction(model, [only_end, gaps])
-    with pytest.raises(ValueError, match="`share` should be above 0"):
-        similar_extraction(model, [gaps], share=0.0)
+    for share in (0.0, 1.5, float("nan"), True, "0.5"):
+        with pytest.raises(ValueError, match="`share` should be a number above 0"):
+            similar_extraction(model, [gaps], share=share)
     with pytest.raises(ValueError, match="should be of a causal model"):
         similar_extraction(tiny.t5(), [gaps])
 
