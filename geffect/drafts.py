@@ -98,12 +98,27 @@ def _printing_to(found: os.stat_result) -> int | None:
 
 @contextmanager
 def _draft_of_output(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """A draft, and the place that it is to take."""
+    """A draft, and the place that it is to take; whoever may read what was there may read it."""
     place = Path(path).resolve()
-    if place.exists() and not os.access(place, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    there = os.stat(place) if place.exists() else None
+    if there is not None:
+        _check_replaced(place, there)
     with draft_of(place.with_name(place.name[:_NAMED])) as draft:
+        if there is not None:
+            with suppress(OSError):  # the file system knows no modes
+                draft.chmod(stat.S_IMODE(there.st_mode))
         yield draft, place
+
+
+def _check_replaced(place: Path, there: os.stat_result) -> None:
+    """Refuse what no file should take the place of: a folder, a socket, a disk, what is kept."""
+    found = None
+    if not stat.S_ISREG(there.st_mode):
+        found = errno.EISDIR if stat.S_ISDIR(there.st_mode) else errno.ENXIO
+    elif not os.access(place, os.W_OK):
+        found = errno.EACCES
+    if found is not None:
+        raise OSError(found, os.strerror(found))
 
 
 @contextmanager

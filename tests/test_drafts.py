@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import os
+import socket
 import stat
 import sys
 import threading
@@ -91,6 +92,15 @@ def test_what_the_umask_takes_is_taken(tmp_path: Path) -> None:
 
 
 @on_unix
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o755])
+def test_who_may_read_what_was_there_may_read_it_and_nobody_else(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "page.html").touch()
+    (tmp_path / "page.html").chmod(mode)
+    write_whole(tmp_path / "page.html", "x")
+    assert stat.S_IMODE((tmp_path / "page.html").stat().st_mode) == mode
+
+
+@on_unix
 @pytest.mark.parametrize("kind", ["named", "descriptor", "link"])
 def test_a_pipe_gets_it_and_stays(tmp_path: Path, kind: str) -> None:
     found: list[bytes] = []
@@ -141,19 +151,22 @@ def test_what_is_printed_to_gets_it_in_order(tmp_path: Path, place: str) -> None
         ("gone/page.html", "No such file"),
         ("file/page.html", "Not a directory"),
         ("folder", "Is a directory"),
+        ("socket", "No such device"),
         (f"{'x' * 300}.html", "File name too long"),
     ],
 )
 def test_what_cannot_be_written_is_named(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    attempts: list[Callable[[Path], None]] = [lambda path: write_whole(path, "x")]
-    attempts += [check_writable] * (name != "folder")
+    with socket.socket(socket.AF_UNIX) as heard:
+        heard.bind(str(tmp_path / "socket"))
+    attempts: list[Callable[[Path], None]] = [lambda path: write_whole(path, "x"), check_writable]
     for attempt in attempts:
         with pytest.raises(OSError) as caught:
             attempt(tmp_path / name)
         assert caught.value.filename == str(tmp_path / name) and says in str(caught.value)
-    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == []
+    assert names(tmp_path) == ["file", "folder", "socket"] and (tmp_path / "socket").is_socket()
+    assert names(tmp_path / "folder") == []
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not os.getuid(), reason="may write everything")
