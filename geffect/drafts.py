@@ -14,7 +14,7 @@ TOKEN = 16
 LONGER = len(f"..{'x' * TOKEN}.draft")
 """By how many bytes the name of a draft is longer than that of the file."""
 
-_NAMED = 16
+NAMED = 16
 """So many characters of the name of an output stand in that of its draft, which fits anywhere."""
 
 
@@ -103,7 +103,7 @@ def _draft_of_output(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]
     there = os.stat(place) if place.exists() else None
     if there is not None:
         _check_replaced(place, there)
-    with draft_of(place.with_name(place.name[:_NAMED])) as draft:
+    with draft_of(place.with_name(place.name[:NAMED])) as draft:
         if there is not None:
             with suppress(OSError):  # the file system knows no modes
                 draft.chmod(stat.S_IMODE(there.st_mode))

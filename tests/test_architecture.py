@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "sources": 1, "gram": 1, "scores": 1, "spans": 1, "correlation": 1, "encodings": 1,
     "distributed": 1, "batch": 1,
-    "text": 0, "near": 0, "numbers": 0, "drafts": 0, "places": 1, "devices": 1, "kernels": 1,
-    "beside": 1, "forwards": 1,
+    "text": 0, "near": 0, "numbers": 0, "drafts": 0, "notes": 0, "places": 1, "devices": 1,
+    "kernels": 1, "beside": 1, "forwards": 1,
     "interrupts": 0, "hooks": 1, "codes": 0,
     "data": 2, "layers": 2, "dots": 2, "losses": 2, "optimizers": 2, "fingerprints": 2, "plots": 2,
     "pages": 2,

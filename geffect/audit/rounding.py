@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.layers import canonical_name, is_adapter
+from geffect.notes import noting
 from geffect.places import EXPERT, HEAD, places
 
 from .adapters import Form, deployed, tuners
@@ -204,11 +205,8 @@ def _oriented(weight: _Weight) -> Tensor:
 
 
 def _codes(weight: _Weight, quantiser: Quantiser) -> Any:
-    try:
+    with noting(f"It was found in `{weight.name}`."):
         return quantiser(_oriented(weight))
-    except ValueError as error:
-        error.add_note(f"It was found in `{weight.name}`.")
-        raise
 
 
 def _weights(model: nn.Module) -> list[_Weight]:

@@ -15,6 +15,7 @@ from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.devices import there
+from geffect.drafts import NAMED
 from geffect.edits import Change, Edit, as_edit, options_of
 from geffect.interrupts import put_back_after
 from geffect.layers import trainable
@@ -106,7 +107,7 @@ def edit(
     check_known(sets, own)
     change = what.change(own, {**sets, **{name: loaded(path) for name, path in others.items()}})
     _check_changes(what, change)
-    draft = Path(tempfile.mkdtemp(prefix=f".{place.name[:16]}.", dir=place.parent))
+    draft = Path(tempfile.mkdtemp(prefix=f".{place.name[:NAMED]}.", dir=place.parent))
     try:
         with change:
             save(own, draft, configured, [model, configured])

@@ -4,6 +4,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from geffect.layers import in_network_order, layers_of, part_of
+from geffect.numbers import is_whole
 from geffect.places import OTHER
 from geffect.text import plain
 
@@ -99,7 +100,7 @@ def _said(value: object) -> str:
         return "none"
     if isinstance(value, float):
         value = float(f"{value:.6g}")  # all digits are in the JSON
-    return f"{value:,}" if type(value) is int else plain(value)  # True is an int too
+    return f"{value:,}" if is_whole(value) else plain(value)
 
 
 def _line(name: str, value: object) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from geffect.notes import with_notes
 from geffect.text import plain
 
 from . import (
@@ -109,9 +110,9 @@ def _run() -> int:
     except UsageError as error:
         return _refused(told(error), 2)
     except OSError as error:
-        return _refused(_of_the_system(error) if error.errno else str(error), 1)
+        return _refused(_of_the_system(error) if error.errno else with_notes(error), 1)
     except (ValueError, ImportError) as error:
-        return _refused(str(error), 1)
+        return _refused(with_notes(error), 1)
 
 
 def _of_the_system(error: OSError) -> str:

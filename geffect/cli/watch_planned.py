@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geffect.numbers import is_whole
+
 if TYPE_CHECKING:
     from geffect import Run
 
@@ -35,10 +37,10 @@ def planned_of(run: "Run") -> Planned | None:
     if not isinstance(told, Mapping) or run.latest(1).column("request").any():
         return None
     steps, ranges = told.get("steps"), told.get("ranges")
-    if type(steps) is not int or steps < 1 or not isinstance(ranges, list):
+    if not (is_whole(steps, 1) and isinstance(ranges, list)):
         return None
     whole = all(
-        isinstance(one, list) and len(one) == 3 and all(type(n) is int for n in one) and one[2] > 0
+        isinstance(one, list) and len(one) == 3 and all(map(is_whole, one)) and one[2] > 0
         for one in ranges
     )
     return Planned(steps, ranges if whole else [])

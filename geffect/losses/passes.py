@@ -296,8 +296,10 @@ def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
 
 def _warn_of_hooks(parameters: Sequence[Tensor], terms: Mapping[str, Mapping[str, float]]) -> None:
     """Say that a hook may make another gradient of a sum than the sum of gradients."""
+    if len(terms.get(OBJECTIVE, ())) < 2:
+        return
     hooked = [p for p in parameters if getattr(p, "_backward_hooks", None)]
-    if hooked and len(terms.get(OBJECTIVE, ())) > 1:
+    if hooked:
         warnings.warn(
             "No hook on the gradients of parameters should do other than multiply them where an "
             "objective is a sum of losses: each has a backward pass of its own, and hooks see "

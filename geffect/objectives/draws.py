@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geffect.batch import IGNORED, Batch, labels_of, masks_in, original_of, texts_in
+from geffect.numbers import is_whole
 from geffect.risk import predicts_next
 
 STEP = 0x1E3779B97F4A7C15
@@ -58,7 +59,7 @@ def drawn(model: Any, batch: Batch, vocabulary: int, seed: int) -> Tensor:
 
 def check_seed(owner: str, seed: int) -> None:
     """Refuse what is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not (is_whole(seed, 0) and seed < 2**63):
         raise ValueError(
             f"`seed` of {owner} should be a whole number of 0 or more, below 2^63. Found "
             f"`seed = {seed!r}`. Pass a number such as {owner}(seed=0)."

@@ -19,7 +19,7 @@ from geffect.edits.task_vector import check_weights, negated
 from geffect.interrupts import put_back_after
 from geffect.layers import trainable
 from geffect.numbers import is_number
-from geffect.risk import RiskSet, check_data, mean_nll, noting_risk, risk_gradient
+from geffect.risk import RiskSet, check_data, check_each, mean_nll, noting_risk, risk_gradient
 from geffect.sources import FORGET, OBJECTIVE, RETAIN, UPDATE, check_risks
 
 from .overlap import Likeness, Moved, likeness
@@ -272,9 +272,7 @@ def _check_sets(forget: Mapping[str, RiskSet], sets: Mapping[str, RiskSet]) -> N
             "`forget` of Requests should have a set or more, by name. Found none. Pass, say, "
             '{"first": batches}.'
         )
-    for name, batches in sets.items():
-        with noting_risk(name):
-            check_data(batches)
+    check_each(sets, check_data)
 
 
 def _check_model(parameters: Mapping[str, Tensor], negate: float | None) -> None:

@@ -8,7 +8,7 @@ evaluation and the demo use it.
 from geffect.beside import beside
 
 from .alignment import check_differentiable, check_loaded, predicts_next
-from .data import RiskSet, as_batches, check_data, noting_risk
+from .data import RiskSet, as_batches, check_data, check_each, noting_risk
 from .gradient import RiskGradient, mean_nll, risk_gradient
 from .likelihood import (
     at_least_float32,
@@ -34,6 +34,7 @@ __all__ = [
     "check_answers",
     "check_data",
     "check_differentiable",
+    "check_each",
     "check_loaded",
     "for_labels",
     "inputs_of",

@@ -1,8 +1,8 @@
 """The data of a risk: what it may be, and which of it is this process's share."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from geffect import distributed
 from geffect.batch import IGNORED, Batch
 from geffect.beside import random_numbers_kept
+from geffect.notes import noting
 
 RiskSet = Batch | Iterable[Batch]
 """The data of a risk: one batch, or what yields its batches in each pass over it."""
@@ -34,14 +35,16 @@ def as_batches(batches: RiskSet) -> Iterable[Batch]:
     return batches
 
 
-@contextmanager
-def noting_risk(risk: str) -> Iterator[None]:
+def noting_risk(risk: str) -> AbstractContextManager[None]:
     """A block whose errors say in a note which risk its data are of."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"It was found in the data of risk `{risk}`.")
-        raise
+    return noting(f"It was found in the data of risk `{risk}`.")
+
+
+def check_each(sets: Mapping[str, RiskSet], check: Callable[[RiskSet], object]) -> None:
+    """Run a check of data on each set; what it raises says in a note which one it is of."""
+    for name, batches in sets.items():
+        with noting_risk(name):
+            check(batches)
 
 
 def check_data(batches: RiskSet) -> None:

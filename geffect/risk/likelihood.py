@@ -43,6 +43,7 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     (torch.Size([1, 2, 4]), tensor([[1, 2]]))
     """
     labels = _predicted(model, batch, predicts_next(model))
+    largest = _largest(labels)  # asked before the forward, which an accelerator is not waited for
     inputs = inputs_of(model, batch)
     unseen, apart = partial(look_unseen, labels=labels), partial(look_apart, batch=batch)
     look_at(unwrapped(model), inputs, unseen, apart)
@@ -61,11 +62,10 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             "Pass labels as long as the inputs, and a language model that puts no tokens of its "
             "own before them, as prompt tuning does; prefix tuning and other adapters do not."
         )
-    unknown = labels[labels >= logits.shape[-1]]
-    if len(unknown):
+    if largest >= logits.shape[-1]:
         raise ValueError(
             f"`labels` should be tokens that the model knows, below {logits.shape[-1]}. Found "
-            f"{int(unknown[0])}. Put {IGNORED} where a token is not scored; read the data with the "
+            f"{largest}. Put {IGNORED} where a token is not scored; read the data with the "
             "tokenizer of the model."
         )
     return logits, labels
@@ -187,6 +187,10 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             "`input_ids` with -100 where a token is not scored."
         )
     return labels[:, 1:]
+
+
+def _largest(labels: Tensor) -> int:
+    return int(labels.max()) if labels.numel() else IGNORED
 
 
 def _are_shifted(labels: Tensor, tokens: Tensor | None) -> bool:

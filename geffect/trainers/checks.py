@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from geffect import distributed
 from geffect.optimizers import check_descends, unwrapped
-from geffect.risk import RiskSet, as_batches, check_data, noting_risk
+from geffect.risk import RiskSet, as_batches, check_data, check_each
 from geffect.sources import check_risks
 
 from .loop import check_gradients_can_be_had
@@ -25,9 +25,7 @@ def check_training(
     if optimizer is not None:
         check_descends(unwrapped(optimizer))
     with distributed.raise_on_all_ranks():
-        for name, batches in probes.items():
-            with noting_risk(name):
-                check_data(batches)
+        check_each(probes, check_data)
 
 
 def check_probes(probes: Mapping[str, RiskSet]) -> None:
@@ -38,9 +36,7 @@ def check_probes(probes: Mapping[str, RiskSet]) -> None:
             "`probes` should have at least one set of batches. Found none. Pass "
             'probes={"forget": ..., "retain": ...}.'
         )
-    for name, batches in probes.items():
-        with noting_risk(name):
-            as_batches(batches)
+    check_each(probes, as_batches)
 
 
 def check_sources(path: Path, recorded: Sequence[str], found: Sequence[str]) -> None:

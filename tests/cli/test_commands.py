@@ -28,6 +28,7 @@ from geffect.demo.edits import EDITS
 from geffect.demo.jobs import Kept, Unlearning
 from geffect.demo.methods import EQUAL, OF_ALL, VARIANTS, RunSpec, every_objective
 from geffect.demo.plan import IN_A_LOOK, Plan
+from geffect.notes import noting
 from geffect.objectives import CATALOGUE, SimNPO
 from geffect.projection import SaliencyMask
 from geffect.store import validate
@@ -644,3 +645,16 @@ def test_a_study_is_reported_so_far(
 
 def run_here(jobs: Sequence[Kept]) -> list[Any]:
     return [job.run(lambda done, says: None) for job in jobs]
+
+
+def test_where_an_error_was_found_is_told(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any, **options: Any) -> None:
+        with noting("It was found in the data of risk `facts`."):
+            raise ValueError("A batch should have rows. Found none.")
+
+    monkeypatch.setattr("geffect.cli.main.app", failing)
+    said = ask("info", "a.h5")
+    assert said.code == 1
+    assert said.err == (
+        "geffect: A batch should have rows. Found none. It was found in the data of risk `facts`.\n"
+    )
