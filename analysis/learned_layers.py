@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.layers import is_adapter
+from geffect.places import is_adapter
 from geffect.sources import FORGET, RETAIN
 from geffect.store import Run
 

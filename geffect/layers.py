@@ -21,7 +21,9 @@ from geffect.places import (
     OTHER,
     POOLER,
     PROJECTOR,
+    TENSOR,
     Place,
+    is_store,
     places,
     tower_order,
 )
@@ -35,7 +37,10 @@ _WRAPPERS = re.compile(
     r"^(?:module\.)+|(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer)\."
     r"|^base_model\.model\.(?=.+\.)"
 )
-_ADAPTER = re.compile(r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.[^.]+")
+# Behind the tensors of an adapter stands its name; not so in LoRAs that others write.
+_ADAPTER = re.compile(
+    rf"\.(lora_(?:embedding_)?[ABE]|lora_magnitude_vector|(?!lora_)(?:{TENSOR}))\.[^.]+"
+)
 _PARTS = (EMBEDDING, LAYER, FINAL_NORM, POOLER, HEAD, OTHER)
 
 
@@ -75,15 +80,6 @@ def canonical_name(name: str) -> str:
     while stripped != name:
         stripped, name = name, _WRAPPERS.sub("", name)
     return _ADAPTER.sub(r".\1", name)
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a canonical name is that of an adapter's factor.
-
-    >>> is_adapter("model.layers.0.self_attn.q_proj.lora_A.weight")
-    True
-    """
-    return re.search(r"\.lora_", name) is not None
 
 
 def trainable(model: "nn.Module") -> "dict[str, Tensor]":
@@ -237,6 +233,11 @@ def _named(model: "nn.Module") -> "dict[Tensor, list[str]]":
         parameter = rest.get(found, found)
         if parameter.requires_grad:
             whole.setdefault(parameter, []).append(name)
+    # Where it stands is told by the layers that share it.
+    whole = {
+        tensor: [name for name in names if not is_store(name)] or names
+        for tensor, names in whole.items()
+    }
     canonical = {tensor: set(map(canonical_name, names)) for tensor, names in whole.items()}
     count = Counter(name for names in canonical.values() for name in names)
     return {

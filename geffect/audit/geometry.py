@@ -20,7 +20,8 @@ from geffect.correlation import fit
 from geffect.evaluation.ends import ends_of
 from geffect.evaluation.memorised import memorised
 from geffect.evaluation.tokens import evaluate_tokens
-from geffect.layers import canonical_name, is_adapter
+from geffect.layers import canonical_name
+from geffect.places import is_adapter
 from geffect.sources import FORGET, UPDATE, is_risk
 from geffect.store import Run
 

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from geffect.layers import canonical_name, is_adapter
+from geffect.layers import canonical_name
 from geffect.notes import noting
-from geffect.places import EXPERT, HEAD, places
+from geffect.places import EXPERT, HEAD, is_adapter, places
 
 from .adapters import Form, deployed, tuners
 from .kept import check_weights, kept

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from geffect.distributed import world_size
-from geffect.layers import is_adapter, trainable
+from geffect.layers import trainable
+from geffect.places import is_adapter
 from geffect.store.schema import VERSION
 
 PACKAGES = ("geffect", "torch", "transformers", "h5py", "numpy")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -149,20 +150,27 @@ class Loader:
             # Saved under other names than the model has: transformers knows how to translate.
             whole = _once_each(_model_of(path).state_dict())
             files, tensors = whole, iter(whole.items())
-        # Tied tensors are stored under one name: two are those of another model, that unties them.
-        found = {held[name].data_ptr(): name for name in files if name in held}
-        other = [name for name in files if name not in held or found[held[name].data_ptr()] != name]
+        found = Counter(held[name].data_ptr() for name in files if name in held)
+        other = [name for name in files if name not in held]
         other += [name for name, tensor in held.items() if tensor.data_ptr() not in found]
         if other:
             raise ValueError(
                 f"{should} Found {len(other)} tensors that only one of them has, the first of them "
                 f"{other[:3]}. Replay it by itself, into another file."
             )
+        tied: dict[int, Tensor] = {}
         for name, tensor in tensors:
             if tensor.shape != held[name].shape:
                 raise ValueError(
                     f"{should} Found `{name}` of shape {tuple(tensor.shape)}, not "
                     f"{tuple(held[name].shape)}. Replay it by itself, into another file."
+                )
+            # Tied tensors are one. Two that differ are those of another model, that unties them.
+            own = held[name].data_ptr()
+            if found[own] > 1 and not torch.equal(tied.setdefault(own, tensor), tensor):
+                raise ValueError(
+                    f"{should} Found `{name}` apart from what is one tensor with it there. Replay "
+                    "it by itself, into another file."
                 )
             yield name, tensor
 
@@ -174,6 +182,12 @@ class Loader:
     def _adapted(self, path: Path) -> Any:
         from peft import PeftModel
 
+        if self._adapter.is_prompt_learning:
+            raise ValueError(
+                f"`{path}` should be an adapter that changes weights, as LoRA does. Found one of "
+                f"`{self._adapter.peft_type.value}`, whose tokens peft loads for inference alone. "
+                "Record its training, by the callback or a Recorder."
+            )
         base = self._base or self._adapter.base_model_name_or_path
         self._model = PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
         held, stored = self._held(), _files(path)
@@ -198,7 +212,13 @@ def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) ->
                 f"it. Found {codes}, which is quantised. Save that model dequantised "
                 "(`model.dequantize()`), and name the folder as the base."
             )
-        loaded = loaded.merge_and_unload()
+        try:
+            loaded = loaded.merge_and_unload()
+        except Exception as error:
+            raise ValueError(
+                f"`{folder}` should be an adapter that can be merged into its weights. Found: "
+                f"{error} Save the model merged, as its library does."
+            ) from error
     check_differentiable(loaded, folder)
     model: nn.Module = loaded.requires_grad_().eval()
     return model

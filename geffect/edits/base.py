@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from geffect.layers import canonical_name, is_adapter, trainable
+from geffect.layers import canonical_name, trainable
+from geffect.places import is_adapter
 
 from .change import Change, check_whole
 

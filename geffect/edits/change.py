@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from geffect import distributed
 from geffect.gradients import Vector
 from geffect.interrupts import put_back_after, to_the_end
-from geffect.layers import is_adapter, trainable
+from geffect.layers import trainable
+from geffect.places import is_adapter
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as long as others, by their bytes."""

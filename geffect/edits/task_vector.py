@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geffect.layers import is_adapter, trainable
+from geffect.layers import trainable
 from geffect.numbers import is_number
+from geffect.places import is_adapter
 
 from .base import Data, Edit, Outcome, state_of
 from .options import check_option
@@ -25,8 +26,8 @@ class TaskVectorNegation(Edit):
 
     - `alpha`: how far, in lengths of tau; 1 by default. 0 changes nothing.
 
-    Factors of adapters are refused: their product is the weight, and the difference of factors is
-    no task vector. Merge both models first.
+    Tensors of adapters are refused: of the factors of LoRA the product is the weight, and the
+    difference of factors is no task vector. Merge both models first.
 
     >>> before, tuned = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.constant_(before.weight, 1.0), nn.init.constant_(tuned.weight, 1.5)
@@ -61,12 +62,12 @@ class TaskVectorNegation(Edit):
 
 
 def check_weights(parameters: Mapping[str, Tensor], owner: str) -> None:
-    """Refuse factors of adapters, whose products are the weights."""
-    factor = next(filter(is_adapter, parameters), None)
-    if factor is not None:
+    """Refuse the tensors of adapters, from which the weights are made, as products of factors."""
+    own = next(filter(is_adapter, parameters), None)
+    if own is not None:
         raise ValueError(
-            f"{owner} should be of weights. Found `{factor}`, a factor of an adapter, whose "
-            "products are the weights. Merge the adapter into its model first, by "
+            f"{owner} should be of weights. Found `{own}`, of an adapter, from which the weights "
+            "are made. Merge the adapter into its model first, by "
             "`merge_and_unload()`; on the command line with --merge."
         )
 

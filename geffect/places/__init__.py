@@ -8,6 +8,7 @@ outside of the lists, and for towers that should have the field's names.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .adapters import TENSOR, is_adapter, is_store
 from .experts import EXPERT, ROUTER, SHARED_EXPERT, expert_of, roles
 from .names import spots
 from .stacks import LAYER, parts
@@ -26,8 +27,11 @@ __all__ = [
     "PROJECTOR",
     "ROUTER",
     "SHARED_EXPERT",
+    "TENSOR",
     "Place",
     "expert_of",
+    "is_adapter",
+    "is_store",
     "places",
     "tower_in",
     "tower_order",

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from .adapters import is_adapter
 from .names import Path, Spot
 
 EXPERT, SHARED_EXPERT, ROUTER = "expert", "shared expert", "router"
@@ -64,7 +65,7 @@ def _role(spot: Spot, mixtures: Mapping[Path, int]) -> tuple[str, int]:
     if not (_EXPERTS.fullmatch(module) or (leads and len(spot.shape) == 3)):
         return "", 0
     rows = leads or (bool(many) and len(spot.shape) == 2 and spot.shape[0] % many == 0)
-    whole = expert_of(spot.name) < 0 and ".lora_" not in spot.name
+    whole = expert_of(spot.name) < 0 and not is_adapter(spot.name)
     return EXPERT, many if rows and whole else 0
 
 

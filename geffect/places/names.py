@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from .adapters import TENSOR
 from .words import Said, said
 
 Path = tuple[str, ...]
 
 # What methods put between a module and its tensor.
 _INSERTED = re.compile(
-    r"\.lora_\w+(?=\.|$)|\.(?:parametrizations|original_module|modules_to_save\.[^.]+)(?=\.)"
+    rf"\.(?:{TENSOR})(?=\.|$)|\.(?:parametrizations|original_module|modules_to_save\.[^.]+)(?=\.)"
     r"|\.original\d?$"
 )
 _RECURRENT = re.compile(r"(?:weight|bias)_(?:ih|hh|hr)_l(\d+)(?:_reverse)?")

@@ -20,9 +20,10 @@ from transformers.integrations.integration_utils import (
 from geffect import gram
 from geffect.capture.collector import Measurement
 from geffect.groups import LABELS, label_of
-from geffect.layers import Parameter, is_adapter
+from geffect.layers import Parameter
 from geffect.near import meant
 from geffect.numbers import is_whole
+from geffect.places import is_adapter
 from geffect.sources import FORGET, OBJECTIVE, RECTIFIED, RETAIN, is_risk
 
 if TYPE_CHECKING:
