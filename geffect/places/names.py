@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from .adapters import TENSOR
-from .words import Said, said
+from .words import Said, is_norm, said
 
 Path = tuple[str, ...]
 
@@ -75,12 +75,14 @@ def spots(shapes: Mapping[str, Sequence[int]]) -> list[Spot]:
     paths = [_path(name) for name in plain]
     held = _common(paths)
     stages = {found[0] for path in paths if (found := _STAGE.match(".".join(path)))}
+    networks = _networks(paths, stages)
     every = []
     for name, own, whole, shape in zip(shapes, plain, paths, shapes.values(), strict=True):
         unit, in_stage = _unit(whole, stages)
         path = whole[held:]
         unit = max(unit - held, -1)
         last = own.rpartition(".")[2]
+        words = ["" if whole[:i] in networks else word for i, word in enumerate(whole, 1)][held:]
         every.append(
             Spot(
                 name,
@@ -91,7 +93,7 @@ def spots(shapes: Mapping[str, Sequence[int]]) -> list[Spot]:
                 is_recurrent=_RECURRENT.fullmatch(last) is not None,
                 module=_module(name, unit + held if unit >= 0 else -1),
                 # What has no list is also told by its own name.
-                said=said(_outside_numbers(path) if in_stage or unit >= 0 else (*path, last)),
+                said=said(_outside_numbers(words) if in_stage or unit >= 0 else (*words, last)),
             )
         )
     return every
@@ -129,5 +131,12 @@ def _unit(path: Path, stages: set[str]) -> tuple[int, bool]:
     return (first + 2, False) if inner else (-1, True)
 
 
-def _outside_numbers(path: Path) -> Path:
+def _networks(paths: Sequence[Path], stages: set[str]) -> set[Path]:
+    """The modules that are called as a norm is, but hold modules with lists: whole networks."""
+    return {
+        path[:i] for path in paths for i in range(1, _unit(path, stages)[0]) if is_norm(path[i - 1])
+    }
+
+
+def _outside_numbers(path: Sequence[str]) -> Path:
     return tuple(takewhile(lambda module: not module.isdigit(), path))

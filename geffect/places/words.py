@@ -8,7 +8,10 @@ from functools import cache
 EMBEDDING, FINAL_NORM, POOLER, HEAD, OTHER = "embedding", "final norm", "pooler", "head", "other"
 PROJECTOR = "projector"
 
+_EITHER = "by its place"
+
 WORDS = {
+    _EITHER: r"embedding_norm",  # before the layers, or behind them, as in LFM2
     HEAD: r"(\w+_)?(heads?|classifiers?|predictions?|predictors?)|embed_out|unembed\w*|vocab_\w+"
     r"|lm_loss|qa_outputs|cls|scorer?|(out(put)?|final)_(layer|linear|proj\w*)|out(put)?s?"
     r"|proj(ection)?|proj(ect)?_out|conv_out|fc|(to_)?logits|seq_relationship|sequence_summary",
@@ -43,6 +46,11 @@ class Said:
     part: str | None = None
 
 
+def is_norm(module: str) -> bool:
+    """Whether a module is called as a norm is."""
+    return _what(module) in (FINAL_NORM, "norm")
+
+
 def said(path: Sequence[str]) -> Said:
     """What the words of a path of modules say, the outer ones first.
 
@@ -57,7 +65,7 @@ def said(path: Sequence[str]) -> Said:
         if what in _TOWERS:
             if tower is None:
                 tower, depth = module.lower().replace("_", " ") if what == "coder" else what, i
-        elif what is not None:
+        elif what not in (None, _EITHER):
             return Said(tower, depth, FINAL_NORM if what == "norm" else what)
     return Said(tower, depth)
 

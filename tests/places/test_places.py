@@ -102,6 +102,26 @@ NAMES = {
         " prompt_encoder.default.embedding.weight",
         ["embedding", "layer 0", "head", "embedding"],
     ),
+    "a network that is called as a norm is": (
+        "roberta_prelayernorm.embeddings.word_embeddings.weight"
+        " roberta_prelayernorm.encoder.layer.0.q.weight"
+        " roberta_prelayernorm.encoder.layer.1.q.weight"
+        " roberta_prelayernorm.LayerNorm.weight| lm_head.dense.weight",
+        ["embedding", "layer 0", "layer 1", "final norm", "head"],
+    ),
+    "a list of norms": (
+        "embeddings.norm.weight| encoder.layers.0.q.weight stage_norms.0.weight|"
+        " head.weight",
+        ["embedding", "layer 0", "final norm", "head"],
+    ),
+    "a norm of embeddings behind the layers": (
+        "model.embed_tokens.weight model.layers.0.q.weight model.embedding_norm.weight|",
+        ["embedding", "layer 0", "final norm"],
+    ),
+    "a norm of embeddings before the layers": (
+        "model.embed_tokens.weight model.embedding_norm.weight| model.layers.0.q.weight",
+        ["embedding", "embedding", "layer 0"],
+    ),
     "one module alone": ("wte.weight", ["embedding"]),
     "one module alone in another": ("model.linear.weight model.linear.bias|", ["layer 0"] * 2),
     "a number beside the layers": (
