@@ -80,6 +80,7 @@ def crossings(
         if index % wide == 0:
             axis_label(ax.yaxis, f"{label} (nats per token)", longest=60)
         dress(ax)
+        mark_level(ax, level, named=index == 0)  # the level of all
         heading(ax, name)
     level_headings(figure.axes[row * wide :][:wide] for row in range(tall))
     if title:
@@ -125,7 +126,6 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float, looks: Mapping
             arrowprops={"arrowstyle": "-", "color": ink.colour, "linewidth": 0.5,
                         "relpos": (0.0, 0.5), "shrinkA": 0.0, "shrinkB": 2.0},
         )  # fmt: skip
-    mark_level(ax, level)
     missed = [method for method in lines if method not in ends]
     if missed:
         ax.annotate(

@@ -102,8 +102,8 @@ def tradeoff(
     return ax
 
 
-def mark_level(ax: Axes, level: float) -> None:
-    """A line at the level, the region beyond shaded and named."""
+def mark_level(ax: Axes, level: float, *, named: bool = True) -> None:
+    """A line at the level, the region beyond shaded and, if wanted, named."""
     beyond = Rectangle(
         (level, 0.0), 1e4, 1.0, transform=ax.get_xaxis_transform(), color=QUIET, alpha=0.12,
         linewidth=0, zorder=0,
@@ -111,7 +111,8 @@ def mark_level(ax: Axes, level: float) -> None:
     # As an artist and not as a patch it reaches past any data without stretching the axis to it.
     ax.add_artist(beyond)
     ax.axvline(level, color=QUIET, linewidth=0.8, zorder=1)
-    note(ax, "retrained without the forget data")
+    if named:
+        note(ax, "retrained without the forget data")
 
 
 def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: bool) -> list[Artist]:

@@ -26,6 +26,8 @@ def losses(count: int, reached: int) -> pd.DataFrame:
 def test_every_method_is_named_at_the_level_or_below() -> None:
     figure = crossings(losses(9, 7), "variant", "retain_nll", level=3.0, label="retain NLL outside")
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["plain", "select"]
+    of_level = [ax.get_title(loc="right") for ax in figure.axes]
+    assert of_level == ["retrained without the forget data", ""]
     for ax in figure.axes:
         *names, missed = ax.texts
         assert [text.get_text() for text in names] == [f"m{i}" for i in range(7)]
