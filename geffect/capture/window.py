@@ -28,6 +28,7 @@ from geffect.text import plain
 
 from .collector import Measurement
 from .header import Declared
+from .left import Left
 from .recording import Recording
 from .rows import Entry
 
@@ -108,7 +109,7 @@ class Window:
     gradients: Gradients | None = None
     rectified: Vector | None = None
     still: Standstill | None = None  # from the first micro-batch of several on
-    left: Mapping[int, int] = field(default_factory=dict)  # versions of `.grad` by index
+    left: Left | None = None  # in `.grad`, by the last micro-batch
     measured: Measurement | None = None
     written: bool = False
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -151,7 +152,7 @@ class Window:
             gradients.deposit(copy=self.captured and needed)
             if not self.captured:
                 return
-            self._note_left()
+            self.left = Left(self.of.parameters)
         if self.gradients is None:
             self.gradients = gradients
         else:
@@ -159,23 +160,24 @@ class Window:
         if self.rectifier is not None and last:
             self.rectifier.observe(self.gradients)
 
-    def _note_left(self) -> None:
-        grads = enumerate(parameter.grad for parameter in self.of.parameters)
-        self.left = {index: grad._version for index, grad in grads if grad is not None}
-
     @property
     def is_given_up(self) -> bool:
         """Whether `.grad` was cleared since a micro-batch, so that no step will come of it.
 
         With a rectifier `.grad` is empty until the last, and tells nothing.
         """
-        grads = [(self.of.parameters[index].grad, version) for index, version in self.left.items()]
-        return bool(grads) and all(grad is None or _zeroed(grad, since=v) for grad, v in grads)
+        return self.left is not None and self.left.is_cleared
 
     def goes_on(self, *, last: bool, check: Callable[[Callable[[], object]], object]) -> bool:
         """Whether a further micro-batch, the `last` or not, belongs to it; `check` refuses one."""
         given_up = self.is_given_up
-        check(lambda: self.check_still(last=given_up or last))
+
+        def refuse() -> None:
+            self.check_still(last=given_up or last)
+            if not given_up:
+                self._check_left()
+
+        check(refuse)
         return not given_up
 
     def check_still(self, *, last: bool) -> None:
@@ -186,6 +188,21 @@ class Window:
                 "The last micro-batch of a step should be passed with accumulate=False, before "
                 f"the parameters move. Found them moved after {self.micro} micro-batches with "
                 "accumulate=True. Tell the last one, also of a partial window."
+            )
+
+    def _check_left(self) -> None:
+        """Refuse to go on where `.grad` is no more the sum that the row will be of."""
+        gradients = self.gradients
+        if self.left is None or gradients is None:
+            return
+        changed = self.left.changed(lambda: gradients.of(OBJECTIVE), scale=gradients.scale)
+        if changed:
+            names = [self.of.recording.table[place].name for place in changed[:3]]
+            raise RuntimeError(
+                "`.grad` should be left alone between the micro-batches of a step: their sum is "
+                f"recorded. Found it changed in {len(changed)} parameters, the first of them "
+                f"{names}, after {self.micro} micro-batches with accumulate=True. Clip, scale or "
+                "clear gradients after the last micro-batch, or weight the losses instead."
             )
 
     def check_may_end(self) -> None:
@@ -313,7 +330,7 @@ class Window:
             self.gradients = None
         else:
             self.gradients = Gradients(parameters, [], sums, passes.weights, losses, passes.scale)
-            self._note_left()
+            self.left = Left(parameters)
 
     def _measure(self, update: Vector | None) -> None:
         gradients = self.gradients
@@ -338,10 +355,6 @@ class Window:
         )
         if self.rectifier is None and not self.of.update:
             self.gradients = None
-
-
-def _zeroed(grad: Tensor, *, since: int) -> bool:
-    return grad._version != since and not distributed.local(grad).any()
 
 
 def protected(names: Iterable[str], rectifier: GradientTransform | None) -> list[str]:

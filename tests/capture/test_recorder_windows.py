@@ -1,6 +1,7 @@
 """Windows of micro-batches, steps that are left out, and what else a step is told."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_a_window_that_streams_is_that_of_whole_gradients(
                 if not asked:
                     losses = {side: ask() for side, ask in losses.items()}
                 recorder.backward(objective=objective, **losses, accumulate=i < 2)
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # is none of the record's
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)  # is none of the record's
         grads.append([p.grad for p in model.parameters()])
         grams.append(open_run(tmp_path / f"{update}.h5").gram()[0, :, :3, :3])
     exact = {
@@ -249,6 +250,66 @@ def test_a_window_whose_gradients_are_cleared_is_no_step(
     for row, micro in enumerate(run.column("n_micro")):
         expected = micro**2 * reference.inner(exact, exact)
         assert squared_norm(tmp_path / "run.h5", row) == pytest.approx(expected, rel=1e-5)
+
+
+def halve(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.mul_(0.5)
+
+
+def replace(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad * 0.5
+
+
+def clear_the_first(model: nn.Module) -> None:
+    next(model.parameters()).grad = None
+
+
+def zero_the_first(model: nn.Module) -> None:
+    model.get_submodule("lm_head").zero_grad(set_to_none=False)
+
+
+def clip(model: nn.Module, to: float = 1e-3) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), to)
+
+
+@pytest.mark.parametrize("change", [halve, replace, clear_the_first, zero_the_first, clip])
+@pytest.mark.parametrize("update", [False, True])
+def test_gradients_that_are_changed_inside_of_a_window_are_refused(
+    change: Callable[[nn.Module], None], update: bool, tmp_path: Path
+) -> None:
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+    losses = {
+        "objective": {"forget": -1.0, "retain": 1.0},
+        "forget": lambda: nll(model, pair["forget"]),
+        "retain": lambda: nll(model, pair["retain"]),
+    }
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        recorder.backward(**losses, accumulate=True)
+        change(model)
+        with pytest.raises(RuntimeError, match=r"left alone .* Found .* 1 micro-batches .* Clip"):
+            recorder.backward(**losses)
+        model.zero_grad()
+        recorder.backward(**losses)
+    assert open_run(tmp_path / "run.h5").column("n_micro").tolist() == [1]
+
+
+def test_a_clip_that_is_of_no_effect_is_no_change(tmp_path: Path) -> None:
+    """Such a clip multiplies by one."""
+    model, pair = tiny.llama(), tiny.pairs(1)[0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    exact = reference.gradient(model, -nll(model, pair["forget"]))
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        for accumulate in (True, True, False):
+            loss = -nll(model, pair["forget"]) / 3
+            recorder.backward(objective=loss, accumulate=accumulate, scaler=scaler)
+            clip(model, to=1e9)
+    expected = reference.inner(exact, exact)
+    assert squared_norm(tmp_path / "run.h5") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("update", [False, True])
