@@ -113,14 +113,9 @@ def command(
 def made_of(runs: Sequence["Run"]) -> list[Made]:
     """Each figure of the paper, as far as the runs have what it needs."""
     from geffect.analysis import setting
-    from geffect.report.read import names
+    from geffect.report.read import check_once, names
 
-    places = Counter(run.path.resolve() for run in runs)
-    twice = [path for path, count in places.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"Run files should be given once each. Found `{twice[0]}` twice. Leave one out."
-        )
+    check_once(runs)
     files = [f"{name}{run.path.suffix}" for name, run in zip(names(runs), runs, strict=True)]
     given = [Given(run, setting(run), file) for run, file in zip(runs, files, strict=True)]
     return [_made(figure, given) for figure in figures()]

@@ -27,8 +27,11 @@ def command(
     """Compare runs on a page that opens offline: a table, overlays, where they part, and each."""
     from geffect import open_run
     from geffect.report import runs_report
+    from geffect.report.read import check_once
 
     check_output(output, overwrite=overwrite)
-    page = runs_report([open_run(path) for path in runs], by.value)
+    opened = [open_run(path) for path in runs]
+    check_once(opened)
+    page = runs_report(opened, by.value)
     write_whole(output, page)
     say(terminal(), f"{len(runs)} run{'s' * (len(runs) > 1)} in {output}")

@@ -209,6 +209,18 @@ def opened(runs: Sequence[Run], by: By) -> list[Read]:
     return several
 
 
+def check_once(runs: Sequence[Run]) -> None:
+    """Refuse a run file that is given twice, also by another path to it."""
+    known = set()
+    for run in runs:
+        there = run.path.stat()
+        if (file := (there.st_dev, there.st_ino)) in known:
+            raise ValueError(
+                f"Run files should be given once each. Found `{run.path}` twice. Leave one out."
+            )
+        known.add(file)
+
+
 def names(runs: Sequence[Run]) -> list[str]:
     """The name of each run, with its folder where others are called the same, else its number."""
     said = [run.name for run in runs]

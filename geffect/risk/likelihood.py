@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Batch, Pair, batches_in, is_packed, labels_of, original_of
+from geffect.batch import (
+    IGNORED,
+    Batch,
+    Pair,
+    batches_in,
+    is_packed,
+    labels_of,
+    masks_in,
+    original_of,
+)
 
 from .alignment import predicts_next, unwrapped
 from .dependence import look_at, without_cache
@@ -93,6 +102,12 @@ def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
     Packed rows are run without a cache: with one, transformers lets an answer see those before it.
     """
     batch = original_of(batch)
+    shape = tuple(labels_of(batch).shape)
+    if not shape[0]:
+        raise ValueError(
+            f"A batch should have a row at least. Found none, in `labels` of shape {shape}. See "
+            "whether a filter left nothing, and leave the batch out."
+        )
     keeps_labels = not ("decoder_input_ids" in batch or predicts_next(model))
     further = without_cache(unwrapped(model)) if is_packed(batch) else {}
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -165,6 +180,7 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
 
 
 def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
+    batch = original_of(batch)
     labels = labels_of(batch)
     if labels.ndim != 2:
         raise ValueError(
@@ -178,6 +194,7 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             f"`labels` should be tokens, and {IGNORED} where a token is not scored. Found "
             f"{int(others[0])}, as in code that passes it as `ignore_index`. Put {IGNORED} there."
         )
+    _check_read(labels, batch, "attention_mask" if is_next else "decoder_attention_mask")
     if not is_next:
         return labels
     if _are_shifted(labels, batch.get("input_ids")):
@@ -187,6 +204,24 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             "`input_ids` with -100 where a token is not scored."
         )
     return labels[:, 1:]
+
+
+def _check_read(labels: Tensor, batch: Batch, name: str) -> None:
+    """Refuse labels in padding: where a mask hides both a token and the one that predicts it.
+
+    One hidden token behind an answer may be its end, where a tokenizer pads with that.
+    """
+    for mask in masks_in(batch, name):
+        if mask.shape != labels.shape:
+            continue
+        hidden = (mask == 0).to(labels.device)
+        padding = (labels != IGNORED)[:, 1:] & hidden[:, 1:] & hidden[:, :-1]
+        if padding.any():
+            raise ValueError(
+                f"`labels` should be {IGNORED} where `{name}` hides the tokens: padding is no "
+                f"answer. Found {int(padding.sum())} labels in padding. Put {IGNORED} there, as "
+                "`geffect.data.collate.collate` does."
+            )
 
 
 def _largest(labels: Tensor) -> int:

@@ -8,9 +8,10 @@ import pytest
 from geffect import open_run
 from geffect.pages import Lines
 from geffect.report.charts import OfRun, Scales
-from geffect.report.read import names, objective_of, opened, rectifier_of
+from geffect.report.read import check_once, names, objective_of, opened, rectifier_of
 from geffect.store.schema import Contents, Row
 from geffect.store.writer import RunWriter
+from tests.utils.command_line import Ask
 from tests.utils.many_runs import random_run
 from tests.utils.runs import PARAMETERS
 
@@ -40,6 +41,21 @@ def test_the_objective_in_words(manifest: dict, said: str) -> None:
 )
 def test_the_rectifier_in_words(told: dict | None, said: str) -> None:
     assert rectifier_of({"rectifier": told}) == said
+
+
+@pytest.mark.parametrize("way", ["the same path", "a symbolic link", "a hard link"])
+def test_a_file_that_is_given_twice_is_refused(way: str, ask: Ask, tmp_path: Path) -> None:
+    path, other = random_run(tmp_path / "run.h5", 1, layers=1), tmp_path / "other.h5"
+    if way == "a symbolic link":
+        other.symlink_to(path)
+    elif way == "a hard link":
+        other.hardlink_to(path)
+    else:
+        other = path
+    with pytest.raises(ValueError, match=r"given once each\. Found `.*` twice"):
+        check_once([open_run(path), open_run(other)])
+    code, _, err = ask("report", path, other, "-o", tmp_path / "page.html")
+    assert code == 1 and "given once each" in err
 
 
 def test_names_that_folders_do_not_tell_apart_are_numbered(tmp_path: Path) -> None:

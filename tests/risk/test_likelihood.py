@@ -15,7 +15,9 @@ from geffect.objectives import NPO, FrozenModel, GradDiff, SharedForward, Weight
 from geffect.risk import (
     check_answers,
     log_likelihood,
+    mean_nll,
     nll,
+    risk_gradient,
     sequence_sum,
     token_log_probabilities,
 )
@@ -97,6 +99,45 @@ def test_what_prophetnet_adds_to_its_own_loss_is_no_part_of_a_risk() -> None:
     assert (model(**batch).loss - nll(model, batch)).abs() > 1e-4
     model.disable_ngram_loss, config.eps = True, 0.0
     torch.testing.assert_close(nll(model, batch), model(**batch).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_in_padding_are_refused(side: str) -> None:
+    """As where labels are a copy of padded tokens: two hidden ones in a row are no answer."""
+    model, batch = tiny.llama().eval(), tiny.batch(1, rows=2, length=8)
+    hidden = slice(0, 3) if side == "left" else slice(5, None)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, hidden] = 0
+    copied = {**batch, "attention_mask": mask, "labels": batch["input_ids"].clone()}
+    with pytest.raises(ValueError, match=r"-100 where `attention_mask` hides .* Found 2 labels"):
+        nll(model, copied)
+    marked = {**copied, "labels": copied["labels"].masked_fill(mask == 0, -100)}
+    one_end = {**marked, "labels": marked["labels"].clone()}
+    if side == "right":  # a tokenizer that pads with the end of a text hides that too
+        one_end["labels"][1, 5] = 3
+    for right in (marked, one_end):
+        expected = torch.stack([p for row in reference.token_log_p(model, right) for p in row])
+        torch.testing.assert_close(nll(model, right), -expected.mean().float())
+
+
+def test_the_padding_of_a_decoder_is_told_by_its_own_mask() -> None:
+    model, batch = tiny.t5().eval(), tiny.translation(1)
+    labels = batch["labels"].clamp(min=0)
+    length = batch["input_ids"].shape[1]
+    of_inputs = torch.zeros(len(labels), length, dtype=torch.long)
+    of_inputs[:, 0] = 1
+    assert nll(model, {**batch, "labels": labels[:, :length], "attention_mask": of_inputs}) > 0
+    mask = torch.ones_like(labels)
+    mask[:, -2:] = 0
+    with pytest.raises(ValueError, match=r"-100 where `decoder_attention_mask` hides"):
+        nll(model, {**batch, "labels": labels, "decoder_attention_mask": mask})
+
+
+@pytest.mark.parametrize("of", [nll, risk_gradient, mean_nll, token_log_probabilities])
+def test_a_batch_without_rows_is_refused(of: Any) -> None:
+    empty = {name: values[:0] for name, values in tiny.batch(1).items()}
+    with pytest.raises(ValueError, match=r"should have a row at least\. Found none.* leave"):
+        of(tiny.llama(), empty)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
