@@ -1,6 +1,6 @@
 """From options and averages to what is done to a space: the mask, the rule, the scope."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +18,7 @@ from .coordinates import Coordinates
 from .elementwise import Elementwise
 from .masks import Mask, Masks
 from .memory import RetainMemory
-from .options import Options
+from .options import Correction, Options
 from .portions import PORTION_BYTES, StepInPortions
 from .selection import Roots
 from .spaces import Space, UpdateSpace, copied, widened
@@ -126,7 +126,8 @@ class Projector:
         constraint = Constraint(
             self.blocks, self.parameters, options.protect, rule, count=options.constraints
         )
-        return constraint.planned(space, Terms(retain, mask, self._metric(optimizer)))
+        metric = METRICS[options.correction](self, optimizer)
+        return constraint.planned(space, Terms(retain, mask, metric))
 
     def drawn(self) -> Callable[[], None]:
         """What takes back the random numbers that a selection draws from now on."""
@@ -174,31 +175,37 @@ class Projector:
             count=options.constraints,
         )
 
-    def _metric(self, optimizer: torch.optim.Optimizer | None) -> Metric | None:
-        if self.options.correction == "retain":
-            return None
-        if self.options.correction == "adam":
-            assert optimizer is not None
-            return metric_of_adam(optimizer, self.parameters)
 
-        def scale(i: int) -> Tensor | None:
-            root = self.memory.scale(i)
-            return None if root is None else distributed.local(root) + EPSILON
+def metric_of_average(projector: Projector, _: torch.optim.Optimizer | None) -> Metric:
+    """sqrt(v) + eps of each parameter, v the average of squares that the memory holds."""
 
-        return scale
+    def scale(i: int) -> Tensor | None:
+        root = projector.memory.scale(i)
+        return None if root is None else distributed.local(root) + EPSILON
+
+    return scale
 
 
-def metric_of_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> Metric:
+def metric_of_adam(projector: Projector, optimizer: torch.optim.Optimizer | None) -> Metric:
     """sqrt(v) + eps of each parameter, v the second moment that the optimizer has by now."""
+    assert optimizer is not None
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def scale(i: int) -> Tensor | None:
-        known = optimizer.state.get(parameters[i], {})
-        group = groups.get(id(parameters[i]), {})
+        parameter = projector.parameters[i]
+        known, group = optimizer.state.get(parameter, {}), groups.get(id(parameter), {})
         square = known.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
         return None if square is None else widened(distributed.local(square)).sqrt() + group["eps"]
 
     return scale
+
+
+METRICS: Mapping[Correction, Callable[[Projector, torch.optim.Optimizer | None], Metric | None]] = {
+    "retain": lambda *_: None,
+    "retain_adam": metric_of_average,
+    "adam": metric_of_adam,
+}
+"""The metric in which a multiple of r is added, by the correction; None for that of the space."""
 
 
 @dataclass(frozen=True)
