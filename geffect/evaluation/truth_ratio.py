@@ -1,6 +1,6 @@
 """Truth ratios: how likely wrong answers are beside the right one, an item each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -32,19 +32,13 @@ def truth_ratio(
     array([0.8176, 0.3208])
     """
     c, answers = _checked(right, wrong)
+    if definition not in [*DEFINITIONS]:
+        raise ValueError(
+            '`definition` should be "share", "geometric" or "tofu". Found '
+            f"{definition!r}. Choose one, and name it beside the numbers."
+        )
     with np.errstate(over="ignore", invalid="ignore"):  # infinitely likelier, or 0 / 0
-        if definition == "tofu":
-            return np.array([_mean(np.exp(c[i] - w)) for i, w in enumerate(answers)])
-        geometric: Floats = np.exp(np.array([c[i] - _mean(w) for i, w in enumerate(answers)]))
-    if definition == "geometric":
-        return geometric
-    if definition == "share":
-        share: Floats = 1.0 / (1.0 + geometric)
-        return share
-    raise ValueError(
-        '`definition` should be "share", "geometric" or "tofu". Found '
-        f"{definition!r}. Choose one, and name it beside the numbers."
-    )
+        return DEFINITIONS[definition](c, answers)
 
 
 def prob_options(right: ArrayLike, wrong: Sequence[ArrayLike]) -> Floats:
@@ -57,7 +51,7 @@ def prob_options(right: ArrayLike, wrong: Sequence[ArrayLike]) -> Floats:
     """
     c, answers = _checked(right, wrong)
     with np.errstate(over="ignore", invalid="ignore"):
-        sums = np.array([len(w) * _mean(np.exp(c[i] - w)) for i, w in enumerate(answers)])
+        sums = _arithmetic(c, answers) * [len(w) for w in answers]
     return 1.0 / (1.0 + sums)
 
 
@@ -73,6 +67,22 @@ def closer_to_one(ratio: Floats) -> Floats:
 def true_better(ratio: Floats) -> Floats:
     """max(0, 1 - r) of truth ratios: high where the right answer is likelier than wrong ones."""
     return np.maximum(0.0, 1.0 - ratio)
+
+
+def _arithmetic(c: Floats, answers: Sequence[Floats]) -> Floats:
+    return np.array([_mean(np.exp(c[i] - w)) for i, w in enumerate(answers)])
+
+
+def _geometric(c: Floats, answers: Sequence[Floats]) -> Floats:
+    ratio: Floats = np.exp(np.array([c[i] - _mean(w) for i, w in enumerate(answers)]))
+    return ratio
+
+
+DEFINITIONS: Mapping[Definition, Callable[[Floats, Sequence[Floats]], Floats]] = {
+    "share": lambda c, answers: 1.0 / (1.0 + _geometric(c, answers)),
+    "geometric": _geometric,
+    "tofu": _arithmetic,
+}
 
 
 def _checked(right: ArrayLike, wrong: Sequence[ArrayLike]) -> tuple[Floats, list[Floats]]:
