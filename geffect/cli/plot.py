@@ -1,11 +1,10 @@
 """`geffect plot`: a picture of a score of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
@@ -24,22 +23,6 @@ from .terminal import say, terminal
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-
-class Kind(StrEnum):
-    """The pictures."""
-
-    HEATMAP = "heatmap"
-    PROFILE = "profile"
-    TRAJECTORY = "trajectory"
-    SHEET = "sheet"
-    RECTIFICATION = "rectification"
-    TIMELINE = "timeline"
-    ACCUMULATED = "accumulated"
-    WALK = "walk"
-    ANGLES = "angles"
-    NORM_RATIO = "norm-ratio"
-    NOISE_FLOOR = "noise-floor"
 
 
 def in_panels(name: str, table: "pd.DataFrame") -> "Figure":
@@ -72,30 +55,36 @@ def whole(name: str, table: "pd.DataFrame") -> "Figure":
     return figure
 
 
-@dataclass(frozen=True)
-class Picture:
-    """How a table is put into a picture, and the scores that it is of; without any, of most."""
+class Kind(StrEnum):
+    """The pictures, each with how a table is put into it and the scores that it is of.
+
+    Without scores it is of most. The first is drawn where none is named.
+    """
 
     put: Callable[[str, "pd.DataFrame"], "Figure"]
-    scores: tuple[ScoreName, ...] = ()
+    scores: tuple[ScoreName, ...]
+
+    def __new__(
+        cls, name: str, put: Callable[[str, "pd.DataFrame"], "Figure"], *scores: ScoreName
+    ) -> Self:
+        kind = str.__new__(cls, name)
+        kind._value_, kind.put, kind.scores = name, put, scores
+        return kind
+
+    HEATMAP = "heatmap", in_panels
+    PROFILE = "profile", in_panels
+    TRAJECTORY = "trajectory", in_panels
+    SHEET = "sheet", whole
+    RECTIFICATION = "rectification", whole, ScoreName.RECTIFICATION
+    TIMELINE = "timeline", whole, ScoreName.CONFLICT, ScoreName.VIOLATION
+    ACCUMULATED = "accumulated", on_axes, ScoreName.ACCUMULATED
+    WALK = "walk", on_axes, ScoreName.ACCUMULATED
+    ANGLES = "angles", on_axes, ScoreName.ANGLES
+    NORM_RATIO = "norm-ratio", whole, ScoreName.NORM_RATIO
+    NOISE_FLOOR = "noise-floor", on_axes, ScoreName.NOISE_FLOOR
 
 
-PICTURES: Mapping[Kind, Picture] = {
-    Kind.HEATMAP: Picture(in_panels),
-    Kind.PROFILE: Picture(in_panels),
-    Kind.TRAJECTORY: Picture(in_panels),
-    Kind.SHEET: Picture(whole),
-    Kind.RECTIFICATION: Picture(whole, (ScoreName.RECTIFICATION,)),
-    Kind.TIMELINE: Picture(whole, (ScoreName.CONFLICT, ScoreName.VIOLATION)),
-    Kind.ACCUMULATED: Picture(on_axes, (ScoreName.ACCUMULATED,)),
-    Kind.WALK: Picture(on_axes, (ScoreName.ACCUMULATED,)),
-    Kind.ANGLES: Picture(on_axes, (ScoreName.ANGLES,)),
-    Kind.NORM_RATIO: Picture(whole, (ScoreName.NORM_RATIO,)),
-    Kind.NOISE_FLOOR: Picture(on_axes, (ScoreName.NOISE_FLOOR,)),
-}
-"""Every picture; the first of its scores is drawn where none is named."""
-
-WITH_OWN = {score for picture in PICTURES.values() for score in picture.scores} - {
+WITH_OWN = {score for kind in Kind for score in kind.scores} - {
     ScoreName.CONFLICT,
     ScoreName.VIOLATION,
 }
@@ -160,15 +149,15 @@ def command(
 
 def _chosen(kind: Kind | None, score: ScoreName | None) -> tuple[Kind, ScoreName]:
     """The picture and the score, where one of them may say the other."""
-    own = [one for one, picture in PICTURES.items() if score in picture.scores]
+    own = [one for one in Kind if score in one.scores]
     kind = kind or (own[0] if score in WITH_OWN else Kind.HEATMAP)
-    scores = PICTURES[kind].scores or [name for name in ScoreName if name not in WITH_OWN]
+    scores = kind.scores or [name for name in ScoreName if name not in WITH_OWN]
     score = score or scores[0]
     if score not in scores:
         pictures = own if score in WITH_OWN else [kind]
         raise typer.BadParameter(
             f"`--kind {' or '.join(pictures)}` should go with "
-            f"`--score {' or '.join(PICTURES[pictures[0]].scores)}`. Found `--kind {kind}` with "
+            f"`--score {' or '.join(pictures[0].scores)}`. Found `--kind {kind}` with "
             f"`--score {score}`. Leave one of the two out."
         )
     return kind, score
@@ -176,4 +165,4 @@ def _chosen(kind: Kind | None, score: ScoreName | None) -> tuple[Kind, ScoreName
 
 def draw(table: "pd.DataFrame", kind: Kind) -> "Figure":
     """The picture of a table."""
-    return PICTURES[kind].put(kind.replace("-", "_"), table)
+    return kind.put(kind.replace("-", "_"), table)

@@ -1,10 +1,9 @@
 """What a user names on the command line: a score, its blocks, a pair of gradients."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -15,21 +14,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from geffect import Run
-
-
-class ScoreName(StrEnum):
-    """The scores by their name on the command line."""
-
-    G_EFFECT = "g-effect"
-    COSINE = "cosine"
-    CONFLICT = "conflict"
-    PREDICTED_CHANGE = "predicted-change"
-    VIOLATION = "violation"
-    RECTIFICATION = "rectification"
-    ACCUMULATED = "accumulated"
-    ANGLES = "angles"
-    NORM_RATIO = "norm-ratio"
-    NOISE_FLOOR = "noise-floor"
 
 
 class By(StrEnum):
@@ -45,38 +29,43 @@ class By(StrEnum):
     MODEL = "model"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A score of the command line: its name in `geffect.analysis`, and the options it takes."""
-
-    analyzer: str
-    takes: Collection[str] = ()
-    by: By | None = By.LAYER  # where none is given; None for what the rectifier constrains
-
-
 BETWEEN, INTERVALS, ALL_PARAMETERS = "--between", "--intervals", "--all-parameters"
 
-SCORES: Mapping[ScoreName, Scored] = {
-    ScoreName.G_EFFECT: Scored("g_effect", (INTERVALS, ALL_PARAMETERS)),
-    ScoreName.COSINE: Scored("cosine", (BETWEEN, INTERVALS, ALL_PARAMETERS)),
-    ScoreName.CONFLICT: Scored("conflict", (BETWEEN, INTERVALS, ALL_PARAMETERS), by=None),
-    # These are of what an optimizer or a rectifier did, once a step: no interval tells of that.
-    ScoreName.PREDICTED_CHANGE: Scored("predicted_change"),
-    ScoreName.VIOLATION: Scored("violation", by=None),
-    # Most rectifiers have one constraint for the model, which has no numbers of the layers.
-    ScoreName.RECTIFICATION: Scored("rectification", by=By.MODEL),
-    ScoreName.ACCUMULATED: Scored("accumulated", by=By.MODEL),
-    ScoreName.ANGLES: Scored("angles", (ALL_PARAMETERS,), by=By.MODEL),
-    ScoreName.NORM_RATIO: Scored("norm_ratio", (BETWEEN, ALL_PARAMETERS), by=By.MODEL),
-    ScoreName.NOISE_FLOOR: Scored("noise_floor", (BETWEEN, ALL_PARAMETERS)),
-}
-"""Every score. An option that is in no list here, such as --by, is one of them all."""
 
-OF_SOME = {option for scored in SCORES.values() for option in scored.takes}
+class ScoreName(StrEnum):
+    """The scores by their name on the command line, each with the options that it alone takes.
+
+    An option that no score has here, such as --by, is one of them all. `by` is what a score is
+    taken over where none is given; None for what the rectifier constrains.
+    """
+
+    takes: Collection[str]
+    by: By | None
+
+    def __new__(cls, name: str, takes: Collection[str] = (), by: By | None = By.LAYER) -> Self:
+        score = str.__new__(cls, name)
+        score._value_, score.takes, score.by = name, takes, by
+        return score
+
+    G_EFFECT = "g-effect", (INTERVALS, ALL_PARAMETERS)
+    COSINE = "cosine", (BETWEEN, INTERVALS, ALL_PARAMETERS)
+    CONFLICT = "conflict", (BETWEEN, INTERVALS, ALL_PARAMETERS), None
+    # These are of what an optimizer or a rectifier did, once a step: no interval tells of that.
+    PREDICTED_CHANGE = "predicted-change"
+    VIOLATION = "violation", (), None
+    # Most rectifiers have one constraint for the model, which has no numbers of the layers.
+    RECTIFICATION = "rectification", (), By.MODEL
+    ACCUMULATED = "accumulated", (), By.MODEL
+    ANGLES = "angles", (ALL_PARAMETERS,), By.MODEL
+    NORM_RATIO = "norm-ratio", (BETWEEN, ALL_PARAMETERS), By.MODEL
+    NOISE_FLOOR = "noise-floor", (BETWEEN, ALL_PARAMETERS)
+
+
+OF_SOME = {option for score in ScoreName for option in score.takes}
 
 
 def _of(option: str) -> str:
-    return ", ".join(name for name, scored in SCORES.items() if option in scored.takes)
+    return ", ".join(score for score in ScoreName if option in score.takes)
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (.h5).")]
@@ -117,7 +106,7 @@ AllParametersOption = Annotated[
 
 def check_taken(ctx: typer.Context, score: ScoreName) -> None:
     """Refuse an option that was given and that the score does not take."""
-    for option in sorted((given(ctx) & OF_SOME) - {*SCORES[score].takes}):
+    for option in sorted((given(ctx) & OF_SOME) - {*score.takes}):
         raise typer.BadParameter(
             f"`{option}` should go with one of the scores {_of(option)}. Found it with {score}. "
             f"Leave {option} out, or choose one of those with --score."
@@ -138,13 +127,12 @@ def table_of(
     from geffect.analysis.base import check_steps
 
     check_steps(run)
-    scored = SCORES[score]
-    how: dict[str, Any] = {"by": by or scored.by}
-    if BETWEEN in scored.takes:
+    how: dict[str, Any] = {"by": by or score.by}
+    if BETWEEN in score.takes:
         how["a"], how["b"] = _pair(between)
-    if ALL_PARAMETERS in scored.takes:
+    if ALL_PARAMETERS in score.takes:
         how["stepped_only"] = stepped_only
-    function: Callable[..., pd.DataFrame] = getattr(analysis, scored.analyzer)
+    function: Callable[..., pd.DataFrame] = getattr(analysis, score.replace("-", "_"))
     return analysis.intervals(function, run, **how) if intervals else function(run, **how)
 
 

@@ -13,7 +13,7 @@ from typer.main import get_command
 from geffect import Recorder, Rectifier
 from geffect.cli.main import app
 from geffect.cli.plot import Kind
-from geffect.cli.selection import OF_SOME, SCORES, ScoreName
+from geffect.cli.selection import OF_SOME, ScoreName
 from tests.utils.command_line import Answer, Ask
 
 OPTIONS: dict[str, list[str]] = {
@@ -71,7 +71,7 @@ def test_an_option_changes_the_table_or_is_refused(
 
     plain, with_it = asked(told), asked(told | {option: OPTIONS[option]})
     assert plain.code == 0
-    if option in OF_SOME - {*SCORES[score].takes}:
+    if option in OF_SOME - {*score.takes}:
         assert (with_it.code, with_it.out) == (2, "")
         assert with_it.err.startswith(f"geffect: `{option}` should go with one of the scores ")
     elif with_it.code:  # a rectifier of the model has no numbers of its parts
@@ -128,7 +128,7 @@ def test_an_option_changes_the_picture_or_is_refused(
     assert options_of("plot") == of_the_score | parts | {"--style", "--overwrite"}
     assert ask(*told, "--by", "model").code == 0
     said = ask(*told, "--by", "model", "--between", "forget,retain")
-    if "--between" in SCORES[score].takes:
+    if "--between" in score.takes:
         assert said.code == 0 and not tables[0].equals(tables[1])
     else:
         assert said.code == 2 and "`--between` should go with" in said.err
