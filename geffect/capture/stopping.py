@@ -1,47 +1,21 @@
 """When to stop: a rule that looks at every row a recorder writes, and costs no pass of its own."""
 
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from geffect.gram import norm
 from geffect.numbers import is_number, is_whole
 from geffect.risk.limits import vocabulary_of
-from geffect.sources import FORGET, RETAIN, UPDATE
+from geffect.sources import FORGET, UPDATE
 from geffect.store.reader import Run
 
+from .clauses import CLAUSES, LOOKED_BACK, Stop
 from .rows import Entry
 from .rows_seen import Seen, entry_seen, rows_seen
-
-STEPS = 5
-"""Over so many steps risks and rates are averaged: those of single batches are noise."""
-
-LOOKED_BACK = 4 * STEPS
-"""The steps among which so many that forget are looked for."""
-
-LEAST_GAIN = 0.01
-"""The share of the level by which one of five steps has to forget, for a run that goes on."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """What ended a run: the clause, the step that was the last, and why, in words.
-
-    - `step`: as the run file numbers it; its update has been made.
-    - `value`, `limit`: the number that the clause looks at, and what it was held against.
-    """
-
-    step: int
-    clause: str
-    value: float
-    limit: float
-    message: str
 
 
 class StopWhen:
@@ -131,19 +105,22 @@ class StopWhen:
                 "`radius` of StopWhen should come with `free_forgetting`, whose step it is of. "
                 "Found it alone. Pass free_forgetting=0.01, say, or leave `radius` out."
             )
-        self.level, self.free_forgetting, self.radius = level, free_forgetting, radius
-        self.exchange_rate, self.vocabulary = exchange_rate, vocabulary
-        self.fired: Stop | None = None
-        self._seen: list[Seen] = []
-        self._has_forgotten = False  # by enough, in a step
+        self.vocabulary = vocabulary
+        self._restart()
 
     def __repr__(self) -> str:
         return f"StopWhen({', '.join(f'{name}={v!r}' for name, v in self.options.items())})"
 
+    def _restart(self) -> None:
+        self.fired: Stop | None = None
+        self._seen: list[Seen] = []
+        asked = {**self.options, "vocabulary": self.vocabulary}
+        self._clauses = [make(asked) for name, make in CLAUSES.items() if asked.get(name)]
+
     def begin(self, model: nn.Module, earlier: Iterable[Seen] = ()) -> None:
         """Begin a run of a model, after the rows that it has already."""
-        self.fired, self._seen, self._has_forgotten = None, [], False
         self.vocabulary = self.options.get("vocabulary", _vocabulary_of(model))
+        self._restart()
         if self.vocabulary is None and not self.options:
             raise ValueError(
                 "`stop` should have a clause. Found none: the config of the model tells no size of "
@@ -154,17 +131,15 @@ class StopWhen:
 
     def check_sources(self, sources: Iterable[str]) -> None:
         """Refuse a run that lacks what a clause looks at."""
-        found, needed = list(sources), [FORGET]
-        if self.free_forgetting is not None:
-            needed.append(RETAIN)
-        if self.exchange_rate is not None:
-            needed += [RETAIN, UPDATE]
-        lacking = [name for name in dict.fromkeys(needed) if name not in found]
+        found, needed = list(sources), dict.fromkeys([FORGET])
+        for clause in self._clauses:
+            needed.update(dict.fromkeys(clause.sources))
+        lacking = [name for name in needed if name not in found]
         with_update = " (update=True)" if UPDATE in lacking else ""
         if lacking:
             raise ValueError(
                 f"`stop` should be a rule on what is recorded: {self!r} looks at "
-                f"{', '.join(dict.fromkeys(needed))}. Found {', '.join(found)}. Record "
+                f"{', '.join(needed)}. Found {', '.join(found)}. Record "
                 f"{' and '.join(lacking)} too{with_update}, or leave the clause out."
             )
 
@@ -173,11 +148,8 @@ class StopWhen:
         if self._seen and self._seen[-1].step == seen.step:
             self._seen.pop()
         self._seen = [*self._seen, seen][-LOOKED_BACK:]
-        if self.level is not None:
-            self._has_forgotten |= seen.gain >= LEAST_GAIN * self.level
-        if self.fired is None:
-            for clause in (self._anti_knowledge, self._level, self._free, self._exchange):
-                self.fired = self.fired or clause()
+        for clause in self._clauses:
+            self.fired = self.fired or clause.look(self._seen)
         return self.fired
 
     def look(self, entry: Entry) -> Stop | None:
@@ -199,79 +171,6 @@ class StopWhen:
         twin.check_sources(run.sources)
         return next((stop for stop in map(twin.see, rows_seen(run)) if stop is not None), None)
 
-    def _anti_knowledge(self) -> Stop | None:
-        now, known = self._seen[-1], self.vocabulary
-        if known is None or not now.risk > math.log(known):
-            return None
-        return Stop(
-            now.step, "anti-knowledge", now.risk, math.log(known),
-            f"the forget risk at step {now.step} is {now.risk:.4g}, above the "
-            f"{math.log(known):.4g} of guessing among {known} tokens",
-        )  # fmt: skip
-
-    def _level(self) -> Stop | None:
-        if self.level is None:
-            return None
-        (at, risk), now = _risk_at_last(self._seen), self._seen[-1]
-        if not risk >= self.level:
-            return None
-        before, crossing = self._seen[:-1], ""
-        since, earlier = _risk_at_last(before) if before else (now.step, now.risk)
-        if earlier < self.level:
-            passed = since + (at - since) * (self.level - earlier) / (risk - earlier)
-            crossing = f", and crossed it after {passed:.1f} updates"
-        told = f"it is {risk:.4g} before step {now.step}"
-        if at > now.step:
-            told = f"to first order it is {risk:.4g} after step {now.step}"
-        return Stop(
-            now.step, "level", risk, self.level,
-            f"the forget risk has reached the level of {self.level:g}: {told}{crossing}",
-        )  # fmt: skip
-
-    def _free(self) -> Stop | None:
-        wanted, now = self.free_forgetting, self._seen[-1]
-        if wanted is None:
-            return None
-        if self.radius is None and math.isnan(now.lr):
-            raise ValueError(
-                "`radius` of StopWhen should be given where no optimizer tells a learning rate. "
-                f"Found none at step {now.step}. Pass StopWhen(free_forgetting={wanted:g}, "
-                "radius=...), the length of a step."
-            )
-        length = now.lr * float(norm(now.K, 1)) if self.radius is None else self.radius
-        free = length * now.across
-        if not free < wanted:
-            return None
-        return Stop(
-            now.step, "free forgetting", free, wanted,
-            f"a step of length {length:.4g} at step {now.step} forgets {free:.6g} nats for free, "
-            f"less than {wanted:g}",
-        )  # fmt: skip
-
-    def _exchange(self) -> Stop | None:
-        if self.exchange_rate is None:
-            return None
-        now, last = self._seen[-1], self._seen[-STEPS:]
-        again = sum(seen.gain <= 0 for seen in last)
-        learnt = f"; {again} of the last {len(last)} steps learn again" if again else ""
-        rates = [seen.harm / seen.gain for seen in self._seen if seen.gain > 0][-STEPS:]
-        if len(rates) == STEPS and (rate := float(np.median(rates))) > self.exchange_rate:
-            return Stop(
-                now.step, "exchange rate", rate, self.exchange_rate,
-                f"a nat of forgetting costs {rate:.4g} retain nats at step {now.step}, more than "
-                f"{self.exchange_rate:g}: the median of {STEPS} steps{learnt}",
-            )  # fmt: skip
-        if self.level is None or not self._has_forgotten or len(last) < STEPS:
-            return None
-        most, least = max(seen.gain for seen in last), LEAST_GAIN * self.level
-        if not most < least:
-            return None
-        return Stop(
-            now.step, "exchange rate", most, least,
-            f"each of the last {STEPS} steps to step {now.step} forgets by {most:.4g} nats at "
-            f"most, less than 1 % of the level{learnt}",
-        )  # fmt: skip
-
 
 def as_table(stop: Stop | None) -> Mapping[str, NDArray[Any] | list[str]]:
     """The columns that a run keeps of a Stop; without rows where there is none."""
@@ -283,24 +182,6 @@ def as_table(stop: Stop | None) -> Mapping[str, NDArray[Any] | list[str]]:
         "limit": np.array([stop.limit for stop in stops], dtype=np.float64),
         "message": [stop.message for stop in stops],
     }
-
-
-def _risk_at_last(rows: Sequence[Seen]) -> tuple[int, float]:
-    """After how many updates, and the forget risk there, as the last steps in a row tell it.
-
-    Each risk is carried on by the changes that the updates since then predict.
-    """
-    now = rows[-1]
-    if math.isnan(now.gain):
-        return now.step, now.risk
-    carried, since, carries = 0.0, now.step, []
-    for row in reversed(rows[-STEPS:]):
-        carried += row.gain
-        if row.step < since - 1 or math.isnan(carried + row.risk):
-            break
-        carries.append(row.risk + carried)
-        since = row.step
-    return now.step + 1, float(np.mean(carries)) if carries else math.nan
 
 
 def _vocabulary_of(model: nn.Module) -> int | None:

@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from geffect import Recorder, Rectifier, StopWhen, open_run
+from geffect.capture.clauses import Stop
 from geffect.capture.rows_seen import Seen
-from geffect.capture.stopping import Stop
 from geffect.objectives import GradientAscent
 from geffect.trainers import GEffectCallback, rectify
 from tests.utils import shallow as tiny
