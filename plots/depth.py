@@ -19,7 +19,7 @@ def depth(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     Returns the axes. A model whose line runs like that of the original holds the answer there.
 
     >>> table = pd.DataFrame({"model": "unlearned", "block": [0, 1], "value": [0.1, 2.0],
-    ...                       "score": "fall of log p of the answer", "unit": "nats"})
+    ...                       "score": "fall of log p of the answer", "unit": "nats per token"})
     >>> depth(table).get_xlabel()
     'block, from input to output'
     """

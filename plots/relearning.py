@@ -20,9 +20,9 @@ def relearning(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     forgotten.
 
     >>> table = pd.DataFrame({"model": "unlearned", "step": [0, 4], "value": [3.0, 0.5],
-    ...                       "score": "NLL of the forget set", "unit": "nats"})
+    ...                       "score": "NLL of the forget set", "unit": "nats per token"})
     >>> ax = relearning(table)
     >>> ax.get_xlabel(), ax.get_ylabel()
-    ('step of further training', 'NLL of the forget set (nats)')
+    ('step of further training', 'NLL of the forget set (nats per token)')
     """
     return curves_of_models(table, "step", "step of further training", ax, asked)

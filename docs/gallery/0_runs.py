@@ -212,7 +212,7 @@ for name, model in models.items():
 
 said = {"score": "NLL of the forget set", "unit": "nats per token"}
 pd.concat(relearned).assign(**said).to_csv("relearned.csv", index=False)
-said = {"score": "fall of log p of the answer", "unit": "nats"}
+said = {"score": "fall of log p of the answer", "unit": "nats per token"}
 pd.concat(depths).assign(**said).to_csv("depth.csv", index=False)
 original = attacked["original"]["asked"]
 recovered = recoverable_shares(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from geffect.scores import Score, said
+from geffect.scores import PER_TOKEN, Score, said
 
 from .attacks import DEPTH, HIDDEN, PATCHED, RELEARNING
 from .models import ROLES, UNLEARNED
@@ -23,8 +23,8 @@ RELEARNED = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
 """The attack whose course is drawn: with benign text, at the first rate."""
 
 OF_SHARES = Score("share of what the original knows")
-OF_NLL = Score("NLL of the forget set", "nats")
-OF_DEPTH = Score("fall of log p of the answer", "nats")
+OF_NLL = Score("NLL of the forget set", PER_TOKEN)
+OF_DEPTH = Score("fall of log p of the answer", PER_TOKEN)
 
 
 def shares(table: pd.DataFrame) -> pd.DataFrame:

@@ -191,7 +191,7 @@ def of_models(over: str) -> pd.DataFrame:
         for model, start in (("original", 0.1), ("retrained", 3.0), ("unlearned", 2.8))
         for place in range(9)
     ]
-    return said(pd.DataFrame(rows), Score("NLL of the forget set", "nats"))
+    return said(pd.DataFrame(rows), Score("NLL of the forget set", PER_TOKEN))
 
 
 EXAMPLES: dict[str, Callable[[], Any]] = {
