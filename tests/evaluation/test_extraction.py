@@ -168,6 +168,78 @@ def test_counted_by_hand(said: list[int], strength: float, with_end: float) -> N
     assert ended == extraction_strength(Said(said), ROW).item() == pytest.approx(with_end)
 
 
+def by_loop(right: list[bool]) -> float:
+    """What the public loop over k gives for the labels without the last one."""
+    total = len(right) - 1
+    if total <= 0:
+        return 0.0
+    for k in range(total):
+        if all(right[k:total]):
+            break
+    return 1 - k / total
+
+
+def by_bisection(model: nn.Module, row: dict[str, Tensor], ends: set[int]) -> float:
+    """What the public bisection gives, by decoding until the answer's length or an end."""
+    places = [i for i, label in enumerate(row["labels"].tolist()) if label != -100 and i > 0]
+    if int(row["labels"][places[-1]]) in ends:
+        places = places[:-1]
+    start, full = places[0], row["input_ids"][: places[-1] + 1].tolist()
+    left, right, before = start, len(full), None
+    for _ in range(right - left):
+        middle = (left + right) // 2
+        if middle == before:
+            break
+        said = full[:middle]
+        while len(said) < len(full):
+            with torch.no_grad():
+                token = int(model(input_ids=torch.tensor([said])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            said.append(token)
+        is_match = said[middle:] == full[middle : len(said)]
+        left, right = (left, middle) if is_match else (middle, right)
+        before = middle
+    return 1 - (right - start) / (len(full) - start)
+
+
+@pytest.mark.parametrize("steps", [0, 12, 30, 60])
+def test_legacy_strengths_are_those_of_the_public_code(steps: int) -> None:
+    model, batches = learnt(steps)
+    rows = [{n: v[i] for n, v in b.items()} for b in batches for i in range(len(b["labels"]))]
+    for ends in (set(), {3}, {int(batches[0]["labels"][0, -1])}, set(range(0, 40, 3))):
+        found = extraction_strength(model, batches, ends=ends, legacy="uwc")
+        assert found.tolist() == pytest.approx([by_bisection(model, row, ends) for row in rows])
+        looped = extraction_strength(model, batches, ends=ends, legacy="open_unlearning")
+        expected = []
+        for row in rows:
+            likely = model(input_ids=row["input_ids"][None]).logits[0, :-1].argmax(-1)
+            labels = row["labels"][1:]
+            expected.append(by_loop((likely == labels)[labels != -100].tolist()))
+        assert looped.tolist() == pytest.approx(expected)
+
+
+def test_where_legacy_strengths_are_others() -> None:
+    for said, exact, looped, bisected in (
+        ([0, 3, 4, 0, 8], 0.0, 1 / 3, 0.0),  # a wrong last token
+        ([0, 0, 0, 0, 0], 0.0, 1 / 3, 0.0),
+        ([0, 8, 8, 8, 8], 0.0, 1 / 3, 1.0),  # a collapsed model that says nothing
+        ([0, 0, 8, 5, 8], 1 / 3, 1 / 3, 2 / 3),
+        ([0, 3, 4, 5, 8], 1.0, 1.0, 1.0),
+    ):
+        for legacy, expected in ((None, exact), ("open_unlearning", looped), ("uwc", bisected)):
+            found = extraction_strength(Said(said, 8), ROW, legacy=legacy)  # type: ignore[arg-type]
+            assert found.item() == pytest.approx(expected), (said, legacy)
+    four = {**ROW, "labels": torch.tensor([[-100, 2, 3, 4, 5, 8]])}
+    assert extraction_strength(Said([0] * 5), four, legacy="open_unlearning").item() == 0.25
+    one = {**ROW, "labels": torch.tensor([[-100] * 5 + [8]])}
+    assert extraction_strength(Said([0] * 5, 8), one, legacy="open_unlearning").item() == 0.0
+    with pytest.raises(ValueError, match="Found none in sample 0"):
+        extraction_strength(Said([0] * 5, 8), one, legacy="uwc")
+    with pytest.raises(ValueError, match=r"open_unlearning, uwc, or None"):
+        extraction_strength(Said([0] * 5), ROW, legacy="UWC")  # type: ignore[arg-type]
+
+
 def test_what_has_no_answer_is_refused() -> None:
     alone = {**ROW, "labels": torch.tensor([[-100] * 5 + [8]])}
     for batch in (alone, {**ROW, "labels": torch.full((1, 6), -100)}):
