@@ -23,6 +23,6 @@ def relearning(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ...                       "score": "NLL of the forget set", "unit": "nats per token"})
     >>> ax = relearning(table)
     >>> ax.get_xlabel(), ax.get_ylabel()
-    ('step of further training', 'NLL of the forget set (nats per token)')
+    ('step of further training', 'NLL of the forget set\\n(nats per token)')
     """
     return curves_of_models(table, "step", "step of further training", ax, asked)

@@ -5,13 +5,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from geffect import Run, open_run
-from geffect.analysis import cosine, g_effect
-from geffect.analysis.violation import ROUNDING
+from geffect.analysis import g_effect, violation
 from geffect.numbers import percent
-from geffect.sources import UPDATE
 
 from . import claims, hiding_claims
 from .claims import INSIDE, OUTSIDE, WORLD, Gold, Runs
@@ -50,7 +46,8 @@ ORDER = (
 def shares(path: Path) -> dict[str, float]:
     """What the findings need of a run file, in one number each.
 
-    A step violates if the applied update opposes any of the averages that the rectifier protects.
+    A step violates if the applied update opposes, beyond rounding, any of the averages that the
+    rectifier protects.
     """
     run = open_run(path)
     effect = g_effect(run, by="model").query("effect == 'retaining'")["value"]
@@ -391,7 +388,6 @@ def _keeps_constraint(runs: Runs) -> list[dict[str, Any]]:
 
 
 def _violating(run: Run) -> float:
-    """The share of steps whose update has a positive inner product with a retain average."""
-    averages = [name for name in run.sources if name.endswith("_ema")]
-    along = np.stack([cosine(run, UPDATE, name, by="model")["value"] for name in averages])
-    return float((along > ROUNDING).any(axis=0).mean())
+    """The share of steps whose update opposes a retain average, beyond rounding."""
+    opposes = violation(run, by="model").groupby("step")["value"].max()
+    return float(opposes.fillna(0.0).mean())

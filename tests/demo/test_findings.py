@@ -10,10 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from geffect import Recorder, Rectifier, open_run
+from geffect.analysis import cosine
 from geffect.demo import figures
 from geffect.demo.config import LEVELS
-from geffect.demo.findings import findings
+from geffect.demo.findings import findings, shares
 from geffect.demo.hiding import HIDING
 from geffect.demo.methods import EQUAL, FEW, HIDES, RATES, SETS, VARIANTS
 from geffect.demo.plan import IN_A_LOOK, Plan
@@ -27,6 +30,8 @@ from geffect.demo.tables import (
     write_tables,
 )
 from geffect.report import study_report
+from tests.utils import shallow
+from tests.utils.rectified import losses_of
 
 RETAIN = {
     "plain": 1.0, "gru": 0.5, "gru-update": 0.2, "gru-coordinate": 0.05, "select": 0.02,
@@ -626,3 +631,18 @@ def test_a_control_that_missed_the_level_is_not_seen_through() -> None:
     assert not rows["holds"] and not passes["holds"]
     assert "no value" in rows["measured"]
     json.dumps([rows, passes], allow_nan=False)
+
+
+def test_what_rounding_makes_of_a_step_violates_nothing(tmp_path: Path) -> None:
+    model = shallow.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer)
+    with Recorder(model, tmp_path / "a.h5", update=True) as recorder:
+        for pair in shallow.pairs(6, seed=0):
+            losses = losses_of(model, pair)
+            recorder.backward(objective={"forget": -1.0}, rectifier=rectifier, **losses)
+            optimizer.step()
+            optimizer.zero_grad()
+    along = cosine(open_run(tmp_path / "a.h5"), "update", "retain_ema", by="model")["value"]
+    assert along.max() > 1e-6
+    assert shares(tmp_path / "a.h5")["share_update_violating"] == 0.0
