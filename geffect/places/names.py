@@ -75,10 +75,11 @@ def spots(shapes: Mapping[str, Sequence[int]]) -> list[Spot]:
     paths = [_path(name) for name in plain]
     held = _common(paths)
     stages = {found[0] for path in paths if (found := _STAGE.match(".".join(path)))}
-    networks = _networks(paths, stages)
+    units = [_unit(path, stages) for path in paths]
+    networks = _networks(paths, [unit for unit, _ in units])
     every = []
-    for name, own, whole, shape in zip(shapes, plain, paths, shapes.values(), strict=True):
-        unit, in_stage = _unit(whole, stages)
+    of_each = zip(shapes, plain, paths, units, shapes.values(), strict=True)
+    for name, own, whole, (unit, in_stage), shape in of_each:
         path = whole[held:]
         unit = max(unit - held, -1)
         last = own.rpartition(".")[2]
@@ -131,10 +132,13 @@ def _unit(path: Path, stages: set[str]) -> tuple[int, bool]:
     return (first + 2, False) if inner else (-1, True)
 
 
-def _networks(paths: Sequence[Path], stages: set[str]) -> set[Path]:
+def _networks(paths: Sequence[Path], units: Sequence[int]) -> set[Path]:
     """The modules that are called as a norm is, but hold modules with lists: whole networks."""
     return {
-        path[:i] for path in paths for i in range(1, _unit(path, stages)[0]) if is_norm(path[i - 1])
+        path[:i]
+        for path, unit in zip(paths, units, strict=True)
+        for i in range(1, unit)
+        if is_norm(path[i - 1])
     }
 
 
