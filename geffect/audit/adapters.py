@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from geffect.checkpoints.merging import merging
+
 Form = Literal["merged", "base"]
 """What counts as the weights of a model with an adapter: those with what the adapter adds, or those
 below the adapter, which stays as it is."""
@@ -39,17 +41,12 @@ def tuners(model: nn.Module) -> Iterator[Any]:
 def _merged(model: Any) -> nn.Module:
     whole = copy.deepcopy(model)
     enabled = [tuner for tuner in tuners(whole) if not tuner.disable_adapters]
-    try:
+    with merging(f"The adapter of `{type(model).__name__}` should be one"):
         if enabled and hasattr(whole, "merge_and_unload"):
             plain: nn.Module = whole.merge_and_unload()
             return plain
         for tuner in enabled:
             tuner.merge()
-    except Exception as error:
-        raise ValueError(
-            f"The adapter of `{type(model).__name__}` should be one that can be merged into its "
-            f"weights. Found: {error} Save the model merged, as its library does."
-        ) from error
     if enabled and any(hasattr(module, "modules_to_save") for module in whole.modules()):
         raise ValueError(
             f"The adapter of `{type(model).__name__}` should be one of the package peft where it "

@@ -21,6 +21,8 @@ from geffect.objectives.reference import base_changed_by
 from geffect.risk import check_differentiable, check_loaded
 from geffect.risk.limits import POSITIONS, VOCABULARY, limit_in
 
+from .merging import merging
+
 Folder = str | os.PathLike[str]
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -82,7 +84,8 @@ class Loader:
         self._model: Any = None
         self._adapter: Any = None
         self._beside: list[str] = []  # what an adapter's checkpoints hold of the base
-        self._loaded: Path | None = None
+        self._loaded: Path | None = None  # None too where a checkpoint was loaded in part
+        self._like: Path | None = None  # the last one that was loaded
 
     def load(self, folder: Folder) -> nn.Module:
         """The model with the weights of a checkpoint."""
@@ -96,11 +99,12 @@ class Loader:
             keep_differentiable(self._model)
         elif path != self._loaded:
             held = self._held()
+            self._loaded = None
             with torch.no_grad():
                 for name, tensor in self._stored(path, held):
                     held[name].copy_(tensor)
             _check_finite(self._model.named_parameters(), path)
-        self._loaded = path
+        self._loaded = self._like = path
         loaded: nn.Module = self._model
         return loaded
 
@@ -138,7 +142,7 @@ class Loader:
 
     def _stored(self, path: Path, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint, one after the other; they have to be those of the model."""
-        should = f"`{path}` should be a checkpoint of the same model as `{self._loaded}`."
+        should = f"`{path}` should be a checkpoint of the same model as `{self._like}`."
         if _adapter_config(path) != self._adapter:
             raise ValueError(
                 f"{should} Found another kind, or an adapter that is set up in another way. Replay "
@@ -212,13 +216,8 @@ def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) ->
                 f"it. Found {codes}, which is quantised. Save that model dequantised "
                 "(`model.dequantize()`), and name the folder as the base."
             )
-        try:
+        with merging(f"`{folder}` should be an adapter"):
             loaded = loaded.merge_and_unload()
-        except Exception as error:
-            raise ValueError(
-                f"`{folder}` should be an adapter that can be merged into its weights. Found: "
-                f"{error} Save the model merged, as its library does."
-            ) from error
     check_differentiable(loaded, folder)
     model: nn.Module = loaded.requires_grad_().eval()
     return model

@@ -50,6 +50,24 @@ def test_the_model_holds_exactly_the_weights_of_the_checkpoint(run_folder: Path)
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_checkpoint_that_was_loaded_in_part_is_not_taken_for_the_one_before(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_folder / "checkpoint-10", tmp_path / "diverged")
+    weights = load_file(tmp_path / "diverged" / "model.safetensors")
+    save_file(
+        {**weights, "model.norm.weight": weights["model.norm.weight"] * torch.nan},
+        tmp_path / "diverged" / "model.safetensors",
+    )
+    loader = Loader()
+    loader.load(run_folder / "checkpoint-5")
+    with pytest.raises(ValueError, match="should hold finite weights"):
+        loader.load(tmp_path / "diverged")
+    model = loader.load(run_folder / "checkpoint-5")
+    there = loaded(run_folder / "checkpoint-5").state_dict()
+    assert all(torch.equal(there[name], here) for name, here in model.state_dict().items())
+
+
 def test_weights_in_several_files_and_under_other_names(tmp_path: Path) -> None:
     for seed in (0, 1):
         tiny.gpt2(seed).save_pretrained(tmp_path / str(seed), max_shard_size="5KB")
