@@ -238,18 +238,32 @@ def objective_of(manifest: Mapping[str, Any]) -> str:
 
     >>> objective_of({"objective": {"name": "NPO", "options": {"beta": 0.1}}, "losses": {}})
     'NPO, beta 0.1'
+    >>> objective_of({"objective": {"name": "GradDiff", "options": {"forget": {"name": "NPO"}}}})
+    'GradDiff, forget NPO'
     >>> objective_of({"losses": {"objective": {"forget": -1.0, "retain": 1.0}}})
     '-1 forget + 1 retain'
     """
     told = manifest.get("objective")
     if isinstance(told, Mapping) and told.get("name"):
-        options = told.get("options") or {}
-        return ", ".join([str(told["name"]), *(f"{k} {v}" for k, v in options.items())])
+        return _declared(told)
     losses = manifest.get("losses")
     declared = losses.get("objective") if isinstance(losses, Mapping) else None
     if isinstance(declared, Mapping):
         return " + ".join(f"{weight:g} {name}" for name, weight in declared.items())
     return "not told"
+
+
+def _declared(told: Mapping[str, Any]) -> str:
+    """An objective with its options, some of which are objectives themselves."""
+    options = (f"{name} {_option(value)}" for name, value in (told.get("options") or {}).items())
+    return ", ".join([str(told["name"]), *options])
+
+
+def _option(value: object) -> str:
+    if not isinstance(value, Mapping) or not value.get("name"):
+        return str(value)
+    declared = _declared(value)
+    return f"({declared})" if value.get("options") else declared
 
 
 def rectifier_of(manifest: Mapping[str, Any]) -> str:
