@@ -139,11 +139,27 @@ def _rectified(read: Read) -> Iterator[str]:
         )
         yield f"The rectifier fired in {in_percent(fired)} of the steps{gone} on average."
     if np.isfinite(_of(table, "applied_fresh")).any():
-        word = "lowered" if applied >= 0 else "raised"
         yield (
-            f"To first order all updates together {word} the retain risk by {abs(applied):.4g} "
-            "nats per token."
+            f"To first order all updates together {_moved(-applied)} the retain risk by "
+            f"{abs(applied):.4g} nats per token.{_measured(read, -applied)}"
         )
+
+
+def _measured(read: Read, told: float) -> str:
+    """That the retain risk went the other way than it was `told` to rise, where it did."""
+    known = read.loss("retain")
+    known = known[np.isfinite(known)]
+    rise = known[-1] - known[0] if len(known) > 1 else 0.0
+    if rise * told >= 0:
+        return ""
+    return (
+        f" Measured from the first to the last step it {'rose' if rise > 0 else 'fell'} by "
+        f"{abs(rise):.4g}, which first order does not see."
+    )
+
+
+def _moved(rise: float) -> str:
+    return "raised" if rise > 0 else "lowered"
 
 
 def _of(table: pd.DataFrame, quantity: str) -> Numbers:

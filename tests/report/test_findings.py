@@ -68,6 +68,18 @@ def test_rectified(read: Read) -> None:
     assert f"{word} the retain risk by {abs(total):.4g} nats" in said(read, "To first order")
 
 
+@pytest.mark.parametrize("rise", [-0.5, 0.0, 0.5])
+def test_first_order_stands_beside_a_measured_change_that_goes_the_other_way(
+    read: Read, monkeypatch: pytest.MonkeyPatch, rise: float
+) -> None:
+    total = -sum(sum(K[SOURCES.index("update"), 2] for K in row) for row in read.run.gram())
+    losses = dict(read.losses) | {"retain": np.array([1.0, 3.0, 1.0 + rise])}
+    monkeypatch.setitem(vars(read), "losses", losses)
+    measured = f"it {'rose' if rise > 0 else 'fell'} by {abs(rise):.4g}, which"
+    assert (measured in said(read, "To first order")) == (total * rise > 0)
+    assert ("Measured" in said(read, "To first order")) == (total * rise > 0)
+
+
 def test_a_run_without_numbers_says_nothing_of_them(tmp_path: Path) -> None:
     run = open_run(random_run(tmp_path / "run.h5", 2, layers=1))
     (read,) = opened([run], "layer")
