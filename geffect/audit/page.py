@@ -1,5 +1,6 @@
 """The page of an audit: the verdict, a picture of each battery, and what came back most."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ LISTED = 10
 
 SENTENCE = 30
 """More characters than this are a sentence, which wants room on a narrow screen."""
+
+CODE = re.compile(r"`([^`]+)`")
 
 STYLE = """
   .verdict { font-size: 1.2rem; border-left: .4rem solid #b3261e; padding: .4rem 1rem; }
@@ -106,8 +109,9 @@ def _pictures(report: Reported) -> Iterator[str]:
         "Asked directly",
         plots.shares,
         panels.measured(table, MEMORISED, DIRECTLY, of=FORGET),
-        f"Of the forget set: {word('es')} is extraction strength, {word('em')} exact match. The "
-        "aim is the retrained model, not 0.",
+        f"Of the forget set: {word('probability', 'prob')}, {word('extraction strength', 'es')}, "
+        f"{word('exact match', 'em')}, {word('ROUGE-L recall', 'rouge')}, as far as they were "
+        "measured. The aim is the retrained model, not 0.",
     )
     yield from _figure(
         "Relearning",
@@ -127,8 +131,8 @@ def _pictures(report: Reported) -> Iterator[str]:
         "Membership",
         plots.shares,
         said(panels.measured(table, PRIVACY, aucs), Score("AUC")),
-        f"How well the forget set is told from a holdout ({word('AUC')}). The aim is the retrained "
-        "model, not .5.",
+        f"How well the forget set is told from a holdout ({word('AUC')}), by the loss or such as "
+        f"{word('Min-K%', 'mink')}. The aim is the retrained model, not .5.",
         lines={"by chance": 0.5},
     )
     yield from _figure(
@@ -257,9 +261,14 @@ def _skipped(skipped: Mapping[str, str]) -> str:
     if not skipped:
         return ""
     listed = "".join(
-        f"<li><b>{in_html(what)}</b>: {in_html(why)}</li>" for what, why in skipped.items()
+        f"<li><b>{in_html(what)}</b>: {_coded(why)}</li>" for what, why in skipped.items()
     )
     return f"<h2>What could not be measured</h2><ul>{listed}</ul>"
+
+
+def _coded(said: str) -> str:
+    """A sentence in HTML, with the names that stand between backticks in it as code."""
+    return CODE.sub(r"<code>\1</code>", in_html(said))
 
 
 def _facts(manifest: Mapping[str, Any]) -> str:

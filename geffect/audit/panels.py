@@ -15,6 +15,7 @@ from .attacks import DEPTH, HIDDEN, PATCHED, RELEARNING
 from .models import ROLES, UNLEARNED
 from .sets import FORGET
 from .verdict import DIRECT, MEMORISED, NLL, RECOVERABLE
+from .words import called
 
 MARKED = ("label", "model", "value", "low", "high")
 """The columns of marks with intervals, as `geffect.plots.shares` draws them."""
@@ -46,7 +47,7 @@ def marks(rows: pd.DataFrame, label: str = "metric") -> pd.DataFrame:
     Where two of one model are called the same, the battery tells them apart.
     """
     there = rows[np.isfinite(rows["value"].to_numpy(dtype=float))]
-    marked = there.assign(label=there[label].astype(str))
+    marked = there.assign(label=there[label].astype(str).map(called))
     twice = marked.duplicated(["label", "model"], keep=False)
     marked.loc[twice, "label"] += ", " + marked.loc[twice, "battery"].astype(str)
     return _by_role(marked[[*MARKED]])

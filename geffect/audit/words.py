@@ -1,4 +1,6 @@
-"""The words of an audit, as its page defines them."""
+"""The words of an audit: what its pictures call a metric, and what its page defines."""
+
+import re
 
 from geffect.text import in_html
 
@@ -53,6 +55,11 @@ WORDS = {
         "How often a score ranks an item of the forget set before one of the holdout: .5 is by "
         "chance.",
     ),
+    "mink": (
+        "Min-K% (min_k_0.4) and Min-K%++ (min_k_pp_0.4)",
+        "The mean nll of the K % of the tokens that are the least likely; Min-K%++ takes the log p "
+        "of each beside those of all tokens that could stand there.",
+    ),
     "rho": (
         "rho",
         "The correlation of ranks: near 1 or -1, the first-order effects of the updates explain "
@@ -82,6 +89,30 @@ TURNS = {
     "fewest_auc": "membership is not judged: fewer items on a side than this",
 }
 """Where a verdict turns, in words, by the names of `Thresholds`."""
+
+
+CALLED = {
+    "es": "extraction strength",
+    "em": "exact match",
+    "prob": "probability",
+    "paraphrase prob": "probability, paraphrased",
+    "rougeL_recall": "ROUGE-L recall",
+}
+"""Metrics as pictures call them, where tables have a short name."""
+
+MIN_K = re.compile(r"min_k(_pp)?_([\d.]+)")
+
+
+def called(metric: str) -> str:
+    """A metric as a picture calls it: its axis says that an AUC is one.
+
+    >>> called("em"), called("AUC min_k_pp_0.4"), called("decoder swap")
+    ('exact match', 'Min-K%++ (K = 40)', 'decoder swap')
+    """
+    name = metric.removeprefix("AUC ")
+    if found := MIN_K.fullmatch(name):
+        return f"Min-K%{'++' if found[1] else ''} (K = {100 * float(found[2]):g})"
+    return CALLED.get(name, name)
 
 
 def definitions() -> str:

@@ -9,7 +9,7 @@ import pytest
 from geffect.audit import panels
 from geffect.audit.page import page
 from geffect.audit.thresholds import Thresholds
-from geffect.audit.words import TURNS
+from geffect.audit.words import CALLED, TURNS
 from geffect.plots.inks import inks
 from tests.utils.audit_reports import ROWS, report, table
 
@@ -17,7 +17,8 @@ from tests.utils.audit_reports import ROWS, report, table
 def test_shares_are_those_of_the_model_audited_and_the_noise_of_others() -> None:
     found = panels.shares(table())
     assert found[["label", "model", "value"]].to_numpy().tolist() == [
-        ["es", "unlearned", 0.2], ["int4 <b>", "unlearned", 0.5], ["int4 <b>", "retrained", 0.1],
+        ["extraction strength", "unlearned", 0.2],
+        ["int4 <b>", "unlearned", 0.5], ["int4 <b>", "retrained", 0.1],
     ]  # fmt: skip
     assert panels.shares(table([row for row in ROWS if "share" not in row[0]])).empty
     assert panels.shares(table([row for row in ROWS if row[3] != "unlearned"])).empty
@@ -26,7 +27,8 @@ def test_shares_are_those_of_the_model_audited_and_the_noise_of_others() -> None
 def test_two_shares_of_one_name_are_told_apart_by_their_battery() -> None:
     twice = [*ROWS, ("recoverable share", "es", "forget", "unlearned", 0.3)]
     labels = panels.shares(table(twice))["label"].tolist()
-    assert labels[0] == "es, direct share" and "es, recoverable share" in labels
+    assert labels[0] == "extraction strength, direct share"
+    assert "extraction strength, recoverable share" in labels
 
 
 def test_relearning_begins_at_the_model_and_is_of_the_first_rate() -> None:
@@ -63,6 +65,23 @@ def test_a_page_has_a_picture_of_each_battery_with_its_marks() -> None:
         assert f"<title>{said}</title>" in text
     for word in ("hidden", "remembers", "block, from input to output", "step of further training"):
         assert re.search(rf"<text[^>]*>\s*{word}", text), word
+
+
+def test_a_picture_calls_metrics_by_words_and_the_page_defines_them() -> None:
+    measured = [("memorised", name, "forget", "unlearned", 0.5) for name in CALLED]
+    aucs = ("AUC loss", "AUC min_k_0.2", "AUC min_k_pp_0.4")
+    measured += [("privacy", name, "forget", "unlearned", 0.5) for name in aucs]
+    text = page(report(measured))
+    labels = re.findall(r"<title>unlearned, ([^<]*): 0.5</title>", text)
+    assert {*labels} == {*CALLED.values(), "loss", "Min-K% (K = 20)", "Min-K%++ (K = 40)"}
+    defined = {*re.findall(r'<dt id="word-([^"]*)"', text)}
+    assert {*re.findall(r'href="#word-([^"]*)"', text)} <= defined
+
+
+def test_names_in_a_reason_are_code() -> None:
+    told = report()
+    told.manifest["skipped"] = {"recognition": "`forget` has no <wrong> answers."}
+    assert "<code>forget</code> has no &lt;wrong&gt; answers." in page(told)
 
 
 def test_a_page_says_in_words_where_the_verdict_turns() -> None:
