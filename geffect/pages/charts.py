@@ -146,12 +146,16 @@ def as_json(chart: Chart) -> str:
     return told.replace("<", "\\u003c")
 
 
-def short(name: str) -> str:
-    """A name as it stands beside an axis."""
+def short(name: str, most: int = LABEL) -> str:
+    """A name as it stands beside an axis, or where there is more room.
+
+    >>> short("layer 0"), short("a" * 40 + "b" * 40, most=8)
+    ('layer 0', 'aaaa…bbb')
+    """
     written = plain(name)
-    if len(written) <= LABEL:
+    if len(written) <= most:
         return written
-    return f"{written[: LABEL // 2]}…{written[1 - LABEL // 2 :]}"
+    return f"{written[: most // 2]}…{written[1 - most // 2 :]}"
 
 
 def marked(count: int, most: int) -> list[int]:

@@ -29,6 +29,9 @@ POINTS = 240
 LETTER = 6.8
 BAR = 10
 
+KEYED = 56
+"""So many letters of a curve's name fit on a row of the key."""
+
 
 def picture(chart: Chart) -> str:
     """The chart as an SVG element."""
@@ -85,7 +88,7 @@ def _key(series: Sequence[Series], y: float) -> tuple[list[str], float]:
     """The names of the curves below the panel, on as many rows as they need."""
     x, parts = float(LEFT), []
     for one in series:
-        name = short(one.name)
+        name = short(one.name, KEYED)
         wide = 30 + LETTER * len(name)
         if x + wide > WIDTH and x > LEFT:
             x, y = float(LEFT), y + 16

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from geffect.pages import Lines, Map, Scale, Series
-from geffect.pages.pictures import LEFT, RIGHT, TALL, TOP, WIDTH, picture, png
+from geffect.pages.pictures import LEFT, LETTER, RIGHT, TALL, TOP, WIDTH, picture, png
 from tests.utils.hostile import HOSTILE
 
 
@@ -36,6 +36,18 @@ def test_a_curve_goes_through_its_values() -> None:
         if math.isfinite(value)
     ]
     assert curve.get("d") == f"M{at[0]}h0L{at[1]}M{at[2]}h0M{at[3]}h0L{at[4]}"
+
+
+def test_a_key_writes_names_whole_on_as_many_rows_as_they_need() -> None:
+    names = ["graddiff-gru-update-seed0", "graddiff-gru-seed0", "satimp-plain-seed0", "n" * 90]
+    unit = Scale("linear", 0.0, 1.0)
+    chart = Lines("v", unit, [Series(name, [0], [0.5], "#123456") for name in names])
+    texts = [
+        e for e in parsed(picture(chart)).iter("text") if float(e.get("y", 0)) > TOP + TALL + 30
+    ]
+    assert [e.text for e in texts[:3]] == names[:3] and "…" in str(texts[3].text)
+    for e in texts:
+        assert float(e.get("x", 0)) + LETTER * len(str(e.text)) <= WIDTH
 
 
 def test_a_map_is_as_wide_as_its_steps() -> None:
