@@ -43,7 +43,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_picture_fits_a_phone_stands_on_no_box_and_breaks_no_number_of_its_scale(
+def test_a_picture_stands_on_no_box_and_breaks_no_number_of_its_scale(
     chromium: Browser, tmp_path: Path, dark: bool
 ) -> None:
     said = {"sample": 0, "position": [0, 1], "token": [" a", " b"], "value": [-300.0, 150.0]}
@@ -53,20 +53,43 @@ def test_a_picture_fits_a_phone_stands_on_no_box_and_breaks_no_number_of_its_sca
     path = tmp_path / "page.html"
     path.write_text(framed("pictures", "<h1>Pictures</h1>", body), encoding="utf-8")
     chromium.open(path, width=390, dark=dark)
-    right, filtered, paper, lines = chromium.run(
+    filtered, paper, lines = chromium.run(
         """
         const svg = document.querySelector("figure svg");
         const numbers = [...document.querySelectorAll(".tokens div div span")];
-        return [svg.getBoundingClientRect().right, getComputedStyle(svg).filter,
+        return [getComputedStyle(svg).filter,
                 getComputedStyle(document.body).backgroundColor,
                 numbers.map(one => [one.textContent, one.offsetHeight])];
         """
     )
-    assert right <= 390
     inverted = re.match(r"invert\(([\d.]+)\)", filtered)
     white = round(255 * (1 - float(inverted[1]))) if inverted else 255
     assert paper == f"rgb({white}, {white}, {white})"
     assert "100" in [said for said, _ in lines] and len({tall for _, tall in lines}) == 1
+
+
+@pytest.mark.parametrize(("wide_by", "shown"), [(200, 200 * 96 / 72), (600, 480)])
+def test_on_a_phone_a_picture_scrolls_where_its_text_would_be_too_small(
+    chromium: Browser, tmp_path: Path, wide_by: int, shown: float
+) -> None:
+    picture = f'<svg viewBox="0 0 {wide_by} 300" width="{wide_by}pt"></svg>'
+    says = f"<figcaption>{'It is a picture. ' * 20}</figcaption>"
+    path = tmp_path / "page.html"
+    body = f"<h2>One</h2><figure>{picture}{says}</figure>"
+    path.write_text(framed("pictures", "<h1>Pictures</h1>", body), encoding="utf-8")
+    chromium.open(path, width=390)
+    page, picture_wide, before, after = chromium.run(
+        """
+        const caption = document.querySelector("figcaption");
+        const right = () => caption.getBoundingClientRect().right;
+        const before = right();
+        document.querySelector("figure").scrollLeft = 50;
+        const wide = document.querySelector("figure svg").getBoundingClientRect().width;
+        return [document.documentElement.scrollWidth, wide, before, right()];
+        """
+    )
+    assert page == 390 and picture_wide == pytest.approx(shown, abs=1)
+    assert before == after <= 390
 
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1400])

@@ -177,3 +177,5 @@ def test_paper_holds_all_that_the_page_says(chromium: Browser, report: Path) -> 
             assert re.sub(r"\s+", "", cell) in pdf, cell
     for word in ("layer 2", "Findings", "Provenance", "What the numbers mean"):
         assert word.replace(" ", "") in pdf
+    assert "dragoverit" in re.sub(r"\s+", "", report.read_text(encoding="utf-8"))
+    assert "dragoverit" not in pdf
