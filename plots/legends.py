@@ -100,7 +100,7 @@ class _Below(Affine2DBase):
         figure = self._ax.get_figure(root=True)
         assert figure is not None
         inside, scale = self._ax.bbox, figure.dpi / 72
-        written = self._ax.xaxis.get_tightbbox()
+        written = self._ax.xaxis.get_tightbbox() if self._ax.axison else None
         low = inside.y0 if written is None else min(inside.y0, written.y0)
         self._invalid = 0  # or nobody would be told when the axes move again
         return np.array([[scale, 0.0, inside.x0], [0.0, 10 * scale, low], [0.0, 0.0, 1.0]])

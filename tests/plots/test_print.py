@@ -95,6 +95,17 @@ def test_a_picture_can_be_read_in_print(
         nothing_covers_another(figure)
 
 
+@pytest.mark.parametrize("name", ["half_spaces", "relearning"])
+def test_a_key_stands_close_below_what_is_drawn(name: str) -> None:
+    with plots.style("column"):
+        figure = figure_of(name)
+        figure.dpi = POINTS
+        figure.canvas.draw()
+        (ax,) = figure.axes
+        low = ax.xaxis.get_tightbbox() if ax.axison else ax.get_window_extent()
+        assert low.y0 - ax.get_legend().get_window_extent().y1 == pytest.approx(5, abs=0.5)
+
+
 def nothing_covers_another(figure: Figure) -> None:
     boxes = [(kind, box, text) for kind, box, text in shown(figure) if text.strip()]
     page = figure.bbox.padded(1.4)
