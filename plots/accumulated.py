@@ -14,7 +14,7 @@ from .figures import new_axes
 from .fit import all_levels, constants, levels, once_only, require
 from .inks import QUIET, SOLID
 from .legends import key
-from .style import points
+from .style import points, strokes
 from .words import axis_label, heading, note
 
 PREDICTED, MEASURED = "predicted", "measured"
@@ -58,8 +58,8 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         )  # fmt: skip
         ax.plot(
             measured["step"].to_numpy(), measured["value"].to_numpy(dtype=float),
-            color=handles[-1].get_color(), linestyle="none", marker="o", markersize=2.6,
-            markerfacecolor="white", markeredgewidth=0.8, zorder=4,
+            color=handles[-1].get_color(), linestyle="none", marker="o",
+            markerfacecolor="white", zorder=4, **strokes(markersize=2.6, markeredgewidth=0.8),
         )  # fmt: skip
         gaps += _gap(plain(risk), predicted, measured)
     step_axis(ax)

@@ -21,7 +21,7 @@ from .fit import constants, once_only, require, require_names, seed_in
 from .frames import LINEAR_SHARE, Frame
 from .inks import QUIET
 from .legends import key
-from .style import points
+from .style import points, strokes
 from .ticks import Decades
 from .words import axis_label, heading, note
 
@@ -76,7 +76,7 @@ def contours(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             part[FORGET], part[RETAIN], **asked.look(s=9, color=colour, linewidth=0, zorder=3)
         )
         reached += _lines_of_density(ax, part, colour)
-        drawn.append(Line2D([], [], color=colour, marker="o", markersize=3, label=name))
+        drawn.append(Line2D([], [], color=colour, marker="o", label=name, **strokes(markersize=3)))
     _limit(ax, np.concatenate(reached))
     unit = score_of(table).full
     axis_label(ax.xaxis, f"forget: {unit}", longest=60)
@@ -129,7 +129,7 @@ def _lines_of_density(
 
     seaborn.kdeplot(
         x=points[FORGET], y=points[RETAIN], ax=ax, levels=[1 - share for share in SHARES],
-        gridsize=GRID, color=colour, linewidths=1.0, zorder=2,
+        gridsize=GRID, color=colour, zorder=2, **strokes(linewidths=1.0),
     )  # fmt: skip
     (lines,) = (artist for artist in ax.collections[-1:] if isinstance(artist, ContourSet))
     return [np.asarray(path.vertices, dtype=float) for path in lines.get_paths()]

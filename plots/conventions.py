@@ -38,6 +38,7 @@ from matplotlib.text import Text
 from geffect.near import meant
 
 from .inks import UNDEFINED, Ink, inks
+from .style import strokes
 from .words import heading
 
 Palette = str | Sequence[Any] | Mapping[str, Any]
@@ -131,7 +132,7 @@ class Asked:
         >>> Asked(words={"linewidth": 2}).look(linewidth=1.3, color="red")
         {'linewidth': 2, 'color': 'red'}
         """
-        return {**ours, **self.words}
+        return {**strokes(**ours), **self.words}
 
 
 def picture(artist: type[Artist], by: By = "palette") -> Callable[[Callable[..., Axes]], Draws]:

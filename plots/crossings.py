@@ -13,7 +13,7 @@ from .axes import dress
 from .figures import new_figure, rows_and_columns
 from .fit import levels, once_only, require
 from .inks import QUIET, Ink, inks
-from .style import is_narrow, points
+from .style import is_narrow, points, strokes
 from .ticks import log_scale
 from .tradeoff import mark_level
 from .words import axis_label, drawn, heading, level_headings
@@ -114,11 +114,9 @@ def _panel(ax: Axes, part: pd.DataFrame, kept: str, level: float, looks: Mapping
     places = within(spread([_share(ax, ends[method]) for method in ordered], APART), APART)
     for method, place in zip(ordered, places, strict=True):
         ink = looks[method]
-        ax.plot(*lines[method], color=ink.colour, linestyle=ink.dashes, linewidth=1.1, zorder=3)
-        ax.plot(
-            [level], [ends[method]], color=ink.colour, marker="o", markersize=4, clip_on=False,
-            zorder=4,
-        )  # fmt: skip
+        look = strokes(color=ink.colour, linewidth=1.1, markersize=4)
+        ax.plot(*lines[method], linestyle=ink.dashes, zorder=3, **look)
+        ax.plot([level], [ends[method]], marker="o", clip_on=False, zorder=4, **look)
         ax.annotate(
             drawn(method), xy=(1.0, _share(ax, ends[method])), xytext=(1.08, place),
             xycoords="axes fraction", textcoords="axes fraction", va="center",

@@ -8,7 +8,7 @@ from .figures import new_figure
 from .fit import require, told_apart
 from .inks import PLAIN, QUIET
 from .lines import trajectory
-from .style import points
+from .style import points, strokes
 from .ticks import log_scale
 from .words import note
 from .words import title as put_title
@@ -44,7 +44,7 @@ def norm_ratio(table: pd.DataFrame, *, title: str | None = None) -> Figure:
     for ax in below:
         above.set_xlabel("")
         ax.plot(scales.index.to_numpy(), scales.to_numpy(dtype=float), color=PLAIN.colour,
-                linewidth=1.0, drawstyle="steps-mid")  # fmt: skip
+                drawstyle="steps-mid", **strokes(linewidth=1.0))  # fmt: skip
         ax.set_ylim(0.0, 1.05)
         ax.set_ylabel("left by\nclipping", fontsize=points("medium"))
         step_axis(ax)

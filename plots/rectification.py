@@ -20,7 +20,7 @@ from .heatmap import edges, heatmap
 from .inks import GRU, GRU_COORDINATE, PLAIN, QUIET, UNDEFINED, Ink
 from .legends import key
 from .sheet import shared_key
-from .style import is_narrow, points
+from .style import is_narrow, points, strokes
 from .words import axis_label, heading, level_headings, note
 from .words import title as put_title
 
@@ -83,8 +83,9 @@ def _lines(table: pd.DataFrame) -> Figure:
             course = _of(table, against, quantity).sort_values("step")
             above.plot(
                 course["step"].to_numpy(), course["value"].to_numpy(dtype=float),
-                color=ink.colour, linestyle=ink.dashes, linewidth=broad, label=name,
-                marker="o" if len(course) <= 40 else "", markersize=1.5 * broad, zorder=3,
+                color=ink.colour, linestyle=ink.dashes, label=name, zorder=3,
+                marker="o" if len(course) <= 40 else "",
+                **strokes(linewidth=broad, markersize=1.5 * broad),
             )  # fmt: skip
         for row, (quantity, (_, ink)) in enumerate(MARKS.items()):
             marks = _of(table, against, quantity)

@@ -15,7 +15,7 @@ from .figures import new_axes
 from .fit import levels, once_only, require
 from .inks import QUIET
 from .legends import key
-from .style import points
+from .style import points, strokes
 from .words import axis_label, drawn, longest
 
 FILLED = "unlearned"
@@ -81,8 +81,8 @@ def shares(
             handles.setdefault(model, mark)
             if np.isfinite([row["low"], row["high"]]).all():
                 ax.plot(
-                    [row["low"], row["high"]], [y, y], color=mark.get_color(), linewidth=1.2,
-                    zorder=3, solid_capstyle="butt",
+                    [row["low"], row["high"]], [y, y], color=mark.get_color(), zorder=3,
+                    solid_capstyle="butt", **strokes(linewidth=1.2),
                 )  # fmt: skip
     ax.set_yticks(range(len(labels)), [drawn(label, 60) for label in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)

@@ -23,16 +23,28 @@ MEDIUM_TEXT = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesiz
 SMALL_TEXT = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
 
 
+STROKES = frozenset({"linewidth", "linewidths", "markersize", "markeredgewidth", "s"})
+"""Keywords that say how broad lines are and how large marks."""
+
+
 @dataclass(frozen=True)
 class Medium:
-    """Where a picture will stand: its width in inches, its text in points, panels side by side."""
+    """Where a picture will stand: its width in inches, its text in points, panels side by side.
+
+    - `stroke`: by how much lines and marks are broader than on paper.
+    """
 
     width: float
     text: float
     abreast: int
+    stroke: float = 1.0
 
 
-MEDIA = {"column": Medium(3.3, 8.0, 1), "page": Medium(6.9, 8.5, 3), "slide": Medium(10.0, 15.0, 2)}
+MEDIA = {
+    "column": Medium(3.3, 8.0, 1),
+    "page": Medium(6.9, 8.5, 3),
+    "slide": Medium(10.0, 15.0, 2, stroke=1.8),
+}
 
 _MEDIUM: ContextVar[Medium | None] = ContextVar("medium", default=None)
 
@@ -43,8 +55,9 @@ def style(name: Literal["column", "page", "slide"]) -> Iterator[None]:
 
     - `name`: "column" is 3.3 inches wide, "page" 6.9, and "slide" 10.
 
-    No text is smaller than 7 points. Pictures that are made inside of it have the width, whatever
-    axes or panels they have; figures of your own get it as the default of matplotlib.
+    No text is smaller than 7 points, and lines of a slide are broader. Pictures that are made
+    inside of it have the width, whatever axes or panels they have; figures of your own get it as
+    the default of matplotlib.
 
     >>> import pandas as pd
     >>> from geffect import plots
@@ -75,6 +88,18 @@ def style(name: Literal["column", "page", "slide"]) -> Iterator[None]:
 def medium() -> Medium | None:
     """What pictures are made for, inside of `style`."""
     return _MEDIUM.get()
+
+
+def strokes(**looks: Any) -> dict[str, Any]:
+    """The keywords of lines and marks, as broad as they should be where the picture will stand.
+
+    >>> with style("slide"):
+    ...     strokes(color="red", linewidth=1.0, markersize=2.0)
+    {'color': 'red', 'linewidth': 1.8, 'markersize': 3.6}
+    """
+    made_for = medium()
+    factor = made_for.stroke if made_for else 1.0
+    return {name: x * factor if name in STROKES else x for name, x in looks.items()}
 
 
 def is_narrow() -> bool:

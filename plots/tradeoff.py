@@ -14,6 +14,7 @@ from .figures import new_axes
 from .fit import all_levels, constants, levels, once_only, require, seed_in
 from .inks import METHOD, QUIET, SOLID, Ink, marks_of
 from .legends import key
+from .style import strokes
 from .ticks import log_scale
 from .words import axis_label, drawn, heading, note
 
@@ -85,7 +86,7 @@ def tradeoff(
             reached = ordered["at_level"].to_numpy(dtype=bool)
             ax.plot(
                 forget[reached], retain[reached], color=ink.colour, linestyle="none",
-                marker=mark.marker, markersize=7.5, markeredgecolor="white", zorder=4,
+                marker=mark.marker, markeredgecolor="white", zorder=4, **strokes(markersize=7.5),
             )  # fmt: skip
     if level is not None:
         mark_level(ax, level)
@@ -119,7 +120,7 @@ def variant_samples(colours: dict[str, Ink], names: Sequence[str], *, solid: boo
     """A stretch of each line for the legend."""
     return [
         Line2D([], [], color=colours[name].colour, label=name,
-               linestyle=SOLID if solid else colours[name].dashes)
+               linestyle=SOLID if solid else colours[name].dashes, **strokes(linewidth=1.5))
         for name in names
     ]  # fmt: skip
 
@@ -133,7 +134,7 @@ def method_samples(marks: dict[str, Ink], names: Sequence[str], *, dashed: bool)
     """Marker of each method for the legend, and its dashes, where there is more than one."""
     return [
         Line2D([], [], color=QUIET, linestyle=marks[name].dashes if dashed else "none",
-               marker=marks[name].marker, markersize=4, label=name)
+               marker=marks[name].marker, label=name, **strokes(markersize=4))
         for name in names
         if len(names) > 1
     ]  # fmt: skip

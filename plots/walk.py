@@ -14,6 +14,7 @@ from .figures import new_axes
 from .fit import all_levels, constants, levels, names_in, once_only, require, require_names
 from .inks import DASHED, QUIET, SOLID
 from .legends import key
+from .style import strokes
 from .words import axis_label, heading, note
 
 
@@ -72,7 +73,7 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             there = ~(pd.isna(x) | pd.isna(y))
             ax.plot(
                 x[there][-1:], y[there][-1:], color=line.get_color(), linestyle="none", marker="o",
-                markersize=4, zorder=4,
+                zorder=4, **strokes(markersize=4),
             )  # fmt: skip
             handles += [line] if name not in {h.get_label() for h in handles} else []
     rise = score_of(table).full

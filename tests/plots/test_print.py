@@ -95,6 +95,39 @@ def test_a_picture_can_be_read_in_print(
         nothing_covers_another(figure)
 
 
+LINED = [
+    "accumulated", "crossings", "depth", "evaluations", "half_spaces", "profile", "rectification",
+    "relearning", "shares", "tradeoff", "trajectory", "walk",
+]  # fmt: skip
+
+
+def strokes_of(figure: Figure) -> list[float]:
+    """How broad the lines of the data are, and how large their marks."""
+    lines = [line for ax in figure.axes for line in ax.lines if line.get_zorder() >= 3]
+    broad = [line.get_linewidth() for line in lines if line.get_linestyle() != "None"]
+    large = [line.get_markersize() for line in lines if line.get_marker() not in ("None", "")]
+    return broad + large
+
+
+@pytest.mark.parametrize("name", LINED)
+def test_lines_and_marks_of_a_slide_are_broader_than_on_paper(name: str) -> None:
+    found = {}
+    for medium in WIDTHS:
+        with plots.style(medium):
+            found[medium] = strokes_of(figure_of(name))
+    # The heads of arrows are lines whose own width is not seen.
+    arrows = 3 if name == "half_spaces" else 0
+    assert found["page"] == found["column"] and len(found["page"]) > arrows
+    ratios = [slide / page for slide, page in zip(found["slide"], found["page"], strict=True)]
+    assert sum(ratio == pytest.approx(1.8) for ratio in ratios) == len(ratios) - arrows
+
+
+def test_the_width_that_a_caller_asks_for_is_drawn_on_a_slide() -> None:
+    with plots.style("slide"):
+        ax = plots.relearning(EXAMPLES["relearning"](), linewidth=1.25)
+    assert [line.get_linewidth() for line in ax.lines] == [1.25] * 3
+
+
 @pytest.mark.parametrize("name", ["half_spaces", "relearning"])
 def test_a_key_stands_close_below_what_is_drawn(name: str) -> None:
     with plots.style("column"):
