@@ -164,6 +164,22 @@ def test_a_browser_renews_the_page_and_asks_nobody_else(tmp_path: Path) -> None:
         assert all(url.startswith(address) for url in seen.requests())
 
 
+@pytest.mark.parametrize(("width", "curves"), [(390, 0), (1400, 2)])
+def test_on_a_phone_both_effects_are_in_view(address: str, width: int, curves: int) -> None:
+    with browser() as seen:
+        seen.screen(width)
+        seen.driver.get(address)
+        right, shown = seen.run(
+            """
+            const row = document.querySelector(".blocks tbody tr");
+            const seen = [...row.cells].filter((cell) => cell.getBoundingClientRect().width);
+            return [Math.max(...seen.map((cell) => cell.getBoundingClientRect().right)),
+                    seen.filter((cell) => cell.querySelector("path")).length];
+            """
+        )
+    assert right <= width and shown == curves
+
+
 def test_a_browser_keeps_what_was_there_when_the_watch_ends(tmp_path: Path) -> None:
     place = tmp_path / "run.h5"
     writer = RunWriter(place, PARAMETERS)

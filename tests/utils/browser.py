@@ -28,13 +28,17 @@ class Browser:
 
     def open(self, page: Path, *, width: int = 1400, dark: bool = False) -> None:
         """Opens the page as a screen of this width shows it."""
+        self.screen(width, dark=dark)
+        self.driver.get_log("performance"), self.driver.get_log("browser")
+        self.driver.get("about:blank")
+        self.driver.get(page.as_uri())
+
+    def screen(self, width: int, *, dark: bool = False) -> None:
+        """A screen of this width from now on, of a phone where it is narrow."""
         self._tell("Emulation.setDeviceMetricsOverride", width=width, height=900,
                    deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._tell("Emulation.setEmulatedMedia", features=[scheme])
-        self.driver.get_log("performance"), self.driver.get_log("browser")
-        self.driver.get("about:blank")
-        self.driver.get(page.as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the body of a function returns; it may wait with `await`."""
