@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         objectives,
         plots,
         projection,
+        requests,
         trainers,
     )
     from .capture import Recorder, StopWhen
@@ -71,6 +72,7 @@ __all__ = [
     "record_edit",
     "relearned",
     "replay",
+    "requests",
     "trainers",
 ]
 
@@ -103,6 +105,7 @@ _ROOMS = (
     "objectives",
     "plots",
     "projection",
+    "requests",
     "trainers",
 )
 

@@ -12,7 +12,7 @@ import pytest
 import geffect
 from tests.utils.subprocesses import in_another_process
 
-ROOMS = ("analysis", "capture", "effects", "objectives", "plots", "projection", "trainers")
+ROOMS = geffect._ROOMS
 
 
 @pytest.fixture
