@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from geffect.checkpoints.loading import tokenizer_of
+from geffect.checkpoints.folders import tokenizer_of
 from geffect.data.examples import spelled
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.store import Run

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from geffect.analysis import accumulated, agreement, join, predicted_change
-from geffect.checkpoints.loading import by_step
+from geffect.checkpoints.folders import by_step
 from geffect.correlation import fit
 from geffect.evaluation.ends import ends_of
 from geffect.evaluation.memorised import memorised

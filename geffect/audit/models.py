@@ -11,13 +11,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 
-from geffect.checkpoints.loading import (
-    check_folder,
-    is_adapter,
-    positions_of,
-    vocabulary_of,
-    whole_of,
-)
+from geffect.checkpoints.folders import check_folder, is_adapter, positions_of, vocabulary_of
+from geffect.checkpoints.loading import whole_of
 from geffect.devices import there
 from geffect.risk import limits
 

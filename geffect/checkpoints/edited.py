@@ -25,7 +25,8 @@ from geffect.store import Run, open_run
 from geffect.store.paths import place_of
 from geffect.store.place import check_place
 
-from .loading import Folder, Loader, base_of, check_folder, positions_of, save, whole_of
+from .folders import Folder, base_of, check_folder, positions_of
+from .loading import Loader, save, whole_of
 from .options import EditOptions, resolved_edit
 from .sets import Data, check_files, check_known, sets_of
 

@@ -1,17 +1,13 @@
-"""Checkpoints that exist as folders, and the one model that holds the weights of each in turn."""
+"""The one model that holds the weights of each checkpoint in turn, and models by themselves."""
 
-import json
-import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from geffect.codes import coded, holds_codes, keep_differentiable
@@ -19,52 +15,21 @@ from geffect.gradients import Vector
 from geffect.layers import trainable
 from geffect.objectives.reference import base_changed_by
 from geffect.risk import check_differentiable, check_loaded
-from geffect.risk.limits import POSITIONS, VOCABULARY, limit_in
 
+from .folders import (
+    Folder,
+    adapter_config_of,
+    check_folder,
+    config_of,
+    encodes_apart,
+    files_of,
+    has_tokenizer,
+    is_adapter,
+    legible,
+    tensors_of,
+    tokenizer_of,
+)
 from .merging import merging
-
-Folder = str | os.PathLike[str]
-
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-_SINGLE = ("adapter_model.safetensors", "model.safetensors")
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
-
-
-def by_step(folders: Sequence[Folder]) -> dict[int, Path]:
-    """The checkpoints by the number of their step.
-
-    Those named as trainers name them, `checkpoint-500`, have that number, and are put in its order;
-    any other has the place after the one before it.
-
-    >>> {step: str(folder) for step, folder in by_step(["original", "checkpoint-9"]).items()}
-    {0: 'original', 9: 'checkpoint-9'}
-    """
-    paths = list(map(Path, folders))
-    if not paths:
-        raise ValueError("`checkpoints` should be one folder or more. Found none. Name some.")
-    # Sorted among themselves: a shell gives checkpoint-10 before checkpoint-5.
-    ordered = iter(
-        sorted((p for p in paths if number_of(p) is not None), key=lambda p: number_of(p) or 0)
-    )
-    steps: dict[int, Path] = {}
-    step = -1
-    for path in (path if number_of(path) is None else next(ordered) for path in paths):
-        own = number_of(path)
-        previous, step = step, step + 1 if own is None else own
-        if step <= previous:
-            raise ValueError(
-                f"The steps of `checkpoints` should increase. Found `{path}` after step "
-                f"{previous}. Name them in the order of the run, each once; rename a folder to "
-                "number it."
-            )
-        steps[step] = path
-    return steps
-
-
-def number_of(folder: Folder) -> int | None:
-    """The step that a trainer gave to a checkpoint; None where it is named otherwise."""
-    found = _NUMBERED.fullmatch(Path(folder).name)
-    return int(found[1]) if found else None
 
 
 class Loader:
@@ -92,7 +57,7 @@ class Loader:
         path = Path(folder)
         check_folder(path)
         if self._model is None:
-            self._adapter = _adapter_config(path)
+            self._adapter = adapter_config_of(path)
             model = self._whole(path) if self._adapter is None else self._adapted(path)
             model.config.use_cache = False
             self._model = model.eval().to(self._device)
@@ -143,13 +108,13 @@ class Loader:
     def _stored(self, path: Path, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a checkpoint, one after the other; they have to be those of the model."""
         should = f"`{path}` should be a checkpoint of the same model as `{self._like}`."
-        if _adapter_config(path) != self._adapter:
+        if adapter_config_of(path) != self._adapter:
             raise ValueError(
                 f"{should} Found another kind, or an adapter that is set up in another way. Replay "
                 "it by itself, into another file."
             )
-        files = _files(path)
-        tensors = _read(path, files)
+        files = files_of(path)
+        tensors = tensors_of(path, files)
         if not files.keys() <= held.keys() and self._adapter is None:
             # Saved under other names than the model has: transformers knows how to translate.
             whole = _once_each(_model_of(path).state_dict())
@@ -194,7 +159,7 @@ class Loader:
             )
         base = self._base or self._adapter.base_model_name_or_path
         self._model = PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
-        held, stored = self._held(), _files(path)
+        held, stored = self._held(), files_of(path)
         check_loaded(self._model, held.keys() - stored.keys(), path)
         _check_finite(self._model.named_parameters(), path)
         # An adapter on the head or the embedding is saved with what it is for.
@@ -228,11 +193,11 @@ def save(model: Any, folder: Folder, configured: Folder, tokenizers: Iterable[Fo
 
     `configured` is the checkpoint whose configuration it has.
     """
-    if hasattr(kept := _config_of(configured), "use_cache"):
+    if hasattr(kept := config_of(configured), "use_cache"):
         model.config.use_cache = kept.use_cache  # which is turned off where a model is loaded
     save_model(model, folder)
     for named in tokenizers:
-        if (Path(named) / "tokenizer_config.json").is_file():
+        if has_tokenizer(named):
             tokenizer_of([named]).save_pretrained(folder)
             return
 
@@ -246,82 +211,9 @@ def save_model(model: Any, folder: Folder) -> None:
         model.save_pretrained(folder)
 
 
-def is_adapter(folder: Folder) -> bool:
-    """Whether a folder holds an adapter, which may name no model that it is for."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-def base_of(folder: Folder) -> str | None:
-    """Where an adapter says that its base model is, a folder or a name; None if it is none."""
-    path = Path(folder) / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        said: str | None = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"`{path}` should say as `base_model_name_or_path` which model the adapter is for. "
-            f"Found: {error!r}. Copy it anew, or save the adapter again."
-        ) from error
-    return said
-
-
 def model_of(source: Folder) -> Any:
     """A model as it is saved, in eval mode, whose gradients are not to be taken."""
     return _model_of(source).eval().requires_grad_(False)
-
-
-def positions_of(source: Folder) -> int | None:
-    """For how many tokens a model has positions; None where its configuration does not say."""
-    return limit_in(_config_of(source), POSITIONS)
-
-
-def vocabulary_of(source: Folder) -> int | None:
-    """How many tokens a model knows; None where its configuration does not say."""
-    return limit_in(_config_of(source), VOCABULARY)
-
-
-def encodes_apart(source: Folder) -> bool:
-    """Whether a model is an encoder-decoder, which reads the question and the answer apart."""
-    return bool(_config_of(source).is_encoder_decoder)
-
-
-def check_folder(folder: Folder) -> None:
-    """Refuse what is no checkpoint, before anything is loaded."""
-    path = Path(folder)
-    should = (
-        f"A checkpoint should be a folder with `{CONFIG}` or `{ADAPTER_CONFIG}` and safetensors, "
-        "as save_pretrained leaves it."
-    )
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise FileNotFoundError(f"{should} Found {found} at `{path}`. Check the path.")
-    if not ((path / CONFIG).is_file() or (path / ADAPTER_CONFIG).is_file()):
-        raise FileNotFoundError(
-            f"{should} Found a folder without either at `{path}`, with "
-            f"{sorted(inside.name for inside in path.iterdir())[:5]}. Check the path."
-        )
-
-
-def tokenizer_of(folders: Iterable[Folder]) -> Any:
-    """The tokenizer in the first of the folders that has one."""
-    from transformers import AutoTokenizer
-
-    folders = list(folders)
-    for folder in folders:
-        if (Path(folder) / "tokenizer_config.json").is_file():
-            with _legible(folder, "a whole tokenizer"):
-                return AutoTokenizer.from_pretrained(folder)
-    # A model that an adapter names by its name in a hub has no folder here, and maybe a tokenizer.
-    for source in filter(lambda folder: not Path(folder).is_dir(), folders):
-        try:
-            return AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError):
-            continue
-    raise FileNotFoundError(
-        "A tokenizer should be with the checkpoints. Found no `tokenizer_config.json` in "
-        f"{', '.join(f'`{folder}`' for folder in folders)}. Name the folder of one."
-    )
 
 
 def _once_each(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -335,31 +227,11 @@ def _model_of(source: Folder) -> Any:
 
     kind: Any = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
-    with _legible(source):
+    with legible(source):
         model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
     check_loaded(model, found["missing_keys"], source)
     _check_finite(model.named_parameters(), source)
     return model
-
-
-def _config_of(source: Folder) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source)
-
-
-def _adapter_config(path: Path) -> Any:
-    """How an adapter is set up; None for a checkpoint that is not one."""
-    if not (path / ADAPTER_CONFIG).is_file():
-        return None
-    try:
-        from peft import PeftConfig
-    except ImportError as error:
-        raise ImportError(
-            f"`peft` should be installed to replay the adapter `{path}`. Found no such package. "
-            "Run `pip install peft`."
-        ) from error
-    return PeftConfig.from_pretrained(str(path))
 
 
 def _check_finite(weights: Iterable[tuple[str, Tensor]], source: Folder) -> None:
@@ -371,47 +243,3 @@ def _check_finite(weights: Iterable[tuple[str, Tensor]], source: Folder) -> None
                 f"`{source}` should hold finite weights. Found NaN or infinity in `{name}`, as "
                 "where training diverged. Leave it out, or save it again."
             )
-
-
-def _files(path: Path) -> dict[str, Path]:
-    """The tensors of a checkpoint by name, each with the file that it is in."""
-    for file in filter(Path.is_file, (path / name for name in _SINGLE)):
-        with _legible(path), safe_open(file, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), file)
-    # Where both are there, the index is of an earlier save: transformers leaves it, and the shards.
-    index = path / f"{_SINGLE[-1]}.index.json"
-    if index.is_file():
-        with _legible(path):
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: path / file for name, file in named.items()}
-    raise FileNotFoundError(
-        f"`{path}` should hold its weights as safetensors. Found "
-        f"{sorted(inside.name for inside in path.iterdir())[:5]}. Save it again with "
-        "save_pretrained."
-    )
-
-
-def _read(path: Path, files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in dict.fromkeys(files.values()):
-        with _legible(path), safe_open(file, framework="pt") as opened:
-            for name in (name for name, place in files.items() if place == file):
-                yield name, opened.get_tensor(name)
-
-
-@contextmanager
-def _legible(
-    source: Folder, what: str = "all of its weights, and the index, if any, of just these"
-) -> Iterator[None]:
-    """Names the checkpoint where something of it is missing or cut off.
-
-    The name of a model in a hub has other errors, as of a network.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        if not Path(source).is_dir():
-            raise
-        raise ValueError(
-            f"`{source}` should hold {what}. Found: {error}. Copy it anew, or save it again with "
-            "save_pretrained."
-        ) from error

@@ -10,7 +10,7 @@ from geffect.capture.store_options import StoreOptions
 from geffect.near import meant
 from geffect.relearning import Relearned
 
-from .loading import Folder
+from .folders import Folder
 
 OnBatch = Callable[[str, int, int], None]
 """Told after each batch: the name of the checkpoint, how many batches it has had, of how many."""

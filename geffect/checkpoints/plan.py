@@ -32,7 +32,8 @@ from geffect.risk import noting_risk, risk_gradient
 from geffect.sources import FORGET, RETAIN
 from geffect.steps import Differences
 
-from .loading import Folder, Loader, base_of, check_folder, positions_of, tokenizer_of
+from .folders import Folder, base_of, check_folder, positions_of, tokenizer_of
+from .loading import Loader
 from .sets import check_files, check_known
 
 OPTIONS = ("base", "device", "tokenizer", "template", "max_length", "show")

@@ -8,7 +8,8 @@ from pathlib import Path
 from geffect.batch import Batch, labels_of
 from geffect.objectives import AdapterBase, FrozenModel, Likelihoods, Objective, Reference
 
-from .loading import Folder, Loader, model_of, number_of
+from .folders import Folder, number_of
+from .loading import Loader, model_of
 
 log = logging.getLogger(__name__)
 

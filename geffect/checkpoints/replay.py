@@ -25,14 +25,8 @@ from geffect.store.schema import ESTIMATES, RELEARNED
 from .at_copy import check_replayed, told
 from .batch_gradients import Sources
 from .estimators import ENOUGH_ROWS, split_batch
-from .loading import (
-    Folder,
-    Loader,
-    base_of,
-    by_step,
-    check_folder,
-    positions_of,
-)
+from .folders import Folder, base_of, by_step, check_folder, positions_of
+from .loading import Loader
 from .options import ReplayOptions, resolved
 from .reference import model_before, reference_of
 from .sets import Data, check_files, check_known, sets_of

@@ -15,7 +15,7 @@ from geffect.data.examples import read, spelled
 from geffect.data.pairs import Items
 from geffect.risk.limits import vocabulary_of
 
-from .loading import Folder, encodes_apart, tokenizer_of
+from .folders import Folder, encodes_apart, tokenizer_of
 from .options import DataOptions
 
 Data = str | os.PathLike[str] | Sequence[Batch]

@@ -16,9 +16,10 @@ from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausa
 
 from geffect import open_run
 from geffect.analysis import cosine, predicted_change
-from geffect.checkpoints import loading as folders
+from geffect.checkpoints import loading
 from geffect.checkpoints.estimators import full, same_batch
-from geffect.checkpoints.loading import Loader, base_of, tokenizer_of
+from geffect.checkpoints.folders import base_of, tokenizer_of
+from geffect.checkpoints.loading import Loader
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO
 from tests.utils import reference
@@ -31,7 +32,7 @@ def test_one_model_is_made_and_the_weights_of_each_are_read(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    monkeypatch.setattr(folders, "_model_of", lambda path: made.append(path) or loaded(path))
+    monkeypatch.setattr(loading, "_model_of", lambda path: made.append(path) or loaded(path))
     replay(
         [run_folder / f"checkpoint-{step}" for step in (5, 10, 15)], tmp_path / "run.h5",
         objective=NPO(), forget=FORGET, retain=RETAIN, estimator=full,
@@ -243,7 +244,7 @@ def test_weights_that_a_checkpoint_lacks_are_named(adapters: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=says):  # as the model that adapters are for
         Loader(base=tmp_path / "headless").load(adapters / "checkpoint-8")
     with pytest.raises(ValueError, match=says):
-        folders.model_of(tmp_path / "headless")
+        loading.model_of(tmp_path / "headless")
 
 
 def test_factors_that_an_adapter_lacks_are_named(adapters: Path, tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_weights_that_are_codes_are_refused_and_not_under_an_adapter(
         norm.codes = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
         return model
 
-    monkeypatch.setattr(folders, "_model_of", coded)
+    monkeypatch.setattr(loading, "_model_of", coded)
     with pytest.raises(ValueError, match=r"Found `model.norm.codes` .* quantised. Save it deq"):
         Loader().load(adapters / "base")
     Loader(base=adapters / "base").load(adapters / "checkpoint-8")
@@ -347,7 +348,7 @@ def test_weights_that_are_not_finite_are_named(
         with pytest.raises(ValueError, match=says):
             read(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match=says):
-        folders.model_of(tmp_path / "checkpoint-3")
+        loading.model_of(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="base` should hold finite weights"):
         Loader(base=tmp_path / "base").load(adapters / "checkpoint-8")
     shutil.copytree(adapters / "checkpoint-8", tmp_path / "checkpoint-8")

@@ -21,7 +21,8 @@ from geffect.analysis import cosine, drift, predicted_change
 from geffect.capture.recorder import Recorder
 from geffect.checkpoints import estimators
 from geffect.checkpoints.estimators import full, reference_ema, same_batch, split_batch
-from geffect.checkpoints.loading import Loader, by_step, tokenizer_of
+from geffect.checkpoints.folders import by_step, tokenizer_of
+from geffect.checkpoints.loading import Loader
 from geffect.checkpoints.replay import _tell_rows, replay
 from geffect.data.collate import batched
 from geffect.data.examples import read
