@@ -86,6 +86,7 @@ THIRD_PARTY = {
     "seaborn": ["plots", "demo.figures", "cli"],
     "transformers": ["demo", "trainers", "checkpoints", "costs", "audit", "cli"],
     "tokenizers": ["demo"],
+    "huggingface_hub": ["checkpoints.hub"],
     "typer": ["cli"],
     "jinja2": ["pages"],
     "markupsafe": ["pages"],

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from geffect.risk.limits import POSITIONS, VOCABULARY, limit_in
 
+from .hub import only_cached
+
 Folder = str | os.PathLike[str]
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -113,7 +115,7 @@ def config_of(source: Folder) -> Any:
     """The configuration of a model."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source)
+    return AutoConfig.from_pretrained(source, local_files_only=only_cached(source, CONFIG))
 
 
 def positions_of(source: Folder) -> int | None:
@@ -147,8 +149,9 @@ def tokenizer_of(folders: Iterable[Folder]) -> Any:
                 return AutoTokenizer.from_pretrained(folder)
     # A model that an adapter names by its name in a hub has no folder here, and maybe a tokenizer.
     for source in filter(lambda folder: not Path(folder).is_dir(), folders):
+        only = only_cached(source, _TOKENIZER)
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, local_files_only=only)
         except (OSError, ValueError):
             continue
     raise FileNotFoundError(

@@ -17,6 +17,7 @@ from geffect.objectives.reference import base_changed_by
 from geffect.risk import check_differentiable, check_loaded
 
 from .folders import (
+    CONFIG,
     Folder,
     adapter_config_of,
     check_folder,
@@ -29,6 +30,7 @@ from .folders import (
     tensors_of,
     tokenizer_of,
 )
+from .hub import only_cached
 from .merging import merging
 
 
@@ -228,7 +230,12 @@ def _model_of(source: Folder) -> Any:
     kind: Any = AutoModelForSeq2SeqLM if encodes_apart(source) else AutoModelForCausalLM
     # In the precision in which it was saved.
     with legible(source):
-        model, found = kind.from_pretrained(source, torch_dtype="auto", output_loading_info=True)
+        model, found = kind.from_pretrained(
+            source,
+            torch_dtype="auto",
+            output_loading_info=True,
+            local_files_only=only_cached(source, CONFIG),
+        )
     check_loaded(model, found["missing_keys"], source)
     _check_finite(model.named_parameters(), source)
     return model
