@@ -1,12 +1,29 @@
-"""Drafts: files that are made whole beside the place that they are to take."""
+"""Drafts: files and folders that are made whole beside the place that they are to take.
+
+A draft is locked while it is made. A process that is killed leaves it without its lock, and whoever
+makes the next draft of that place removes it.
+"""
 
 import errno
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+except ImportError:  # Windows, where what is locked cannot be moved either
+    LOCK_EX = LOCK_NB = LOCK_SH = 0
+
+    def flock(fd: int, operation: int, /) -> None:
+        """Raise what a file system without locks does."""
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
 
 TOKEN = 16
 """How many letters nobody can foresee the name of a draft has."""
@@ -17,19 +34,74 @@ LONGER = len(f"..{'x' * TOKEN}.draft")
 NAMED = 16
 """So many characters of the name of an output stand in that of its draft, which fits anywhere."""
 
+_ITSELF = sum(
+    getattr(os, name, 0) for name in ("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
+)
+"""How a draft is opened to be locked: no link is followed, and no pipe waited for."""
 
-@contextmanager
-def draft_of(place: Path) -> Iterator[Path]:
+
+def draft_of(place: Path) -> AbstractContextManager[Path]:
     """An empty file beside the place, under a name that nobody else has; it is gone afterwards.
 
     Move it into the place to keep it.
     """
-    draft = place.with_name(f".{place.name}.{secrets.token_hex(TOKEN // 2)}.draft")
+    return _draft(place, _make_file, _unlink)
+
+
+def draft_folder_of(place: Path) -> AbstractContextManager[Path]:
+    """An empty folder likewise, to move to where nothing is."""
+    return _draft(place, Path.mkdir, partial(shutil.rmtree, ignore_errors=True))
+
+
+def remove_left(draft: Path) -> None:
+    """Remove the file of a draft whose maker was killed, which nobody locks any more."""
+    _remove_left(draft, _unlink)
+
+
+@contextmanager
+def _draft(
+    place: Path, make: Callable[[Path], object], remove: Callable[[Path], object]
+) -> Iterator[Path]:
+    own = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]+\.draft")
+    with suppress(OSError):  # the folder may be written, and not be listed
+        for name in os.listdir(place.parent):
+            if own.fullmatch(name):
+                _remove_left(place.with_name(name), remove)
+    while True:
+        draft = place.with_name(f".{place.name}.{secrets.token_hex(TOKEN // 2)}.draft")
+        make(draft)
+        with ExitStack() as held:
+            held.callback(remove, draft)
+            with suppress(OSError):  # there are no locks: nobody will remove it
+                # Shared: who reads it as soon as it has its place finds no lock of a writer.
+                held.enter_context(_locked(draft, LOCK_SH))
+            if os.path.lexists(draft):  # nobody took it for one that was left, before the lock
+                yield draft
+                return
+
+
+def _remove_left(draft: Path, remove: Callable[[Path], object]) -> None:
+    with suppress(OSError), _locked(draft, LOCK_EX | LOCK_NB):
+        remove(draft)
+
+
+def _unlink(draft: Path) -> None:
+    draft.unlink(missing_ok=True)
+
+
+def _make_file(draft: Path) -> None:
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+@contextmanager
+def _locked(draft: Path, how: int) -> Iterator[None]:
+    """A lock of a draft as long as the block runs; an OSError where there is none to be had."""
+    descriptor = os.open(draft, _ITSELF)
     try:
-        yield draft
+        flock(descriptor, how)
+        yield
     finally:
-        draft.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:

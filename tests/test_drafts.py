@@ -1,16 +1,21 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import signal
 import socket
 import stat
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from geffect.drafts import check_writable, write_whole
+from geffect import drafts
+from geffect.drafts import check_writable, draft_folder_of, draft_of, write_whole
 from tests.utils import forks
 
 on_unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
@@ -176,3 +181,88 @@ def test_a_file_that_is_kept_from_writing_stays(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match=r"page\.html"):
         write_whole(tmp_path / "page.html", "x")
     assert (tmp_path / "page.html").read_text() == "mine"
+
+
+# What a killed process leaves.
+
+Draft = Callable[[Path], AbstractContextManager[Path]]
+both = pytest.mark.parametrize("make", [draft_of, draft_folder_of])
+
+
+def half_made(make: Draft, place: Path, pipe: Connection) -> None:
+    with make(place) as draft:
+        if draft.is_dir():
+            (draft / "weights").write_text("half")
+        pipe.send(draft.name)
+        signal.pause()
+
+
+@on_unix
+@both
+def test_the_next_draft_of_a_place_removes_that_of_the_dead_and_of_no_other(
+    tmp_path: Path, make: Draft
+) -> None:
+    place, strange = tmp_path / "out", [".out.notes.draft", ".outer.12.draft", "out.12.draft"]
+    for name in strange:
+        (tmp_path / name).touch()
+    ours, theirs = forks.context().Pipe(duplex=False)
+    process = forks.context().Process(target=half_made, args=(make, place, theirs))
+    process.start()
+    try:
+        left = ours.recv()
+        with make(place):
+            assert left in names(tmp_path)
+        assert names(tmp_path) == sorted([left, *strange])  # it lives
+    finally:
+        process.kill()
+        process.join()
+    assert left in names(tmp_path)
+    with make(place) as draft:
+        assert names(tmp_path) == sorted([draft.name, *strange])
+
+
+@on_unix
+@both
+def test_where_there_are_no_locks_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Draft
+) -> None:
+    def lacking(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(drafts, "flock", lacking)
+    left = tmp_path / f".out.{'0' * 16}.draft"
+    left.touch() if make is draft_of else left.mkdir()
+    with make(tmp_path / "out") as draft:
+        assert names(tmp_path) == sorted([left.name, draft.name])
+    assert names(tmp_path) == [left.name]
+
+
+@on_unix
+def test_a_draft_that_is_taken_for_one_of_the_dead_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = drafts.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        seen.extend(names(tmp_path))
+        if len(seen) == 1:
+            (tmp_path / seen[0]).unlink()
+        real(descriptor, how)
+
+    monkeypatch.setattr(drafts, "flock", late)
+    write_whole(tmp_path / "page.html", "whole")
+    assert len(set(seen)) == 2 and names(tmp_path) == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "whole"
+
+
+@on_unix
+@both
+def test_what_has_the_name_of_a_draft_and_is_none_stays(tmp_path: Path, make: Draft) -> None:
+    """A link is not followed, and a folder is not taken for a file, nor a file for a folder."""
+    (tmp_path / "mine").touch()
+    (tmp_path / ".out.1.draft").symlink_to("mine")
+    other = tmp_path / ".out.2.draft"
+    other.mkdir() if make is draft_of else other.touch()
+    with make(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".out.1.draft", ".out.2.draft", "mine"]

@@ -1,8 +1,6 @@
 """An edit of a checkpoint: the edited model in a folder, and the run file of what it does."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,7 +13,7 @@ from geffect.capture.recording import Recording
 from geffect.capture.rows import Entry
 from geffect.capture.store_options import StoreOptions, kept
 from geffect.devices import there
-from geffect.drafts import NAMED
+from geffect.drafts import NAMED, draft_folder_of
 from geffect.edits import Change, Edit, as_edit, options_of
 from geffect.interrupts import put_back_after
 from geffect.layers import trainable
@@ -108,8 +106,7 @@ def edit(
     check_known(sets, own)
     change = what.change(own, {**sets, **{name: loaded(path) for name, path in others.items()}})
     _check_changes(what, change)
-    draft = Path(tempfile.mkdtemp(prefix=f".{place.name[:NAMED]}.", dir=place.parent))
-    try:
+    with draft_folder_of(place.with_name(place.name[:NAMED])) as draft:
         with change:
             save(own, draft, configured, [model, configured])
         record_edit(
@@ -121,11 +118,7 @@ def edit(
             metadata={"model": Path(model).name, **(chosen["metadata"] or {})},
             store=chosen["store"],
         )
-        _open_to_readers(draft)
         os.rename(draft, place)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return open_run(place / RUN if run is None else run)
 
 
@@ -271,10 +264,3 @@ def _check_changes(edit: Edit, change: Change) -> None:
             f"The edit should change the model. Found that {edit!r} changes none of its numbers"
             f"{': ' if facts else ''}{facts}. Choose other options."
         )
-
-
-def _open_to_readers(draft: Path) -> None:
-    """Folders of temporary files are for their owner alone; this one is to be read like others."""
-    mask = os.umask(0)
-    os.umask(mask)
-    draft.chmod(0o777 & ~mask)

@@ -14,7 +14,6 @@ from geffect.drafts import draft_of
 from geffect.layers import Parameter
 
 from .contiguous import Image, Room, written
-from .drafts import remove_drafts
 from .layout import (
     Columns,
     Held,
@@ -100,7 +99,6 @@ class GrowingFile:
     def open(self) -> None:
         """Open the file that is gone on with."""
         self._file = OpenFile(self._path)
-        remove_drafts(self._path)
 
     def check_replaceable(self) -> None:
         """Refuse to take the place of what is not to be replaced."""
@@ -171,7 +169,6 @@ class GrowingFile:
         if full:
             self._replace(capacity)
         if first:
-            remove_drafts(self._path)
             # Of a run that was there before, or of a first row that was never counted.
             ranks = len(self._stored.segments.ranks) if self._stored else 1
             remove_segments(folder := folder_of(self._path), lambda rank: not 0 < rank < ranks)

@@ -138,7 +138,8 @@ def _check_file_system(path: Path) -> None:
     """Make and lock a file of the same kind: what cannot be done is said now, not after a step."""
     try:
         with draft_of(path) as draft:
-            h5py.File(draft, "w", **OPTIONS).close()
+            draft.unlink()  # of one that is locked HDF5 takes no lock
+            h5py.File(draft, "x", **OPTIONS).close()
     except OSError as error:
         if error.errno in LOCKS:
             raise RunFileError(

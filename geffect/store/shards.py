@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from geffect.drafts import draft_of
+from geffect.drafts import draft_of, remove_left
 from geffect.layers import Parameter
 
 from . import checksums
@@ -120,7 +120,7 @@ class Shard:
             raise OSError(errno.EBUSY, "The gradients of another run are there", str(place))
         if number == 0:
             self.folder.mkdir(exist_ok=True)
-        _remove(self.folder, _DRAFT, self._rank.__eq__)
+        _remove(self.folder, _DRAFT, self._rank.__eq__, remove_left)
         with draft_of(place) as draft:
             with draft.open("r+b") as stream:
                 self._segments.image(number, self._rank).save(stream)
@@ -230,14 +230,16 @@ def files_of_others(folder: Path) -> list[str]:
 
 def remove_segments(folder: Path, of: Callable[[int], bool]) -> None:
     """Remove the segments of some ranks, finished and half made, and the folder if it is empty."""
-    for kind in (SEGMENT, _DRAFT):
-        _remove(folder, kind, of)
+    _remove(folder, SEGMENT, of, partial(Path.unlink, missing_ok=True))
+    _remove(folder, _DRAFT, of, remove_left)
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
-def _remove(folder: Path, kind: re.Pattern[str], of: Callable[[int], bool]) -> None:
+def _remove(
+    folder: Path, kind: re.Pattern[str], of: Callable[[int], bool], remove: Callable[[Path], None]
+) -> None:
     for file in folder.iterdir() if is_folder(folder) else ():
         found = kind.fullmatch(file.name)
         if found and of(int(found["rank"])) and is_plain(file):
-            file.unlink(missing_ok=True)
+            remove(file)
