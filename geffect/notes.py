@@ -21,12 +21,12 @@ def noting(note: str) -> Iterator[None]:
         raise
 
 
-def with_notes(error: BaseException) -> str:
-    """What an error says, and its notes, on one line.
+def with_notes(error: BaseException, says: str | None = None) -> str:
+    """What an error says, or is said of it, and its notes, on one line.
 
     >>> error = ValueError("A batch should have rows.")
     >>> error.add_note("It was found in the second batch.")
     >>> with_notes(error)
     'A batch should have rows. It was found in the second batch.'
     """
-    return " ".join([str(error), *getattr(error, "__notes__", ())])
+    return " ".join([says or str(error), *getattr(error, "__notes__", ())])

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from torch import nn
 from geffect.checkpoints.folders import tokenizer_of
 from geffect.data.examples import spelled
 from geffect.evaluation.tokens import evaluate_tokens
+from geffect.notes import noting
 from geffect.store import Run
 
 from .batteries import BATTERIES
@@ -185,13 +186,9 @@ def measured(
     return (with_mean(items, several, RETRAINED) if several else items), told
 
 
-@contextmanager
-def _naming(role: str) -> Iterator[None]:
+def _naming(role: str) -> AbstractContextManager[None]:
     """A block whose errors say which model they are of."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{error} It was found with the {role} model.") from error
+    return noting(f"It was found with the {role} model.")
 
 
 def _geometry(

@@ -110,13 +110,15 @@ def _run() -> int:
     except UsageError as error:
         return _refused(told(error), 2)
     except OSError as error:
-        return _refused(_of_the_system(error) if error.errno else with_notes(error), 1)
+        return _refused(with_notes(error, _of_the_system(error)), 1)
     except (ValueError, ImportError) as error:
         return _refused(with_notes(error), 1)
 
 
-def _of_the_system(error: OSError) -> str:
-    """What the system says of a file, in a sentence like ours."""
+def _of_the_system(error: OSError) -> str | None:
+    """What the system says of a file, in a sentence like ours; None where it says nothing."""
+    if not error.errno:
+        return None
     place = f"`{error.filename}`" if error.filename else "What is read or written"
     return (
         f"{place} should be there for reading or writing. Found: {error.strerror}. Mend that, or "

@@ -1,5 +1,6 @@
 """The command line: what it prints, writes and answers, and how it says no."""
 
+import errno
 import json
 import re
 import shutil
@@ -647,14 +648,22 @@ def run_here(jobs: Sequence[Kept]) -> list[Any]:
     return [job.run(lambda done, says: None) for job in jobs]
 
 
-def test_where_an_error_was_found_is_told(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("A batch should have rows. Found none."), "A batch should have rows."),
+        (OSError("A batch should be there."), "A batch should be there."),
+        (PermissionError(errno.EACCES, "No right", "facts.jsonl"), "Found: No right."),
+    ],
+)
+def test_where_an_error_was_found_is_told(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
     def failing(*arguments: Any, **options: Any) -> None:
         with noting("It was found in the data of risk `facts`."):
-            raise ValueError("A batch should have rows. Found none.")
+            raise error
 
     monkeypatch.setattr("geffect.cli.main.app", failing)
     said = ask("info", "a.h5")
-    assert said.code == 1
-    assert said.err == (
-        "geffect: A batch should have rows. Found none. It was found in the data of risk `facts`.\n"
-    )
+    assert said.code == 1 and says in said.err
+    assert said.err.endswith(" It was found in the data of risk `facts`.\n")
