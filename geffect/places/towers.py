@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
 from .names import Path, Spot
-from .words import EMBEDDING, PROJECTOR
+from .words import EMBEDDING, PROJECTOR, said
 
 MODEL = "model"
 
@@ -52,8 +52,13 @@ def tower_order(towers: Iterable[str]) -> dict[str, int]:
     {'vision': 0, 'projector': 1, 'text': 2}
     """
     names = list(dict.fromkeys(towers))
-    ranks = {tower: -1 if "+" in tower else _RANKS.get(tower, 1) for tower in names}
+    ranks = {tower: -1 if "+" in tower else _rank(tower) for tower in names}
     return {tower: i for i, tower in enumerate(sorted(names, key=ranks.__getitem__))}
+
+
+def _rank(tower: str) -> int:
+    known = (_RANKS.get(word) for word in (tower.split()[-1], said([tower.replace(" ", "_")]).tower))
+    return next((rank for rank in known if rank is not None), 1)
 
 
 def tower_in(label: str) -> str:
@@ -77,7 +82,12 @@ def _with_words(every: Sequence[Spot]) -> dict[Path, str]:
             # A layer is a module below; a projector may be a single one.
             further = {(*spot.path, "")} if spot.unit >= 0 or tower == PROJECTOR else set()
             held.setdefault(scope, set()).update({spot.path, *further})
-    return {path: tower for (path, tower), paths in held.items() if len(paths) > 1}
+    real = {path: tower for (path, tower), paths in held.items() if len(paths) > 1}
+    # One word may name several, such as an encoder and a decoder of text.
+    for named in (lambda path: path[-1].lower().replace("_", " "), ".".join):
+        count = Counter(tower for tower in real.values() if tower != PROJECTOR)
+        real = {path: named(path) if count[t] > 1 else t for path, t in real.items()}
+    return real
 
 
 def _without_words(every: Sequence[Spot], real: dict[Path, str]) -> dict[Path, str]:
@@ -86,8 +96,8 @@ def _without_words(every: Sequence[Spot], real: dict[Path, str]) -> dict[Path, s
     deep = [spot for spot in listed if not spot.is_leaf]  # a few layers on top make no tower
     scopes = {_holder(spot) for spot in deep or listed if _word(spot, real) is None}
     outer = [one for one in scopes if not any(_above(other, one) for other in scopes)]
-    senses = "text" not in real.values() and not {"vision", "audio"}.isdisjoint(real.values())
-    if senses and len(outer) == 1:
+    words = {spot.said.tower for spot in every if _word(spot, real) is not None}
+    if len(outer) == 1 and "text" not in words and not words.isdisjoint({"vision", "audio"}):
         return {outer[0]: "text"}
     count = Counter(scope[-1:] for scope in outer)
     return {

@@ -75,6 +75,23 @@ NAMES = {
         " tower_b.blocks.0.q.weight",
         ["tower_a embedding", "tower_a layer 0", "tower_b embedding", "tower_b layer 0"],
     ),
+    "an encoder and a decoder of text": (
+        "text_encoder.layers.0.q.weight text_encoder.layer_norm.weight|"
+        " speech_encoder.encoder.layers.0.q.weight text_decoder.layers.0.q.weight"
+        " text_decoder.layers.1.q.weight text_decoder.layer_norm.weight| lm_head.weight",
+        ["text encoder layer 0", "text encoder final norm", "audio layer 0",
+         "text decoder layer 0", "text decoder layer 1", "text decoder final norm",
+         "text decoder head"],
+    ),
+    "images and videos": (
+        "image_tower.layers.0.q.weight video_tower.layers.0.q.weight mm_projector.0.weight"
+        " video_projector.0.weight model.layers.0.q.weight",
+        ["image tower layer 0", "video tower layer 0", "projector", "projector", "text layer 0"],
+    ),
+    "two that listen and speak": (
+        "thinker.text_model.layers.0.q.weight talker.text_model.layers.0.q.weight",
+        ["thinker.text_model layer 0", "talker.text_model layer 0"],
+    ),
     "two encoders": (
         "question_encoder.bert.embeddings.w.weight question_encoder.bert.encoder.layer.0.q.weight"
         " ctx_encoder.bert.embeddings.w.weight ctx_encoder.bert.encoder.layer.0.q.weight",
