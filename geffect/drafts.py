@@ -15,16 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from functools import partial
 from pathlib import Path
 
-try:
-    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
-except ImportError:  # Windows, where what is locked cannot be moved either
-    LOCK_EX = LOCK_NB = LOCK_SH = 0
-
-    def flock(fd: int, operation: int, /) -> None:
-        """Raise what a file system without locks does."""
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-
 TOKEN = 16
 """How many letters nobody can foresee the name of a draft has."""
 
@@ -38,6 +28,9 @@ _ITSELF = sum(
     getattr(os, name, 0) for name in ("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")
 )
 """How a draft is opened to be locked: no link is followed, and no pipe waited for."""
+
+_NO_LOCK = OSError, ImportError
+"""What is raised where another has the lock, or there are none."""
 
 
 def draft_of(place: Path) -> AbstractContextManager[Path]:
@@ -72,16 +65,16 @@ def _draft(
         make(draft)
         with ExitStack() as held:
             held.callback(remove, draft)
-            with suppress(OSError):  # there are no locks: nobody will remove it
+            with suppress(*_NO_LOCK):  # then nobody will remove it either
                 # Shared: who reads it as soon as it has its place finds no lock of a writer.
-                held.enter_context(_locked(draft, LOCK_SH))
+                held.enter_context(_locked(draft, alone=False))
             if os.path.lexists(draft):  # nobody took it for one that was left, before the lock
                 yield draft
                 return
 
 
 def _remove_left(draft: Path, remove: Callable[[Path], object]) -> None:
-    with suppress(OSError), _locked(draft, LOCK_EX | LOCK_NB):
+    with suppress(*_NO_LOCK), _locked(draft, alone=True):
         remove(draft)
 
 
@@ -94,11 +87,13 @@ def _make_file(draft: Path) -> None:
 
 
 @contextmanager
-def _locked(draft: Path, how: int) -> Iterator[None]:
-    """A lock of a draft as long as the block runs; an OSError where there is none to be had."""
+def _locked(draft: Path, *, alone: bool) -> Iterator[None]:
+    """A lock of a draft as long as the block runs; one of `_NO_LOCK` where there is none."""
+    import fcntl  # not on Windows, where what is open cannot be moved either
+
     descriptor = os.open(draft, _ITSELF)
     try:
-        flock(descriptor, how)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
         yield
     finally:
         os.close(descriptor)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from geffect import drafts
 from geffect.drafts import check_writable, draft_folder_of, draft_of, write_whole
 from tests.utils import forks
 
@@ -229,7 +228,7 @@ def test_where_there_are_no_locks_nothing_is_removed(
     def lacking(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(drafts, "flock", lacking)
+    monkeypatch.setattr("fcntl.flock", lacking)
     left = tmp_path / f".out.{'0' * 16}.draft"
     left.touch() if make is draft_of else left.mkdir()
     with make(tmp_path / "out") as draft:
@@ -241,7 +240,9 @@ def test_where_there_are_no_locks_nothing_is_removed(
 def test_a_draft_that_is_taken_for_one_of_the_dead_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = drafts.flock, []
+    import fcntl
+
+    real, seen = fcntl.flock, list[str]()
 
     def late(descriptor: int, how: int) -> None:
         seen.extend(names(tmp_path))
@@ -249,7 +250,7 @@ def test_a_draft_that_is_taken_for_one_of_the_dead_is_made_anew(
             (tmp_path / seen[0]).unlink()
         real(descriptor, how)
 
-    monkeypatch.setattr(drafts, "flock", late)
+    monkeypatch.setattr("fcntl.flock", late)
     write_whole(tmp_path / "page.html", "whole")
     assert len(set(seen)) == 2 and names(tmp_path) == ["page.html"]
     assert (tmp_path / "page.html").read_text() == "whole"

@@ -14,7 +14,7 @@ _OF_TOWER = re.compile(
     r"(.+?) (?:(?:layers? \d|embedding|final norm|pooler|head|other).*|shallow|middle|deep)"
 )
 _INPUT_SIDE, _OUTPUT_SIDE = ("text", "encoder"), ("text", "decoder")
-_RANKS = {
+_RANKS: dict[str | None, int] = {
     **dict.fromkeys(("vision", "audio", "backbone", "encoder"), 0),
     **dict.fromkeys(("text", "decoder"), 2),
 }
@@ -57,8 +57,8 @@ def tower_order(towers: Iterable[str]) -> dict[str, int]:
 
 
 def _rank(tower: str) -> int:
-    known = (_RANKS.get(word) for word in (tower.split()[-1], said([tower.replace(" ", "_")]).tower))
-    return next((rank for rank in known if rank is not None), 1)
+    words = tower.split()[-1], said([tower.replace(" ", "_")]).tower
+    return next((_RANKS[word] for word in words if word in _RANKS), 1)
 
 
 def tower_in(label: str) -> str:

@@ -194,7 +194,10 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             f"`labels` should be tokens, and {IGNORED} where a token is not scored. Found "
             f"{int(others[0])}, as in code that passes it as `ignore_index`. Put {IGNORED} there."
         )
-    _check_read(labels, batch, "attention_mask" if is_next else "decoder_attention_mask")
+    name = "attention_mask" if is_next else "decoder_attention_mask"
+    _check_read(labels, batch, name)
+    if batch.get(name) is None:
+        _check_unpadded(labels, name, _padding_token(model))
     if not is_next:
         return labels
     if _are_shifted(labels, batch.get("input_ids")):
@@ -222,6 +225,31 @@ def _check_read(labels: Tensor, batch: Batch, name: str) -> None:
                 f"answer. Found {int(padding.sum())} labels in padding. Put {IGNORED} there, as "
                 "`geffect.data.collate.collate` does."
             )
+
+
+def _check_unpadded(labels: Tensor, name: str, token: int | None) -> None:
+    """Refuse labels that are the token of padding, next to another one up to an end of the row.
+
+    A single one may be the end of an answer, where a tokenizer pads with that.
+    """
+    if token is None:
+        return
+    is_token = (labels == token).long()
+    behind, before = is_token.flip(1).cumprod(1).flip(1), is_token.cumprod(1)
+    padding = behind[:, :-1] & behind[:, 1:] | before[:, :-1] & before[:, 1:]
+    if padding.any():
+        raise ValueError(
+            f"`labels` should be {IGNORED} in padding, which is no answer. Found "
+            f"{int(padding.sum())} that are its token, {token}, next to another one at an end of "
+            f"their row, and no `{name}`. Put {IGNORED} there, as `geffect.data.collate.collate` "
+            f"does; or pass a `{name}` of ones, if they are answers."
+        )
+
+
+def _padding_token(model: Any) -> int | None:
+    config = getattr(unwrapped(model), "config", None)
+    of_text = getattr(config, "get_text_config", lambda: config)()
+    return getattr(of_text, "pad_token_id", None)
 
 
 def _largest(labels: Tensor) -> int:

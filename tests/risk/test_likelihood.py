@@ -120,9 +120,35 @@ def test_labels_in_padding_are_refused(side: str) -> None:
         torch.testing.assert_close(nll(model, right), -expected.mean().float())
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.t5])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_in_padding_are_refused_where_no_mask_tells_of_it(make: Any, side: str) -> None:
+    """Its token twice in a row up to an end: once it may be the end of an answer."""
+    model, ids = make().eval(), torch.randint(3, 20, (2, 8))
+    model.config.pad_token_id = 1
+    name = "decoder_attention_mask" if make is tiny.t5 else "attention_mask"
+    inside = ids.clone()
+    inside[:, 3:6] = 1
+    one_end = ids.clone()
+    one_end[:, -1 if side == "right" else 0] = 1
+    for right in (ids, inside, one_end):
+        torch.testing.assert_close(
+            nll(model, {"input_ids": ids, "labels": right}),
+            nll(model, {"input_ids": ids, "labels": right, name: torch.ones_like(ids)}),
+        )
+    padded = ids.clone()
+    padded[1, 6:] = padded[1, :2] = 1
+    padded[1, slice(6) if side == "right" else slice(2, None)] = ids[1, 2]
+    with pytest.raises(ValueError, match=rf"Found 1 that are its token, 1, .* no `{name}`"):
+        nll(model, {"input_ids": padded, "labels": padded})
+    assert nll(model, {"input_ids": padded, "labels": padded, name: torch.ones_like(ids)}) > 0
+    marked = padded.masked_fill(padded == 1, -100)
+    assert nll(model, {"input_ids": padded, "labels": marked}) > 0
+
+
 def test_the_padding_of_a_decoder_is_told_by_its_own_mask() -> None:
     model, batch = tiny.t5().eval(), tiny.translation(1)
-    labels = batch["labels"].clamp(min=0)
+    labels = batch["labels"].masked_fill(batch["labels"] < 0, 5)
     length = batch["input_ids"].shape[1]
     of_inputs = torch.zeros(len(labels), length, dtype=torch.long)
     of_inputs[:, 0] = 1
