@@ -135,9 +135,9 @@ def test_a_window_shows_the_sums_of_its_micro_batches(kind: str, dtype: torch.dt
     found: dict[str, list[Tensor | None]] = {}
     for i in micro:
         passes = plan(parameters, losses_of(model, kind, i))
-        objective = passes.weights["objective"]
+        objective = passes.order.weights["objective"]
         before = {name: vector[0] for name, vector in found.items()}
-        shown: dict[str, list[Tensor | None]] = {name: [] for name in passes.names}
+        shown: dict[str, list[Tensor | None]] = {name: [] for name in passes.order.names}
         for vector in shown.values():
             vector.extend([None] * len(parameters))
 

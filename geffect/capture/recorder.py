@@ -211,14 +211,14 @@ class Recorder:
             )
             check_reached(passes, parameters)
             of_step = header.hold(declared(losses), relearned)
-            if passes.tensors:
+            if passes.order.tensors:
                 distributed.check_unsynchronised(model)
             distributed.begin_micro_batch(parameters, first=window is None, accumulate=accumulate)
             if due:
                 sources = self._watched.sources(of_step, rectifier)
                 step.told_after(partial(self._recording.announce, sources))
             step.check_same_on_ranks(
-                [*of_step.items()], [*passes.tensors], sorted(found), accumulate, due
+                [*of_step.items()], [*passes.order.tensors], sorted(found), accumulate, due
             )
             self._recording.agree()
             if window is None or not window.goes_on(last=not accumulate, check=step.told_after):

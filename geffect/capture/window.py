@@ -129,7 +129,7 @@ class Window:
         if self.captured and self.still is None and not last:
             self.still = Standstill(self.of.parameters)
         self.micro += 1
-        self.scaled = passes.scale != 1.0
+        self.scaled = passes.order.scale != 1.0
         self._take(passes, last=last, settle=settle)
         # What is asked for with the losses is known now.
         for name, values in weights.items():
@@ -283,12 +283,12 @@ class Window:
 
     def _stream(self, passes: Passes, *, last: bool, settle: distributed.Exchange) -> None:
         """Run the passes; of a window that goes on, the sums of their vectors are kept."""
-        parameters, before = self.of.parameters, self.gradients
+        parameters, before, order = self.of.parameters, self.gradients, passes.order
         if before is not None:
-            before.check_followed(passes.weights)
-        collector = self.of.recording.collector(self.number, passes.weights)
+            before.check_followed(order.weights)
+        collector = self.of.recording.collector(self.number, order.weights)
         sums: dict[str, list[Tensor | None]] = {
-            name: [None] * len(parameters) for name in passes.names
+            name: [None] * len(parameters) for name in order.names
         }
         earlier = {} if before is None else before.vectors
         is_whole = last and before is None  # this micro-batch is all of the window
@@ -329,7 +329,7 @@ class Window:
         if last:
             self.gradients = None
         else:
-            self.gradients = Gradients(parameters, [], sums, passes.weights, losses, passes.scale)
+            self.gradients = Gradients(parameters, [], sums, order.weights, losses, order.scale)
             self.left = Left(parameters)
 
     def _measure(self, update: Vector | None) -> None:

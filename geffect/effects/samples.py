@@ -152,7 +152,7 @@ def _products(
         log_p = _log_likelihoods(model, batch)
         passes = plan(parameters, {f"log p of sample {s}": log_p[s] for s in among})
         products = []
-        for name in passes.given:
+        for name in passes.order.given:
             gradient = separate(parameters, passes.of([name])).of(name)
             products.append(dots.grams(zip(gradient, *directions.values(), strict=True)))
     return torch.stack(products)

@@ -47,18 +47,18 @@ class Running:
         return [leaf.grad for leaf in passes.leaves]
 
     def _in_order(self, take: Callable[[str], None]) -> None:
-        passes = self._passes
-        if passes.moved:
-            assert passes.elsewhere is not None
-            with passes.elsewhere.block():
-                for name in passes.moved:
+        order, elsewhere, model = self._passes.order, self._passes.elsewhere, self._passes.model
+        if order.moved:
+            assert elsewhere is not None
+            with elsewhere.block():
+                for name in order.moved:
                     take(name)
-        for name in passes.given:
-            if name not in passes.aside and name not in passes.moved:
+        for name in order.given:
+            if name not in order.aside and name not in order.moved:
                 take(name)
-        if passes.aside:
-            with nullcontext() if passes.model is None else beside(passes.model):
-                for name in passes.aside:
+        if order.aside:
+            with nullcontext() if model is None else beside(model):
+                for name in order.aside:
                     take(name)
 
     def _clear(self) -> None:

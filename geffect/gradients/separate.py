@@ -106,28 +106,26 @@ def _left_by(passes: Passes) -> dict[str, list[Tensor | None]]:
 
     running.each(take)
     # Leaves that a later loss has brought have nothing of the earlier ones.
-    width = len(passes.leaves)
-    return {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in passes.names}
+    width, names = len(passes.leaves), passes.order.names
+    return {name: [*taken[name], *[None] * (width - len(taken[name]))] for name in names}
 
 
 def _read(
     passes: Passes, vectors: dict[str, list[Tensor | None]], peaks_of: Collection[str]
 ) -> Gradients:
     """The gradients with what is read of them, of all at once."""
-    count = len(passes.parameters)
+    count, weights = len(passes.parameters), passes.order.weights
     # Of what is a vector as it is: no sum is made for it.
     ends = {
-        name: largest(vectors[name][:count])
-        for name in peaks_of
-        if passes.weights[name] == {name: 1.0}
+        name: largest(vectors[name][:count]) for name in peaks_of if weights[name] == {name: 1.0}
     }
     peaks = dict(zip(ends, passes.values.read(*ends.values()), strict=True))
     return Gradients(
         passes.parameters,
         passes.leaves[count:],
         vectors,
-        passes.weights,
+        weights,
         passes.losses,
-        passes.scale,
+        passes.order.scale,
         peaks,
     )

@@ -57,8 +57,8 @@ class _Streamed:
     ) -> None:
         self.objective: dict[int, Tensor | None] = {}  # by the place of a leaf that was taken
         self._parameters, self._passes, self._visit = parameters, passes, visit
-        weights = passes.weights[OBJECTIVE]
-        self._terms = {name: weight * passes.scale for name, weight in weights.items()}
+        weights, scale = passes.order.weights[OBJECTIVE], passes.order.scale
+        self._terms = {name: weight * scale for name, weight in weights.items()}
         self._running = Running(passes)
         self._resident: dict[str, list[Tensor | None]] = {}
         self._adds_up, self._sums = earlier is not None, earlier or {}
@@ -69,7 +69,7 @@ class _Streamed:
 
     def _run(self, name: str) -> None:
         into = [] if name in self._terms else self._sums.pop(name, [])
-        if name != self._passes.last:
+        if name != self._passes.order.last:
             self._resident[name] = self._running.left_by(name, into=into)
             return
         hooks = Hooks()
@@ -94,9 +94,9 @@ class _Streamed:
                 "the gradients after the pass."
             )
         tensors = {name: _taken(vector, place) for name, vector in self._resident.items()}
-        tensors[self._passes.last], leaf.grad = leaf.grad, None
+        tensors[self._passes.order.last], leaf.grad = leaf.grad, None
         if place < len(self._parameters):
-            names = self._passes.names
+            names = self._passes.order.names
             self._visit(place, {name: self._summed(place, name, tensors[name]) for name in names})
         terms = [(tensors[name], weight) for name, weight in self._terms.items()]
         self.objective[place] = weighted_sum(terms)

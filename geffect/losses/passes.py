@@ -1,4 +1,4 @@
-"""The backward passes that the losses of a step need, and what each loss is in terms of these."""
+"""The backward passes that the losses of a step need, and what is found as they run."""
 
 import inspect
 import warnings
@@ -18,17 +18,9 @@ from geffect.hooks import BEFORE_STEPS, Hooks
 from geffect.interrupts import put_back_after
 from geffect.sources import OBJECTIVE
 
-from .given import (
-    Loss,
-    Scalar,
-    Values,
-    check_derivatives,
-    check_loss,
-    resolved,
-    seeds_of,
-    tensors_among,
-)
+from .given import Loss, Values, check_derivatives, check_loss, resolved, tensors_among
 from .graph import Graph, other_leaves
+from .order import Order, ordered, taken_elsewhere
 
 
 @dataclass(frozen=True)
@@ -46,60 +38,28 @@ class Elsewhere:
 
 @dataclass(frozen=True)
 class Passes:
-    """The backward passes of a step: one for each different scalar among its losses, in order.
+    """The backward passes of a step, in their order.
 
-    `given` are the scalars in the order of their passes. What is a function is asked right before
-    its pass, so that its graph is gone before the next one's begins. First comes what training
-    takes: the tensors that are there, then the functions of the objective. Then, `aside`, what is
-    only looked at, for which `model` and random numbers are put back. Those of `moved`, which are
-    of the objective, come first where there are any, inside of the block of `elsewhere`.
+    What is a function is asked right before its pass, so that its graph is gone before the next
+    one's begins. For what is `aside` in the order, `model` and random numbers are put back. What is
+    `moved` is taken inside of the block of `elsewhere`.
 
-    `weights` gives every source as a combination of what the passes leave in `.grad`, so that a
-    declared combination costs no pass. `leaves` are what the graphs start from: the parameters, and
-    after them anything else, such as a soft prompt, which must not collect every pass either.
+    `leaves` are what the graphs start from: the parameters, and after them anything else, such as a
+    soft prompt, which must not collect every pass either.
 
     With `told_later` several processes do not ask each other what has gone wrong of each loss: who
     runs the passes tells it when they are over.
     """
 
     parameters: Sequence[Tensor]
-    given: Mapping[str, Scalar]
-    terms: Mapping[str, Mapping[str, float]]  # of the sources, in the scalars
-    seeds: Mapping[str, float]
-    aside: Collection[str]
-    graphs: Mapping[str, Graph]  # of the tensors that are there already
-    needed_later: Mapping[str, bool]  # by the graph of a tensor behind it, of tensors
+    order: Order
+    graphs: Mapping[str, Graph]  # of the tensors that are there already, also of other sources
     leaves: list[Tensor]
-    scale: float = 1.0  # of a GradScaler, by which all gradients come out multiplied
-    model: nn.Module | None = None
-    elsewhere: Elsewhere | None = None
-    moved: Collection[str] = ()
-    values: Values = field(default_factory=Values)  # of the scalars that are known
-    told_later: bool = False
+    values: Values  # of the scalars that are known
+    model: nn.Module | None
+    elsewhere: Elsewhere | None
+    told_later: bool
     sharing: Sharing = field(default_factory=Sharing)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The scalars that are there already."""
-        return tensors_among(self.given)
-
-    @property
-    def last(self) -> str:
-        """The name of the pass that runs last."""
-        return list(self.given)[-1]
-
-    @property
-    def names(self) -> list[str]:
-        """The scalars in the order of the sources, whenever their passes come."""
-        return list(dict.fromkeys(name for terms in self.terms.values() for name in terms))
-
-    @property
-    def weights(self) -> Mapping[str, Mapping[str, float]]:
-        """Every source in terms of what the passes leave."""
-        return {
-            source: {name: weight / self.seeds.get(name, 1.0) for name, weight in terms.items()}
-            for source, terms in self.terms.items()
-        }
 
     @property
     def losses(self) -> dict[str, float]:
@@ -109,12 +69,16 @@ class Passes:
         """
         return {
             source: sum(weight * self.values[name] for name, weight in terms.items())
-            for source, terms in self.terms.items()
+            for source, terms in self.order.terms.items()
         }
+
+    def of(self, sources: Collection[str]) -> "Passes":
+        """The passes that some of the sources need, in the same order."""
+        return replace(self, order=self.order.of(sources))
 
     def ask(self, name: str) -> Graph:
         """The scalar of a pass, from its function where it is one. Nothing lies in `.grad` then."""
-        scalar = self.given[name]
+        scalar = self.order.given[name]
         if isinstance(scalar, Tensor):
             return self.graphs[name]
         with nullcontext() if self.told_later else distributed.raise_on_all_ranks():
@@ -129,7 +93,8 @@ class Passes:
     def run(self, name: str, graph: Graph) -> None:
         """Add the gradient of one pass to `.grad`."""
         loss = graph.loss
-        seed = torch.full_like(loss, self.seeds[name]) if name in self.seeds else None
+        seeds = self.order.seeds
+        seed = torch.full_like(loss, seeds[name]) if name in seeds else None
         keeps = self._keeps_graph(name, graph)
         try:
             distributed.backward(self.parameters, loss, seed=seed, retain_graph=keeps, name=name)
@@ -141,30 +106,21 @@ class Passes:
                 "that was, by another loss of the step or before it. Compute it anew; let losses "
                 "that are functions share a forward pass by `geffect.objectives.SharedForward`."
             ) from error
-        self.sharing.pass_made(freed=not keeps, is_aside=name in self.aside)
+        self.sharing.pass_made(freed=not keeps, is_aside=name in self.order.aside)
 
     def _value(self, name: str, loss: Tensor) -> None:
         self.values.add(name, loss)
         if not self.told_later and _asks_others(self.parameters):
             self.values.read()
 
-    def of(self, sources: Collection[str]) -> "Passes":
-        """The passes that some of the sources need, in the same order."""
-        terms = {name: terms for name, terms in self.terms.items() if name in sources}
-        needed = {name for own in terms.values() for name in own}
-        given = {name: loss for name, loss in self.given.items() if name in needed}
-        aside = [name for name in self.aside if name in needed]
-        moved = [name for name in self.moved if name in needed]
-        return replace(self, given=given, terms=terms, aside=aside, moved=moved)
-
     def not_reaching(self, parameters: Sequence[Tensor]) -> list[str]:
         """The tensors among the losses in whose graph none of the parameters is."""
-        return [name for name in self.tensors if not self.graphs[name].reaches(parameters)]
+        return [name for name in self.order.tensors if not self.graphs[name].reaches(parameters)]
 
     def _asked(self, name: str, function: Callable[[], Any]) -> Tensor:
         """What the function returns, if that is a loss and it has left all else alone."""
         versions = [parameter._version for parameter in self.parameters]
-        behind = self._behind(name)
+        behind = self.order.behind(name)
         here = nullcontext() if self.model is None else distributed.unsynchronised(self.model)
         hooks = Hooks()
 
@@ -196,19 +152,15 @@ class Passes:
         if not stepped.isdisjoint(map(id, self.parameters)):
             check_no_loss_asked()
 
-    def _behind(self, name: str) -> dict[str, Scalar]:
-        """The scalars whose passes come after this one, at the same parameters."""
-        place = list(self.given).index(name)
-        behind = islice(self.given.items(), place + 1, None)
-        return {n: s for n, s in behind if (n in self.moved) == (name in self.moved)}
-
     def _keeps_graph(self, name: str, graph: Graph) -> bool:
         """Whether a loss that is still to come may need the graph of this one."""
-        behind = self._behind(name)
+        behind = self.order.behind(name)
         tensors = tensors_among(behind)
         functions = len(tensors) < len(behind)
-        if isinstance(self.given[name], Tensor):
-            exact, perhaps = self.needed_later[name], functions
+        if name in self.graphs:
+            after = list(self.graphs).index(name) + 1  # also by a source whose passes run later
+            exact = graph.shares_with(islice(self.graphs.values(), after, None))
+            perhaps = functions
         else:
             exact = graph.shares_with(self.graphs[later] for later in tensors)
             perhaps = functions and self.sharing.holds
@@ -236,49 +188,27 @@ def plan(
     - `elsewhere`: where the objective's gradient is taken. All losses are functions then.
     - `told_later`: on several processes, that the caller tells what goes wrong, after the passes.
     """
-    found, terms = resolved(losses)
+    given, terms = resolved(losses)
     _warn_of_hooks(parameters, terms)
     moved: Collection[str] = ()
     if elsewhere is not None:
-        found, terms, moved = _moved(found, terms, [*elsewhere.stays, *protected])
+        given, terms, moved = taken_elsewhere(given, terms, [*elsewhere.stays, *protected])
     given = {
         name: distributed.share_of(parameters, loss) if isinstance(loss, Tensor) else loss
-        for name, loss in found.items()
+        for name, loss in given.items()
     }
-    tensors = tensors_among(given)
-    graphs = {name: Graph.of(loss) for name, loss in tensors.items()}
+    order = ordered(given, terms, scale=scale, protected=protected, moved=moved)
+    graphs = {name: Graph.of(loss) for name, loss in order.tensors.items()}
     for name, graph in graphs.items():
         check_derivatives(name, graph)
     told_later = told_later and distributed.world_size() > 1
     values = Values(later=told_later)
-    for name, loss in tensors.items():
+    for name, loss in order.tensors.items():
         values.add(name, loss)
     if not told_later and _asks_others(parameters):
         values.read()
-    single = seeds_of(terms)
-    seeds = {n: scale * single.get(n, 1.0) for n in given} if scale != 1.0 else single
-    turns = _turns(given, terms, protected, moved)
-    order = sorted(given, key=turns.__getitem__)
-    among = {name: graphs[name] for name in order if name in graphs}
-    return Passes(
-        parameters=parameters,
-        given={name: given[name] for name in order},
-        terms=terms,
-        seeds=seeds,
-        aside=[name for name in order if turns[name][0] == 2],
-        graphs=among,
-        needed_later={
-            name: graph.shares_with(islice(among.values(), place, None))
-            for place, (name, graph) in enumerate(among.items(), 1)
-        },
-        leaves=[*parameters, *other_leaves(among.values(), parameters)],
-        scale=scale,
-        model=model,
-        elsewhere=elsewhere,
-        moved=moved,
-        values=values,
-        told_later=told_later,
-    )
+    leaves = [*parameters, *other_leaves(graphs.values(), parameters)]
+    return Passes(parameters, order, graphs, leaves, values, model, elsewhere, told_later)
 
 
 def check_reached(passes: Passes, parameters: Sequence[Tensor]) -> None:
@@ -331,71 +261,6 @@ def loss_scale(scaler: GradScaler | None, device: torch.device) -> float:
         return 1.0
     # Not `get_scale()`: until it has scaled something a scaler refuses to unscale.
     return float(scaler.scale(torch.ones((), device=device)))
-
-
-def _turns(
-    given: Mapping[str, Scalar],
-    terms: Mapping[str, Collection[str]],
-    protected: Collection[str],
-    moved: Collection[str],
-) -> dict[str, tuple[int, bool, bool]]:
-    """What the passes are ordered by; those that are aside begin with 2.
-
-    What training takes does not depend on what is watched beside it.
-    """
-    of_objective = {*terms.get(OBJECTIVE, given)}
-    of_protected = {part for name in protected for part in terms.get(name, ())}
-
-    def turn(name: str) -> tuple[int, bool, bool]:
-        is_there, is_other = isinstance(given[name], Tensor), name not in of_protected
-        if is_there and (name in of_objective or not is_other):
-            return 0, is_other, False
-        of_turn = (1, name not in moved, False)
-        return of_turn if name in of_objective else (2, is_other, not is_there)
-
-    return {name: turn(name) for name in given}
-
-
-def _moved(
-    found: Mapping[str, Scalar],
-    terms: Mapping[str, dict[str, float]],
-    stays: Collection[str],
-) -> tuple[dict[str, Scalar], dict[str, dict[str, float]], list[str]]:
-    """The scalars and terms where the objective's gradient is taken elsewhere, and which move.
-
-    A scalar that a source needs beside the objective and its parts is asked twice, once at each
-    place.
-    """
-    tensors = tensors_among(found)
-    if tensors:
-        raise ValueError(
-            "Every loss should be a function where the gradient of the objective is taken at a "
-            f"relearned copy. Found a tensor for {', '.join(f'`{name}`' for name in tensors)}, "
-            "computed before the parameters move. Pass lambda: ... with the forward inside."
-        )
-    staying = {scalar for name in stays for scalar in terms.get(name, ())}
-    of_objective = [source for source in terms if source.partition(".")[0] == OBJECTIVE]
-    others = {n for source, own in terms.items() if source not in of_objective for n in own}
-    # No source has a slash in its name.
-    places = {
-        name: f"{name}/copy" if name in others else name
-        for source in of_objective
-        for name in terms[source]
-        if name not in staying
-    }
-    if not places and OBJECTIVE in terms:
-        raise ValueError(
-            "The objective should have a part that is taken at the relearned copy. Found "
-            f"{', '.join(f'`{name}`' for name in terms[OBJECTIVE])} alone, which stays where the "
-            "parameters are. Name what is to be forgotten otherwise, or leave `relearned` out."
-        )
-    given = {name: s for name, s in found.items() if name not in places or name in others}
-    given |= {place: found[name] for name, place in places.items()}
-    moved = {
-        source: {places.get(name, name): weight for name, weight in terms[source].items()}
-        for source in of_objective
-    }
-    return given, {**terms, **moved}, [*places.values()]
 
 
 def _asks_others(parameters: Sequence[Tensor]) -> bool:

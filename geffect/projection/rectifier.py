@@ -201,7 +201,7 @@ class Rectifier:
             passes = _passes(
                 self._model, parameters, losses, self.protect, relearned, scaler, later=step.later
             )
-            step.check_same_on_ranks([*declared(losses).items()], [*passes.tensors], accumulate)
+            step.check_same_on_ranks(declared(losses), [*passes.order.tensors], accumulate)
             whole = not (accumulate or window or self._options.measure_update)
             apart = whole and _is_apart(passes, self.protect)
             first = passes.of(self.protect) if apart else passes
@@ -356,7 +356,7 @@ def _passes(
         told_later=later,
     ).of([*protect, OBJECTIVE])
     check_reached(passes, parameters)
-    if passes.tensors:
+    if passes.order.tensors:
         distributed.check_unsynchronised(model)
     return passes
 
@@ -366,5 +366,6 @@ def _is_apart(passes: Passes, protect: Sequence[str]) -> bool:
 
     Functions of the objective are asked before those of the retain losses.
     """
-    retain, objective = passes.of(protect), passes.of([OBJECTIVE])
-    return passes.scale == 1.0 and list(passes.tensors) == [*retain.given, *objective.given]
+    order = passes.order
+    apart = [*order.of(protect).given, *order.of([OBJECTIVE]).given]
+    return order.scale == 1.0 and list(order.tensors) == apart
