@@ -11,7 +11,7 @@ from geffect.numbers import percent
 
 from . import claims, hiding_claims
 from .claims import INSIDE, OUTSIDE, WORLD, Gold, Runs
-from .methods import FEW, HIDES, RATES, SETS, THIN
+from .methods import DEEPER, FEW, HIDES, RATES, SETS, THIN
 from .tables import AT_LEVEL
 
 GAIN = 1.3
@@ -32,6 +32,7 @@ KEEPING = (
     "gru-world-update",
     "nearest-update",
     "gu",
+    *(name for base, own in DEEPER.items() if base != "select" for name in own),
 )
 """The variants that constrain the step that is applied."""
 
@@ -109,6 +110,7 @@ def findings(runs: Runs, further: Runs = (), gold: Gold | None = None) -> list[d
         *hiding_claims.as_deep(runs),
         *hiding_claims.no_more(runs),
         *hiding_claims.less_at_a_copy(runs),
+        *hiding_claims.near_the_retrained(runs, gold or {}),
         *hiding,
     ]
 

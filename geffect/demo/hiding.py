@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .corpus import Corpus
-from .methods import Variant, _no_rule
+from .methods import RELEARNED, Variant, _no_rule
 
 if TYPE_CHECKING:
     import torch
@@ -117,3 +117,9 @@ def all_trained(parameters: Sequence["torch.Tensor"]) -> Iterator[None]:
 def compares_with_hiding(summary: Mapping[str, Any]) -> bool:
     """Whether a study holds its variants against controls that hide."""
     return any(run["variant"] in HIDING for run in summary["runs"])
+
+
+def asks_what_hides(summary: Mapping[str, Any]) -> bool:
+    """Whether a study has such controls, or variants that should hide less."""
+    copies = any(RELEARNED in run["variant"] for run in summary["runs"])
+    return copies or compares_with_hiding(summary)

@@ -6,9 +6,9 @@ from itertools import product
 from typing import Any
 
 from . import claims
-from .claims import INSIDE, MOST_BACK, TAUGHT, WORLD, Gold, Runs
+from .claims import INSIDE, MOST_BACK, OUTSIDE, TAUGHT, WORLD, Gold, Runs
 from .hiding import HIDING
-from .methods import EQUAL, HIDES, THIN
+from .methods import DEEPER, EQUAL, HIDES, RELEARNED, THIN
 from .tables import AT_LEVEL
 
 PASSES = "name-rows"
@@ -25,6 +25,9 @@ CLOSE = 0.02
 
 SEEN = 0.1
 """How far above a retrained model recognition is, at least, where hiding is seen."""
+
+HARMED = 0.05
+"""The loss of world facts, at most, where little is harmed."""
 
 LESS = 0.2
 """How much less is recognised, at least, where the objective was taken at a relearned copy."""
@@ -87,40 +90,89 @@ def no_more(runs: Runs) -> list[dict[str, Any]]:
 
 
 def less_at_a_copy(runs: Runs) -> list[dict[str, Any]]:
-    """Whether selective steps hide less where their objective was taken at a relearned copy."""
+    """Whether steps hide less where their objective was taken at a relearned copy."""
+    return [
+        claim
+        for base, own in DEEPER.items()
+        for at_copy in own
+        if RELEARNED in at_copy
+        for other in (base, f"{base}-70")
+        for claim in _less(runs, other, at_copy)
+    ]
+
+
+def _less(runs: Runs, other: str, at_copy: str) -> Iterator[dict[str, Any]]:
+    """Whether one variant recognises less than another one, and keeps enough."""
+    both = (other, at_copy)
+    taught = {
+        method: {variant: claims.cells(runs, method, variant, TAUGHT) for variant in both}
+        for method in _measured(runs, both)
+    }
+    kept = {method: claims.cells(runs, method, at_copy, INSIDE) for method in taught}
+    each = [
+        (method, seed, of[other][seed], after, kept[method][seed])
+        for method, of in taught.items()
+        for seed, after in of[at_copy].items()
+    ]
+    if each:
+        yield claims.finding(
+            f"At equal forgetting {at_copy} recognises at least {LESS} less than {other} after "
+            f"others were taught, at a {AT_LEVEL[INSIDE]} of at most {CLOSE}, "
+            f"{claims.in_seeds(runs)}",
+            [
+                _named(method, seed)
+                for method, seed, before, after, inside in each
+                if not (before - after >= LESS and inside <= CLOSE)
+            ],
+            [
+                f"{_named(method, seed)}: {after:.2f} against {before:.2f}, at "
+                f"{claims.nats(inside)}"
+                for method, seed, before, after, inside in each
+            ],
+            {"recognition": taught, INSIDE: kept},
+        )
+
+
+def near_the_retrained(runs: Runs, gold: Gold) -> list[dict[str, Any]]:
+    """Whether a relearned copy reaches both goals: as deep as retraining, with little harm."""
+    bars = _bars(gold)
+    if any(map(math.isnan, bars.values())):
+        return []
+    asked = ", ".join(f"{AT_LEVEL[key]} at most {bar:.3g}" for key, bar in bars.items())
     found = []
-    for other in ("select", "select-70"):
-        both = (other, "select-relearned")
-        taught = {
-            method: {variant: claims.cells(runs, method, variant, TAUGHT) for variant in both}
-            for method in _measured(runs, both)
+    for at_copy in (name for own in DEEPER.values() for name in own if RELEARNED in name):
+        means = {
+            method: {k: claims.mean(claims.cells(runs, method, at_copy, k)) for k in bars}
+            for method in _measured(runs, (at_copy,))
         }
-        kept = {method: claims.cells(runs, method, both[1], INSIDE) for method in taught}
-        each = [
-            (method, seed, of[other][seed], at_copy, kept[method][seed])
-            for method, of in taught.items()
-            for seed, at_copy in of[both[1]].items()
-        ]
-        if each:
+        if means:
             found.append(
                 claims.finding(
-                    f"At equal forgetting select-relearned recognises at least {LESS} less than "
-                    f"{other} after others were taught, at a {AT_LEVEL[INSIDE]} of at most "
-                    f"{CLOSE}, {claims.in_seeds(runs)}",
+                    f"At equal forgetting {at_copy} forgets as deeply as retraining and harms "
+                    f"little, {claims.mean_over(runs)} ({asked})",
+                    [m for m, of in means.items() if not all(of[k] <= bars[k] for k in bars)],
                     [
-                        _named(method, seed)
-                        for method, seed, before, at_copy, inside in each
-                        if not (before - at_copy >= LESS and inside <= CLOSE)
+                        f"{method} {', '.join(claims.said(value) for value in of.values())}"
+                        for method, of in means.items()
                     ],
-                    [
-                        f"{_named(method, seed)}: {at_copy:.2f} against {before:.2f}, at "
-                        f"{claims.nats(inside)}"
-                        for method, seed, before, at_copy, inside in each
-                    ],
-                    {"recognition": taught, INSIDE: kept},
+                    {"bars": bars, "means": means},
                 )
             )
     return found
+
+
+def _bars(gold: Gold) -> dict[str, float]:
+    """What a setting that reaches both goals does not exceed, means over seeds."""
+
+    def retrained(key: str) -> float:
+        return claims.mean({int(seed): claims.number(of.get(key)) for seed, of in gold.items()})
+
+    return {
+        TAUGHT: retrained(TAUGHT) + SEEN,
+        "forget_es": retrained("forget_es"),
+        OUTSIDE: CLOSE,
+        WORLD: HARMED,
+    }
 
 
 def seen_through(runs: Runs, gold: Gold) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ What needs torch is imported where it is used: planning a study is done without.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -219,24 +219,43 @@ def _one_shot(summary: str, **options: Any) -> Variant:
     )
 
 
-def _selective(summary: str, **options: Any) -> Variant:
-    return Variant(
-        f"AdamW's own step, on the most salient 0.5 % of coordinates{summary}",
-        _no_rule,
-        {"space": "update", "select": 0.005},
-        learning_rates=(2e-3, 1e-3, 4e-3),
-        **options,
+RELEARNED = "-relearned"
+"""How the names of variants go on whose objective is differentiated at a relearned copy."""
+
+
+def _deeper(name: str) -> dict[str, Variant]:
+    """A variant with more retain questions a step, at a relearned copy, and with both."""
+    base = VARIANTS[name]
+    fed = replace(
+        base,
+        summary=f"{base.summary}, with 70 retain questions a step",
+        retain_batch=70,
+        duration=1.5 * base.duration,
+    )
+    return {
+        f"{name}-70": fed,
+        f"{name}{RELEARNED}": _at_copy(fed),
+        f"{name}{RELEARNED}-20": _at_copy(base),
+    }
+
+
+def _at_copy(variant: Variant) -> Variant:
+    return replace(
+        variant,
+        summary=f"{variant.summary}; the gradient of the objective at a relearned copy",
+        relearned={"radius": 0.006, "steps": 5},
+        duration=2 * variant.duration,
     )
 
 
+DEEPER: dict[str, dict[str, Variant]] = {
+    name: _deeper(name) for name in ("select", "select-coordinate", "gru-coordinate", "gru-update")
+}
+"""Variants that should hide less, with those that they are held against, by what they are made of.
+"""
+
 RIVALS: dict[str, Variant] = {
-    "select-70": _selective(", with 70 retain questions a step", retain_batch=70, duration=2.5),
-    "select-relearned": _selective(
-        ", with 70 retain questions a step; the gradient of the objective at a relearned copy",
-        retain_batch=70,
-        relearned={"radius": 0.006, "steps": 5},
-        duration=5.0,
-    ),
+    **{name: variant for own in DEEPER.values() for name, variant in own.items()},
     "hamu": _by_gain(0.1, None),
     "hamu-fast": _by_gain(0.1, 0.3),
     "hamu-even": _by_gain(0.05, 0.5, duration=2.0),

@@ -16,7 +16,7 @@ from geffect.text import in_markdown
 
 from .edits import DISRUPTION, EDITS
 from .findings import findings
-from .hiding import compares_with_hiding
+from .hiding import asks_what_hides, compares_with_hiding
 from .methods import EQUAL, FEW, METHODS, OF_ALL, every_objective, in_one_picture
 from .plan import IN_A_LOOK, QUICK_METHODS
 from .scale_table import agreement, g_effects
@@ -193,7 +193,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
         best(compared({**summary, "edits": []}, "at_level", EQUAL, FEW)),
         f"## {main.heading}",
         *([PICTURE] if in_one_picture(summary) else []),
-        *([HIDDEN] if compares_with_hiding(summary) else []),
+        *([HIDDEN] if asks_what_hides(summary) else []),
         *[
             f"### {feed} questions feed the retain gradient\n\n{as_markdown(t)}"
             for feed, t in feeds
@@ -368,7 +368,9 @@ def _missing(summary: Mapping[str, Any]) -> list[str]:
 def _title(summary: Mapping[str, Any]) -> str:
     if in_one_picture(summary):
         return "# The study of all methods"
-    return "# The study of what hides" if compares_with_hiding(summary) else "# The study"
+    if compares_with_hiding(summary):
+        return "# The study of what hides"
+    return "# The study of relearned copies" if asks_what_hides(summary) else "# The study"
 
 
 def _counted(count: int, thing: str) -> str:

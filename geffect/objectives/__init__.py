@@ -8,7 +8,7 @@ from .base import Component, Objective, Reduction, kept_losses, step_losses
 from .catalogue import CATALOGUE, REGULARISERS, as_objective, named, names, probable, spelt
 from .ceu import CEU
 from .combination import Combination
-from .control import LikelihoodControl, LowestLossAscent, TemperedAscent
+from .control import CappedAscent, LikelihoodControl, LowestLossAscent, TemperedAscent
 from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
@@ -48,6 +48,7 @@ __all__ = [
     "WTNPO",
     "AdapterBase",
     "AdversarialLabels",
+    "CappedAscent",
     "Combination",
     "Component",
     "FrozenModel",

@@ -10,7 +10,7 @@ from .acquisition import SKU, SSUAcquire
 from .base import Objective
 from .ceu import CEU
 from .combination import Combination
-from .control import LikelihoodControl, LowestLossAscent, TemperedAscent
+from .control import CappedAscent, LikelihoodControl, LowestLossAscent, TemperedAscent
 from .dpo import DPO
 from .kl import KL
 from .labels import AdversarialLabels, RandomLabels
@@ -46,6 +46,7 @@ CATALOGUE: Mapping[str, Objective] = {
     "satimp": SatImp(),
     "ceu": CEU(),
     "likelihood-control": LikelihoodControl(),
+    "ga-capped": CappedAscent(),
     "ga-temperature": TemperedAscent(),
     "ga-lowest": LowestLossAscent(),
     "ssu-acquire": SSUAcquire(),

@@ -1,7 +1,7 @@
 """Controls of gradient ascent: how likely an answer is, how flat the softmax, which tokens count.
 
-"Unlearning with Control" (arXiv 2406.09179). Each goes with a regulariser behind it, as in
-`likelihood-control+kl`.
+"Unlearning with Control" (arXiv 2406.09179), and its bound by tokens. Each goes with a regulariser
+behind it, as in `likelihood-control+kl`.
 """
 
 from collections.abc import Mapping
@@ -76,6 +76,48 @@ class LikelihoodControl(Objective):
     ) -> Tensor:
         check_one_answer(batch[FORGET], "LikelihoodControl")
         return self.weights(-sequence_sum(log_p, scored))
+
+
+@dataclass(frozen=True)
+class CappedAscent(Objective):
+    """GA up to a cap: (1/N) sum_i max(log p_i, -cap), ascent that ends where a token is unlikely.
+
+    Token mean, in nats per token, over all N. A token with an NLL above `cap` has no gradient any
+    more, the others have that of GA: no single token carries the mean, which falls to -cap at most.
+    It is likelihood control with tokens in place of answers. Guessing has an NLL of ln V.
+
+    >>> CappedAscent(cap=5.0)
+    CappedAscent(cap=5.0)
+    """
+
+    source = "arXiv 2406.09179 by tokens"
+
+    cap: float = 7.0
+
+    def __post_init__(self) -> None:
+        positive("CappedAscent", "cap", self.cap)
+
+    def weights(self, log_p: Tensor) -> Tensor:
+        """w_i = 1 where the NLL of a token is at most the cap, and 0 elsewhere."""
+        return (log_p.detach() >= -self.cap).to(log_p)
+
+    def components(
+        self, model: Any, batch: Pair, reference: Reference | None = None
+    ) -> dict[str, Component]:
+        def loss() -> Tensor:
+            log_p, scored = token_log_probabilities(model, batch[FORGET])
+            return token_mean(log_p.clamp(min=-self.cap), scored)
+
+        return {FORGET: Component(loss)}
+
+    @property
+    def reductions(self) -> Mapping[str, Reduction]:
+        return {FORGET: Reduction(FORGET, "token_mean")}
+
+    def _weights_of(
+        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
+    ) -> Tensor:
+        return self.weights(log_p)[scored]
 
 
 @dataclass(frozen=True)

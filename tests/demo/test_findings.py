@@ -15,6 +15,7 @@ import torch
 from geffect import Recorder, Rectifier, open_run
 from geffect.analysis import cosine
 from geffect.demo import figures
+from geffect.demo.claims import OUTSIDE
 from geffect.demo.config import LEVELS
 from geffect.demo.findings import findings, shares
 from geffect.demo.hiding import HIDING
@@ -568,7 +569,9 @@ def recognising(taught: dict[str, float], **changed: dict[str, Any]) -> list[dic
         for seed in (0, 1):
             own = run("wga", variant, seed, part=HIDES if variant in HIDING else EQUAL)
             own["at_level"] |= {"recognition_taught": value, "retain_nll": 0.01, "world_nll": 0.03}
-            own["at_level"] |= {"forget_es": 0.2} | changed.get(f"{variant} {seed}", {})
+            own["at_level"] |= {"forget_es": 0.2, OUTSIDE: 0.015} | changed.get(
+                f"{variant} {seed}", {}
+            )
             made.append(own)
     return made
 
@@ -590,8 +593,11 @@ def claimed(runs: list[dict[str, Any]], gold: Any = NEVER_KNEW) -> list[dict[str
 
 def test_what_hides_is_claimed_where_it_was_asked() -> None:
     found = claimed(recognising(TAUGHT))
-    less, block, rows, passes = found
+    less, deep, block, rows, passes = found
     assert all(claim["holds"] for claim in found)
+    assert "select-relearned forgets as deeply as retraining" in deep["claim"]
+    assert "after the others were taught at most 0.61," in deep["claim"]
+    assert deep["measured"] == "wga 0.6, 0.2, 0.015, 0.03"
     assert LESS in less["claim"] and "retain NLL of at most 0.02, in every seed" in less["claim"]
     assert less["measured"].startswith("wga seed 0: 0.60 against 0.95, at 0.01 nats; wga seed 1")
     assert "The control last-block is seen through" in block["claim"]
@@ -605,15 +611,22 @@ def test_what_hides_is_claimed_where_it_was_asked() -> None:
 @pytest.mark.parametrize(
     ("changed", "place", "excepted"),
     [
-        ({"select-relearned 1": {"recognition_taught": 0.8}}, 0, ["wga seed 1"]),
+        (
+            {
+                "select-relearned 0": {"recognition_taught": 0.4},
+                "select-relearned 1": {"recognition_taught": 0.76},
+            },
+            0,
+            ["wga seed 1"],
+        ),
         ({"select-relearned 0": {"retain_nll": 0.03}}, 0, ["wga seed 0"]),
         (
             {"last-block 0": {"recognition_taught": 0.6}},
-            1,
+            2,
             ["wga seed 0: recognition of the values to forget after the others were taught"],
         ),
-        ({"name-rows 1": {"world_nll": 0.06}}, 3, ["wga seed 1: world facts NLL"]),
-        ({"name-rows 0": {"forget_es": 0.3}}, 3, ["wga seed 0: forget extraction strength"]),
+        ({"name-rows 1": {"world_nll": 0.06}}, 4, ["wga seed 1: world facts NLL"]),
+        ({"name-rows 0": {"forget_es": 0.3}}, 4, ["wga seed 0: forget extraction strength"]),
     ],
 )
 def test_a_claim_of_hiding_that_fails_says_where(
@@ -624,10 +637,38 @@ def test_a_claim_of_hiding_that_fails_says_where(
     assert [claim["holds"] for claim in found].count(False) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recognition_taught", 0.8),
+        ("forget_es", 0.3),
+        (OUTSIDE, 0.06),
+        ("world_nll", 0.1),
+    ],
+)
+def test_a_copy_that_misses_one_goal_is_not_near_the_retrained_model(
+    key: str, value: float
+) -> None:
+    """One seed is far enough away to move the mean over the bar."""
+    changed = {"select-relearned 1": {key: value}}
+    (deep,) = [f for f in claimed(recognising(TAUGHT, **changed)) if "as deeply" in f["claim"]]
+    assert deep["except"] == ["wga"]
+    assert claimed(recognising({"select-relearned": 0.6}), gold={}) == []
+
+
+def test_every_copy_is_held_against_what_it_is_made_of() -> None:
+    told = {"gru-update": 0.9, "gru-update-70": 0.8, "gru-update-relearned": 0.65}
+    found = [f for f in claimed(recognising(told)) if "less than" in f["claim"]]
+    assert [f["claim"].split(" less than ")[1].split()[0] for f in found] == [
+        "gru-update", "gru-update-70",
+    ]  # fmt: skip
+    assert [f["except"] for f in found] == [[], ["wga seed 0", "wga seed 1"]]
+
+
 def test_a_control_that_missed_the_level_is_not_seen_through() -> None:
     runs = recognising(TAUGHT)
     next(r for r in runs if r["variant"] == "name-rows")["at_level"] = None
-    _, _, rows, passes = claimed(runs)
+    *_, rows, passes = claimed(runs)
     assert not rows["holds"] and not passes["holds"]
     assert "no value" in rows["measured"]
     json.dumps([rows, passes], allow_nan=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from geffect.objectives import (
+    CappedAscent,
     FrozenModel,
     GradientAscent,
     LikelihoodControl,
@@ -71,6 +72,33 @@ def test_without_a_bound_likelihood_control_is_ascent_on_whole_answers(model: nn
     torch.testing.assert_close(*map(reference.flat, (found, expected)), rtol=1e-8, atol=1e-10)
 
 
+def test_capped_ascent_against_a_loop(model: nn.Module) -> None:
+    log_p = torch.cat([torch.stack(row) for row in reference.token_log_p(model, PAIR["forget"])])
+    cap = -float(log_p.median()) - 1e-9  # parts them
+    likely = [token for token in log_p if token >= -cap]
+    assert 0 < len(likely) < len(log_p)
+    expected = (torch.stack(likely).sum() - cap * (len(log_p) - len(likely))) / len(log_p)
+    objective = CappedAscent(cap)
+    same(model, objective(model, PAIR), expected)
+    weights = objective.implicit_weights(model, PAIR)["weight"]
+    assert weights.tolist() == [float(token >= -cap) for token in log_p]
+
+
+def test_a_token_beyond_the_cap_is_left_alone(model: nn.Module) -> None:
+    """Also one of likelihood zero: no NaN of 0 times infinity."""
+
+    def said(**inputs: Tensor) -> Any:
+        found = model(**inputs)
+        impossible = torch.zeros(found.logits.shape[-1], dtype=torch.bool)
+        impossible[PAIR["forget"]["labels"].max()] = True
+        found.logits = found.logits.masked_fill(impossible, -torch.inf)
+        return found
+
+    loss = CappedAscent(1e-3)(said, PAIR)
+    assert loss.item() == pytest.approx(-1e-3)
+    assert not reference.flat(reference.gradient(model, loss)).any()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 3.0])
 def test_tempered_ascent_against_a_loop(model: nn.Module, temperature: float) -> None:
     batch = PAIR["forget"]
@@ -101,12 +129,14 @@ def test_lowest_loss_ascent_against_a_loop(model: nn.Module, fraction: float) ->
     assert objective.reductions["forget"].count(model, PAIR["forget"]) == len(chosen)
 
 
-@pytest.mark.parametrize("objective", [TemperedAscent(1.0), LowestLossAscent(1.0)], ids=repr)
-def test_at_one_it_is_gradient_ascent(model: nn.Module, objective: Any) -> None:
+@pytest.mark.parametrize(
+    "objective", [TemperedAscent(1.0), LowestLossAscent(1.0), CappedAscent(1e3)], ids=repr
+)
+def test_at_one_or_without_a_cap_it_is_gradient_ascent(model: nn.Module, objective: Any) -> None:
     same(model, objective(model, PAIR), GradientAscent()(model, PAIR))
 
 
-@pytest.mark.parametrize("name", ["likelihood-control", "ga-temperature", "ga-lowest"])
+@pytest.mark.parametrize("name", ["likelihood-control", "ga-capped", "ga-temperature", "ga-lowest"])
 def test_controls_go_with_kl(model: nn.Module, name: str) -> None:
     before = FrozenModel(tiny.gpt2(seed=1).eval())
     both = named(f"{name}+kl", {"weight": 5.0})

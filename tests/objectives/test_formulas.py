@@ -158,6 +158,7 @@ FORMULAS: dict[str, Callable[[Any], Tensor]] = {
     "likelihood-control": lambda s: torch.stack(
         [(s.delta - a.l).clamp(min=0) for a in s.now["forget"]]
     ).mean(),
+    "ga-capped": lambda s: s.each(lambda a: torch.where(a.log_p < -s.cap, -s.cap, a.log_p)),
     "ga-temperature": lambda s: s.each(
         lambda a: (a.z / s.temperature).log_softmax(-1)[range(a.n), a.y]
     ),
@@ -191,7 +192,8 @@ CASES: list[tuple[str, dict[str, float | bool]]] = [
     ("simnpo", {"beta": 0.5, "delta": 1.0}), ("dpo", {"beta": 3.0}), ("undial", {"beta": 1.0}),
     ("rmu", {"layer": 0, "coefficient": 9.0, "normalize_target": True, "seed": 4}),
     ("pdu", {"dual": 7.5}), ("satimp", {"beta1": 0.0, "beta2": 2.0}), ("ceu", {"skip": 0}),
-    ("likelihood-control", {"delta": 12.0}), ("ga-temperature", {"temperature": 0.2}),
+    ("likelihood-control", {"delta": 12.0}), ("ga-capped", {"cap": 3.5}),
+    ("ga-temperature", {"temperature": 0.2}),
     ("ga-lowest", {"fraction": 0.29}), ("ssu-acquire", {"answers": 1, "eps": 2.0}),
     ("sku", {"answers": 2, "distortion": 0.5, "divergence": 3.0}),
     ("npo+proxy-kl", {"proxy_temperature": 0.5}), ("simnpo+rr", {"retain_layer": 0}),
