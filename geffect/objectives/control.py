@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Pair, check_one_answer
+from geffect.batch import IGNORED, Pair, check_one_answer, original_of
 from geffect.risk import (
     at_least_float32,
+    check_answers,
     label_logits,
     log_likelihood,
     sequence_sum,
@@ -59,6 +60,7 @@ class LikelihoodControl(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "LikelihoodControl")
+        check_answers(model, {FORGET: original_of(batch[FORGET])})
 
         def loss() -> Tensor:
             summed = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Batch, Pair, check_one_answer, labels_of, side_of
-from geffect.risk import sequence_sum, token_log_probabilities
+from geffect.batch import Batch, Pair, check_one_answer, labels_of, original_of, side_of
+from geffect.risk import check_answers, sequence_sum, token_log_probabilities
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive
@@ -53,6 +53,7 @@ class DPO(Objective):
     ) -> dict[str, Component]:
         self.compared(reference, model)
         _check_rows(batch)
+        check_answers(model, {FORGET: original_of(batch[FORGET])})
 
         def loss() -> Tensor:
             return (

@@ -169,6 +169,18 @@ def test_the_loss_is_the_sum_of_its_components(
     )
 
 
+@every
+def test_answers_that_are_all_empty_are_refused(
+    objective: Objective, model: nn.Module, before: Reference
+) -> None:
+    """Those to be forgotten: a loss without a gradient would train nothing in silence."""
+    pair = pair_of(objective)
+    for _, batch in batches_in({"forget": pair["forget"]}):
+        batch["labels"].fill_(-100)
+    with pytest.raises(ValueError, match="should have an answer"):
+        objective(model, pair, before)
+
+
 class Limited:
     """A reference that gives what an objective asks for, and nothing more."""
 
