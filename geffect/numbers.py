@@ -1,6 +1,7 @@
 """What counts as a number where an option or a weight is one; numbers in JSON and in words."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from math import inf, isfinite
@@ -34,6 +35,15 @@ def percent(share: float, form: str = ".0f") -> str:
     ('93 %', '92.7 %', '0.06 %')
     """
     return f"{100 * share:{form}} %"
+
+
+def unbroken(text: str) -> str:
+    """Text for a page, whose lines do not break between a number and its sign of per cent.
+
+    >>> unbroken("93 % of 7 steps")
+    '93\\xa0% of 7 steps'
+    """
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
 
 
 def as_json(facts: object, indent: int | None = None) -> str:

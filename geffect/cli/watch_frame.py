@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 COLOURS = {"unlearning": "#b3261e", "retaining": "#4a90d9"}
 """Those that the two effects have in pictures."""
 
-KEY = "Bars share a scale by column, negative to the left; each curve has its own scale."
+KEY = "Bars share a scale by column, negative to the left; each curve has its own."
 
 LEAST_BAR, MOST_BAR, LEAST_CURVE, MOST_CURVE = 7, 31, 8, 40
 NUMBER = 10
@@ -147,9 +147,10 @@ def bar(value: float, most: float, width: int, marks: Marks) -> str:
 
 def _title(view: View) -> Text:
     colour = {State.WAITING: "dim", State.OPEN: "green", State.COMPLETE: "cyan"}[view.state]
-    said, colour = ("not written", "yellow") if view.is_quiet else (str(view.state), colour)
-    title = Text.assemble((plain(view.path), "bold"), "  ", (said, colour))
-    return title.append(f"  {len(view.steps)} captured" if view.steps else "")
+    title = Text.assemble(
+        (plain(view.path), "bold"), "  ", (view.stands, "yellow" if view.is_quiet else colour)
+    )
+    return title.append(f"  {view.captured}" if view.captured else "")
 
 
 def _dim(text: str) -> Text:
@@ -157,8 +158,8 @@ def _dim(text: str) -> Text:
 
 
 def _done(view: View, marks: Marks, width: int) -> list[Text]:
-    """A bar of what is done of the plan, and what comes next."""
-    lines = [Text(plain(view.comes))]
+    """A bar of what is done of the plan, and what comes next, if anything does."""
+    lines = [] if view.state is State.COMPLETE else [Text(plain(view.comes))]
     if view.planned and view.steps and width >= 20:
         room = min(width - 8, 60)
         share = min(1.0, len(view.steps) / view.planned)

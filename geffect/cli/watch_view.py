@@ -62,6 +62,19 @@ class View:
         return self.state is State.OPEN and self.age > max(QUIET, slow if slow == slow else 0.0)
 
     @property
+    def stands(self) -> str:
+        """How it stands, in a word; of a run that is complete with all that is to be said."""
+        if self.state is State.COMPLETE:
+            return self.comes
+        return "not written" if self.is_quiet else str(self.state)
+
+    @property
+    def captured(self) -> str:
+        """How many steps a run has that goes on, in words."""
+        counts = self.steps and self.state is not State.COMPLETE
+        return f"{len(self.steps)} captured" if counts else ""
+
+    @property
     def comes(self) -> str:
         """What comes next, in words."""
         if self.state is State.COMPLETE:

@@ -67,8 +67,8 @@ steps.
   half. Most of it is names and templates, so it does not tell hiding from forgetting: a model that
   hides facts may well have more of it than one that never saw them.
 - **others taught**: recognition, the share of other values of an attribute that the true one beats,
-  after the other facts of the same authors were taught. It is .5 for a model that never saw the
-  fact; above gold means that it was hidden. Read .1 above gold as hidden, less as chance.
+  after the other facts of the same authors were taught. It is 0.5 for a model that never saw the
+  fact; above gold means that it was hidden. Read 0.1 above gold as hidden, less as chance.
 - **recognition, retain text, strongest, savings**: the same before that; after training on retain
   text alone; after the strongest of the attacks that teach the others, of several rates and
   lengths; and after a few steps on the very facts. **value NLL** is the loss of the values alone.

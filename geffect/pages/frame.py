@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from geffect.numbers import unbroken
 from geffect.text import plain
 
 from .charts import Chart, as_json
@@ -16,6 +17,8 @@ from .pictures import picture
 
 HEADING = re.compile(r'<(h[23])(?: id="([^"]*)")?>(.*?)</\1>', re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
+UNSEEN = re.compile(r"(<(?:script|style)\b.*?</(?:script|style)>|<[^>]*>)", re.DOTALL)
+"""What of a page is no text of it."""
 
 
 def page(template: str, *rooms: str, **values: Any) -> str:
@@ -24,7 +27,9 @@ def page(template: str, *rooms: str, **values: Any) -> str:
     - `rooms`: the packages whose folder `templates` has it, looked into first.
     - `values`: what the template names. Text is escaped; `Markup` is not.
     """
-    return _environment(rooms).get_template(template).render(**values)
+    parts = UNSEEN.split(_environment(rooms).get_template(template).render(**values))
+    parts[::2] = map(unbroken, parts[::2])
+    return "".join(parts)
 
 
 def framed(title: str, head: str, body: str, *, style: str = "") -> str:

@@ -32,6 +32,7 @@ def study_report(summary: Mapping[str, Any], out: Path) -> str:
         },
         methods=list(dict.fromkeys(run["method"] for run in summary["runs"])),
         headings=[heading for heading, _ in (*KEYS.values(), *(COLUMNS[c] for c in columns))],
+        violating=COLUMNS["share_update_violating"][0],
         bars=BARS,
         main=_table(summary, main, columns),
         further=[_table(summary, table, columns) for table in further],

@@ -10,7 +10,17 @@ from rich.console import Console
 
 from geffect.cli import watch_picture
 from geffect.cli.watch_courses import Course
-from geffect.cli.watch_frame import BLOCKS, LETTERS, bar, curve, frame, lines_of, marks_of, number
+from geffect.cli.watch_frame import (
+    BLOCKS,
+    KEY,
+    LETTERS,
+    bar,
+    curve,
+    frame,
+    lines_of,
+    marks_of,
+    number,
+)
 from geffect.cli.watch_view import State, View
 
 LONG = "model.layers.10.self_attn.q_proj.weight"
@@ -126,6 +136,19 @@ def test_a_run_of_few_steps(steps: int) -> None:
     assert f"{steps} captured" in text
 
 
+def test_a_run_that_is_complete_says_so_once() -> None:
+    view = view_of(steps=6)
+    done = View(**{**vars(view), "state": State.COMPLETE, "planned": 8})
+    text = "\n".join(drawn(done, 80))
+    assert text.count("complete") == 1 and "complete: 6 steps of 8 planned" in text
+    assert "6 captured" not in text and "written" not in text
+
+
+def test_the_key_of_bars_fits_in_a_line_of_eighty() -> None:
+    (line,) = (line for line in drawn(view_of(), 80) if line.startswith("Bars"))
+    assert line.strip() == KEY
+
+
 def test_a_run_that_has_not_begun_says_that_it_waits() -> None:
     lines = drawn(View(Path("run.h5"), State.WAITING, age=7.0), 80)
     assert lines == ["run.h5  waiting", "waiting for its first step, for 7 s"]
@@ -154,7 +177,7 @@ def test_a_line_a_step_holds_its_numbers() -> None:
 def test_the_picture_of_a_frame_asks_nobody_for_anything(recorded: Path) -> None:
     svg = watch_picture.drawn(recorded)
     assert svg.startswith("<svg") and "url(http" not in svg and "@font-face" not in svg
-    assert "unlearning" in svg and "4\u00a0captured" in svg.replace("&#160;", "\u00a0")
+    assert "unlearning" in svg and "complete:\u00a04\u00a0steps" in svg.replace("&#160;", "\u00a0")
 
 
 # Bars and curves.

@@ -431,6 +431,12 @@ def test_a_report_without_further_tables_has_no_sections_of_them(
     assert not [heading for heading, _ in further if heading in text]
 
 
+def test_a_report_names_columns_that_its_table_has(page: Callable[[dict[str, Any]], str]) -> None:
+    text = page(look())
+    named = re.findall(r"the column <i>(.*?)</i>", text)
+    assert named and {*named} <= {*re.findall(r"<th[^>]*>([^<]*)", text)}
+
+
 def test_a_report_says_which_seeds_missed_the_level(
     page: Callable[[dict[str, Any]], str],
 ) -> None:

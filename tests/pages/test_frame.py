@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from geffect.pages.frame import with_contents, word
+from geffect.pages.frame import framed, with_contents, word
 from tests.utils.hostile import HOSTILE
 from tests.utils.pages import LIBRARY, Page
 
@@ -47,3 +47,11 @@ def test_the_library_is_the_one_that_its_authors_gave_out() -> None:
     assert LIBRARY.startswith("/*! https://github.com/leeoniya/uPlot (v1.6.32) */")
     digest = hashlib.sha256(LIBRARY.encode()).hexdigest()
     assert digest == "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"
+
+
+def test_a_number_stands_on_the_line_of_its_per_cent() -> None:
+    text = framed(
+        "a", "<h1>3 % of b</h1>", '<p title="4 %">5 % and <b>6</b></p>', style="i{}/*7 %*/"
+    )
+    assert "3\u00a0% of b" in text and "5\u00a0% and" in text
+    assert 'title="4 %"' in text and "7 %" in text  # no text of the page

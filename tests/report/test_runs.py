@@ -58,7 +58,7 @@ def test_the_table_has_what_analyzers_say(runs: list[Run], page: Page) -> None:
             100 * conflict(run)["value"].mean(),
             100 * violation(run)["value"].mean() if "update" in run.sources else float("nan"),
         ]  # fmt: skip
-        shown = [float(cell.removesuffix(" %").replace("undefined", "nan")) for cell in cells]
+        shown = [float(cell.removesuffix("\u00a0%").replace("undefined", "nan")) for cell in cells]
         assert shown[:8] == pytest.approx(expected[:8], rel=5e-4)
         assert shown[8:] == pytest.approx(expected[8:], abs=0.051, nan_ok=True)
 
