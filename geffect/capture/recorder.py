@@ -28,9 +28,10 @@ from geffect.losses import (
 from geffect.objectives import Objective, as_objective
 from geffect.optimizers import check_descends
 
+from .guard import OnError
 from .implicit_weights import ImplicitWeights, asked_with
 from .pending_row import PendingRow
-from .recording import IfExists, OnError, Recording
+from .recording import IfExists, Recording
 from .schedule import EACH, Schedule
 from .stopping import StopWhen
 from .store_options import StoreOptions
@@ -116,7 +117,7 @@ class Recorder:
             on_error=on_error,
         )
         self._watched = Watched(model, self._recording, update, trainable(model))
-        self._agreement = distributed.Agreement(early=self._recording.may_give_up)
+        self._agreement = distributed.Agreement(early=self._recording.guard.may_give_up)
         self._next = self._recording.next_step if next_step is None else next_step
         self._window: Window | None = None  # whose last micro-batch has not come yet
         self._pending = PendingRow(self._recording.parameters, updates=update)
@@ -220,7 +221,7 @@ class Recorder:
             step.check_same_on_ranks(
                 [*of_step.items()], [*passes.order.tensors], sorted(found), accumulate, due
             )
-            self._recording.agree()
+            self._recording.guard.agree()
             if window is None or not window.goes_on(last=not accumulate, check=step.told_after):
                 window = Window(self._watched, self._next, self.due, of_step, rectifier)
             window.add(passes, found, last=not accumulate, settle=step.settle)
@@ -249,7 +250,7 @@ class Recorder:
             if due := self.due:
                 self._recording.announce(self._watched.sources(of_step, rectifier))
             step.check_same_on_ranks([*of_step.items()], due)
-            self._recording.agree()
+            self._recording.guard.agree()
             everywhere, _ = of_all_ranks(lambda: gradients, step.settle)
         window = Window(self._watched, self._next, self.due, of_step, rectifier)
         window.take(everywhere, n_micro)

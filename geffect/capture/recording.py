@@ -1,18 +1,18 @@
 """A recording: from what was measured of the gradients of one step to the row of a run file.
 
 The recorder, the callback of a trainer and the replay of checkpoints come by gradients in ways of
-their own; what a run file is told of them, and what happens when it cannot be written, is here.
+their own; what a run file is told of them is here.
 """
 
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -34,6 +34,7 @@ from geffect.store.writer import RunWriter
 from geffect.text import plain
 
 from .collector import Collector, Measurement, tell_of_climb
+from .guard import Guard, OnError
 from .header import RunHeader
 from .manifest import as_json, manifest
 from .rows import Entry, row
@@ -44,8 +45,6 @@ from .storage import Storage
 from .store_options import StoreOptions, kept
 
 log = logging.getLogger(__name__)
-
-OnError = Literal["raise", "warn"]
 
 WAITING_BYTES = 2**30
 """How many bytes of gradients may wait for the disk before training does."""
@@ -96,29 +95,22 @@ class Recording:
         on_error: OnError = "raise",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(
-                f"`on_error` should be one of {', '.join(get_args(OnError))}. "
-                f"Found `on_error = {on_error!r}`. Choose one of those."
-            )
+        self.guard = Guard(on_error)
         distributed.check_layout(model)
         self.path = place_of(path)
         self.table = describe(model)
         _check_names(self.table)
         self.parameters = list(trainable(model).values())
-        self.failed = False
         self._model = model
         self._metadata = as_json(metadata or {})
         self._provenance = as_json({**_planned(steps), **(provenance or {})})
         self._storage = Storage(kept(store), self.table, self.parameters, steps)
-        self.may_give_up = on_error == "warn"
-        self._begun = self._closed = False
+        self._begun = False
         self._stop: StopWhen | None = None
         self._continued: Run | None = None
         self._home = Home()
         # Rounding that is the same in two runs would look like a likeness of their gradients.
         self._salt = os.urandom(8).hex()
-        self._failure: OSError | None = None
         self._announced = False
         self._writer: Writer
         known = RunHeader()
@@ -132,6 +124,11 @@ class Recording:
         self._started = time.perf_counter() - self.header.wall_seconds
         self._lost = finalize(self, _give_back, self._writer, self.path)
         self._lost.atexit = False  # what a program leaves open when it ends is whole as it is
+
+    @property
+    def failed(self) -> bool:
+        """Whether the file could not be written, and training goes on without it."""
+        return self.guard.has_given_up
 
     @property
     def is_here(self) -> bool:
@@ -196,6 +193,7 @@ class Recording:
         if stop is not None:
             stop.begin(self._model, distributed.broadcast([*rows_seen(self._continued)]))
             self._provenance["stop"] = as_json(stop.options, "stop")
+            self.guard.consequence = ", so that no rule stops it"
 
     def announce(self, sources: Sequence[str]) -> None:
         """Tell how large the file will be, and refuse what would not fit or lacks sources; once."""
@@ -209,9 +207,9 @@ class Recording:
         try:
             self._tell_size(sources)
         except OSError as error:
-            if not self.may_give_up:
+            if not self.guard.may_give_up:
                 raise
-            self._give_up(error)
+            self.guard.give_up(error)
 
     def write(self, entry: Entry) -> None:
         """Write one row. The first one fixes the sources."""
@@ -224,7 +222,7 @@ class Recording:
         with distributed.raise_on_all_ranks() if not self._announced else nullcontext():
             self.announce(self.header.sources)
         if self.failed:  # which is said to the others below
-            self.agree()
+            self.guard.agree()
             return
         written = self._row(entry)
 
@@ -233,8 +231,8 @@ class Recording:
                 self._begin(entry)
             self._writer.append(written)
 
-        self._guarded(append)
-        self.agree()
+        self.guard.do(append)
+        self.guard.agree()
         self.header.last_step = entry.step
         self._show(entry)
 
@@ -243,16 +241,16 @@ class Recording:
         self.check_here()
         if not self.failed:
             written = self._row(entry)
-            self._guarded(lambda: self._writer.amend(written))
-            self.agree()
+            self.guard.do(lambda: self._writer.amend(written))
+            self.guard.agree()
             self._show(entry)
 
     def keep_table(self, name: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         """Keep a table with the run, such as effects of samples; one of that name is replaced."""
         self.check_here()
         if not self.failed:
-            self._guarded(lambda: self._writer.keep(name, columns))
-        self.agree()
+            self.guard.do(lambda: self._writer.keep(name, columns))
+        self.guard.agree()
 
     def check_open(self) -> None:
         """Refuse to go on after the end, or after a failure that not all processes know of yet.
@@ -260,10 +258,8 @@ class Recording:
         To be called on all of them inside of `distributed.raise_on_all_ranks`.
         """
         self.check_here()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-        if self._closed or not self.may_give_up:
+        self.guard.check()
+        if self.guard.raises:
             self._writer.check_open()
 
     def close(self, *, complete: bool) -> None:
@@ -273,18 +269,13 @@ class Recording:
         the file is closed.
         """
         to_the_end(lambda: self._close(complete=complete))
-        if self._failure is not None:
-            raise self._failure
-
-    def agree(self) -> None:
-        """Leave off where another process has: captured steps have passes that others have not."""
-        if self.may_give_up:
-            self.failed = distributed.any_rank(self.failed)
+        if self.guard.failure is not None:
+            raise self.guard.failure
 
     def _close(self, *, complete: bool) -> None:
         if self.is_here:
-            self._guarded(lambda: self._writer.close(complete=complete and not self.failed))
-            self._closed = True
+            self.guard.do(lambda: self._writer.close(complete=complete and not self.failed))
+            self.guard.closed = True
         self._lost.detach()
 
     def _show(self, entry: Entry) -> None:
@@ -350,24 +341,6 @@ class Recording:
         )
         self._writer.begin(self._storage.contents(self.header, of_run))
         self._begun = True
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Do something to the file; what happens when it cannot be done is the user's choice."""
-        try:
-            action()
-        except OSError as error:
-            if self._closed or not self.may_give_up:
-                if distributed.world_size() == 1:
-                    raise
-                # The others would wait for this process: all of them raise it at the next step.
-                self._failure = error
-                return
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self.failed = True
-        unseen = "" if self._stop is None else ", so that no rule stops it"
-        log.warning("%s Training goes on, and nothing more is recorded%s.", error, unseen)
 
 
 def _planned(steps: Collection[int] | None) -> dict[str, Any]:

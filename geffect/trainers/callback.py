@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from geffect import distributed
-from geffect.capture.recording import IfExists, OnError, Recording
+from geffect.capture.guard import OnError
+from geffect.capture.recording import IfExists, Recording
 from geffect.capture.schedule import Schedule
 from geffect.capture.schedule import every as every_kth
 from geffect.capture.stopping import StopWhen
