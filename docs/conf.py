@@ -20,6 +20,7 @@ extensions = [
     "docstrings",
     "mathml",
     "reference",
+    "unbroken",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",

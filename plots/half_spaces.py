@@ -26,7 +26,7 @@ NARROW = 35.0  # degrees, which have no room for words
 
 @picture(Line2D)
 def half_spaces(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
-    """The gradients of a step in the plane of forget and retain; shaded: it forgets and keeps.
+    """The gradients of a step in the plane of forget and retain; in the grey, it forgets and keeps.
 
     - `table`: `source`, `other` and their cosine `value`, of one step and block, as
       `geffect.analysis.angles` gives them.

@@ -3,7 +3,8 @@ Half-spaces: what one step does to either risk
 ==============================================
 
 The gradients of a step in the plane of the forget and the retain gradient. A step goes against the
-gradient of the objective. In the shaded region it forgets and keeps.
+gradient of the objective, and the region where that gradient lies says what the step does: in the
+grey one it forgets and keeps.
 """
 
 from geffect import open_run

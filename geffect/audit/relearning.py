@@ -91,6 +91,7 @@ class RelearningBudget:
 
 
 QUICK = RelearningBudget(steps=(4, 16, 48), rates=(1.0,), seeds=(0,), sources=(BENIGN,))
+"""What the audit of a quick budget trains: further on what should stay, at one rate."""
 
 
 def nll_of_items(model: nn.Module, items: Sequence[Item]) -> Floats:

@@ -21,6 +21,7 @@ CATALOGUE: Mapping[str, Edit] = {
     "repselect": RepSelect(),
     "newton": Newton(),
 }
+"""The edits by their names on the command line, each with the options that it has unless told."""
 
 
 def named(name: str, options: Mapping[str, Any] | None = None) -> Edit:

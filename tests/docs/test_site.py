@@ -117,6 +117,18 @@ def test_every_public_name_has_an_entry(site: Any) -> None:
             assert led, f"{room}.{name}"
 
 
+def test_every_name_of_the_reference_says_what_it_is(site: Any) -> None:
+    for page in (site.pages / "api").glob("*.html"):
+        unsaid = r'title="([^"]*)"><code[^>]*>(?:(?!</tr>).)*<td><p></p></td>'
+        assert not re.findall(unsaid, page.read_text(encoding="utf-8"), re.DOTALL), page
+
+
+def test_no_line_breaks_before_a_sign_of_per_cent(site: Any) -> None:
+    for name in ("docs/study.html", "docs/comparison.html"):
+        text = pages(site.pages)[site.pages / name].text
+        assert re.search(r"\d\u00a0%", text) and not re.search(r"\d %", text), name
+
+
 def test_every_room_is_in_the_reference() -> None:
     rooms = {
         path.parent.relative_to(ROOT).as_posix().replace("/", ".")

@@ -128,7 +128,7 @@ def setup(app: Any) -> dict[str, Any]:
 
     def rewrite(app: Any, what: str, name: str, found: object, _: object, lines: list[str]) -> None:
         links = app.env.geffect_names
-        if what == "data":
+        if what == "data" and "__doc__" not in getattr(found, "__dict__", ()):
             lines[:] = of_constant(name, found)
         room = name if what == "module" else name.rpartition(".")[0]
         lines[:] = as_rest(lines, lambda said: linked(said, room, name, links))

@@ -197,7 +197,8 @@ def kind(thing: object) -> str:
     """What autodoc calls it."""
     if isinstance(thing, type):
         return "exception" if issubclass(thing, BaseException) else "class"
-    return "function" if hasattr(thing, "__code__") else "data"
+    # A rule is an object, with the name, the words and the arguments of a function.
+    return "function" if hasattr(inspect.unwrap(thing), "__code__") else "data"
 
 
 def write(app: Any) -> None:
