@@ -25,6 +25,9 @@ Where a place has no part in the sums of another, their logits are the same bit 
 type. A part that is taken back again, as by a convolution in frequencies, is rounded in float32.
 """
 
+LATE = -1.0
+"""In the place of the share of a change: it comes too late."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -34,12 +37,17 @@ class Look:
     - `refusal`: what is said of a model whose logits change, by so much.
     - `other`: the tokens under their name; nothing where this process has no need of a look.
     - `passed`: called where the model was seen not to tell.
+    - `told`: `Bool[sample, position]`, where the logits may tell the other tokens, from the first
+      of them on: that place should tell where a later one does.
+    - `late`: what is said of a model that tells them later alone.
     """
 
     at: Tensor
     refusal: Callable[[str], str]
     other: Mapping[str, Tensor] = field(default_factory=dict)
     passed: Callable[[], object] = lambda: None
+    told: Tensor | None = None
+    late: str = ""
 
 
 def kind_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[object, ...]:
@@ -94,7 +102,8 @@ def look_at(model: Any, inputs: Mapping[str, Any], *looks: Callable[..., Look]) 
         else:
             found = _change_alone(model, inputs, look)
         if found:
-            raise ValueError(look.refusal(f"{found:.2g} of the largest"))
+            late = found == LATE
+            raise ValueError(look.late if late else look.refusal(f"{found:.2g} of the largest"))
         if found is not None:
             look.passed()
 
@@ -118,16 +127,33 @@ def _change(
 ) -> float | None:
     """By what share of the largest logits change, 0 if that is rounding; None if none tell.
 
+    It is `LATE` where they change as they may, and too late.
+
     - `largest`: of a number of each process that looks.
     """
-    before = _logits(model, inputs, look.at)
-    after = _logits(model, {**inputs, **look.other}, look.at)
-    own = _compared(model, before, after)
+    told = torch.zeros_like(look.at) if look.told is None else look.told
+    at = look.at | told
+    before, after = _logits(model, inputs, at), _logits(model, {**inputs, **look.other}, at)
+    own = _compared(model, _among(before, look.at[at]), _among(after, look.at[at]))
     found, coarse = map(largest, own or (0.0, 0.0))
     if found <= min(FINE, coarse):
+        if largest(_is_late(_among(before, told[at]), _among(after, told[at]))):
+            return LATE
         return None if own is None else 0.0
     is_rounding = found <= coarse and _rounds_by_rows(model, inputs, look, largest)
     return 0.0 if is_rounding else found
+
+
+def _among(logits: Tensor | None, chosen: Tensor) -> Tensor | None:
+    return None if logits is None else logits[chosen.to(logits.device)]
+
+
+def _is_late(before: Tensor | None, after: Tensor | None) -> bool:
+    """Whether logits change, and those at the first place are still the same."""
+    if before is None or after is None:
+        return False
+    changes = (before != after).any(dim=-1).tolist()
+    return any(changes) and not changes[0]
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], at: Tensor) -> Tensor | None:

@@ -36,6 +36,12 @@ def look_unseen(model: nn.Module, inputs: Mapping[str, Any], *, labels: Tensor) 
             "such as `token_type_ids`."
         )
 
+    late = (
+        f"`{type(model).__name__}` should predict at each token the one that follows. Found that "
+        "its logits at a token do not change with that token, as where a model shifts its inputs "
+        "itself: they would be scored on the labels of other tokens. Shift no inputs in the model, "
+        "or pass a loss of your own."
+    )
     no_need = Look(torch.zeros_like(labels, dtype=torch.bool), refusal)
     name = next((n for n in ("labels", "decoder_input_ids", "input_ids") if n in inputs), None)
     known, kind = _UNSEEN.setdefault(model, set()), kind_of(model, inputs)
@@ -52,7 +58,13 @@ def look_unseen(model: nn.Module, inputs: Mapping[str, Any], *, labels: Tensor) 
         return no_need  # the next batch is looked at
     other = tokens.clone()
     other[told] = _another(tokens[told], labels[labels != IGNORED].to(tokens.device))
-    return Look(before, refusal, {name: other}, partial(known.add, kind))
+    passed = partial(known.add, kind)
+    if name != "input_ids":
+        return Look(before, refusal, {name: other}, passed)
+    # The last token of a row, which is asked for nothing, tells too.
+    may_tell = told & ((other != tokens).cumsum(dim=1) > 0)
+    before = F.pad(before, (0, 1)).to(may_tell.device)
+    return Look(before, refusal, {name: other}, passed, may_tell, late)
 
 
 def _another(told: Tensor, scored: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.utils.architectures import batch_for, made
 from tests.utils.layouts import ddp
 
 NEEDED = "look_at"  # whether one of them needs a look: one question a forward
-SEEN = ["_change"] * 2  # what changes, and what rounding may
+SEEN = ["_change"] * 3  # what changes, what rounding may, and what comes too late
 
 
 def packed(rank: int) -> dict[str, Tensor]:

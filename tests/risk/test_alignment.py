@@ -393,6 +393,31 @@ def test_a_prefix_language_model_is_told_what_is_a_question() -> None:
         nll(model, batch)
 
 
+class Shifting(nn.Module):
+    """A causal model that puts its inputs so many places later, as one that is given its labels."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.inner, self.places = tiny.llama(), places
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        later = nn.functional.pad(input_ids, (self.places, 0))[:, : input_ids.shape[1]]
+        return self.inner(input_ids=later)
+
+
+@pytest.mark.parametrize(("places", "answer"), [(0, 3), (0, 8), (1, 3), (1, 8), (2, 5), (2, 8)])
+def test_a_model_that_shifts_its_inputs_is_refused(places: int, answer: int) -> None:
+    """Its logits at a token predict that very token; they would be scored on the next one."""
+    ids = tiny.batch(1, length=9)["input_ids"]
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9) < 9 - answer, -100)}
+    model = Shifting(places)
+    if not places:
+        torch.testing.assert_close(nll(model, batch), nll(model.inner, batch))
+        return
+    with pytest.raises(ValueError, match=r"`Shifting` should predict .* the one that follows"):
+        nll(model, batch)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("by_position", [False, True])
 def test_rows_that_meet_in_experts_are_no_tokens_that_are_seen(
