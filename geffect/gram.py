@@ -18,8 +18,13 @@ def inner(K: Any, i: int, j: int) -> Any:
 
 
 def norm(K: Any, i: int) -> Any:
-    """|g_i|."""
-    return K[..., i, i] ** 0.5
+    """|g_i|; NaN where K is an estimate whose square of it is negative.
+
+    >>> norm(np.array([[4.0, 1.0], [1.0, -0.5]]), 1)
+    np.float64(nan)
+    """
+    with np.errstate(invalid="ignore"):
+        return K[..., i, i] ** 0.5
 
 
 def cosine(K: Any, i: int, j: int) -> Any:

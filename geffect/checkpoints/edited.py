@@ -243,9 +243,14 @@ def _check_models(
     if {*states} != {*edit.states}:
         needed = ", ".join(f"`{name}`" for name in edit.states) or "no other model"
         found = ", ".join(f"`{name}`" for name in states) or "none"
+        given = " ".join(f"--state {name}=DIR" for name in edit.states)
         raise ValueError(
-            f"`states` of {type(edit).__name__} should be {needed}. Found {found}. Name the "
-            "folders of just those."
+            f"`states` of {type(edit).__name__} should be {needed}. Found {found}. "
+            + (
+                f"Name the folder of each, and of no other; on the command line {given}."
+                if given
+                else "Leave them out."
+            )
         )
     for folder in (model, *states.values()):
         check_folder(folder)

@@ -84,8 +84,8 @@ def split_batch(sources: Sources) -> Iterator[Measurement]:
         if count < 2:
             raise ValueError(
                 f"`{name}` should have two batches or more for `split_batch`, which takes the two "
-                f"factors on disjoint ones. Found {count}. Lower the size of a batch, or choose "
-                "another estimator."
+                f"factors on disjoint ones. Found {count}. Pass more rows or smaller batches, or "
+                "choose another estimator."
             )
     groups = sources.cut(_least(sources.counts) // 2 * 2)
     sources.expect(sources.passes(groups))

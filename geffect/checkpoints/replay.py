@@ -267,7 +267,8 @@ def _check_kept(keep: StoreOptions, traits: Traits, estimator: Estimator) -> Non
 
 def _tell_rows(estimator: str, traits: Traits, counts: Mapping[str, int]) -> None:
     """Warn where steps get too few rows for their scores to have intervals."""
-    if traits.rows is None or (found := traits.rows(counts)) >= ENOUGH_ROWS:
+    # Without any the estimator refuses the batches itself.
+    if traits.rows is None or not 0 < (found := traits.rows(counts)) < ENOUGH_ROWS:
         return
     rows_of = traits.rows
     enough = next(n for n in itertools.count(1) if rows_of(dict.fromkeys(counts, n)) >= ENOUGH_ROWS)

@@ -304,7 +304,8 @@ def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
     if not certain:
         yield "No intervals: fewer than 8 rows. More examples, or smaller batches, make more rows."
     if (copy := how["relearned"]) is not None:
-        way = f"{copy['steps']} steps, {copy['radius']:g} of {copy['unit']}"
+        count = f"{copy['steps']} step{'s' * (copy['steps'] != 1)}"
+        way = f"{count}, {copy['radius']:g} of {copy['unit']}"
         yield f"Objective at a copy that has relearned {copy['relearns']}: {way}."
     if how["objective"]["reference"] is not None:
         yield f"Reference model: {how['objective']['reference']['is']}."

@@ -52,6 +52,11 @@ FEW_STEPS = 12
 """So many steps are listed one by one, more are summed up."""
 
 
+def _told(steps: "pd.Series[int]") -> str:
+    count = steps.nunique()
+    return f"step {steps.min()}" if count == 1 else f"{count} steps, {steps.min()} to {steps.max()}"
+
+
 def _show(table: "pd.DataFrame") -> None:
     from pandas.api.types import is_numeric_dtype
 
@@ -62,7 +67,7 @@ def _show(table: "pd.DataFrame") -> None:
         for name, column in table.items()
         if name not in (LEVEL, *SAYS) and not is_numeric_dtype(column)
     ]
-    steps = f"{table['step'].nunique()} steps, {table['step'].min()} to {table['step'].max()}"
+    steps = _told(table["step"])
     title = f"{in_common(table) or 'rectification'}: {steps}"
     if LEVEL in table:
         title += f"; {table[LEVEL].iloc[0]}"

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 
-def check_option(owner: object, name: str, holds: bool, should: str) -> None:
-    """Refuse an option that is not what it should be.
+def check_option(
+    owner: object, name: str, holds: bool, should: str, do: str = "Pass another value."
+) -> None:
+    """Refuse an option that is not what it should be; `do` is what to do then.
 
     >>> from geffect.edits import SSD
     >>> SSD(alpha=-1.0)
@@ -15,7 +17,7 @@ def check_option(owner: object, name: str, holds: bool, should: str) -> None:
     if not holds:
         raise ValueError(
             f"`{name}` of {type(owner).__name__} should be {should}. Found "
-            f"`{name} = {getattr(owner, name)!r}`. Pass another value."
+            f"`{name} = {getattr(owner, name)!r}`. {do}"
         )
 
 

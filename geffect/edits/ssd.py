@@ -76,7 +76,8 @@ class SSD(Edit):
         if self.alpha is not None:
             threshold = self.alpha == inf or (is_number(self.alpha) and self.alpha > 0)
             check_option(self, "alpha", threshold, "positive")
-            check_option(self, "alpha", self.fraction is None, "left out beside `fraction`")
+            alone, do = self.fraction is None, "Leave one of the two out."
+            check_option(self, "alpha", alone, "left out beside `fraction`", do)
         if self.fraction is not None:
             within = is_number(self.fraction) and 0 < self.fraction <= 1
             check_option(self, "fraction", within, "above 0 and at most 1")

@@ -1,7 +1,9 @@
 """Scores of a recorded run against naive autograd, on a GPT-2 in float64 and a Llama in float32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, Run, open_run
 from geffect.analysis import conflict, cosine, g_effect, predicted_change, violation
+from geffect.gram import cosine as cosine_of
+from geffect.gram import norm
 from geffect.layers import describe
 from geffect.objectives import WeightedGradientAscent, nll
 from geffect.scores import score_of
@@ -206,6 +210,15 @@ def test_a_zero_gradient_has_no_cosine_and_no_conflict(tmp_path: Path) -> None:
         assert np.isnan(table.set_index("layer")["value"]["layer 1"])
         assert not np.isnan(table.set_index("layer")["value"]["layer 0"])
     assert run.gram()[0, 2:, 0, 0].tolist() == [0.0, 0.0], "the norm is kept as what it is: zero"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_an_estimate_with_a_negative_square_has_no_norm(kind: Callable[..., Any]) -> None:
+    """NaN, without a warning of numpy: some rows of an unbiased estimate are like that."""
+    estimate = kind([[-1.0, -2.0], [-2.0, 4.0]])
+    assert np.isnan(float(norm(estimate, 0))) and float(norm(estimate, 1)) == 2.0
+    assert np.isnan(float(cosine_of(estimate, 0, 1)))
 
 
 def test_layers_of_the_file_are_those_of_the_model(recorded: Recorded) -> None:

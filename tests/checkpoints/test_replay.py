@@ -340,6 +340,16 @@ def test_refusals(run_folder: Path, tmp_path: Path, given: dict[str, Any], says:
     assert not (tmp_path / "run.h5").exists()
 
 
+@pytest.mark.filterwarnings("error")
+def test_too_few_batches_are_refused_once(run_folder: Path, tmp_path: Path) -> None:
+    """No word of intervals that no row could have."""
+    with pytest.raises(ValueError, match=r"Found 1\. Pass more rows or smaller batches"):
+        replay(
+            run_folder / "checkpoint-5", tmp_path / "run.h5", objective=GA, forget=FORGET[:1],
+            retain=RETAIN,
+        )  # fmt: skip
+
+
 def test_folders_that_are_no_checkpoints(run_folder: Path, tmp_path: Path) -> None:
     loader = Loader()
     (tmp_path / "empty").mkdir()

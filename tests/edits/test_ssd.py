@@ -191,7 +191,7 @@ def test_patterns() -> None:
         ({"alpha": math.nan}, "alpha = nan"),
         ({"fraction": 0.0}, "fraction = 0.0"),
         ({"fraction": 1.5}, "fraction = 1.5"),
-        ({"alpha": 1.0, "fraction": 0.5}, "alpha = 1.0"),
+        ({"alpha": 1.0, "fraction": 0.5}, "alpha = 1.0`. Leave one of the two out"),
         ({"dampening": -1.0}, "dampening = -1.0"),
         ({"dampening": math.nan}, "dampening = nan"),
         ({"against": "rest"}, "against = 'rest'"),
