@@ -7,12 +7,14 @@ needs for itself while it runs is not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from geffect.nested import tensors_in
 
 
 class LiveBytes(TorchDispatchMode):
@@ -45,10 +47,10 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors((*args, *kwargs.values())):
+        for tensor in tensors_in((*args, *kwargs.values())):
             self._see(tensor, size=0)  # it was there before, or is known
         result = function(*args, **kwargs)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self._see(tensor, tensor.untyped_storage().nbytes() if self._counts(tensor) else 0)
         self.operated()
         return result
@@ -83,12 +85,3 @@ class LiveBytes(TorchDispatchMode):
 def key_of(tensor: Tensor) -> int:
     """What tells the storage of a tensor from others while it is alive."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those among what an operator takes or gives, which is at most a list of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)

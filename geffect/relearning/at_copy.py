@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from geffect.hooks import BEFORE_STEPS, Hooks
 from geffect.interrupts import to_the_end
 from geffect.layers import trainable
 from geffect.losses import check_function, check_no_step_inside
+from geffect.nested import tensors_in
 
 from .descent import relearn
 from .place import Place
@@ -99,7 +99,7 @@ def relearned(
             check_no_loss_asked()
 
     def watch(_: nn.Module, __: object, output: object) -> None:
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 tensor.register_hook(lambda gradient: _check_inside(is_inside))
 
@@ -161,14 +161,3 @@ def _check_inside(is_inside: list[bool]) -> None:
             "backward pass behind it, when the parameters are those of before. Call `backward` or "
             "`autograd.grad` before the block ends."
         )
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors that a model has returned, in tuples, lists and mappings too."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from _tensors_in([*output.values()])
-    elif isinstance(output, list | tuple):
-        for part in output:
-            yield from _tensors_in(part)

@@ -2,14 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from geffect import distributed
+from geffect.nested import tensors_in
 from geffect.projection import Rectifier
 
 log = logging.getLogger(__name__)
@@ -25,7 +23,7 @@ def save(rectifier: Rectifier, folder: str | os.PathLike[str], *, writes: bool) 
     process, with the parts of the averages that it holds.
     """
     state = rectifier.state_dict()
-    in_parts = state["pieces"] or any(map(distributed.is_sharded, _tensors(state["memory"])))
+    in_parts = state["pieces"] or any(map(distributed.is_sharded, tensors_in(state["memory"])))
     name = _own_part() if in_parts else WHOLE
     with distributed.raise_on_all_ranks():
         if name != WHOLE or writes:
@@ -77,15 +75,3 @@ def _found(folder: Path) -> Path | None:
 
 def _own_part() -> str:
     return PART.format(rank=distributed.rank(), processes=distributed.world_size())
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors in a state, however deep they lie."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
