@@ -11,8 +11,8 @@ from geffect.numbers import percent
 
 from . import claims, hiding_claims
 from .claims import INSIDE, OUTSIDE, WORLD, Gold, Runs
+from .columns import AT_LEVEL
 from .methods import DEEPER, FEW, HIDES, RATES, SETS, THIN
-from .tables import AT_LEVEL
 
 GAIN = 1.3
 """How many times lower the retain NLL of GRU has to be than plain, to count as better."""

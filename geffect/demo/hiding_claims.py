@@ -7,9 +7,9 @@ from typing import Any
 
 from . import claims
 from .claims import INSIDE, MOST_BACK, OUTSIDE, TAUGHT, WORLD, Gold, Runs
+from .columns import AT_LEVEL
 from .hiding import HIDING
 from .methods import DEEPER, EQUAL, HIDES, RELEARNED, THIN
-from .tables import AT_LEVEL
 
 PASSES = "name-rows"
 """The control that is perfect by what a study asked before."""

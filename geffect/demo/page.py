@@ -14,6 +14,7 @@ from geffect.drafts import write_whole
 from geffect.numbers import percent
 from geffect.text import in_markdown
 
+from .columns import COLUMNS, KEYS, OF_AN_AUDIT
 from .edits import DISRUPTION, EDITS
 from .findings import findings
 from .hiding import asks_what_hides, compares_with_hiding
@@ -22,7 +23,7 @@ from .plan import IN_A_LOOK, QUICK_METHODS
 from .scale_table import agreement, g_effects
 from .scale_table import as_markdown as scales_as_markdown
 from .scales import SCALES
-from .tables import COLUMNS, KEYS, OF_AN_AUDIT, Row, as_markdown, compared, rows, tables
+from .tables import Row, as_markdown, compared, rows, tables
 
 NAME = "study.md"
 

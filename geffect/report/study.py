@@ -18,7 +18,8 @@ BARS = {"retain_nll": "inside", "retain_heldout_authors_nll": "outside"}
 def study_report(summary: Mapping[str, Any], out: Path) -> str:
     """The page of a study, from its summary and the figures in `out`."""
     from geffect.demo import figures
-    from geffect.demo.tables import COLUMNS, KEYS, columns_of, tables
+    from geffect.demo.columns import COLUMNS, KEYS
+    from geffect.demo.tables import columns_of, tables
 
     main, *further = made = tables(summary)
     columns = columns_of(main.runs)

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from geffect import open_run
+from geffect.demo.columns import PROBED
 from geffect.demo.data import Data
 from geffect.demo.hiding import HIDING, all_trained, name_tokens
 from geffect.demo.methods import EQUAL, RIVALS, RunSpec
 from geffect.demo.plan import Plan
-from geffect.demo.tables import PROBED
 from geffect.demo.unlearning import unlearn
 from tests.utils.subject import TINY
 

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 import torch
 
+from geffect.demo.columns import AT_LEVEL
 from geffect.demo.edits import EDITS
 from geffect.demo.methods import ADAMW, OF_ALL, VARIANTS, every_objective
 from geffect.demo.page import best, command, main, study_page, write_page
 from geffect.demo.plan import IN_A_LOOK
 from geffect.demo.scale_table import agreement, g_effects
-from geffect.demo.tables import AT_LEVEL, as_markdown, rows, tables
+from geffect.demo.tables import as_markdown, rows, tables
 
 SEEN = ("retain_nll", "retain_heldout_authors_nll", "world_nll", "forget_es", "relearn_nll")
 
