@@ -37,17 +37,30 @@ class Look:
     - `refusal`: what is said of a model whose logits change, by so much.
     - `other`: the tokens under their name; nothing where this process has no need of a look.
     - `passed`: called where the model was seen not to tell.
-    - `told`: `Bool[sample, position]`, where the logits may tell the other tokens, from the first
-      of them on: that place should tell where a later one does.
-    - `late`: what is said of a model that tells them later alone.
+    - `late`: whether they tell them at once, where they may.
     """
 
     at: Tensor
     refusal: Callable[[str], str]
     other: Mapping[str, Tensor] = field(default_factory=dict)
     passed: Callable[[], object] = lambda: None
-    told: Tensor | None = None
-    late: str = ""
+    late: "LateLook | None" = None
+
+
+@dataclass(frozen=True)
+class LateLook:
+    """Whether logits tell a token at its own place, as far as they tell it at all.
+
+    - `told`: `Bool[sample, position]`, where they may tell those of the look, from the first on.
+    - `first`: `Bool[sample, position]`, the first token of a text, whose logits tell no other one.
+    - `other`: the tokens with another one there, under their name.
+    - `refusal`: what is said of a model that tells no token at its own place.
+    """
+
+    told: Tensor
+    first: Tensor
+    other: Mapping[str, Tensor]
+    refusal: str
 
 
 def kind_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[object, ...]:
@@ -102,8 +115,9 @@ def look_at(model: Any, inputs: Mapping[str, Any], *looks: Callable[..., Look]) 
         else:
             found = _change_alone(model, inputs, look)
         if found:
-            late = found == LATE
-            raise ValueError(look.late if late else look.refusal(f"{found:.2g} of the largest"))
+            late = look.late.refusal if look.late is not None else "in another process"
+            told = look.refusal(f"{found:.2g} of the largest")
+            raise ValueError(late if found == LATE else told)
         if found is not None:
             look.passed()
 
@@ -131,13 +145,15 @@ def _change(
 
     - `largest`: of a number of each process that looks.
     """
-    told = torch.zeros_like(look.at) if look.told is None else look.told
+    none = torch.zeros_like(look.at)
+    told = none if look.late is None else look.late.told
     at = look.at | told
     before, after = _logits(model, inputs, at), _logits(model, {**inputs, **look.other}, at)
     own = _compared(model, _among(before, look.at[at]), _among(after, look.at[at]))
     found, coarse = map(largest, own or (0.0, 0.0))
     if found <= min(FINE, coarse):
-        if largest(_is_late(_among(before, told[at]), _among(after, told[at]))):
+        late = _is_late(_among(before, told[at]), _among(after, told[at]))
+        if largest(late) and not largest(_tells_at_once(model, inputs, look.late, none)):
             return LATE
         return None if own is None else 0.0
     is_rounding = found <= coarse and _rounds_by_rows(model, inputs, look, largest)
@@ -154,6 +170,15 @@ def _is_late(before: Tensor | None, after: Tensor | None) -> bool:
         return False
     changes = (before != after).any(dim=-1).tolist()
     return any(changes) and not changes[0]
+
+
+def _tells_at_once(
+    model: nn.Module, inputs: Mapping[str, Any], late: LateLook | None, none: Tensor
+) -> bool:
+    """Whether the logits at the first token of a text change with it, or cannot be had."""
+    at, other = (none, {}) if late is None else (late.first, late.other)
+    before, after = _logits(model, inputs, at), _logits(model, {**inputs, **other}, at)
+    return late is not None and (before is None or after is None or not before.equal(after))
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], at: Tensor) -> Tensor | None:

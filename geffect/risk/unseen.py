@@ -1,6 +1,7 @@
 """Whether a model is told a token before it is asked for it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from geffect.batch import IGNORED, masks_in
 
-from .dependence import Look, kind_of
+from .dependence import LateLook, Look, kind_of
 
 _UNSEEN: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
 """Models that were seen to predict tokens unseen, with the kinds of inputs that they had."""
@@ -36,12 +37,6 @@ def look_unseen(model: nn.Module, inputs: Mapping[str, Any], *, labels: Tensor) 
             "such as `token_type_ids`."
         )
 
-    late = (
-        f"`{type(model).__name__}` should predict at each token the one that follows. Found that "
-        "its logits at a token do not change with that token, as where a model shifts its inputs "
-        "itself: they would be scored on the labels of other tokens. Shift no inputs in the model, "
-        "or pass a loss of your own."
-    )
     no_need = Look(torch.zeros_like(labels, dtype=torch.bool), refusal)
     name = next((n for n in ("labels", "decoder_input_ids", "input_ids") if n in inputs), None)
     known, kind = _UNSEEN.setdefault(model, set()), kind_of(model, inputs)
@@ -56,15 +51,37 @@ def look_unseen(model: nn.Module, inputs: Mapping[str, Any], *, labels: Tensor) 
         return no_need  # it is refused where the logits are looked at
     if not (told[:, :-1] if name == "labels" else told).any():
         return no_need  # the next batch is looked at
+    scored = labels[labels != IGNORED].to(tokens.device)
+    look = Look(before, refusal, {name: _changed(tokens, told, scored)}, partial(known.add, kind))
+    return look if name != "input_ids" else _with_shift(look, model, inputs, told, scored)
+
+
+def _with_shift(
+    look: Look, model: nn.Module, inputs: Mapping[str, Any], told: Tensor, scored: Tensor
+) -> Look:
+    """The look of a causal model, which also tells one that shifts its inputs itself."""
+    tokens, mask = inputs["input_ids"], next(masks_in(inputs), None)
+    text = told.any(dim=1, keepdim=True).expand(told.shape)
+    if mask is not None and mask.shape == text.shape:
+        text = text & (mask != 0).to(text.device)
+    first = text & (text.cumsum(dim=1) == 1)
+    late = LateLook(
+        told & ((look.other["input_ids"] != tokens).cumsum(dim=1) > 0),
+        first,
+        {"input_ids": _changed(tokens, first, scored)},
+        f"`{type(model).__name__}` should predict at each token the one that follows. Found that "
+        "its logits at a token do not change with that token, as where a model shifts its inputs "
+        "itself: they would be scored on the labels of other tokens. Shift no inputs in the model, "
+        "or pass a loss of your own.",
+    )
+    # The last token of a row, which predicts none, tells too.
+    return replace(look, at=F.pad(look.at, (0, 1)).to(told.device), late=late)
+
+
+def _changed(tokens: Tensor, at: Tensor, scored: Tensor) -> Tensor:
     other = tokens.clone()
-    other[told] = _another(tokens[told], labels[labels != IGNORED].to(tokens.device))
-    passed = partial(known.add, kind)
-    if name != "input_ids":
-        return Look(before, refusal, {name: other}, passed)
-    # The last token of a row, which is asked for nothing, tells too.
-    may_tell = told & ((other != tokens).cumsum(dim=1) > 0)
-    before = F.pad(before, (0, 1)).to(may_tell.device)
-    return Look(before, refusal, {name: other}, passed, may_tell, late)
+    other[at] = _another(tokens[at], scored)
+    return other
 
 
 def _another(told: Tensor, scored: Tensor) -> Tensor:

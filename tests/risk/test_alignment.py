@@ -418,6 +418,24 @@ def test_a_model_that_shifts_its_inputs_is_refused(places: int, answer: int) -> 
         nll(model, batch)
 
 
+class Signs(nn.Module):
+    """Signs of running means, in which one token among many may change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(tiny.VOCABULARY, 8), nn.Linear(8, tiny.VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.embed(input_ids).cumsum(dim=1).sign()))
+
+
+def test_a_token_that_is_rounded_away_is_not_one_that_comes_late() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        ids = tiny.batch(seed, length=12)["input_ids"]
+        assert nll(Signs(), {"input_ids": ids, "labels": ids}).isfinite()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("by_position", [False, True])
 def test_rows_that_meet_in_experts_are_no_tokens_that_are_seen(
