@@ -22,6 +22,9 @@ from .learned_layers import learned_in
 SHARE = 0.5
 """The share of the gain of all layers that is chosen where nothing else is asked for."""
 
+ENOUGH = 1 - 1e-9
+"""So much of the gain that is wanted is all of it but for rounding."""
+
 LEVEL, REPLICATES = 0.95, 2000
 """Of the intervals: what share of them holds the value, and how often the steps are drawn."""
 
@@ -105,7 +108,9 @@ def recommended_layers(
     fraction = np.zeros(len(names))
     wanted = np.inf if count is not None else (SHARE if share is None else share) * gain.sum()
     for place in order[:count]:
-        fraction[place] = min(1.0, max(0.0, wanted - gain @ fraction) / gain[place])
+        if gain @ fraction >= wanted * ENOUGH:
+            break
+        fraction[place] = min(1.0, (wanted - gain @ fraction) / gain[place])
     chosen = [int(place) for place in order if fraction[place] > 0]
     likely = learned_in(run)
     learned = tuple(sorted(likely, key=lambda layer: -likely[layer]))
@@ -183,7 +188,7 @@ def _short(
             f"The run does not forget: its gain is {gain.sum():.3g} nats, so that no layer is "
             "chosen."
         ]
-    if count is None and had < wanted * (1 - 1e-9):
+    if count is None and had < wanted * ENOUGH:
         return [
             f"The layers of which it is certain that training them forgets have {had:.3g} of the "
             f"{wanted:.3g} nats that were asked for."

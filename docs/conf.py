@@ -51,6 +51,7 @@ toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
+os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says in a notebook what it found
 nb_execution_mode = "force"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True

@@ -108,7 +108,7 @@ def _pictures(report: Reported) -> Iterator[str]:
     yield from _figure(
         "Asked directly",
         plots.shares,
-        panels.measured(table, MEMORISED, DIRECTLY, of=FORGET),
+        said(panels.measured(table, MEMORISED, DIRECTLY, of=FORGET), panels.OF_SCORES),
         f"Of the forget set: {word('probability', 'prob')}, {word('extraction strength', 'es')}, "
         f"{word('exact match', 'em')}, {word('ROUGE-L recall', 'rouge')}, as far as they were "
         "measured. The aim is the retrained model, not 0.",

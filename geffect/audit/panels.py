@@ -24,6 +24,7 @@ RELEARNED = re.compile(rf"{RELEARNING} benign, (\d+) steps?, rate x 1$")
 """The attack whose course is drawn: with benign text, at the first rate."""
 
 OF_SHARES = Score("share of what the original knows")
+OF_SCORES = Score("score from 0 to 1")
 OF_NLL = Score("NLL of the forget set", PER_TOKEN)
 OF_DEPTH = Score("fall of log p of the answer", PER_TOKEN)
 

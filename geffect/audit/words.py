@@ -97,6 +97,9 @@ CALLED = {
     "prob": "probability",
     "paraphrase prob": "probability, paraphrased",
     "rougeL_recall": "ROUGE-L recall",
+    "rounding to nf4": "rounding to NF4",
+    "rounding to gguf_q4_0": "rounding to Q4_0 of GGUF",
+    "rounding to gguf_q8_0": "rounding to Q8_0 of GGUF",
 }
 """Metrics as pictures call them, where tables have a short name."""
 

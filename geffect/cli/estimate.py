@@ -156,7 +156,7 @@ def lines(found: "Estimate") -> Iterator[str]:
     yield "Extra time:" if found.time else "Extra time: not measured."
     for share in found.time:
         said = "at least " if share.at_least else ""
-        spread = "" if share.at_least else f" (spread {100 * share.spread:.1f})"
+        spread = "" if share.at_least else f" (spread {percent(share.spread, '.1f')})"
         why = "by the memory traffic alone" if share.at_least else "measured"
         yield f"  {said}{percent(share.share, '.2g')} of the step{spread}, {share.device}, {why};"
         yield f"    {share.workload}"

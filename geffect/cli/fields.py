@@ -133,15 +133,17 @@ def _keep_once(ctx: typer.Context, option: str, text: str) -> None:
 
 
 def _told(default: Any) -> str:
-    """A default as it is written where it is given, with three digits.
+    """A default behind its name, as it is written where it is given, with three digits.
 
-    >>> [_told(default) for default in (1.0, 1 / 3, False, "")]
-    ['1.0', '0.333', 'false', 'nothing']
+    >>> [_told(default) for default in (1.0, 1 / 3, False, "", None)]
+    [' (1.0)', ' (0.333)', ' (false)', ' (nothing)', '']
     """
+    if default is None:
+        return ""
     if isinstance(default, bool):
-        return str(default).lower()
+        return f" ({str(default).lower()})"
     short = float(f"{default:.3g}") if isinstance(default, float) else default
-    return str(short) or "nothing"
+    return f" ({str(short) or 'nothing'})"
 
 
 @cache
@@ -161,7 +163,7 @@ def _options(kind: type[CommandOfFields]) -> list[Any]:
     for name, those in owners.items():
         own = typer.Option(
             metavar=SWITCH if all(isinstance(x, bool) for x in those.values()) else kind.metavar,
-            help=f"Of {', '.join(f'{name} ({_told(x)})' for name, x in those.items())}.",
+            help=f"Of {', '.join(name + _told(x) for name, x in those.items())}.",
             callback=_keep,
             expose_value=False,
         )

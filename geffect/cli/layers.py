@@ -85,11 +85,17 @@ def _show(table: "pd.DataFrame") -> None:
         for row in table.to_dict("records")
     ]
     console = terminal()
-    say(console, "Rise of the forget risk and of the others, in nats to first order:")
+    say(
+        console,
+        "Rise of the forget risk (gain, with its 95 % interval) and of the others (harm), in nats "
+        "to first order:",
+    )
     headings = ["layer", "gain", "harm", "gain/harm", "needed"]
     show(console, headings, lines, names=["layer"], spare=headings[3:])
+    if table["chosen"].any():
+        say(console, "needed: how much of its gain a layer that is chosen has to give.")
 
 
 def _chosen(fraction: float) -> str:
     """How much is needed of the gain of a layer that is chosen."""
-    return "" if not fraction else "all" if fraction == 1 else percent(fraction)
+    return "" if not fraction else "all" if fraction == 1 else percent(fraction, ".2g")

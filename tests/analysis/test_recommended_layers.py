@@ -125,6 +125,16 @@ def test_the_choice_is_the_optimum_of_all_choices(tmp_path: Path) -> None:
         assert [*by_count] == [*ratios.sort_values(ascending=False).index[:3]]
 
 
+def test_no_layer_is_chosen_for_what_rounding_leaves(tmp_path: Path) -> None:
+    """One layer has enough of the gain by itself: the next would give some 1e-16 of its own."""
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        gain = np.array([draw.uniform(2, 3), *draw.uniform(0.1, 0.4, 2)])
+        run = recorded(tmp_path / "run.h5", steady(gain), [steady([0.1, 1, 1]), steady(gain * 0)])
+        chosen = recommended_layers(run, share=0.5)
+        assert chosen.layers == ("layer 0",)
+
+
 def test_a_share_that_cannot_be_had_is_told(tmp_path: Path) -> None:
     gains = steady([1, 1, 1])
     run = recorded(
@@ -286,6 +296,8 @@ def test_the_command(ask: Ask, tmp_path: Path) -> None:
     said = ask("layers", run.path, "--recommend", 2)
     assert (said.code, said.err) == (0, "")
     assert "To train: layer 1, layer 2" in said.out
+    for heading in ("gain", "harm", "needed"):  # what the columns are
+        assert re.search(rf"{heading}(?:,|\)|:)", said.out), heading
     assert r"Parameters: ^model\.layers\.(1|2)\..*$" in said.out
     facts = json.loads(ask("layers", run.path, "--gain", 0.5, "--format", "json").out)
     assert facts["layers"] == ["layer 1"]

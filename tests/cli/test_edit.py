@@ -194,5 +194,5 @@ def test_the_page_of_help_names_the_edits_and_their_options(ask: Ask) -> None:
     page = ask("edit", "--help").out
     for word in ("ssd, lfssd, negation, mix", "--fisher-batch VALUE", "--edit-option NAME=VALUE"):
         assert word in page
-    assert "Of ssd (None), lfssd (None), negation (1.0), mix (None)" in " ".join(page.split())
+    assert "Of ssd, lfssd, negation (1.0), mix." in " ".join(page.split())
     assert "Of ssd (nothing), lfssd (nothing), newton (nothing)" in " ".join(page.split())
