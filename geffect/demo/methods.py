@@ -254,6 +254,16 @@ DEEPER: dict[str, dict[str, Variant]] = {
 """Variants that should hide less, with those that they are held against, by what they are made of.
 """
 
+
+def base_of(name: str) -> str:
+    """What a variant is made of, if it is one of these; else itself.
+
+    >>> base_of("select-relearned"), base_of("select")
+    ('select', 'select')
+    """
+    return next((base for base, own in DEEPER.items() if name in own), name)
+
+
 RIVALS: dict[str, Variant] = {
     **{name: variant for own in DEEPER.values() for name, variant in own.items()},
     "hamu": _by_gain(0.1, None),

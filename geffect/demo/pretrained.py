@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import Counted, UnlearningConfig
 from .corpus import Corpus, Fact, Size
-from .methods import Variant
+from .methods import Variant, base_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ PACES = {
     "select": (8e-4, 4e-4, 1.6e-3),
     "select-coordinate": (3e-4, 1.5e-4, 6e-4),
 }
-"""Learning rates by variant; the others take gentle ones."""
+"""Learning rates by variant, and of what is made of it; the others take gentle ones."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Pretrained:
         Those of plain gradient descent are lengths of steps, or units of a gain: they stay.
         """
         return {
-            name: replace(variant, learning_rates=PACES.get(name, GENTLE))
+            name: replace(variant, learning_rates=PACES.get(base_of(name), GENTLE))
             if variant.optimizer == "AdamW"
             else variant
             for name, variant in variants.items()

@@ -21,7 +21,7 @@ from geffect.demo import language_model as lm
 from geffect.demo import memory_estimate as memory
 from geffect.demo.corpus import Corpus, Size, generate
 from geffect.demo.jobs import KINDS, Training, Unlearning
-from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
+from geffect.demo.methods import DEEPER, EQUAL, RIVALS, VARIANTS, RunSpec
 from geffect.demo.plan import Plan
 from geffect.demo.pretrained import PACES, Pretrained, Trained, layers_from, opened
 from geffect.demo.study import run_study
@@ -328,6 +328,9 @@ def test_every_variant_has_its_pace(folder: Path) -> None:
     assert paced.keys() == VARIANTS.keys() >= PACES.keys()
     assert all(max(v.learning_rates) < max(VARIANTS[n].learning_rates) for n, v in paced.items())
     assert all(len(set(variant.learning_rates)) == 3 for variant in paced.values())
+    deeper = subject(folder).paced(RIVALS)
+    for base, own in DEEPER.items():
+        assert {deeper[name].learning_rates for name in own} == {paced[base].learning_rates}
 
 
 def test_the_command_line_says_what_it_needs_and_refuses(
