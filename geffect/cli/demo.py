@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geffect.drafts import write_whole
-
 from .command import Apart, Needs, Rule, check_together
 from .fields import texts_given
 from .objectives import CATALOGUED, CommandOfObjectives, values_for
-from .options import Medium, choice, whole
-from .terminal import say, say_marked, terminal
+from .options import choice, whole
+from .studies import draw_paper, run_family, run_study, say_memory
+from .terminal import say, terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from geffect.demo.family_study import FamilyPlan
-    from geffect.demo.plan import Plan
     from geffect.demo.pretrained import Pretrained
 
 PRETRAINED_METHODS = ("ga",)
@@ -211,9 +207,7 @@ def command(
     check_together(ctx, RULES)
     console = terminal()
     if data is not None and data_folder is not None:
-        _study_family(
-            out, _family_plan(ctx, data_folder, seeds, workers, resume, overwrite), console
-        )
+        run_family(out, _family_plan(ctx, data_folder, seeds, workers, resume, overwrite), console)
         return
     named = _names(methods)
     in_variants = _names(variants)
@@ -252,11 +246,11 @@ def command(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if subject:
-        _say_memory(subject, processes, console)
+        say_memory(subject, processes, console)
     try:
-        _study(out, plan, console)
+        run_study(out, plan, console)
         if paper:
-            _draw_paper(out, plan, console)
+            draw_paper(out, plan, console)
     except KeyboardInterrupt:
         done, jobs = whole(out, plan)
         say(
@@ -269,46 +263,6 @@ def command(
 
 def _names(given: str | None) -> tuple[str, ...]:
     return () if given is None else tuple(name.strip() for name in given.split(","))
-
-
-def _study(out: Path, plan: "Plan", console: "Console") -> None:
-    """Run the study, write its report, and say what was found."""
-    from geffect.demo.page import write_page
-    from geffect.demo.study import run_study
-    from geffect.report import study_report
-
-    from .progress import shown
-
-    with shown(plan.weight, console) as report:
-        summary = run_study(out, plan, report)
-    write_whole(out / "report.html", study_report(summary, out))
-    write_page(summary, out)
-    say(console, *(out / "equal_forgetting.md").read_text(encoding="utf-8").split("\n"))
-    held = [finding["holds"] for finding in summary["findings"]]
-    say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
-    for finding in summary["findings"]:
-        mark = ("holds   ", "green") if finding["holds"] else ("does not", "yellow")
-        exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
-        said = f"{finding['claim']}: {finding['measured']}{exceptions}"
-        say_marked(console, *mark, said)
-    seconds = summary["wall_seconds"]["total"]
-    say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
-
-
-def _draw_paper(out: Path, plan: "Plan", console: "Console") -> None:
-    """Make the runs behind the figures of the paper, draw them, and say which were made."""
-    from geffect import open_run
-    from geffect.demo.paper import FOLDER, run_paper, weight
-
-    from .figures import made_of, write
-    from .progress import shown
-
-    with shown(weight(plan), console, "paper") as report:
-        runs = run_paper(out, plan, report)
-    made = made_of([open_run(path) for path in runs])
-    written = write(made, out / FOLDER, Medium.COLUMN)
-    say(console, *(one.said for one in made))
-    say(console, f"{written} of {len(made)} figures of the paper in {out / FOLDER}")
 
 
 def _family_plan(
@@ -339,18 +293,6 @@ def _family_plan(
         raise typer.BadParameter(str(error)) from error
 
 
-def _study_family(out: Path, plan: "FamilyPlan", console: "Console") -> None:
-    """Run the study of the family, write its page, and say where that is."""
-    from geffect.demo.family_page import write_page
-    from geffect.demo.family_study import run_family
-
-    from .progress import shown
-
-    with shown(plan.weight, console) as report:
-        summary = run_family(out, plan, report)
-    say(console, f"{summary['wall_seconds']:.0f} s. Open {write_page(summary, out)}")
-
-
 def _subject(
     model: Path,
     layers: str | None,
@@ -367,28 +309,6 @@ def _subject(
     where = str(there(device or "cpu"))
     kept = (dtype or DtypeName.float32).value
     return Pretrained(str(model), trained, device=where, dtype=kept)
-
-
-def _say_memory(subject: "Pretrained", workers: int, console: "Console") -> None:
-    """Say how much memory the study takes, and refuse it where there is less."""
-    from geffect.demo import memory_estimate as memory
-
-    estimate, there = memory.estimate(subject), memory.available(subject.device)
-    needed = workers * sum(estimate.values())
-    say(
-        console,
-        f"Memory: about {memory.gib(needed)} for {workers} worker{'s' * (workers > 1)}, "
-        f"{memory.gib(there)} are free. Of each:",
-    )
-    for purpose, count in estimate.items():
-        say(console, f"  {memory.gib(count):>9}  {purpose}")
-    if subject.dtype != "float32" and subject.trained.lora is None:
-        say(
-            console,
-            f"Weights in {subject.dtype} lose steps that are small beside them. Adapters (--lora "
-            "RANK) are trained in float32.",
-        )
-    memory.check(needed, there)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from .workers import Job, Say
 
 if TYPE_CHECKING:
     from .audited import Judge
+    from .data import Data
 
 KINDS = ("original", "gold")
 """The model that has memorised all facts, and the one that never saw the forget set."""
@@ -151,6 +152,14 @@ def model_of(job: OfSeed, kind: str) -> tuple[Any, Any]:
     return job.subject.load(job.out / "models" / f"{kind}-seed{job.seed}")
 
 
+def original_of(job: OfSeed, corpus: Corpus) -> "tuple[Any, Data]":
+    """The original of the seed, and a corpus as data for it."""
+    from .data import Data
+
+    model, tokenizer = model_of(job, "original")
+    return model, Data.of(corpus, tokenizer, job.seed, model.device)
+
+
 def _judged(job: OfSeed) -> "Judge":
     """What an audit says of a model of the seed, beside what was read of the others."""
     from .audited import audited_sets, beside, judge
@@ -187,15 +196,13 @@ class Unlearning:
         return f"{self.spec.name}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from .data import Data
         from .findings import shares
         from .scales import on_common_scales
         from .unlearning import unlearn
 
         spec, subject, level = self.spec, self.subject, self.levels["forget_nll"]
-        model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, replace(subject.corpus, heldout=spec.heldout))
-        data = Data.of(corpus, tokenizer, self.seed, model.device)
+        model, data = original_of(self, corpus)
         file = f"runs/{self.name}.h5"
         result = unlearn(
             model,
@@ -240,12 +247,10 @@ class Editing:
         return f"edit-{self.edit}-seed{self.seed}"
 
     def run(self, say: Say) -> dict[str, Any]:
-        from .data import Data
         from .editing import Subject, edited
 
-        model, tokenizer = model_of(self, "original")
         corpus = generate(self.seed, self.subject.corpus)
-        data = Data.of(corpus, tokenizer, self.seed, model.device)
+        model, data = original_of(self, corpus)
         if self.audit:
             data = replace(data, judged=_judged(self))
         file = f"runs/{self.name}.h5"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import SubjectConfig
 from .corpus import generate
-from .jobs import Kept, model_of
+from .jobs import Kept, model_of, original_of
 from .methods import Variant
 from .plan import Plan
 from .workers import OnProgress, Say, working
@@ -69,12 +69,8 @@ class PaperRun:
         return f"{FOLDER}/{self.name}.h5"
 
     def run(self, say: Say) -> str:
-        from .data import Data
-
-        model, tokenizer = model_of(self, "original")
+        model, data = original_of(self, generate(self.seed, self.subject.corpus))
         retrained, _ = model_of(self, "gold")
-        corpus = generate(self.seed, self.subject.corpus)
-        data = Data.of(corpus, tokenizer, self.seed, model.device)
         self._unlearn(model, data, retrained, say)
         return self.file
 

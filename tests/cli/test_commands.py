@@ -598,7 +598,7 @@ def test_a_study_of_all_objectives(
     ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Plan] = []
-    monkeypatch.setattr("geffect.cli.demo._study", lambda out, plan, console: plans.append(plan))
+    monkeypatch.setattr("geffect.cli.demo.run_study", lambda out, plan, _: plans.append(plan))
     for further in ([], ["--variants", "plain"], ["--all-variants"], ["--edits", "ssd,mix"]):
         assert ask("demo", "--methods", "all", *further, "--out", tmp_path).code == 0
     ran = [{(spec.method, spec.variant) for spec in plan.specs()} for plan in plans]

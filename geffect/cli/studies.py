@@ -1,0 +1,90 @@
+"""The studies of `geffect demo` while they run, and what is said of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geffect.drafts import write_whole
+
+from .options import Medium
+from .terminal import say, say_marked
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from geffect.demo.family_study import FamilyPlan
+    from geffect.demo.plan import Plan
+    from geffect.demo.pretrained import Pretrained
+
+
+def run_study(out: Path, plan: "Plan", console: "Console") -> None:
+    """Run the study, write its report, and say what was found."""
+    from geffect.demo import study
+    from geffect.demo.page import write_page
+    from geffect.report import study_report
+
+    from .progress import shown
+
+    with shown(plan.weight, console) as report:
+        summary = study.run_study(out, plan, report)
+    write_whole(out / "report.html", study_report(summary, out))
+    write_page(summary, out)
+    say(console, *(out / "equal_forgetting.md").read_text(encoding="utf-8").split("\n"))
+    held = [finding["holds"] for finding in summary["findings"]]
+    say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
+    for finding in summary["findings"]:
+        mark = ("holds   ", "green") if finding["holds"] else ("does not", "yellow")
+        exceptions = f"; not for {', '.join(finding['except'])}" if finding["except"] else ""
+        said = f"{finding['claim']}: {finding['measured']}{exceptions}"
+        say_marked(console, *mark, said)
+    seconds = summary["wall_seconds"]["total"]
+    say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
+
+
+def draw_paper(out: Path, plan: "Plan", console: "Console") -> None:
+    """Make the runs behind the figures of the paper, draw them, and say which were made."""
+    from geffect import open_run
+    from geffect.demo.paper import FOLDER, run_paper, weight
+
+    from .figures import made_of, write
+    from .progress import shown
+
+    with shown(weight(plan), console, "paper") as report:
+        runs = run_paper(out, plan, report)
+    made = made_of([open_run(path) for path in runs])
+    written = write(made, out / FOLDER, Medium.COLUMN)
+    say(console, *(one.said for one in made))
+    say(console, f"{written} of {len(made)} figures of the paper in {out / FOLDER}")
+
+
+def run_family(out: Path, plan: "FamilyPlan", console: "Console") -> None:
+    """Run the study of the family, write its page, and say where that is."""
+    from geffect.demo import family_study
+    from geffect.demo.family_page import write_page
+
+    from .progress import shown
+
+    with shown(plan.weight, console) as report:
+        summary = family_study.run_family(out, plan, report)
+    say(console, f"{summary['wall_seconds']:.0f} s. Open {write_page(summary, out)}")
+
+
+def say_memory(subject: "Pretrained", workers: int, console: "Console") -> None:
+    """Say how much memory the study takes, and refuse it where there is less."""
+    from geffect.demo import memory_estimate as memory
+
+    estimate, there = memory.estimate(subject), memory.available(subject.device)
+    needed = workers * sum(estimate.values())
+    say(
+        console,
+        f"Memory: about {memory.gib(needed)} for {workers} worker{'s' * (workers > 1)}, "
+        f"{memory.gib(there)} are free. Of each:",
+    )
+    for purpose, count in estimate.items():
+        say(console, f"  {memory.gib(count):>9}  {purpose}")
+    if subject.dtype != "float32" and subject.trained.lora is None:
+        say(
+            console,
+            f"Weights in {subject.dtype} lose steps that are small beside them. Adapters (--lora "
+            "RANK) are trained in float32.",
+        )
+    memory.check(needed, there)
