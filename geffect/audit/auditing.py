@@ -15,6 +15,7 @@ from torch import nn
 
 from geffect.checkpoints.folders import tokenizer_of
 from geffect.data.examples import spelled
+from geffect.evaluation.resampling import DRAWS
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.notes import noting
 from geffect.store import Run
@@ -42,7 +43,7 @@ from .reading import sets_of
 from .report import AuditReport
 from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets
 from .summary import table_of
-from .table import DRAWS, FEWEST, with_mean
+from .table import FEWEST, with_mean
 from .thresholds import Thresholds
 from .verdict import judged
 

@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from .table import DRAWS, LIMITS, resampled_means, resamples, units_of
+from geffect.evaluation.resampling import DRAWS, resamples
+
+from .table import LIMITS, resampled_means, units_of
 
 Floats = NDArray[np.float64]
 

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from geffect.evaluation.membership import Scores, auc, membership
+from geffect.evaluation.resampling import resamples
 from geffect.evaluation.utility import kept_share
 
 from .attacks import DEPTH, HIDDEN, LENS, PATCHED, baseline
@@ -18,7 +19,7 @@ from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
 from .prompts import ROUGE
 from .sets import FORGET, HOLDOUT, KEPT
 from .shares import Floor, Share, noise_level, recoverable_share, retraining_noise, widened
-from .table import KEYS, SUMMED, check_items, interval, resampled_means, resamples, summed, units_of
+from .table import KEYS, SUMMED, check_items, interval, resampled_means, summed, units_of
 from .thresholds import Thresholds
 from .verdict import (
     DIFFERENCE,

@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from geffect.evaluation.resampling import DRAWS, resamples
+
 PER_ITEM = ("battery", "metric", "set", "model", "item", "subject", "value")
 """The columns of a table of items."""
 
 KEYS = ("battery", "metric", "set", "model")
 SUMMED = (*KEYS, "value", "low", "high", "n")
 """The columns of a table of means: `n` items have a value; `low` and `high` bound 95 %."""
-
-DRAWS = 2000
-"""So many times a bootstrap draws."""
 
 FEWEST = 5
 """So many subjects, at least, are drawn as a whole; of fewer the items are drawn."""
@@ -74,19 +73,6 @@ def units_of(subjects: Sequence[str]) -> NDArray[np.int64]:
     """
     codes, found = pd.factorize(np.array([*map(str, subjects)], dtype=object))
     return np.arange(len(codes)) if len(found) < FEWEST else codes.astype(np.int64)
-
-
-def resamples(units: NDArray[np.int64], draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64]:
-    """How often each item is in each draw, `Float64[draw, item]`, the same for the same units.
-
-    So the values of several models on the same items are drawn together.
-
-    >>> resamples(np.array([0, 0, 1]), draws=2).sum(axis=1) > 0
-    array([ True,  True])
-    """
-    count = int(units.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
-    return drawn[:, units].astype(np.float64)
 
 
 def resampled_means(

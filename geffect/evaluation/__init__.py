@@ -14,6 +14,7 @@ from .membership import Membership, Scores, auc, membership, privleak
 from .memorised import memorised
 from .minimal_sets import minimal_sets
 from .privacy import grad_norm, privacy
+from .retraining_gap import retraining_gap
 from .rouge import rouge
 from .similar_extraction import similar_extraction
 from .tofu import forget_quality, model_utility
@@ -52,6 +53,7 @@ __all__ = [
     "privacy",
     "privleak",
     "prob_options",
+    "retraining_gap",
     "rouge",
     "similar_extraction",
     "truth_ratio",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .resampling import DRAWS, check_bootstrap, numbered, resamples
 from .tokens import Floats
 
 ENOUGH = 50
@@ -96,7 +97,7 @@ def membership(
     *,
     forget_subjects: Sequence[Hashable] | None = None,
     holdout_subjects: Sequence[Hashable] | None = None,
-    replicates: int = 2000,
+    replicates: int = DRAWS,
     level: float = 0.95,
     seed: int = 0,
 ) -> Membership:
@@ -113,16 +114,12 @@ def membership(
     >>> same.difference, same.low, same.high, same.privleak
     (0.0, 0.0, 0.0, 0.0)
     """
-    if not (0 < level < 1 and replicates > 0):
-        raise ValueError(
-            "`level` should be between 0 and 1, and `replicates` at least 1. Found "
-            f"`level = {level}` and `replicates = {replicates}`. Pass, say, level=0.95."
-        )
+    check_bootstrap(level, replicates)
     forget = _paired("forget", unlearned.forget, retrained.forget, forget_subjects)
     holdout = _paired("holdout", unlearned.holdout, retrained.holdout, holdout_subjects)
     first, second = (auc(forget.scores[i], holdout.scores[i]) for i in (0, 1))
     rng = np.random.default_rng(seed)
-    drawn = [side.drawn(rng, replicates) for side in (forget, holdout)]
+    drawn = [resamples(side.subjects, replicates, rng) for side in (forget, holdout)]
     pairs = drawn[0].sum(1) * drawn[1].sum(1)
     wins = [_wins(forget, holdout, model, drawn) for model in (0, 1)]
     differences = (wins[0] - wins[1]) / pairs
@@ -153,11 +150,6 @@ class _Side:
         """How many subjects there are."""
         return int(self.subjects.max()) + 1
 
-    def drawn(self, rng: np.random.Generator, replicates: int) -> Floats:
-        """How often each item is drawn, `Float[replicate, item]`."""
-        weights = rng.multinomial(self.count, np.full(self.count, 1 / self.count), replicates)
-        return weights[:, self.subjects].astype(np.float64)
-
 
 def _paired(
     name: str, first: ArrayLike, second: ArrayLike, subjects: Sequence[Hashable] | None
@@ -173,8 +165,7 @@ def _paired(
     known = np.array([not np.isnan(pair).any() for pair in zip(*both, strict=True)], dtype=np.bool_)
     _known(name, both[0][known])
     left = [subject for subject, is_known in zip(of, known, strict=True) if is_known]
-    number = {subject: index for index, subject in enumerate(dict.fromkeys(left))}
-    return _Side(np.stack(both)[:, known], np.array([number[subject] for subject in left]))
+    return _Side(np.stack(both)[:, known], numbered(left))
 
 
 def _wins(forget: _Side, holdout: _Side, model: int, drawn: Sequence[Floats]) -> Floats:

@@ -14,7 +14,8 @@ from geffect.audit.shares import (
     strongest,
     widened,
 )
-from geffect.audit.table import resamples, units_of
+from geffect.audit.table import units_of
+from geffect.evaluation.resampling import resamples
 
 NAN = float("nan")
 SUBJECTS = [name for name in "abcdefg" for _ in range(4)]

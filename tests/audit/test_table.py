@@ -8,11 +8,11 @@ from geffect.audit.table import (
     interval,
     per_item,
     resampled_means,
-    resamples,
     summed,
     units_of,
     value_of,
 )
+from geffect.evaluation.resampling import resamples
 
 SUBJECTS = [*"aabbccddee"]
 

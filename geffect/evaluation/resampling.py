@@ -1,0 +1,46 @@
+"""What a bootstrap draws: how often each item, those of one subject together."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 2000
+"""So many times a bootstrap draws."""
+
+
+def numbered(subjects: Sequence[Hashable]) -> NDArray[np.int64]:
+    """The number of its subject for each item, from 0 in the order in which they come.
+
+    >>> numbered(["b", "a", "b"])
+    array([0, 1, 0])
+    """
+    number = {subject: index for index, subject in enumerate(dict.fromkeys(subjects))}
+    return np.array([number[subject] for subject in subjects], dtype=np.int64)
+
+
+def resamples(
+    units: NDArray[np.int64], draws: int = DRAWS, seed: int | np.random.Generator = 0
+) -> NDArray[np.float64]:
+    """How often each item is in each draw, `Float64[draw, item]`, the same for the same units.
+
+    So the values of several models on the same items are drawn together.
+
+    - `units`: for each item the number, from 0, of what is drawn as a whole, such as its subject.
+    - `seed`: or a generator, which goes on from one set to the next.
+
+    >>> resamples(np.array([0, 0, 1]), draws=2).sum(axis=1) > 0
+    array([ True,  True])
+    """
+    count = int(units.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    return drawn[:, units].astype(np.float64)
+
+
+def check_bootstrap(level: float, replicates: int) -> None:
+    """Refuse an interval of no level, and one of no draws."""
+    if not (0 < level < 1 and replicates > 0):
+        raise ValueError(
+            "`level` should be between 0 and 1, and `replicates` at least 1. Found "
+            f"`level = {level}` and `replicates = {replicates}`. Pass, say, level=0.95."
+        )
