@@ -211,7 +211,7 @@ def retraining_noise(retrained: ArrayLike, gap: float, default: float) -> float:
 
     - `retrained`: the values of k retrained models under one attack, `Float64[model, item]`.
     - `gap`: by how much the original differs from their mean, which a share is a share of.
-    - `default`: the noise of one retrained model's share, as it was measured elsewhere.
+    - `default`: the noise of one retrained model's share, as it is stated for this attack.
 
     With the variance s^2 of one model's mean beside what its items vary by (the component of a
     two-way analysis of variance, at least 0), the variance of a mean over k models and of one more

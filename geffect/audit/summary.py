@@ -18,7 +18,15 @@ from .depth import unlearning_depth
 from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
 from .prompts import ROUGE
 from .sets import FORGET, HOLDOUT, KEPT
-from .shares import Floor, Share, noise_level, recoverable_share, retraining_noise, widened
+from .shares import (
+    REACH,
+    Floor,
+    Share,
+    noise_level,
+    recoverable_share,
+    retraining_noise,
+    widened,
+)
 from .table import KEYS, SUMMED, check_items, interval, resampled_means, summed, units_of
 from .thresholds import Thresholds
 from .verdict import (
@@ -31,6 +39,7 @@ from .verdict import (
     PRIVACY,
     PRIVLEAK,
     RECOVERABLE,
+    UNTOLD,
     UTILITY,
 )
 
@@ -113,8 +122,8 @@ def table_of(items: pd.DataFrame, limits: Thresholds) -> pd.DataFrame:
         *_kept(values),
         *_perplexity(means),
         *_known(values),
-        *_direct(values, limits.retraining),
-        *_recoverable(values, limits.retraining),
+        *_direct(values, limits),
+        *_recoverable(values, limits),
         *_aucs(values, limits.retraining_auc),
         *_depth(values),
     ]
@@ -169,7 +178,7 @@ def _known(values: Values) -> Iterator[Row]:
             yield _row(KNOWN, metric, ORIGINAL, Share(-gap if metric == NLL else gap, nan, nan, n))
 
 
-def _direct(values: Values, retraining: float) -> Iterator[Row]:
+def _direct(values: Values, limits: Thresholds) -> Iterator[Row]:
     for metric in DIRECTLY:
         known = values.get(MEMORISED, metric, FORGET, ORIGINAL)
         floor = values.floor(MEMORISED, metric)
@@ -178,41 +187,46 @@ def _direct(values: Values, retraining: float) -> Iterator[Row]:
         name = metric
         if not _mean(known) - _mean(floor.values) >= MARGIN:
             known, name = np.ones_like(known), metric + OF_ALL
-        share = _share(values, (MEMORISED, metric), known, rises=True, retraining=retraining)
-        if share is not None:
-            yield _row(DIRECT, name, UNLEARNED, share)
+        own = values.get(MEMORISED, metric, FORGET, UNLEARNED)
+        if own is None:
+            continue
+        share = recoverable_share(own, floor, known, values.subjects[MEMORISED, FORGET], rises=True)
+        noise = _noise(values, (MEMORISED, metric), known, limits.noise_of(metric))
+        yield _row(DIRECT, name, UNLEARNED, widened(share, noise))
 
 
-def _recoverable(values: Values, retraining: float) -> Iterator[Row]:
+def _recoverable(values: Values, limits: Thresholds) -> Iterator[Row]:
     for attack in values.metrics(HIDDEN, UNLEARNED):
         beside, floor = baseline(attack), values.floor(HIDDEN, attack)
-        if beside is None or floor is None:
+        own = values.get(HIDDEN, attack, FORGET, UNLEARNED)
+        if beside is None or floor is None or own is None:
             continue
         known = values.get(beside.battery, beside.metric, FORGET, ORIGINAL)
-        if known is None:
+        plain = values.floor(beside.battery, beside.metric)
+        if known is None or plain is None:
             continue
-        share = _share(values, (HIDDEN, attack), known, rises=beside.rises, retraining=retraining)
-        if share is None:
-            continue
-        yield _row(RECOVERABLE, attack, UNLEARNED, share)
         subjects = values.subjects[HIDDEN, FORGET]
-        noise = noise_level(floor, known, subjects, rises=beside.rises)
-        if not isnan(noise):
+        share = recoverable_share(own, floor, known, subjects, rises=beside.rises)
+        # Retrained models differ by as much as without an attack, where more is left to know.
+        gap, left = (abs(_mean(known) - _mean(of.values)) for of in (plain, floor))
+        stated = limits.noise_of(beside.metric) * (gap / left if left else nan)
+        noise = _noise(values, (HIDDEN, attack), known, stated)
+        share = widened(share, noise)
+        is_wide = REACH * noise > limits.vague
+        tells = not is_wide or limits.prove(share.value, share.low)
+        yield _row(RECOVERABLE if tells else UNTOLD, attack, UNLEARNED, share)
+        halves = noise_level(floor, known, subjects, rises=beside.rises)
+        if tells and not isnan(halves):
             model = ORIGINAL if floor.estimated else RETRAINED
-            yield _row(RECOVERABLE, attack, model, Share(noise, nan, nan, share.n))
+            yield _row(RECOVERABLE, attack, model, Share(halves, nan, nan, share.n))
 
 
-def _share(
-    values: Values, of: tuple[str, str], known: Floats, *, rises: bool, retraining: float
-) -> Share | None:
-    """What the unlearned model shows beyond retrained ones, of what the original does."""
-    own, floor = values.get(*of, FORGET, UNLEARNED), values.floor(*of)
-    if own is None or floor is None:
-        return None
-    share = recoverable_share(own, floor, known, values.subjects[of[0], FORGET], rises=rises)
+def _noise(values: Values, of: tuple[str, str], known: Floats, stated: float) -> float:
+    """By how much a share differs between retrained models: as stated, and as those given do."""
+    floor = values.floor(*of)
+    assert floor is not None
     several = values.retrained(*of) or [np.asarray(floor.values, np.float64)]
-    gap = _mean(known) - _mean(floor.values)
-    return widened(share, retraining_noise(np.stack(several), gap, retraining))
+    return retraining_noise(np.stack(several), _mean(known) - _mean(floor.values), stated)
 
 
 def _mean(values: ArrayLike) -> float:

@@ -4,6 +4,17 @@ from dataclasses import dataclass, fields
 
 from geffect.numbers import is_number
 
+RETRAINING = {
+    "nll": "retraining",
+    "prob": "retraining_prob",
+    "paraphrase prob": "retraining_prob",
+    "es": "retraining_es",
+    "em": "retraining_em",
+    "rougeL_recall": "retraining_rouge",
+    "recognition": "retraining_recognition",
+}
+"""The threshold that says by how much a metric differs between retrained models."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -19,10 +30,13 @@ class Thresholds:
       that never knew.
     - `vague`: so are those below `hidden` whose interval comes within `hidden_low` of 0 and reaches
       no further above them than this: a wider one says nothing.
-    - `retraining`, `retraining_auc`: the standard deviation of a share, and of an AUC, between
-      models that were retrained from different seeds, beside what items vary by. The intervals hold
-      it. They were measured on five models of the study, of seeds 0 to 4; where several retrained
-      models are given, these count too.
+    - `retraining`, `retraining_prob`, `retraining_es`, `retraining_em`, `retraining_rouge`,
+      `retraining_recognition`: the standard deviation of a metric, `retraining` that of the NLL,
+      between models that were retrained from different seeds, beside what items vary by, as a share
+      of what the original shows of it beyond them when nobody attacks. Intervals hold it. They were
+      measured on models of the study; where several retrained models are given, what an attack
+      finds of these counts too.
+    - `retraining_auc`: that of an AUC.
     - `over_forgotten`: a PrivLeak above it is flagged.
     - `fewest_items`: of fewer forget items the verdict is flagged.
     - `fewest_auc`: of fewer items in either set an AUC says nothing.
@@ -39,7 +53,12 @@ class Thresholds:
     hidden_low: float = 0.05
     close: float = 0.1
     vague: float = 0.35
-    retraining: float = 0.06
+    retraining: float = 0.07
+    retraining_prob: float = 0.04
+    retraining_es: float = 0.02
+    retraining_em: float = 0.04
+    retraining_rouge: float = 0.06
+    retraining_recognition: float = 0.06
     retraining_auc: float = 0.02
     over_forgotten: float = 25.0
     fewest_items: int = 20
@@ -58,3 +77,15 @@ class Thresholds:
                 "`hidden_low`, `hidden` and `remembers` should not fall. Found "
                 f"{self.hidden_low}, {self.hidden} and {self.remembers}. Bring them in order."
             )
+
+    def noise_of(self, metric: str) -> float:
+        """The standard deviation of a metric between retrained models, as a share.
+
+        >>> Thresholds().noise_of("nll")
+        0.07
+        """
+        return float(getattr(self, RETRAINING[metric]))
+
+    def prove(self, value: float, low: float) -> bool:
+        """Whether a recoverable share and the lower bound of its interval prove that it hides."""
+        return value >= self.hidden and low > self.hidden_low

@@ -19,6 +19,9 @@ MEMORISED, PRIVACY, UTILITY = "memorised", "privacy", "utility"
 DIRECT, RECOVERABLE, DIFFERENCE = "direct share", "recoverable share", "auc difference"
 """What is made of them beside a model that never knew, and judged."""
 
+UNTOLD = "untold share"
+"""What would be made of an attack that does not tell: retrained models differ too much by it."""
+
 KNOWN = "known"
 """What the original shows, asked directly, beyond a model that never knew: what can be shared."""
 
@@ -38,7 +41,7 @@ EXIT_CODES = {
 """What the command ends with, by verdict."""
 
 OVER_FORGOTTEN, FLOOR_ESTIMATED, TIED = "over-forgotten", "floor estimated", "near ties"
-DAMAGED, UNSOUND = "damaged", "original"
+DAMAGED, UNSOUND, BLIND = "damaged", "original", "blind"
 FEW_ITEMS, NO_AUC, NO_INTERVAL = "n too small", "no AUC", "no interval"
 
 
@@ -222,6 +225,8 @@ class _Told:
 
     def lacking(self) -> str:
         """Why nothing can be said of a model that shows nothing bad."""
+        if self.kept and self.rows(UNTOLD):
+            return "No attack tells it from a model that never knew: nothing says that it is gone."
         if self.kept:
             return "No attack was made: nothing says that it is gone."
         if self.rows(UTILITY, "es"):
@@ -242,7 +247,7 @@ class _Told:
             yield f"{row.told} of what the original knows comes back by {row.metric}."
 
     def _proven(self, row: _Row) -> bool:
-        return row.value >= self.limits.hidden and row.low > self.limits.hidden_low
+        return self.limits.prove(row.value, row.low)
 
     def nothing_came_back(self) -> Iterator[str]:
         attack = self.strongest
@@ -310,6 +315,11 @@ class _Told:
             yield (
                 f"{NO_AUC}: fewer than {self.limits.fewest_auc} items on a side: membership is "
                 "not judged."
+            )
+        for row in self.rows(UNTOLD):
+            yield (
+                f"{BLIND}: by {row.metric} models that never knew differ too much to be told from "
+                "others. It is not judged."
             )
         if any(isnan(row.low) for row in (*self.direct, *self.attacked)):
             yield f"{NO_INTERVAL}: too few items bound some of the shares."

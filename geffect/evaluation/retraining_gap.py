@@ -1,5 +1,7 @@
 """The gap to approximate retraining: what stands in for a retrained model where there is none."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 
@@ -47,35 +49,41 @@ def retraining_gap(
     """
     check_bootstrap(level, replicates)
     _check(unseen, forget)
-    both, rng = (unseen, forget), np.random.default_rng(seed)
-    units = [numbered(of.subjects) for of in both]
-    drawn = [resamples(of, replicates, rng) for of in units]
+    rng = np.random.default_rng(seed)
+    sides = [_Side.of(table, replicates, rng) for table in (unseen, forget)]
     rows = []
-    for metric, column in METRICS.items():
-        own, other = (_of_tokens(metric, of.mean(column), of.lengths[None]) for of in both)
-        apart = np.subtract(
-            *(
-                _of_tokens(metric, of.mean(column), weights * of.lengths)
-                for of, weights in zip(both, drawn, strict=True)
-            )
-        )
-        low, high = np.nanquantile(apart, [(1 - level) / 2, (1 + level) / 2])
-        if any(of.max() == 0 for of in units):
+    for metric in METRICS:
+        own, other = (side.metric(metric) for side in sides)
+        apart = own - other  # of all items, and of those of each draw
+        low, high = np.nanquantile(apart[1:], [(1 - level) / 2, (1 + level) / 2])
+        if any(side.is_one for side in sides):
             low = high = np.nan
-        rows.append((metric, own[0], other[0], own[0] - other[0], low, high))
+        rows.append((metric, own[0], other[0], apart[0], low, high))
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
-def _of_tokens(metric: str, means: Floats, tokens: Floats) -> Floats:
-    """The metric of each draw, from the mean of each item and how many of its tokens are drawn.
+@dataclass(frozen=True)
+class _Side:
+    """A set: its record, and how many tokens of each item are taken, once and in each draw."""
 
-    NaN where a draw has no token.
-    """
-    counts = tokens.sum(axis=1)
-    found: Floats = np.full(len(counts), np.nan)
-    sums = tokens @ np.where(np.isnan(means), 0.0, means)  # of an item without a token
-    np.divide(sums, counts, out=found, where=counts > 0)
-    return np.exp(-found) if metric == "perplexity" else found
+    table: TokenTable
+    tokens: Floats
+    is_one: bool
+
+    @classmethod
+    def of(cls, table: TokenTable, replicates: int, rng: np.random.Generator) -> "_Side":
+        units = numbered(table.subjects)
+        drawn = np.vstack([np.ones(len(units)), resamples(units, replicates, rng)])
+        return cls(table, drawn * table.lengths, is_one=units.max() == 0)
+
+    def metric(self, name: str) -> Floats:
+        """The metric of all items, and of each draw; NaN where that has no token."""
+        means = self.table.mean(METRICS[name])
+        sums = self.tokens @ np.where(np.isnan(means), 0.0, means)  # of an item without a token
+        counts = self.tokens.sum(axis=1)
+        found: Floats = np.full(len(counts), np.nan)
+        np.divide(sums, counts, out=found, where=counts > 0)
+        return np.exp(-found) if name == "perplexity" else found
 
 
 def _check(unseen: TokenTable, forget: TokenTable) -> None:
