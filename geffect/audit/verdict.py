@@ -109,7 +109,8 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
     4. `never knew`: every share, and every difference of AUC, is as that of a retrained model: its
        interval lies close to 0, or comes near to it and is not vague.
     5. `partly forgotten`: none of these. Without a retrained model the best verdict is `not
-       recovered by these attacks`; without attacks, or without retained sets, it is `undecided`.
+       recovered by these attacks`; without attacks, without retained sets, or where too few items
+       bound what comes back, it is `undecided`.
 
     - `table`: rows of `battery, metric, set, model, value, low, high, n`, in any order. Direct and
       recoverable shares are rows of the batteries "direct share" and "recoverable share".
@@ -131,6 +132,9 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
             return Verdict(verdict, tuple(reasons), flags, attack)
     if not told.attacked or not told.kept:
         return Verdict(UNDECIDED, (told.lacking(),), flags, attack)
+    unbounded = told.unbounded()
+    if unbounded is not None:
+        return Verdict(UNDECIDED, (unbounded,), flags, attack)
     if not told.has_retrained:
         return Verdict(NOT_RECOVERED, tuple(told.nothing_came_back()), flags, attack)
     far = told.far()
@@ -248,6 +252,20 @@ class _Told:
 
     def _proven(self, row: _Row) -> bool:
         return self.limits.prove(row.value, row.low)
+
+    def unbounded(self) -> str | None:
+        """What may come back, or not, because too few items bound it; None for nothing."""
+        open_ended = [row for row in self.attacked if isnan(row.low)]
+        most = max(open_ended, key=lambda row: row.value, default=None)
+        if most is None or (
+            len(open_ended) < len(self.attacked) and most.value < self.limits.hidden
+        ):
+            return None
+        return (
+            f"By {most.metric} {most.told} of what the original knows comes back, and {most.n} "
+            f"item{'s' * (most.n != 1)} bound no share: nothing says that it is gone. Give more of "
+            f"{FORGET}."
+        )
 
     def nothing_came_back(self) -> Iterator[str]:
         attack = self.strongest

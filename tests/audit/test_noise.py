@@ -73,7 +73,7 @@ def u_high(value: float, high: float, reach: float) -> float:
 
 
 def test_what_differs_like_a_retrained_model_is_not_hidden_where_little_is_left() -> None:
-    # Three tenths of a nat between retrained models is nothing of four, and all of what this attack leaves.
+    # Three tenths of a nat are little of four, and half of what this attack leaves.
     means = {
         "original": ORIGINAL,
         "retrained": {"nll": 4.0, "prob": 0.0, SWAP: 0.6, INT4: 4.0},

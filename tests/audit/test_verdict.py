@@ -233,11 +233,27 @@ def test_flags_stand_beside_a_verdict(changed: dict[Any, Any], n: int, flag: str
     assert judged(table()).flags == ()
 
 
-def test_without_an_interval_a_model_is_not_said_to_have_never_known() -> None:
-    bare = table({("auc difference", "loss", "forget"): None}, n=60).assign(low=None, high=None)
-    found = judged(bare.astype({"low": float, "high": float}))
-    assert found.verdict == "partly forgotten"
-    assert "no interval" in found.flags[-1]
+@pytest.mark.parametrize("retrained", [True, False])
+def test_without_an_interval_nothing_is_said_of_what_comes_back(retrained: bool) -> None:
+    membership = ("auc difference", "loss", "forget")
+    for share in (0.0, 0.9):
+        made = table({membership: None, ("recoverable share", "int4", "forget"): share},
+                     n=1, retrained=retrained).assign(low=None, high=None)  # fmt: skip
+        found = judged(made.astype({"low": float, "high": float}))
+        assert found.verdict == "undecided" and found.exit_code == 1
+        assert "1 item bound no share" in found.reasons[0]
+        assert "no interval" in found.flags[-1]
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.9, "undecided"), (0.1, "partly forgotten")])
+def test_one_attack_that_nothing_bounds_counts_where_it_may_be_hiding(
+    share: float, verdict: str
+) -> None:
+    made = table({("recoverable share", "int4", "forget"): share})
+    made.loc[made["metric"] == "int4", ["low", "high"]] = float("nan")
+    found = judged(made)
+    assert found.verdict == verdict
+    assert found.reasons[0].startswith("By int4 90 % of what" if share > 0.5 else "The recoverable")
 
 
 @pytest.mark.parametrize("changed", [*CASES.values(), {("privacy", "privleak x", "forget"): 90.0}])
