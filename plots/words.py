@@ -125,7 +125,7 @@ def wrapped(label: str, most: int = 34) -> str:
     of_unit = _lines(_short(bracket.strip() + unit, LONGEST), most)
     if lines and len(of_unit) == 1 and len(last := f"{lines[-1]} {of_unit[0]}") <= most:
         lines, of_unit = lines[:-1], [last]
-    return "\n".join(map(drawn, [*lines, *of_unit]))
+    return "\n".join(drawn(line, most) for line in [*lines, *of_unit])
 
 
 def axis_label(axis: Axis, text: str, longest: int = 34) -> None:

@@ -74,6 +74,12 @@ def command(
         for row in _summed_up(joined, agreement(joined)).to_dict("records")
     ]
     show(console, [*names, "first", "last", "rho", "slope", "gap"], lines, names=names)
+    say(
+        console,
+        "rho: the rank correlation of a metric and the predicted change, from 8 checkpoints on; "
+        "slope: of a line through both; gap: how far the change is from what was measured, "
+        "relative to that.",
+    )
     captured = opened.steps[1:] - opened.steps[:-1]
     if (captured > 1).any():
         say(console, "Not every step was captured: each stands for those up to the next.")

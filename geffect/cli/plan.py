@@ -155,8 +155,8 @@ def _facts(found: "list[Prediction]", *, layers: bool) -> list[dict[str, Any]]:
 def _show(found: "list[Prediction]", steps: int, console: Any) -> None:
     say(
         console,
-        f"Rise of the risks over {steps} steps, to first order, in nats per token; the first set "
-        "is damaged most:",
+        f"Rise of the risks over {steps} steps, to first order, in nats per token, a mean with the "
+        "least and the most of all probes; the first set is damaged most:",
     )
     rows = [
         [

@@ -216,6 +216,7 @@ def test_the_command(ask: Ask, run: Run, tmp_path: Path) -> None:
     assert "10 checkpoints, after 0 to 9 updates" in said.out
     assert "TOFU model_utility" in said.out and "TOFU extraction_strength" in said.out
     assert picture.stat().st_size > 1000
+    assert all(f"{column}:" in said.out for column in ("rho", "slope", "gap"))
     rows = ask("join", run.path, *files, "--format", "tsv").out.splitlines()
     assert rows[0].split("\t") == ["step", "suite", "metric", "risk", "change", "measured", "value"]
     assert len(rows) == 1 + 2 * 2 * STEPS

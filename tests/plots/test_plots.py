@@ -434,6 +434,8 @@ def test_a_label_is_broken_into_lines_of_about_one_length() -> None:
     assert wrapped("conflict of objective and retain (%)", 30).split("\n") == [
         "conflict of", "objective and retain (%)"
     ]  # fmt: skip
+    wide = wrapped("accumulated predicted fall of the risk (nats per token)", 44)
+    assert wide.split("\n") == ["accumulated predicted fall of the risk", "(nats per token)"]
     assert wrapped("ab objectives and more", 12).split("\n") == ["ab", "objectives", "and more"]
 
 

@@ -92,6 +92,7 @@ def test_a_picture_can_be_read_in_print(
         assert not {t.get_text(): t.get_fontsize() for t in written(figure) if t.get_fontsize() < 7}
         assert b"/Type3" not in whole and b"/Type /Font" in whole
         assert sizes and min(sizes) >= 7
+        assert not [label for kind, _, label in shown(figure) if kind == "label" and "…" in label]
         nothing_covers_another(figure)
 
 
