@@ -1,9 +1,10 @@
 # make demo   set everything up and run the embedded study into runs/demo
 # make test   set everything up and run ruff, mypy and pytest on all cores; ten minutes on two
 # make study  five methods in every variant with its controls, three seeds, into runs/study, and
-#             every method and edit, into runs/comparison, and what hides, into runs/hiding; from
-#             there docs/study.md, docs/comparison.md and docs/hiding.md with their pictures; hours
-#             on two cores, cut short at will: make study ARGS=--resume goes on
+#             every method and edit, into runs/comparison, what hides, into runs/hiding, and one seed
+#             of relearned copies, into runs/copies; from there docs/study.md, docs/comparison.md,
+#             docs/hiding.md and docs/copies.md with their pictures; hours on two cores, cut short at
+#             will: make study ARGS=--resume goes on
 # make edu_relat DATA=DIR
 #             the study of the family whose data are in DIR, into runs/edu_relat, and from there
 #             docs/edu_relat.md; five minutes on two cores
@@ -36,6 +37,10 @@ study: $(VENV)/installed
 		plain,gru-update,gru-coordinate,select,select-70,select-relearned,last-block,name-rows $(ARGS)
 	sed 's|(figures/|(images/|' runs/hiding/study.md > docs/hiding.md
 	cp runs/hiding/figures/recognition.png docs/images/recognition.png
+	$(BIN)/geffect demo --out runs/copies --seeds 0 --methods wga,tnpo,ga-capped --variants \
+		select-relearned,select-coordinate-relearned,gru-coordinate-relearned,gru-update-relearned $(ARGS)
+	sed 's|(figures/recognition|(images/copies|' runs/copies/study.md > docs/copies.md
+	cp runs/copies/figures/recognition.png docs/images/copies.png
 
 edu_relat: $(VENV)/installed
 	$(BIN)/geffect demo --data edu_relat --data-folder $(DATA) --out runs/edu_relat $(ARGS)
