@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from geffect.near import meant
 
 FORGET, RETAIN, NEIGHBOURS = "forget", "retain", "neighbours"
@@ -178,4 +180,15 @@ def _check_items(name: str, items: Sequence[Item]) -> None:
             raise ValueError(
                 f"Item {index} of `{name}` should have `input_ids` and `labels`. Found "
                 f"{item!r:.80}. Make items with geffect.data.examples.example."
+            )
+        shapes = {
+            column: np.shape(item[column])
+            for column in ("input_ids", "labels", "attention_mask")
+            if column in item
+        }
+        if len({*shapes.values()}) > 1 or len(shapes["input_ids"]) != 1:
+            found = ", ".join(f"{shape} in `{column}`" for column, shape in shapes.items())
+            raise ValueError(
+                f"Item {index} of `{name}` should be one row, with an entry for each of its "
+                f"tokens. Found the shapes {found}. Make items with geffect.data.examples.example."
             )

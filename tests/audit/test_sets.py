@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from geffect.audit.reading import asking, sets_of
 from geffect.audit.sets import AuditSet, AuditSets
@@ -171,3 +172,24 @@ def test_choices_have_the_answer_among_them() -> None:
     for choices in (["Ada."], ["Bea.", "Cid."], ["Ada.", "Ada.", "Bea."], ["Bea.", "Bea.", "Ada."]):
         with pytest.raises(ValueError, match="two `choices` or more, each once, with its answer"):
             sets_of({"forget": [{**PLAIN, "choices": choices}], "retain": [PLAIN]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("item", "found"),
+    [
+        (
+            {"input_ids": [5, 6, 7], "labels": [-100, 6]},
+            r"\(3,\) in `input_ids`, \(2,\) in `labels`",
+        ),
+        ({"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1]}, "`attention_mask`"),
+        ({"input_ids": [[5, 6]], "labels": [[-100, 6]]}, r"\(1, 2\) in `input_ids`"),
+        ({"input_ids": 5, "labels": 5}, r"\(\) in `input_ids`"),
+    ],
+)
+def test_an_item_whose_columns_are_of_unequal_lengths_is_named(
+    item: dict[str, Any], found: str
+) -> None:
+    right = {"input_ids": torch.tensor([5, 6]), "labels": [-100, 6], "attention_mask": [1, 1]}
+    assert len(AuditSet.of("retain", [right])) == 1
+    with pytest.raises(ValueError, match=f"Item 1 of `retain` should be one row.*{found}"):
+        AuditSet.of("retain", [right, item])
