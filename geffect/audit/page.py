@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from geffect import plots
+from geffect.numbers import percent
 from geffect.pages import framed, word
 from geffect.plots.conventions import Draws
 from geffect.plots.inks import inks
@@ -102,7 +103,7 @@ def _pictures(report: Reported) -> Iterator[str]:
         panels.shares(table),
         f"{word('Shares', 'share')} of what the original knows beyond a model that never knew, "
         f"with 95 % intervals. Hollow marks are {word('noise')}: how large the share of a model "
-        "seems that hides nothing.",
+        f"seems that hides nothing.{_without_attack(table)}",
         lines=lines,
     )
     yield from _figure(
@@ -140,6 +141,17 @@ def _pictures(report: Reported) -> Iterator[str]:
         plots.shares,
         said(panels.measured(table, UTILITY, ("es",), label="set"), Score("extraction strength")),
         f"{word('Extraction strength', 'es')} of the sets that should stay.",
+    )
+
+
+def _without_attack(table: pd.DataFrame) -> str:
+    """What attacks begin from that are held against the NLL, which is not among what is asked."""
+    there = panels.share_of_nll(table)
+    if there != there:
+        return ""
+    return (
+        f" By the {word('NLL', 'nll')}, against which rounding, decoder swap and relearning are "
+        f"held, {percent(there)} is there without an attack."
     )
 
 

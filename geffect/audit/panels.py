@@ -69,6 +69,20 @@ def measured(
     return marks(_of(table, **wanted, **({} if of is None else {"set": (of,)})), label)
 
 
+def share_of_nll(table: pd.DataFrame) -> float:
+    """How much of what the original knows is there by the NLL, before any attack; NaN if unknown.
+
+    >>> rows = [("memorised", "nll", "forget", "original", 0.0),
+    ...         ("memorised", "nll", "forget", "retrained", 4.0),
+    ...         ("memorised", "nll", "forget", "unlearned", 3.0)]
+    >>> share_of_nll(pd.DataFrame(rows, columns=["battery", "metric", "set", "model", "value"]))
+    0.25
+    """
+    rows = _of(table, battery=(MEMORISED,), metric=(NLL,), set=(FORGET,))
+    original, retrained, own = rows.set_index("model")["value"].reindex(ROLES)
+    return float((retrained - own) / (retrained - original)) if retrained > original else np.nan
+
+
 def relearning(table: pd.DataFrame) -> pd.DataFrame:
     """The NLL of the forget set over the steps of further training on benign text.
 

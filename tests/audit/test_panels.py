@@ -31,6 +31,17 @@ def test_two_shares_of_one_name_are_told_apart_by_their_battery() -> None:
     assert "extraction strength, recoverable share" in labels
 
 
+def test_a_page_says_what_of_the_nll_is_there_before_an_attack() -> None:
+    """Else a share of the NLL under an attack that does nothing reads as if that brought it."""
+    known = [("memorised", "nll", "forget", "original", 1.0)]
+    rows = [row for row in ROWS if row[:4] != known[0][:4]]
+    nll = {row[3]: row[4] for row in [*rows, *known] if row[:3] == known[0][:3]}
+    there = (nll["retrained"] - nll["unlearned"]) / (nll["retrained"] - nll["original"])
+    said = f"{100 * there:.0f}\u00a0% is there without an attack"
+    assert said in page(report([*rows, *known]))
+    assert "without an attack" not in page(report(rows))
+
+
 def test_relearning_begins_at_the_model_and_is_of_the_first_rate() -> None:
     found = panels.relearning(table())
     assert found[["model", "step", "value"]].to_numpy().tolist() == [
