@@ -101,8 +101,10 @@ def say(console: Console, *said: object, hang: int = 0) -> None:
 
 
 def say_marked(console: Console, mark: str, colour: str, text: object) -> None:
-    """Print a line of text behind a word in colour."""
-    console.print(Text.assemble("  ", (mark, colour), " ", plain(text)))
+    """Print a text behind a word in colour, folded by a terminal below its own beginning."""
+    hang = cell_len(mark) + 3
+    folded = f"\n{' ' * hang}".join(_folded(plain(text), console.width - hang))
+    console.print(Text.assemble("  ", (mark, colour), " ", folded))
 
 
 def showing_rows(console: Console) -> Callable[[str, str], None]:

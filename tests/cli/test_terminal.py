@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from geffect.cli.options import Format
-from geffect.cli.terminal import canvas, say, show, terminal, write_table
+from geffect.cli.terminal import canvas, say, say_marked, show, terminal, write_table
 
 NAMES = [
     "model.layers.10.mlp.up_proj.weight", "[/foo]", "[red]x", "語言模型的名字很長很長", ":warning:",
@@ -158,3 +158,15 @@ def test_further_lines_of_what_is_folded_hang() -> None:
     assert first.startswith("sources   objective,") and others
     assert all(line.startswith(" " * 10) and len(line) <= 24 for line in others)
     assert " ".join(" ".join([first, *others]).split()).endswith("forget, retain, update")
+
+
+@pytest.mark.parametrize("width", [8, 40, 80, 100_000])
+def test_what_stands_behind_a_mark_is_folded_below_its_beginning(width: int) -> None:
+    console, text = narrow(width), "a claim of many words: 0.0405 nats against 0.0576 " * 3
+    say_marked(console, "holds", "green", text)
+    first, *others = printed(console).splitlines()
+    assert first.startswith("  holds a") and " ".join([first, *others]).split()[1:] == text.split()
+    assert all(line.startswith(" " * 8) and line[8] != " " for line in others)
+    assert bool(others) == (width < len(text))
+    if width > 20:
+        assert max(map(cell_len, [first, *others])) <= width
