@@ -20,7 +20,7 @@ from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
 from .quantisers import Quantiser
 from .recognition import every_other, recognition, recognition_after
 from .relearning import as_attacks, relearning
-from .rounding import quantisers_for, rounded
+from .rounding import quantisers_for, rounded, same_codes
 from .sets import FORGET, RETAIN, AuditSet
 from .teaching import taught
 from .verdict import MEMORISED, NLL
@@ -31,6 +31,10 @@ HIDDEN = "hidden"
 DEPTH = "depth"
 """The battery of what the original tells from the layers of a model: no attack, but a place."""
 
+CODES = "codes"
+"""The battery of what rounding leaves as it was in the original: as many weights have to stay in
+their cell for rounding to give back what unlearning changed, and that is not enough."""
+
 PATCHED, LENS = "patched", "lens"
 """How it is told, of each block by its number: `patched 3`."""
 
@@ -38,7 +42,8 @@ RELEARNING, ROUNDING, PROMPT = "relearning", "rounding", "prompt"
 DECODER_SWAP, RECOGNITION = "decoder swap", "recognition"
 
 READ = 32
-"""So many retained items tell whether the original can read the states of a model."""
+"""So many retained items tell whether the original can read the states of a model, and whether
+rounding damages it."""
 
 FASTER = 3.0
 """Facts are shown at so many times the learning rate before others are asked for."""
@@ -92,13 +97,22 @@ def attacks(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
 
 def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
+    """What should be forgotten, and beside it what should stay: damage is no recovery."""
+    retain = look.budget.some_of(look.sets[RETAIN], READ)
+
     def by(quantiser: Quantiser) -> Iterator[pd.DataFrame]:
         with rounded(look.model, quantiser) as model:
-            values = nll(look.read(of.items, model))
-        yield look.rows(HIDDEN, f"{ROUNDING} to {quantiser.name}", of, values)
+            found = [(asked, nll(look.read(asked.items, model))) for asked in (of, retain)]
+        for asked, values in found:
+            yield look.rows(HIDDEN, f"{ROUNDING} to {quantiser.name}", asked, values)
+
+    def codes(quantiser: Quantiser) -> Iterator[pd.DataFrame]:
+        same = same_codes(look.original.model, look.model, quantiser)
+        yield look.rows(CODES, f"same {quantiser.name}", of, np.full(len(of), same))
 
     for quantiser in quantisers_for(look.model):
         yield from look.tried(f"{ROUNDING} to {quantiser.name}", partial(by, quantiser))
+        yield from look.tried("same codes", partial(codes, quantiser))
 
 
 def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:

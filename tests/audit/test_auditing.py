@@ -17,8 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import geffect
 from geffect.audit import AuditSet, Thresholds
 from geffect.audit.auditing import audit
+from geffect.audit.quantisers import Int8
+from geffect.audit.rounding import rounded, same_codes
 from geffect.audit.verdict import judged
 from geffect.data.examples import example
+from geffect.evaluation.memorised import nll
+from geffect.evaluation.tokens import evaluate_tokens
 from tests.utils import tiny
 from tests.utils.audits import BUDGET, items
 from tests.utils.chat import TURNS, make_tokenizer
@@ -103,6 +107,20 @@ def test_the_shares_are_those_of_a_loop(found: Any) -> None:
     kept = means["utility", "kept share", "retain", "unlearned"]
     es = [means["utility", "es", "retain", m] for m in ("unlearned", "original")]
     assert np.isnan(kept) if es[1] == 0 else kept == pytest.approx(es[0] / es[1])
+
+
+def test_beside_what_rounding_brings_back_stands_what_it_damages(
+    models: list[nn.Module], found: Any
+) -> None:
+    means = found.table.set_index(["battery", "metric", "set", "model"])["value"]
+    kept = BUDGET.some_of(AuditSet.of("retain", items(1)), 32)
+    with rounded(models[0], Int8()) as model:
+        expected = np.mean(nll(evaluate_tokens(model, kept.items)))
+    assert means["hidden", "rounding to int8", "retain", "unlearned"] == pytest.approx(expected)
+    same = same_codes(models[1], models[0], Int8())
+    assert means["codes", "same int8", "forget", "unlearned"] == pytest.approx(same)
+    attacked = found.table[found.table["battery"] == "recoverable share"]
+    assert {*attacked["set"]} == {"forget"} and not attacked["metric"].str.startswith("same").any()
 
 
 def test_the_order_of_items_changes_nothing(models: list[nn.Module], found: Any) -> None:
@@ -235,7 +253,7 @@ def test_a_model_that_diverged_is_named(models: list[nn.Module], role: str) -> N
     given = dict(zip(("unlearned", "original", "retrained"), models, strict=True))
     given[role] = copy.deepcopy(given[role])
     nn.init.constant_(given[role].get_parameter("model.norm.weight"), float("nan"))
-    with pytest.raises(ValueError, match=f"Found some that are NaN.* with the {role} model"):
+    with pytest.raises(ValueError, match=rf"Found some that are NaN(.|\n)* with the {role} model"):
         audit(**given, sets={"forget": items(0), "retain": items(1)}, budget=BUDGET)
 
 
