@@ -119,16 +119,27 @@ class DirectionWatch:
     """
 
     def __init__(self, parameters: Collection[Tensor]) -> None:
-        self.expects = False  # whether a gradient lies there that no optimizer has stepped yet
+        self._parameters = parameters
+        self._waiting: set[int] = set()  # those with a gradient that no optimizer has stepped yet
+        self._expected = 0  # how many had one
         self._own = set(map(id, parameters))
         hooks = Hooks()
         finalize(self, hooks.remove)
         hooks.add(BEFORE_STEPS.register, weakly(self._look))
 
+    def expect(self) -> int:
+        """A gradient lies there. How many had one before that no optimizer stepped, where one
+        stepped others."""
+        left = len(self._waiting)
+        alone = left if left < self._expected else 0
+        self._waiting = {id(tensor) for tensor in self._parameters if tensor.grad is not None}
+        self._expected = len(self._waiting)
+        return alone
+
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self.expects and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
+        if self._waiting and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
             check_descends(optimizer)
-            self.expects = False
+            self._waiting.difference_update(map(id, moved_by(optimizer)))
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:

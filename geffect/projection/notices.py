@@ -16,7 +16,19 @@ class Notices:
 
     def __init__(self) -> None:
         self.skipped = 0
-        self._told_unmet = False
+        self._told_unmet = self._told_alone = False
+
+    def alone(self, count: int) -> None:
+        """Say, once, that optimizers step some of the parameters that are rectified, not all."""
+        if count and not self._told_alone:
+            warnings.warn(
+                "A gradient that is rectified should be stepped in all parameters: what is stepped "
+                f"of it may harm where the whole does not. Found {count} parameters with a "
+                "gradient that no optimizer stepped. Pass optimizer=optimizer, so that the others "
+                "take no part, or freeze them. This is said once.",
+                stacklevel=4,
+            )
+            self._told_alone = True
 
     def unmet(self, what: str) -> None:
         """Say, once, that a step is not what its rule promises."""

@@ -257,7 +257,7 @@ class Rectifier:
             self._step = None
             raise
         if self._attachment is None and self._watch is not None:
-            self._watch.expects = True
+            self._notices.alone(self._watch.expect())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.

@@ -489,3 +489,36 @@ def test_an_optimizer_of_deepspeed_belongs_to_an_engine() -> None:
     wrapped = DeepSpeedOptimizerWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r"Found DeepSpeed's, .* the engine as"):
         Rectifier(model, space="update").attach(wrapped)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("told", "stepped", "warned"),
+    [
+        (False, [[2]], True),
+        (False, [[0], [2]], False),  # as Muon beside AdamW
+        (False, [], False),  # a scaler that skips, or a loop that steps by hand
+        (True, [[2]], False),
+    ],
+)
+def test_a_gradient_that_is_stepped_in_part_is_said(
+    told: bool, stepped: list[list[int]], warned: bool
+) -> None:
+    """<u, r> >= 0 of the whole says nothing of the part that an optimizer steps."""
+    model = network()
+    optimizers = [
+        torch.optim.SGD([p for i in layers for p in model[i].parameters()], LR)
+        for layers in stepped
+    ]
+    rectifier = Rectifier(model, optimizer=optimizers[0] if told else None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            model.zero_grad()
+            rectifier.backward(
+                objective={"forget": -1.0}, forget=risk(model, seed), retain=risk(model, seed + 7)
+            )
+            for optimizer in optimizers:
+                optimizer.step()
+    found = [str(w.message) for w in said if "no optimizer stepped" in str(w.message)]
+    assert len(found) == warned
+    assert not warned or "Found 2 parameters" in found[0]
