@@ -38,7 +38,8 @@ study: $(VENV)/installed
 	sed 's|(figures/|(images/|' runs/hiding/study.md > docs/hiding.md
 	cp runs/hiding/figures/recognition.png docs/images/recognition.png
 	$(BIN)/geffect demo --out runs/copies --seeds 0 --methods wga,tnpo,ga-capped --variants \
-		select-relearned,select-coordinate-relearned,gru-coordinate-relearned,gru-update-relearned $(ARGS)
+		select-70,select-relearned,select-coordinate-relearned,gru-coordinate-relearned,gru-update-relearned \
+		$(ARGS)
 	sed 's|(figures/recognition|(images/copies|' runs/copies/study.md > docs/copies.md
 	cp runs/copies/figures/recognition.png docs/images/copies.png
 
