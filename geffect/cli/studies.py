@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from geffect.drafts import write_whole
 
 from .options import Medium
-from .terminal import say, say_marked
+from .terminal import say, say_marked, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
     from geffect.demo import study
     from geffect.demo.page import write_page
+    from geffect.demo.tables import as_cells, tables
     from geffect.report import study_report
 
     from .progress import shown
@@ -28,7 +29,10 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
         summary = study.run_study(out, plan, report)
     write_whole(out / "report.html", study_report(summary, out))
     write_page(summary, out)
-    say(console, *(out / "equal_forgetting.md").read_text(encoding="utf-8").split("\n"))
+    headings, *rows = as_cells(tables(summary)[0].runs)
+    spare = [*headings[:6:-1], *headings[2:4]]  # all but which run it is, and what it kept
+    whole = out / "equal_forgetting.csv"
+    show(console, headings, rows, names=headings[:2], spare=spare, whole=whole)
     held = [finding["holds"] for finding in summary["findings"]]
     say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
     for finding in summary["findings"]:

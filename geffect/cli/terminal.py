@@ -148,11 +148,13 @@ def show(
     *,
     names: Collection[str],
     spare: Sequence[str] = (),
+    whole: object = "--format tsv",
 ) -> None:
     """Print a table in which no number and no name is cut.
 
     - `names`: the headings of columns that hold names, on the left; others hold numbers.
     - `spare`: the headings of columns that may go, the first one first.
+    - `whole`: what has them all the same: an option of the command, or a file.
 
     Where a terminal is narrow, names are folded between words, and spare columns are left out,
     which is said. Where that is not enough, words are folded too. Where that is not enough either,
@@ -195,7 +197,7 @@ def show(
         say(
             console,
             f"Left out for want of room: {', '.join(left_out)}. A wider terminal shows "
-            f"{'it' if len(left_out) == 1 else 'them'}, and so does --format tsv.",
+            f"{'it' if len(left_out) == 1 else 'them'}, and so does {whole}.",
         )
 
 
@@ -209,9 +211,9 @@ def _show_lists(console: Console, headings: Sequence[str], rows: Sequence[Sequen
 
 
 def _folded(line: str, width: int) -> list[str]:
-    """The line in lines of a width in cells; a longer word has one for itself."""
+    """The line in lines of a width in cells; a longer word has one for itself, 9 % is one."""
     lines = [""]
-    for word in re.findall(r"\s*\S+", line):
+    for word in re.findall(r"\s*\S+(?:(?<=\d) %\S*)?", line):
         if lines[-1].strip() and cell_len(lines[-1] + word) > width:
             lines.append(word.lstrip())
         else:

@@ -205,8 +205,8 @@ def before(summary: Mapping[str, Any], feeds: Iterable[int]) -> pd.DataFrame:
     return _frame(_models(summary["original"], ("before", "unlearning"), feeds))
 
 
-def as_markdown(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> str:
-    """A table for a terminal or a README: means over the seeds that reached the level.
+def as_cells(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> list[list[str]]:
+    """The headings and the rows of a table: means over the seeds that reached the level.
 
     Where some seeds did not, their number stands behind the steps, and how far they came behind
     the forget NLL.
@@ -221,7 +221,15 @@ def as_markdown(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> str:
             if row.highest == row.highest:
                 at_most = COLUMNS["forget_nll"][1].format(row.highest)
                 cells["forget_nll"] = f"{cells['forget_nll']} (not above {at_most})".strip()
-        lines.append([*map(in_markdown, row.keys.values()), *cells.values()])
+        lines.append([*row.keys.values(), *cells.values()])
+    return lines
+
+
+def as_markdown(runs: pd.DataFrame, shown: Sequence[str] = PRINTED) -> str:
+    """The table for a README."""
+    headings, *cells = as_cells(runs, shown)
+    keys = len(KEYS)
+    lines = [headings, *([*map(in_markdown, row[:keys]), *row[keys:]] for row in cells)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     padded = [

@@ -170,3 +170,18 @@ def test_what_stands_behind_a_mark_is_folded_below_its_beginning(width: int) -> 
     assert bool(others) == (width < len(text))
     if width > 20:
         assert max(map(cell_len, [first, *others])) <= width
+
+
+def test_columns_without_room_are_told_with_what_has_them() -> None:
+    console = narrow(30)
+    show(console, HEADINGS, ROWS[:1], names=HEADINGS[1:3], spare=HEADINGS[:0:-1], whole="a.csv")
+    assert "and so does a.csv." in " ".join(printed(console).split())
+
+
+@pytest.mark.parametrize("width", range(12, 40))
+def test_a_number_stays_on_the_line_of_its_per_cent(width: int) -> None:
+    console = narrow(width)
+    say(console, text := "a step 93 % of 7, else 100 %; " * 4)
+    lines = printed(console).splitlines()
+    assert not [line for line in lines if line.startswith("%")]
+    assert " ".join(lines).split() == text.split() and max(map(cell_len, lines)) <= width
