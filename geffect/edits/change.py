@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import count
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,11 @@ from geffect.places import is_adapter
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers as long as others, by their bytes."""
 
+_STANDING: "WeakSet[Change]" = WeakSet()
+"""Changes that were made and not taken back."""
+
+_TURNS = count()
+
 
 class Change:
     """New values of some parameters of a model, beside those that it has.
@@ -26,7 +33,8 @@ class Change:
     - `facts`: what is said of how they were found, for a run file.
 
     As a context manager it makes the change, and takes it back whatever is raised inside. It keeps
-    two copies of the tensors that change: the old and the new values.
+    two copies of the tensors that change: the old and the new values. Of several changes of one
+    tensor the last one is taken back first.
 
     Raises ValueError for names and shapes that the model has not, for values that are not finite,
     and for a model that several processes hold.
@@ -60,6 +68,7 @@ class Change:
         }
         self._before = {name: self.parameters[name].detach().clone() for name in self._after}
         self._made = False
+        self._turn = -1
 
     @property
     def space(self) -> str:
@@ -109,6 +118,8 @@ class Change:
                     f"The model should have the parameters that the change was made for. Found "
                     f"that `{name}` has moved since. Make another change of the model as it is."
                 )
+        self._turn = next(_TURNS)
+        _STANDING.add(self)
         try:
             self._made = True
             self._write(self._after)
@@ -117,8 +128,13 @@ class Change:
             raise
 
     def revert(self) -> None:
-        """Give every parameter that was changed its old bits back; may be called at any time."""
+        """Give every parameter that was changed its old bits back; may be called at any time.
+
+        Raises ValueError where a later change of one of them stands: it would give back what it
+        found, which is this change.
+        """
         if self._made:
+            self._check_last()
             put_back_after(lambda: None, lambda: self._write(self._before))
             self._made = False
 
@@ -133,6 +149,15 @@ class Change:
         trace: TracebackType | None,
     ) -> None:
         self.revert()
+
+    def _check_last(self) -> None:
+        own = {id(self.parameters[name]) for name in self._before}
+        later = (one for one in _STANDING if one.made and one._turn > self._turn)
+        for name in (n for one in later for n in one._before if id(one.parameters[n]) in own):
+            raise ValueError(
+                "Of several changes of a model the last one should be taken back first. Found that "
+                f"a later one of `{name}` stands. Revert that one, and then this one."
+            )
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

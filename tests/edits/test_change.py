@@ -184,6 +184,34 @@ def test_a_model_that_has_moved_since_is_refused() -> None:
     assert bits(model) == before != bits(other)
 
 
+def test_of_two_changes_the_last_one_is_taken_back_first() -> None:
+    model = tiny.llama()
+    before = bits(model)
+    first = Change(model, shifted(model))
+    first.apply()
+    between = bits(model)
+    second = Change(model, {"lm_head.weight": torch.zeros_like(model.lm_head.weight)})
+    second.apply()
+    with pytest.raises(ValueError, match=r"later one of `lm_head\.weight` stands"):
+        first.revert()
+    assert first.made and second.made
+    second.revert()
+    assert bits(model) == between
+    first.revert()
+    assert bits(model) == before
+
+
+def test_changes_of_different_tensors_are_taken_back_in_any_order() -> None:
+    model = tiny.llama()
+    before = bits(model)
+    changes = [Change(model, {name: value}) for name, value in [*shifted(model).items()][:2]]
+    for change in changes:
+        change.apply()
+    for change in changes:
+        change.revert()
+    assert bits(model) == before
+
+
 def test_a_parameter_that_was_replaced_since_is_refused() -> None:
     model = tiny.llama()
     change = Change(model, shifted(model))
