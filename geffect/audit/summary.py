@@ -12,7 +12,7 @@ from geffect.evaluation.membership import Scores, auc, membership
 from geffect.evaluation.resampling import resamples
 from geffect.evaluation.utility import kept_share
 
-from .attacks import DEPTH, HIDDEN, LENS, PATCHED, baseline
+from .attacks import DEPTH, HIDDEN, LENS, PATCHED, Baseline, baseline
 from .batteries import PARAPHRASED, TOKEN_NLL
 from .depth import unlearning_depth
 from .models import ORIGINAL, RETRAINED, UNLEARNED, retrained_roles
@@ -32,6 +32,7 @@ from .thresholds import Thresholds
 from .verdict import (
     DIFFERENCE,
     DIRECT,
+    GAINED,
     KEPT_SHARE,
     KNOWN,
     MEMORISED,
@@ -215,10 +216,23 @@ def _recoverable(values: Values, limits: Thresholds) -> Iterator[Row]:
         is_wide = REACH * noise > limits.vague
         tells = not is_wide or limits.prove(share.value, share.low)
         yield _row(RECOVERABLE if tells else UNTOLD, attack, UNLEARNED, share)
+        there = _there(values, beside, known, plain)
+        if there is not None:
+            gained = Share(share.value - there, nan, nan, share.n)
+            yield _row(GAINED, attack, UNLEARNED, gained)
         halves = noise_level(floor, known, subjects, rises=beside.rises)
         if tells and not isnan(halves):
             model = ORIGINAL if floor.estimated else RETRAINED
             yield _row(RECOVERABLE, attack, model, Share(halves, nan, nan, share.n))
+
+
+def _there(values: Values, beside: Baseline, known: Floats, floor: Floor) -> float | None:
+    """The share that is there without an attack; None where an attack is but another question."""
+    own = values.get(beside.battery, beside.metric, FORGET, UNLEARNED)
+    if own is None or beside.battery != MEMORISED:
+        return None
+    subjects = values.subjects[MEMORISED, FORGET]
+    return recoverable_share(own, floor, known, subjects, rises=beside.rises).value
 
 
 def _noise(values: Values, of: tuple[str, str], known: Floats, stated: float) -> float:

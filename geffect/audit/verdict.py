@@ -19,6 +19,9 @@ MEMORISED, PRIVACY, UTILITY = "memorised", "privacy", "utility"
 DIRECT, RECOVERABLE, DIFFERENCE = "direct share", "recoverable share", "auc difference"
 """What is made of them beside a model that never knew, and judged."""
 
+GAINED = "gained share"
+"""By how much a recoverable share is larger than what is there, by the same metric, unattacked."""
+
 UNTOLD = "untold share"
 """What would be made of an attack that does not tell: retrained models differ too much by it."""
 
@@ -105,7 +108,8 @@ def judged(table: pd.DataFrame, thresholds: Thresholds | None = None) -> Verdict
        the original was sound, by degenerate answers or an NLL above that of a uniform guess.
     2. `remembers`: asked directly, the model still knows. Where it does not, and the original shows
        no more than a model that never knew, nothing can be told apart: it is `undecided`.
-    3. `hidden`: an attack brings back what a model that never knew does not show.
+    3. `hidden`: an attack brings back what a model that never knew does not show, nor this one
+       unattacked.
     4. `never knew`: every share, and every difference of AUC, is as that of a retrained model: its
        interval lies close to 0, or comes near to it and is not vague.
     5. `partly forgotten`: none of these. Without a retrained model the best verdict is `not
@@ -248,10 +252,22 @@ class _Told:
     def _hidden(self) -> Iterator[str]:
         proven = [row for row in self.attacked if self._proven(row)]
         for row in sorted(proven, key=lambda row: -row.value):
-            yield f"{row.told} of what the original knows comes back by {row.metric}."
+            yield (
+                f"{row.told} of what the original knows comes back by {row.metric}"
+                f"{self._without(row)}."
+            )
+
+    def _without(self, row: _Row) -> str:
+        """How much is there without an attack, where it is worth a word."""
+        for gained in self.rows(GAINED, row.metric):
+            there = row.value - gained.value
+            if there > self.limits.hidden_low:
+                return f", and {percent(there)} is there without"
+        return ""
 
     def _proven(self, row: _Row) -> bool:
-        return self.limits.prove(row.value, row.low)
+        brings = (gained.value > self.limits.hidden_low for gained in self.rows(GAINED, row.metric))
+        return self.limits.prove(row.value, row.low) and all(brings)
 
     def unbounded(self) -> str | None:
         """What may come back, or not, because too few items bound it; None for nothing."""

@@ -79,7 +79,8 @@ TURNS = {
     "degenerate": "broken: of the answers to a set that should stay a larger share is degenerate",
     "remembers": "remembers: asked directly, this share or more is there",
     "hidden": "hidden: an attack brings back this share or more",
-    "hidden_low": "hidden: and the lower limit of that share is above this",
+    "hidden_low": "hidden: and the lower limit of that share, and what it is above the share "
+    "without an attack, are above this",
     "close": "never knew: all shares and differences of AUC, with their intervals, lie within this",
     "vague": "never knew: or the interval of a share reaches no further above it than this",
     "retraining": "intervals hold this standard deviation of the nll between retrained models, as "

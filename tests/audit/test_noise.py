@@ -127,3 +127,18 @@ def test_models_that_differ_by_their_seeds_alone_are_hardly_ever_called_hidden(l
         }
         called += verdict_of(means, limits).verdict == "hidden"
     assert called <= 3  # of 60, where 2.5 % are beyond an interval of 95 % on one side
+
+
+def test_what_an_attack_adds_is_held_against_the_same_metric_without_it() -> None:
+    means = {
+        "original": ORIGINAL,
+        "retrained": {"nll": 4.0, "prob": 0.0, SWAP: 2.5, INT4: 3.9},
+        "unlearned": {"nll": 2.4, "prob": 0.1, SWAP: 0.5, INT4: 2.34},
+    }
+    table = table_of(audited(means), Thresholds())
+    gained = table[table["battery"] == "gained share"].set_index("metric")["value"]
+    there = (4.0 - 2.4) / 4.0
+    assert gained[INT4] == pytest.approx((3.9 - 2.34) / 3.9 - there)
+    assert gained[SWAP] == pytest.approx((2.5 - 0.5) / 2.5 - there)
+    assert "comes back by decoder swap, and 40 % is there without" in judged(table).sentence
+    assert judged(table[table["metric"] != SWAP]).verdict == "partly forgotten"

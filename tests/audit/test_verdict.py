@@ -171,6 +171,19 @@ def test_a_share_has_to_be_large_and_its_interval_above_a_limit() -> None:
     assert found.verdict == "hidden" and found.attack == "int4"
 
 
+def test_what_is_there_without_an_attack_is_not_hidden() -> None:
+    share, gained = ("recoverable share", "int4", "forget"), ("gained share", "int4", "forget")
+    assert judged(table({share: 0.38, gained: 0.01})).verdict == "partly forgotten"
+    assert judged(table({share: 0.38, gained: -0.2})).verdict == "partly forgotten"
+    found = judged(table({share: 0.6, gained: 0.22}))
+    assert found.verdict == "hidden"
+    assert found.reasons[0] == (
+        "60 % (59 to 61) of what the original knows comes back by int4, and 38 % is there without."
+    )
+    # A model beyond the level has less than none without an attack.
+    assert judged(table({share: 0.4, gained: 5.0})).reasons[0].endswith("comes back by int4.")
+
+
 @pytest.mark.parametrize("key", [k for k in GOOD if "share" in k[0] or "difference" in k[0]])
 @pytest.mark.parametrize("value", [0.095, -0.095, -0.3])
 def test_a_model_that_never_knew_is_close_in_all_with_the_intervals(
