@@ -94,7 +94,11 @@ def _locked(draft: Path, *, alone: bool) -> Iterator[None]:
     descriptor = os.open(draft, _ITSELF)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
-        yield
+        try:
+            yield
+        finally:
+            # A process that was forked meanwhile holds the descriptor too, and would keep the lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 

@@ -37,6 +37,17 @@ def percent(share: float, form: str = ".0f") -> str:
     return f"{100 * share:{form}} %"
 
 
+def percent_of_two(share: float) -> str:
+    """A share in per cent of two digits at least, as it is written where it may be small.
+
+    >>> percent_of_two(0.00064), percent_of_two(0.927), percent_of_two(0.996), percent_of_two(12.5)
+    ('0.064 %', '93 %', '99.6 %', '1250 %')
+    """
+    if share < 0.995:
+        return percent(share, ".2g")
+    return percent(share, ".1f" if share < 1 else ".0f")
+
+
 def unbroken(text: str) -> str:
     """Text for a page, whose lines do not break between a number and its sign of per cent.
 

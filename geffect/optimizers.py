@@ -26,6 +26,25 @@ def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
 
 
+def at_rest_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of groups whose learning rate is 0 where that of others is not: they are frozen.
+
+    Where all are 0, as in the first step of a warmup, none is at rest beside others.
+
+    >>> a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    >>> groups = [{"params": [a], "lr": 0.0}, {"params": [b]}]
+    >>> [tensor is a for tensor in at_rest_in(torch.optim.SGD(groups, lr=0.1))]
+    [True]
+    """
+    still = [
+        group.get("lr") is not None and float(group["lr"]) == 0 for group in optimizer.param_groups
+    ]
+    if all(still):
+        return []
+    groups = zip(optimizer.param_groups, still, strict=True)
+    return [tensor for group, rests in groups if rests for tensor in group["params"]]
+
+
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, without what accelerate put around it, which has no hooks to call.
 
@@ -128,8 +147,10 @@ class DirectionWatch:
         hooks.add(BEFORE_STEPS.register, weakly(self._look))
 
     def expect(self) -> int:
-        """A gradient lies there. How many had one before that no optimizer stepped, where one
-        stepped others."""
+        """Begin to watch a new gradient; how many parts of the last one no optimizer stepped.
+
+        0 where none was stepped at all, as between micro-batches.
+        """
         left = len(self._waiting)
         alone = left if left < self._expected else 0
         self._waiting = {id(tensor) for tensor in self._parameters if tensor.grad is not None}

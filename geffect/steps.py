@@ -1,6 +1,6 @@
 """What a step moved, whoever took it."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.fingerprints import bits, differ, fingerprints
-from geffect.optimizers import described, moved_by, rate_of, tensors_of
+from geffect.optimizers import at_rest_in, described, moved_by, rate_of, tensors_of
 
 
 def check_shapes(parameters: Sequence[Tensor], shapes: Sequence[torch.Size]) -> None:
@@ -116,6 +116,7 @@ class StepFollower:
             reached=frozenset(id(p) for p in parameters if p.grad is not None),
             stepped=within & self._own,
             driven=within & self._own,
+            resting=set(),
             before=[p.detach().clone() for p in parameters] if self._updates else None,
             shapes=[p.shape for p in parameters],
             versions=[p._version for p in parameters],
@@ -165,7 +166,7 @@ class StepFollower:
     def end(self) -> None:
         """Forget the step."""
         if self._step is not None:
-            self._known = frozenset(self._step.stepped & self._own)
+            self._known = frozenset(self._step.stepped & self._own) - self._step.resting
         self._step = None
 
     @property
@@ -185,7 +186,8 @@ class _FollowedStep:
     parameters: Sequence[Tensor]
     reached: frozenset[int]  # what has a gradient
     stepped: set[int]  # held by optimizers that stepped
-    driven: set[int]  # of these, what had a gradient then
+    driven: set[int]  # of these, what had a gradient then and a learning rate
+    resting: set[int]  # of these, what had no learning rate
     before: Sequence[Tensor] | None  # copies, where the update is followed
     shapes: Sequence[torch.Size]
     versions: Sequence[int]
@@ -196,13 +198,15 @@ class _FollowedStep:
     # Of the last news: what was stepped, and prints of all parameters where the update is followed.
     told: tuple[Tensor, tuple[bool, ...]] | None = None
 
-    def take(self, optimizer: torch.optim.Optimizer, driven: Collection[int]) -> None:
+    def take(self, optimizer: torch.optim.Optimizer, driven: frozenset[int]) -> None:
         """Count a step of the optimizer, which moves what is `driven`."""
         if self.optimizer is None:
             self.lr = rate_of(optimizer)
             self.optimizer = described(optimizer)
         self.stepped.update(map(id, tensors_of(optimizer)))
-        self.driven.update(driven)
+        resting = frozenset(map(id, at_rest_in(optimizer)))
+        self.resting |= resting
+        self.driven.update(driven - resting)
 
     def news(self, *, at_gradient: bool) -> Move | None:
         """What has moved, if that is something else than was told."""

@@ -23,8 +23,8 @@ MEDIUM_TEXT = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesiz
 SMALL_TEXT = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
 
 
-STROKES = frozenset({"linewidth", "linewidths", "markersize", "markeredgewidth", "s"})
-"""Keywords that say how broad lines are and how large marks."""
+STROKES = {"linewidth": 1, "linewidths": 1, "markersize": 1, "markeredgewidth": 1, "s": 2}
+"""Keywords that say how broad lines are and how large marks, which `s` says by their area."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def strokes(**looks: Any) -> dict[str, Any]:
     """
     made_for = medium()
     factor = made_for.stroke if made_for else 1.0
-    return {name: x * factor if name in STROKES else x for name, x in looks.items()}
+    return {n: x * factor ** STROKES[n] if n in STROKES else x for n, x in looks.items()}
 
 
 def is_narrow() -> bool:

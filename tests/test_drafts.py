@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import h5py
 import pytest
 
 from geffect.drafts import check_writable, draft_folder_of, draft_of, write_whole
@@ -245,8 +246,9 @@ def test_a_draft_that_is_taken_for_one_of_the_dead_is_made_anew(
     real, seen = fcntl.flock, list[str]()
 
     def late(descriptor: int, how: int) -> None:
-        seen.extend(names(tmp_path))
-        if len(seen) == 1:
+        if how != fcntl.LOCK_UN:
+            seen.extend(names(tmp_path))
+        if len(seen) == 1 and how != fcntl.LOCK_UN:
             (tmp_path / seen[0]).unlink()
         real(descriptor, how)
 
@@ -267,3 +269,23 @@ def test_what_has_the_name_of_a_draft_and_is_none_stays(tmp_path: Path, make: Dr
     with make(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".out.1.draft", ".out.2.draft", "mine"]
+
+
+@on_unix
+def test_a_process_that_was_forked_meanwhile_keeps_no_lock(tmp_path: Path) -> None:
+    place = tmp_path / "run.h5"
+    reads, writes = os.pipe()
+    with draft_of(place) as draft:
+        child = os.fork()
+        if child == 0:
+            os.close(writes)
+            os.read(reads, 1)  # until the parent is done
+            os._exit(0)
+        draft.replace(place)
+    try:
+        with h5py.File(place, "w") as file:  # which takes the lock of a writer
+            file["a"] = 1
+    finally:
+        os.close(writes)
+        os.close(reads)
+        os.waitpid(child, 0)

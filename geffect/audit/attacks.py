@@ -16,6 +16,7 @@ from geffect.data.collate import Item
 from geffect.evaluation.memorised import nll
 
 from .look import Look
+from .models import UNLEARNED
 from .prompts import LEAKY, PLAIN_QUESTION, ROUGE, prompts
 from .quantisers import Quantiser
 from .recognition import every_other, recognition, recognition_after
@@ -112,7 +113,8 @@ def _rounded(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:
 
     for quantiser in quantisers_for(look.model):
         yield from look.tried(f"{ROUNDING} to {quantiser.name}", partial(by, quantiser))
-        yield from look.tried("same codes", partial(codes, quantiser))
+        if look.role == UNLEARNED:
+            yield from look.tried("same codes", partial(codes, quantiser))
 
 
 def _depth(look: Look, of: AuditSet) -> Iterator[pd.DataFrame]:

@@ -18,8 +18,10 @@ from geffect.data.examples import spelled
 from geffect.evaluation.resampling import DRAWS
 from geffect.evaluation.tokens import evaluate_tokens
 from geffect.notes import noting
+from geffect.risk import predicts_next
 from geffect.store import Run
 
+from .attacks import READ
 from .batteries import BATTERIES
 from .budget import Budget
 from .checks import check_answered, check_apart, check_readable, tokens_of
@@ -41,7 +43,7 @@ from .models import (
 from .options import AuditOptions, Report, chosen_of, names_of
 from .reading import sets_of
 from .report import AuditReport
-from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets
+from .sets import FORGET, HOLDOUT, RETAIN, AuditSet, AuditSets, check_labels
 from .summary import table_of
 from .table import FEWEST, with_mean
 from .thresholds import Thresholds
@@ -152,6 +154,8 @@ def measured(
     original = Original(models.loaded(ORIGINAL))
     if chosen["run"] is not None:
         check_run_of(chosen["run"], original.model)
+    if predicts_next(original.model):
+        check_labels(sets)
     rate = chosen["learning_rate"] or _rate_of(original.model)
     skipped: dict[str, str] = {}
     found: list[pd.DataFrame] = []
@@ -256,7 +260,8 @@ def expected_seconds(model: nn.Module, sets: AuditSets, budget: Budget) -> float
     kept = sum(min(len(sets[name]), budget.kept or len(sets[name])) for name in sets.kept)
     said = 24 * (n * (1 + budget.samples) + 2 * min(budget.said or n, len(sets[RETAIN])))
     layers = 40 if budget.layers else 2
-    forwards = n * (20 + layers) + runs * trained + others + recognised + 2 * kept + said
+    rounded = 4 * min(READ, len(sets[RETAIN]))  # by each quantiser, beside the forget set
+    forwards = n * (20 + layers) + runs * trained + others + recognised + 2 * kept + said + rounded
     return each * forwards
 
 

@@ -186,9 +186,23 @@ def _check_items(name: str, items: Sequence[Item]) -> None:
             for column in ("input_ids", "labels", "attention_mask")
             if column in item
         }
-        if len({*shapes.values()}) > 1 or len(shapes["input_ids"]) != 1:
+        read = {shapes[column] for column in ("input_ids", "attention_mask") if column in shapes}
+        if len(read) > 1 or {*map(len, shapes.values())} != {1}:
             found = ", ".join(f"{shape} in `{column}`" for column, shape in shapes.items())
             raise ValueError(
                 f"Item {index} of `{name}` should be one row, with an entry for each of its "
                 f"tokens. Found the shapes {found}. Make items with geffect.data.examples.example."
             )
+
+
+def check_labels(sets: AuditSets) -> None:
+    """Refuse items of a causal model that have not one label for each of their tokens."""
+    for name in sets:
+        for index, item in zip(sets[name].numbers, sets[name].items, strict=True):
+            tokens, labels = (len(item[column]) for column in ("input_ids", "labels"))
+            if tokens != labels:
+                raise ValueError(
+                    f"Item {index} of `{name}` should have a label for each of its tokens, as the "
+                    f"model is causal. Found {labels} of {tokens}. Make items with "
+                    "geffect.data.examples.example."
+                )

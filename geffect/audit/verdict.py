@@ -277,10 +277,10 @@ class _Told:
             len(open_ended) < len(self.attacked) and most.value < self.limits.hidden
         ):
             return None
+        few = "1 item bounds" if most.n == 1 else f"{most.n} items bound"
         return (
-            f"By {most.metric} {most.told} of what the original knows comes back, and {most.n} "
-            f"item{'s' * (most.n != 1)} bound no share: nothing says that it is gone. Give more of "
-            f"{FORGET}."
+            f"By {most.metric} {most.told} of what the original knows comes back, and {few} no "
+            f"share: nothing says that it is gone. Give more of {FORGET}."
         )
 
     def nothing_came_back(self) -> Iterator[str]:

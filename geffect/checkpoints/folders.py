@@ -148,12 +148,19 @@ def tokenizer_of(folders: Iterable[Folder]) -> Any:
             with legible(folder, "a whole tokenizer"):
                 return AutoTokenizer.from_pretrained(folder)
     # A model that an adapter names by its name in a hub has no folder here, and maybe a tokenizer.
+    unknown = []
     for source in filter(lambda folder: not Path(folder).is_dir(), folders):
-        only = only_cached(source, _TOKENIZER)
+        try:
+            only = only_cached(source, _TOKENIZER)
+        except FileNotFoundError as error:
+            unknown.append(error)
+            continue
         try:
             return AutoTokenizer.from_pretrained(source, local_files_only=only)
         except (OSError, ValueError):
             continue
+    if unknown:
+        raise unknown[0]
     raise FileNotFoundError(
         f"A tokenizer should be with the checkpoints. Found no `{_TOKENIZER}` in "
         f"{', '.join(f'`{folder}`' for folder in folders)}. Name the folder of one."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geffect.numbers import percent
+from geffect.numbers import percent, percent_of_two
 
 from .options import FactsFormat, FactsFormatOption, choice, whole
 from .terminal import say, terminal, write_json
@@ -158,7 +158,7 @@ def lines(found: "Estimate") -> Iterator[str]:
         said = "at least " if share.at_least else ""
         spread = "" if share.at_least else f" (spread {percent(share.spread, '.1f')})"
         why = "by the memory traffic alone" if share.at_least else "measured"
-        yield f"  {said}{percent(share.share, '.2g')} of the step{spread}, {share.device}, {why};"
+        yield f"  {said}{percent_of_two(share.share)} of the step{spread}, {share.device}, {why};"
         yield f"    {share.workload}"
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geffect.numbers import percent
+from geffect.numbers import percent_of_two
 
 from .command import Apart, check_together
 from .options import Format, FormatOption, number, whole
@@ -98,4 +98,4 @@ def _show(table: "pd.DataFrame") -> None:
 
 def _chosen(fraction: float) -> str:
     """How much is needed of the gain of a layer that is chosen."""
-    return "" if not fraction else "all" if fraction == 1 else percent(fraction, ".2g")
+    return "" if not fraction else "all" if fraction == 1 else percent_of_two(fraction)

@@ -1,5 +1,6 @@
 """The studies of `geffect demo` while they run, and what is said of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
     from geffect.demo import study
+    from geffect.demo.columns import KEYS
     from geffect.demo.page import write_page
     from geffect.demo.tables import as_cells, tables
     from geffect.report import study_report
@@ -30,7 +32,8 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     write_whole(out / "report.html", study_report(summary, out))
     write_page(summary, out)
     headings, *rows = as_cells(tables(summary)[0].runs)
-    spare = [*headings[:6:-1], *headings[2:4]]  # all but which run it is, and what it kept
+    # All but which run it is, and what it kept.
+    spare = [*headings[: len(KEYS) + 2 : -1], *_tells_nothing(headings, rows)]
     whole = out / "equal_forgetting.csv"
     show(console, headings, rows, names=headings[:2], spare=spare, whole=whole)
     held = [finding["holds"] for finding in summary["findings"]]
@@ -42,6 +45,23 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
         say_marked(console, *mark, said)
     seconds = summary["wall_seconds"]["total"]
     say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
+
+
+def _tells_nothing(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Which of retain QA and learning rate are not needed to tell the rows apart.
+
+    >>> headings = ["method", "variant", "retain QA", "learning rate"]
+    >>> _tells_nothing(headings, [("ga", "gru", "20", "1e-4"), ("ga", "gru", "70", "1e-4")])
+    ['learning rate']
+    """
+    from geffect.demo.columns import KEYS
+
+    telling = [*range(len(KEYS))]
+    for place in reversed(telling[2:]):
+        others = [other for other in telling if other != place]
+        if len({tuple(row[i] for i in others) for row in rows}) == len(rows):
+            telling = others
+    return [headings[place] for place in range(len(KEYS)) if place not in telling]
 
 
 def draw_paper(out: Path, plan: "Plan", console: "Console") -> None:

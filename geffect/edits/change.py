@@ -33,8 +33,8 @@ class Change:
     - `facts`: what is said of how they were found, for a run file.
 
     As a context manager it makes the change, and takes it back whatever is raised inside. It keeps
-    two copies of the tensors that change: the old and the new values. Of several changes of one
-    tensor the last one is taken back first.
+    two copies of the tensors that change: the old and the new values. Later changes of the same
+    tensors that stand are taken back before.
 
     Raises ValueError for names and shapes that the model has not, for values that are not finite,
     and for a model that several processes hold.
@@ -134,7 +134,11 @@ class Change:
         found, which is this change.
         """
         if self._made:
-            self._check_last()
+            for _, name in self._later():
+                raise ValueError(
+                    "Of several changes of a model the last one should be taken back first. Found "
+                    f"that a later one of `{name}` stands. Revert that one, and then this one."
+                )
             put_back_after(lambda: None, lambda: self._write(self._before))
             self._made = False
 
@@ -148,16 +152,18 @@ class Change:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for later, _ in self._later():
+            later.revert()
         self.revert()
 
-    def _check_last(self) -> None:
+    def _later(self) -> "list[tuple[Change, str]]":
+        """The changes that stand on this one, the last one first, each with a tensor of both."""
         own = {id(self.parameters[name]) for name in self._before}
-        later = (one for one in _STANDING if one.made and one._turn > self._turn)
-        for name in (n for one in later for n in one._before if id(one.parameters[n]) in own):
-            raise ValueError(
-                "Of several changes of a model the last one should be taken back first. Found that "
-                f"a later one of `{name}` stands. Revert that one, and then this one."
-            )
+        later = [one for one in _STANDING if one.made and one._turn > self._turn]
+        found = {
+            one: name for one in later for name in one._before if id(one.parameters[name]) in own
+        }
+        return sorted(found.items(), key=lambda pair: -pair[0]._turn)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:

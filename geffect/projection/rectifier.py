@@ -280,11 +280,11 @@ class Rectifier:
         self._attachment = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that is continued needs, to go on as if it had not been stopped.
+        """What a run that is continued after a step needs, to go on as if it had not been stopped.
 
-        The averages by the names of the parameters, as they are kept: those of a sharded model are
-        sharded like its parameters.
+        The averages by the names of the parameters, as they are kept: sharded like a sharded model.
         """
+        checks.check_between_steps(self._window is not None)
         return {
             "format": FORMAT,
             "options": dict(self.options),

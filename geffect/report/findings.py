@@ -15,6 +15,10 @@ from .summary import conflict_rate, in_percent, last, mean, violation_rate
 ALIKE = 0.05
 """Forget risks up to this share apart count as equal."""
 
+DRIFT = 2.0
+"""A risk has moved from the first to the last step where it has by more than so many times what
+steps differ by from one to the next."""
+
 _FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, Callable[[float], str]], ...] = (
     (
         "The forget risk at the last step is highest in",
@@ -149,8 +153,12 @@ def _measured(read: Read, told: float) -> str:
     """That the retain risk went the other way than it was `told` to rise, where it did."""
     known = read.loss("retain")
     known = known[np.isfinite(known)]
-    rise = known[-1] - known[0] if len(known) > 1 else 0.0
-    if rise * told >= 0:
+    if len(known) < 2:
+        return ""
+    rise = known[-1] - known[0]
+    # Steps are of different batches: what they differ by from one to the next is no change.
+    from_step_to_step = np.sqrt(np.mean(np.diff(known) ** 2))
+    if rise * told >= 0 or abs(rise) <= DRIFT * from_step_to_step:
         return ""
     return (
         f" Measured from the first to the last step it {'rose' if rise > 0 else 'fell'} by "

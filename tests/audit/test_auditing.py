@@ -65,6 +65,27 @@ def found(models: list[nn.Module]) -> Any:
     return audit(*models, sets=sets, budget=BUDGET)
 
 
+def test_an_encoder_decoder_has_answers_of_their_own_length() -> None:
+    sets = {
+        name: [{"input_ids": [5, 6, 7, 8, 3 + k, 3], "labels": [4 + i, 5, 6]} for i in range(6)]
+        for k, name in enumerate(("forget", "retain", "holdout"))
+    }
+    report = audit(*(tiny.t5(seed).float() for seed in range(3)), sets=sets, budget=BUDGET)
+    values = report.table.set_index(["battery", "metric", "set", "model"])["value"]
+    original = tiny.t5(1).float()
+    batch = {k: torch.tensor([row[k] for row in sets["forget"]]) for k in ("input_ids", "labels")}
+    with torch.no_grad():
+        loss = float(original(**batch).loss)
+    assert values["memorised", "nll", "forget", "original"] == pytest.approx(loss, rel=1e-5)
+    assert {"rounding to int8", "rounding to int4"} <= {*report.table["metric"]}
+
+
+def test_a_causal_model_has_a_label_for_each_token(models: list[nn.Module]) -> None:
+    odd = [*items(1), {"input_ids": [3, 4, 5], "labels": [-100, 4]}]
+    with pytest.raises(ValueError, match=r"Item 6 of `retain` .* Found 2 of 3"):
+        audit(*models, sets={"forget": items(0), "retain": odd}, budget=BUDGET)
+
+
 def test_no_model_is_changed_in_any_bit(models: list[nn.Module]) -> None:
     before = [bits(model) for model in models]
     torch.manual_seed(7)

@@ -177,10 +177,6 @@ def test_choices_have_the_answer_among_them() -> None:
 @pytest.mark.parametrize(
     ("item", "found"),
     [
-        (
-            {"input_ids": [5, 6, 7], "labels": [-100, 6]},
-            r"\(3,\) in `input_ids`, \(2,\) in `labels`",
-        ),
         ({"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1]}, "`attention_mask`"),
         ({"input_ids": [[5, 6]], "labels": [[-100, 6]]}, r"\(1, 2\) in `input_ids`"),
         ({"input_ids": 5, "labels": 5}, r"\(\) in `input_ids`"),

@@ -254,7 +254,7 @@ def test_without_an_interval_nothing_is_said_of_what_comes_back(retrained: bool)
                      n=1, retrained=retrained).assign(low=None, high=None)  # fmt: skip
         found = judged(made.astype({"low": float, "high": float}))
         assert found.verdict == "undecided" and found.exit_code == 1
-        assert "1 item bound no share" in found.reasons[0]
+        assert "1 item bounds no share" in found.reasons[0]
         assert "no interval" in found.flags[-1]
 
 

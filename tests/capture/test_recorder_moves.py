@@ -505,3 +505,40 @@ def test_a_loop_that_climbs_is_warned_of_once(
             model.zero_grad()
     told = [record for record in caplog.records if "has gone up the gradient" in record.message]
     assert len(told) == (sign > 0)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_group_without_a_learning_rate_is_not_stepped(
+    tmp_path: Path, update: bool, first: bool
+) -> None:
+    model = network()
+    groups = [
+        {"params": [*model[0].parameters()], "lr": 0.0},
+        {"params": [*model[2].parameters()], "lr": 0.05},
+    ]
+    optimizer = AdamW(groups if first else groups[::-1], weight_decay=0.1)
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        for step in range(2):
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            recorder.backward(
+                objective={"forget": -1.0},
+                forget=risk(model, batch(step)),
+                retain=risk(model, batch(step + 9)),
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = [not torch.equal(*p) for p in zip(model.parameters(), before, strict=True)]
+    assert moved == [False, False, True, True]
+    assert open_run(tmp_path / "run.h5").stepped().tolist() == [moved, moved]
+
+
+def test_a_warmup_that_begins_at_zero_steps_all(tmp_path: Path) -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), lr=0.0)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(
+            objective={"forget": -1.0}, forget=risk(model, batch(0)), retain=risk(model, batch(9))
+        )
+        optimizer.step()
+    assert open_run(tmp_path / "run.h5").stepped().all()

@@ -95,8 +95,7 @@ def test_a_name_is_had_from_the_hub_and_then_from_its_cache(hub: Hub) -> None:
         assert positions_of(NAME) == tiny.llama().config.max_position_embeddings
         weight = model_of(NAME).get_input_embeddings().weight
         assert torch.equal(weight, tiny.llama().get_input_embeddings().weight)
-    # Once a file that is read: of the tokenizer, and three times the configuration.
-    assert len(hub.asked) == 4
+    assert len(hub.asked) == 1
 
 
 READERS: list[Callable[[str], object]] = [lambda name: tokenizer_of([name]), positions_of, model_of]
@@ -132,6 +131,10 @@ def test_what_the_hub_says_of_a_name_is_told(hub: Hub) -> None:
         tokenizer_of(["no/words"])
     with pytest.raises(OSError, match="no/words is not a local folder"):
         positions_of("no/words")
+
+
+def test_a_base_that_is_gone_does_not_hide_the_next_one(hub: Hub, tmp_path: Path) -> None:
+    assert tokenizer_of([tmp_path / "gone", NAME]).eos_token == "<eos>"
 
 
 def test_what_is_no_name_of_a_hub_is_asked_nobody(hub: Hub, tmp_path: Path) -> None:

@@ -201,6 +201,17 @@ def test_of_two_changes_the_last_one_is_taken_back_first() -> None:
     assert bits(model) == before
 
 
+def test_a_block_that_is_left_takes_back_what_was_changed_on_top_of_it() -> None:
+    model = tiny.llama()
+    before = bits(model)
+    first = Change(model, shifted(model))
+    with pytest.raises(RuntimeError, match="mine"), first:
+        second = Change(model, shifted(model, seed=1))
+        second.apply()
+        raise RuntimeError("mine")
+    assert bits(model) == before and not first.made and not second.made
+
+
 def test_changes_of_different_tensors_are_taken_back_in_any_order() -> None:
     model = tiny.llama()
     before = bits(model)

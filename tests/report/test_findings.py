@@ -73,11 +73,20 @@ def test_first_order_stands_beside_a_measured_change_that_goes_the_other_way(
     read: Read, monkeypatch: pytest.MonkeyPatch, rise: float
 ) -> None:
     total = -sum(sum(K[SOURCES.index("update"), 2] for K in row) for row in read.run.gram())
-    losses = dict(read.losses) | {"retain": np.array([1.0, 3.0, 1.0 + rise])}
+    losses = dict(read.losses) | {"retain": np.linspace(1.0, 1.0 + rise, 9)}
     monkeypatch.setitem(vars(read), "losses", losses)
     measured = f"it {'rose' if rise > 0 else 'fell'} by {abs(rise):.4g}, which"
     assert (measured in said(read, "To first order")) == (total * rise > 0)
     assert ("Measured" in said(read, "To first order")) == (total * rise > 0)
+
+
+@pytest.mark.parametrize("rise", [-0.5, 0.5])
+def test_what_batches_differ_by_is_no_measured_change(
+    read: Read, monkeypatch: pytest.MonkeyPatch, rise: float
+) -> None:
+    losses = dict(read.losses) | {"retain": np.array([1.0, 2.0, 1.0, 2.0, 1.0 + rise])}
+    monkeypatch.setitem(vars(read), "losses", losses)
+    assert "Measured" not in said(read, "To first order")
 
 
 def test_a_run_without_numbers_says_nothing_of_them(tmp_path: Path) -> None:
