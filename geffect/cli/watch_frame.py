@@ -58,7 +58,7 @@ def marks_of(console: Console) -> Marks:
 
 def frame(view: View, marks: Marks, width: int, height: int | None = None) -> Group:
     """All there is to say, in so many columns; in so many lines, if the height is given."""
-    head: list[RenderableType] = [_title(view), *_done(view, marks, width)]
+    head: list[RenderableType] = [_title(view, width), *_done(view, marks, width)]
     foot: list[RenderableType] = [Text(plain(note)) for note in view.notes]
     if not view.steps:
         return Group(*head, *foot)
@@ -145,12 +145,14 @@ def bar(value: float, most: float, width: int, marks: Marks) -> str:
     return " " * side + marks.zero + drawn.ljust(side)
 
 
-def _title(view: View) -> Text:
+def _title(view: View, width: int) -> Text:
+    """The file and how it stands, below each other where both have no room on a line."""
     colour = {State.WAITING: "dim", State.OPEN: "green", State.COMPLETE: "cyan"}[view.state]
-    title = Text.assemble(
-        (plain(view.path), "bold"), "  ", (view.stands, "yellow" if view.is_quiet else colour)
-    )
-    return title.append(f"  {view.captured}" if view.captured else "")
+    path = Text(plain(view.path), style="bold")
+    stands = Text(view.stands, style="yellow" if view.is_quiet else colour)
+    stands.append(f"  {view.captured}" if view.captured else "", style="none")
+    fits = cell_len(path.plain) + 2 + cell_len(stands.plain) <= width
+    return Text.assemble(path, "  " if fits else "\n", stands)
 
 
 def _dim(text: str) -> Text:

@@ -111,16 +111,6 @@ def check_adam(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_between_steps(is_open: bool) -> None:
-    """Refuse to keep a state while micro-batches of a step wait for the others."""
-    if is_open:
-        raise ValueError(
-            "The state of a rectifier should be kept between steps. Found micro-batches of a step "
-            "that is not whole, which a state does not hold. Keep it after the last micro-batch, "
-            "the one without `accumulate=True`, and the optimizer's step."
-        )
-
-
 def check_state(
     state: Mapping[str, Any], format: int, options: Mapping[str, object], pieces: object
 ) -> None:

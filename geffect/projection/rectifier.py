@@ -283,8 +283,8 @@ class Rectifier:
         """What a run that is continued after a step needs, to go on as if it had not been stopped.
 
         The averages by the names of the parameters, as they are kept: sharded like a sharded model.
+        Micro-batches of a step that is not whole are not in it: begin that step anew.
         """
-        checks.check_between_steps(self._window is not None)
         return {
             "format": FORMAT,
             "options": dict(self.options),

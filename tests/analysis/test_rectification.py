@@ -469,7 +469,7 @@ def test_the_report_shows_it_where_there_was_a_rectifier(
     assert plain < model_alone < by_layer
     assert [">Rectification</h3>" in page for page in pages] == [False, True, True]
     fired = 100 * np.mean(values(rectification(layers), quantity="fired"))
-    assert f"The rectifier fired in {fired:.1f} % of the steps" in pages[-1]
+    assert f"The rectifier fired in {fired:.1f}\u00a0% of the steps" in pages[-1]
 
 
 def test_the_command_line_has_it_of_the_model(recorded: Path, ask: Ask) -> None:

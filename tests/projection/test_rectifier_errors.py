@@ -522,14 +522,3 @@ def test_a_gradient_that_is_stepped_in_part_is_said(
     found = [str(w.message) for w in said if "no optimizer stepped" in str(w.message)]
     assert len(found) == warned
     assert not warned or "Found 2 parameters" in found[0]
-
-
-def test_a_state_is_kept_between_steps() -> None:
-    model = network()
-    rectifier = Rectifier(model)
-    losses = {"objective": {"forget": -1.0}, "forget": risk(model, 1), "retain": risk(model, 2)}
-    rectifier.backward(**losses, accumulate=True)
-    with pytest.raises(ValueError, match=r"between steps\. Found micro-batches"):
-        rectifier.state_dict()
-    rectifier.backward(**{**losses, "forget": risk(model, 3), "retain": risk(model, 4)})
-    assert rectifier.state_dict()["skipped"] == 0
