@@ -1,5 +1,5 @@
 # make demo   set everything up and run the embedded study into runs/demo
-# make test   set everything up and run ruff, mypy and pytest on all cores; ten minutes on two
+# make test   set everything up and run ruff, mypy and pytest on all cores; 15 minutes on two
 # make study  five methods in every variant with its controls, three seeds, into runs/study, and
 #             every method and edit, into runs/comparison, what hides, into runs/hiding, and one seed
 #             of relearned copies, into runs/copies; from there docs/study.md, docs/comparison.md,
