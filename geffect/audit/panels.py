@@ -14,6 +14,7 @@ from geffect.scores import PER_TOKEN, Score, said
 from .attacks import DEPTH, HIDDEN, PATCHED, RELEARNING
 from .models import ROLES, UNLEARNED
 from .sets import FORGET
+from .shares import recoverable_share
 from .verdict import DIRECT, MEMORISED, NLL, RECOVERABLE
 from .words import called
 
@@ -80,7 +81,7 @@ def share_of_nll(table: pd.DataFrame) -> float:
     """
     rows = _of(table, battery=(MEMORISED,), metric=(NLL,), set=(FORGET,))
     original, retrained, own = rows.set_index("model")["value"].reindex(ROLES)
-    return float((retrained - own) / (retrained - original)) if retrained > original else np.nan
+    return recoverable_share([own], [retrained], [original], [FORGET]).value
 
 
 def relearning(table: pd.DataFrame) -> pd.DataFrame:

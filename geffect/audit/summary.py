@@ -197,6 +197,7 @@ def _direct(values: Values, limits: Thresholds) -> Iterator[Row]:
 
 
 def _recoverable(values: Values, limits: Thresholds) -> Iterator[Row]:
+    there: dict[Baseline, float | None] = {}
     for attack in values.metrics(HIDDEN, UNLEARNED):
         beside, floor = baseline(attack), values.floor(HIDDEN, attack)
         own = values.get(HIDDEN, attack, FORGET, UNLEARNED)
@@ -216,9 +217,10 @@ def _recoverable(values: Values, limits: Thresholds) -> Iterator[Row]:
         is_wide = REACH * noise > limits.vague
         tells = not is_wide or limits.prove(share.value, share.low)
         yield _row(RECOVERABLE if tells else UNTOLD, attack, UNLEARNED, share)
-        there = _there(values, beside, known, plain)
-        if there is not None:
-            gained = Share(share.value - there, nan, nan, share.n)
+        if beside not in there:
+            there[beside] = _there(values, beside, known, plain)
+        if (without := there[beside]) is not None:
+            gained = Share(share.value - without, nan, nan, share.n)
             yield _row(GAINED, attack, UNLEARNED, gained)
         halves = noise_level(floor, known, subjects, rises=beside.rises)
         if tells and not isnan(halves):

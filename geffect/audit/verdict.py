@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isnan
+from math import inf, isnan
 
 import pandas as pd
 
@@ -259,15 +259,16 @@ class _Told:
 
     def _without(self, row: _Row) -> str:
         """How much is there without an attack, where it is worth a word."""
-        for gained in self.rows(GAINED, row.metric):
-            there = row.value - gained.value
-            if there > self.limits.hidden_low:
-                return f", and {percent(there)} is there without"
-        return ""
+        there = row.value - self._gained(row)
+        return f", and {percent(there)} is there without" if there > self.limits.hidden_low else ""
 
     def _proven(self, row: _Row) -> bool:
-        brings = (gained.value > self.limits.hidden_low for gained in self.rows(GAINED, row.metric))
-        return self.limits.prove(row.value, row.low) and all(brings)
+        brings = self._gained(row) > self.limits.hidden_low
+        return brings and self.limits.prove(row.value, row.low)
+
+    def _gained(self, row: _Row) -> float:
+        """What the attack adds to what is there without it; all there can be where that is open."""
+        return next((gained.value for gained in self.rows(GAINED, row.metric)), inf)
 
     def unbounded(self) -> str | None:
         """What may come back, or not, because too few items bound it; None for nothing."""

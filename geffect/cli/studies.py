@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     """Run the study, write its report, and say what was found."""
     from geffect.demo import study
-    from geffect.demo.columns import KEYS
     from geffect.demo.page import write_page
     from geffect.demo.tables import as_cells, tables
     from geffect.report import study_report
@@ -32,9 +31,8 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     write_whole(out / "report.html", study_report(summary, out))
     write_page(summary, out)
     headings, *rows = as_cells(tables(summary)[0].runs)
-    # All but which run it is, and what it kept.
-    spare = [*headings[: len(KEYS) + 2 : -1], *_tells_nothing(headings, rows)]
     whole = out / "equal_forgetting.csv"
+    spare = _spare(headings, rows)
     show(console, headings, rows, names=headings[:2], spare=spare, whole=whole)
     held = [finding["holds"] for finding in summary["findings"]]
     say(console, f"{sum(held)} of {len(held)} findings hold, as measured in this study:")
@@ -47,12 +45,14 @@ def run_study(out: Path, plan: "Plan", console: "Console") -> None:
     say(console, f"{seconds:.0f} s. Open {out / 'report.html'}")
 
 
-def _tells_nothing(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Which of retain QA and learning rate are not needed to tell the rows apart.
+def _spare(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The columns that may go, all but which run it is and what it kept, the first one first.
 
-    >>> headings = ["method", "variant", "retain QA", "learning rate"]
-    >>> _tells_nothing(headings, [("ga", "gru", "20", "1e-4"), ("ga", "gru", "70", "1e-4")])
-    ['learning rate']
+    Retain QA and learning rate may, where the rows are told apart without.
+
+    >>> headings = ["method", "variant", "retain QA", "learning rate", "steps", "in", "out", "ES"]
+    >>> _spare(headings, [("ga", "gru", "20", "1e-4"), ("ga", "gru", "70", "1e-4")])
+    ['ES', 'learning rate']
     """
     from geffect.demo.columns import KEYS
 
@@ -61,7 +61,11 @@ def _tells_nothing(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> li
         others = [other for other in telling if other != place]
         if len({tuple(row[i] for i in others) for row in rows}) == len(rows):
             telling = others
-    return [headings[place] for place in range(len(KEYS)) if place not in telling]
+    kept = len(KEYS) + 3  # the steps, and the loss of what should stay, inside and outside
+    return [
+        *headings[: kept - 1 : -1],
+        *(headings[i] for i in range(len(KEYS)) if i not in telling),
+    ]
 
 
 def draw_paper(out: Path, plan: "Plan", console: "Console") -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import IGNORED, Pair, check_one_answer, original_of
+from geffect.batch import IGNORED, Pair, check_one_answer
 from geffect.risk import (
     at_least_float32,
-    check_answers,
     label_logits,
     log_likelihood,
+    sequence_nll,
     sequence_sum,
     token_log_probabilities,
     token_mean,
@@ -25,6 +25,7 @@ from geffect.risk import (
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive, share_of, switch
+from .likelihood import WeightedLikelihood
 from .reference import Reference
 
 
@@ -60,10 +61,9 @@ class LikelihoodControl(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "LikelihoodControl")
-        check_answers(model, {FORGET: original_of(batch[FORGET])})
 
         def loss() -> Tensor:
-            summed = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
+            summed = sequence_nll(model, batch[FORGET])
             count = self.weights(summed).sum().clamp(min=1) if self.legacy else len(summed)
             return F.relu(self.delta - summed).sum() / count
 
@@ -81,7 +81,7 @@ class LikelihoodControl(Objective):
 
 
 @dataclass(frozen=True)
-class CappedAscent(Objective):
+class CappedAscent(WeightedLikelihood):
     """GA up to a cap: (1/N) sum_i max(log p_i, -cap), ascent that ends where a token is unlikely.
 
     Token mean, in nats per token, over all N. A token with an NLL above `cap` has no gradient any
@@ -103,23 +103,9 @@ class CappedAscent(Objective):
         """w_i = 1 where the NLL of a token is at most the cap, and 0 elsewhere."""
         return (log_p.detach() >= -self.cap).to(log_p)
 
-    def components(
-        self, model: Any, batch: Pair, reference: Reference | None = None
-    ) -> dict[str, Component]:
-        def loss() -> Tensor:
-            log_p, scored = token_log_probabilities(model, batch[FORGET])
-            return token_mean(log_p.clamp(min=-self.cap), scored)
-
-        return {FORGET: Component(loss)}
-
-    @property
-    def reductions(self) -> Mapping[str, Reduction]:
-        return {FORGET: Reduction(FORGET, "token_mean")}
-
-    def _weights_of(
-        self, batch: Pair, log_p: Tensor, scored: Tensor, reference: Reference | None
-    ) -> Tensor:
-        return self.weights(log_p)[scored]
+    def terms(self, log_p: Tensor) -> Tensor:
+        """max(log p_i, -cap)."""
+        return log_p.clamp(min=-self.cap)
 
 
 @dataclass(frozen=True)

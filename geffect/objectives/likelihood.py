@@ -64,12 +64,16 @@ class WeightedLikelihood(Objective):
     def weights(self, log_p: Tensor) -> Tensor:
         """w_i from log p_i, detached."""
 
+    def terms(self, log_p: Tensor) -> Tensor:
+        """What the mean is of, with the gradient w_i grad log p_i."""
+        return self.weights(log_p) * log_p
+
     def components(
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         def loss() -> Tensor:
             log_p, scored = token_log_probabilities(model, batch[FORGET])
-            return token_mean(self.weights(log_p) * log_p, scored)
+            return token_mean(self.terms(log_p), scored)
 
         return {FORGET: Component(loss)}
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Pair, check_one_answer, original_of
-from geffect.risk import check_answers, sequence_sum, token_log_probabilities, token_mean
+from geffect.batch import Pair, check_one_answer
+from geffect.risk import sequence_nll, sequence_sum, token_log_probabilities, token_mean
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive
@@ -50,11 +50,10 @@ class NPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         check_one_answer(batch[FORGET], "NPO")
-        check_answers(model, {FORGET: original_of(batch[FORGET])})
         self.compared(reference, model)
 
         def loss() -> Tensor:
-            summed = -sequence_sum(*token_log_probabilities(model, batch[FORGET]))
+            summed = sequence_nll(model, batch[FORGET])
             left = self.beta * (summed - self._before(batch, reference))
             return -2 / self.beta * F.logsigmoid(left).mean()
 

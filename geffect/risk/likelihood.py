@@ -131,14 +131,29 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 def token_mean(values: Tensor, scored: Tensor) -> Tensor:
     """The mean over all scored tokens of the batch: a long answer weighs more than a short one."""
-    if not scored.any():
-        raise _without_answer("batch", len(scored))
+    _check_scored(scored)
     return values.where(scored, torch.zeros_like(values)).sum() / scored.sum()
 
 
 def sequence_sum(values: Tensor, scored: Tensor) -> Tensor:
     """The sum over the scored tokens of every sample, `Float[sample]`."""
     return values.where(scored, torch.zeros_like(values)).sum(dim=1)
+
+
+def sequence_nll(model: Any, batch: Batch) -> Tensor:
+    """The NLL of every answer, the sum over its tokens, in nats, `Float[sample]`.
+
+    0 where a sample has none; a ValueError for a batch in which nothing is scored.
+
+    >>> from types import SimpleNamespace
+    >>> uniform = lambda input_ids: SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4))
+    >>> ids = torch.tensor([[0, 1, 2]])
+    >>> sequence_nll(uniform, {"input_ids": ids, "labels": ids})  # 2 log 4
+    tensor([2.7726])
+    """
+    log_p, scored = token_log_probabilities(model, batch)
+    _check_scored(scored)
+    return -sequence_sum(log_p, scored)
 
 
 def nll(model: Any, batch: Batch) -> Tensor:
@@ -263,6 +278,11 @@ def _are_shifted(labels: Tensor, tokens: Tensor | None) -> bool:
     scored = labels[:, :-1] != IGNORED
     own, following = labels[:, :-1] == tokens[:, :-1], labels[:, :-1] == tokens[:, 1:]
     return bool((scored & ~own).any() & (following | ~scored).all())
+
+
+def _check_scored(scored: Tensor) -> None:
+    if not scored.any():
+        raise _without_answer("batch", len(scored))
 
 
 def _without_answer(name: str, samples: int) -> ValueError:
