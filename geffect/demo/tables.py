@@ -1,8 +1,10 @@
 """The tables of a study: every run at equal forgetting, and at equal extraction strength."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -185,19 +187,8 @@ def rows(runs: pd.DataFrame, columns: Sequence[str] = ()) -> list[Row]:
     - `columns`: some of `COLUMNS`; those of the table if left out.
     """
     shown = columns or columns_of(runs)
-    return [
-        Row(
-            {n: _text(x, form) for (n, (_, form)), x in zip(KEYS.items(), key, strict=True)},
-            {
-                name: (_said if name in WORDS else _value)(part[name].dropna(), COLUMNS[name][1])
-                for name in shown
-            },
-            part["seed"].tolist(),
-            (missed := part.loc[~part["reached_level"]])["seed"].tolist(),
-            missed[HIGHEST].max(),
-        )
-        for key, part in runs.groupby(list(KEYS), sort=False, dropna=False)
-    ]
+    grouped = runs.groupby(list(KEYS), sort=False, dropna=False)
+    return [_row(key, part, shown) for key, part in grouped]
 
 
 def before(summary: Mapping[str, Any], feeds: Iterable[int]) -> pd.DataFrame:
@@ -305,13 +296,32 @@ def _reached(runs: pd.DataFrame) -> bool:
     return bool(runs.loc[runs["method"] != "gold", "reached_level"].any())
 
 
-def _value(single: "pd.Series[float]", form: str) -> Value:
-    return Value(single.mean(), _text(single.mean(), form), [form.format(x) for x in single])
+def _row(key: Iterable[Any], part: pd.DataFrame, shown: Iterable[str]) -> Row:
+    missed = ~part["reached_level"]
+    return Row(
+        {n: _text(x, form) for (n, (_, form)), x in zip(KEYS.items(), key, strict=True)},
+        {
+            name: (_said if name in WORDS else _value)(_known(part[name]), COLUMNS[name][1])
+            for name in shown
+        },
+        part["seed"].tolist(),
+        part["seed"][missed].tolist(),
+        part[HIGHEST][missed].max(),
+    )
 
 
-def _said(single: "pd.Series[str]", form: str) -> Value:
+def _known(column: "pd.Series[Any]") -> list[Any]:
+    return [x for x in column.tolist() if not pd.isna(x)]
+
+
+def _value(single: Sequence[float], form: str) -> Value:
+    mean = fmean(single) if single else float("nan")
+    return Value(mean, _text(mean, form), [form.format(x) for x in single])
+
+
+def _said(single: Iterable[str], form: str) -> Value:
     """What is said of the seeds, each once, with the number of seeds where they differ."""
-    counts = single.value_counts(sort=False)
+    counts = Counter(single)
     several = len(counts) > 1
     told = ", ".join(f"{said} ({n})" if several else str(said) for said, n in counts.items())
     return Value(float("nan"), told, [form.format(x) for x in single])

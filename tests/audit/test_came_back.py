@@ -30,9 +30,11 @@ def made(asked: tuple[str, str], attacked: tuple[str, str], scale: float) -> pd.
 def naive(
     items: pd.DataFrame, asked: tuple[str, str], attacked: tuple[str, str]
 ) -> dict[int, float]:
+    rows = items.to_dict("records")
+
     def value(of: tuple[str, str], model: str, item: int, part: str = "forget") -> float:
         (row,) = (
-            row for row in items.to_dict("records")
+            row for row in rows
             if (row["battery"], row["metric"]) == of
             and (row["model"], row["item"], row["set"]) == (model, item, part)
         )  # fmt: skip
@@ -40,12 +42,11 @@ def naive(
 
     sign = 1 if asked == RECOGNISED else -1
     has_retrained = (items["model"] == "retrained").any()
+    if not has_retrained:
+        holdout = sum(value(attacked, "original", item, "holdout") for item in range(40)) / 40
     found = {}
     for item in range(40):
-        if has_retrained:
-            floor = value(attacked, "retrained", item)
-        else:
-            floor = sum(value(attacked, "original", i, "holdout") for i in range(40)) / 40
+        floor = value(attacked, "retrained", item) if has_retrained else holdout
         known = value(asked, "original", item)
         if sign * (known - floor) >= TOLD_APART:
             found[item] = (value(attacked, "unlearned", item) - floor) / (known - floor)

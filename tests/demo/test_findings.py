@@ -3,10 +3,11 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -363,10 +364,9 @@ def test_a_table_without_a_run_at_its_level_says_so(tmp_path: Path) -> None:
     assert printed.count("(0 of 2 seeds)") == 3 * len(RETAIN)
 
 
-@pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, Any]], str]]:
     """The report of a summary, without figures."""
-    monkeypatch.setattr(figures, "names", lambda *_: [])
     said = {
         "format": 1,
         "versions": {},
@@ -378,7 +378,23 @@ def page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str,
         "wall_seconds": {"total": 1.0, "stages": {}},
         "findings": [],
     }  # fmt: skip
-    return lambda summary: study_report(said | {"original": summary["gold"]} | summary, tmp_path)
+    out = tmp_path_factory.mktemp("study")
+    with patch.object(figures, "names", lambda *_: []):
+        yield lambda summary: study_report(said | {"original": summary["gold"]} | summary, out)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """A summary that has every table."""
+    return summary() | {"edits": edits()}
+
+
+@pytest.fixture(scope="module")
+def further(
+    page: Callable[[dict[str, Any]], str], whole: dict[str, Any]
+) -> dict[str, list[list[str]]]:
+    """What a report shows of it."""
+    return shown(page(whole))
 
 
 def shown(page: str) -> dict[str, list[list[str]]]:
@@ -404,13 +420,11 @@ def shown(page: str) -> dict[str, list[list[str]]]:
     ],
 )
 def test_a_report_shows_every_further_table(
-    page: Callable[[dict[str, Any]], str], name: str, row: list[str]
+    whole: dict[str, Any], further: dict[str, list[list[str]]], name: str, row: list[str]
 ) -> None:
-    whole = summary() | {"edits": edits()}
-    tables = shown(page(whole))
     heading, of = TABLES[name]
-    assert list(tables) == [heading for heading, _ in list(TABLES.values())[1:]]
-    titles, *rows = tables[heading]
+    assert list(further) == [heading for heading, _ in list(TABLES.values())[1:]]
+    titles, *rows = further[heading]
     assert titles[:6] == [
         "method", "variant", "retain QA", "learning rate", "steps", "retain NLL inside"
     ]  # fmt: skip
