@@ -27,7 +27,7 @@ from .shares import (
     retraining_noise,
     widened,
 )
-from .table import KEYS, SUMMED, check_items, interval, resampled_means, summed, units_of
+from .table import SUMMED, interval, parts_of, resampled_means, summed, units_of
 from .thresholds import Thresholds
 from .verdict import (
     DIFFERENCE,
@@ -68,13 +68,11 @@ class Values:
     @classmethod
     def of(cls, items: pd.DataFrame) -> "Values":
         """Those of a table of items."""
-        check_items(items)
         by_key: dict[tuple[str, str, str, str], Floats] = {}
         subjects: dict[tuple[str, str], list[str]] = {}
-        for key, part in items.groupby([*KEYS], sort=False):
-            battery, metric, of, model = map(str, key)
-            by_key[battery, metric, of, model] = part["value"].to_numpy(np.float64)
-            subjects.setdefault((battery, of), part["subject"].tolist())
+        for (battery, metric, of, model), values, asked in parts_of(items):
+            by_key[battery, metric, of, model] = values
+            subjects.setdefault((battery, of), asked)
         return cls(by_key, subjects)
 
     def get(self, battery: str, metric: str, of: str, model: str) -> Floats | None:

@@ -5,7 +5,7 @@ the interval of a bootstrap that draws the same items for all models, so that th
 paired.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -114,18 +114,36 @@ def summed(items: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFra
     >>> summed(rows)[["value", "low", "high", "n"]].to_numpy().tolist()
     [[2.0, 1.0, 3.0, 2.0]]
     """
-    check_items(items)
     rows = []
-    for key, part in items.groupby([*KEYS], sort=False):
-        values = part["value"].to_numpy()
+    for key, values, subjects in parts_of(items):
         there = ~np.isnan(values)
         low = high = float("nan")
         if there.sum() > 1:
-            weights = resamples(units_of(part["subject"].tolist()), draws, seed)
+            weights = resamples(units_of(subjects), draws, seed)
             low, high = interval(resampled_means(values, weights))
         mean = float(values[there].mean()) if there.any() else float("nan")
         rows.append((*key, mean, low, high, int(there.sum())))
     return pd.DataFrame(rows, columns=[*SUMMED])
+
+
+def parts_of(
+    items: pd.DataFrame,
+) -> Iterator[tuple[tuple[str, ...], NDArray[np.float64], list[str]]]:
+    """Of each metric, set and model the keys, the values and the subjects, as they first come.
+
+    >>> rows = per_item("memorised", "nll", "forget", "original", [1.0, 3.0], ["a", "b"])
+    >>> [(key[1], values.tolist(), subjects) for key, values, subjects in parts_of(rows)]
+    [('nll', [1.0, 3.0], ['a', 'b'])]
+    """
+    check_items(items)
+    number = items.groupby([*KEYS], sort=False).ngroup().to_numpy()
+    keys = items[[*KEYS]].to_numpy(dtype=object)
+    values = items["value"].to_numpy(dtype=np.float64)
+    subjects = items["subject"].to_numpy(dtype=object)
+    order = np.argsort(number, kind="stable")
+    for own in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
+        if len(own):
+            yield tuple(map(str, keys[own[0]])), values[own], subjects[own].tolist()
 
 
 def with_mean(items: pd.DataFrame, models: Sequence[str], name: str) -> pd.DataFrame:

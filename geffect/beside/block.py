@@ -32,9 +32,9 @@ def beside(model: nn.Module) -> Iterator[None]:
     >>> model.running_mean, model.num_batches_tracked
     (tensor([0., 0.]), tensor(0))
     """
-    found = remembered(model)
-    buffered = [(module, dict(module._buffers)) for module in model.modules()]
-    hooks = [(of, set(of)) for module in model.modules() for of in _hooks_of(module)]
+    found, modules = remembered(model), [*model.modules()]
+    buffered = [(module, dict(module._buffers)) for module in modules]
+    hooks = [(of, set(of)) for module in modules for of in _hooks_of(module)]
     held, drawn = [*holders(found)], [*generators(found)]
     copies: dict[int, Any] = {}
 
@@ -47,14 +47,16 @@ def beside(model: nn.Module) -> Iterator[None]:
         for go_on in drawn:
             go_on()
         for of, known in hooks:
-            for added in of.keys() - known:
+            for added in of.keys() - known if of else ():
                 del of[added]
 
     try:
         for module, buffers in buffered:
             module._buffers.update({k: copied(value, copies) for k, value in buffers.items()})
         for hold, members in held:
-            hold({k: copied(value, copies) for k, value in members.items()})
+            inside = {k: copied(value, copies) for k, value in members.items()}
+            if any(inside[k] is not value for k, value in members.items()):
+                hold(inside)
         with random_numbers_kept():
             yield
     finally:

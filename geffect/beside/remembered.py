@@ -43,8 +43,12 @@ _NOTE: dict[type, Callable[[Any], Callable[[], object]]] = {
 }
 """How what draws random numbers is noted, and put back."""
 
-_DATA: tuple[type, ...] = (*_FIXED, Tensor, np.ndarray, bytearray, tuple, *_ADD)
-_OF_TORCH = frozenset(vars(nn.Module()))
+# What something is, its type says: `isinstance` asks the object too, at each type that it is not,
+# and a configuration of transformers answers slowly.
+_FILLED = (*_ADD,)
+_CONTAINERS = (*_ADD, tuple)
+_DATA: tuple[type, ...] = (*_FIXED, Tensor, np.ndarray, bytearray, *_CONTAINERS)
+_OF_TORCH = frozenset(name for name, x in vars(nn.Module()).items() if isinstance(x, (dict, set)))
 
 Holder = tuple[Callable[[Mapping[Any, Any]], None], dict[Any, Any]]
 """What lets something hold members, and nothing else, and the members that it holds."""
@@ -63,13 +67,13 @@ def remembered(model: nn.Module) -> list[Any]:
     [Identity(), {'seen': []}, []]
     """
     found: dict[int, Any] = {id(module): module for module in model.modules()}
-    waiting = [x for module in model.modules() for x in _inside(module) or []]
+    waiting = [x for module in found.values() for x in _inside(module) or []]
     alone: set[int] = set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _FIXED) or id(value) in found or id(value) in alone:
+        if issubclass(type(value), _FIXED) or id(value) in found or id(value) in alone:
             continue
-        if isinstance(value, (*_ADD, tuple)):  # each member is asked for itself
+        if issubclass(type(value), _CONTAINERS):  # each member is asked for itself
             found[id(value)] = value
             waiting += _inside(value) or []
         else:
@@ -81,7 +85,7 @@ def remembered(model: nn.Module) -> list[Any]:
 def holders(of: Iterable[Any]) -> Iterator[Holder]:
     """What holds members: modules and objects their attributes, containers what is in them."""
     for value in of:
-        if isinstance(value, (*_ADD,)):
+        if issubclass(type(value), _FILLED):
             yield partial(_fill, value), _members(value)
         attributes = _attributes(value)
         if attributes is not None:
@@ -101,7 +105,7 @@ def copied(value: Any, copies: dict[int, Any]) -> Any:
     if id(value) in copies:
         return copies[id(value)]
     own = value
-    if isinstance(value, Tensor):
+    if issubclass(type(value), Tensor):
         if not (value.requires_grad or isinstance(value, nn.Parameter)):
             own = value.detach().clone()
     elif type(value) in (np.ndarray, bytearray):
@@ -119,9 +123,9 @@ def _state(value: Any) -> dict[int, Any]:
     waiting = [value]
     while waiting:
         part = waiting.pop()
-        if isinstance(part, (*_FIXED, Tensor)) or id(part) in found:
+        if issubclass(type(part), (*_FIXED, Tensor)) or id(part) in found:
             continue
-        inside = None if isinstance(part, nn.Module) else _inside(part)
+        inside = None if issubclass(type(part), nn.Module) else _inside(part)
         if inside is None:
             return {}
         found[id(part)] = part
@@ -134,8 +138,8 @@ def _inside(value: Any) -> list[Any] | None:
     if type(value) in (np.ndarray, bytearray, *_NOTE):
         return []
     attributes = _attributes(value)
-    if isinstance(value, (*_ADD, tuple)):
-        members = value if isinstance(value, tuple) else _members(value).values()
+    if issubclass(type(value), _CONTAINERS):
+        members = value if issubclass(type(value), tuple) else _members(value).values()
         return [*members, *(attributes or {}).values()]
     return None if attributes is None else [*attributes.values()]
 
@@ -146,17 +150,20 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     A module whose weights are codes has objects beside them, which a first forward makes ready for
     good: these are left alone.
     """
-    if isinstance(value, nn.Module):
-        own = [p for p in value._parameters.values() if p is not None]
-        has_codes = any(holds_codes(p) or p.dtype not in FLOATS for p in own)
-        return {
-            name: x
-            for name, x in vars(value).items()
-            if (name not in _OF_TORCH or isinstance(x, _NAMES_AND_NUMBERS))
-            and not (has_codes and not isinstance(x, _DATA))
-        }
+    if issubclass(type(value), nn.Module):
+        own = {name: x for name, x in vars(value).items() if name not in _OF_TORCH}
+        objects = [name for name, x in own.items() if not issubclass(type(x), _DATA)]
+        if objects and _has_codes(value):
+            for name in objects:
+                del own[name]
+        return own
     of_object, slots = _dict_of(value), _slots(value)
     return None if of_object is None and not slots else {**(of_object or {}), **slots}
+
+
+def _has_codes(module: nn.Module) -> bool:
+    own = [p for p in module._parameters.values() if p is not None]
+    return any(holds_codes(p) or p.dtype not in FLOATS for p in own)
 
 
 def _dict_of(value: Any) -> dict[str, Any] | None:
@@ -173,7 +180,7 @@ def _slots(value: Any) -> dict[str, Any]:
 def _assign(owner: Any, attributes: Mapping[str, Any]) -> None:
     """Let a module or an object have these attributes and no further ones."""
     now = _attributes(owner) or {}
-    if [*map(id, now.values())] == [*map(id, attributes.values())] and [*now] == [*attributes]:
+    if _same(now, attributes):
         return
     own, slots = _dict_of(owner), _slots(owner)
     for name in now.keys() - attributes.keys():
@@ -183,6 +190,14 @@ def _assign(owner: Any, attributes: Mapping[str, Any]) -> None:
             object.__setattr__(owner, name, value)
         elif own is not None:
             own[name] = value
+
+
+def _same(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether both hold the very same, by the very same keys and in the same order."""
+    if len(one) != len(other):
+        return False
+    pairs = zip(one.items(), other.items(), strict=True)
+    return all(a is b and x is y for (a, x), (b, y) in pairs)
 
 
 def _members(container: Any) -> dict[Any, Any]:
@@ -196,8 +211,7 @@ def _fill(container: Any, members: Mapping[Any, Any]) -> None:
 
     It is not touched where it does, since a set that is filled anew may have another order.
     """
-    of_now, of_then = ([*map(id, (*x, *x.values()))] for x in (_members(container), members))
-    if of_now != of_then:
+    if not _same(_members(container), members):
         kind = _kind(container)
         kind.clear(container)
         _ADD[kind](container, members)

@@ -1,6 +1,7 @@
 """What a bootstrap draws: how often each item, those of one subject together."""
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,8 @@ def resamples(
 ) -> NDArray[np.float64]:
     """How often each item is in each draw, `Float64[draw, item]`, the same for the same units.
 
-    So the values of several models on the same items are drawn together.
+    So the values of several models on the same items are drawn together. It may not be written to:
+    by a number as seed it is drawn once for all that ask for the same.
 
     - `units`: for each item the number, from 0, of what is drawn as a whole, such as its subject.
     - `seed`: or a generator, which goes on from one set to the next.
@@ -32,9 +34,18 @@ def resamples(
     >>> resamples(np.array([0, 0, 1]), draws=2).sum(axis=1) > 0
     array([ True,  True])
     """
-    count = int(units.max()) + 1
+    drawn = _drawn if isinstance(seed, int) else _drawn.__wrapped__
+    return drawn(units.astype(np.int64).tobytes(), draws, seed)
+
+
+@lru_cache(maxsize=8)
+def _drawn(units: bytes, draws: int, seed: int | np.random.Generator) -> NDArray[np.float64]:
+    of = np.frombuffer(units, dtype=np.int64)
+    count = int(of.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
-    return drawn[:, units].astype(np.float64)
+    found = drawn[:, of].astype(np.float64)
+    found.flags.writeable = False
+    return found
 
 
 def check_bootstrap(level: float, replicates: int) -> None:

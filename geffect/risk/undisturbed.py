@@ -57,12 +57,12 @@ def _turn_dropout_off(model: nn.Module, *, recompute: bool) -> None:
     # Not `model.eval()`, which modules may override to do more.
     for module in model.modules():
         module.training = False
-    if not recompute or _has_dropout(model):
-        return
     # Layers checkpoint their activations in train mode alone. Where the architecture knows no
     # dropout that mode changes nothing else, and without checkpoints the memory might not suffice.
-    for module in model.modules():
-        module.training = getattr(module, "gradient_checkpointing", False)
+    recomputing = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    if recompute and recomputing and not _has_dropout(model):
+        for module in recomputing:
+            module.training = True
 
 
 def _let_be_differentiated(model: nn.Module) -> None:

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 
 from geffect.audit.table import (
+    KEYS,
     interval,
+    parts_of,
     per_item,
     resampled_means,
     summed,
@@ -29,6 +31,34 @@ def test_means_of_draws_are_those_of_a_loop() -> None:
         drawn = [v for v, w in zip(values, weight, strict=True) for _ in range(int(w))]
         naive.append(np.nanmean(drawn))
     np.testing.assert_allclose(resampled_means(values, weights), naive, rtol=1e-12)
+
+
+def test_what_is_drawn_for_the_same_items_is_drawn_once_and_never_written_to() -> None:
+    units = units_of(SUBJECTS)
+    found = resamples(units, draws=50)
+    assert resamples(units.astype(np.int32), draws=50) is found
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 0
+    assert not np.array_equal(found, resamples(units, draws=50, seed=1))
+    assert not np.array_equal(found, resamples(units[::-1], draws=50))
+    generator = np.random.default_rng(0)
+    first, second = (resamples(units, 50, generator) for _ in range(2))
+    assert np.array_equal(first, found) and not np.array_equal(second, found)
+
+
+def test_parts_are_those_of_a_loop_over_rows() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 10))
+    models = ("unlearned", "original", "another")
+    tables = [rows(v, model) for v, model in zip(values, models, strict=True)]
+    mixed = pd.concat(tables).sample(frac=1, random_state=2)
+    naive: dict[tuple[str, ...], tuple[list[float], list[str]]] = {}
+    for row in mixed.to_dict("records"):
+        own, subjects = naive.setdefault(tuple(row[name] for name in KEYS), ([], []))
+        own.append(row["value"])
+        subjects.append(row["subject"])
+    found = {key: (own.tolist(), subjects) for key, own, subjects in parts_of(mixed)}
+    assert found == naive and [*found] == [*naive]
+    assert not [*parts_of(mixed[:0])]
 
 
 def test_subjects_are_drawn_whole() -> None:

@@ -180,6 +180,25 @@ def test_an_object_that_may_be_what_trains_the_model_is_left_alone(other: Any) -
     assert model.trainer.steps == 1 and model.trainer.holds == [other]
 
 
+def test_what_an_object_is_its_type_says() -> None:
+    """One that answers slowly, as a configuration of transformers, is not asked at each type."""
+    asked = []
+
+    class Slow:
+        def __getattribute__(self, name: str) -> Any:
+            asked.append(name)
+            return object.__getattribute__(self, name)
+
+    model = nn.Linear(1, 1)
+    model.config = slow = Slow()
+    slow.calls = 0
+    asked.clear()
+    with beside(model):
+        slow.calls += 1
+    assert object.__getattribute__(slow, "calls") == 0
+    assert "__class__" not in asked
+
+
 def test_a_class_of_tuples_and_a_shape_are_themselves_inside() -> None:
     model = nn.Identity()
     model.kind, model.shape = Pair, torch.ones(2, 3).shape
