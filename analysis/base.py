@@ -125,7 +125,7 @@ def _experts(run: Run) -> tuple[NDArray[np.int64], list[str], Floats]:
     if not mixed:
         raise ValueError(
             f"`by` should be `expert` for a model with experts. Found none in `{run.path}`. Choose "
-            "by=`layer`."
+            'by="layer".'
         )
     of = np.repeat(np.arange(len(run.layers)), [max(1, p.experts) for p in run.layers])
     label = label_of("expert")
@@ -141,7 +141,7 @@ def _experts(run: Run) -> tuple[NDArray[np.int64], list[str], Floats]:
         if np.isnan(single).all() and not np.isnan(gram[:, held]).all():
             raise ValueError(
                 f"`by` should be `expert` for a run of measured gradients. Found that `{run.path}` "
-                "holds estimates for whole tensors. Choose by=`layer`, or an estimator whose rows "
+                'holds estimates for whole tensors. Choose by="layer", or an estimator whose rows '
                 "are Gram matrices, such as same_batch."
             )
         gram[:, held] = single

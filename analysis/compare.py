@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from geffect.layers import in_network_order
+from geffect.numbers import counted
 from geffect.scores import Score, tidy
 from geffect.sources import UPDATE, is_reserved
 from geffect.store import Run
@@ -211,8 +212,9 @@ class _Pair:
                 remarks.append(f"Only `{one.name}` has {_listed(further)}.")
             more = len(one.steps) - len(self.steps)
             if more:
-                counted = "a step" if more == 1 else f"{more} steps"
-                remarks.append(f"`{one.name}` has {counted} that `{rest.name}` has not.")
+                remarks.append(
+                    f"`{one.name}` has {counted(more, 'step')} that `{rest.name}` has not."
+                )
         different = [
             word for key, word in _SAID.items() if _said(self.run, key) != _said(self.other, key)
         ]
@@ -247,7 +249,9 @@ def _same(pair: _Pair, distance: Floats) -> str:
         which = "their one step is" if count == 1 else f"all {count} steps are"
         return f"The runs are identical: {which} the same, bit for bit."
     if not distance.any():
-        return f"The runs are the same, bit for bit, in the {count} steps that both have."
+        return (
+            f"The runs are the same, bit for bit, in the {counted(count, 'step')} that both have."
+        )
     at, which_one = np.unravel_index(distance.argmax(), distance.shape)
     types = sorted({p.dtype for run in (pair.run, pair.other) for p in run.layers})
     return (

@@ -28,6 +28,15 @@ def is_whole(value: object, least: float = -inf) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def counted(count: int, thing: str) -> str:
+    """So many of a thing, in words.
+
+    >>> counted(1, "step"), counted(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def percent(share: float, form: str = ".0f") -> str:
     """A share in per cent, as it is written everywhere.
 

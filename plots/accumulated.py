@@ -1,5 +1,7 @@
 """How far each risk has risen along a run: as its updates predict it, and as it was measured."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -11,9 +13,10 @@ from geffect.text import plain
 from .axes import dress, step_axis
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import all_levels, constants, levels, once_only, require
-from .inks import QUIET, SOLID
+from .fit import all_levels, constants, levels, once_only, one_block, require
+from .inks import DASHED, QUIET, SOLID
 from .legends import key
+from .long import rolling_median, window
 from .style import points, strokes
 from .words import axis_label, heading, note
 
@@ -32,7 +35,8 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     Returns the axes. Raises ValueError for a table of several runs.
 
     Where points leave their line, first-order scores say little. The relative gap at the last step
-    stands in the corner; where it is more than all that was measured, both numbers do.
+    stands in the corner; where it is more than all that was measured, both numbers do. Of a long
+    run the rolling median of the points is drawn too: each of these is of another batch.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"step": [0, 1] * 2, "model": "model", "risk": "forget",
@@ -43,12 +47,13 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ('lines: predicted; points: measured', ['gap at the end', 'forget 20 %'])
     """
     require(table, ["step", "risk", "how", "value", "gap"])
+    one_block(table)
     once_only(table, ["step", "risk", "how"])
     known = all_levels(table["risk"])
     colours = asked.inks(known)
     ax = ax or new_axes()
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
-    handles, gaps = [], []
+    handles, gaps, over = [], [], window(table["step"].nunique())
     for risk in asked.order(levels(table["risk"]), known):
         own = table[table["risk"] == risk].sort_values("step")
         predicted, measured = (own[own["how"] == how] for how in (PREDICTED, MEASURED))
@@ -56,17 +61,14 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             predicted["step"].to_numpy(), predicted["value"].to_numpy(dtype=float), label=risk,
             **asked.look(color=colours[risk].colour, linestyle=SOLID, linewidth=1.4, zorder=3),
         )  # fmt: skip
-        ax.plot(
-            measured["step"].to_numpy(), measured["value"].to_numpy(dtype=float),
-            color=handles[-1].get_color(), linestyle="none", marker="o",
-            markerfacecolor="white", zorder=4, **strokes(markersize=2.6, markeredgewidth=0.8),
-        )  # fmt: skip
+        _measured(ax, measured, over, handles[-1].get_color())
         gaps += _gap(plain(risk), predicted, measured)
     step_axis(ax)
     axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
-    note(ax, "lines: predicted; points: measured")
+    rolled = f"; dashed: median of {over} steps" if over > 1 else ""
+    note(ax, f"lines: predicted; points: measured{rolled}")
     if gaps:
         ax.text(
             0.03, 0.97, "\n".join(["gap at the end", *gaps]), transform=ax.transAxes, va="top",
@@ -74,6 +76,22 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         )  # fmt: skip
     key(ax, handles)
     return ax
+
+
+def _measured(ax: Axes, measured: pd.DataFrame, over: int, colour: str) -> None:
+    """A point a step; of a long run faint ones, with their rolling median before them."""
+    steps, values = measured["step"].to_numpy(), measured["value"].astype(float)
+    crowd: dict[str, Any] = {"markerfacecolor": "white", **strokes(markersize=2.6)}
+    if over > 1:
+        crowd = {"alpha": 0.2, **strokes(markersize=1.2)}
+        ax.plot(
+            steps, rolling_median(values, over), color=colour, linestyle=DASHED, zorder=5,
+            **strokes(linewidth=1.2),
+        )  # fmt: skip
+    ax.plot(
+        steps, values, color=colour, linestyle="none", marker="o", zorder=4,
+        **crowd, **strokes(markeredgewidth=0.8),
+    )  # fmt: skip
 
 
 def _gap(risk: str, predicted: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
@@ -88,4 +106,4 @@ def _gap(risk: str, predicted: pd.DataFrame, measured: pd.DataFrame) -> list[str
     if last["gap"] <= 1:
         return [f"{risk} {percent(last['gap'])}"]
     expected = predicted.set_index("step")["value"].at[last["step"]]
-    return [f"{risk} {expected:.2g} for {last['value']:.2g}"]
+    return [f"{risk} {expected:.2g} predicted, {last['value']:.2g} measured"]

@@ -9,7 +9,7 @@ from matplotlib.colors import Normalize
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import blocks_in, constants, levels, once_only, require
+from .fit import constants, levels, once_only, one_block, require
 from .inks import DIVERGING
 from .legends import colour_bar
 from .style import points
@@ -33,15 +33,11 @@ def angles(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ...                       "other": ["a", "b", "a", "b"], "value": [1.0, -0.5, -0.5, 1.0],
     ...                       "length": [2.0, 2.0, 30.0, 30.0]})
     >>> [text.get_text() for text in angles(table, ax=Figure().subplots()).texts]
-    ['|g| 2', '-0.50', '-0.50', '|g| 30']
+    ['|g|\\n2', '-0.50', '-0.50', '|g|\\n30']
     """
     require(table, ["step", "source", "other", "value", "length"])
+    one_block(table)
     once_only(table, ["step", "source", "other"])
-    if len(blocks := blocks_in(table)) > 1:
-        raise ValueError(
-            f"`table` should be of one block. Found {len(blocks)}, among them "
-            f"{', '.join(map(drawn, blocks[:3]))}. Pass angles(run, by=`model`), or choose one."
-        )
     names = levels(table["source"])
     medians = table.astype({"source": str, "other": str}).groupby(["source", "other"])
     cosines = medians["value"].median().unstack().reindex(index=names, columns=names)
@@ -59,8 +55,9 @@ def angles(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     for row, source in enumerate(names):
         for column in range(len(names)):
             value = values[row, column]
-            own = f"|g| {lengths[source]:.2g}" if np.isfinite(lengths[source]) else ""
-            said = own if row == column else ("" if np.isnan(value) else f"{value:.2f}")
+            own = f"|g|\n{lengths[source]:.2g}" if np.isfinite(lengths[source]) else ""
+            cosine = "" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # never -0.00
+            said = own if row == column else cosine
             ax.text(
                 column, row, said, ha="center", va="center", fontsize=points("x-small"),
                 color=readable_on(colours[row, column]),

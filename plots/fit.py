@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from geffect.scores import BLOCKS, SAYS, blocks_of
+from geffect.text import plain
 
 SEED = "seed"
 """The column that tells runs apart that differ in their random numbers alone."""
@@ -161,6 +162,19 @@ def once_only(table: pd.DataFrame, place: Sequence[str]) -> None:
             f"`table` should have one row for each {', '.join(place)}. "
             f"Found {len(twice)} more, the first at {where}. "
             "Name what tells them apart in a column, with geffect.scores.stack, or choose."
+        )
+
+
+def one_block(table: pd.DataFrame) -> None:
+    """Refuses a table of several blocks, for a picture that has room for one.
+
+    >>> one_block(pd.DataFrame({"step": [0, 1], "layer": "head"}))
+    """
+    blocks = blocks_in(table) if {*BLOCKS} & {*table.columns} else []
+    if len(blocks) > 1:
+        raise ValueError(
+            f"`table` should be of one block. Found {len(blocks)}, among them "
+            f'{", ".join(map(plain, blocks[:3]))}. Make it with by="model", or choose one of them.'
         )
 
 

@@ -18,7 +18,7 @@ from .fit import SEED, constants, seed_in, short, told_apart
 from .frames import Frame, colours_of
 from .inks import QUIET, RATE
 from .legends import colour_bar
-from .long import spans_of
+from .long import each, spans_of
 from .style import points
 from .ticks import BlockTicks, Decades
 from .words import axis_label, drawn, heading, longest, note, rate
@@ -71,11 +71,11 @@ def heatmap(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     if score.is_rate and len(steps) > MOST_MARKS:
         starts, values = rates_of_spans(steps, values, RATES)
         apart = np.append(starts - 0.5, apart[-1])
-        said.append(f"rate of about {len(steps) // len(starts)} steps")
+        said.append(f"rate of {each(len(steps), len(starts))}")
     elif len(steps) > spans_of(ax):
         starts, values = largest_of_spans(steps, values, spans_of(ax))
         apart = np.append(starts - 0.5, apart[-1])
-        said.append(f"of about {len(steps) // len(starts)} steps the largest")
+        said.append(f"of {each(len(steps), len(starts))} the largest")
     cells = np.ma.masked_invalid(values)
     are_rates = score.is_rate and not {*np.unique(cells.compressed())} <= {0.0, 1.0}
     cmap, norm = (RATE, Normalize(0.0, 1.0)) if are_rates else colours_of(table)

@@ -41,6 +41,15 @@ def rolling_rate(course: Any, over: int) -> Any:
     return course.rolling(over, center=True, min_periods=1).mean().where(course.notna())
 
 
+def each(steps: int, spans: int) -> str:
+    """How many steps a span of so many has, in words.
+
+    >>> each(400, 360), each(3000, 500)
+    ('1 or 2 steps', 'about 6 steps')
+    """
+    return "1 or 2 steps" if steps < 2 * spans else f"about {steps // spans} steps"
+
+
 def spans_of(ax: Axes) -> int:
     """How many spans axes have room for."""
     figure = ax.get_figure(root=True)

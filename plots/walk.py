@@ -7,13 +7,23 @@ from matplotlib.lines import Line2D
 from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
-from .accumulated import PREDICTED
+from .accumulated import MEASURED, PREDICTED
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
-from .fit import all_levels, constants, levels, names_in, once_only, require, require_names
+from .fit import (
+    all_levels,
+    constants,
+    levels,
+    names_in,
+    once_only,
+    one_block,
+    require,
+    require_names,
+)
 from .inks import DASHED, QUIET, SOLID
 from .legends import key
+from .long import rolling_median, window
 from .style import strokes
 from .words import axis_label, heading, note
 
@@ -31,7 +41,8 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
 
     Of runs whose walks end at equal forgetting, the lower one costs less. A dot ends each line. One
     run has a line for what its updates predict and one for what was measured; of several each has
-    a colour, and what was measured is dashed.
+    a colour, and what was measured is dashed. Of a long run what was measured is its rolling
+    median, before all values: each of these is of another batch.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"step": [0, 1] * 2, "risk": ["forget"] * 2 + ["retain"] * 2,
@@ -40,6 +51,7 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     [0.0, 0.4]
     """
     require(table, ["step", "risk", "how", "value"])
+    one_block(table)
     several = [
         column
         for column, names in names_in(table).items()
@@ -64,8 +76,15 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
         for how in levels(of_name["how"]):
             own = of_name[of_name["how"] == how]
             both = own.pivot(index="step", columns="risk", values="value").sort_index()
-            x, y = (both[risk].to_numpy(dtype=float) for risk in (FORGET, RETAIN))
+            over = 1 if how == PREDICTED else window(len(both))
+            rolled = rolling_median(both, over)
+            x, y = (rolled[risk].to_numpy(dtype=float) for risk in (FORGET, RETAIN))
             dashes = SOLID if how == PREDICTED else DASHED
+            if over > 1:
+                ax.plot(
+                    both[FORGET], both[RETAIN], color=colours[name].colour, alpha=0.18, zorder=2,
+                    **strokes(linewidth=0.4),
+                )  # fmt: skip
             (line,) = ax.plot(
                 x, y, label=name,
                 **asked.look(color=colours[name].colour, linestyle=dashes, linewidth=1.4, zorder=3),
@@ -81,6 +100,9 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     axis_label(ax.yaxis, f"retain: {rise}")
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
-    note(ax, "right: forgets; up: harms" + ("; dashed: measured" if several else ""))
+    said = ["right: forgets", "up: harms", *(["dashed: measured"] if several else [])]
+    if (over := window(table["step"].nunique())) > 1 and MEASURED in levels(table["how"]):
+        said.append(f"measured: median of {over} steps")
+    note(ax, "; ".join(said))
     key(ax, handles)
     return ax

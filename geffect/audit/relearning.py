@@ -20,7 +20,7 @@ from torch import nn
 from geffect.data.collate import Item, collate
 from geffect.evaluation.memorised import nll as item_nll
 from geffect.evaluation.tokens import evaluate_tokens, unpadded
-from geffect.numbers import is_number, is_whole
+from geffect.numbers import counted, is_number, is_whole
 from geffect.risk import mean_nll, scored_tokens
 
 from .adapters import deployed
@@ -229,7 +229,7 @@ def as_attacks(table: pd.DataFrame) -> pd.DataFrame:
     """
     means = _means(table[table["step"] > 0], ["source", "step", "rate", "item"])
     names = [
-        f"relearning {source}, {step} step{'s' if step > 1 else ''}, rate x {rate:g}"
+        f"relearning {source}, {counted(step, 'step')}, rate x {rate:g}"
         for source, step, rate in zip(means["source"], means["step"], means["rate"], strict=True)
     ]
     return pd.DataFrame({"attack": names, "item": means["item"], "value": means["value"]})

@@ -6,7 +6,7 @@ from math import inf, isnan
 
 import pandas as pd
 
-from geffect.numbers import percent
+from geffect.numbers import counted, percent
 
 from .models import ORIGINAL, RETRAINED, UNLEARNED
 from .sets import FORGET
@@ -342,9 +342,9 @@ class _Told:
         for row in self.rows(MEMORISED, NEAR_TIES):
             if row.value > 0:
                 yield f"{TIED}: two tokens are nearly as likely in {row.told} of the places."
-        counted = [row.n for row in (*forget, *self.direct, *self.attacked)]
-        if counted and min(counted) < self.limits.fewest_items:
-            told = f"{min(counted)} forget item{'s' * (min(counted) != 1)}"
+        items = [row.n for row in (*forget, *self.direct, *self.attacked)]
+        if items and min(items) < self.limits.fewest_items:
+            told = counted(min(items), "forget item")
             yield f"{FEW_ITEMS}: {told}, fewer than {self.limits.fewest_items}."
         if len(self.rows(DIFFERENCE)) > len(self.differences):
             yield (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from geffect.drafts import write_whole
+from geffect.numbers import counted
 
 from .options import Medium, check_output, choice
 from .paper_figures import Kind, PaperFigure, figures
@@ -159,7 +160,7 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
             lacking[one.file] = str(error)
     if not tables:
         (file, why), *others = lacking.items()
-        and_more = f" The same goes for {_count(others)} more." if others else ""
+        and_more = f" The same goes for {counted(len(others), 'run')} more." if others else ""
         return Made(figure, why=f"{file}: {why}{and_more}")
     runs = [one for one, _ in tables]
     return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
@@ -169,7 +170,7 @@ def _why(kind: Kind, given: Sequence[Given], of_kind: Sequence[Given]) -> str:
     """Why no run will do, and what to record."""
     if of_kind:
         return f"a rectifier changed the steps of {kind.words}. Record one without a rectifier."
-    return f"of {_count(given)} none is {kind.words}. Record one with {kind.record}."
+    return f"of {counted(len(given), 'run')} none is {kind.words}. Record one with {kind.record}."
 
 
 def _alike(given: Sequence[Given]) -> list[Given]:
@@ -232,7 +233,3 @@ def _seed(one: Given) -> str:
 
 def _value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _count(runs: Sequence[object]) -> str:
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}"

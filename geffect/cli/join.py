@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from geffect.numbers import counted
+
 from .command import Needs, check_together
 from .options import Format, FormatOption, OverwriteOption, check_output, written_to
 from .selection import RunArgument
@@ -62,7 +64,7 @@ def command(
     steps = sorted(joined["step"].unique())
     say(
         console,
-        f"{len(steps)} checkpoint{'s' * (len(steps) > 1)}, after {steps[0]} to {steps[-1]} updates",
+        f"{counted(len(steps), 'checkpoint')}, after {steps[0]} to {steps[-1]} updates",
     )
     names = ["metric", "risk"]
     lines = [

@@ -47,6 +47,19 @@ def on_axes(name: str, table: "pd.DataFrame") -> "Figure":
     return figure
 
 
+def of_one_block(name: str, table: "pd.DataFrame") -> "Figure":
+    """A plot of axes that have room for one block."""
+    from geffect.scores import blocks_of
+
+    blocks = table[blocks_of(table)].nunique()
+    if blocks > 1:
+        raise typer.BadParameter(
+            f"`--by` should leave one block to the picture {name}, which has room for one. Found "
+            f"{blocks}. Pass --by model, or choose one of them with --layers."
+        )
+    return on_axes(name, table)
+
+
 def whole(name: str, table: "pd.DataFrame") -> "Figure":
     """A plot that is a figure."""
     from geffect import plots
@@ -77,9 +90,9 @@ class Kind(StrEnum):
     SHEET = "sheet", whole
     RECTIFICATION = "rectification", whole, ScoreName.RECTIFICATION
     TIMELINE = "timeline", whole, ScoreName.CONFLICT, ScoreName.VIOLATION
-    ACCUMULATED = "accumulated", on_axes, ScoreName.ACCUMULATED
-    WALK = "walk", on_axes, ScoreName.ACCUMULATED
-    ANGLES = "angles", on_axes, ScoreName.ANGLES
+    ACCUMULATED = "accumulated", of_one_block, ScoreName.ACCUMULATED
+    WALK = "walk", of_one_block, ScoreName.ACCUMULATED
+    ANGLES = "angles", of_one_block, ScoreName.ANGLES
     NORM_RATIO = "norm-ratio", whole, ScoreName.NORM_RATIO
     NOISE_FLOOR = "noise-floor", on_axes, ScoreName.NOISE_FLOOR
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from geffect.numbers import counted
+
 from .command import Apart, Needs, check_together
 from .objectives import CATALOGUED, CommandOfObjectives, objective_of
 from .options import (
@@ -304,8 +306,7 @@ def _told(how: Mapping[str, Any], certain: bool) -> Iterator[str]:
     if not certain:
         yield "No intervals: fewer than 8 rows. More examples, or smaller batches, make more rows."
     if (copy := how["relearned"]) is not None:
-        count = f"{copy['steps']} step{'s' * (copy['steps'] != 1)}"
-        way = f"{count}, {copy['radius']:g} of {copy['unit']}"
+        way = f"{counted(copy['steps'], 'step')}, {copy['radius']:g} of {copy['unit']}"
         yield f"Objective at a copy that has relearned {copy['relearns']}: {way}."
     if how["objective"]["reference"] is not None:
         yield f"Reference model: {how['objective']['reference']['is']}."

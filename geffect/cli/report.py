@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from geffect.drafts import write_whole
+from geffect.numbers import counted
 
 from .options import OverwriteOption, check_output, choice, written_to
 from .selection import By
@@ -34,4 +35,4 @@ def command(
     check_once(opened)
     page = runs_report(opened, by.value)
     write_whole(output, page)
-    say(terminal(), f"{len(runs)} run{'s' * (len(runs) > 1)} in {output}")
+    say(terminal(), f"{counted(len(runs), 'run')} in {output}")

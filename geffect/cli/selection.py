@@ -1,5 +1,6 @@
 """What a user names on the command line: a score, its blocks, a pair of gradients."""
 
+import re
 from collections.abc import Callable, Collection
 from enum import StrEnum
 from pathlib import Path
@@ -133,7 +134,27 @@ def table_of(
     if ALL_PARAMETERS in score.takes:
         how["stepped_only"] = stepped_only
     function: Callable[..., pd.DataFrame] = getattr(analysis, score.replace("-", "_"))
-    return analysis.intervals(function, run, **how) if intervals else function(run, **how)
+    try:
+        return analysis.intervals(function, run, **how) if intervals else function(run, **how)
+    except ValueError as error:
+        if (of_options := _in_options(str(error), score)) is None:
+            raise
+        raise typer.BadParameter(of_options) from error
+
+
+def _in_options(refusal: str, score: ScoreName) -> str | None:
+    """What an analyzer says of a word in the option that says it; None of anything else.
+
+    >>> _in_options('`by` should be larger. Found a layer. Choose by="model".', ScoreName.ANGLES)
+    '`--by` should be larger. Found a layer. Choose --by model.'
+    """
+    of_words = {"`by` should ": "`--by` should "}
+    if BETWEEN in score.takes:
+        of_words["`source` should be one of "] = f"`{BETWEEN}` should be two of "
+    for word, option in of_words.items():
+        if refusal.startswith(word):
+            return re.sub(r'\bby="(\w+)"', r"--by \1", option + refusal.removeprefix(word))
+    return None
 
 
 def _pair(between: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geffect.drafts import write_whole
+from geffect.numbers import counted
 
 from .options import Medium
 from .terminal import say, say_marked, show
@@ -104,7 +105,7 @@ def say_memory(subject: "Pretrained", workers: int, console: "Console") -> None:
     needed = workers * sum(estimate.values())
     say(
         console,
-        f"Memory: about {memory.gib(needed)} for {workers} worker{'s' * (workers > 1)}, "
+        f"Memory: about {memory.gib(needed)} for {counted(workers, 'worker')}, "
         f"{memory.gib(there)} are free. Of each:",
     )
     for purpose, count in estimate.items():

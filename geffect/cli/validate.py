@@ -4,6 +4,8 @@ from dataclasses import asdict
 
 import typer
 
+from geffect.numbers import counted
+
 from .options import FactsFormat, FactsFormatOption
 from .selection import RunArgument
 from .terminal import say, terminal, write_json
@@ -18,6 +20,6 @@ def command(run: RunArgument, form: FactsFormatOption = FactsFormat.TEXT) -> Non
         write_json({**asdict(health), "whole": health.whole})
     else:
         console, verdict = terminal(), "whole" if health.whole else "damaged"
-        say(console, f"{run}: {verdict}, {health.steps} steps")
+        say(console, f"{run}: {verdict}, {counted(health.steps, 'step')}")
         say(console, *(f"  {sentence}" for sentence in (*health.problems, *health.remarks)))
     raise typer.Exit(code=0 if health.whole else 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from geffect.numbers import counted
+
 from .watch_courses import Course, Floats
 from .watch_planned import RECENT
 
@@ -93,7 +95,7 @@ class View:
 
     @property
     def _counted(self) -> str:
-        steps = f"{len(self.steps)} step{'' if len(self.steps) == 1 else 's'}"
+        steps = counted(len(self.steps), "step")
         return f"{steps} of {self.planned} planned" if self.planned else steps
 
 

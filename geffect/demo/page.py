@@ -11,7 +11,7 @@ import pandas as pd
 
 from geffect.correlation import Correlation
 from geffect.drafts import write_whole
-from geffect.numbers import percent
+from geffect.numbers import counted, percent
 from geffect.text import in_markdown
 
 from .columns import COLUMNS, KEYS, OF_AN_AUDIT
@@ -171,7 +171,7 @@ def study_page(summary: Mapping[str, Any]) -> str:
     sections = [
         _title(summary),
         f"`{command(summary)}` wrote this page. Do not edit it.",
-        f"{_counted(len(runs), 'run')}{' and ' + _counted(len(edits), 'edit') if edits else ''} "
+        f"{counted(len(runs), 'run')}{' and ' + counted(len(edits), 'edit') if edits else ''} "
         f"with {_seeds(summary)}; "
         f"{', '.join(f'{package} {number}' for package, number in summary['versions'].items())}.",
         *_missing(summary),
@@ -372,10 +372,6 @@ def _title(summary: Mapping[str, Any]) -> str:
     if compares_with_hiding(summary):
         return "# The study of what hides"
     return "# The study of relearned copies" if asks_what_hides(summary) else "# The study"
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _seeds(summary: Mapping[str, Any]) -> str:

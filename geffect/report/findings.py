@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
-from geffect.numbers import percent
+from geffect.numbers import counted, percent
 from geffect.scores import blocks_of
 from geffect.store.background import waited_for_disk
 
@@ -181,6 +181,6 @@ def _waited(read: Read) -> Iterator[str]:
         return
     seconds, rows = told
     yield (
-        f"Training waited {seconds:.3g} s for the disk over {rows} rows with gradients that are "
-        f"kept, of {last(read.run.column('wall_seconds')):.3g} s that the run took."
+        f"Training waited {seconds:.3g} s for the disk over {counted(rows, 'row')} with gradients "
+        f"that are kept, of {last(read.run.column('wall_seconds')):.3g} s that the run took."
     )

@@ -13,7 +13,7 @@ from typer.main import get_command
 from geffect import Recorder, Rectifier
 from geffect.cli.main import app
 from geffect.cli.plot import Kind
-from geffect.cli.selection import OF_SOME, ScoreName
+from geffect.cli.selection import OF_SOME, By, ScoreName
 from tests.utils.command_line import Answer, Ask
 
 OPTIONS: dict[str, list[str]] = {
@@ -109,6 +109,39 @@ def test_a_picture_is_of_the_score_or_is_refused(
         assert f"Found `--kind {kind}` with `--score {score}`." in said.err
 
 
+@pytest.mark.parametrize(("kind", "by"), list(product(Kind, By)))
+def test_what_refuses_blocks_names_the_option(
+    ask: Ask,
+    partly_stepped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+    by: By,
+) -> None:
+    monkeypatch.setattr("geffect.plots.figures.save", lambda *_, **__: None)
+    told = ["plot", partly_stepped, "-o", tmp_path / "picture.png", "--kind", kind, "--by", by]
+    said = ask(*told)
+    if said.code:
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert said.err.startswith("geffect: `--by` should ")
+        assert "--by model" in said.err or "--by layer" in said.err
+        assert "`table`" not in said.err and "by=" not in said.err
+    if kind in ("walk", "accumulated", "angles") and by is By.LAYER:
+        assert said.code == 2 and ask(*told, "--layers", "0").code == 0
+
+
+def test_a_gradient_that_is_not_there_is_one_of_its_option(
+    ask: Ask, partly_stepped: Path, tmp_path: Path
+) -> None:
+    between = ["--between", "moon,retain"]
+    for score in (s for s in ScoreName if "--between" in s.takes):
+        for command in (["scores"], ["plot", "-o", tmp_path / "picture.png"]):
+            said = ask(*command, partly_stepped, "--score", score, *between)
+            assert (said.code, said.out) == (2, "")
+            assert said.err.startswith("geffect: `--between` should be two of objective, forget")
+            assert "Found `moon`." in said.err
+
+
 @pytest.mark.parametrize("score", ScoreName)
 def test_an_option_changes_the_picture_or_is_refused(
     ask: Ask,
@@ -148,7 +181,7 @@ def test_what_is_near_to_a_misspelt_name_is_told(
     ask: Ask, partly_stepped: Path, told: list[str], says: str
 ) -> None:
     said = ask("scores", partly_stepped, *told)
-    assert (said.code, said.out) == (2 if "," not in told[-1] else 1, "")
+    assert (said.code, said.out) == (2, "")
     assert says in said.err and said.err.count("\n") == 1
 
 

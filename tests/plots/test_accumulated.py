@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from geffect.plots import accumulated
 from geffect.plots.inks import NAMED
-from tests.utils.pictures import risen
+from geffect.plots.long import rolling_median, window
+from tests.utils.pictures import long_walk, of_two_blocks, risen
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -42,7 +43,24 @@ def test_a_gap_of_more_than_all_that_was_measured_is_told_in_both_numbers() -> N
     table.loc[own & last & (table["how"] == "predicted"), "value"] = 0.0512
     table.loc[own & last & (table["how"] == "measured"), "value"] = -0.00193
     table.loc[own & last, "gap"] = 27.5
-    assert drawn(table).texts[0].get_text().splitlines()[2] == "retain 0.051 for -0.0019"
+    assert (
+        drawn(table).texts[0].get_text().splitlines()[2]
+        == "retain 0.051 predicted, -0.0019 measured"
+    )
+
+
+def test_of_a_long_run_the_rolling_median_of_what_was_measured_is_drawn() -> None:
+    ax = drawn(long_walk())
+    _, median, faint, *_ = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    rolled = rolling_median(pd.Series(faint.get_ydata()), window(500))
+    assert np.array_equal(median.get_ydata(), rolled, equal_nan=True)
+    assert faint.get_alpha() < 0.5 and median.get_color() == faint.get_color()
+    assert ax.get_title(loc="right").endswith(f"dashed: median of {window(500)} steps")
+
+
+def test_several_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of one block\. Found 2, among them embedding, head"):
+        drawn(of_two_blocks())
 
 
 def test_steps_in_any_order_are_drawn_in_theirs() -> None:

@@ -23,7 +23,7 @@ def words(ax: Axes) -> dict[tuple[int, int], str]:
 def test_every_pair_stands_in_its_cell_and_lengths_on_the_diagonal() -> None:
     found = words(drawn(angles_of_a_step()))
     assert found[1, 0] == found[0, 1] == "-0.80" and found[2, 1] == "0.40"
-    assert [found[i, i] for i in range(3)] == ["|g| 2", "|g| 3", "|g| 4"]
+    assert [found[i, i] for i in range(3)] == ["|g|\n2", "|g|\n3", "|g|\n4"]
 
 
 def test_of_several_steps_it_is_the_median() -> None:
@@ -32,8 +32,12 @@ def test_of_several_steps_it_is_the_median() -> None:
         one.assign(step=s, value=v, length=10.0 * s) for s, v in ((1, 0.1), (2, 0.9), (3, 0.2))
     ]
     ax = drawn(pd.concat(steps))
-    assert words(ax)[1, 0] == "0.20" and words(ax)[0, 0] == "|g| 20"
+    assert words(ax)[1, 0] == "0.20" and words(ax)[0, 0] == "|g|\n20"
     assert ax.get_title(loc="right") == "median of 3 steps"
+
+
+def test_no_cosine_is_written_as_minus_zero() -> None:
+    assert words(drawn(angles_of_a_step().assign(value=-0.002)))[1, 0] == "0.00"
 
 
 def test_what_is_undefined_is_grey_and_has_no_words() -> None:

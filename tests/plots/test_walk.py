@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from geffect.plots import walk
+from geffect.plots.long import rolling_median, window
 from geffect.scores import stack
-from tests.utils.pictures import risen
+from tests.utils.pictures import long_walk, of_two_blocks, risen
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -47,6 +48,21 @@ def test_the_end_is_marked_where_the_last_value_is_known() -> None:
     table.loc[table["step"] == table["step"].max(), "value"] = np.nan
     ends = [line for line in drawn(table).lines if line.get_marker() == "o"]
     assert len(ends) == 2 and all(np.isfinite(end.get_xdata()).all() for end in ends)
+
+
+def test_of_a_long_run_the_rolling_median_stands_before_all_that_was_measured() -> None:
+    ax = drawn(long_walk())
+    predicted, faint, median = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    for axis in ("get_xdata", "get_ydata"):
+        rolled = rolling_median(pd.Series(getattr(faint, axis)()), window(500))
+        assert np.array_equal(getattr(median, axis)(), rolled, equal_nan=True)
+    assert faint.get_alpha() < 0.5 and predicted.get_alpha() is None
+    assert ax.get_title(loc="right").endswith(f"measured: median of {window(500)} steps")
+
+
+def test_several_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"of one block\. Found 2, among them embedding, head"):
+        drawn(of_two_blocks())
 
 
 def test_a_table_without_a_risk_and_one_of_two_columns_of_names_are_refused() -> None:

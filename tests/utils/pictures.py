@@ -152,6 +152,24 @@ def risen() -> pd.DataFrame:
     return said(pd.DataFrame(rows), Score("rise of the risk", PER_TOKEN))
 
 
+def long_walk(steps: int = 500) -> pd.DataFrame:
+    """The rises of two risks over many steps, measured on a batch of its own at each."""
+    draw, rise = np.random.default_rng(0), np.linspace(0, 3, steps)
+    rows = [
+        {"step": step, "model": "model", "risk": risk, "how": how, "value": value, "gap": 0.1}
+        for risk in ("forget", "retain")
+        for how, noise in (("predicted", 0.0), ("measured", 0.4))
+        for step, value in enumerate(rise + noise * draw.normal(size=steps))
+    ]
+    return said(pd.DataFrame(rows), Score("rise of the risk", PER_TOKEN))
+
+
+def of_two_blocks() -> pd.DataFrame:
+    """The rises of two risks in two blocks."""
+    rises = [risen().drop(columns="model").assign(layer=name) for name in ("embedding", "head")]
+    return pd.concat(rises, ignore_index=True)
+
+
 def conflicts() -> pd.DataFrame:
     values = np.random.default_rng(0).integers(0, 2, (len(STEPS), len(LAYERS))).astype(float)
     values[3, 4] = np.nan
