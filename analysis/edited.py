@@ -17,6 +17,9 @@ RISKS, TOUCHED = "edit", "touched"
 
 MODEL = "model"
 
+ROUNDING = 1e-6
+"""Nats per token that a difference of two losses in float32 does not tell."""
+
 
 def edited(run: Run, by: By = "layer") -> pd.DataFrame:
     """What an edit does to each risk, block by block, in nats per token.
@@ -59,6 +62,34 @@ def edited(run: Run, by: By = "layer") -> pd.DataFrame:
     table["risk"] = pd.Categorical(table["risk"], categories=[*measured], ordered=True)
     table[column] = pd.Categorical(table[column], categories=order, ordered=True)
     return table
+
+
+def beyond_first_order(table: pd.DataFrame) -> list[str]:
+    """A sentence for each risk of which first order leaves more than half untold.
+
+    That is where |measured - predicted|, the share of second and higher orders, is more than half
+    of the larger of the two: they differ by more than a factor of two, or in their signs.
+
+    >>> table = pd.DataFrame({"risk": ["forget", "retain"], "predicted": [-0.1, 0.2],
+    ...                       "measured": [-0.11, -0.5]})
+    >>> [sentence.partition(": ")[2][:60] for sentence in beyond_first_order(table)]
+    ['it predicts a fall by 0.2 nats per token, and a rise by 0.5 ']
+    """
+    sentences = []
+    for row in table[table["measured"].notna()].to_dict("records"):
+        predicted, measured = float(row["predicted"]), float(row["measured"])
+        untold = abs(measured - predicted)
+        if untold > max(ROUNDING, 0.5 * max(abs(measured), abs(predicted))):
+            sentences.append(
+                f"First order does not tell what the edit does to the {row['risk']} risk: it "
+                f"predicts a {_moved(predicted)} nats per token, and a {_moved(measured)} was "
+                "measured. Believe what was measured."
+            )
+    return sentences
+
+
+def _moved(fall: float) -> str:
+    return f"{'rise' if fall < 0 else 'fall'} by {abs(fall):.4g}"
 
 
 def _measured(run: Run) -> dict[str, float]:

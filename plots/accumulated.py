@@ -78,7 +78,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     return ax
 
 
-def _measured(ax: Axes, measured: pd.DataFrame, over: int, colour: str) -> None:
+def _measured(ax: Axes, measured: pd.DataFrame, over: int, colour: Any) -> None:
     """A point a step; of a long run faint ones, with their rolling median before them."""
     steps, values = measured["step"].to_numpy(), measured["value"].astype(float)
     crowd: dict[str, Any] = {"markerfacecolor": "white", **strokes(markersize=2.6)}

@@ -158,6 +158,8 @@ def edit_of(ctx: typer.Context, name: str) -> "Edit":
 
 
 def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console") -> None:
+    from geffect.analysis.edited import beyond_first_order
+
     risks = [*table["risk"].cat.categories]
     space = "factors of adapters" if told["space"] == "adapter" else "weights"
     say(console, f"{told['name']} of {space}: predicted falls of the risks, in nats per token")
@@ -177,6 +179,7 @@ def _summarise(table: "pd.DataFrame", told: Mapping[str, Any], console: "Console
     rows.append(["measured", *(f"{measured[risk]:.4g}" for risk in risks), "", ""])
     headings = ["layer", *risks, "|D|", "touched"]
     show(console, headings, rows, names=["layer"], spare=["|D|", "touched"])
+    say(console, *beyond_first_order(table))
     for name, value in told["facts"].items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{_told(count)} of {part}" for part, count in value.items())

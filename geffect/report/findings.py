@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from geffect.analysis.edited import RISKS, TOUCHED, beyond_first_order, edited
 from geffect.numbers import counted, percent
 from geffect.scores import blocks_of
 from geffect.store.background import waited_for_disk
@@ -40,7 +41,7 @@ _FIRSTS: tuple[tuple[str, Callable[[Read], float], bool, Callable[[float], str]]
 
 def findings(read: Read) -> list[str]:
     """Sentences on what a run did to the risks, where, how often against what should stay."""
-    said = (_risks, _harm, _where, _rates, _rectified, _waited)
+    said = (_risks, _harm, _where, _rates, _rectified, _edited, _waited)
     return [sentence for say in said for sentence in say(read)]
 
 
@@ -147,6 +148,11 @@ def _rectified(read: Read) -> Iterator[str]:
             f"To first order all updates together {_moved(-applied)} the retain risk by "
             f"{abs(applied):.4g} nats per token.{_measured(read, -applied)}"
         )
+
+
+def _edited(read: Read) -> Iterator[str]:
+    if {RISKS, TOUCHED} <= {*read.run.tables}:
+        yield from beyond_first_order(edited(read.run, by="model"))
 
 
 def _measured(read: Read, told: float) -> str:

@@ -80,6 +80,28 @@ def test_an_edit_and_every_command_that_reads_its_run(
     assert (tmp_path / "run.png").stat().st_size and (tmp_path / "run.html").stat().st_size
 
 
+def test_what_first_order_does_not_tell_is_said_with_both_numbers(
+    edit: Ask, ask: Ask, tmp_path: Path
+) -> None:
+    """By the command and by the page of its run, of the risks of which that holds alone."""
+    code, out, _ = edit("--fraction", "0.6", "--dampening", "0.01")
+    assert code == 0
+    own = edited(open_run(tmp_path / "out" / "edit.h5"), by="model")
+    assert ask("report", tmp_path / "out" / "edit.h5", "-o", tmp_path / "run.html")[0] == 0
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    far = 0
+    for _, risk, _, predicted, measured, *_ in own.itertuples():
+        same_sign = predicted * measured > 0
+        ratio = max(predicted / measured, measured / predicted) if same_sign else 0
+        start = f"First order does not tell what the edit does to the {risk} risk"
+        assert (start in out) == (start in page) == (not same_sign or ratio > 2)
+        if start in out:
+            far += 1
+            (line,) = [line for line in out.splitlines() if line.startswith(start)]
+            assert f"{abs(predicted):.4g} nats" in line and f"{abs(measured):.4g} was" in line
+    assert far
+
+
 def test_the_table_for_a_script(edit: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = LlamaForCausalLM.save_pretrained
 
