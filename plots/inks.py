@@ -123,6 +123,21 @@ def marks_of(names: Sequence[str], by: str) -> dict[str, Ink]:
     }
 
 
+STRENGTH: Colormap = mpl.colormaps["magma"]
+
+
+def strength_colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour a setting of one option, from light at the smallest to dark at the largest.
+
+    Not the sequence of the layers. The lightest part, which is hard to see on white, is left out.
+
+    >>> strength_colours(["beta 0.1", "beta 0.5"])
+    {'beta 0.1': '#fb8761', 'beta 0.5': '#231151'}
+    """
+    shares = np.linspace(0.15, 0.75, len(names))[::-1]
+    return {name: to_hex(STRENGTH(share)) for name, share in zip(names, shares, strict=True)}
+
+
 def depth_colours(blocks: Sequence[str]) -> dict[str, str]:
     """A colour a block, from dark at the input to light at the output.
 

@@ -14,6 +14,7 @@ from .conventions import Draws
 from .figures import figure_of
 from .fit import levels
 from .half_spaces import half_spaces
+from .inks import strength_colours
 from .lines import trajectory
 from .metrics import metrics
 from .sheet import facets
@@ -61,8 +62,13 @@ def figure_4(table: pd.DataFrame) -> Figure:
 
 
 def figure_5a(table: pd.DataFrame) -> Figure:
-    """A figure of the mean weight that NPO gives its samples, a line for each beta."""
-    return _alone(trajectory, table, title="NPO")
+    """A figure of the mean weight that NPO gives its samples, a line for each beta.
+
+    A darker line is of a later setting; `geffect figures` puts the largest beta last.
+    """
+    return _alone(
+        trajectory, table, title="NPO", palette=strength_colours(levels(table["setting"]))
+    )
 
 
 def figure_5b(table: pd.DataFrame) -> Figure:

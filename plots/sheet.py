@@ -22,6 +22,12 @@ from .style import is_narrow, medium, points
 from .words import heading, level_headings, longest
 from .words import title as put_title
 
+TALLEST = 9.0
+"""Inches of a page that a picture may take."""
+
+LOWEST = 1.4
+"""Inches of a panel, with what is written around it, in which something is read."""
+
 
 def facets(
     table: pd.DataFrame,
@@ -56,6 +62,9 @@ def facets(
     units = max(len(units_in(table[table[by].astype(str) == name])) for name in names)
     further = max(units - 1, 0)  # scales on the right of each panel
     figure = new_figure((2.9 + 2 * SIDE * further) * wide + 1.4, (2.7 + 0.6 * further) * tall + 0.5)
+    if medium():  # panels are less tall before they stand on two pages
+        least = LOWEST * tall
+        figure.set_figheight(min(figure.get_figheight(), max(TALLEST, least)))
     # A colour belongs to a name; categories keep it where a panel lacks some of the names.
     kept = {
         column: pd.Categorical(table[column].astype(str), those, ordered=True)

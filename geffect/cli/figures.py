@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from geffect.drafts import write_whole
-from geffect.numbers import counted
+from geffect.numbers import counted, is_number
 
 from .options import Medium, check_output, choice
 from .paper_figures import Kind, PaperFigure, figures
@@ -162,8 +162,26 @@ def _made(figure: PaperFigure, given: Sequence[Given]) -> Made:
         (file, why), *others = lacking.items()
         and_more = f" The same goes for {counted(len(others), 'run')} more." if others else ""
         return Made(figure, why=f"{file}: {why}{and_more}")
+    tables = _by_options(tables)
     runs = [one for one, _ in tables]
     return Made(figure, runs, _stacked(figure, tables), left_out=lacking)
+
+
+def _by_options(
+    tables: Sequence[tuple[Given, "pd.DataFrame"]],
+) -> list[tuple[Given, "pd.DataFrame"]]:
+    """The tables of an objective by its options, smaller ones first; objectives as they came."""
+    came: dict[str, int] = {}
+    for one, _ in tables:
+        came.setdefault(one.setting.name, len(came))
+
+    def place(told: tuple[Given, "pd.DataFrame"]) -> tuple[int, list[tuple[bool, Any]]]:
+        setting = told[0].setting
+        options = setting.options.values()
+        values = [(False, of) if is_number(of) else (True, str(of)) for of in options]
+        return came[setting.name], values
+
+    return sorted(tables, key=place)
 
 
 def _why(kind: Kind, given: Sequence[Given], of_kind: Sequence[Given]) -> str:

@@ -207,6 +207,21 @@ def test_runs_that_differ_in_nothing_told_have_names_of_their_own(
     assert len(set(named(files[0], same))) == 2
 
 
+def test_settings_stand_in_the_order_of_their_options(tmp_path: Path) -> None:
+    """Numbers as numbers, whatever order the shell lists their files in."""
+    runs = [
+        run(tmp_path / f"{beta}.h5", "npo", options={"beta": beta}, weights={"weight": 1.0})
+        for beta in (0.5, 10.0, 2.0)
+    ]
+    found = made(*runs)
+    for name in ("figure-4", "figure-5a"):
+        settings = [*found[name].table["setting"].cat.categories]
+        assert settings == ["beta 0.5", "beta 2", "beta 10"]
+        assert [given.file for given in found[name].runs] == ["0.5.h5", "2.0.h5", "10.0.h5"]
+    mixed = made(run(tmp_path / "rr.h5", "ga+rr"), run(tmp_path / "kl.h5", "ga+kl"))
+    assert [given.file for given in mixed["regularisers"].runs] == ["rr.h5", "kl.h5"]
+
+
 def test_seeds_of_one_setting_are_a_line_with_a_band(tmp_path: Path) -> None:
     tables = [{METRICS: {"metric": ["utility"], "value": np.array([v])}} for v in (0.25, 0.75)]
     runs = [

@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Wedge
 
 from geffect.plots import half_spaces, metrics, style
-from geffect.plots.paper import inverse_confidence
+from geffect.plots.paper import figure_5a, inverse_confidence
 from geffect.scores import WEIGHT, Score, stack, tidy
 from tests.utils.pictures import angles_of_a_step, measured
 
@@ -95,6 +96,19 @@ def test_settings_of_one_objective_share_a_colour_and_no_dashes() -> None:
     assert len(set.union(*of_objective.values())) == len(of_objective) == 5
     looks = {(line.get_color(), str(line._dash_pattern)) for line in drawn.values()}
     assert len(looks) == len(names) == 13 and ax.get_title(loc="left") == ""
+
+
+def test_a_larger_option_has_a_darker_line() -> None:
+    one = tidy(
+        np.array([[1.0], [0.5]]), Score("mean weight of a sample"), steps=np.array([0, 5]),
+        blocks=["model"], by="model",
+    )  # fmt: skip
+    names = [f"beta {beta}" for beta in (0.05, 0.1, 0.5, 5)]
+    (ax,) = figure_5a(stack(dict.fromkeys(names, one), "setting")).axes
+    drawn = {line.get_label(): line for line in ax.lines if line.get_label() in names}
+    lightness = [sum(to_rgb(drawn[name].get_color())) for name in names]
+    assert [*drawn] == names and lightness == sorted(lightness, reverse=True)
+    assert min(-np.diff(lightness)) > 0.2
 
 
 def test_a_table_has_each_number_in_its_place() -> None:

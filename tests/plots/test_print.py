@@ -13,7 +13,10 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from geffect import plots
-from tests.utils.pictures import EXAMPLES, PRINTED, two_units
+from geffect.plots import facets, style, trajectory
+from geffect.plots.sheet import LOWEST, TALLEST
+from geffect.scores import stack
+from tests.utils.pictures import EXAMPLES, PRINTED, grown, two_units
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -192,3 +195,13 @@ def test_maps_of_two_units_have_a_scale_each_in_a_column_too() -> None:
         figure = plots.facets(two_units(), plots.heatmap, "effect")
     said = [ax.get_xlabel() for ax in figure.axes if "nats" in ax.get_xlabel()]
     assert sorted("per token" in label for label in said) == [False, True]
+
+
+@pytest.mark.parametrize(("panels", "height"), [(2, None), (6, TALLEST), (9, 9 * LOWEST)])
+def test_panels_below_each_other_take_a_page_while_they_can_be_read(
+    panels: int, height: float | None
+) -> None:
+    table = stack({f"{n}": grown(-1) for n in range(panels)}, "run")
+    with style("column"):
+        figure = facets(table, trajectory, "run")
+    assert figure.get_figheight() == height if height else figure.get_figheight() < TALLEST
