@@ -8,7 +8,7 @@ from geffect.audit.came_back import BACK, shares_of_facts
 from geffect.audit.page import LISTED, page
 from geffect.audit.table import per_item
 from geffect.audit.verdict import TOLD_APART
-from tests.utils.audit_reports import report
+from tests.utils.audit_reports import SHARES, report
 
 INT4, NLL = ("hidden", "rounding to int4"), ("memorised", "nll")
 SHOWN, RECOGNISED = ("hidden", "recognition, retain shown for 20 steps"), ("hidden", "recognition")
@@ -78,7 +78,7 @@ def test_what_was_not_attacked_or_is_not_judged_is_refused(attack: str) -> None:
 
 
 def page_of(items: pd.DataFrame) -> str:
-    told = report()
+    told = report(SHARES)
     told.judgement.attack = INT4[1]
     told.items = items
     told.texts = {item: (f"question {item}?", f"answer {item}") for item in range(40)}

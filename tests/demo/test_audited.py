@@ -2,16 +2,19 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from transformers import PreTrainedModel
 
 from geffect.audit.beside import Beside
 from geffect.audit.verdict import EXIT_CODES
-from geffect.demo.audited import BATTERIES, BENIGN, BUDGET, audited_sets
+from geffect.demo import audited
+from geffect.demo.audited import BATTERIES, BENIGN, audited_sets
 from geffect.demo.corpus import generate
 from geffect.demo.jobs import KINDS, Kept, Probing, Reading, Training, Unlearning
 from geffect.demo.methods import EQUAL, VARIANTS, RunSpec
@@ -22,6 +25,14 @@ from tests.utils.models import bits
 from tests.utils.subject import TINY
 
 SMALL = replace(TINY, few_heldout=1)
+BUDGET = replace(audited.BUDGET, taught=(1,), kept=4, said=2)
+"""What stays is looked at less than in a study: here an audit is held against another one."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _budget() -> Iterator[None]:
+    with patch.object(audited, "BUDGET", BUDGET):
+        yield
 
 
 def say(done: float, says: str) -> None:
@@ -44,20 +55,20 @@ def test_the_model_at_the_level_is_audited(out: Path, monkeypatch: pytest.Monkey
     level = json.loads((out / "results" / "gold-seed0.json").read_text())["result"]["forget_nll"]
     spec = RunSpec(EQUAL, "ga", "plain", 3e-3, 1)
     job = Unlearning(out, 0, spec, VARIANTS["plain"], {"forget_nll": level}, SMALL, audit=True)
-    audited: list[PreTrainedModel] = []
+    models: list[PreTrainedModel] = []
     of_all = Beside.audited
 
     def seen(self: Beside, model: Any, *others: Any) -> Any:
         before = bits(model)
         found = of_all(self, model, *others)
         assert bits(model) == before
-        audited.append(copy.deepcopy(model))
+        models.append(copy.deepcopy(model))
         return found
 
     monkeypatch.setattr(Beside, "audited", seen)
     at_level = job.run(say)["at_level"]
     monkeypatch.undo()
-    (model,) = audited
+    (model,) = models
     original, retrained = (SMALL.load(out / "models" / f"{kind}-seed0") for kind in KINDS)
     sets = audited_sets(generate(0, SMALL.corpus), original[1], 0)
     rate = SMALL.unlearning.relearning_rate

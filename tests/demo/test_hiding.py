@@ -34,7 +34,7 @@ def unlearned(
     def run(name: str, levels: dict[str, float], **changed: Any) -> dict[str, Any]:
         model = copy.deepcopy(subject[0])
         variant = {**RIVALS, **HIDING}[name]
-        config = replace(TINY.unlearning, attack_steps=(1, 2), teaching_steps=2, **changed)
+        config = replace(TINY.unlearning, **changed)
         spec = RunSpec(EQUAL, "wga", name, variant.learning_rates[0], 1)
         file = folder / f"{name}.h5"
         told = unlearn(model, subject[1], spec, variant, config, levels, file, lambda *_: None)

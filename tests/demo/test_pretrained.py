@@ -64,8 +64,8 @@ def llama(vocabulary: int) -> LlamaForCausalLM:
 
 
 def subject(folder: Path, **options: Any) -> Pretrained:
-    """A subject that a random model can learn a little as, in a second."""
-    return Pretrained(
+    """A subject that a random model can learn a little as, in a second, and is attacked as fast."""
+    made = Pretrained(
         str(folder),
         corpus=SIZE,
         few_heldout=1,
@@ -75,6 +75,8 @@ def subject(folder: Path, **options: Any) -> Pretrained:
         warmup=2,
         **options,
     )
+    attacked = replace(made.unlearning, relearning_steps=2, teaching_steps=2)
+    return replace(made, unlearning=attacked)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ ROWS: list[Row] = [
     ("utility", "es", "world", "unlearned", 0.3),
 ]
 
+SHARES = [row for row in ROWS if row[0].endswith("share")]
+"""They make one picture; what a page says beside its pictures needs no more."""
+
 
 def table(rows: list[Row] = ROWS) -> pd.DataFrame:
     return pd.DataFrame(

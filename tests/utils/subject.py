@@ -10,7 +10,16 @@ from geffect.demo.data import Data
 
 TINY = EmbeddedConfig(
     corpus=Size(authors=3, forget=1, heldout=1, world=8),
-    unlearning=UnlearningConfig(forget_batch=5, retain_batch=5, world_batch=4, most_steps=40),
+    unlearning=UnlearningConfig(
+        forget_batch=5,
+        retain_batch=5,
+        world_batch=4,
+        most_steps=40,
+        relearning_steps=2,
+        teaching_steps=2,
+        attack_steps=(1, 2),
+        savings_steps=2,
+    ),
     layers=1,
     hidden=48,
     heads=2,
