@@ -1,6 +1,7 @@
 """The gap to approximate retraining, against loops over tokens and draws."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +26,24 @@ def record(seed: int, subjects: list[str], *, empty: int | None = None) -> Token
     return TokenTable(pd.DataFrame(told), tuple(subjects), vocabulary=9)
 
 
-def of_drawn(table: TokenTable, subjects: list[Any]) -> tuple[float, float]:
+def by_subject(table: TokenTable) -> dict[Any, list[dict[Hashable, Any]]]:
+    """The tokens of each subject."""
+    rows = table.tokens.to_dict("records")
+    return {
+        subject: [row for row in rows if table.subjects[row["item"]] == subject]
+        for subject in dict.fromkeys(table.subjects)
+    }
+
+
+def of_drawn(
+    tokens: dict[Any, list[dict[Hashable, Any]]], subjects: list[Any]
+) -> tuple[float, float]:
     """Accuracy and perplexity of the tokens of some subjects, each as often as it is drawn."""
     right, log_p = [], []
     for subject in subjects:
-        for row in table.tokens.to_dict("records"):
-            if table.subjects[row["item"]] == subject:
-                right.append(row["right"])
-                log_p.append(row["logprob"])
+        for row in tokens[subject]:
+            right.append(row["right"])
+            log_p.append(row["logprob"])
     if not right:
         return math.nan, math.nan
     return sum(right) / len(right), math.exp(-sum(log_p) / len(log_p))
@@ -43,7 +54,7 @@ def test_it_is_that_of_loops_over_tokens(empty: int | None) -> None:
     unseen, forget = record(0, OTHERS), record(1, AUTHORS, empty=empty)
     found = retraining_gap(unseen, forget).set_index("metric")
     for of, name in ((unseen, "unseen"), (forget, "forget")):
-        accuracy, expected = of_drawn(of, [*dict.fromkeys(of.subjects)])
+        accuracy, expected = of_drawn(by_subject(of), [*dict.fromkeys(of.subjects)])
         assert found.loc["accuracy", name] == pytest.approx(accuracy)
         assert found.loc["perplexity", name] == pytest.approx(expected)
     assert found["gap"].tolist() == (found["unseen"] - found["forget"]).tolist()
@@ -53,11 +64,11 @@ def test_the_interval_is_that_of_a_loop_over_draws_of_subjects() -> None:
     unseen, forget = record(2, OTHERS), record(3, AUTHORS)
     found = retraining_gap(unseen, forget, replicates=4000, level=0.8).set_index("metric")
     draw = np.random.default_rng(7)
+    sides = [(by_subject(unseen), [*"xyz"]), (by_subject(forget), [*"abc"])]
     gaps = []
     for _ in range(2000):
         drawn = [
-            of_drawn(of, draw.choice(names, len(names)).tolist())
-            for of, names in ((unseen, [*"xyz"]), (forget, [*"abc"]))
+            of_drawn(tokens, draw.choice(names, len(names)).tolist()) for tokens, names in sides
         ]
         gaps.append(np.subtract(*drawn))
     low, high = np.quantile(gaps, [0.1, 0.9], axis=0)
