@@ -1,5 +1,8 @@
 """`geffect info`: what a run file holds and where it comes from."""
 
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from textwrap import indent
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -95,12 +98,34 @@ def _said(value: object) -> str:
     if _are_tables(value):
         return "\n".join(map(_said, value))
     if isinstance(value, list):
-        return ", ".join(map(plain, value)) or "none"
+        return ", ".join(_spanned([*map(plain, value)])) or "none"
     if value is None:
         return "none"
     if isinstance(value, float):
         value = float(f"{value:.6g}")  # all digits are in the JSON
     return f"{value:,}" if is_whole(value) else plain(value)
+
+
+FEW = 8
+"""So many names that count on are listed one by one, more by the first and the last."""
+
+
+def _spanned(names: Sequence[str]) -> Iterator[str]:
+    """The names, with the first and the last in the place of many that count on.
+
+    >>> [*_spanned(["embedding", *(f"layer {n}" for n in range(60)), "head"])]
+    ['embedding', 'layer 0 to layer 59', 'head']
+    """
+
+    def beginning(numbered: tuple[int, str]) -> tuple[str, int] | str:
+        """What names that count on have in common: their words, and where they began to count."""
+        place, name = numbered
+        counted = re.fullmatch(r"(.*\D)(\d{1,9})", name)
+        return (counted[1], int(counted[2]) - place) if counted else name
+
+    for _, together in groupby(enumerate(names), key=beginning):
+        own = [name for _, name in together]
+        yield from [f"{own[0]} to {own[-1]}"] if len(own) > FEW else own
 
 
 def _line(name: str, value: object) -> str:

@@ -130,11 +130,13 @@ class Reports:
     def _drawn(self) -> "NDArray[np.uint8] | None":
         """The sheet of the run so far; None where it cannot be drawn, which is warned of once."""
         from geffect.analysis import g_effect
-        from geffect.plots import pixels, sheet
+        from geffect.plots import pixels, sheet, style
         from geffect.store import open_run
 
         try:
-            return pixels(sheet(g_effect(open_run(self._path), by=self._asked.by)))
+            # Trackers show a picture in a card, or on a phone: text is large beside its width.
+            with style("page"):
+                return pixels(sheet(g_effect(open_run(self._path), by=self._asked.by)), dpi=200)
         except Exception as error:  # training goes on without a picture
             if not self._failed:
                 log.warning("No sheet goes to the trackers, since it cannot be drawn: %s", error)

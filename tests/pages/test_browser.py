@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -139,3 +140,32 @@ def test_the_page_of_a_study_fits_and_is_printed_whole(chromium: Browser, quick_
     for table in Page(path.read_text(encoding="utf-8")).tables:
         for cell in (cell for row in table for cell in row):
             assert re.sub(r"\s+", "", cell) in printed, cell
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_table_that_goes_on_behind_an_edge_has_a_shadow_there(
+    chromium: Browser, wide: Path, dark: bool
+) -> None:
+    def shadows(scrolled: int, columns: int = len(HEADS)) -> tuple[bool, bool]:
+        """Whether the left and the right edge are of another colour than the paper."""
+        chromium.open(wide, width=390, dark=dark)
+        left, top, right = chromium.run(
+            """
+            document.querySelector("details").open = true;
+            const table = document.querySelector(".wide");
+            for (const row of table.querySelectorAll("tr"))
+                while (row.cells.length > args[1]) row.deleteCell(-1);
+            table.scrollLeft = args[0];
+            await new Promise(requestAnimationFrame);
+            const box = table.getBoundingClientRect();
+            return [box.left, box.top + scrollY, box.right];
+            """,
+            scrolled,
+            columns,
+        )
+        shown = chromium.pixels(left, top + 2, right - left, 2).astype(int)
+        paper = chromium.pixels(1, 1, 1, 1)[0, 0]
+        return tuple(bool(np.abs(shown[0, x] - paper).max() > 8) for x in (0, -1))
+
+    assert [shadows(0), shadows(300), shadows(9999)] == [(False, True), (True, True), (True, False)]
+    assert shadows(0, columns=1) == (False, False)

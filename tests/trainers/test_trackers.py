@@ -144,7 +144,8 @@ def test_tensorboard_has_the_sheet_as_an_image(tmp_path: Path, board: Path) -> N
         (tmp_path / "one.png").write_bytes(image.encoded_image_string)
         pixels = np.asarray(Image.open(tmp_path / "one.png"))
         assert pixels.shape == (image.height, image.width, 3)
-        assert image.width > 1000 and 0.5 < (pixels == 255).mean() < 0.99, "it is drawn, on white"
+        assert image.width == 200 * 6.9, "text of 7 points on a page, wherever it is shown"
+        assert 0.5 < (pixels == 255).mean() < 0.99, "it is drawn, on white"
 
 
 def test_wandb_has_scores_and_sheet(tmp_path: Path) -> None:

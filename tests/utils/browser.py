@@ -1,6 +1,7 @@
 """Chromium without a window, driven by its own driver; nothing is downloaded."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
 QUIET = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -54,6 +58,13 @@ class Browser:
             button = {} if kind == "moved" else {"button": "left", "clickCount": 1}
             self._tell("Input.dispatchMouseEvent", type=f"mouse{kind.capitalize()}", x=x, y=y,
                        buttons=int(kind == "pressed"), **button)  # fmt: skip
+
+    def pixels(self, left: float, top: float, width: float, height: float) -> NDArray[np.uint8]:
+        """What a rectangle of the window shows, as UInt8[row, column, colour]."""
+        clip = {"x": left, "y": top, "width": width, "height": height, "scale": 1}
+        told = self._tell("Page.captureScreenshot", format="png", clip=clip)
+        drawn = Image.open(io.BytesIO(base64.b64decode(told["data"]))).convert("RGB")
+        return np.asarray(drawn)
 
     def console(self) -> list[str]:
         """What went wrong, by the console."""
