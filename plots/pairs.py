@@ -10,6 +10,7 @@ from geffect.scores import score_of
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
+from .fit import levels
 from .frames import colours_of
 from .legends import colour_bar
 from .style import points
@@ -41,9 +42,11 @@ def pairs(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
             "`table` should have one row for each two requests. Found several, of other blocks or "
             "quantities. Choose, say, table[table['quantity'] == 'cosine'] of by=\"model\"."
         )
-    grid = table.pivot(index="request", columns="other", values="value")
-    cells = np.ma.masked_invalid(grid.to_numpy(dtype=float))
-    later, earlier = [*map(str, grid.index)], [*map(str, grid.columns)]
+    # In the order of the requests, which a table that was read from a file does not say elsewhere.
+    later, earlier = levels(table["request"]), levels(table["other"])
+    named = table.astype({"request": str, "other": str})
+    grid = named.pivot(index="request", columns="other", values="value")
+    cells = np.ma.masked_invalid(grid.reindex(index=later, columns=earlier).to_numpy(dtype=float))
     if ax is None:
         # The label of the scale is on its side, and the names below are slanted.
         tall = max(2.4, 0.4 * len(later)) + 0.05 * longest(earlier)

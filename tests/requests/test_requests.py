@@ -279,6 +279,17 @@ def test_pairs_are_drawn_with_their_numbers(three: Any) -> None:
         pairs(table)
 
 
+def test_requests_stand_in_their_order_whatever_their_names_are() -> None:
+    names = ["zoe", "mira", "ada"]
+    rows = [(names[1], names[0], 0.1), (names[2], names[0], 0.2), (names[2], names[1], 0.3)]
+    table = pd.DataFrame(rows, columns=["request", "other", "value"]).assign(model="model")
+    ax = pairs(table.assign(score=ALIKE.label, unit=ALIKE.unit))
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
+    assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
+    cells = ax.collections[0].get_array()
+    assert cells.filled(-1).tolist() == [[0.1, -1], [0.2, 0.3]]
+
+
 @pytest.mark.parametrize("names", [["a", "b"], ["a name that is long, of people", "b", "c"]])
 def test_nothing_of_pairs_is_clipped(names: list[str], tmp_path: Path) -> None:
     rows = [(later, other, 0.5) for i, later in enumerate(names) for other in names[:i]]
