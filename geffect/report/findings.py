@@ -70,10 +70,8 @@ def _firsts(several: Sequence[Read]) -> Iterator[str]:
             order = sorted(known, key=lambda name: sign * known[name])
             first, end = order[0], order[-1]
             if known[first] != known[end]:
-                yield (
-                    f"{words} {first}, with {form(known[first])}; the other end is {end}, "
-                    f"with {form(known[end])}."
-                )
+                far = end if len(known) == 2 else f"the other end, {end},"
+                yield f"{words} {first}, with {form(known[first])}; {far} has {form(known[end])}."
 
 
 def _risks(read: Read) -> Iterator[str]:

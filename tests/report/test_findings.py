@@ -107,6 +107,7 @@ def test_runs_that_are_compared(tmp_path: Path) -> None:
     assert first.startswith(
         f"The forget risk at the last step is highest in 60, with {forget[0]:.4g}"
     )
+    assert first.endswith(f"; 3 has {forget[1]:.4g} nats."), "of two runs it is the other one"
     assert second.startswith(
         f"The retain risk at the last step is lowest in 3, with {retain[1]:.4g}"
     )
