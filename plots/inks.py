@@ -132,7 +132,7 @@ def strength_colours(names: Sequence[str]) -> dict[str, str]:
     Not the sequence of the layers. The lightest part, which is hard to see on white, is left out.
 
     >>> strength_colours(["beta 0.1", "beta 0.5"])
-    {'beta 0.1': '#fb8761', 'beta 0.5': '#231151'}
+    {'beta 0.1': '#fc8961', 'beta 0.5': '#251255'}
     """
     shares = np.linspace(0.15, 0.75, len(names))[::-1]
     return {name: to_hex(STRENGTH(share)) for name, share in zip(names, shares, strict=True)}
