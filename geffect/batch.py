@@ -143,18 +143,45 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     >>> texts_in({"labels": torch.tensor([[5, 6, 7, 8]]), **two_texts})
     tensor([[0, 0, 1, 1]])
     """
+    return _begins(original_of(batch)).cumsum(dim=-1)
+
+
+def first_in_text(batch: Mapping[str, Any]) -> Tensor:
+    """The first token of each text, `Bool[sample, position]`: no token of its text predicts it.
+
+    Of a row that is padded on the left it is the first one that its mask shows.
+
+    >>> labels, mask = torch.tensor([[-100, 6, 7]]), torch.tensor([[0, 1, 1]])
+    >>> first_in_text({"labels": labels, "attention_mask": mask})
+    tensor([[ True,  True, False]])
+    """
     batch = original_of(batch)
+    first = _begins(batch)
+    first[:, :1] = True
+    for mask in masks_in(batch):
+        if mask.shape == first.shape:
+            shown = mask > 0
+            first |= (shown & (shown.cumsum(dim=1) == 1)).to(first.device)
+    return first
+
+
+def _begins(batch: Batch) -> Tensor:
+    """Where a text begins behind another one in its row, `Bool[sample, position]`."""
     labels = labels_of(batch)
     begins = torch.zeros_like(labels, dtype=torch.bool)
     positions = batch.get("position_ids")
     if positions is not None and positions.shape[-1] == labels.shape[-1]:
         # Of several counts, as for images, the first is that of the text or of time.
-        begins |= begins_anew(positions[0] if positions.ndim > 2 else positions).to(labels.device)
+        counts = (positions[0] if positions.ndim > 2 else positions).to(labels.device)
+        begins |= begins_anew(counts)
+        if positions.ndim <= 2:  # a text may be one token; the parts of an image share a time
+            begins[:, 1:] |= counts[..., 1:] == 0
     masks = [*masks_in(batch)]
     for numbers in (batch.get("seq_idx"), *masks):
         if numbers is not None and numbers.shape == labels.shape:
-            changes = (numbers[:, 1:] != numbers[:, :-1]) & (numbers[:, 1:] > 0)
-            begins[:, 1:] |= (changes & (numbers[:, :-1] > 0)).to(labels.device)
+            before = _last_positive(numbers)[:, :-1]
+            changes = (numbers[:, 1:] > 0) & (before > 0) & (numbers[:, 1:] != before)
+            begins[:, 1:] |= changes.to(labels.device)
     of_pairs = [x for x in masks if x.ndim > 2 and x.shape[-2:] == labels.shape[-1:] * 2]
     if of_pairs:
         # Layers that see a window or a chunk of the text have masks of their own.
@@ -163,7 +190,14 @@ def texts_in(batch: Mapping[str, Any]) -> Tensor:
     for ends in (batch[name] for name in _ENDS if batch.get(name) is not None):
         inner = ends.flatten().long().to(labels.device)
         begins.view(-1)[inner[(inner > 0) & (inner < labels.numel())]] = True
-    return begins.cumsum(dim=-1)
+    return begins
+
+
+def _last_positive(numbers: Tensor) -> Tensor:
+    """The last number above zero up to each position: padding may lie between two texts."""
+    places = torch.arange(numbers.shape[1], device=numbers.device)
+    last = torch.where(numbers > 0, places, 0).cummax(dim=1).values
+    return numbers.gather(1, last)
 
 
 def behind_first(scored: Tensor, batch: Mapping[str, Any], count: int) -> Tensor:

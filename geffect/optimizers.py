@@ -2,13 +2,11 @@
 
 from collections.abc import Collection
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor
 
 from geffect import distributed
-from geffect.hooks import BEFORE_STEPS, Hooks, weakly
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -128,39 +126,6 @@ def check_descends(optimizer: torch.optim.Optimizer) -> None:
                 f"gradient is taken for what the step goes down. Found {float(rate)}, with which "
                 "every sign would be wrong. Negate the loss instead."
             )
-
-
-class DirectionWatch:
-    """Refuses an optimizer that climbs at the step that it takes with an expected gradient.
-
-    For those who leave a gradient and do not know the optimizer that steps it. It looks at the
-    steps of all optimizers for as long as it lives.
-    """
-
-    def __init__(self, parameters: Collection[Tensor]) -> None:
-        self._parameters = parameters
-        self._waiting: set[int] = set()  # those with a gradient that no optimizer has stepped yet
-        self._expected = 0  # how many had one
-        self._own = set(map(id, parameters))
-        hooks = Hooks()
-        finalize(self, hooks.remove)
-        hooks.add(BEFORE_STEPS.register, weakly(self._look))
-
-    def expect(self) -> int:
-        """Begin to watch a new gradient; how many parts of the last one no optimizer stepped.
-
-        0 where none was stepped at all, as between micro-batches.
-        """
-        left = len(self._waiting)
-        alone = left if left < self._expected else 0
-        self._waiting = {id(tensor) for tensor in self._parameters if tensor.grad is not None}
-        self._expected = len(self._waiting)
-        return alone
-
-    def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._waiting and not self._own.isdisjoint(map(id, tensors_of(optimizer))):
-            check_descends(optimizer)
-            self._waiting.difference_update(map(id, moved_by(optimizer)))
 
 
 def check_owned(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DataCollatorWithFlattening, Gemma2Config, Gemma2ForCausalLM
 
-from geffect.batch import is_packed, side_of
+from geffect.batch import first_in_text, is_packed, side_of
 from geffect.data.collate import collate
 from geffect.effects import direction, sample_effects, token_effects
 from geffect.objectives import (
@@ -24,7 +24,7 @@ from geffect.objectives import (
     WeightedGradientAscent,
     nll,
 )
-from geffect.risk import check_answers
+from geffect.risk import check_answers, scored_tokens
 from tests.utils import tiny
 from tests.utils.architectures import made
 
@@ -253,3 +253,59 @@ def test_packed_items_are_not_joined_by_the_mask_of_a_batch() -> None:
 def test_a_side_that_is_not_there_is_named(pair: Any, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         side_of(pair, name)
+
+
+TEXTS = [row[: 6 - i].tolist() for i, row in enumerate(IDS)]
+ONE_ROW = [token for text in TEXTS for token in text]
+POSITIONS = [place for text in TEXTS for place in range(len(text))]
+
+
+def in_blocks() -> Tensor:
+    text = torch.tensor([i for i, tokens in enumerate(TEXTS) for _ in tokens])
+    return (text[:, None] == text).tril()[None, None]
+
+
+def padded_left(**columns: int) -> dict[str, Any]:
+    """The texts behind padding, every token labelled, and columns with what pads them."""
+    masks = [[0] * (6 - len(text)) + [1] * len(text) for text in TEXTS]
+    tokens = [[0] * (6 - len(text)) + text for text in TEXTS]
+    places = [[columns.get("position_ids", 0)] * (6 - len(t)) + [*range(len(t))] for t in TEXTS]
+    labels = [[-100] * (6 - len(text)) + text for text in TEXTS]
+    of_places = {"position_ids": places} if columns else {}
+    return {"input_ids": tokens, "labels": labels, "attention_mask": masks, **of_places}
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "a row by positions": {"input_ids": [ONE_ROW], "position_ids": [POSITIONS]},
+    "a row by a mask": {
+        "input_ids": [ONE_ROW], "position_ids": [POSITIONS], "attention_mask": in_blocks(),
+    },
+    "a row with a text of one token": {
+        "input_ids": [[9, *ONE_ROW]], "position_ids": [[0, *POSITIONS]],
+    },
+    "padding on the left": padded_left(),
+    "padding on the left, positions of 0": padded_left(position_ids=0),
+    "padding on the left, positions of 1": padded_left(position_ids=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_first_token_of_a_text_is_not_scored(kind: str) -> None:
+    """Every token is labelled; none of another text, and no padding, predicts the first of one."""
+    batch = {name: torch.as_tensor(value) for name, value in WHOLE[kind].items()}
+    batch.setdefault("labels", batch["input_ids"])
+    model = tiny.llama().eval()
+    alone = [
+        model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)[range(len(text) - 1), text[1:]]
+        for text in TEXTS
+    ]
+    torch.testing.assert_close(nll(model, batch), -torch.cat(alone).mean(), rtol=1e-5, atol=1e-6)
+    assert int(scored_tokens(model, batch).sum()) == sum(len(text) - 1 for text in TEXTS)
+
+
+def test_numbers_of_texts_tell_them_apart_across_padding() -> None:
+    mask = [[1, 1, 1, 0, 0, 2, 2, 2]]
+    labels = [[-100, 5, 6, -100, -100, 7, 8, 9]]
+    batch = {"labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+    assert is_packed(batch)
+    assert first_in_text(batch).nonzero()[:, 1].tolist() == [0, 5]

@@ -35,7 +35,14 @@ class PendingRow:
         self._window = window
 
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step of an optimizer begins."""
+        """The step of an optimizer begins, by the gradient of the window alone."""
+        if self._window is not None and self._window.is_part:
+            raise ValueError(
+                "An optimizer should step by the gradient that was recorded. Found one of an "
+                "earlier backward in `.grad` too, so that the step is by their sum. Call "
+                "model.zero_grad() before; pass micro-batches with accumulate=True, and a further "
+                "term as one of the losses of `objective`."
+            )
         self._follower.enter(optimizer)
 
     def leave(self, optimizer: torch.optim.Optimizer) -> None:

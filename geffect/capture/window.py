@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.fingerprints import Standstill
-from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
+from geffect.gradients import (
+    Gradients,
+    GradientTransform,
+    Vector,
+    is_left,
+    reduced,
+    stream,
+)
 from geffect.layers import trainable
 from geffect.losses import Passes, check_no_step_inside
 from geffect.objectives import statistics
@@ -112,6 +119,7 @@ class Window:
     left: Left | None = None  # in `.grad`, by the last micro-batch
     measured: Measurement | None = None
     written: bool = False
+    is_part: bool = False  # whether `.grad` had something else in it before
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(
@@ -128,6 +136,8 @@ class Window:
         """
         if self.captured and self.still is None and not last:
             self.still = Standstill(self.of.parameters)
+        if self.captured and not self.micro and self.rectifier is None:
+            self.is_part = is_left(self.of.parameters)
         self.micro += 1
         self.scaled = passes.order.scale != 1.0
         self._take(passes, last=last, settle=settle)

@@ -26,6 +26,17 @@ def largest(vector: Iterable[Tensor | None]) -> Tensor:
     return torch.cat([end.to(ends[0].device) for end in ends]).abs().max()
 
 
+def is_left(parameters: Iterable[Tensor]) -> bool:
+    """Whether a gradient of an earlier backward lies in `.grad`: one that is not zero.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.sum().backward()
+    >>> is_left([weight])
+    True
+    """
+    return peak(parameter.grad for parameter in parameters) != 0.0  # one that is NaN is none
+
+
 def _ends(parts: Iterable[Tensor]) -> list[Tensor]:
     """Vectors of few numbers, the largest of which, without signs, is that of the parts."""
     ends, together = [], dict[tuple[torch.device, torch.dtype], list[Tensor]]()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geffect.batch import IGNORED, Batch, labels_of, masks_in, original_of, texts_in
+from geffect.batch import IGNORED, Batch, first_in_text, labels_of, masks_in, original_of, texts_in
 from geffect.numbers import is_whole
 from geffect.risk import predicts_next
 
@@ -37,7 +37,7 @@ def drawn(model: Any, batch: Batch, vocabulary: int, seed: int) -> Tensor:
     labels, is_next = labels_of(batch), predicts_next(model)
     scored = labels != IGNORED
     if is_next:
-        scored = torch.cat([torch.zeros_like(scored[:, :1]), scored[:, 1:]], dim=1)
+        scored &= ~first_in_text(batch)
     text = texts_in(batch)
     count, total = _so_far(scored.long(), text)
     tokens = batch.get("input_ids", labels)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geffect import distributed
 from geffect.gradients import Rectification
-from geffect.optimizers import tensors_of
+from geffect.optimizers import at_rest_in, tensors_of
 
 from . import fused
 from .blocks import Blocks, held
@@ -62,11 +62,14 @@ class Projector:
         return not self.alone and any(map(distributed.is_sharded, self.parameters))
 
     def moved(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
-        """What the optimizer steps, by the indices of the parameters; all, where there is none."""
+        """What the optimizer steps, by the indices of the parameters; all, where there is none.
+
+        It does not step what has no learning rate where the rest has one.
+        """
         everything = dict(enumerate(self.parameters))
         if optimizer is None:
             return everything
-        stepped = set(map(id, tensors_of(optimizer)))
+        stepped = set(map(id, tensors_of(optimizer))) - set(map(id, at_rest_in(optimizer)))
         return {i: p for i, p in everything.items() if id(p) in stepped}
 
     def mask(self, moved: Sequence[Tensor]) -> Mask | None:

@@ -12,7 +12,7 @@ from geffect.forwards import check_no_loss_asked
 from geffect.gradients import AtCopy, Gradients, Loss, Rectification, Vector, reduced
 from geffect.layers import describe, trainable
 from geffect.losses import Passes, check_reached, declared, loss_scale, plan
-from geffect.optimizers import DirectionWatch, check_owned, unwrapped
+from geffect.optimizers import check_owned, unwrapped
 from geffect.sources import OBJECTIVE, RETAIN, average_of
 
 from . import checks
@@ -28,6 +28,7 @@ from .projector import Projector
 from .rules import Rule, Weights, gru
 from .selection import Selection
 from .step import RectifiedStep
+from .watch import StepWatch
 
 FORMAT = 2
 """Of the state of a rectifier."""
@@ -55,8 +56,7 @@ class Rectifier:
     - `ema`: the weight of the new gradient in the average, from 0 to 1: 0.8 if left out.
     - `history`: how many earlier retain gradients constrain the step too, each by itself, beside
       the newest: for `nearest`. `ema` is then 1.0. Memory: 1 + history vectors of the model's size.
-    - `ema_start`: the average starts at the "first" gradient, or at "zero" as in public ports of
-      GRU, so that it has another direction in its first steps.
+    - `ema_start`: the average starts at the "first" gradient; at "zero" as in public ports of GRU.
     - `select`: keep only this fraction of the coordinates, those that the objective needs most and
       the retain data least, or what another `Selection` chooses. That comes before the rule.
     - `correction`: in update space, what is added to a step that harms: a multiple of r, or with
@@ -137,7 +137,7 @@ class Rectifier:
         self._window: Gradients | None = None
         self._step: RectifiedStep | None = None
         self._attachment: Attachment | None = None
-        self._watch: DirectionWatch | None = None  # of optimizers that nobody has attached
+        self._watch = StepWatch()
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -249,20 +249,19 @@ class Rectifier:
         # Hooks first: where they cannot be registered, `.grad` stays as it is.
         if self._attachment is not None:
             self._attachment.come_closest()
-        elif self._watch is None:
-            self._watch = DirectionWatch(self._begun().parameters)
+        self._watch.begin()
         try:
             self._step.change(gradients, self._begun().moved(self._optimizer), copy=copy)
         except BaseException:
             self._step = None
             raise
-        if self._attachment is None and self._watch is not None:
-            self._notices.alone(self._watch.expect())
+        left = self._watch.expect(gradients.parameters, self._optimizer, self._options.space)
+        self._notices.alone(left)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.
 
-        In gradient space what it does not step takes no part in the constraint from now on.
+        What it does not step takes no part, and may not be stepped by the same gradient.
         """
         optimizer = unwrapped(optimizer)
         check_owned(optimizer, trainable(self._model).values())
@@ -330,6 +329,7 @@ class Rectifier:
             self._step.after()
 
     def _abandon(self) -> None:
+        self._watch.forget()
         if self._step is not None:
             self._step.abandon()
 

@@ -12,6 +12,7 @@ from geffect.batch import (
     Batch,
     Pair,
     batches_in,
+    first_in_text,
     is_packed,
     labels_of,
     masks_in,
@@ -221,7 +222,7 @@ def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:
             "Found labels that are each the next token, shifted already. Pass a copy of "
             "`input_ids` with -100 where a token is not scored."
         )
-    return labels[:, 1:]
+    return labels.masked_fill(first_in_text(batch), IGNORED)[:, 1:]
 
 
 def _check_read(labels: Tensor, batch: Batch, name: str) -> None:

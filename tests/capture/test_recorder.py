@@ -260,6 +260,7 @@ def test_a_step_is_committed_as_soon_as_the_optimizer_has_taken_it(tmp_path: Pat
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recorder = Recorder(model, tmp_path / "run.h5")
     for count in (1, 2, 3):
+        optimizer.zero_grad()
         recorder.backward(objective=model(torch.ones(2)).sum())
         optimizer.step()
         assert len(open_run(tmp_path / "run.h5").steps) == count

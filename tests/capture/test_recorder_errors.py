@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, RunFileError, open_run
 from geffect.losses import NotFinite
+from tests.utils.trainers import same
 
 RATE = 0.125
 BATCH = torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 1.0]])
@@ -346,7 +347,7 @@ def test_a_closed_recorder_says_so(tmp_path: Path, overwrite: bool) -> None:
         nothing_lost(model, tmp_path / "a.h5"),
         one_error(RunFileError, "a.h5` should be open", "Found it closed", "resume=True"),
     ):
-        take_step(model, optimizer, recorder)
+        recorder.backward(**losses_of(model))
 
 
 @pytest.mark.parametrize("pending", [False, True])
@@ -626,9 +627,8 @@ def take_step(
     recorder: Recorder,
     rectifier: Rectifier | None = None,
 ) -> None:
-    """A good step. The gradients are emptied before it only if it is rectified."""
-    if rectifier is not None:
-        optimizer.zero_grad()
+    """A good step."""
+    optimizer.zero_grad()
     recorder.backward(**losses_of(model), rectifier=rectifier)
     optimizer.step()
 
@@ -677,3 +677,42 @@ def assert_equal(found: Any, expected: Any) -> None:
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("left", ["a term of its own", "a micro-batch", "a step before"])
+def test_a_step_by_more_than_was_recorded(tmp_path: Path, left: str, update: bool) -> None:
+    """It is refused before it moves anything; nothing is lost of what was recorded before."""
+    model, optimizer = started()
+    with Recorder(model, tmp_path / "a.h5", update=update) as recorder:
+        take_step(model, optimizer, recorder)
+        if left != "a step before":
+            optimizer.zero_grad()
+        if left == "a term of its own":
+            (2.0 * loss_of(model)).backward()
+        if left == "a micro-batch":
+            recorder.backward(objective=loss_of(model), forget=loss_of(model))
+        recorder.backward(objective=loss_of(model), forget=loss_of(model))
+        before = copy.deepcopy(model.state_dict())
+        with one_error(
+            ValueError, "should step by the gradient that was recorded", "earlier backward", "Call"
+        ):
+            optimizer.step()
+        assert same(before, model.state_dict())
+        take_step(model, optimizer, recorder)
+    assert len(open_run(tmp_path / "a.h5").steps) >= 2
+
+
+@pytest.mark.parametrize("cleared", ["to zero", "to none", "never stepped"])
+def test_gradients_that_are_cleared_or_not_stepped_are_nobody_s_business(
+    tmp_path: Path, cleared: str
+) -> None:
+    model, optimizer = started()
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        for _ in range(3):
+            if cleared != "never stepped":
+                optimizer.zero_grad(set_to_none=cleared == "to none")
+            recorder.backward(objective=loss_of(model), forget=loss_of(model))
+            if cleared != "never stepped":
+                optimizer.step()
+    assert len(open_run(tmp_path / "a.h5").steps) == 3

@@ -351,6 +351,7 @@ def test_a_step_that_was_taken_is_in_the_file(update: bool, tmp_path: Path) -> N
     optimizer = SGD(model.parameters(), lr=0.1)
     with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
         for step in range(3):
+            optimizer.zero_grad()
             recorder.backward(objective=risk(model, batch(step)))
             optimizer.step()
             run = open_run(tmp_path / "run.h5")

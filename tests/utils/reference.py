@@ -23,13 +23,14 @@ def nll(model: Any, batch: Batch) -> Tensor:
 
 
 def token_log_p(model: Any, batch: Batch) -> list[list[Tensor]]:
-    """log p of the labelled tokens, a list a sample."""
+    """log p of the labelled tokens, a list a sample: of those that have one before them."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    masks = batch["attention_mask"]
     return [
         [
             torch.log_softmax(logits[row, position - 1], dim=-1)[label]
             for position, label in enumerate(labels)
-            if position > 0 and label != -100
+            if label != -100 and masks[row, :position].any()
         ]
         for row, labels in enumerate(batch["labels"])
     ]
