@@ -1,7 +1,8 @@
 """What a step moved, whoever took it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class Move:
       nothing was seen to move. An optimizer does not step what has no gradient.
     - `update`: theta now minus theta at the gradient, to be read before anything else moves; None
       where it is not followed, or where training ended before anything moved.
-    - `lr`, `optimizer`: the learning rate and the description of the first optimizer that stepped.
+    - `lr`, `optimizer`: the learning rate of the optimizer that steps the first of the parameters
+      which any did, and the description of all that stepped.
     """
 
     stepped: tuple[bool, ...] | None
@@ -193,16 +195,17 @@ class _FollowedStep:
     versions: Sequence[int]
     printed: Sequence[int]  # indices of those whose bits are looked at, without copies
     prints: Tensor
-    lr: float = float("nan")
-    optimizer: Mapping[str, Any] | None = None
+    # The first parameter that an optimizer holds, its learning rate, and what it is.
+    optimizers: list[tuple[int, float, Mapping[str, Any]]] = field(default_factory=list)
     # Of the last news: what was stepped, and prints of all parameters where the update is followed.
     told: tuple[Tensor, tuple[bool, ...]] | None = None
 
     def take(self, optimizer: torch.optim.Optimizer, driven: frozenset[int]) -> None:
         """Count a step of the optimizer, which moves what is `driven`."""
-        if self.optimizer is None:
-            self.lr = rate_of(optimizer)
-            self.optimizer = described(optimizer)
+        held = set(map(id, tensors_of(optimizer)))
+        if not held <= self.stepped:  # one that stands around another one adds nothing
+            first = next(i for i, p in enumerate(self.parameters) if id(p) in held)
+            self.optimizers.append((first, rate_of(optimizer), described(optimizer)))
         self.stepped.update(map(id, tensors_of(optimizer)))
         resting = frozenset(map(id, at_rest_in(optimizer)))
         self.resting |= resting
@@ -222,7 +225,18 @@ class _FollowedStep:
         update = None
         if self.before is not None and (seen or at_gradient):
             update = Differences(self.before, self.parameters, stepped)
-        return Move(stepped if seen else None, update, self.lr, self.optimizer)
+        return Move(stepped if seen else None, update, *self._told_of_optimizers())
+
+    def _told_of_optimizers(self) -> tuple[float, Mapping[str, Any] | None]:
+        """The first learning rate, and all optimizers as if they were one; none where none stepped.
+
+        In the order of the parameters that they hold, whichever stepped before the others.
+        """
+        if not self.optimizers:
+            return float("nan"), None
+        _, rates, told = zip(*sorted(self.optimizers, key=itemgetter(0)), strict=True)
+        groups = [group for optimizer in told for group in optimizer["groups"]]
+        return rates[0], {"class": " and ".join(each["class"] for each in told), "groups": groups}
 
     def _moved(self) -> tuple[bool, ...]:
         """Whether an optimizer stepped it, or its values changed, on any process."""

@@ -1,5 +1,6 @@
 """The likelihood of the tokens that are scored, and the risk that is a mean of it."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,11 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = inputs_of(model, batch)
     unseen, apart = partial(look_unseen, labels=labels), partial(look_apart, batch=batch)
     look_at(unwrapped(model), inputs, unseen, apart)
-    logits = getattr(model(**inputs), "logits", None)
+    try:
+        logits = getattr(model(**inputs), "logits", None)
+    except (TypeError, ValueError, AttributeError) as error:
+        _check_runs_without_labels(model, inputs, batch, error)
+        raise
     if logits is None:
         raise ValueError(
             f"`model` should return `.logits` of shape (sample, position, token). Found none from "
@@ -193,6 +198,24 @@ def check_answers(model: Any, pair: Pair) -> None:
 def at_least_float32(tensor: Tensor) -> torch.dtype:
     """The type of a tensor, or float32 if that is finer."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _check_runs_without_labels(
+    model: Any, inputs: Mapping[str, Any], batch: Batch, error: Exception
+) -> None:
+    """Say so where labels are all that the forward which failed was missing."""
+    given = {**inputs, "labels": labels_of(batch)}
+    try:
+        with torch.no_grad():
+            model(**given)
+    except Exception:
+        return
+    raise ValueError(
+        "`model` should return logits without being given `labels`: the risk takes likelihoods "
+        f"from them itself. Found `{type(unwrapped(model)).__name__}`, whose forward fails without "
+        f"labels, by {type(error).__name__}, and not with them. Let it take labels=None, and leave "
+        "its own loss out then."
+    ) from error
 
 
 def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:

@@ -543,3 +543,23 @@ def test_a_warmup_that_begins_at_zero_steps_all(tmp_path: Path) -> None:
         )
         optimizer.step()
     assert open_run(tmp_path / "run.h5").stepped().all()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_file_tells_of_all_optimizers_in_the_order_of_the_parameters(
+    is_first: bool, tmp_path: Path
+) -> None:
+    """Whichever steps first; one that stands around another one is not told of."""
+    model = network()
+    first, last = SGD(model[0].parameters(), lr=0.5), AdamW(model[1:].parameters(), lr=0.1)
+    optimizers = (first, last) if is_first else (last, first)
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        for step in range(2):
+            recorder.backward(objective=risk(model, batch(step)))
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+    run = open_run(tmp_path / "run.h5")
+    assert run.manifest["optimizer"]["class"] == "SGD and AdamW"
+    assert [group["lr"] for group in run.manifest["optimizer"]["groups"]] == [0.5, 0.1]
+    assert run.column("lr").tolist() == [0.5, 0.5]

@@ -348,3 +348,29 @@ def test_labels_that_are_no_tokens_are_refused(labels: Any, says: str) -> None:
     batch = tiny.batch(0)
     with pytest.raises((ValueError, TypeError), match=says):
         nll(tiny.llama(), {**batch, "labels": labels(batch["labels"])})
+
+
+class NeedsLabels(nn.Module):
+    """A model that takes a loss of its own in each forward."""
+
+    def __init__(self, missing: type[Exception] | None = None) -> None:
+        super().__init__()
+        self.inner, self.missing = tiny.llama(), missing
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
+        found = self.inner(input_ids=input_ids, **inputs)
+        found.loss = F.cross_entropy(found.logits.flatten(0, 1), labels.flatten())
+        if self.missing is not None:
+            raise self.missing("of its own")
+        return found
+
+
+def test_a_model_whose_forward_needs_labels_is_told_so() -> None:
+    said = (
+        r"logits without being given `labels`.* Found `NeedsLabels`.* AttributeError, .* labels=N"
+    )
+    with pytest.raises(ValueError, match=said):
+        nll(NeedsLabels().eval(), tiny.batch(1))
+    with pytest.raises(AttributeError, match="flatten"):  # nor does it work with them
+        nll(NeedsLabels(RuntimeError).eval(), tiny.batch(1))
