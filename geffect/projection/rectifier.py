@@ -329,7 +329,7 @@ class Rectifier:
             self._step.after()
 
     def _abandon(self) -> None:
-        self._watch.forget()
+        self._watch.end()
         if self._step is not None:
             self._step.abandon()
 

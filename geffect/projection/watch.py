@@ -31,14 +31,13 @@ class StepWatch:
         self._waiting: set[int] = set()  # of these, what no optimizer has stepped yet
         self._is_inside = self._is_over = False  # whether the attached one steps, and has stepped
         self._others: set[int] = set()  # optimizers that step what the attached one should
-        self._hooks = Hooks()
-        self._looks = False
+        self._looks, self._hooks = False, Hooks()
+        finalize(self, self._hooks.remove)
 
     def begin(self) -> None:
         """Look at steps from now on."""
         if self._looks:
             return
-        finalize(self, self._hooks.remove)
         self._hooks.add(BEFORE_STEPS.register, weakly(self._before))
         self._hooks.add(AFTER_STEPS.register, weakly(self._after))
         self._looks = True
@@ -62,9 +61,11 @@ class StepWatch:
         self._others.clear()
         return alone
 
-    def forget(self) -> None:
-        """Mind no gradient until the next one is expected."""
+    def end(self) -> None:
+        """Look at no more steps until it is begun anew."""
         self._left, self._waiting = {}, set()
+        self._hooks.remove()
+        self._looks = False
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         found = [tensor for tensor in moved_by(optimizer) if self._is_left(tensor)]
@@ -99,7 +100,7 @@ class StepWatch:
             self._others.discard(id(optimizer))
             # One that stands around the attached one has let it step meanwhile.
             if self._in_update and not self._is_over:
-                self.forget()
+                self._left.clear()
                 raise _stepped_by(optimizer, self._attached)
 
     def _is_left(self, tensor: Tensor) -> bool:

@@ -69,6 +69,11 @@ class Watched:
         self.trainer.train()
         self.close()
 
+    def end(self) -> None:
+        """A rectifier looks at the steps of all optimizers for as long as it is attached."""
+        if self.states.rectifier is not None:
+            self.states.rectifier.detach()
+
 
 OPTIONS = {"num_train_epochs": 1, "logging_steps": 100}
 
@@ -116,6 +121,7 @@ def undisturbed(name: str, folder: Path) -> tuple[States, np.ndarray | None, int
     made.trainer.add_callback(made.states)
     with interrupted_at_line(0, KeyboardInterrupt) as made.states.lines:
         made.train()
+    made.end()
     lines = made.states.lines
     return made.states, open_run(path).gram() if path.exists() else None, lines[0]
 
@@ -145,6 +151,7 @@ def test_an_interrupt_at_any_line_leaves_training_and_file_whole(
         assert all(g is None for g in grads) or all(g is not None for g in grads), where
         assert all(p.requires_grad for p in model.parameters()), where
         assert torch.is_grad_enabled(), where
+        made.end()
         kept = [hook for hook in hooks_left(model) if "geffect" in getattr(hook, "__module__", "")]
         assert len(kept) <= 2, where
         if path.exists():
