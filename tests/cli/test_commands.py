@@ -235,7 +235,7 @@ def test_report_shows_weights_samples_and_tokens_where_a_run_has_them(
         assert word in text
     assert text.count("<img ") == 1
     assert text.count('<div class="tokens">') == 3 * 2
-    assert text.count("linear-gradient(to right") == 3 * 2
+    assert text.count("height: .7em; background: linear-gradient(to right") == 3 * 2
 
 
 def test_scores_with_intervals(ask: Ask, tmp_path: Path, recorded: Path) -> None:
