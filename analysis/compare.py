@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from geffect.layers import in_network_order
+from geffect.layers import Parameter, in_network_order
 from geffect.numbers import counted
 from geffect.scores import Score, tidy
 from geffect.sources import UPDATE, is_reserved
@@ -39,7 +39,7 @@ class Comparison:
     - `step`: the first one at which they differ by more than rounding, else None.
     - `layers`: where the difference begins, in network order; none where it is not of layers.
     - `sentence`: what was found, for people.
-    - `table`: how far apart they are; columns step, parameter, value, score, unit.
+    - `table`: how far apart they are; columns step, parameter, layer, value, score, unit.
     """
 
     level: Level
@@ -47,14 +47,20 @@ class Comparison:
     layers: tuple[str, ...]
     sentence: str
     _steps: NDArray[np.int64] = field(repr=False, compare=False)
-    _parameters: Sequence[str] = field(repr=False, compare=False)
+    _parameters: Sequence[Parameter] = field(repr=False, compare=False)
     _distance: Floats = field(repr=False, compare=False)
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """How far apart they are; made where it is asked for."""
+        names, layers = zip(*((p.name, p.layer) for p in self._parameters), strict=True)
         return tidy(
-            self._distance, SCORE, steps=self._steps, blocks=self._parameters, by="parameter"
+            self._distance,
+            SCORE,
+            steps=self._steps,
+            blocks=names,
+            by="parameter",
+            layer=pd.Categorical(layers * len(self._steps), [*dict.fromkeys(layers)]),
         )
 
 
@@ -83,7 +89,7 @@ def compare(run: Run, other: Run) -> Comparison:
     check_run(other)
     pair = _Pair.of(run, other)
     distance = pair.distance(pair.sources)
-    numbers = (pair.steps, [parameter.name for parameter in run.layers], distance)
+    numbers = (pair.steps, run.layers, distance)
     apart = (distance > pair.tolerance).any(axis=1) | pair.losses_differ.any(axis=1)
     if not apart.any():
         level: Level = "identical" if pair.is_identical else "rounding"

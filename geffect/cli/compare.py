@@ -29,9 +29,10 @@ def command(run: RunArgument, other: OtherArgument, form: FormatOption = Format.
         if len(farthest):
             say(console, f"Farthest apart at step {found.step}:")
             rows = [
-                [row["parameter"], f"{row['value']:.3g}"] for row in farthest.to_dict("records")
+                [row["parameter"], row["layer"], f"{row['value']:.3g}"]
+                for row in farthest.to_dict("records")
             ]
-            show(console, ["parameter", "difference"], rows, names=["parameter"])
+            show(console, ["parameter", "layer", "difference"], rows, names=["parameter", "layer"])
     elif form is Format.JSON:
         facts = {"level": found.level, "step": found.step, "layers": found.layers}
         write_json({**facts, "sentence": found.sentence})

@@ -156,6 +156,8 @@ def test_the_difference_is_that_of_a_loop(whole: Run, faulty: Callable[[Fault], 
                     worst = max(worst, abs(k[i, j] - l[i, j]) / lengths[0] / lengths[1])
             expected.append(worst)
     assert len({*table["parameter"]}) == len(whole.layers)
+    layers = {parameter.name: parameter.layer for parameter in whole.layers}
+    assert table["layer"].tolist() == [layers[name] for name in table["parameter"]]
     found = table.pivot_table(index="step", columns="parameter", values="value", observed=True)
     names = [parameter.name for parameter in whole.layers]
     assert found[names].to_numpy().ravel() == pytest.approx(np.array(expected), rel=1e-9)
@@ -256,6 +258,7 @@ def test_on_the_command_line(whole: Run, faulty: Callable[[Fault], Run], ask: As
     assert ask("compare", whole.path, whole.path).code == 0
     said = ask("compare", whole.path, other.path)
     assert said.code == 1 and "layer 3" in said.out and "Farthest apart at step 3" in said.out
+    assert re.search(r"mlp\.up_proj\.weight +│ layer 3 +│ ", said.out)
     facts = json.loads(ask("compare", whole.path, other.path, "--format", "json").out)
     assert (facts["level"], facts["step"], facts["layers"]) == ("diverged", 3, ["layer 3"])
     lines = ask("compare", whole.path, other.path, "--format", "tsv").out.splitlines()
