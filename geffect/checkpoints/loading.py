@@ -1,6 +1,7 @@
 """The one model that holds the weights of each checkpoint in turn, and models by themselves."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
@@ -159,14 +160,37 @@ class Loader:
                 f"`{self._adapter.peft_type.value}`, whose tokens peft loads for inference alone. "
                 "Record its training, by the callback or a Recorder."
             )
-        base = self._base or self._adapter.base_model_name_or_path
-        self._model = PeftModel.from_pretrained(_model_of(base), path, is_trainable=True)
+        base = self._base_of(path)
+        model = _model_of(base)
+        try:
+            self._model = PeftModel.from_pretrained(model, path, is_trainable=True)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"`{path}` should be an adapter for the model in `{base}`. Found: "
+                f"{str(error).splitlines()[-1].strip():.300} Name the model that it was trained on "
+                "as its base."
+            ) from error
         held, stored = self._held(), files_of(path)
         check_loaded(self._model, held.keys() - stored.keys(), path)
         _check_finite(self._model.named_parameters(), path)
         # An adapter on the head or the embedding is saved with what it is for.
         self._beside = sorted(self._model.state_dict().keys() & (stored.keys() - held.keys()))
         return self._model
+
+    def _base_of(self, path: Path) -> Folder:
+        """The model that an adapter is for; warns of another one than it names, which is there."""
+        named: Folder = self._adapter.base_model_name_or_path
+        if self._base is None:
+            return named
+        there = bool(named) and Path(named).is_dir() and Path(self._base).is_dir()
+        if there and not Path(named).samefile(self._base):
+            warnings.warn(
+                f"`base` should be the model that the adapter `{path}` was trained on. Found "
+                f"`{self._base}`, where the adapter names `{named}`, which is there. Leave `base` "
+                "out, unless it holds the same weights in another form.",
+                stacklevel=2,
+            )
+        return self._base
 
 
 def whole_of(folder: Folder, base: Folder | None, device: str | torch.device) -> nn.Module:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from geffect import open_run
 from geffect.analysis import cosine, predicted_change
@@ -146,6 +152,20 @@ def test_a_tokenizer_that_is_cut_off_is_named(tmp_path: Path, said: str) -> None
     (tmp_path / "tokenizer_config.json").write_text(said)
     with pytest.raises(ValueError, match=r"should hold a whole tokenizer\. Found: .*\. Copy"):
         tokenizer_of([tmp_path])
+
+
+def test_a_base_that_an_adapter_is_not_for(adapters: Path, tmp_path: Path) -> None:
+    """Of another width it is refused in a sentence; of the same it is warned of."""
+    folder = adapters / "checkpoint-0"
+    for name, change in (("narrow", {"hidden_size": 8}), ("other", {})):
+        config = tiny.llama(7).config
+        config.update(change)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="should be an adapter for the model in") as refused:
+        Loader(base=tmp_path / "narrow").load(folder)
+    assert "size mismatch" in str(refused.value) and str(refused.value).count("\n") == 0
+    with pytest.warns(UserWarning, match="`base` should be the model .* `.*base`, which is there"):
+        Loader(base=tmp_path / "other").load(folder)
 
 
 def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
