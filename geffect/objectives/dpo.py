@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Batch, Pair, check_one_answer, labels_of, original_of, side_of
-from geffect.risk import check_answers, sequence_sum, token_log_probabilities
+from geffect.batch import Pair, check_one_answer, labels_of, side_of
+from geffect.risk import sequence_nll, sequence_sum, token_log_probabilities
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive
@@ -53,7 +53,6 @@ class DPO(Objective):
     ) -> dict[str, Component]:
         self.compared(reference, model)
         _check_rows(batch)
-        check_answers(model, {FORGET: original_of(batch[FORGET])})
 
         def loss() -> Tensor:
             return (
@@ -80,16 +79,11 @@ class DPO(Objective):
     def _margin(self, model: Any, batch: Pair, reference: Reference | None) -> Tensor:
         """(l_s - l_{o,s}) - (a_s - a_{o,s}), `Float[sample]`."""
         known = self.compared(reference, model)
-        lost, preferred = (
-            _lost(model, side_of(batch, side), known) for side in (FORGET, ALTERNATE)
-        )
-        return lost - preferred
-
-
-def _lost(model: Any, batch: Batch, reference: Reference) -> Tensor:
-    """The summed NLL of each answer less that under the reference, `Float[sample]`."""
-    now = sequence_sum(*token_log_probabilities(model, batch))
-    return reference.log_probabilities(batch).sum(dim=1) - now
+        original, alternate = (side_of(batch, side) for side in (FORGET, ALTERNATE))
+        lost = sequence_nll(model, original) + known.log_probabilities(original).sum(dim=1)
+        # An alternate may be empty: then DPO is NPO.
+        preferred = sequence_sum(*token_log_probabilities(model, alternate))
+        return lost - (known.log_probabilities(alternate).sum(dim=1) - preferred)
 
 
 def _check_rows(batch: Pair) -> None:
