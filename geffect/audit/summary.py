@@ -40,6 +40,7 @@ from .verdict import (
     PRIVACY,
     PRIVLEAK,
     RECOVERABLE,
+    TOLD_APART,
     UNTOLD,
     UTILITY,
 )
@@ -47,11 +48,8 @@ from .verdict import (
 DIRECTLY = ("prob", "es", "em", ROUGE, PARAPHRASED)
 """The metrics of what a model says when asked; all rise with what it knows."""
 
-MARGIN = 0.1
-"""By so much the original has to show more than the floor for a share of what it knows."""
-
 OF_ALL = " of all"
-"""Where it does not: the share is of a perfect answer."""
+"""Where the original shows no more than the floor: the share is of a perfect answer."""
 
 PRIVLEAK_OF = f"{PRIVLEAK} "
 
@@ -183,11 +181,11 @@ def _direct(values: Values, limits: Thresholds) -> Iterator[Row]:
         floor = values.floor(MEMORISED, metric)
         if known is None or floor is None:
             continue
-        name = metric
-        if not _mean(known) - _mean(floor.values) >= MARGIN:
+        name, never = metric, _mean(floor.values)
+        if not _mean(known) - never >= TOLD_APART:
             known, name = np.ones_like(known), metric + OF_ALL
         own = values.get(MEMORISED, metric, FORGET, UNLEARNED)
-        if own is None:
+        if own is None or not _mean(known) - never >= TOLD_APART:  # nothing is left to be shared
             continue
         share = recoverable_share(own, floor, known, values.subjects[MEMORISED, FORGET], rises=True)
         noise = _noise(values, (MEMORISED, metric), known, limits.noise_of(metric))
@@ -213,7 +211,7 @@ def _recoverable(values: Values, limits: Thresholds) -> Iterator[Row]:
         noise = _noise(values, (HIDDEN, attack), known, stated)
         share = widened(share, noise)
         is_wide = REACH * noise > limits.vague
-        tells = not is_wide or limits.prove(share.value, share.low)
+        tells = left >= TOLD_APART and (not is_wide or limits.prove(share.value, share.low))
         yield _row(RECOVERABLE if tells else UNTOLD, attack, UNLEARNED, share)
         if beside not in there:
             there[beside] = _there(values, beside, known, plain)

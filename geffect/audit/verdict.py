@@ -23,7 +23,8 @@ GAINED = "gained share"
 """By how much a recoverable share is larger than what is there, by the same metric, unattacked."""
 
 UNTOLD = "untold share"
-"""What would be made of an attack that does not tell: retrained models differ too much by it."""
+"""What would be made of an attack that does not tell: by it retrained models differ too much, or
+show as much as the original."""
 
 KNOWN = "known"
 """What the original shows, asked directly, beyond a model that never knew: what can be shared."""
@@ -351,10 +352,11 @@ class _Told:
                 f"{NO_AUC}: fewer than {self.limits.fewest_auc} items on a side: membership is "
                 "not judged."
             )
-        for row in self.rows(UNTOLD):
+        blind = [row.metric for row in self.rows(UNTOLD)]
+        if blind and self.attacked:  # where no attack tells the verdict says so
             yield (
-                f"{BLIND}: by {row.metric} models that never knew differ too much to be told from "
-                "others. It is not judged."
+                f"{BLIND}: by {', '.join(blind)} what the original knows is hardly told from what "
+                "models show that never knew. Not judged."
             )
         if any(isnan(row.low) for row in (*self.direct, *self.attacked)):
             yield f"{NO_INTERVAL}: too few items bound some of the shares."

@@ -89,6 +89,23 @@ def test_what_differs_like_a_retrained_model_is_not_hidden_where_little_is_left(
     assert not [flag for flag in found.flags if flag.startswith("blind")]
 
 
+def test_a_share_of_next_to_nothing_is_not_judged() -> None:
+    # Of the two hundredths that the original knows more three come back: by chance.
+    means = {
+        "original": {"nll": 0.0, "prob": 0.30},
+        "retrained": {"nll": 4.0, "prob": 0.28, INT4: 4.0, "prompt sure": 0.28},
+        "unlearned": {"nll": 4.0, "prob": 0.28, INT4: 4.0, "prompt sure": 0.31},
+    }
+    found = verdict_of(means)
+    assert found.verdict == "never knew", found.sentence
+    assert [flag for flag in found.flags if flag.startswith("blind: by prompt sure what")]
+    # And what a model knows that never knew is no measure of what is there, of no answer.
+    for prob, told in ((0.89, ["prob of all"]), (0.91, [])):
+        means["original"]["prob"], means["retrained"]["prob"] = prob + 0.08, prob
+        table = table_of(audited(means), Thresholds())
+        assert [*table[table["battery"] == "direct share"]["metric"]] == told
+
+
 def test_where_no_attack_tells_nothing_is_said() -> None:
     means = {
         "original": ORIGINAL,
