@@ -205,8 +205,8 @@ def by_subject(subjects: Sequence[str]) -> Halves:
 def _halves(halves: tuple[list[int], list[int]], of: str) -> Halves:
     if not all(halves):
         raise ValueError(
-            f"`subjects` should make two halves, of more than one {of}. Found nothing for one of "
-            "them. Take the other way to halve the items."
+            f"There should be two {of}s or more, one half to be taught and the other to be asked. "
+            f"Found {sum(map(len, halves))} in one half, and none in the other. Give more."
         )
     return halves
 

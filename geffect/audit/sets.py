@@ -64,8 +64,8 @@ class AuditSet:
     def __post_init__(self) -> None:
         if not self.items:
             raise ValueError(
-                f"The set `{self.name}` should have an item or more. Found none. Give it some, or "
-                "leave the set out."
+                f"The set `{self.name}` should have an item or more. Found none. Give it some"
+                f"{'' if self.name in NEEDED else ', or leave the set out'}."
             )
         for column, values in self._columns():
             if len(values) != len(self.items):
