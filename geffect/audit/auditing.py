@@ -24,7 +24,13 @@ from geffect.store import Run
 from .attacks import READ
 from .batteries import BATTERIES
 from .budget import Budget
-from .checks import check_answered, check_apart, check_readable, tokens_of
+from .checks import (
+    check_answered,
+    check_apart,
+    check_one_tokenizer,
+    check_readable,
+    tokens_of,
+)
 from .controlled import Controlled
 from .controls import CONTROLS
 from .geometry import Geometry, check_run_of, checkpoint_metrics, depths_in, sets_in
@@ -117,6 +123,7 @@ def audit(
         )
     check_answered(read)
     check_readable(read, models)
+    check_one_tokenizer(read, models)
     check_apart(read)
     tell: Report = chosen["report"] or (lambda what, done: None)
     started = time.monotonic()

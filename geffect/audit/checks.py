@@ -1,9 +1,13 @@
 """What an audit refuses of its sets before a model is loaded."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from geffect.batch import IGNORED
+from geffect.checkpoints.folders import has_tokenizer, tokenizer_of
 from geffect.data.collate import check_tokens
 
 from .models import AuditModels, limits_of
@@ -30,6 +34,30 @@ def check_readable(sets: AuditSets, models: AuditModels) -> None:
                 where = f"Item {index} of `{name}`, for the {role} model,"
                 check_fits(len(item["input_ids"]), positions, where)
                 check_tokens(item["input_ids"], vocabulary, where)
+
+
+def check_one_tokenizer(sets: AuditSets, models: AuditModels) -> None:
+    """Refuse a model whose own tokenizer reads the texts as other tokens than the audit does.
+
+    All models get the same tokens, which to a model of another tokenizer are other words: one that
+    never knew would seem to know nothing at all.
+    """
+    texts = [text for name in sets for text in (*sets[name].questions, *sets[name].answers) if text]
+    if sets.tokenizer is None or not texts:
+        return
+    read = sets.tokenizer(texts)["input_ids"]
+    for role, source in models.items():
+        if isinstance(source, nn.Module) or not has_tokenizer(source):
+            continue
+        own = tokenizer_of([source])(texts)["input_ids"]
+        other = next((i for i, tokens in enumerate(own) if tokens != read[i]), None)
+        if other is not None:
+            raise ValueError(
+                "The models of an audit should have one tokenizer, since all are asked the same "
+                f"tokens. Found that the one in `{Path(source)}` reads {texts[other]!r:.60} as "
+                f"{own[other]!s:.40}, and that of the audit as {read[other]!s:.40}. Pass a "
+                f"{role} model that was trained with the tokenizer of the original."
+            )
 
 
 def check_apart(sets: AuditSets) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,7 +101,7 @@ def test_no_model_is_changed_in_any_bit(models: list[nn.Module]) -> None:
 def test_a_report_tells_its_verdict_from_its_own_table(found: Any) -> None:
     assert judged(found.table) == found.judgement
     assert {*found.table["battery"]} >= {
-        "memorised", "utility", "privacy", "hidden", "direct share", "recoverable share",
+        "memorised", "utility", "privacy", "hidden", "direct share", "untold share",
     }  # fmt: skip
     assert found.manifest["roles"] == dict.fromkeys(
         ("original", "retrained", "unlearned"), "LlamaForCausalLM"
@@ -123,7 +124,8 @@ def test_the_shares_are_those_of_a_loop(found: Any) -> None:
     attack = "rounding to int8"
     u, g = (means["hidden", attack, "forget", m] for m in ("unlearned", "retrained"))
     o = means["memorised", "nll", "forget", "original"]
-    share = means["recoverable share", attack, "forget", "unlearned"]
+    told = "recoverable share" if abs(g - o) >= 0.1 else "untold share"
+    share = means[told, attack, "forget", "unlearned"]
     assert np.isnan(share) if o >= g else share == pytest.approx((g - u) / (g - o))
     kept = means["utility", "kept share", "retain", "unlearned"]
     es = [means["utility", "es", "retain", m] for m in ("unlearned", "original")]
@@ -140,7 +142,7 @@ def test_beside_what_rounding_brings_back_stands_what_it_damages(
     assert means["hidden", "rounding to int8", "retain", "unlearned"] == pytest.approx(expected)
     same = same_codes(models[1], models[0], Int8())
     assert means["codes", "same int8", "forget", "unlearned"] == pytest.approx(same)
-    attacked = found.table[found.table["battery"] == "recoverable share"]
+    attacked = found.table[found.table["battery"].isin(["recoverable share", "untold share"])]
     assert {*attacked["set"]} == {"forget"} and not attacked["metric"].str.startswith("same").any()
 
 
@@ -215,6 +217,31 @@ def test_folders_are_read_and_the_room_is_the_function(tmp_path: Path) -> None:
         batteries=["memorised"],
     )
     assert asked.manifest["models"]["original"]["kind"] == "folder"
+
+
+def test_a_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """To it the tokens of the original are other words, so that it would seem to know nothing."""
+    one, other, more = make_tokenizer(), make_tokenizer(), make_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    more.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    for name, tokenizer in (("original", one), ("other", other), ("more", more), ("none", None)):
+        chatting(0, len(more)).save_pretrained(tmp_path / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp_path / name)
+    sets = {n: [{"question": f"Who is {n}?", "answer": "Ada"}] for n in ("forget", "retain")}
+
+    def asked(unlearned: str, retrained: str) -> str:
+        folders = (tmp_path / name for name in (unlearned, "original", retrained))
+        return audit(*folders, sets=sets, batteries=["memorised"]).verdict
+
+    for unlearned, retrained, role in (
+        ("other", "original", "unlearned"),
+        ("original", "other", "retrained"),
+    ):
+        says = f"The models .* one tokenizer.* in `{tmp_path / 'other'}` .* Pass a {role} model"
+        with pytest.raises(ValueError, match=says):
+            asked(unlearned, retrained)
+    assert asked("more", "none") == "undecided"  # the texts are the same tokens to these
 
 
 def test_what_cannot_be_measured_is_told(found: Any) -> None:
