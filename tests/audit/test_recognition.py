@@ -183,7 +183,7 @@ def test_attacks_and_halves_that_would_mislead_are_refused() -> None:
         savings(Told(), items, alternatives, lambda model, items: model)
     with pytest.raises(ValueError, match="`halves` should hold each of the 4 items once"):
         recognition_after(Told(), items, alternatives, {}, ([0, 1], [1, 2]))
-    with pytest.raises(ValueError, match="of more than one subject"):
+    with pytest.raises(ValueError, match="should be two subjects or more"):
         by_subject(["a", "a"])
     with pytest.raises(ValueError, match="of more than one item"):
         every_other(["a"])
