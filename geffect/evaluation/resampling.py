@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 DRAWS = 2000
 """So many times a bootstrap draws."""
 
+KEPT = 2**21
+"""What was drawn is kept for the next call where it has no more numbers, 16 MiB."""
+
 
 def numbered(subjects: Sequence[Hashable]) -> NDArray[np.int64]:
     """The number of its subject for each item, from 0 in the order in which they come.
@@ -25,8 +28,8 @@ def resamples(
 ) -> NDArray[np.float64]:
     """How often each item is in each draw, `Float64[draw, item]`, the same for the same units.
 
-    So the values of several models on the same items are drawn together. It may not be written to:
-    by a number as seed it is drawn once for all that ask for the same.
+    So the values of several models on the same items are drawn together. The array is read-only:
+    of a few items, and a number as seed, it is kept for the next call.
 
     - `units`: for each item the number, from 0, of what is drawn as a whole, such as its subject.
     - `seed`: or a generator, which goes on from one set to the next.
@@ -34,11 +37,17 @@ def resamples(
     >>> resamples(np.array([0, 0, 1]), draws=2).sum(axis=1) > 0
     array([ True,  True])
     """
-    drawn = _drawn if isinstance(seed, int) else _drawn.__wrapped__
-    return drawn(units.astype(np.int64).tobytes(), draws, seed)
+    of = units.astype(np.int64).tobytes()
+    if isinstance(seed, int) and draws * len(units) <= KEPT:
+        return _kept(of, draws, seed)
+    return _drawn(of, draws, seed)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
+def _kept(units: bytes, draws: int, seed: int) -> NDArray[np.float64]:
+    return _drawn(units, draws, seed)
+
+
 def _drawn(units: bytes, draws: int, seed: int | np.random.Generator) -> NDArray[np.float64]:
     of = np.frombuffer(units, dtype=np.int64)
     count = int(of.max()) + 1
