@@ -180,12 +180,19 @@ def value_of(table: pd.DataFrame, **keys: str) -> Mapping[str, float] | None:
 
 
 def check_items(items: pd.DataFrame) -> None:
-    """Refuse a table that is none of items, and items that are told twice."""
+    """Refuse a table that is none of items, and items that are not named or told twice."""
     missing = [column for column in PER_ITEM if column not in items]
     if missing:
         raise ValueError(
             f"A table of items should have the columns {', '.join(PER_ITEM)}. Found none called "
             f"`{missing[0]}`. Make its rows with geffect.audit.table.per_item."
+        )
+    unnamed = items[items[[*KEYS]].isna().any(axis=1)]
+    if len(unnamed):
+        raise ValueError(
+            "A table of items should name the battery, metric, set and model of each. Found one "
+            f"with {unnamed.iloc[0][[*KEYS]].to_dict()}. Name what is missing, or leave the item "
+            "out."
         )
     twice = items[items.duplicated([*KEYS, "item"])]
     if len(twice):

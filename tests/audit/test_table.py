@@ -1,5 +1,8 @@
 """Means over items, and the bootstrap that bounds them, against loops."""
 
+from itertools import product
+from weakref import ref
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +17,7 @@ from geffect.audit.table import (
     units_of,
     value_of,
 )
-from geffect.evaluation.resampling import resamples
+from geffect.evaluation.resampling import DRAWS, KEPT, resamples
 
 SUBJECTS = [*"aabbccddee"]
 
@@ -31,6 +34,19 @@ def test_means_of_draws_are_those_of_a_loop() -> None:
         drawn = [v for v, w in zip(values, weight, strict=True) for _ in range(int(w))]
         naive.append(np.nanmean(drawn))
     np.testing.assert_allclose(resampled_means(values, weights), naive, rtol=1e-12)
+
+
+def test_few_draws_are_kept_and_none_of_many_items() -> None:
+    for items, kept in ((KEPT // DRAWS, True), (KEPT // DRAWS + 1, False)):
+        units = np.arange(items)
+        found = resamples(units)
+        assert (resamples(units) is found) == kept
+        assert np.array_equal(resamples(units), found)
+    for count in range(5, 9):
+        first = ref(resamples(np.arange(count), draws=count))
+        for others in (1, 2):
+            resamples(np.arange(others), draws=1)
+        assert first() is None
 
 
 def test_what_is_drawn_for_the_same_items_is_drawn_once_and_never_written_to() -> None:
@@ -112,6 +128,9 @@ def test_values_without_their_items_are_refused() -> None:
         rows([1.0])
     with pytest.raises(ValueError, match="none called `metric`"):
         summed(rows([1.0] * 10).drop(columns="metric"))
+    for key, nothing in product(KEYS, (None, np.nan)):
+        with pytest.raises(ValueError, match=rf"set and model of each.*'{key}': (None|nan)"):
+            summed(pd.concat([rows([1.0] * 10), rows([2.0] * 10).assign(**{key: nothing})]))
     with pytest.raises(ValueError, match="each once"):
         summed(pd.concat([rows([1.0] * 10)] * 2))
     with pytest.raises(ValueError, match="Found 2"):
