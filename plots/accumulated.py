@@ -16,7 +16,7 @@ from .figures import new_axes
 from .fit import all_levels, constants, levels, once_only, one_block, require
 from .inks import DASHED, QUIET, SOLID
 from .legends import key
-from .long import rolling_median, window
+from .long import rolling_median, window_of_all
 from .style import points, strokes
 from .words import axis_label, heading, note
 
@@ -53,8 +53,11 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     colours = asked.inks(known)
     ax = ax or new_axes()
     ax.axhline(0.0, color=QUIET, linewidth=0.6, zorder=1)
-    handles, gaps, over = [], [], window(table["step"].nunique())
-    for risk in asked.order(levels(table["risk"]), known):
+    points_of = table.loc[(table["how"] == MEASURED) & table["value"].notna(), "risk"]
+    drawn = asked.order(levels(table["risk"]), known)
+    over = window_of_all(int((points_of == risk).sum()) for risk in drawn)
+    handles, gaps = [], []
+    for risk in drawn:
         own = table[table["risk"] == risk].sort_values("step")
         predicted, measured = (own[own["how"] == how] for how in (PREDICTED, MEASURED))
         handles += ax.plot(
@@ -67,7 +70,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     axis_label(ax.yaxis, score_of(table).full)
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
-    rolled = f"; dashed: median of {over} steps" if over > 1 else ""
+    rolled = f"; dashed: median of {over} points" if over > 1 else ""
     note(ax, f"lines: predicted; points: measured{rolled}")
     if gaps:
         ax.text(
@@ -80,6 +83,7 @@ def accumulated(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
 
 def _measured(ax: Axes, measured: pd.DataFrame, over: int, colour: Any) -> None:
     """A point a step; of a long run faint ones, with their rolling median before them."""
+    measured = measured[measured["value"].notna()]
     steps, values = measured["step"].to_numpy(), measured["value"].astype(float)
     crowd: dict[str, Any] = {"markerfacecolor": "white", **strokes(markersize=2.6)}
     if over > 1:

@@ -1,5 +1,6 @@
 """Long courses: what is drawn of more steps than a picture has pixels, so that no spike is lost."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,6 +23,17 @@ def window(steps: int, *, rates: bool = False) -> int:
     if rates:
         return 1 if steps < 20 else 2 * (steps // 20) + 1
     return 1 if steps < LONG else 2 * (steps // 200) + 1
+
+
+def window_of_all(lines: Iterable[int]) -> int:
+    """Over how many points all lines of a picture roll, from the number that each has.
+
+    Of the shortest that has any: no line rolls over more than a hundredth of itself.
+
+    >>> window_of_all([2000, 500, 0]), window_of_all([])
+    (5, 1)
+    """
+    return window(min(filter(None, lines), default=0))
 
 
 def rolling_median(course: Any, over: int) -> Any:

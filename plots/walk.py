@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from geffect.scores import score_of
 from geffect.sources import FORGET, RETAIN
 
-from .accumulated import MEASURED, PREDICTED
+from .accumulated import PREDICTED
 from .axes import dress
 from .conventions import Asked, picture
 from .figures import new_axes
@@ -23,7 +23,7 @@ from .fit import (
 )
 from .inks import DASHED, QUIET, SOLID
 from .legends import key
-from .long import rolling_median, window
+from .long import rolling_median, window_of_all
 from .style import strokes
 from .words import axis_label, heading, note
 
@@ -41,8 +41,8 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
 
     Of runs whose walks end at equal forgetting, the lower one costs less. A dot ends each line. One
     run has a line for what its updates predict and one for what was measured; of several each has
-    a colour, and what was measured is dashed. Of a long run what was measured is its rolling
-    median, before all values: each of these is of another batch.
+    a colour, and what was measured is dashed. Of long runs what was measured is its rolling median,
+    before all values: each of these is of another batch.
 
     >>> from matplotlib.figure import Figure
     >>> table = pd.DataFrame({"step": [0, 1] * 2, "risk": ["forget"] * 2 + ["retain"] * 2,
@@ -70,39 +70,44 @@ def walk(table: pd.DataFrame, ax: Axes | None, asked: Asked) -> Axes:
     ax = ax or new_axes(5.2, 3.6)
     for at_zero in (ax.axhline, ax.axvline):
         at_zero(0.0, color=QUIET, linewidth=0.6, zorder=1)
+    ways = [
+        (name, how, _way(of_name[of_name["how"] == how]))
+        for name in asked.order(levels(table[hue]), known)
+        for of_name in [table[table[hue].astype(str) == name]]
+        for how in levels(of_name["how"])
+    ]
+    over = window_of_all(len(way) for _, how, way in ways if how != PREDICTED)
     handles: list[Line2D] = []
-    for name in asked.order(levels(table[hue]), known):
-        of_name = table[table[hue].astype(str) == name]
-        for how in levels(of_name["how"]):
-            own = of_name[of_name["how"] == how]
-            both = own.pivot(index="step", columns="risk", values="value").sort_index()
-            over = 1 if how == PREDICTED else window(len(both))
-            rolled = rolling_median(both, over)
-            x, y = (rolled[risk].to_numpy(dtype=float) for risk in (FORGET, RETAIN))
-            dashes = SOLID if how == PREDICTED else DASHED
-            if over > 1:
-                ax.plot(
-                    both[FORGET], both[RETAIN], color=colours[name].colour, alpha=0.18, zorder=2,
-                    **strokes(linewidth=0.4),
-                )  # fmt: skip
-            (line,) = ax.plot(
-                x, y, label=name,
-                **asked.look(color=colours[name].colour, linestyle=dashes, linewidth=1.4, zorder=3),
-            )  # fmt: skip
-            there = ~(pd.isna(x) | pd.isna(y))
+    for name, how, way in ways:
+        dashes, rolled = (SOLID, way) if how == PREDICTED else (DASHED, rolling_median(way, over))
+        if rolled is not way:
             ax.plot(
-                x[there][-1:], y[there][-1:], color=line.get_color(), linestyle="none", marker="o",
-                zorder=4, **strokes(markersize=4),
+                way[FORGET], way[RETAIN], color=colours[name].colour, alpha=0.18, zorder=2,
+                **strokes(linewidth=0.4),
             )  # fmt: skip
-            handles += [line] if name not in {h.get_label() for h in handles} else []
+        x, y = (rolled[risk].to_numpy(dtype=float) for risk in (FORGET, RETAIN))
+        (line,) = ax.plot(
+            x, y, label=name,
+            **asked.look(color=colours[name].colour, linestyle=dashes, linewidth=1.4, zorder=3),
+        )  # fmt: skip
+        ax.plot(
+            x[-1:], y[-1:], color=line.get_color(), linestyle="none", marker="o", zorder=4,
+            **strokes(markersize=4),
+        )  # fmt: skip
+        handles += [line] if name not in {h.get_label() for h in handles} else []
     rise = score_of(table).full
     axis_label(ax.xaxis, f"forget: {rise}")
     axis_label(ax.yaxis, f"retain: {rise}")
     dress(ax)
     heading(ax, constants(table.drop(columns=["risk", "how"])))
     said = ["right: forgets", "up: harms", *(["dashed: measured"] if several else [])]
-    if (over := window(table["step"].nunique())) > 1 and MEASURED in levels(table["how"]):
-        said.append(f"measured: median of {over} steps")
+    if over > 1:
+        said.append(f"measured: median of {over} points")
     note(ax, "; ".join(said))
     key(ax, handles)
     return ax
+
+
+def _way(own: pd.DataFrame) -> pd.DataFrame:
+    """Both risks, a column each, at the steps at which both are known."""
+    return own.pivot(index="step", columns="risk", values="value").sort_index().dropna()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from geffect.plots import accumulated
 from geffect.plots.inks import NAMED
 from geffect.plots.long import rolling_median, window
-from tests.utils.pictures import long_walk, of_two_blocks, risen
+from tests.utils.pictures import long_walk, measured_rarely, of_two_blocks, risen
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -55,7 +55,23 @@ def test_of_a_long_run_the_rolling_median_of_what_was_measured_is_drawn() -> Non
     rolled = rolling_median(pd.Series(faint.get_ydata()), window(500))
     assert np.array_equal(median.get_ydata(), rolled, equal_nan=True)
     assert faint.get_alpha() < 0.5 and median.get_color() == faint.get_color()
-    assert ax.get_title(loc="right").endswith(f"dashed: median of {window(500)} steps")
+    assert ax.get_title(loc="right").endswith(f"dashed: median of {window(500)} points")
+
+
+@pytest.mark.parametrize("absent", [True, False])
+@pytest.mark.parametrize(("every", "over"), [(100, 1), (4, 5)])
+def test_the_window_is_of_points_that_were_measured(every: int, over: int, absent: bool) -> None:
+    table = measured_rarely(long_walk(2000), every, absent=absent)
+    ax = drawn(table)
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 2000 // every]
+    own = table[(table["how"] == "measured") & table["value"].notna()]
+    medians = [line for line in lines if line.get_linestyle() == "--"]
+    assert len(lines) == 2 + len(medians) and len(medians) == 2 * (over > 1)
+    for risk, median in zip(("forget", "retain"), medians, strict=bool(medians)):
+        values = own.loc[own["risk"] == risk, "value"].reset_index(drop=True)
+        assert np.array_equal(median.get_ydata(), rolling_median(values, over))
+    assert ("median of" in ax.get_title(loc="right")) == (over > 1)
+    assert over == 1 or f"median of {over} points" in ax.get_title(loc="right")
 
 
 def test_several_blocks_are_refused() -> None:

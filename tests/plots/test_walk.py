@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from geffect.plots import walk
 from geffect.plots.long import rolling_median, window
 from geffect.scores import stack
-from tests.utils.pictures import long_walk, of_two_blocks, risen
+from tests.utils.pictures import long_walk, measured_rarely, of_two_blocks, risen
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -57,7 +57,29 @@ def test_of_a_long_run_the_rolling_median_stands_before_all_that_was_measured() 
         rolled = rolling_median(pd.Series(getattr(faint, axis)()), window(500))
         assert np.array_equal(getattr(median, axis)(), rolled, equal_nan=True)
     assert faint.get_alpha() < 0.5 and predicted.get_alpha() is None
-    assert ax.get_title(loc="right").endswith(f"measured: median of {window(500)} steps")
+    assert ax.get_title(loc="right").endswith(f"measured: median of {window(500)} points")
+
+
+def test_one_window_for_runs_of_two_lengths() -> None:
+    ax = drawn(stack({"long": long_walk(2000), "short": long_walk(500)}, "run"))
+    lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    for faint, median in (lines[1:3], lines[4:6]):
+        rolled = rolling_median(pd.Series(faint.get_ydata()), window(500))
+        assert np.array_equal(median.get_ydata(), rolled)
+    assert [len(line.get_xdata()) for line in lines] == [2000] * 3 + [500] * 3
+    assert ax.get_title(loc="right").endswith(f"measured: median of {window(500)} points")
+
+
+@pytest.mark.parametrize("absent", [True, False])
+@pytest.mark.parametrize(("every", "over"), [(100, 1), (4, 5)])
+def test_the_window_is_of_points_that_were_measured(every: int, over: int, absent: bool) -> None:
+    ax = drawn(measured_rarely(long_walk(2000), every, absent=absent))
+    _, *measured = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    assert [len(line.get_xdata()) for line in measured] == [2000 // every] * (1 + (over > 1))
+    points = pd.Series(measured[0].get_ydata())
+    assert np.array_equal(measured[-1].get_ydata(), rolling_median(points, over))
+    assert ("median of" in ax.get_title(loc="right")) == (over > 1)
+    assert over == 1 or f"median of {over} points" in ax.get_title(loc="right")
 
 
 def test_several_blocks_are_refused() -> None:

@@ -164,6 +164,12 @@ def long_walk(steps: int = 500) -> pd.DataFrame:
     return said(pd.DataFrame(rows), Score("rise of the risk", PER_TOKEN))
 
 
+def measured_rarely(table: pd.DataFrame, every: int, *, absent: bool) -> pd.DataFrame:
+    """A walk that was measured at some steps alone: its other rows are absent, or undefined."""
+    rarely = (table["how"] == "measured") & (table["step"] % every != 0)
+    return table[~rarely] if absent else table.assign(value=table["value"].mask(rarely))
+
+
 def of_two_blocks() -> pd.DataFrame:
     """The rises of two risks in two blocks."""
     rises = [risen().drop(columns="model").assign(layer=name) for name in ("embedding", "head")]
