@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from geffect.batch import Pair, check_one_answer, labels_of, side_of
-from geffect.risk import sequence_nll, sequence_sum, token_log_probabilities
+from geffect.batch import Batch, Pair, check_one_answer, labels_of, original_of, side_of
+from geffect.risk import check_answers, sequence_sum, token_log_probabilities
 from geffect.sources import FORGET
 
 from .base import Component, Objective, Reduction, positive
@@ -52,7 +52,7 @@ class DPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Component]:
         self.compared(reference, model)
-        _check_rows(batch)
+        _check_sides(model, batch)
 
         def loss() -> Tensor:
             return (
@@ -71,7 +71,7 @@ class DPO(Objective):
         self, model: Any, batch: Pair, reference: Reference | None = None
     ) -> dict[str, Tensor]:
         """Of every sample the "weight" of both of its answers, and 1/p of the original's tokens."""
-        _check_rows(batch)
+        _check_sides(model, batch)
         with torch.no_grad():
             weights = self.weights(self._margin(model, batch, reference))
         return {"weight": weights, **super().implicit_weights(model, batch, reference)}
@@ -79,14 +79,19 @@ class DPO(Objective):
     def _margin(self, model: Any, batch: Pair, reference: Reference | None) -> Tensor:
         """(l_s - l_{o,s}) - (a_s - a_{o,s}), `Float[sample]`."""
         known = self.compared(reference, model)
-        original, alternate = (side_of(batch, side) for side in (FORGET, ALTERNATE))
-        lost = sequence_nll(model, original) + known.log_probabilities(original).sum(dim=1)
-        # An alternate may be empty: then DPO is NPO.
-        preferred = sequence_sum(*token_log_probabilities(model, alternate))
-        return lost - (known.log_probabilities(alternate).sum(dim=1) - preferred)
+        original, alternate = (
+            _lost(model, side_of(batch, side), known) for side in (FORGET, ALTERNATE)
+        )
+        return original - alternate
 
 
-def _check_rows(batch: Pair) -> None:
+def _lost(model: Any, batch: Batch, known: Reference) -> Tensor:
+    """The summed NLL of each answer less that under the reference, `Float[sample]`."""
+    now = sequence_sum(*token_log_probabilities(model, batch))
+    return known.log_probabilities(batch).sum(dim=1) - now
+
+
+def _check_sides(model: Any, batch: Pair) -> None:
     counts = []
     for side in (FORGET, ALTERNATE):
         check_one_answer(side_of(batch, side), "DPO")
@@ -96,3 +101,5 @@ def _check_rows(batch: Pair) -> None:
             f"`{ALTERNATE}` should have a row for each of `{FORGET}`, the alternate to its answer. "
             f"Found {counts[1]} rows beside {counts[0]}. Collate both answers of each item."
         )
+    # An alternate may be empty: then DPO is NPO.
+    check_answers(model, {FORGET: original_of(side_of(batch, FORGET))})

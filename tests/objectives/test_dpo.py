@@ -32,11 +32,11 @@ def sums(model: nn.Module, batch: Any) -> list[Tensor]:
     return [torch.stack(row).sum() for row in reference.token_log_p(model, batch)]
 
 
-def emptied(pair: dict[str, Any]) -> dict[str, Any]:
-    """The pair without an answer that is preferred."""
-    alternate = pair["forget"]["alternate"]
-    without = {**alternate, "labels": torch.full_like(alternate["labels"], -100)}
-    return {**pair, "forget": {**pair["forget"], "alternate": without}}
+def emptied(pair: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The pair without one of its two answers."""
+    batch = pair["forget"][answer]
+    without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    return {**pair, "forget": {**pair["forget"], answer: without}}
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0, 5.0])
@@ -77,7 +77,7 @@ def test_the_number_of_open_unlearning() -> None:
 
 
 def test_npo_is_dpo_with_empty_alternates(model: nn.Module, other: nn.Module) -> None:
-    pair, before = emptied(pair_of(DPO())), FrozenModel(other)
+    pair, before = emptied(pair_of(DPO()), "alternate"), FrozenModel(other)
     both = [of(0.3)(model, pair, before) for of in (DPO, NPO)]
     assert torch.equal(*both) and torch.equal(*(flat(model, loss) for loss in both))
 
@@ -119,3 +119,10 @@ def test_other_rows_than_those_of_the_answers_are_refused(model: nn.Module) -> N
 def test_a_batch_without_alternates_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`forget.alternate` among them. Found forget, retain"):
         DPO()(model, pair_of(NPO()), FrozenModel.copied(model.eval()))
+
+
+def test_a_batch_without_answers_to_forget_is_refused_by_its_side(model: nn.Module) -> None:
+    pair, before = emptied(pair_of(DPO()), "original"), FrozenModel.copied(model.eval())
+    for asked in (DPO(), DPO().implicit_weights):
+        with pytest.raises(ValueError, match="`forget` should have an answer token"):
+            asked(model, pair, before)
