@@ -64,6 +64,17 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left.
+
+    >>> out_of_memory(torch.OutOfMemoryError()), out_of_memory(RuntimeError("of another kind"))
+    (True, False)
+    """
+    # On a CPU torch raises a RuntimeError, which names its allocator.
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 @torch.no_grad()
 def swap(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Exchange values tensor by tensor: no second copy of a model at any time.

@@ -30,3 +30,12 @@ def with_notes(error: BaseException, says: str | None = None) -> str:
     'A batch should have rows. It was found in the second batch.'
     """
     return " ".join([says or str(error), *getattr(error, "__notes__", ())])
+
+
+def line_of(error: BaseException, place: int = 0) -> str:
+    """A line of what an error says, the first of them; its class where it says nothing.
+
+    >>> line_of(ValueError("Two tensors differ:\\n  a, b")), line_of(ValueError())
+    ('Two tensors differ:', 'ValueError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[place].strip()

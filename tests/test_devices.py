@@ -33,3 +33,12 @@ def test_a_device_without_kernels_has_the_same_products(
     a, b = a.bfloat16().double(), b.float().double()
     expected = torch.stack([a, b]) @ torch.stack([a, b]).T
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_a_cpu_without_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.int8)
+    assert devices.out_of_memory(refused.value) and devices.out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+    assert not devices.out_of_memory(other.value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from geffect.batch import Batch, on_device
 from geffect.data.collate import Item
+from geffect.devices import out_of_memory
 from geffect.risk import undisturbed
 
 from .blocks import blocks_of, check_tokenizers, outline
@@ -191,6 +192,8 @@ class DepthProbe:
                     self._blocks[-1], one, put, lambda: self.original(**one).logits
                 )
             except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
                 raise self._no_decoder(f"`{error}`") from error
             if logits.shape[:2] != (len(part), 1):
                 raise self._no_decoder(f"logits of shape {tuple(logits.shape)}")

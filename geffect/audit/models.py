@@ -13,7 +13,8 @@ from torch import nn
 
 from geffect.checkpoints.folders import check_folder, is_adapter, positions_of, vocabulary_of
 from geffect.checkpoints.loading import whole_of
-from geffect.devices import there
+from geffect.devices import out_of_memory, there
+from geffect.notes import line_of
 from geffect.risk import limits
 
 ORIGINAL, RETRAINED, UNLEARNED = "original", "retrained", "unlearned"
@@ -212,9 +213,10 @@ def _of_gguf(path: Path) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(
             f"A GGUF file should hold a causal language model that transformers reads. Found in "
-            f"`{path}`: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Pass "
-            "the folder of the model that it was made of."
+            f"`{path}`: {line_of(error)}. Pass the folder of the model that it was made of."
         ) from error
     return loaded.eval()

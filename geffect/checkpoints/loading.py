@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect.codes import coded, holds_codes, keep_differentiable
+from geffect.devices import out_of_memory
 from geffect.gradients import Vector
 from geffect.layers import trainable
+from geffect.notes import line_of
 from geffect.objectives.reference import base_changed_by
 from geffect.risk import check_differentiable, check_loaded
 
@@ -165,10 +167,11 @@ class Loader:
         try:
             self._model = PeftModel.from_pretrained(model, path, is_trainable=True)
         except (RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise ValueError(
                 f"`{path}` should be an adapter for the model in `{base}`. Found: "
-                f"{str(error).splitlines()[-1].strip():.300} Name the model that it was trained on "
-                "as its base."
+                f"{line_of(error, -1):.300} Name the model that it was trained on as its base."
             ) from error
         held, stored = self._held(), files_of(path)
         check_loaded(self._model, held.keys() - stored.keys(), path)

@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from geffect.devices import out_of_memory
+from geffect.notes import line_of
+
 
 @contextmanager
 def merging(should: str) -> Iterator[None]:
@@ -17,8 +20,10 @@ def merging(should: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of whichever class its package has chosen
+        if out_of_memory(error):
+            raise
         raise ValueError(
-            f"{should} that can be merged into its weights. Found: {error} Save the model merged, "
-            "as its library does."
+            f"{should} that can be merged into its weights. Found: {line_of(error)} Save the model "
+            "merged, as its library does."
         ) from error

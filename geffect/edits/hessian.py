@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from geffect.batch import Batch, on_device
+from geffect.devices import out_of_memory
 from geffect.dots import dense
 from geffect.layers import trainable
+from geffect.notes import line_of
 from geffect.numbers import percent
 from geffect.risk import RiskSet, nll, risk_gradient, scored_tokens
 
@@ -68,12 +70,12 @@ class Hessian:
             # differentiable once, since these lead to no parameter.
             torch.autograd.backward([s for s, _ in bent], [v for _, v in bent])
             second = [torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in chosen]
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise ValueError(
                 "The model of Newton should have second derivatives. Found none: "
-                f"{str(error).splitlines()[0]} {WORKS}"
+                f"{line_of(error)} {WORKS}"
             ) from error
         finally:
             for parameter in self.model.parameters():

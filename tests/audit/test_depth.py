@@ -285,6 +285,17 @@ def test_a_head_that_looks_at_other_positions_is_refused() -> None:
         probe.decoder_swap(model)
 
 
+def test_where_memory_runs_out_no_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    model = tiny.llama(0)
+    probe = DepthProbe(model, items(2))
+    monkeypatch.setattr("geffect.audit.depth.with_states", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        probe.decoder_swap(model)
+
+
 def test_adapters_and_wrappers_have_the_blocks_of_their_model() -> None:
     peft = pytest.importorskip("peft")
     original, given = architectures.made("llama"), items(3)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from geffect.audit.auditing import audit
 from geffect.audit.models import AuditModels, form_of, kind_of, named
@@ -89,6 +89,20 @@ def test_a_gguf_file_is_the_model_in_its_own_rounding(kind: str, tmp_path: Path)
             values = gguf.quants.dequantize(gguf.quants.quantize(values, format), format)
         np.testing.assert_array_equal(own[name].detach().numpy(), values, err_msg=name)
     assert (kind_of(path), form_of(path)) == ("gguf", f"gguf, {kind}")
+
+
+def test_where_memory_runs_out_no_gguf_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    path = written(small(), tmp_path / "model.gguf", "F32")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        AuditModels(path, small()).loaded("unlearned")
 
 
 def test_an_audit_of_gguf_files_is_that_of_what_they_hold(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from geffect.analysis import cosine, predicted_change
 from geffect.checkpoints import loading
 from geffect.checkpoints.estimators import full, same_batch
 from geffect.checkpoints.folders import base_of, tokenizer_of
-from geffect.checkpoints.loading import Loader
+from geffect.checkpoints.loading import Loader, whole_of
 from geffect.checkpoints.replay import replay
 from geffect.objectives import NPO
 from tests.utils import reference
@@ -166,6 +166,22 @@ def test_a_base_that_an_adapter_is_not_for(adapters: Path, tmp_path: Path) -> No
     assert "size mismatch" in str(refused.value) and str(refused.value).count("\n") == 0
     with pytest.warns(UserWarning, match="`base` should be the model .* `.*base`, which is there"):
         Loader(base=tmp_path / "other").load(folder)
+
+
+@pytest.mark.parametrize("of", ["PeftModel.from_pretrained", "LoraModel.merge_and_unload"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), MemoryError(), RuntimeError()])
+def test_where_memory_runs_out_no_adapter_is_refused(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch, of: str, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"peft.{of}", fails)
+    refuses = type(error) is RuntimeError
+    with pytest.raises(ValueError if refuses else type(error)) as raised:
+        whole_of(adapters / "checkpoint-0", None, "cpu")
+    assert (raised.value is error) != refuses
+    assert not refuses or "Found: RuntimeError" in str(raised.value)
 
 
 def test_adapters_of_another_set_up_are_refused(adapters: Path, tmp_path: Path) -> None:
