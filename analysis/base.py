@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from geffect.groups import By, label_of, label_of_expert
 from geffect.layers import in_network_order
+from geffect.notes import OfArgument
 from geffect.places import EXPERT
 from geffect.scores import BLOCKS, Score
 from geffect.sources import is_risk
@@ -123,9 +124,8 @@ def _experts(run: Run) -> tuple[NDArray[np.int64], list[str], Floats]:
     """The same, with a part for each of the experts that a tensor holds."""
     mixed = [parameter for parameter in run.layers if parameter.role == EXPERT]
     if not mixed:
-        raise ValueError(
-            f"`by` should be `expert` for a model with experts. Found none in `{run.path}`. Choose "
-            'by="layer".'
+        raise OfArgument(
+            "by", f"be `expert` for a model with experts. Found none in `{run.path}`.", "layer"
         )
     of = np.repeat(np.arange(len(run.layers)), [max(1, p.experts) for p in run.layers])
     label = label_of("expert")
@@ -139,10 +139,11 @@ def _experts(run: Run) -> tuple[NDArray[np.int64], list[str], Floats]:
     if held.any():
         single = run.expert_gram()
         if np.isnan(single).all() and not np.isnan(gram[:, held]).all():
-            raise ValueError(
-                f"`by` should be `expert` for a run of measured gradients. Found that `{run.path}` "
-                'holds estimates for whole tensors. Choose by="layer", or an estimator whose rows '
-                "are Gram matrices, such as same_batch."
+            raise OfArgument(
+                "by",
+                "be `expert` for a run of measured gradients, as an estimator such as same_batch "
+                f"makes. Found that `{run.path}` holds estimates for whole tensors.",
+                "layer",
             )
         gram[:, held] = single
     return of, labels, gram

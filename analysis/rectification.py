@@ -8,6 +8,7 @@ import pandas as pd
 
 from geffect.gram import cosine, inner, norm
 from geffect.groups import By, label_of
+from geffect.notes import OfArgument
 from geffect.scores import COSINE, PER_RATE, PER_TOKEN, YES_OR_NO, Score, stack, tidy
 from geffect.sources import RETAIN, UPDATE, average_of
 from geffect.store import Run
@@ -236,10 +237,11 @@ def _parts(run: Run, names: Sequence[str], by: By) -> dict[str, list[str]]:
     block_of: dict[str, str] = {}
     for part, block in zip(_own_blocks(run, names), map(label_of(by), run.layers), strict=True):
         if block_of.setdefault(part, block) != block:
-            raise ValueError(
-                "`by` should keep the blocks of the rectifier whole: it has one number for all of "
-                f"`{part}`. Found `{block_of[part]}` and `{block}` in it. Choose larger blocks, "
-                'such as by="model".'
+            raise OfArgument(
+                "by",
+                "keep the blocks of the rectifier whole: it has one number for all of "
+                f"`{part}`. Found `{block_of[part]}` and `{block}` in it.",
+                "model",
             )
     parts: dict[str, list[str]] = {}
     for part, block in block_of.items():

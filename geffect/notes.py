@@ -1,4 +1,4 @@
-"""Notes on errors: where it was found, beside what was found."""
+"""What errors say beyond a sentence: where it was found, and of which argument."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +39,30 @@ def line_of(error: BaseException, place: int = 0) -> str:
     ('Two tensors differ:', 'ValueError')
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[place].strip()
+
+
+class OfArgument(ValueError):
+    """An argument that is refused, in a sentence that may call it by another name.
+
+    - `argument`: its name in Python.
+    - `should`: what it should be, and what was found.
+    - `choose`: what it may be instead, if that is known.
+
+    >>> error = OfArgument("by", "be larger. Found a layer.", "model")
+    >>> print(error)
+    `by` should be larger. Found a layer. Choose by="model".
+    >>> error.said_of("`--by`", "--by {}")
+    '`--by` should be larger. Found a layer. Choose --by model.'
+    """
+
+    def __init__(self, argument: str, should: str, choose: str = "") -> None:
+        super().__init__(argument, should, choose)
+        self.argument, self.should, self.choose = argument, should, choose
+
+    def __str__(self) -> str:
+        return self.said_of(f"`{self.argument}`", f'{self.argument}="{{}}"')
+
+    def said_of(self, subject: str, choice: str) -> str:
+        """The sentence of another subject, and a choice as it is written there."""
+        chosen = f" Choose {choice.format(self.choose)}." if self.choose else ""
+        return f"{subject} should {self.should}{chosen}"

@@ -1,12 +1,13 @@
 """What a user names on the command line: a score, its blocks, a pair of gradients."""
 
-import re
 from collections.abc import Callable, Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+
+from geffect.notes import OfArgument
 
 from .command import given
 from .options import choice
@@ -136,25 +137,18 @@ def table_of(
     function: Callable[..., pd.DataFrame] = getattr(analysis, score.replace("-", "_"))
     try:
         return analysis.intervals(function, run, **how) if intervals else function(run, **how)
-    except ValueError as error:
-        if (of_options := _in_options(str(error), score)) is None:
+    except OfArgument as error:
+        if (of_option := _of_option(error, score)) is None:
             raise
-        raise typer.BadParameter(of_options) from error
+        raise typer.BadParameter(of_option) from error
 
 
-def _in_options(refusal: str, score: ScoreName) -> str | None:
-    """What an analyzer says of a word in the option that says it; None of anything else.
-
-    >>> _in_options('`by` should be larger. Found a layer. Choose by="model".', ScoreName.ANGLES)
-    '`--by` should be larger. Found a layer. Choose --by model.'
-    """
-    of_words = {"`by` should ": "`--by` should "}
+def _of_option(error: OfArgument, score: ScoreName) -> str | None:
+    """What is said of the option that an argument is from; None of any other argument."""
+    named = {"by": ("`--by`", "--by {}")}
     if BETWEEN in score.takes:
-        of_words["`source` should be one of "] = f"`{BETWEEN}` should be two of "
-    for word, option in of_words.items():
-        if refusal.startswith(word):
-            return re.sub(r'\bby="(\w+)"', r"--by \1", option + refusal.removeprefix(word))
-    return None
+        named["source"] = f"Each of `{BETWEEN}`", f"{BETWEEN} {{}}"
+    return error.said_of(*named[error.argument]) if error.argument in named else None
 
 
 def _pair(between: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from geffect.encodings import ENCODINGS
 from geffect.layers import Parameter
 from geffect.near import meant
+from geffect.notes import OfArgument
 from geffect.sources import AVERAGE, RECTIFIED, UPDATE
 
 from .layout import entry_shapes
@@ -58,9 +59,10 @@ class CommittedRows:
     def index(self, source: str) -> int:
         """The place of a source in the Gram matrix."""
         if source not in self.sources:
-            raise ValueError(
-                f"`source` should be one of {', '.join(self.sources)} in `{self.path}`. "
-                f"Found `{source}`.{_how_to_have(source, self.sources)}"
+            raise OfArgument(
+                "source",
+                f"be one of {', '.join(self.sources)} in `{self.path}`. "
+                f"Found `{source}`.{_how_to_have(source, self.sources)}",
             )
         return self.sources.index(source)
 
