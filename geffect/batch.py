@@ -169,19 +169,23 @@ def _begins(batch: Batch) -> Tensor:
     """Where a text begins behind another one in its row, `Bool[sample, position]`."""
     labels = labels_of(batch)
     begins = torch.zeros_like(labels, dtype=torch.bool)
+    masks = [*masks_in(batch)]
+    flat = [mask.to(labels.device) for mask in masks if mask.shape == labels.shape]
     positions = batch.get("position_ids")
     if positions is not None and positions.shape[-1] == labels.shape[-1]:
         # Of several counts, as for images, the first is that of the text or of time.
         counts = (positions[0] if positions.ndim > 2 else positions).to(labels.device)
         begins |= begins_anew(counts)
-        if positions.ndim <= 2:  # a text may be one token; the parts of an image share a time
-            begins[:, 1:] |= counts[..., 1:] == 0
-    masks = [*masks_in(batch)]
-    for numbers in (batch.get("seq_idx"), *masks):
-        if numbers is not None and numbers.shape == labels.shape:
-            before = _last_positive(numbers)[:, :-1]
-            changes = (numbers[:, 1:] > 0) & (before > 0) & (numbers[:, 1:] != before)
-            begins[:, 1:] |= changes.to(labels.device)
+        if positions.ndim <= 2 and not masks:  # then attention goes by them: a text counts by one
+            begins[:, 1:] |= counts[..., 1:] != counts[..., :-1] + 1
+        for mask in flat:
+            begins &= mask > 0  # padding has positions too
+    for mask in flat:
+        before = _last_positive(mask)[:, :-1]
+        begins[:, 1:] |= (mask[:, 1:] > 0) & (before > 0) & (mask[:, 1:] != before)
+    numbers = batch.get("seq_idx")
+    if numbers is not None and numbers.shape == labels.shape:
+        begins[:, 1:] |= (numbers[:, 1:] != numbers[:, :-1]).to(labels.device)
     of_pairs = [x for x in masks if x.ndim > 2 and x.shape[-2:] == labels.shape[-1:] * 2]
     if of_pairs:
         # Layers that see a window or a chunk of the text have masks of their own.

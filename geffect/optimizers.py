@@ -20,8 +20,10 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def moved_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer's next step moves: its own, where they have a gradient."""
-    return [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
+    """The tensors that the next step moves: the optimizer's own with a gradient, not at rest."""
+    resting = set(map(id, at_rest_in(optimizer)))
+    own = [tensor for tensor in tensors_of(optimizer) if tensor.grad is not None]
+    return [tensor for tensor in own if id(tensor) not in resting]
 
 
 def at_rest_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -195,6 +195,7 @@ class _FollowedStep:
     versions: Sequence[int]
     printed: Sequence[int]  # indices of those whose bits are looked at, without copies
     prints: Tensor
+    known: set[int] = field(default_factory=set)  # held by these optimizers
     # The first parameter that an optimizer holds, its learning rate, and what it is.
     optimizers: list[tuple[int, float, Mapping[str, Any]]] = field(default_factory=list)
     # Of the last news: what was stepped, and prints of all parameters where the update is followed.
@@ -202,11 +203,12 @@ class _FollowedStep:
 
     def take(self, optimizer: torch.optim.Optimizer, driven: frozenset[int]) -> None:
         """Count a step of the optimizer, which moves what is `driven`."""
-        held = set(map(id, tensors_of(optimizer)))
-        if not held <= self.stepped:  # one that stands around another one adds nothing
+        held = frozenset(map(id, tensors_of(optimizer)))
+        if not held <= self.known:  # one that stands around another one adds nothing
             first = next(i for i, p in enumerate(self.parameters) if id(p) in held)
             self.optimizers.append((first, rate_of(optimizer), described(optimizer)))
-        self.stepped.update(map(id, tensors_of(optimizer)))
+        self.known |= held
+        self.stepped |= held
         resting = frozenset(map(id, at_rest_in(optimizer)))
         self.resting |= resting
         self.driven.update(driven - resting)

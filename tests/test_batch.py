@@ -181,6 +181,8 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "positions": {"position_ids": [[0, 1, 2, 0, 1, 2]]},
     "positions of three kinds": {"position_ids": [[[0, 1, 2, 0, 1, 2]]] * 3},
     "positions that go on": {"position_ids": [[4, 5, 6, 2, 3, 4]]},
+    "positions that jump": {"position_ids": [[0, 1, 2, 10, 11, 12]]},
+    "numbers of sequences from 0": {"seq_idx": [[0, 0, 0, 1, 1, 1]]},
     "numbers in the mask": {"attention_mask": [[1, 1, 1, 2, 2, 2]]},
     "numbers of sequences": {"seq_idx": [[1, 1, 1, 2, 2, 2]]},
     "ends": {"cu_seq_lens_q": [0, 3, 6]},
@@ -200,6 +202,13 @@ SINGLE: dict[str, dict[str, Any]] = {
     "padding on the left": {
         "position_ids": [[1, 1, 0, 1, 2, 3]], "labels": [[-100, -100, -100, 5, 6, 7]],
         "attention_mask": [[0, 0, 1, 1, 1, 1]],
+    },
+    "padding with positions, and a hidden end": {
+        "position_ids": [[0, 1, 2, 3, 0, 0]], "labels": [[-100, 5, 6, 7, 2, -100]],
+        "attention_mask": [[1, 1, 1, 1, 0, 0]],
+    },
+    "positions that jump, and a mask of the user's": {
+        "position_ids": [[0, 3, 5, 6, 9, 11]], "attention_mask": [[1, 1, 1, 1, 1, 1]],
     },
     "a hole in the mask": {"attention_mask": [[1, 1, 0, 0, 1, 1]]},
     "one text": {"cu_seq_lens_q": [0, 6]},
@@ -282,6 +291,9 @@ WHOLE: dict[str, dict[str, Any]] = {
     },
     "a row with a text of one token": {
         "input_ids": [[9, *ONE_ROW]], "position_ids": [[0, *POSITIONS]],
+    },
+    "a row that counts from one": {
+        "input_ids": [[9, *ONE_ROW]], "position_ids": [[1, *(1 + p for p in POSITIONS)]],
     },
     "padding on the left": padded_left(),
     "padding on the left, positions of 0": padded_left(position_ids=0),

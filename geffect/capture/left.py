@@ -1,12 +1,13 @@
 """What a micro-batch has left in `.grad`, and whether that is still there for the next one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from geffect import distributed, dots
-from geffect.gradients import Vector
+from geffect.gradients import Vector, is_empty
 
 
 class Left:
@@ -43,6 +44,36 @@ class Left:
         written = [place for place, (grad, mark) in pairs if _mark(grad) != mark]
         due = sums() if written else []
         return [place for place in written if not _is_sum(grads[place], due[place], scale)]
+
+
+class Leftover:
+    """What lay in `.grad` before a gradient was added to it: a step would be by the sum of both.
+
+    `note` says that the gradient was added. From then on a tensor counts until its `.grad` is
+    another one, as after `zero_grad`.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.sum().backward()
+    >>> leftover = Leftover([weight])
+    >>> weight.sum().backward()
+    >>> leftover.note()
+    >>> leftover.is_in([weight])
+    True
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        there = [] if is_empty(parameters) else parameters
+        self._parameters = [parameter for parameter in there if not is_empty([parameter])]
+        self._grads: dict[int, ref[Tensor]] = {}
+
+    def note(self) -> None:
+        """The gradient was added."""
+        self._grads = {id(p): ref(p.grad) for p in self._parameters if p.grad is not None}
+
+    def is_in(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether it lies in the `.grad` of any of these."""
+        known = [(tensor.grad, self._grads.get(id(tensor))) for tensor in tensors]
+        return any(grad is not None and g is not None and g() is grad for grad, g in known)
 
 
 def _mark(grad: Tensor | None) -> tuple[int, int] | None:

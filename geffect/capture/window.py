@@ -13,7 +13,6 @@ from geffect.gradients import (
     Gradients,
     GradientTransform,
     Vector,
-    is_left,
     reduced,
     stream,
 )
@@ -35,7 +34,7 @@ from geffect.text import plain
 
 from .collector import Measurement
 from .header import Declared
-from .left import Left
+from .left import Left, Leftover
 from .recording import Recording
 from .rows import Entry
 
@@ -119,7 +118,7 @@ class Window:
     left: Left | None = None  # in `.grad`, by the last micro-batch
     measured: Measurement | None = None
     written: bool = False
-    is_part: bool = False  # whether `.grad` had something else in it before
+    leftover: Leftover | None = None  # in `.grad`, from before the first micro-batch
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(
@@ -136,8 +135,7 @@ class Window:
         """
         if self.captured and self.still is None and not last:
             self.still = Standstill(self.of.parameters)
-        if self.captured and not self.micro and self.rectifier is None:
-            self.is_part = is_left(self.of.parameters)
+        self._look_for_leftover()
         self.micro += 1
         self.scaled = passes.order.scale != 1.0
         self._take(passes, last=last, settle=settle)
@@ -229,6 +227,7 @@ class Window:
     def take(self, gradients: Gradients, n_micro: int) -> None:
         """Take gradients that are there already, of so many micro-batches."""
         gradients.check_of(self.of.parameters)
+        self._look_for_leftover()
         self.micro, self.gradients, self.scaled = n_micro, gradients, gradients.scale != 1.0
         if self.rectifier is None:
             gradients.deposit(copy=self.captured and self.of.update)
@@ -290,6 +289,11 @@ class Window:
             and not distributed.averages(self.of.model)
             and not distributed.is_in_engine(self.of.parameters[0])
         )
+
+    def _look_for_leftover(self) -> None:
+        """Before the first gradient; a rectifier refuses one itself."""
+        if self.captured and not self.micro and self.rectifier is None:
+            self.leftover = Leftover(self.of.parameters)
 
     def _stream(self, passes: Passes, *, last: bool, settle: distributed.Exchange) -> None:
         """Run the passes; of a window that goes on, the sums of their vectors are kept."""

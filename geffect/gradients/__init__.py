@@ -3,7 +3,7 @@
 from geffect.losses import Loss
 
 from .of_step import Gradients
-from .peaks import is_left, peak
+from .peaks import is_empty, peak
 from .separate import differentiate, of_all_ranks, reduced, separate
 from .streaming import stream
 from .transforms import AtCopy, GradientTransform, Rectification
@@ -19,7 +19,7 @@ __all__ = [
     "Weights",
     "combined",
     "differentiate",
-    "is_left",
+    "is_empty",
     "of_all_ranks",
     "peak",
     "reduced",

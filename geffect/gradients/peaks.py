@@ -26,15 +26,15 @@ def largest(vector: Iterable[Tensor | None]) -> Tensor:
     return torch.cat([end.to(ends[0].device) for end in ends]).abs().max()
 
 
-def is_left(parameters: Iterable[Tensor]) -> bool:
-    """Whether a gradient of an earlier backward lies in `.grad`: one that is not zero.
+def is_empty(parameters: Iterable[Tensor]) -> bool:
+    """Whether `.grad` of all is None or zero; one that is NaN is not.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.sum().backward()
-    >>> is_left([weight])
-    True
+    >>> is_empty([weight])
+    False
     """
-    return peak(parameter.grad for parameter in parameters) != 0.0  # one that is NaN is none
+    return peak(parameter.grad for parameter in parameters) == 0.0
 
 
 def _ends(parts: Iterable[Tensor]) -> list[Tensor]:

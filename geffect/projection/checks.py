@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.dots import is_sparse
-from geffect.gradients import Gradients, is_left
+from geffect.gradients import Gradients, is_empty
 from geffect.layers import trainable
 from geffect.losses import Loss
 from geffect.optimizers import check_descends, tensors_of
@@ -78,7 +78,7 @@ def check_dense(gradients: Gradients) -> None:
 
 def check_nothing_left(parameters: Iterable[Tensor]) -> None:
     """Refuse a step that does not begin with an empty `.grad`."""
-    if is_left(parameters):
+    if not is_empty(parameters):
         raise ValueError(
             "`.grad` should be empty before a rectified step, which is rectified as a whole. "
             "Found gradients of an earlier backward. Call model.zero_grad() before, or pass "

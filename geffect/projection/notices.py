@@ -16,7 +16,7 @@ class Notices:
 
     def __init__(self) -> None:
         self.skipped = 0
-        self._told_unmet = self._told_alone = False
+        self._told_unmet = self._told_alone = self._told_moved = False
 
     def alone(self, count: int) -> None:
         """Say, once, that optimizers step some of the parameters that are rectified, not all."""
@@ -26,9 +26,21 @@ class Notices:
                 f"of it may harm where the whole does not. Found {count} parameters with a "
                 "gradient that no optimizer stepped. Pass optimizer=optimizer, so that the others "
                 "take no part, or freeze them. This is said once.",
-                stacklevel=4,
+                stacklevel=6,
             )
             self._told_alone = True
+
+    def moved(self, count: int) -> None:
+        """Say, once, that something else has moved what a step was to be rectified for."""
+        if count and not self._told_moved:
+            warnings.warn(
+                "In update space the optimizer of the rectifier should take the step, which is "
+                f"rectified there. Found that it took none, and that {count} parameters were "
+                "written since: what moved them was not rectified. Step by that optimizer. This is "
+                "said once.",
+                stacklevel=6,
+            )
+            self._told_moved = True
 
     def unmet(self, what: str) -> None:
         """Say, once, that a step is not what its rule promises."""

@@ -76,7 +76,16 @@ class Options:
     @property
     def changes_gradient(self) -> bool:
         """Whether `.grad` is changed."""
-        return self.space == "gradient" and not (self.rule is None and self.select is None)
+        return self.space == "gradient" and self._changes
+
+    @property
+    def changes_step(self) -> bool:
+        """Whether the optimizer's step is changed."""
+        return self.space == "update" and self._changes
+
+    @property
+    def _changes(self) -> bool:
+        return not (self.rule is None and self.select is None)
 
     @property
     def selection(self) -> Selection | None:

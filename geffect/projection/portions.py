@@ -11,7 +11,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks as pre_hooks
 
 from geffect import distributed
 from geffect.interrupts import put_back_after, to_the_end
-from geffect.optimizers import moved_by
+from geffect.optimizers import tensors_of
 
 from .graphless import without_graph
 
@@ -54,7 +54,8 @@ class StepInPortions:
         self, optimizer: torch.optim.Optimizer, begin: Begin, *, portion_bytes: float
     ) -> None:
         self.over = False  # whether all of it has been taken
-        self._grads = [(tensor, tensor.grad) for tensor in moved_by(optimizer)]
+        own = tensors_of(optimizer)
+        self._grads = [(tensor, tensor.grad) for tensor in own if tensor.grad is not None]
         self._twin = _twin(optimizer)
         self._portions = [_Portion(g, begin) for g in _divided(self._grads, portion_bytes)]
 

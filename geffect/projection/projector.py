@@ -61,16 +61,18 @@ class Projector:
         """
         return not self.alone and any(map(distributed.is_sharded, self.parameters))
 
-    def moved(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
-        """What the optimizer steps, by the indices of the parameters; all, where there is none.
-
-        It does not step what has no learning rate where the rest has one.
-        """
+    def held(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
+        """What the optimizer holds, by the indices of the parameters; all, where there is none."""
         everything = dict(enumerate(self.parameters))
         if optimizer is None:
             return everything
-        stepped = set(map(id, tensors_of(optimizer))) - set(map(id, at_rest_in(optimizer)))
-        return {i: p for i, p in everything.items() if id(p) in stepped}
+        own = set(map(id, tensors_of(optimizer)))
+        return {i: p for i, p in everything.items() if id(p) in own}
+
+    def moved(self, optimizer: torch.optim.Optimizer | None) -> dict[int, Tensor]:
+        """Of these what it steps: not what has no learning rate where the rest has one."""
+        resting = set() if optimizer is None else set(map(id, at_rest_in(optimizer)))
+        return {i: p for i, p in self.held(optimizer).items() if id(p) not in resting}
 
     def mask(self, moved: Sequence[Tensor]) -> Mask | None:
         """The coordinates to step on, chosen by the gradients of what moves; None for all."""

@@ -37,9 +37,8 @@ FORMAT = 2
 class Rectifier:
     """Rectifies the unlearning gradient, or the optimizer's own step, against the retain gradient.
 
-    With the defaults this is GRU (arXiv 2503.09117): where the objective gradient u has a negative
-    inner product with the running average r of the retain gradients, its component along r is
-    removed.
+    With the defaults this is GRU (arXiv 2503.09117): where the gradient of the objective opposes
+    the running average r of the retain gradients, its component along r is removed.
 
     - `rule`: from a Gram matrix to weights, such as `geffect.projection.gru`, or a rule for every
       coordinate such as `SAGO()`; None for none. One of your own declares what it adds: see `Rule`.
@@ -137,7 +136,7 @@ class Rectifier:
         self._window: Gradients | None = None
         self._step: RectifiedStep | None = None
         self._attachment: Attachment | None = None
-        self._watch = StepWatch()
+        self._watch = StepWatch(self._notices)
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -232,7 +231,7 @@ class Rectifier:
         self._step = None  # one whose optimizer raised, or never stepped
         gradients.check_of(projector.parameters)
         checks.check_dense(gradients)
-        checks.check_nothing_left(projector.moved(self._optimizer).values())
+        checks.check_nothing_left(projector.held(self._optimizer).values())
         checks.check_optimizer(self._options, self._optimizer)
         self._step = RectifiedStep(projector, self._notices)
         self._step.take_in(gradients)
@@ -255,8 +254,7 @@ class Rectifier:
         except BaseException:
             self._step = None
             raise
-        left = self._watch.expect(gradients.parameters, self._optimizer, self._options.space)
-        self._notices.alone(left)
+        self._watch.expect(gradients.parameters, self._optimizer, self._step.changes_step)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.
@@ -268,6 +266,7 @@ class Rectifier:
         check_steps_alone(optimizer)
         checks.check_optimizer(self._options, optimizer)
         check_unattached(optimizer, self)
+        self._watch.check_between_steps()
         self.detach()
         self._attachment = Attachment(optimizer, self._before_step, self._after_step)
 
@@ -321,12 +320,14 @@ class Rectifier:
 
     def _before_step(self) -> None:
         check_no_loss_asked()
+        self._watch.enter()
         if self._step is not None and self._optimizer is not None:
             self._step.before(self._optimizer)
 
     def _after_step(self) -> None:
         if self._step is not None:
             self._step.after()
+        self._watch.leave()
 
     def _abandon(self) -> None:
         self._watch.end()

@@ -46,6 +46,11 @@ class RectifiedStep:
         self._applied: GramAccumulator | None = None
         self._masks: Masks | None = None
 
+    @property
+    def changes_step(self) -> bool:
+        """Whether the optimizer's step is to be changed, not looked at alone."""
+        return self.armed and self._projector.options.changes_step
+
     def take_in(self, gradients: Gradients) -> None:
         """Take the retain gradients into the averages, where they count."""
         self._scale = gradients.scale

@@ -1,6 +1,6 @@
-"""Which optimizers step the gradient that a rectifier has left."""
+"""Which optimizers step the gradient that a rectifier has left, and whether they may."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Sequence
 from weakref import finalize, ref
 
 import torch
@@ -9,110 +9,143 @@ from torch import Tensor
 from geffect.hooks import AFTER_STEPS, BEFORE_STEPS, Hooks, weakly
 from geffect.optimizers import at_rest_in, check_descends, moved_by, tensors_of
 
-from .options import SpaceName
+from .notices import Notices
 
 
 class StepWatch:
-    """Refuses steps that break the promise of a rectified gradient, whoever takes them.
+    """Looks at the steps of all optimizers for a rectifier, from `begin` to `end`.
 
-    It looks at the steps of all optimizers for as long as it lives, and minds those that step a
-    gradient it was told of by `expect`, for as long as that lies where it was left.
-
-    - Where no optimizer is attached, each should go down, and together they should step all.
-    - An attached one should be the only one to step. What it does not hold took no part.
-    - In update space its step is what is rectified, once: it should be the one that comes, and no
-      second one should follow.
+    Steps that break what it promises of a gradient are refused; what can be told only afterwards is
+    warned of.
     """
 
-    def __init__(self) -> None:
-        self._attached: torch.optim.Optimizer | None = None
-        self._in_update = False
-        self._left: dict[int, _Left] = {}  # the gradients that were left, by their tensors
-        self._waiting: set[int] = set()  # of these, what no optimizer has stepped yet
-        self._is_inside = self._is_over = False  # whether the attached one steps, and has stepped
-        self._others: set[int] = set()  # optimizers that step what the attached one should
+    def __init__(self, notices: Notices) -> None:
+        self._notices = notices
+        self._promise: Promise | None = None  # what is promised of the gradient that was left
         self._looks, self._hooks = False, Hooks()
         finalize(self, self._hooks.remove)
 
+    def __reduce__(self) -> tuple[type["StepWatch"], tuple[Notices]]:
+        """A copy looks at no steps until it is begun."""
+        return StepWatch, (self._notices,)
+
     def begin(self) -> None:
         """Look at steps from now on."""
-        if self._looks:
-            return
-        self._hooks.add(BEFORE_STEPS.register, weakly(self._before))
-        self._hooks.add(AFTER_STEPS.register, weakly(self._after))
-        self._looks = True
+        if not self._looks:
+            self._hooks.add(BEFORE_STEPS.register, weakly(self._before))
+            self._hooks.add(AFTER_STEPS.register, weakly(self._after))
+            self._looks = True
 
     def expect(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Sequence[Tensor],
         attached: torch.optim.Optimizer | None,
-        space: SpaceName,
-    ) -> int:
-        """Begin to mind a new gradient; how many parts of the last one no optimizer stepped.
+        changes_step: bool,
+    ) -> None:
+        """A new gradient was left; the one before is told of where it was not stepped as it should.
 
-        0 where none was stepped at all, as between micro-batches, or where one was attached.
+        - `attached`: the optimizer that steps it; None where that is not known.
+        - `changes_step`: whether the step of the attached one will be changed.
         """
-        left = len(self._waiting)
-        alone = left if self._attached is None and left < len(self._left) else 0
-        self._attached, self._in_update = attached, space == "update"
-        self._left = {id(p): _Left(p.grad) for p in parameters if p.grad is not None}
-        self._waiting = set(self._left)
-        self._is_inside = self._is_over = False
-        self._others.clear()
-        return alone
+        if self._promise is not None:
+            self._promise.look_back(self._notices)
+        left = [parameter for parameter in parameters if parameter.grad is not None]
+        self._promise = OfGradient(left) if attached is None else OfStep(left, attached)
+        self._promise.changes_step = changes_step
+
+    def enter(self) -> None:
+        """The step of the attached optimizer begins."""
+        if self._promise is not None:
+            self._promise.enter()
+
+    def leave(self) -> None:
+        """The step of the attached optimizer has ended."""
+        if self._promise is not None:
+            self._promise.leave()
+
+    def check_between_steps(self) -> None:
+        """Refuse another optimizer where the step of the one before is still to be changed."""
+        if self._promise is not None:
+            self._promise.check_over()
 
     def end(self) -> None:
         """Look at no more steps until it is begun anew."""
-        self._left, self._waiting = {}, set()
+        self._promise = None
         self._hooks.remove()
         self._looks = False
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found = [tensor for tensor in moved_by(optimizer) if self._is_left(tensor)]
-        if not found:
-            return
-        check_descends(optimizer)
-        if self._attached is None:
-            self._waiting -= {id(t) for t in found} - {id(t) for t in at_rest_in(optimizer)}
-            return
-        held = set(map(id, tensors_of(self._attached)))
-        self._check_held(optimizer, [tensor for tensor in found if id(tensor) not in held])
-        if optimizer is not self._attached:
-            if not self._is_inside:
-                self._others.add(id(optimizer))
-            return
-        if self._is_over and self._in_update:
-            raise ValueError(
-                "A rectified step should be taken once for each gradient: a second step by the "
-                f"same gradient would not be rectified. Found another `step()` of "
-                f"{type(optimizer).__name__}. Call `rectifier.backward` before each step, or "
-                'rectify the gradient itself by space="gradient".'
-            )
-        self._is_inside = True
+        if self._promise is not None:
+            self._promise.before(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self._attached is None:
-            self._note_versions(map(id, tensors_of(optimizer)))
-        elif optimizer is self._attached:
-            self._is_inside, self._is_over = False, True
-            self._note_versions(self._left)
-        elif id(optimizer) in self._others:
-            self._others.discard(id(optimizer))
-            # One that stands around the attached one has let it step meanwhile.
-            if self._in_update and not self._is_over:
-                self._left.clear()
-                raise _stepped_by(optimizer, self._attached)
+        if self._promise is not None:
+            self._promise.after(optimizer)
 
-    def _is_left(self, tensor: Tensor) -> bool:
-        left = self._left.get(id(tensor))
-        return left is not None and left.is_in(tensor)
 
-    def _note_versions(self, tensors: Iterable[int]) -> None:
-        for tensor in tensors:
-            if (left := self._left.get(tensor)) is not None:
-                left.note_version()
+class Promise:
+    """What has to come of one gradient; here nothing has."""
 
-    def _check_held(self, optimizer: torch.optim.Optimizer, foreign: Collection[Tensor]) -> None:
+    changes_step = False  # whether the step of the attached optimizer will be changed
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Any optimizer is about to step."""
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Any optimizer has stepped."""
+
+    def enter(self) -> None:
+        """The attached optimizer is about to step, inside of which others may."""
+
+    def leave(self) -> None:
+        """The attached optimizer has stepped."""
+
+    def check_over(self) -> None:
+        """Refuse to go on with another optimizer before the promise is kept."""
+
+    def look_back(self, notices: Notices) -> None:
+        """The next gradient is there: warn of what was not as it should be."""
+
+
+class OfGradient(Promise):
+    """A gradient that is rectified itself: each optimizer goes down, and together they step all."""
+
+    def __init__(self, left: Sequence[Tensor]) -> None:
+        self._count = len(left)
+        self._waiting = set(map(id, left))  # what no optimizer has stepped yet
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._waiting.isdisjoint(map(id, tensors_of(optimizer))):
+            check_descends(optimizer)
+            self._waiting.difference_update(map(id, moved_by(optimizer)))
+
+    def look_back(self, notices: Notices) -> None:
+        # None was stepped at all where no step was taken, as between micro-batches.
+        if len(self._waiting) < self._count:
+            notices.alone(len(self._waiting))
+
+
+class OfStep(Promise):
+    """A gradient for one optimizer, which alone steps it.
+
+    Where its step is changed it takes one: what another one moves by the gradient, or a second
+    step, would not be rectified. Before it has come, any gradient that lies there counts; later the
+    same one, as others may be the user's own.
+    """
+
+    def __init__(self, left: Sequence[Tensor], attached: torch.optim.Optimizer) -> None:
+        self._attached = attached
+        self._held = {id(tensor) for tensor in tensors_of(attached)}
+        self._left = {id(tensor): _Known(tensor) for tensor in left}
+        self._resting = at_rest_in(attached)
+        self._is_inside = self._is_over = False
+        self._others: set[int] = set()  # optimizers that are about to step what it should
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer is self._attached or self._is_inside:
+            return
+        found = self._stepped_by(optimizer)
+        foreign = [tensor for tensor in found if id(tensor) not in self._held]
         if foreign:
             raise ValueError(
                 "The optimizer of a rectifier should step all that is trained with its gradient: "
@@ -121,32 +154,103 @@ class StepWatch:
                 f"{type(self._attached).__name__} of the rectifier does not hold. Give all to one "
                 'optimizer; or take Rectifier(model, space="gradient") without an optimizer.'
             )
+        if found and self.changes_step:
+            if self._is_over:
+                raise self._again(optimizer)
+            self._others.add(id(optimizer))
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        if id(optimizer) in self._others:
+            self._others.discard(id(optimizer))
+            # One that stands around the attached one has let it step meanwhile.
+            if not self._is_over:
+                self._left.clear()
+                raise ValueError(
+                    "In update space the optimizer of the rectifier should take the step, which is "
+                    f"rectified there. Found that {type(optimizer).__name__} has stepped its "
+                    f"parameters, and that {type(self._attached).__name__} has not: this step was "
+                    "not rectified. Call rectifier.attach(optimizer) with the one that steps, also "
+                    "where it was made anew, and then rectifier.backward."
+                )
+
+    def enter(self) -> None:
+        if self.changes_step and self._is_over and self._stepped_by(self._attached):
+            raise self._again(self._attached)
+        woken = set(map(id, self._resting)) - set(map(id, at_rest_in(self._attached)))
+        if woken and not self.changes_step and not self._is_over:
+            raise ValueError(
+                "The learning rates of a rectified step should be there before its gradient: what "
+                f"has none takes no part in the constraint. Found {len(woken)} parameters that got "
+                "one since. Set it before rectifier.backward."
+            )
+        self._is_inside = True
+
+    def leave(self) -> None:
+        self._is_inside, self._is_over = False, True
+        for tensor, known in self._left.items():
+            known.note_step(is_stepped=tensor in self._held)
+
+    def check_over(self) -> None:
+        if self.changes_step and not self._is_over and any(k.is_there for k in self._left.values()):
+            raise ValueError(
+                "An optimizer should be attached between two steps. Found a gradient that was left "
+                f"for the step of {type(self._attached).__name__}, which did not come. Call "
+                "zero_grad(), attach the other one, and then rectifier.backward."
+            )
+
+    def look_back(self, notices: Notices) -> None:
+        if self.changes_step and not self._is_over:
+            notices.moved(sum(known.has_moved for known in self._left.values()))
+
+    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """The tensors with a gradient that was left, to which the optimizer gives a rate."""
+        groups = [group for group in optimizer.param_groups if group.get("lr") != 0]
+        own = [tensor for group in groups for tensor in group["params"]]
+        known = [(tensor, self._left.get(id(tensor))) for tensor in own]
+        return [tensor for tensor, left in known if left is not None and left.is_stepped]
+
+    def _again(self, optimizer: torch.optim.Optimizer) -> ValueError:
+        return ValueError(
+            "A rectified step should be taken once for each gradient: a second step by the same "
+            f"gradient would not be rectified. Found another `step()`, of "
+            f"{type(optimizer).__name__}. Call `rectifier.backward` before each step, or rectify "
+            'the gradient itself by space="gradient".'
+        )
 
 
-class _Left:
-    """A gradient that was left in `.grad`. It may be clipped; once it is cleared it is another."""
+class _Known:
+    """A parameter and the gradient that was left in it, as they were then."""
 
-    def __init__(self, grad: Tensor) -> None:
-        self._grad = ref(grad)
-        self._version: int | None = None  # when the step was taken, behind which nothing clips
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        self._tensor, self._grad = ref(tensor), ref(tensor.grad)
+        self._moved = tensor._version
+        self._is_over = False
+        self._stepped: int | None = None  # the version of the gradient when the step was taken
 
-    def is_in(self, tensor: Tensor) -> bool:
-        """Whether it still is the gradient of the tensor."""
+    @property
+    def is_stepped(self) -> bool:
+        """Whether a step now would be by that gradient; before the first any may be it, clipped."""
+        tensor = self._tensor()
+        if tensor is None or tensor.grad is None or not self._is_over:
+            return tensor is not None and tensor.grad is not None
+        same = tensor.grad is self._grad()
+        return same and self._stepped in (None, tensor.grad._version)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether that gradient still lies there, clipped or not."""
+        tensor, grad = self._tensor(), self._grad()
+        return tensor is not None and grad is not None and tensor.grad is grad and bool(grad.any())
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the parameter was written since."""
+        tensor = self._tensor()
+        return tensor is not None and tensor._version != self._moved
+
+    def note_step(self, *, is_stepped: bool) -> None:
+        """The step was taken; behind it none of what was stepped is clipped."""
         grad = self._grad()
-        if grad is None or grad is not tensor.grad:
-            return False
-        return self._version is None or self._version == grad._version
-
-    def note_version(self) -> None:
-        """The step was taken: what writes from now on makes another gradient of it."""
-        grad = self._grad()
-        self._version = None if grad is None else grad._version
-
-
-def _stepped_by(other: object, attached: object) -> ValueError:
-    return ValueError(
-        "In update space the optimizer of the rectifier should take the step, which is rectified "
-        f"there. Found that {type(other).__name__} has stepped its parameters, and that "
-        f"{type(attached).__name__} has not: the step was not rectified. Call "
-        "rectifier.attach(optimizer) with the one that steps, also where it was made anew."
-    )
+        self._is_over = True
+        self._stepped = grad._version if is_stepped and grad is not None else None

@@ -60,7 +60,7 @@ def label_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     look_at(unwrapped(model), inputs, unseen, apart)
     try:
         logits = getattr(model(**inputs), "logits", None)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         _check_runs_without_labels(model, inputs, batch, error)
         raise
     if logits is None:
@@ -205,10 +205,7 @@ def _check_runs_without_labels(
 ) -> None:
     """Say so where labels are all that the forward which failed was missing."""
     given = {**inputs, "labels": labels_of(batch)}
-    try:
-        with torch.no_grad():
-            model(**given)
-    except Exception:
+    if not _runs(model, given) or _runs(model, inputs):
         return
     raise ValueError(
         "`model` should return logits without being given `labels`: the risk takes likelihoods "
@@ -216,6 +213,15 @@ def _check_runs_without_labels(
         f"labels, by {type(error).__name__}, and not with them. Let it take labels=None, and leave "
         "its own loss out then."
     ) from error
+
+
+def _runs(model: Any, inputs: Mapping[str, Any]) -> bool:
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _predicted(model: Any, batch: Batch, is_next: bool) -> Tensor:

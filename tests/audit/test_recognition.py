@@ -185,7 +185,7 @@ def test_attacks_and_halves_that_would_mislead_are_refused() -> None:
         recognition_after(Told(), items, alternatives, {}, ([0, 1], [1, 2]))
     with pytest.raises(ValueError, match="should be two subjects or more"):
         by_subject(["a", "a"])
-    with pytest.raises(ValueError, match="of more than one item"):
+    with pytest.raises(ValueError, match="should be two items or more"):
         every_other(["a"])
     with pytest.raises(ValueError, match="none but NaN"):
         strongest(pd.DataFrame({"attack": ["a"], "item": [0], "value": [np.nan]}))

@@ -700,7 +700,45 @@ def test_a_step_by_more_than_was_recorded(tmp_path: Path, left: str, update: boo
             optimizer.step()
         assert same(before, model.state_dict())
         take_step(model, optimizer, recorder)
-    assert len(open_run(tmp_path / "a.h5").steps) >= 2
+    # What was not stepped is recorded all the same: its gradients are what they are.
+    assert len(open_run(tmp_path / "a.h5").steps) == (4 if left == "a micro-batch" else 3)
+
+
+def test_a_closure_that_adds_to_the_gradient_before(tmp_path: Path) -> None:
+    model, optimizer = started()
+
+    def closure() -> float:
+        recorder.backward(**losses_of(model))
+        return 0.0
+
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        optimizer.step(closure)
+        with one_error(ValueError, "by the gradient that was recorded", "earlier backward", "Call"):
+            optimizer.step(closure)
+        take_step(model, optimizer, recorder)
+    assert open_run(tmp_path / "a.h5").steps.tolist() == [0, 2]
+
+
+def test_gradients_of_what_is_not_stepped_may_pile_up(tmp_path: Path) -> None:
+    """The optimizer of a part clears that part alone, as most loops over adapters do."""
+    model, _ = started()
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=RATE)
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        for _ in range(3):
+            take_step(model, optimizer, recorder)
+    assert open_run(tmp_path / "a.h5").steps.tolist() == [0, 1, 2]
+
+
+def test_a_step_of_one_s_own_behind_one_that_was_refused(tmp_path: Path) -> None:
+    model, optimizer = started()
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        for _ in range(2):
+            recorder.backward(**losses_of(model))
+        with one_error(ValueError, "by the gradient that was recorded", "earlier backward", "Call"):
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("cleared", ["to zero", "to none", "never stepped"])

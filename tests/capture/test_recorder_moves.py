@@ -549,7 +549,7 @@ def test_a_warmup_that_begins_at_zero_steps_all(tmp_path: Path) -> None:
 def test_a_file_tells_of_all_optimizers_in_the_order_of_the_parameters(
     is_first: bool, tmp_path: Path
 ) -> None:
-    """Whichever steps first; one that stands around another one is not told of."""
+    """Whichever steps first."""
     model = network()
     first, last = SGD(model[0].parameters(), lr=0.5), AdamW(model[1:].parameters(), lr=0.1)
     optimizers = (first, last) if is_first else (last, first)
@@ -563,3 +563,43 @@ def test_a_file_tells_of_all_optimizers_in_the_order_of_the_parameters(
     assert run.manifest["optimizer"]["class"] == "SGD and AdamW"
     assert [group["lr"] for group in run.manifest["optimizer"]["groups"]] == [0.5, 0.1]
     assert run.column("lr").tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("kind", [SGD, torch.optim.LBFGS], ids=lambda kind: kind.__name__)
+def test_a_file_tells_of_an_optimizer_with_a_closure(
+    kind: type[torch.optim.Optimizer], update: bool, tmp_path: Path
+) -> None:
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        recorder.backward(objective=risk(model, batch(0)))
+        return risk(model, batch(0)).detach()
+
+    with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
+        optimizer.step(closure)
+    run = open_run(tmp_path / "run.h5")
+    assert run.manifest["optimizer"]["class"] == kind.__name__
+    assert run.column("lr")[-1] == 0.5
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another one, by which it steps."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {"lr": 1.0})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_around_another_one_is_not_told_of(tmp_path: Path) -> None:
+    model = network()
+    optimizer = Around(SGD(model.parameters(), lr=0.5))
+    with Recorder(model, tmp_path / "run.h5") as recorder:
+        recorder.backward(objective=risk(model, batch(0)))
+        optimizer.step()
+    assert open_run(tmp_path / "run.h5").manifest["optimizer"]["class"] == "SGD"

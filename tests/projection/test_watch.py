@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from geffect import Rectifier
+from geffect.hooks import BEFORE_STEPS
 from tests.utils.trainers import same
 
 Optimizer = torch.optim.Optimizer
@@ -192,15 +193,103 @@ def test_an_optimizer_that_was_prepared_by_accelerate() -> None:
         optimizer.zero_grad()
 
 
-def test_clipping_before_the_step() -> None:
-    """What is clipped still is the gradient that was left."""
+CLIPPED: dict[str, Callable[[Iterable[nn.Parameter]], object]] = {
+    "in place": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-3),
+    "by others": lambda parameters: [setattr(p, "grad", p.grad * 0.5) for p in parameters],
+}
+
+
+@pytest.mark.parametrize("clip", CLIPPED.values(), ids=CLIPPED)
+def test_what_is_clipped_still_is_the_gradient_that_was_left(clip: Callable[..., object]) -> None:
     model = network()
-    rectifier = Rectifier(model, space="update", ema=1.0, optimizer=sgd(model.parameters()))
-    anew = sgd(model.parameters())
+    optimizer, anew = sgd(model.parameters()), sgd(model.parameters())
+    rectifier = Rectifier(model, space="update", ema=1.0, optimizer=optimizer)
     backward(rectifier, model)
-    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    clip(model.parameters())
     with pytest.raises(ValueError, match="has stepped its parameters"):
         anew.step()
+    model.zero_grad()
+    backward(rectifier, model)
+    clip(model.parameters())
+    assert harm(model, optimizer.step) < 1e-6
+
+
+@pytest.mark.parametrize("space", ["gradient", "update"])
+def test_optimizers_that_are_clipped_one_by_one(space: Any) -> None:
+    model = network()
+    part, rest = sgd(model[0].parameters()), sgd(model[2].parameters())
+    rectifier = Rectifier(model, space=space, ema=1.0, optimizer=part)
+    backward(rectifier, model)
+    nn.utils.clip_grad_norm_(model[0].parameters(), 1e-3)
+    part.step()
+    nn.utils.clip_grad_norm_(model[2].parameters(), 1e-3)
+    with pytest.raises(ValueError, match=r"step all that is trained.* about to step 2 parameters"):
+        rest.step()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_another_optimizer_by_the_same_gradient_behind_that_of_the_rectifier(scope: Any) -> None:
+    model = network()
+    optimizer, other = sgd(model.parameters()), sgd(model.parameters())
+    rectifier = Rectifier(model, space="update", ema=1.0, scope=scope, optimizer=optimizer)
+    backward(rectifier, model)
+    optimizer.step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"once for each gradient.* Found another `step\(\)`, of SG"
+    ):
+        other.step()
+    assert same(before, model.state_dict())
+
+
+def test_another_optimizer_is_attached_before_the_step() -> None:
+    model = network()
+    optimizer, anew = sgd(model.parameters()), sgd(model.parameters())
+    rectifier = Rectifier(model, space="update", ema=1.0, optimizer=optimizer)
+    backward(rectifier, model)
+    with pytest.raises(ValueError, match=r"attached between two steps\..* Call zero_grad\(\)"):
+        rectifier.attach(anew)
+    model.zero_grad()
+    rectifier.attach(anew)
+    backward(rectifier, model)
+    assert harm(model, anew.step) < 1e-6
+
+
+def test_a_step_by_hand_in_update_space_is_warned_of() -> None:
+    model = network()
+    rectifier = Rectifier(model, space="update", ema=1.0, optimizer=sgd(model.parameters()))
+    backward(rectifier, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= LR * parameter.grad
+    model.zero_grad()
+    with pytest.warns(UserWarning, match=r"should take the step.* it took none, and that 4 param"):
+        backward(rectifier, model)
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(rectifier, model)  # a step that nobody took, as one that a GradScaler skips
+
+
+def test_what_rectifies_nothing_may_be_stepped_twice() -> None:
+    model = network()
+    optimizer = sgd(model.parameters())
+    rectifier = Rectifier(model, rule=None, space="update", optimizer=optimizer)
+    backward(rectifier, model)
+    for _ in range(2):
+        optimizer.step()
+
+
+def test_a_copy_of_a_rectifier_looks_at_no_steps() -> None:
+    model = network()
+    rectifier = Rectifier(model)
+    backward(rectifier, model)
+    before = len(BEFORE_STEPS.hooks)
+    copied = copy.deepcopy(rectifier)
+    assert len(BEFORE_STEPS.hooks) == before
+    del copied
+    rectifier.detach()
+    assert len(BEFORE_STEPS.hooks) == before - 1
 
 
 @pytest.mark.parametrize("space", ["gradient", "update"])
@@ -215,16 +304,41 @@ def test_detached_no_step_is_refused(space: Any) -> None:
     optimizer.step()
 
 
-def test_what_has_no_learning_rate_takes_no_part() -> None:
-    """The first layer is frozen by its rate: what the second one does should not harm."""
+@pytest.mark.parametrize("space", ["gradient", "update"])
+@pytest.mark.parametrize("scope", ["model", "layer", "parameter", "coordinate"])
+@pytest.mark.parametrize("select", [None, 0.5])
+def test_what_has_no_learning_rate_takes_no_part(select: Any, scope: Any, space: Any) -> None:
+    """The first layer is frozen by its rate: it stays, and what the second one does is no harm."""
     model = network()
     still = {"params": [*model[0].parameters()], "lr": 0.0}
     optimizer = torch.optim.SGD([still, {"params": [*model[2].parameters()]}], lr=LR)
-    known = Rectifier(model, ema=1.0, optimizer=optimizer)
+    how = {"space": space, "scope": scope, "select": select}
+    rectifier = Rectifier(model, ema=1.0, optimizer=optimizer, **how)
+    before = copy.deepcopy(model.state_dict())
     for _ in range(3):
-        backward(known, model)
+        backward(rectifier, model)
+        last = copy.deepcopy(model.state_dict())
         assert harm(model, optimizer.step) < 1e-6
         model.zero_grad()
+    assert all(
+        torch.equal(before[name], model.state_dict()[name]) for name in ("0.weight", "0.bias")
+    )
+    moved = sum(int((last[n] != model.state_dict()[n]).sum()) for n in ("2.weight", "2.bias"))
+    assert 0 < moved <= (10 if select is None else 5)
+
+
+def test_a_learning_rate_that_comes_between_gradient_and_step() -> None:
+    model = network()
+    still = {"params": [*model[0].parameters()], "lr": 0.0}
+    optimizer = torch.optim.SGD([still, {"params": [*model[2].parameters()]}], lr=LR)
+    rectifier = Rectifier(model, ema=1.0, optimizer=optimizer)
+    backward(rectifier, model)
+    optimizer.param_groups[0]["lr"] = LR
+    with pytest.raises(ValueError, match=r"there before its gradient.* Found 2 parameters"):
+        optimizer.step()
+    model.zero_grad()
+    backward(rectifier, model)
+    assert harm(model, optimizer.step) < 1e-6
 
 
 def test_what_has_no_learning_rate_in_an_optimizer_that_is_not_known() -> None:
