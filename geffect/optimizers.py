@@ -48,12 +48,13 @@ def at_rest_in(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer itself, without what accelerate put around it, which has no hooks to call.
 
-    That of a DeepSpeed engine is what stands for it. Raises a `ValueError` for DeepSpeed's of an
-    engine that nobody looks at, and for what is no optimizer of torch.
+    One that has hooks is taken as it is, whatever it steps by: what it does around that is a part
+    of its step. DeepSpeed's is what stands for it. Raises a `ValueError` for that of an engine that
+    nobody looks at, and for what is no optimizer of torch.
     """
     foreign = False
     while (behind := distributed.optimizer_behind(optimizer)) is None:
-        if not hasattr(optimizer, "optimizer"):
+        if _has_hooks(optimizer) or not hasattr(optimizer, "optimizer"):
             break
         foreign = foreign or "DeepSpeed" in type(optimizer).__name__
         optimizer = optimizer.optimizer
@@ -70,13 +71,19 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             f"`optimizer` should be a torch optimizer. Found `{type(optimizer).__name__}`. "
             "Pass optimizer=optimizer, the one that steps the model."
         )
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if not _has_hooks(optimizer):
         raise ValueError(
             "`optimizer` should be made by `torch.optim.Optimizer.__init__`, so that its steps can "
             f"be followed. Found `{type(optimizer).__name__}`, which leaves that out. Pass the "
             "optimizer inside of it, or let its `__init__` call `super().__init__`."
         )
     return optimizer
+
+
+def _has_hooks(optimizer: object) -> bool:
+    """Whether it is an optimizer that `torch.optim.Optimizer.__init__` has made."""
+    made = hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return made and isinstance(optimizer, torch.optim.Optimizer)
 
 
 def described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from geffect.text import plain
+
 from .processes import all_reduce, world_size
-from .shards import at_rest, fsdp_groups, is_sharded
+from .shards import at_rest, fsdp_groups, is_sharded, local
 from .zero import shards_in
 
 Vector = Sequence[Tensor | None]
@@ -109,7 +111,8 @@ def _average(bucket: Sequence[Tensor]) -> None:
 
 
 def check_layout(model: nn.Module) -> None:
-    """Refuse what spreads a model over processes in a way that leaves no gradient to take."""
+    """Refuse parameters of which some have no gradient of their own, by their place or process."""
+    _check_storage(model)
     shards_in(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -126,6 +129,24 @@ def check_layout(model: nn.Module) -> None:
                     "`DistributedDataParallel` should span all processes. Found a process group of "
                     f"{size} of {world_size()}. Start one program a group."
                 )
+
+
+def _check_storage(model: nn.Module) -> None:
+    """Refuse two parameters in one place: a step by the gradient of one moves the other too."""
+    places: dict[object, str] = {}
+    for name, parameter in model.named_parameters():
+        own = local(parameter.detach())
+        if not parameter.requires_grad or own.layout is not torch.strided or own.is_meta:
+            continue
+        place = own.device, own.data_ptr() or name  # an empty one is nowhere
+        other = places.setdefault(place, name)
+        if other != name:
+            raise ValueError(
+                "Each parameter of a model should have memory of its own. Found that of "
+                f"`{plain(other)}` and `{plain(name)}` to be one, so that a step by the gradient "
+                "of either moves both. Tie the parameter itself, such as `head.weight = "
+                "embedding.weight`, not its data."
+            )
 
 
 def check_unsynchronised(model: nn.Module) -> None:

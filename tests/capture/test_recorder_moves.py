@@ -566,12 +566,9 @@ def test_a_file_tells_of_all_optimizers_in_the_order_of_the_parameters(
 
 
 @pytest.mark.parametrize("update", [False, True])
-@pytest.mark.parametrize("kind", [SGD, torch.optim.LBFGS], ids=lambda kind: kind.__name__)
-def test_a_file_tells_of_an_optimizer_with_a_closure(
-    kind: type[torch.optim.Optimizer], update: bool, tmp_path: Path
-) -> None:
+def test_a_file_tells_of_an_optimizer_with_a_closure(update: bool, tmp_path: Path) -> None:
     model = network()
-    optimizer = kind(model.parameters(), lr=0.5)
+    optimizer = SGD(model.parameters(), lr=0.5)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -581,8 +578,8 @@ def test_a_file_tells_of_an_optimizer_with_a_closure(
     with Recorder(model, tmp_path / "run.h5", update=update) as recorder:
         optimizer.step(closure)
     run = open_run(tmp_path / "run.h5")
-    assert run.manifest["optimizer"]["class"] == kind.__name__
-    assert run.column("lr")[-1] == 0.5
+    assert run.manifest["optimizer"]["class"] == "SGD"
+    assert run.column("lr").tolist() == [0.5]
 
 
 class Around(torch.optim.Optimizer):

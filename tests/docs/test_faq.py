@@ -108,6 +108,34 @@ def left() -> None:
     rectified(model, Rectifier(model), "forget", "retain")
 
 
+def forgotten() -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Recorder(model, "run.h5") as recorder:
+        for _ in range(2):
+            recorder.backward(objective={"forget": -1.0}, **losses(model, "forget"))
+            optimizer.step()
+
+
+def stepped(parts: Callable[[torch.nn.Module], list[list[torch.nn.Parameter]]]) -> None:
+    """Steps of an optimizer for each list of parameters, the first that of the rectifier."""
+    model = tiny.llama()
+    optimizers = [torch.optim.SGD(part, 0.1) for part in parts(model)]
+    rectifier = Rectifier(model, space="update", optimizer=optimizers[0])
+    rectified(model, rectifier, "forget", "retain")
+    for optimizer in optimizers[1:]:
+        optimizer.step()
+
+
+def twice() -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    rectifier = Rectifier(model, space="update", optimizer=optimizer)
+    rectified(model, rectifier, "forget", "retain")
+    optimizer.step()
+    optimizer.step()
+
+
 def frozen() -> None:
     model = tiny.llama()
     rectifier = Rectifier(model)
@@ -163,6 +191,12 @@ ASKED: dict[str, Callable[[], object]] = {
     "There is no retain loss": lambda: rectified(model := tiny.llama(), Rectifier(model), "forget"),
     "My Trainer has no retain term": no_term,
     "Gradients are left from before": left,
+    "A step is by more than was recorded": forgotten,
+    "Another optimizer takes the step": lambda: stepped(lambda m: [[*m.parameters()]] * 2),
+    "A gradient is stepped twice": twice,
+    "There is an optimizer for each part": lambda: stepped(
+        lambda m: [[*m.parameters()][:2], [*m.parameters()][2:]]
+    ),
     "Parameters were frozen since": frozen,
     "The optimizer steps another model": of_another,
     "Which optimizers can be rectified?": with_closure,
