@@ -175,8 +175,8 @@ class Recorder:
         which costs none: `{"forget": -1.0}` is GA, `{"forget": -1.0, "retain": 1.0}` is GradDiff. A
         function is called right before its pass, and its graph is gone before the next: those of
         the objective first, then the others, which leave no trace in model and random numbers.
-        Losses may share a forward (`SharedForward`). With a rectifier `.grad` has to be empty and
-        gets the rectified gradient.
+        Losses may share a forward (`SharedForward`). `.grad` has to be empty where an optimizer
+        steps by it, so that a row tells of all of that; a rectifier leaves its own there.
 
         - `weights`: the implicit weights of an objective by name, of answer tokens or samples, or a
           function that returns them; mean, median, 95th percentile and maximum are recorded.
