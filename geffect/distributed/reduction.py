@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from geffect.text import plain
 
@@ -135,8 +136,10 @@ def _check_storage(model: nn.Module) -> None:
     """Refuse two parameters in one place: a step by the gradient of one moves the other too."""
     places: dict[object, str] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or is_lazy(parameter):
+            continue
         own = local(parameter.detach())
-        if not parameter.requires_grad or own.layout is not torch.strided or own.is_meta:
+        if own.layout is not torch.strided or own.is_meta:
             continue
         place = own.device, own.data_ptr() or name  # an empty one is nowhere
         other = places.setdefault(place, name)

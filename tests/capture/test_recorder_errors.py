@@ -195,6 +195,26 @@ def test_parameters_keep_their_shapes(tmp_path: Path, update: bool) -> None:
     assert open_run(tmp_path / "a.h5").steps.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "made",
+    [Recorder, lambda model, _: backward_of(Rectifier(model))],
+    ids=["recorder", "rectifier"],
+)
+def test_two_parameters_in_one_memory_are_refused(tmp_path: Path, made: Any) -> None:
+    """As heads were tied long ago: a step by the gradient of one would move both."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight.data = model[0].weight.data
+    with one_error(ValueError, "memory of its own", "`0.weight` and `1.weight` to be one", "Tie"):
+        made(model, tmp_path / "a.h5")
+    model[1].weight = model[0].weight
+    made(model, tmp_path / "a.h5")
+
+
+def backward_of(rectifier: Rectifier) -> None:
+    model = rectifier._model
+    rectifier.backward(objective={"retain": -1.0}, retain=lambda: model(BATCH).sum())
+
+
 def test_a_parameter_without_a_shape_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1))
     for make in (lambda: Recorder(model, tmp_path / "a.h5"), lambda: Rectifier(model)):
