@@ -14,6 +14,7 @@ from geffect.gradients import Gradients, differentiate
 from geffect.losses import Loss
 from geffect.objectives import nll
 from geffect.projection import orthogonal
+from geffect.sources import OBJECTIVE
 
 from .bars import Bar, Row
 from .capture import stepping_of
@@ -39,7 +40,8 @@ def rows(workload: Workload, folder: Path) -> Iterator[Row]:
 
 def time(workload: Workload) -> Iterator[Row]:
     """What a rectification adds to the passes and to the step."""
-    optimizer, gradients = foreach(workload), differentiate(workload.parameters, ascent(workload))
+    gradients = differentiate(workload.parameters, ascent(workload))
+    optimizer = apart(workload, gradients)
     alone = Rectifier(workload.model, orthogonal)
     seconds = workload.seconds(
         {"rectified": partial(rectify, alone, gradients), "step": optimizer.step}
@@ -154,6 +156,14 @@ def rectify(rectifier: Rectifier, gradients: Gradients) -> None:
         parameter.grad = None
     rectifier.observe(gradients)
     rectifier.rectify(gradients)
+
+
+def apart(workload: Workload, gradients: Gradients) -> torch.optim.Optimizer:
+    """That step on copies, by a gradient that no rectifier has left: it may be taken again."""
+    copies = [p.detach().clone().requires_grad_() for p in workload.parameters]
+    for parameter, grad in zip(copies, gradients.of(OBJECTIVE), strict=True):
+        parameter.grad = None if grad is None else grad.clone()
+    return torch.optim.AdamW(copies, lr=1e-7, foreach=True)
 
 
 def foreach(workload: Workload) -> torch.optim.Optimizer:

@@ -283,7 +283,7 @@ def test_scores_over_all_parameters(ask: Ask, tmp_path: Path) -> None:
         (["info", "{nothing}"], 1, "should exist. Found nothing"),
         (["validate", "{text}"], 1, "should be a run file"),
         (["scores", "{unwatched}", "--score", "violation"], 1, "update=True"),
-        (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 1, "`sun`"),
+        (["scores", "{recorded}", "--score", "cosine", "--between", "forget,sun"], 2, "`sun`"),
         (["report", "{nothing}", "-o", "{page}"], 1, "should exist. Found nothing"),
         (["demo", "--quick", "--methods", "ga,magic", "--out", "{page}"], 2, "Found `magic`"),
         (["demo", "--out", "{text}"], 1, "Found the file"),
