@@ -31,9 +31,14 @@ class EveryStep:
     def __init__(self) -> None:
         self.hooks: dict[int, Callable[..., Any]] = {}
 
-    def register(self, hook: Callable[..., Any]) -> None:
-        """Call the hook around each step from now on."""
-        self.hooks[id(hook)] = hook
+    def register(self, hook: Callable[..., Any], *, first: bool = False) -> None:
+        """Call the hook around each step from now on, before all others or behind them.
+
+        What may refuse a step is first before it and last behind it: others have not begun to
+        follow it then, or have ended.
+        """
+        own = {id(hook): hook}
+        self.hooks = {**own, **self.hooks} if first else {**self.hooks, **own}
 
     def __call__(self, *step: Any) -> None:
         for hook in list(self.hooks.values()):

@@ -62,7 +62,7 @@ class Move:
     - `update`: theta now minus theta at the gradient, to be read before anything else moves; None
       where it is not followed, or where training ended before anything moved.
     - `lr`, `optimizer`: the learning rate of the optimizer that steps the first of the parameters
-      which any did, and the description of all that stepped.
+      which any did, and the description of those that stepped what none did before.
     """
 
     stepped: tuple[bool, ...] | None

@@ -50,7 +50,7 @@ class Leftover:
     """What lay in `.grad` before a gradient was added to it: a step would be by the sum of both.
 
     `note` says that the gradient was added. From then on a tensor counts until its `.grad` is
-    another one, as after `zero_grad`.
+    another one, as `zero_grad(set_to_none=True)` makes it.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.sum().backward()

@@ -132,7 +132,7 @@ class Recorder:
             finalize(self, self._hooks.remove)
             undone.callback(self._hooks.remove)
             self._hooks.add(BEFORE_STEPS.register, weakly(self._before_step))
-            self._hooks.add(AFTER_STEPS.register, weakly(self._after_step))
+            self._hooks.add(AFTER_STEPS.register, weakly(self._after_step), first=True)
             undone.pop_all()
 
     def __enter__(self) -> Self:

@@ -36,8 +36,8 @@ class Notices:
             warnings.warn(
                 "In update space the optimizer of the rectifier should take the step, which is "
                 f"rectified there. Found that it took none, and that {count} parameters were "
-                "written since: what moved them was not rectified. Step by that optimizer. This is "
-                "said once.",
+                "written since: what moved them may not have been rectified. Step by that "
+                "optimizer. This is said once.",
                 stacklevel=6,
             )
             self._told_moved = True

@@ -65,9 +65,8 @@ class Rectifier:
     - `measure_update`: also measure what the optimizer makes of the step, `report.applied_average`
       and `report.applied_fresh`. Costs a copy of the parameters and of the retain gradient.
 
-    Raises ValueError for options that do not go together, and for an optimizer that climbs
-    (`maximize=True`, a negative learning rate), needs a closure (LBFGS) or steps other tensors than
-    the model's.
+    Raises ValueError for options that do not go together, and for an optimizer that climbs, needs a
+    closure (LBFGS) or steps other tensors than the model's.
 
     A retain gradient that is zero, not finite or rounding noise (no coordinate reaches 2^-23 times
     the objective's largest) rectifies nothing and stays out of the average: `skipped` counts such
@@ -254,7 +253,8 @@ class Rectifier:
         except BaseException:
             self._step = None
             raise
-        self._watch.expect(gradients.parameters, self._optimizer, self._step.changes_step)
+        left = gradients.parameters if self._step.promises else ()
+        self._watch.expect(left, self._optimizer, self._step.changes_step)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Rectify, or follow, the steps of this optimizer from now on, and of no other.
@@ -320,9 +320,9 @@ class Rectifier:
 
     def _before_step(self) -> None:
         check_no_loss_asked()
-        self._watch.enter()
         if self._step is not None and self._optimizer is not None:
             self._step.before(self._optimizer)
+        self._watch.enter()
 
     def _after_step(self) -> None:
         if self._step is not None:

@@ -47,6 +47,12 @@ class RectifiedStep:
         self._masks: Masks | None = None
 
     @property
+    def promises(self) -> bool:
+        """Whether a step will come, and something of it is promised."""
+        options = self._projector.options
+        return not self._overflowed and (options.changes_gradient or options.changes_step)
+
+    @property
     def changes_step(self) -> bool:
         """Whether the optimizer's step is to be changed, not looked at alone."""
         return self.armed and self._projector.options.changes_step

@@ -32,7 +32,7 @@ class StepWatch:
     def begin(self) -> None:
         """Look at steps from now on."""
         if not self._looks:
-            self._hooks.add(BEFORE_STEPS.register, weakly(self._before))
+            self._hooks.add(BEFORE_STEPS.register, weakly(self._before), first=True)
             self._hooks.add(AFTER_STEPS.register, weakly(self._after))
             self._looks = True
 
@@ -47,11 +47,12 @@ class StepWatch:
         - `attached`: the optimizer that steps it; None where that is not known.
         - `changes_step`: whether the step of the attached one will be changed.
         """
-        if self._promise is not None:
-            self._promise.look_back(self._notices)
+        before = self._promise
         left = [parameter for parameter in parameters if parameter.grad is not None]
         self._promise = OfGradient(left) if attached is None else OfStep(left, attached)
         self._promise.changes_step = changes_step
+        if before is not None:
+            before.look_back(self._notices)
 
     def enter(self) -> None:
         """The step of the attached optimizer begins."""
@@ -142,7 +143,7 @@ class OfStep(Promise):
         self._others: set[int] = set()  # optimizers that are about to step what it should
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._attached or self._is_inside:
+        if optimizer is self._attached:
             return
         found = self._stepped_by(optimizer)
         foreign = [tensor for tensor in found if id(tensor) not in self._held]
@@ -152,9 +153,11 @@ class OfStep(Promise):
                 "what another one steps takes no part in the constraint. Found "
                 f"{type(optimizer).__name__} about to step {len(foreign)} parameters that the "
                 f"{type(self._attached).__name__} of the rectifier does not hold. Give all to one "
-                'optimizer; or take Rectifier(model, space="gradient") without an optimizer.'
+                'optimizer; or take Rectifier(model, space="gradient") without an optimizer. '
+                "Before a step by a gradient of your own, call zero_grad(set_to_none=True); where "
+                "the rectified one was skipped, rectifier.detach() too."
             )
-        if found and self.changes_step:
+        if found and self.changes_step and not self._is_inside:
             if self._is_over:
                 raise self._again(optimizer)
             self._others.add(id(optimizer))
@@ -162,21 +165,23 @@ class OfStep(Promise):
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         if id(optimizer) in self._others:
             self._others.discard(id(optimizer))
-            # One that stands around the attached one has let it step meanwhile.
-            if not self._is_over:
+            # One that stands around the attached one has let it step meanwhile, or did not step.
+            if not self._is_over and self._has_stepped(optimizer):
                 self._left.clear()
                 raise ValueError(
                     "In update space the optimizer of the rectifier should take the step, which is "
                     f"rectified there. Found that {type(optimizer).__name__} has stepped its "
                     f"parameters, and that {type(self._attached).__name__} has not: this step was "
                     "not rectified. Call rectifier.attach(optimizer) with the one that steps, also "
-                    "where it was made anew, and then rectifier.backward."
+                    "where it was made anew, and then rectifier.backward; before steps by your own "
+                    "gradients, where the rectified one was skipped, rectifier.detach()."
                 )
 
     def enter(self) -> None:
         if self.changes_step and self._is_over and self._stepped_by(self._attached):
             raise self._again(self._attached)
-        woken = set(map(id, self._resting)) - set(map(id, at_rest_in(self._attached)))
+        resting = set(map(id, at_rest_in(self._attached)))
+        woken = self._left.keys() & set(map(id, self._resting)) - resting
         if woken and not self.changes_step and not self._is_over:
             raise ValueError(
                 "The learning rates of a rectified step should be there before its gradient: what "
@@ -208,6 +213,11 @@ class OfStep(Promise):
         own = [tensor for group in groups for tensor in group["params"]]
         known = [(tensor, self._left.get(id(tensor))) for tensor in own]
         return [tensor for tensor, left in known if left is not None and left.is_stepped]
+
+    def _has_stepped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it has moved anything, which fused ones do not tell."""
+        is_fused = any(group.get("fused") for group in optimizer.param_groups)
+        return is_fused or any(known.has_moved for known in self._left.values())
 
     def _again(self, optimizer: torch.optim.Optimizer) -> ValueError:
         return ValueError(

@@ -19,6 +19,7 @@ from geffect.batch import (
     masks_in,
     original_of,
 )
+from geffect.beside import random_numbers_kept
 
 from .alignment import predicts_next, unwrapped
 from .dependence import look_at, without_cache
@@ -217,7 +218,7 @@ def _check_runs_without_labels(
 
 def _runs(model: Any, inputs: Mapping[str, Any]) -> bool:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_numbers_kept():
             model(**inputs)
     except Exception:
         return False

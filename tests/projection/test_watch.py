@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from geffect import Rectifier
+from geffect import Recorder, Rectifier, open_run
 from geffect.hooks import BEFORE_STEPS
 from tests.utils.trainers import same
 
@@ -351,3 +352,57 @@ def test_what_has_no_learning_rate_in_an_optimizer_that_is_not_known() -> None:
     model.zero_grad()
     with pytest.warns(UserWarning, match="2 parameters with a gradient that no optimizer stepped"):
         backward(rectifier, model)
+
+
+class Seldom(Around):
+    """It steps by the other one at every second call."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.inside.step()
+
+
+def test_an_optimizer_around_that_steps_seldom() -> None:
+    model = network()
+    inner = sgd(model.parameters())
+    outer, rectifier = Seldom(inner), Rectifier(model, space="update", ema=1.0, optimizer=inner)
+    for _ in range(4):
+        backward(rectifier, model)
+        assert harm(model, outer.step) < 1e-6
+        model.zero_grad()
+
+
+def test_a_step_that_a_scaler_skips_promises_nothing() -> None:
+    model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    optimizer, other = sgd(model[0].parameters()), sgd(model[2].parameters())
+    rectifier = Rectifier(model, optimizer=optimizer)
+    rectifier.backward(
+        objective={"forget": -1.0}, forget=lambda: 1e6 * risk(model, 0),
+        retain=lambda: risk(model, 1), scaler=scaler,
+    )  # fmt: skip
+    scaler.step(optimizer)
+    model.zero_grad()
+    risk(model, 2).backward()
+    other.step()
+
+
+def test_a_refused_step_is_none_of_a_recorder(tmp_path: Path) -> None:
+    """Whichever was there first: the recorder has not begun to follow it."""
+    model = network()
+    part, rest = sgd(model[0].parameters()), sgd(model[2].parameters())
+    with Recorder(model, tmp_path / "a.h5") as recorder:
+        rectifier = Rectifier(model, optimizer=part)
+        for step in range(3):
+            recorder.backward(
+                objective={"forget": -1.0}, forget=lambda: risk(model, 0),
+                retain=lambda: risk(model, 1), rectifier=rectifier,
+            )  # fmt: skip
+            part.step()
+            if step == 0:
+                with pytest.raises(ValueError, match="step all that is trained"):
+                    rest.step()
+            model.zero_grad()
+    assert open_run(tmp_path / "a.h5").stepped().tolist() == [[True, True, False, False]] * 3
