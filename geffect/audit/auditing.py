@@ -24,13 +24,7 @@ from geffect.store import Run
 from .attacks import READ
 from .batteries import BATTERIES
 from .budget import Budget
-from .checks import (
-    check_answered,
-    check_apart,
-    check_one_tokenizer,
-    check_readable,
-    tokens_of,
-)
+from .checks import check_answered, check_apart, check_one_tokenizer, check_readable, tokens_of
 from .controlled import Controlled
 from .controls import CONTROLS
 from .geometry import Geometry, check_run_of, checkpoint_metrics, depths_in, sets_in

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from geffect import distributed
 from geffect.fingerprints import Standstill
-from geffect.gradients import (
-    Gradients,
-    GradientTransform,
-    Vector,
-    reduced,
-    stream,
-)
+from geffect.gradients import Gradients, GradientTransform, Vector, reduced, stream
 from geffect.layers import trainable
 from geffect.losses import Passes, check_no_step_inside
 from geffect.objectives import statistics

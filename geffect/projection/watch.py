@@ -136,9 +136,9 @@ class OfStep(Promise):
 
     def __init__(self, left: Sequence[Tensor], attached: torch.optim.Optimizer) -> None:
         self._attached = attached
-        self._held = {id(tensor) for tensor in tensors_of(attached)}
+        self._held = set(map(id, tensors_of(attached)))
+        self._resting = set(map(id, at_rest_in(attached)))
         self._left = {id(tensor): _Known(tensor) for tensor in left}
-        self._resting = at_rest_in(attached)
         self._is_inside = self._is_over = False
         self._others: set[int] = set()  # optimizers that are about to step what it should
 
@@ -180,8 +180,7 @@ class OfStep(Promise):
     def enter(self) -> None:
         if self.changes_step and self._is_over and self._stepped_by(self._attached):
             raise self._again(self._attached)
-        resting = set(map(id, at_rest_in(self._attached)))
-        woken = self._left.keys() & set(map(id, self._resting)) - resting
+        woken = self._left.keys() & self._resting - set(map(id, at_rest_in(self._attached)))
         if woken and not self.changes_step and not self._is_over:
             raise ValueError(
                 "The learning rates of a rectified step should be there before its gradient: what "
@@ -192,8 +191,8 @@ class OfStep(Promise):
 
     def leave(self) -> None:
         self._is_inside, self._is_over = False, True
-        for tensor, known in self._left.items():
-            known.note_step(is_stepped=tensor in self._held)
+        for tensor in self._left.keys() & self._held:  # others may still be clipped
+            self._left[tensor].note_step()
 
     def check_over(self) -> None:
         if self.changes_step and not self._is_over and any(k.is_there for k in self._left.values()):
@@ -211,8 +210,8 @@ class OfStep(Promise):
         """The tensors with a gradient that was left, to which the optimizer gives a rate."""
         groups = [group for group in optimizer.param_groups if group.get("lr") != 0]
         own = [tensor for group in groups for tensor in group["params"]]
-        known = [(tensor, self._left.get(id(tensor))) for tensor in own]
-        return [tensor for tensor, left in known if left is not None and left.is_stepped]
+        there = [t for t in own if t.grad is not None and id(t) in self._left]
+        return [t for t in there if self._left[id(t)].is_same] if self._is_over else there
 
     def _has_stepped(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it has moved anything, which fused ones do not tell."""
@@ -235,23 +234,21 @@ class _Known:
         assert tensor.grad is not None
         self._tensor, self._grad = ref(tensor), ref(tensor.grad)
         self._moved = tensor._version
-        self._is_over = False
         self._stepped: int | None = None  # the version of the gradient when the step was taken
 
     @property
-    def is_stepped(self) -> bool:
-        """Whether a step now would be by that gradient; before the first any may be it, clipped."""
-        tensor = self._tensor()
-        if tensor is None or tensor.grad is None or not self._is_over:
-            return tensor is not None and tensor.grad is not None
-        same = tensor.grad is self._grad()
-        return same and self._stepped in (None, tensor.grad._version)
+    def is_same(self) -> bool:
+        """Whether that gradient still lies there, clipped or not; as it is since it was stepped."""
+        tensor, grad = self._tensor(), self._grad()
+        if tensor is None or grad is None or tensor.grad is not grad:
+            return False
+        return self._stepped in (None, grad._version)
 
     @property
     def is_there(self) -> bool:
-        """Whether that gradient still lies there, clipped or not."""
-        tensor, grad = self._tensor(), self._grad()
-        return tensor is not None and grad is not None and tensor.grad is grad and bool(grad.any())
+        """Whether that gradient still lies there, and is not zero."""
+        grad = self._grad()
+        return self.is_same and grad is not None and bool(grad.any())
 
     @property
     def has_moved(self) -> bool:
@@ -259,8 +256,7 @@ class _Known:
         tensor = self._tensor()
         return tensor is not None and tensor._version != self._moved
 
-    def note_step(self, *, is_stepped: bool) -> None:
-        """The step was taken; behind it none of what was stepped is clipped."""
+    def note_step(self) -> None:
+        """The step was taken: what writes from now on makes another gradient of it."""
         grad = self._grad()
-        self._is_over = True
-        self._stepped = grad._version if is_stepped and grad is not None else None
+        self._stepped = None if grad is None else grad._version

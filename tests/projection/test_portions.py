@@ -16,17 +16,8 @@ from torch.optim.optimizer import (
 from geffect import Rectifier
 from geffect.projection.portions import StepInPortions
 from tests.utils import shallow as tiny
+from tests.utils.network import network, risk
 from tests.utils.rectified import OPTIMIZERS, losses_of
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def loss_of(model: nn.Module, seed: int) -> Tensor:
-    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-    return (model(inputs) ** 2).mean()
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +28,7 @@ def portion_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_kept_of_a_portion_is_gone_before_the_next_one_begins() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters())
-    loss_of(model, 0).backward()
+    risk(model, 0).backward()
     alive: WeakSet[Any] = WeakSet()
     most = []
 
@@ -58,7 +49,7 @@ def test_what_is_kept_of_a_portion_is_gone_before_the_next_one_begins() -> None:
 def test_each_tensor_is_stepped_once_between_what_is_called_around_it() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss_of(model, 0).backward()
+    risk(model, 0).backward()
     grads = {id(p): p.grad for p in model.parameters()}
     seen: list[int] = []
 
@@ -112,7 +103,7 @@ def test_hooks_and_schedulers_see_one_step() -> None:
         for step in range(3):
             calls.clear()
             optimizer.zero_grad()
-            rectifier.backward(objective=-loss_of(model, 0), retain=loss_of(model, 1))
+            rectifier.backward(objective=-risk(model, 0), retain=risk(model, 1))
             before = [p.detach().clone() for p in model.parameters()]
             optimizer.step()
             assert not all(map(torch.equal, before, model.parameters()))
@@ -128,7 +119,7 @@ def test_hooks_and_schedulers_see_one_step() -> None:
 def test_a_portion_that_fails_leaves_hooks_and_gradients() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss_of(model, 0).backward()
+    risk(model, 0).backward()
     calls: list[int] = []
     hook = register_optimizer_step_pre_hook(lambda *_: calls.append(1))
     try:

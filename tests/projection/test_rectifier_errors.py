@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from geffect import Rectifier
 from geffect.gradients import differentiate
 from geffect.projection import Elementwise, nearest
+from tests.utils.network import network, risk
 from tests.utils.trainers import same
 
 LR = 0.1
@@ -29,19 +30,8 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
-def network(seed: int = 0, width: int = 4) -> nn.Sequential:
-    """Two layers and what they are trained with."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
-
-
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=LR)
-
-
-def risk(model: nn.Module, seed: int) -> Tensor:
-    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-    return (model(inputs) ** 2).mean()
 
 
 def zero(model: nn.Module) -> Tensor:

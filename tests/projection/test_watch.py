@@ -13,21 +13,12 @@ from torch import Tensor, nn
 
 from geffect import Recorder, Rectifier, open_run
 from geffect.hooks import BEFORE_STEPS
+from tests.utils.network import network, risk
 from tests.utils.trainers import same
 
 Optimizer = torch.optim.Optimizer
 
 LR = 0.1
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-
-
-def risk(model: nn.Module, seed: int) -> Tensor:
-    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-    return (model(inputs) ** 2).mean()
 
 
 def backward(rectifier: Rectifier, model: nn.Module) -> None:
