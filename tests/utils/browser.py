@@ -36,6 +36,7 @@ class Browser:
         self.driver.get_log("performance"), self.driver.get_log("browser")
         self.driver.get("about:blank")
         self.driver.get(page.as_uri())
+        self._wait_for_page()
 
     def screen(self, width: int, *, dark: bool = False) -> None:
         """A screen of this width from now on, of a phone where it is narrow."""
@@ -86,6 +87,13 @@ class Browser:
         told = self._tell("Page.printToPDF", printBackground=True, preferCSSPageSize=True,
                           paperWidth=210 / MILLIMETRES, paperHeight=297 / MILLIMETRES)  # fmt: skip
         return base64.b64decode(told["data"])
+
+    def _wait_for_page(self) -> None:
+        """On a busy machine a question may come to the blank page, or to half of the next one."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        whole = "return document.readyState == 'complete' && document.URL != 'about:blank'"
+        WebDriverWait(self.driver, 60).until(lambda driver: driver.execute_script(whole))
 
     def _tell(self, command: str, **how: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, how)
